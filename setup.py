@@ -1,0 +1,37 @@
+"""A shim: setuptools asks for the two libraries, CMake builds them. CMakeLists.txt is the only build description."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and install once into the folder where setuptools expects qpeft_ext._C and qpeft_ext._host."""
+
+    def get_ext_filename(self, name):
+        # _C is loaded with torch.ops.load_library and holds no Python: one file for every Python version
+        *folders, last = name.split(".")
+        return os.path.join(*folders, "_C.so") if last == "_C" else super().get_ext_filename(name)
+
+    def build_extensions(self):
+        isolated = "pip-build-env" in sys.prefix + os.environ.get("PATH", "")  # its tools vanish: keep no cache of them
+        build = Path(self.build_temp) if isolated else HERE / "build" / f"cmake-{sys.implementation.cache_tag}"
+        package = (Path(self.get_ext_fullpath("qpeft_ext._C"))).parent.resolve()
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        configure = ["cmake", "-S", HERE, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
+
+
+libraries = ["_C", "_host"] if sys.platform == "linux" else ["_host"]
+setup(
+    ext_modules=[Extension(f"qpeft_ext.{name}", sources=[]) for name in libraries],
+    cmdclass={"build_ext": CMakeBuild},
+)
