@@ -1,0 +1,45 @@
+# `make test` and `make demo` each do all set-up by themselves: Python >= 3.11 and a C++ compiler are enough.
+# Everything stays in this folder (.venv, build, demo).
+TORCH  := torch==2.13.0
+EXTRAS := .[dev,train,eval,bm25,plot]
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN    := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help:            ## show this list
+	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+.venv/.ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' > .venv/build-requires.txt
+	$(BIN)/python -m pip install --quiet -r .venv/build-requires.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '$(EXTRAS)'
+	@touch $@
+
+.venv/.built: .venv/.ready CMakeLists.txt setup.py $(wildcard _build/*.py csrc/* csrc/*/*)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+venv: .venv/.ready   ## make .venv with everything that development needs
+build: .venv/.built  ## compile the operators
+
+lint: .venv/.ready   ## ruff
+	$(BIN)/ruff check .
+
+test: build lint     ## lint and run the tests
+	$(BIN)/python -m pytest --durations=15 $(TESTS)
+
+demo: build          ## search in your own Python environment: train, rerank, report (demo/report.html)
+	$(BIN)/qpeft demo
+
+bench: build         ## time the operators; results go to benchmarks/results
+	$(BIN)/python -m pytest benchmarks $(BENCHES)
+
+clean:               ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
+
+.PHONY: help venv build lint test demo bench clean
+.DEFAULT_GOAL := help

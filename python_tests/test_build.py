@@ -1,0 +1,167 @@
+"""The build: host packing, build info, what is said when the library is missing, symbols that it may not need."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qpeft_ext import _host, _library
+
+needs_library = pytest.mark.skipif(not _library.LIBRARY.is_file(), reason="qpeft_ext._C is not built")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run code in a new process that has loaded ``_library.py`` as ``library``, without importing the package."""
+    path = Path(_library.__file__)
+    prologue = (
+        "import importlib.util, pathlib, torch\n"
+        f"spec = importlib.util.spec_from_file_location('library', {str(path)!r})\n"
+        "library = importlib.util.module_from_spec(spec); spec.loader.exec_module(library)\n"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(path.parents[1]), **environment}
+    return subprocess.run([sys.executable, "-c", prologue + code], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("lists", "values", "offsets"),
+    [
+        ([], [], [0]),
+        ([[]], [], [0, 0]),
+        ([[5, 3], [], (7,)], [5, 3, 7], [0, 2, 2, 3]),
+        (([-1, 2**63 - 1], [-(2**63)]), [-1, 2**63 - 1, -(2**63)], [0, 2, 3]),
+        ([np.array([4, 5]), torch.tensor([6]).numpy()], [4, 5, 6], [0, 2, 3]),
+    ],
+)
+def test_pack_ragged(lists, values, offsets):
+    packed, bounds = _host.pack_ragged(lists)
+    assert packed.dtype == bounds.dtype == np.int64
+    assert packed.tolist() == values
+    assert bounds.tolist() == offsets
+
+
+@given(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5), max_size=5))
+def test_pack_ragged_round_trip(lists):
+    values, offsets = _host.pack_ragged(lists)
+    assert [values[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)] == lists
+
+
+@pytest.mark.parametrize(
+    ("lists", "error", "message"),
+    [
+        (7, TypeError, "pack_ragged: lists must be a list of int lists, got int"),
+        ("ids", TypeError, "pack_ragged: lists must be a list of int lists, got str"),
+        ([[1], 2], TypeError, "pack_ragged: lists[1] must be a list of int, got int"),
+        ([b"12"], TypeError, "pack_ragged: lists[0] must be a list of int, got bytes"),
+        ([[1], [2, 3.0]], TypeError, "pack_ragged: lists[1][1] must be an int, got float"),
+        ([[True]], TypeError, "pack_ragged: lists[0][0] must be an int, got bool"),
+        ([[None]], TypeError, "pack_ragged: lists[0][0] must be an int, got NoneType"),
+        ([[2**63]], ValueError, "pack_ragged: lists[0][0] must fit in 64 bits, got 9223372036854775808"),
+    ],
+)
+def test_pack_ragged_rejects(lists, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        _host.pack_ragged(lists)
+
+
+def test_build_info_tells_how_and_why():
+    info = _library.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["compiler"] and info["cxx_flags"] and info["torch_at_build"] and info["cuda_reason"]
+    assert isinstance(info["cuda"], bool)
+    assert bool(info["cuda_architectures"]) == bool(info["nvcc"]) == info["cuda"]
+
+
+@needs_library
+def test_kernels_live_gives_a_reason_for_each_device():
+    live = _library.kernels_live()
+    assert {"cpu", "cuda"} <= set(live)
+    assert all(reason for _, reason in live.values())
+    assert live["cpu"][0] or _library.REFERENCE
+    if not torch.cuda.is_available():
+        assert not live["cuda"][0]
+
+
+def test_missing_library_says_what_to_run():
+    ran = run_python("library.LIBRARY = pathlib.Path('/nowhere/_C.so'); library.load()")
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last == (
+        "ImportError: qpeft_ext._C is not built (/nowhere/_C.so does not exist). "
+        "Run `pip install -e .`, or set QPEFT_REFERENCE=1 to use the PyTorch definitions."
+    )
+
+
+def test_unloadable_library_says_why(tmp_path):
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not a library")
+    ran = run_python(f"library.LIBRARY = pathlib.Path({str(broken)!r}); library.load()")
+    last = ran.stderr.strip().splitlines()[-1]
+    assert "file too short" in last or "invalid ELF header" in last  # the loader's own words
+    assert "It was built against torch" in last and f"this is torch {torch.__version__}" in last
+    assert "QPEFT_REFERENCE=1" in last
+
+
+def test_old_torch_is_named():
+    ran = run_python("torch.__version__ = '2.9.1'; library.load()")
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: qpeft_ext needs torch 2.10 or newer, got 2.9.1. Run `pip install -U torch`")
+
+
+def test_reference_mode_loads_nothing():
+    code = (
+        "library.LIBRARY = pathlib.Path('/nowhere/_C.so'); library.load()\n"
+        "print(library.uses_reference(torch.device('cpu')), *library.kernels_live()['cpu'])"
+    )
+    ran = run_python(code, QPEFT_REFERENCE="1")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "True False QPEFT_REFERENCE is set"
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_other_systems_run_the_definitions_with_one_notice(system):
+    code = (
+        f"library.platform.system = lambda: {system!r}; library.load()\n"
+        "print([library.uses_reference(torch.device('cpu')) for _ in range(3)])"
+    )
+    ran = run_python(code)
+    assert ran.stdout.strip() == "[True, True, True]"
+    assert ran.stderr.count("the PyTorch definitions run, since the kernels are built on Linux only") == 1
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "covered"),
+    [
+        ("80-real 90a-real 100-real 120", (7, 5), False),
+        ("80-real 90a-real 100-real 120", (8, 0), True),
+        ("80-real 90a-real 100-real 120", (8, 9), True),  # machine code of 8.0 runs on later 8.x
+        ("80-real 90a-real 100-real 120", (9, 0), True),
+        ("90a-real", (9, 1), False),  # an "a" variant runs on its own version only
+        ("80-real 90a-real 100-real 120", (10, 3), True),
+        ("80-real 90a-real 100-real 120", (11, 0), False),
+        ("80-real 90a-real 100-real 120", (13, 0), True),  # through the PTX of 120
+    ],
+)
+def test_architectures_that_cover_a_gpu(architectures, capability, covered):
+    assert _library.covers(architectures.split(), capability) is covered
+
+
+@needs_library
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm is missing")
+def test_library_needs_only_the_stable_abi():
+    """No c10:: or at:: symbol and no Python: what the next torch or the next Python may change."""
+    command = ["nm", "-D", "--undefined-only", _library.LIBRARY]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    symbols = [line.split()[-1] for line in lines]
+    assert [name for name in symbols if re.match(r"_ZN?K?(3c10|2at|5torch)|_?Py[A-Z_]", name)] == []
+
+
+def test_package_is_typed_and_holds_no_pickles():
+    package = Path(_library.__file__).parent
+    assert (package / "py.typed").is_file()
+    assert not [path for path in package.rglob("*") if path.suffix in {".pkl", ".pt", ".pth"}]
