@@ -1,4 +1,4 @@
-"""Find the torch to build against, without importing it. Run as a script it prints ``folder;version;cuda`` for CMake."""
+"""Find the torch to build against, without importing it. As a script: print ``folder;version;cuda`` for CMake."""
 
 import importlib.util
 import os
@@ -20,7 +20,8 @@ def find_torch() -> Path | None:
         folder = Path(named).expanduser().resolve()
         if not is_torch(folder):
             raise SystemExit(
-                f"QPEFT_TORCH_DIR must name the folder of the torch package (with version.py and include/ in it), got {folder}"
+                "QPEFT_TORCH_DIR must name the folder of the torch package (with version.py and include/ in it), "
+                f"got {folder}"
             )
         return folder
     spec = importlib.util.find_spec("torch")

@@ -36,8 +36,8 @@ def load() -> None:
     except OSError as error:
         built = _host_info().get("torch_at_build", "an unknown version")
         raise ImportError(
-            f"qpeft_ext._C cannot be loaded: {error.__cause__ or error}. It was built against torch {built}, this is torch "
-            f"{torch.__version__}. {WHAT_TO_DO}"
+            f"qpeft_ext._C cannot be loaded: {error.__cause__ or error}. It was built against torch {built}, "
+            f"this is torch {torch.__version__}. {WHAT_TO_DO}"
         ) from error
     _live.update({"cpu", "meta"})
     if _why_no_cuda() is None:
