@@ -1,0 +1,36 @@
+"""Rerank text with a frozen large language model, fast and exactly (Q-PEFT, arXiv 2404.04522)."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# The public names and their modules; loaded on first use, so that `qpeft --help` does not wait for torch.
+_PUBLIC = {
+    "AttentionClues": "clues",
+    "Clues": "clues",
+    "DocumentCache": "cache",
+    "Explanation": "explain",
+    "QPeftConfig": "config",
+    "QPeftModel": "model",
+    "QPeftTrainer": "train",
+    "Reranker": "reranker",
+    "TopKClues": "clues",
+    "get_qpeft_model": "model",
+    "load_lm": "loading",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in ("ops", "losses"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

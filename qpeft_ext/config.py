@@ -1,0 +1,151 @@
+"""`QPeftConfig`: every option of the method, in one dataclass, stored as ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CLUES = ("attention", "top_k", "none")
+FILTERS = ("query_tokens", "stop_words", "non_alphabetic")
+SIMILARITIES = ("cosine", "dot")
+SELECTIONS = ("similarity", "random")
+LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise")
+DEFAULT_INSTRUCTION = "Please write a question for the passage."
+
+
+@dataclass
+class QPeftConfig:
+    """Options of Q-PEFT (arXiv 2404.04522), its prompt and its training groups.
+
+    Args:
+        clues: "attention" (Q-PEFT-A), "top_k" (Q-PEFT-R) or "none" (UPR: nothing is trained).
+        k: clues per pair for "top_k"; a document with fewer distinct tokens gives fewer clues.
+        num_heads: attention heads for "attention"; divides the embedding width D.
+        rank: inner width of the clue MLP and of the low-rank projections; "auto" is min(256, D), None means
+            full matrices.
+        dropout: on the output of the clue attention, in training.
+        filters: document tokens that never become clues: any of "query_tokens", "stop_words", "non_alphabetic".
+        source: where clues come from; "document" is the only one so far.
+        similarity: "cosine" or "dot", for "top_k".
+        selection: "similarity", or "random" (seeded by `seed`; the paper's ablation).
+        instruction: text at the start of every prompt.
+        max_document_tokens: a longer document (title and text) is cut at its end.
+        max_query_tokens: a longer query is an error.
+        queries_per_group: queries that share their documents as in-batch negatives.
+        num_hard_negatives: negatives of its own that each query brings to a training step.
+        in_batch_negatives: whether the documents of the group's other queries are negatives too.
+        loss: "pointwise_pairwise" (the paper), "pointwise", "pairwise" or "listwise".
+        margin: of the pairwise loss, in nats per query token.
+        suffix_micro_batch: pairs whose suffix activations are held at once in training (the rest is recomputed in
+            the backward pass); None holds all of them.
+        base_model_name_or_path, base_model: the LM that the adapter belongs to; filled in by `get_qpeft_model`.
+
+    Raises: ValueError for an unknown or impossible value.
+    """
+
+    clues: str = "attention"
+    k: int = 10
+    num_heads: int = 8
+    rank: int | str | None = "auto"
+    dropout: float = 0.0
+    filters: tuple[str, ...] = ()
+    source: str = "document"
+    similarity: str = "cosine"
+    selection: str = "similarity"
+    instruction: str = DEFAULT_INSTRUCTION
+    max_document_tokens: int = 256
+    max_query_tokens: int = 64
+    queries_per_group: int = 4
+    num_hard_negatives: int = 1
+    in_batch_negatives: bool = True
+    loss: str = "pointwise_pairwise"
+    margin: float = 0.0
+    suffix_micro_batch: int | None = None
+    seed: int = 0
+    base_model_name_or_path: str | None = None
+    base_model: dict[str, Any] | None = None
+    peft_type: str = "QPEFT"
+
+    def __post_init__(self) -> None:
+        self.filters = (self.filters,) if isinstance(self.filters, str) else tuple(self.filters)
+        _one_of("clues", self.clues, CLUES)
+        _one_of("source", self.source, ("document",))
+        _one_of("similarity", self.similarity, SIMILARITIES)
+        _one_of("selection", self.selection, SELECTIONS)
+        _one_of("loss", self.loss, LOSSES)
+        for name in self.filters:
+            _one_of("filters", name, FILTERS)
+        for name in ("k", "num_heads", "max_document_tokens", "max_query_tokens", "queries_per_group"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("num_hard_negatives", self.num_hard_negatives, 0)
+        if self.suffix_micro_batch is not None:
+            _at_least("suffix_micro_batch", self.suffix_micro_batch, 1)
+        if self.rank is not None and self.rank != "auto":
+            _at_least("rank", self.rank, 1)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"QPeftConfig: dropout must be in [0, 1), got {self.dropout!r}")
+
+    def resolve(self, width: int) -> QPeftConfig:
+        """The config for an LM whose embeddings are ``width`` wide: "auto" replaced, sizes checked."""
+        rank = min(256, width) if self.rank == "auto" else self.rank
+        if rank is not None and rank > width:
+            raise ValueError(f"QPeftConfig: rank must be at most the embedding width {width}, got {rank}; use rank=None")
+        if self.clues == "attention" and width % self.num_heads:
+            fitting = [h for h in range(1, min(width, 64) + 1) if width % h == 0]
+            raise ValueError(
+                f"QPeftConfig: num_heads must divide the embedding width {width}, got {self.num_heads}; "
+                f"possible: {', '.join(map(str, fitting))}"
+            )
+        return dataclasses.replace(self, rank=rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"filters": list(self.filters)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QPeftConfig:
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ValueError(f"QPeftConfig: unknown option {name!r}{_did_you_mean(name, known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> QPeftConfig:
+        """Read ``adapter_config.json`` of an adapter folder."""
+        path = Path(folder) / "adapter_config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not a Q-PEFT adapter: it has no adapter_config.json")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not valid JSON ({error}); save the adapter again") from None
+        if not isinstance(values, dict) or values.get("peft_type") != "QPEFT":
+            raise ValueError(f"{path}: expected a Q-PEFT adapter (peft_type QPEFT), got peft_type "
+                             f"{values.get('peft_type') if isinstance(values, dict) else None!r}")
+        values = {name: value for name, value in values.items() if name not in ("qpeft_version", "versions")}
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"QPeftConfig: {name} must be one of {', '.join(allowed)}, got {value!r}"
+                         f"{_did_you_mean(value, allowed)}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"QPeftConfig: {name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"QPeftConfig: {name} must be at least {least}, got {value}")
+
+
+def _did_you_mean(word: object, known) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

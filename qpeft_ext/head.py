@@ -1,0 +1,63 @@
+"""The LM head as a formula, checked once against the model's own logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .ops import token_log_likelihood
+
+
+class LikelihoodHead:
+    """log p of given tokens from final hidden states: z = cap·tanh((scale·h·Wᵀ + bias)/cap), then log-softmax.
+
+    The three settings come from the LM's config (``final_logit_softcapping``, ``logit_scale``,
+    ``logits_scaling``). Names differ between families, so a probe compares the formula with the model's logits.
+
+    Attributes:
+        fused: True when the formula agrees; False when the model's own logits must be used.
+        reason: why not, in words ("" when fused).
+    """
+
+    def __init__(self, lm, decoder) -> None:
+        self.module = lm.get_output_embeddings()
+        config = lm.config.get_text_config()
+        scaling = getattr(config, "logits_scaling", None)
+        self.logit_scale = float(getattr(config, "logit_scale", None) or (1.0 / scaling if scaling else 1.0))
+        self.soft_cap = getattr(config, "final_logit_softcapping", None)
+        self.reason = self._why_not_fused(lm, decoder)
+        self.fused = not self.reason
+
+    def _why_not_fused(self, lm, decoder) -> str:
+        if type(self.module) is not nn.Linear:  # quantised, or a LoRA layer whose product is not yet zero
+            return f"the LM head is a {type(self.module).__name__}, not a plain Linear layer"
+        if not self.module.weight.is_floating_point():
+            return f"the LM head's weight is {self.module.weight.dtype}"
+        device = self.module.weight.device
+        ids = torch.arange(4, device=device)[None] % self.module.weight.shape[0]
+        with torch.no_grad():
+            own = lm(input_ids=ids, use_cache=False).logits[0].float()
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+            ours = self._logits(hidden).float()
+        # both round once to the model's dtype, in a different order
+        tolerance = 1e-4 if own.dtype == hidden.dtype else 4 * torch.finfo(hidden.dtype).eps
+        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+            return "the head formula does not give this model's logits"
+        return ""
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.module(hidden.to(self.module.weight.dtype))
+        logits = logits * self.logit_scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def __call__(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
+        """log p of ``target_ids`` [N] given ``hidden`` [N, D]; float32 [N], nats. Only when `fused`."""
+        weight = self.module.weight
+        return token_log_likelihood(
+            hidden.to(weight.dtype), weight, target_ids, self.module.bias, self.soft_cap, self.logit_scale
+        )
+
+
+def log_likelihood_of_logits(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """log p of ``target_ids`` [N] from the model's own ``logits`` [N, V]; float32 [N], nats."""
+    return logits.float().log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]

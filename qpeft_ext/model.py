@@ -1,0 +1,222 @@
+"""`QPeftModel`: a frozen LM, a trained clue module, and the likelihood of queries given documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .batch import ClueInputs, PairBatch, assemble_rows
+from .cache import DocumentCache
+from .clues import Clues, build_clues
+from .config import QPeftConfig
+from .engine import Engine
+from .prefix_cache import PrefixKV
+from .prompt import Document, Prompt
+from .schedule import prefix_groups, suffix_groups
+
+DEFAULT_TOKENS_PER_BATCH = 8192
+
+
+@dataclass
+class Scores:
+    """Scores of B pairs.
+
+    query_log_likelihood: Σ log p(query token), nats, float32 [B]; larger is better.  num_tokens: query tokens [B].
+    """
+
+    query_log_likelihood: Tensor
+    num_tokens: Tensor
+
+    @property
+    def mean_query_log_likelihood(self) -> Tensor:
+        """The sum ÷ the number of query tokens, [B]: ranks as the sum does, comparable between queries."""
+        return self.query_log_likelihood / self.num_tokens
+
+
+class QPeftModel(nn.Module):
+    """Composes an LM (any causal LM of transformers, or a `peft` model) with a clue module; patches neither.
+
+    The LM stays in eval mode and in its dtype; the clue module has float32 weights. Build it with
+    `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
+
+    Args:
+        lm: the language model.  config: `QPeftConfig`.  tokenizer: the LM's tokenizer.
+    """
+
+    def __init__(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
+        super().__init__()
+        lm.eval()
+        if not hasattr(lm, "peft_config"):
+            lm.requires_grad_(False)
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.engine = Engine(lm)
+        vocabulary, width = self.engine.table.shape
+        self.qpeft_config = config = config.resolve(width)
+        self.prompt = Prompt(tokenizer, config)
+        self.clues = build_clues(config, width, tokenizer, vocabulary)
+        self.to_device_of_lm()
+        self.eval()
+
+    def to_device_of_lm(self) -> None:
+        """Move the clue module to the device of the LM's embeddings."""
+        if self.clues is not None:
+            self.clues.to(self.engine.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def train(self, mode: bool = True) -> QPeftModel:
+        """Train mode for the clue module and for dropout *inside* adapters of the LM; never for the LM itself."""
+        super().train(mode)
+        self.lm.eval()
+        for module in self.lm.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout.train(mode)
+        return self
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    def encode(self, pairs: Sequence[tuple[str, Document]]) -> PairBatch:
+        """Tokenise pairs (query, document)."""
+        return PairBatch.from_text(self.prompt, pairs)
+
+    def forward(
+        self,
+        batch: PairBatch,
+        path: str = "document_first",
+        cache: DocumentCache | None = None,
+        max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+        deterministic: bool = False,
+    ) -> Scores:
+        """Score B pairs.
+
+        Args:
+            batch: from `encode`.
+            path: "document_first" (each distinct document's prefix once, then the suffixes), or "plain" (whole
+                prompts). Models whose cache cannot be shared take the plain path either way.
+            cache: prefixes are read from it and put into it, where the LM is not trained.
+            max_tokens_per_batch: budget of tokens per pass.
+            deterministic: every prefix, clue and suffix is computed alone and unpadded, so that a score is bit-equal
+                whatever else is in the batch or in the cache (same machine, same number of threads). Slower.
+        """
+        if path not in ("document_first", "plain"):
+            raise ValueError(f"path must be document_first or plain, got {path!r}")
+        if not len(batch):
+            empty = torch.zeros(0, device=self.device)
+            return Scores(empty, empty.long())
+        shared = path == "document_first" and not self.engine.why_plain
+        max_pairs = 1 if deterministic else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
+        rows, parts = [], []
+        clues = None if deterministic else self.compute_clues(batch)
+        for documents in prefix_groups(batch, 1 if deterministic else max_tokens_per_batch):
+            prefix = None
+            if shared:
+                ids = [batch.documents[d].ids for d in documents]
+                prefix = self.engine.cached_prefill(ids, cache, one_by_one=deterministic)
+            for group in suffix_groups(batch, documents, max_tokens_per_batch, max_pairs, shared):
+                rows += group
+                parts.append(self._score_group(batch.select(group), _pick(clues, group), documents, prefix))
+        total = torch.cat(parts)
+        order = torch.empty(len(rows), dtype=torch.long)
+        order[torch.tensor(rows)] = torch.arange(len(rows))
+        num_tokens = torch.tensor([len(batch.queries[q]) for q, _ in batch.pairs], device=total.device)
+        return Scores(total[order.to(total.device)], num_tokens)
+
+    def compute_clues(self, batch: PairBatch, explain: bool = False) -> Clues | None:
+        """Clues of every pair of the batch; None for ``clues="none"``."""
+        if self.clues is None:
+            return None
+        return self.clues(ClueInputs.from_batch(batch, self.device), self.engine.table, self.engine.scale, explain)
+
+    def _score_group(
+        self, batch: PairBatch, clues: Clues | None, documents: list[int], prefix: PrefixKV | None
+    ) -> Tensor:
+        """Σ log p(query token) of the pairs of one suffix pass, [B]."""
+        if clues is None:
+            clues = self.compute_clues(batch)
+        counts = [0] * len(batch) if clues is None else clues.mask.sum(1).tolist()
+        rows = assemble_rows(batch, self.prompt.suffix, counts, self.device, with_prefix=prefix is None)
+        vectors = None if clues is None else clues.embeds[clues.mask]
+        prefix_rows = None
+        if prefix is not None:
+            place = {d: i for i, d in enumerate(documents)}
+            order = [place[d] for _, d in batch.pairs]
+            if order != list(range(len(prefix.lengths))):
+                prefix_rows = torch.tensor(order, device=self.device)
+        if self.qpeft_config.suffix_micro_batch and torch.is_grad_enabled():
+            log_p = checkpoint(self.engine.log_likelihood, rows, vectors, prefix, prefix_rows, use_reentrant=False)
+        else:
+            log_p = self.engine.log_likelihood(rows, vectors, prefix, prefix_rows)
+        # a [B, T] table instead of index_add: the order of the sum is fixed
+        widest = max(len(batch.queries[q]) for q, _ in batch.pairs)
+        slots = rows.pair_of_target * widest + rows.place_of_target
+        return log_p.new_zeros(len(batch) * widest).index_copy(0, slots, log_p).view(-1, widest).sum(1)
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[tuple[str, Document]], **options) -> Scores:
+        """Scores of (query, document) pairs, without gradient; ``options`` as in `forward`."""
+        return self(self.encode(pairs), **options)
+
+    # -- parameters and files ------------------------------------------------------------------------------------
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters, and all parameters of LM and clue module."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trainable, sum(p.numel() for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def save_pretrained(self, folder) -> None:
+        """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card; see `adapter_files`."""
+        from .adapter_files import save_adapter
+
+        save_adapter(self, folder)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Save to a temporary folder and upload it; ``kwargs`` go to `huggingface_hub.HfApi.create_repo`."""
+        from .adapter_files import push_adapter
+
+        return push_adapter(self, repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, folder, lm=None, tokenizer=None, is_trainable: bool = False, **lm_kwargs) -> QPeftModel:
+        """Load an adapter; the LM named in its config is loaded unless ``lm`` (a model or a name) is given."""
+        from .adapter_files import load_adapter
+
+        return load_adapter(cls, folder, lm, tokenizer, is_trainable, **lm_kwargs)
+
+
+def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
+    """Wrap a causal LM, or a `peft` model of one, for Q-PEFT.
+
+    Args:
+        lm: the model; its own parameters are frozen (an adapter's stay as they are).
+        config: `QPeftConfig`.
+        tokenizer: loaded from ``lm.name_or_path`` if None.
+    """
+    from .adapter_files import describe_lm
+    from .loading import load_tokenizer
+
+    name = getattr(lm, "name_or_path", None) or getattr(lm.config, "_name_or_path", None) or None
+    if tokenizer is None:
+        if not name:
+            raise ValueError("get_qpeft_model: tokenizer must be given, because the LM has no name_or_path")
+        tokenizer = load_tokenizer(name)
+    config = replace(config, base_model_name_or_path=config.base_model_name_or_path or name)
+    model = QPeftModel(lm, config, tokenizer)
+    model.qpeft_config = replace(model.qpeft_config, base_model=describe_lm(model.engine))
+    return model
+
+
+def _pick(clues: Clues | None, rows: list[int]) -> Clues | None:
+    if clues is None:
+        return None
+    return Clues(clues.embeds[rows], clues.mask[rows])

@@ -1,0 +1,186 @@
+"""`Reranker`: rank documents for queries, in the shapes of sentence-transformers' CrossEncoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .batch import ClueInputs
+from .cache import DocumentCache
+from .clues import allowed_ids
+from .explain import Explanation, explain_pair
+from .model import DEFAULT_TOKENS_PER_BATCH, QPeftModel
+from .ops import similarity_topk
+from .prompt import Document, document_text
+
+logger = logging.getLogger(__name__)
+
+_PAIRS_PER_BLOCK = 1024  # clues of a block are held at once: 1024 x 16 x 4096 floats are 256 MiB
+
+
+class Reranker:
+    """Scores documents by the log-likelihood of the query: Σ log p(query token), nats, larger is better.
+
+    Args:
+        model: a `QPeftModel`.
+        max_tokens_per_batch: token budget of a pass; halved and retried when the device runs out of memory.
+        cache_bytes: budget for document prefixes kept between calls; 0 keeps none.
+        deterministic: bit-equal scores whatever else is scored; slower (see `QPeftModel.forward`).
+        path: "document_first" or "plain".
+
+    Attributes: cache: the `DocumentCache`, or None.  truncated: documents cut so far (``max_document_tokens``).
+    """
+
+    def __init__(
+        self,
+        model: QPeftModel,
+        max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+        cache_bytes: int = 0,
+        deterministic: bool = False,
+        path: str = "document_first",
+    ) -> None:
+        if max_tokens_per_batch < 1:
+            raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
+        self.model = model.eval()
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.cache = DocumentCache(cache_bytes) if cache_bytes else None
+        self.deterministic = deterministic
+        self.path = path
+        self.truncated = 0
+
+    @classmethod
+    def from_pretrained(cls, path, base_model=None, device=None, dtype=None, tokenizer=None, lm_kwargs=None, **options):
+        """Load an adapter folder (or Hub id) and its base LM.
+
+        Args:
+            path: the adapter.
+            base_model: overrides the LM that the adapter names: a name, a folder or a loaded model.
+            device, dtype, lm_kwargs: for loading the LM (`load_lm`).
+            options: of `Reranker`.
+        """
+        lm_kwargs = dict(lm_kwargs or {}, device=device, dtype=dtype)
+        return cls(QPeftModel.from_pretrained(path, base_model, tokenizer, **lm_kwargs), **options)
+
+    def predict(self, pairs, show_progress_bar: bool | None = None) -> np.ndarray | float:
+        """Scores of (query, document) pairs, float32 [B] in the order given; a single pair gives a float."""
+        single = len(pairs) == 2 and isinstance(pairs[0], str)
+        pairs = [tuple(pair) for pair in ([pairs] if single else pairs)]
+        for pair in pairs:
+            if len(pair) != 2:
+                raise ValueError(f"predict takes (query, document) pairs, got one of {len(pair)} items")
+        scores = np.empty(len(pairs), dtype=np.float32)
+        with _progress(len(pairs), show_progress_bar) as bar:
+            for start in range(0, len(pairs), _PAIRS_PER_BLOCK):
+                block = pairs[start : start + _PAIRS_PER_BLOCK]
+                scores[start : start + len(block)] = self._score(block)
+                bar.update(len(block))
+        return float(scores[0]) if single else scores
+
+    def rank(
+        self, query: str, documents: Sequence[Document], top_k: int | None = None, return_documents: bool = False
+    ) -> list[dict]:
+        """Documents of one query, best first: ``[{"corpus_id", "score", ("text")}, …]``; ties keep the given order."""
+        ranked = self.rank_many([query], [documents], top_k, show_progress_bar=False)[0]
+        if return_documents:
+            for row in ranked:
+                row["text"] = document_text(documents[row["corpus_id"]])
+        return ranked
+
+    def rank_many(
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[Document]],
+        top_k: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> list[list[dict]]:
+        """`rank` for many queries; passes are filled across queries and each distinct document is read once a block."""
+        if len(queries) != len(candidates):
+            raise ValueError(f"rank_many: {len(queries)} queries but {len(candidates)} lists of candidates")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        results = []
+        with _progress(sum(map(len, candidates)), show_progress_bar) as bar:
+            for block in _blocks(candidates):
+                pairs = [(queries[i], document) for i in block for document in candidates[i]]
+                scores, start = self._score(pairs), 0
+                for i in block:
+                    own = scores[start : start + len(candidates[i])]
+                    start += len(own)
+                    order = np.argsort(-own, kind="stable")[:top_k]
+                    results.append([{"corpus_id": int(j), "score": float(own[j])} for j in order])
+                bar.update(len(pairs))
+        return results
+
+    def explain(self, query: str, document: Document) -> Explanation:
+        """The clues of a pair: which document tokens, where they are in the text, with which weight."""
+        return explain_pair(self.model, query, document)
+
+    @torch.no_grad()
+    def similarity(self, queries: Sequence[str], candidates: Sequence[Sequence[Document]]) -> list[list[float]]:
+        """Baseline without an LM: the sum of the `similarity_topk` scores of each pair."""
+        model = self.model
+        table = model.engine.table
+        allowed = allowed_ids(model.tokenizer, len(table)).to(table.device)
+        results = []
+        for block in _blocks(candidates):
+            batch = model.encode([(queries[i], document) for i in block for document in candidates[i]])
+            if not len(batch):
+                results += [[] for _ in block]
+                continue
+            inputs = ClueInputs.from_batch(batch, model.device)
+            scores = similarity_topk(
+                table[inputs.query_ids], inputs.query_mask, table, inputs.document_ids,
+                inputs.document_mask & allowed[inputs.document_ids], inputs.query_index, model.qpeft_config.k,
+            ).scores
+            sums = iter(scores.masked_fill(scores.isinf(), 0).sum(1).tolist())
+            results += [[next(sums) for _ in candidates[i]] for i in block]
+        return results
+
+    def _score(self, pairs: list) -> np.ndarray:
+        if not pairs:
+            return np.zeros(0, dtype=np.float32)
+        batch = self.model.encode(pairs)
+        self.truncated += sum(document.cut > 0 for document in batch.documents)
+        scores = self._score_within_memory(batch).float().cpu().numpy()
+        if not np.isfinite(scores).all():
+            query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
+            raise ValueError(f"the score of query {query!r} is not finite; the LM or the adapter has broken weights, "
+                             "or its dtype overflows (try bfloat16 or float32)")
+        return scores
+
+    @torch.no_grad()
+    def _score_within_memory(self, batch):
+        while True:
+            try:
+                return self.model(
+                    batch, path=self.path, cache=self.cache, deterministic=self.deterministic,
+                    max_tokens_per_batch=self.max_tokens_per_batch,
+                ).query_log_likelihood
+            except torch.OutOfMemoryError:
+                if self.max_tokens_per_batch == 1:  # every pass is one document or one pair already
+                    raise
+                self.max_tokens_per_batch = max(1, self.max_tokens_per_batch // 2)
+                logger.warning("out of memory: retrying with max_tokens_per_batch=%d", self.max_tokens_per_batch)
+
+
+def _blocks(candidates: Sequence[Sequence]) -> Iterator[list[int]]:
+    """Consecutive queries with about `_PAIRS_PER_BLOCK` pairs together."""
+    block: list[int] = []
+    pairs = 0
+    for i, documents in enumerate(candidates):
+        if block and pairs + len(documents) > _PAIRS_PER_BLOCK:
+            yield block
+            block, pairs = [], 0
+        block.append(i)
+        pairs += len(documents)
+    if block:
+        yield block
+
+
+def _progress(total: int, show: bool | None):
+    """A progress bar over pairs; by default on a terminal only."""
+    return tqdm(total=total, unit="pair", desc="rerank", disable=None if show is None else not show)
