@@ -1,0 +1,159 @@
+// What memory safety needs, and no more: one function per primitive, called by both devices before any pointer is taken.
+// Words for users are in qpeft_ext/ops/*.py; the stable ABI can only raise RuntimeError.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+
+namespace qpeft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Shape (-1: any size), dtype, and a contiguous layout; with free_row_stride only the last stride must be 1.
+inline void expect(const char* op, const char* name, const Tensor& x, std::initializer_list<int64_t> shape,
+                   ScalarType dtype, bool free_row_stride = false) {
+  STD_TORCH_CHECK(x.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(shape.size()), op, ": ", name, " must have ", shape.size(),
+                  " dimensions, got ", x.dim());
+  int64_t axis = 0;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(size < 0 || x.size(axis) == size, op, ": ", name, " must have size ", size, " in dimension ", axis,
+                    ", got ", x.size(axis));
+    ++axis;
+  }
+  if (x.numel() == 0) return;
+  if (free_row_stride) {
+    STD_TORCH_CHECK(x.size(axis - 1) == 1 || x.stride(axis - 1) == 1, op, ": ", name, " must have last stride 1");
+    STD_TORCH_CHECK(x.dim() < 2 || x.size(0) == 1 || x.stride(0) >= x.size(axis - 1), op, ": rows of ", name, " overlap");
+  } else {
+    STD_TORCH_CHECK(x.is_contiguous(), op, ": ", name, " must be contiguous");
+  }
+}
+
+inline void expect_same_device(const char* op, const Tensor& first, std::initializer_list<const Tensor*> others) {
+  for (const Tensor* other : others)
+    STD_TORCH_CHECK(other->device() == first.device(), op, ": all tensors must be on one device");
+}
+
+// The dtype of sums: float64 stays, everything else is float32.
+inline ScalarType sum_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void expect_sum_dtype(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, op, ": ", name,
+                  " must be float32 or float64");
+}
+
+inline void check_document_rows_distinct(const Tensor& document_ids, const Tensor& document_mask,
+                                         const Tensor& group_index, int64_t num_groups, int64_t num_rows) {
+  constexpr auto op = "document_rows_distinct";
+  expect(op, "document_ids", document_ids, {-1, -1}, ScalarType::Long);
+  expect(op, "document_mask", document_mask, {document_ids.size(0), document_ids.size(1)}, ScalarType::Bool);
+  expect(op, "group_index", group_index, {document_ids.size(0)}, ScalarType::Long);
+  expect_same_device(op, document_ids, {&document_mask, &group_index});
+  STD_TORCH_CHECK(num_groups >= 0 && num_rows >= 0 && num_rows <= INT32_MAX && document_ids.numel() <= INT32_MAX, op,
+                  ": sizes must fit in 31 bits");
+}
+
+// block_dtype: what the device gathers into (the sum dtype on the CPU, the table's dtype on CUDA).
+inline void check_document_rows_gather(const Tensor& table, const Tensor& rows, const Tensor& block,
+                                       const std::optional<Tensor>& inverse_norms, ScalarType block_dtype) {
+  constexpr auto op = "document_rows_gather";
+  expect(op, "table", table, {-1, -1}, table.scalar_type(), /*free_row_stride=*/true);
+  expect(op, "rows", rows, {-1}, ScalarType::Long);
+  expect(op, "block", block, {rows.size(0), table.size(1)}, block_dtype, /*free_row_stride=*/true);
+  expect_same_device(op, table, {&rows, &block});
+  if (inverse_norms) {
+    expect(op, "inverse_norms", *inverse_norms, {rows.size(0)}, sum_dtype(table.scalar_type()));
+    expect_same_device(op, table, {&*inverse_norms});
+  }
+}
+
+inline void check_similarity_topk_reduce(const Tensor& similarity, const std::optional<Tensor>& inverse_norms,
+                                         const Tensor& query_mask, const Tensor& best, const Tensor& query_positions) {
+  constexpr auto op = "similarity_topk_reduce";
+  expect_sum_dtype(op, "similarity", similarity);
+  expect(op, "query_mask", query_mask, {-1, -1}, ScalarType::Bool);
+  const int64_t n = similarity.size(0), queries = query_mask.size(0);
+  expect(op, "similarity", similarity, {-1, query_mask.numel()}, similarity.scalar_type());
+  expect(op, "best", best, {queries, n}, similarity.scalar_type(), /*free_row_stride=*/true);
+  expect(op, "query_positions", query_positions, {queries, n}, ScalarType::Int, /*free_row_stride=*/true);
+  expect_same_device(op, similarity, {&query_mask, &best, &query_positions});
+  if (inverse_norms) {
+    expect(op, "inverse_norms", *inverse_norms, {n}, similarity.scalar_type());
+    expect_same_device(op, similarity, {&*inverse_norms});
+  }
+}
+
+// The values of best_row and slots are not checked here: they come from document_rows_distinct. Kernels treat slots outside
+// [0, U) and rows outside [0, M) as padding, so that a direct call cannot read out of bounds.
+inline void check_similarity_topk_select(const Tensor& best, const Tensor& best_positions, const Tensor& best_row,
+                                         const Tensor& ids, const Tensor& slots, int64_t k) {
+  constexpr auto op = "similarity_topk_select";
+  expect_sum_dtype(op, "best", best);
+  expect(op, "best", best, {-1, -1}, best.scalar_type());
+  expect(op, "best_positions", best_positions, {best.size(0), best.size(1)}, ScalarType::Int);
+  expect(op, "best_row", best_row, {-1}, ScalarType::Long);
+  expect(op, "ids", ids, {best_row.size(0), -1}, ScalarType::Long);
+  expect(op, "slots", slots, {best_row.size(0), ids.size(1)}, ScalarType::Int);
+  expect_same_device(op, best, {&best_positions, &best_row, &ids, &slots});
+  STD_TORCH_CHECK(k >= 1, op, ": k must be at least 1, got ", k);
+}
+
+// As above: slots outside [first_slot, first_slot + U) are padding.
+inline void check_clue_attention_softmax(const Tensor& scores, const Tensor& slots, const Tensor& counts) {
+  constexpr auto op = "clue_attention_softmax";
+  expect_sum_dtype(op, "scores", scores);
+  expect(op, "scores", scores, {-1, -1}, scores.scalar_type());
+  expect(op, "slots", slots, {-1, -1}, ScalarType::Int);
+  expect(op, "counts", counts, {slots.size(0), slots.size(1)}, ScalarType::Int);
+  expect_same_device(op, scores, {&slots, &counts});
+}
+
+inline void check_clue_attention_softmax_backward(const Tensor& weights, const Tensor& grad_weights, const Tensor& slots,
+                                                  const Tensor& grad_scores) {
+  constexpr auto op = "clue_attention_softmax_backward";
+  expect_sum_dtype(op, "weights", weights);
+  expect(op, "slots", slots, {-1, -1}, ScalarType::Int);
+  expect(op, "weights", weights, {slots.size(0), slots.size(1), -1}, weights.scalar_type());
+  expect(op, "grad_weights", grad_weights, {slots.size(0), slots.size(1), weights.size(2)}, weights.scalar_type());
+  expect(op, "grad_scores", grad_scores, {-1, weights.size(2)}, weights.scalar_type());
+  expect_same_device(op, weights, {&grad_weights, &slots, &grad_scores});
+}
+
+inline void check_token_log_likelihood_chunk(const Tensor& logits, const std::optional<Tensor>& bias,
+                                             const Tensor& target_ids, const Tensor& running) {
+  constexpr auto op = "token_log_likelihood_chunk";
+  expect_sum_dtype(op, "logits", logits);
+  expect(op, "logits", logits, {-1, -1}, logits.scalar_type(), /*free_row_stride=*/true);
+  expect(op, "target_ids", target_ids, {logits.size(0)}, ScalarType::Long);
+  expect(op, "running", running, {4, logits.size(0)}, logits.scalar_type());
+  expect_same_device(op, logits, {&target_ids, &running});
+  if (bias) {
+    expect(op, "bias", *bias, {logits.size(1)}, logits.scalar_type());
+    expect_same_device(op, logits, {&*bias});
+  }
+}
+
+inline void check_token_log_likelihood_chunk_backward(const Tensor& logits, const std::optional<Tensor>& bias,
+                                                      const Tensor& target_ids, const Tensor& lse, const Tensor& grad) {
+  constexpr auto op = "token_log_likelihood_chunk_backward";
+  expect_sum_dtype(op, "logits", logits);
+  expect(op, "logits", logits, {-1, -1}, logits.scalar_type(), /*free_row_stride=*/true);
+  expect(op, "target_ids", target_ids, {logits.size(0)}, ScalarType::Long);
+  expect(op, "lse", lse, {logits.size(0)}, logits.scalar_type());
+  expect(op, "grad", grad, {logits.size(0)}, logits.scalar_type());
+  expect_same_device(op, logits, {&target_ids, &lse, &grad});
+  if (bias) {
+    expect(op, "bias", *bias, {logits.size(1)}, logits.scalar_type());
+    expect_same_device(op, logits, {&*bias});
+  }
+}
+
+}  // namespace qpeft

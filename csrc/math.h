@@ -1,0 +1,52 @@
+// Scalar algebra shared by the CPU and the CUDA kernels. No torch here: .cu files include it.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define QPEFT_HD __host__ __device__ __forceinline__
+#else
+#define QPEFT_HD inline
+#endif
+
+namespace qpeft {
+
+// log(sum(exp(x))) of a stream. value() = max + log(sum); merge() is associative, so a row may be split anywhere.
+template <typename T>
+struct LogSumExp {
+  T max = -INFINITY, sum = 0;
+
+  QPEFT_HD void merge(LogSumExp other) {
+    const T m = other.max > max ? other.max : max;
+    if (m == -INFINITY) return;  // both empty: exp(-inf - -inf) would be NaN
+    sum = sum * std::exp(max - m) + other.sum * std::exp(other.max - m);
+    max = m;
+  }
+  QPEFT_HD T value() const { return max + std::log(sum); }
+};
+
+// A candidate of a top-k or an arg-max, in total order: NaN first (it must be seen), then the larger score, then the
+// smaller position.
+template <typename T>
+struct Candidate {
+  T score;
+  int32_t position;
+
+  QPEFT_HD bool before(Candidate other) const {
+    const bool nan = score != score, other_nan = other.score != other.score;
+    if (nan != other_nan) return nan;
+    if (!nan && score != other.score) return score > other.score;
+    return position < other.position;
+  }
+};
+
+// z = cap * tanh(u / cap), and dz/du written with z alone, so that a backward needs no second tanh.
+template <typename T>
+struct SoftCap {
+  T cap;  // 0 = none
+
+  QPEFT_HD T operator()(T u) const { return cap == 0 ? u : cap * std::tanh(u / cap); }
+  QPEFT_HD T slope(T z) const { return cap == 0 ? T(1) : 1 - (z / cap) * (z / cap); }
+};
+
+}  // namespace qpeft

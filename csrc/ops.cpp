@@ -1,0 +1,115 @@
+// Every schema of qpeft_ext, once. Implementations register themselves: cpu/<op>.cpp, cuda/<op>.cpp.
+//
+// Letters: B query-document pairs, Q queries, T query tokens, S document tokens, K clues, D hidden size, H heads, V table
+// rows, N likelihood rows; inside an operator G groups of pairs, U distinct rows of all groups, R = T * H, P pairs of one
+// block, C words of one vocabulary chunk.
+//
+// Two kinds of operators:
+//  * what users call (first block). Implemented in Python (qpeft_ext/ops/<op>.py) for both devices at once: loops over
+//    blocks of rows, pairs or words, with the GEMMs of torch between the primitives.
+//  * primitives (the rest): what differs by device. They have no autograd of their own, check only what memory safety needs
+//    (checks.h), and write into buffers of the caller where they are called per block.
+//
+// "Compute dtype" below: on the CPU float32 (float64 when the table is float64); on CUDA float32 for everything that is
+// summed, while gathered rows keep the table's dtype (the GEMM there takes bf16/fp16 and returns float32: aten::mm.dtype).
+// All tensors of a primitive are contiguous unless a stride is named. Sizes of zero are legal everywhere and do nothing.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(qpeft_ext, m) {
+  // ---- operators -------------------------------------------------------------------------------------------------------
+  m.def(
+      "similarity_topk(Tensor query_embeds, Tensor query_mask, Tensor table, Tensor document_ids, Tensor document_mask, "
+      "Tensor query_index, SymInt k, str metric) -> (Tensor scores, Tensor clue_ids, Tensor query_positions)");
+  m.def(
+      "similarity_topk_backward(Tensor grad_scores, Tensor scores, Tensor clue_ids, Tensor query_positions, "
+      "Tensor query_embeds, Tensor table, Tensor query_index, str metric, bool want_table) "
+      "-> (Tensor grad_query_embeds, Tensor grad_table)");
+  m.def(
+      "clue_attention(Tensor query_embeds, Tensor query_mask, Tensor table, Tensor document_ids, Tensor document_mask, "
+      "Tensor query_index, Tensor w_q, Tensor w_k, Tensor w_v, Tensor w_o, Tensor? b_q, Tensor? b_k, Tensor? b_v, "
+      "Tensor? b_o, SymInt num_heads) -> Tensor");
+  // The middle of clue_attention, between the projections of the query and of the output:
+  //   absorbed [Q, T, H, D] (query head times W_k of the head, scaled) -> heads [B, T, D] (contexts times W_v, concatenated)
+  m.def(
+      "clue_attention_heads(Tensor absorbed, Tensor table, Tensor document_ids, Tensor document_mask, Tensor query_index, "
+      "Tensor w_v) -> Tensor");
+  m.def(
+      "clue_attention_heads_backward(Tensor grad_heads, Tensor absorbed, Tensor table, Tensor document_ids, "
+      "Tensor document_mask, Tensor query_index, Tensor w_v, bool want_table) "
+      "-> (Tensor grad_absorbed, Tensor grad_w_v, Tensor grad_table)");
+  m.def(
+      "token_log_likelihood(Tensor hidden, Tensor lm_head, Tensor target_ids, Tensor? bias, float? soft_cap, "
+      "float logit_scale, SymInt chunk_bytes, bool want_expectation) -> (Tensor log_p, Tensor lse, Tensor expectation)");
+  m.def(
+      "token_log_likelihood_backward(Tensor grad_log_p, Tensor lse, Tensor hidden, Tensor lm_head, Tensor target_ids, "
+      "Tensor? bias, float? soft_cap, float logit_scale, SymInt chunk_bytes) -> (Tensor grad_lm_head, Tensor grad_bias)");
+
+  // ---- primitives: document rows (shared by similarity_topk and clue_attention) -----------------------------------------
+  // The distinct ids of each group of pairs, and of each document.
+  //   document_ids [B, S] i64, document_mask [B, S] bool, group_index [B] i64 in [0, G); num_groups = G, num_rows = V
+  //   rows         [U] i64   distinct ids, group after group; inside a group each id once, in any deterministic order
+  //   row_offsets  [G + 1] i64, on the CPU also for CUDA inputs: rows of group g are rows[row_offsets[g] : row_offsets[g+1]]
+  //   ids          [B, S] i64  the document's distinct ids in the order of their *first* unmasked position; -1 after the last
+  //   slots        [B, S] i32  where in `rows` (of the pair's group) the id of the same place lies; -1 after the last
+  //   counts       [B, S] i32  how many unmasked positions hold that id; 0 after the last
+  //   lengths      [B] i64, on the CPU: number of distinct ids of the document
+  // Ids under a False mask are never used, whatever they are (-1, V + 5). An id outside [0, V) under a True mask: the CPU
+  // raises, CUDA traps. U and lengths depend on the data: CUDA synchronises once here, and nothing after it does.
+  m.def(
+      "document_rows_distinct(Tensor document_ids, Tensor document_mask, Tensor group_index, SymInt num_groups, "
+      "SymInt num_rows) -> (Tensor rows, Tensor row_offsets, Tensor ids, Tensor slots, Tensor counts, Tensor lengths)");
+  // One pass over table rows: block[i] = table[rows[i]] (zeros where rows[i] == -1: padding), and on request
+  //   inverse_norms[i] = 1 / ||table[rows[i]]||, 0 for a zero row.
+  //   table [V, D], row stride free, last stride 1; rows [n] i64 in [-1, V); block [n, D], row stride free, last stride 1:
+  //   compute dtype on the CPU, the table's dtype on CUDA; inverse_norms [n] float32 (float64 for a float64 table)
+  m.def("document_rows_gather(Tensor table, Tensor rows, Tensor(a!) block, Tensor(b!)? inverse_norms) -> ()");
+
+  // ---- primitives: similarity_topk --------------------------------------------------------------------------------------
+  // Max over the tokens of each query. n rows of a block, M queries side by side:
+  //   similarity [n, M * T] float32/float64 = block @ queries^T; inverse_norms [n] same dtype (cosine) or None (dot);
+  //   query_mask [M, T] bool
+  //   best[m, i] = max over t with query_mask[m, t] of similarity[i, m * T + t] * inverse_norms[i]; query_positions[m, i] =
+  //   the smallest such t. best [M, n], query_positions [M, n] i32: views with a free row stride, last stride 1.
+  // NaN wins over every number, so that it is seen (the CPU orchestration raises, CUDA traps). A query without tokens: -inf, -1.
+  m.def(
+      "similarity_topk_reduce(Tensor similarity, Tensor? inverse_norms, Tensor query_mask, Tensor(a!) best, "
+      "Tensor(b!) query_positions) -> ()");
+  // The k best distinct ids of each document, larger score first, ties to the earlier place in `ids` (= first position).
+  //   best [M, U] float32/float64, best_positions [M, U] i32, best_row [B] i64 in [0, M): the row of `best` of each pair;
+  //   ids [B, S] i64 and slots [B, S] i32 as from document_rows_distinct (slots index columns of `best`)
+  //   -> scores [B, k] dtype of best, clue_ids [B, k] i64, query_positions [B, k] i64; padding -inf, -1, -1
+  m.def(
+      "similarity_topk_select(Tensor best, Tensor best_positions, Tensor best_row, Tensor ids, Tensor slots, SymInt k) "
+      "-> (Tensor scores, Tensor clue_ids, Tensor query_positions)");
+
+  // ---- primitives: clue_attention ---------------------------------------------------------------------------------------
+  // Softmax over the distinct tokens of each document, an id that occurs c times counting c times.
+  //   scores [U, R] float32/float64: one row per distinct id, R = T * H columns (softmax runs along ids, per column);
+  //   slots [P, n] i32, -1 = padding; counts [P, n] i32; first_slot: slots[p, j] - first_slot is the row of `scores`
+  //   weights[p, j, r] = counts[p, j] * exp(s - max) / sum over j of the same, s = scores[slots[p, j] - first_slot, r];
+  //   0 at padding. A document without tokens has only zeros. weights [P, n, R], dtype of scores.
+  m.def("clue_attention_softmax(Tensor scores, Tensor slots, Tensor counts, SymInt first_slot) -> Tensor");
+  // Its backward, summed over the P documents that share the rows of `scores`:
+  //   grad_scores[slots[p, j] - first_slot, r] += weights[p, j, r] * (grad_weights[p, j, r] - dot[p, r]),
+  //   dot[p, r] = sum over j of weights[p, j, r] * grad_weights[p, j, r]. Padding adds nothing. Order of p fixed (deterministic).
+  // Also writes the addend over grad_weights (the gradient to the table needs it per document).
+  m.def(
+      "clue_attention_softmax_backward(Tensor weights, Tensor(a!) grad_weights, Tensor slots, SymInt first_slot, "
+      "Tensor(b!) grad_scores) -> ()");
+
+  // ---- primitives: token_log_likelihood ---------------------------------------------------------------------------------
+  // With u = logit_scale * x + bias[c] and z = soft_cap * tanh(u / soft_cap) (z = u without a cap), dz/du = 1 - (z/soft_cap)^2.
+  // One chunk of C words, numbers first .. first + C - 1 of the vocabulary, into the running state of each row.
+  //   logits x [N, C] float32/float64, row stride free, last stride 1; bias [C] same dtype, or None; target_ids [N] i64
+  //   running [4, N] same dtype: max of z, sum of exp(z - max), z of the target, and (output only) the factor
+  //   exp(max before - max after) by which the caller rescales its own sums. Starts as (-inf, 0, -inf, any).
+  //   keep_probabilities: logits become exp(z - max after) * dz/du; otherwise they are left as they are or destroyed.
+  m.def(
+      "token_log_likelihood_chunk(Tensor(a!) logits, Tensor? bias, Tensor target_ids, SymInt first, float logit_scale, "
+      "float? soft_cap, Tensor(b!) running, bool keep_probabilities) -> ()");
+  // Gradient of sum_n grad[n] * log_p[n] with respect to u, written over logits x of the chunk; lse, grad [N] same dtype:
+  //   grad_u[n, c] = grad[n] * ([target_ids[n] == first + c] - exp(z - lse[n])) * dz/du;  0 where grad[n] == 0
+  m.def(
+      "token_log_likelihood_chunk_backward(Tensor(a!) logits, Tensor? bias, Tensor target_ids, SymInt first, "
+      "float logit_scale, float? soft_cap, Tensor lse, Tensor grad) -> ()");
+}
