@@ -1,0 +1,287 @@
+"""Measures by their `ir_measures` names, paired tests between systems, tables that compare them, and fusion.
+
+A query of the qrels that a run does not hold counts as 0, and every result says over how many queries it averages.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .formats.trec import Qrels, Run, decreasing_scores
+
+DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
+TESTS = ("t-test", "permutation")
+_EVAL_EXTRA = "evaluation needs the packages ir_measures and scipy: pip install qpeft_ext[eval]"
+
+
+@dataclass
+class Evaluation:
+    """Quality of one run.
+
+    means: measure -> mean over the queries of the qrels.  per_query: measure -> query_id -> value.
+    num_queries: how many the means are over.  num_missing: those of them that the run has no candidates for (they
+    count as 0).  num_unjudged: queries of the run that are not in the qrels (they do not count).
+    """
+
+    means: dict[str, float]
+    per_query: dict[str, dict[str, float]]
+    num_queries: int
+    num_missing: int
+    num_unjudged: int
+
+
+def evaluate(
+    run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES, *, ignore_identical_ids: bool = False
+) -> Evaluation:
+    """Evaluate a run.
+
+    The order of each ranking is what counts: equal scores stay in the order they come in (see `decreasing_scores`),
+    so a run in memory and the file that `write_run` makes of it have the same values.
+
+    Args:
+        run: query_id -> [(doc_id, score)], best first.
+        measures: names such as "nDCG@10", "RR@10", "AP", "R@100", "Success@5".
+        ignore_identical_ids: leave out a document whose id is that of the query (ArguAna, Quora).
+    Raises: ImportError without ir_measures; ValueError for an unknown measure, or if no query is in both.
+    """
+    parsed = parse_measures(measures)
+    import ir_measures
+
+    if not qrels:
+        raise ValueError("evaluate: the qrels are empty")
+    if not run.keys() & qrels.keys():
+        raise ValueError(f"evaluate: no query of the run is in the qrels (run: {next(iter(run), None)!r}, ...; "
+                         f"qrels: {next(iter(qrels))!r}, ...); the files do not belong together")
+    scored: dict[str, dict[str, float]] = {}
+    for query_id in qrels:
+        ranking = [(d, s) for d, s in run.get(query_id, ()) if not (ignore_identical_ids and d == query_id)]
+        if ranking:
+            try:
+                scores = decreasing_scores([score for _, score in ranking])
+            except ValueError as error:
+                raise ValueError(f"evaluate: query {query_id!r}: {error}") from None
+            scored[query_id] = {doc_id: score for (doc_id, _), score in zip(ranking, scores, strict=True)}
+    per_query = {name: dict.fromkeys(qrels, 0.0) for name in parsed}
+    names = {measure: name for name, measure in parsed.items()}
+    for value in ir_measures.iter_calc(list(parsed.values()), qrels, scored):
+        per_query[names[value.measure]][value.query_id] = float(value.value)
+    return Evaluation(
+        means={name: statistics.fmean(values.values()) for name, values in per_query.items()},
+        per_query=per_query,
+        num_queries=len(qrels),
+        num_missing=len(qrels) - len(scored),
+        num_unjudged=len(run.keys() - qrels.keys()),
+    )
+
+
+def parse_measures(names: Sequence[str]) -> dict[str, Any]:
+    """``ir_measures`` objects by the names they were asked for. Raises: ImportError, or ValueError for a bad name."""
+    try:
+        import ir_measures
+    except ImportError:
+        raise ImportError(_EVAL_EXTRA) from None
+    if not names:
+        raise ValueError("evaluate: expected at least one measure, such as nDCG@10")
+    parsed: dict[str, Any] = {}
+    for name in names:
+        try:
+            measure = ir_measures.parse_measure(name)
+            supported = ir_measures.DefaultPipeline.supports(measure)
+        except (ValueError, NameError, SyntaxError, TypeError, AttributeError, KeyError, AssertionError):
+            supported = False
+        if not supported:
+            raise ValueError(f"unknown measure {name!r}; expected ir_measures names such as nDCG@10, RR@10, AP@100, "
+                             f"R@100, P@5, Success@5")
+        parsed.setdefault(name, measure)
+    return parsed
+
+
+def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: str = "t-test", seed: int = 0) -> float:
+    """Two-sided p-value of the paired difference between two systems over the same queries.
+
+    Args:
+        first, second: query_id -> value, same queries.
+        test: "t-test" (`scipy.stats.ttest_rel`) or "permutation" (signs of the differences, 9,999 draws or all).
+    Returns: p; 1.0 if no query differs, NaN with fewer than two queries.
+    """
+    if test not in TESTS:
+        raise ValueError(f"paired_test: test must be one of {', '.join(TESTS)}, got {test!r}")
+    if first.keys() != second.keys():
+        raise ValueError(f"paired_test: both systems need the same queries, got {len(first)} and {len(second)}, "
+                         f"{len(first.keys() & second.keys())} in common")
+    difference = np.array([first[query_id] - second[query_id] for query_id in first])
+    if len(difference) < 2:
+        return float("nan")
+    if not difference.any():
+        return 1.0
+    if np.ptp(difference) == 0 and test == "t-test":
+        return 0.0  # the same difference on every query: no variance to test against
+    try:
+        from scipy import stats
+    except ImportError:
+        raise ImportError(_EVAL_EXTRA) from None
+    if test == "t-test":
+        return float(stats.ttest_1samp(difference, 0.0).pvalue)  # ttest_rel is this test on the difference
+    result = stats.permutation_test((difference,), np.mean, permutation_type="samples", vectorized=True,
+                                    n_resamples=9999, rng=np.random.default_rng(seed))
+    return float(result.pvalue)
+
+
+@dataclass
+class System:
+    """One row of a `ComparisonTable`; ``difference`` and ``p_value`` (against the baseline) are empty for it."""
+
+    name: str
+    values: dict[str, float]
+    difference: dict[str, float] = field(default_factory=dict)
+    p_value: dict[str, float] = field(default_factory=dict)
+    num_missing: int = 0
+    num_unjudged: int = 0
+
+
+@dataclass
+class ComparisonTable:
+    """Systems over the same queries, each against the baseline. ``render`` shows it, ``to_dict`` is for JSON."""
+
+    measures: list[str]
+    baseline: str
+    test: str
+    num_queries: int
+    systems: list[System]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; a p-value that does not exist (fewer than two queries) is None."""
+        result = asdict(self)
+        for system in result["systems"]:
+            system["p_value"] = {name: None if p != p else p for name, p in system["p_value"].items()}
+        return result
+
+    def notes(self) -> list[str]:
+        """What a reader must know beside the numbers, one sentence each."""
+        lines = [f"{self.num_queries} queries; difference to {self.baseline} and two-sided p-value, "
+                 f"paired {'t-test' if self.test == 't-test' else 'permutation test'}"]
+        for system in self.systems:
+            if system.num_missing:
+                lines.append(f"{system.name}: no candidates for {system.num_missing} queries; they count as 0")
+            if system.num_unjudged:
+                lines.append(f"{system.name}: {system.num_unjudged} queries are not in the qrels and do not count")
+        return lines
+
+    def render(self, title: str | None = None):
+        """A `rich.table.Table`, one column per measure."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, caption="\n".join(self.notes()), caption_justify="left", title_justify="left",
+                      pad_edge=False)
+        table.add_column("system")
+        for measure in self.measures:
+            table.add_column(measure, justify="right", no_wrap=True)
+        best = {m: max(system.values[m] for system in self.systems) for m in self.measures}
+        for system in self.systems:
+            cells = []
+            for measure in self.measures:
+                value = system.values[measure]
+                cell = Text(f"{value:.4f}", style="bold" if value == best[measure] else "")
+                if system.difference:
+                    cell.append(f"\n{system.difference[measure]:+.4f}", style="not bold")
+                    cell.append(f"\n{format_p(system.p_value[measure])}", style="not bold dim")
+                cells.append(cell)
+            table.add_row(Text(system.name), *cells)
+        return table
+
+
+def compare_table(
+    runs: Mapping[str, Run], qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES, baseline: str | None = None, *,
+    test: str = "t-test", ignore_identical_ids: bool = False,
+) -> ComparisonTable:
+    """Evaluate several runs and compare each with the baseline, query by query.
+
+    Args:
+        runs: name of the system -> run, in the order of the table.
+        baseline: a name of ``runs``; None: the first one.
+        test: see `paired_test`.
+    """
+    if not runs:
+        raise ValueError("compare_table: expected at least one run")
+    baseline = next(iter(runs)) if baseline is None else baseline
+    if baseline not in runs:
+        raise ValueError(f"compare_table: the baseline {baseline!r} is not among the runs {', '.join(runs)}")
+    results = {name: evaluate(run, qrels, measures, ignore_identical_ids=ignore_identical_ids)
+               for name, run in runs.items()}
+    base = results[baseline]
+    systems = []
+    for name, result in results.items():
+        system = System(name, result.means, num_missing=result.num_missing, num_unjudged=result.num_unjudged)
+        if name != baseline:
+            for measure in result.means:
+                system.difference[measure] = result.means[measure] - base.means[measure]
+                system.p_value[measure] = paired_test(result.per_query[measure], base.per_query[measure], test)
+        systems.append(system)
+    return ComparisonTable(list(base.means), baseline, test, base.num_queries, systems)
+
+
+def format_p(p: float) -> str:
+    """A p-value as a table shows it."""
+    return "p –" if p != p else "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1)
+
+
+def fuse(runs: Sequence[Run], weights: Sequence[float] | None = None, normalization: str = "min_max") -> Run:
+    """Weighted sum of normalised scores, query by query.
+
+    Args:
+        weights: one per run; None: all 1.
+        normalization: "min_max" (0 to 1 within a query) or "z_score". A document that a run lacks gets that run's
+            lowest normalised score of the query; where a run has one score for everything, all get 0.
+    Returns: a run over the union of queries and documents; equal sums in the order of the first run.
+    """
+    weights = [1.0] * len(runs) if weights is None else list(weights)
+    if not runs or len(weights) != len(runs) or not np.isfinite(weights).all():
+        raise ValueError(f"fuse: expected one finite weight per run, got {len(runs)} runs and weights {weights}")
+    if normalization not in ("min_max", "z_score"):
+        raise ValueError(f"fuse: normalization must be min_max or z_score, got {normalization!r}")
+
+    def add(ranking: Sequence[tuple[str, float]], weight: float, sums: dict[str, float]) -> None:
+        scores = np.array([score for _, score in ranking], dtype=np.float64)
+        if not np.isfinite(scores).all():
+            raise ValueError("fuse: scores must be finite")
+        low, spread = (scores.min(), np.ptp(scores)) if normalization == "min_max" else (scores.mean(), scores.std())
+        normalised = (scores - low) / spread if spread > 0 else np.zeros_like(scores)
+        given = dict(zip((doc_id for doc_id, _ in ranking), normalised.tolist(), strict=True))
+        lowest = float(normalised.min())
+        for doc_id in sums:
+            sums[doc_id] += weight * given.get(doc_id, lowest)
+
+    return _combine(runs, weights, add)
+
+
+def reciprocal_rank_fusion(runs: Sequence[Run], k: int = 60, weights: Sequence[float] | None = None) -> Run:
+    """Sum of weight / (k + rank) over the runs (Cormack et al. 2009); a document that a run lacks gets nothing from it."""
+    weights = [1.0] * len(runs) if weights is None else list(weights)
+    if not runs or len(weights) != len(runs) or k < 0:
+        raise ValueError(f"reciprocal_rank_fusion: expected one weight per run and k >= 0, got {len(runs)} runs, "
+                         f"weights {weights}, k {k}")
+
+    def add(ranking: Sequence[tuple[str, float]], weight: float, sums: dict[str, float]) -> None:
+        for rank, (doc_id, _) in enumerate(ranking, start=1):
+            sums[doc_id] += weight / (k + rank)
+
+    return _combine(runs, weights, add)
+
+
+def _combine(runs: Sequence[Run], weights: Sequence[float], add) -> Run:
+    """Per query: ``add`` each ranking to the sums of all its documents, then sort."""
+    fused: Run = {}
+    for query_id in dict.fromkeys(query_id for run in runs for query_id in run):
+        rankings = [run.get(query_id, []) for run in runs]
+        sums = dict.fromkeys((doc_id for ranking in rankings for doc_id, _ in ranking), 0.0)
+        for ranking, weight in zip(rankings, weights, strict=True):
+            if ranking:
+                add(ranking, weight, sums)
+        fused[query_id] = sorted(sums.items(), key=lambda item: -item[1])  # stable
+    return fused

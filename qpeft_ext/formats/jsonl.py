@@ -1,0 +1,147 @@
+"""Training examples, one JSON object per line: {"query", "positives", "negatives"} (and "query_id", if there is one).
+
+A document is a text, or an object with "text" and, if wanted, "id" and "title".
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .io import AtomicWriter, Path_, line_error, parse_object, read_lines, require_text, shorten
+from .trec import Qrels, Run
+
+Example = dict[str, Any]
+
+
+def read_examples(path: Path_) -> list[Example]:
+    """Read training examples. "negatives" may be missing: other queries' documents can serve.
+
+    Returns: the objects of the file, with "negatives" always there; further keys are kept.
+    Raises: ValueError naming file and line.
+    """
+    examples = []
+    for number, text in read_lines(path, "training examples (jsonl)"):
+        example = parse_object(path, number, text)
+        require_text(path, number, example, "query")
+        example.setdefault("negatives", [])
+        for key in ("positives", "negatives"):
+            _check_documents(path, number, example, key)
+        if not example["positives"]:
+            raise line_error(path, number, "'positives' is empty; expected at least one document")
+        examples.append(example)
+    if not examples:
+        raise ValueError(f'{path}: no training examples; expected lines {{"query", "positives", "negatives"}}')
+    return examples
+
+
+def write_examples(path: Path_, examples: Iterable[Example]) -> int:
+    """Write training examples, plain or .gz, as a whole or not at all. Returns: how many."""
+    count = 0
+    with AtomicWriter(path) as file:
+        for example in examples:
+            file.write((json.dumps(example, ensure_ascii=False) + "\n").encode("utf-8"))
+            count += 1
+    return count
+
+
+@dataclass
+class ExampleCounts:
+    """What became of the queries of the qrels in `training_examples`.
+
+    examples: queries that became an example.  without_relevant: had no relevant document in the qrels.
+    without_candidates: were not in the run (their examples have no negatives).
+    missing_positives: relevant documents that the corpus does not hold.
+    without_positives: queries left out because it holds none of theirs.
+    fewer_negatives: examples with fewer negatives than asked for, those without candidates included.
+    """
+
+    examples: int = 0
+    without_relevant: int = 0
+    without_candidates: int = 0
+    missing_positives: int = 0
+    without_positives: int = 0
+    fewer_negatives: int = 0
+
+    def __str__(self) -> str:
+        notes = [
+            (self.without_relevant, "queries without a relevant document left out"),
+            (self.without_positives, "queries left out because the corpus holds none of their relevant documents"),
+            (self.missing_positives, "relevant documents are not in the corpus"),
+            (self.without_candidates, "queries are not in the run"),
+            (self.fewer_negatives, "examples have fewer negatives than asked for"),
+        ]
+        return "; ".join([f"{self.examples} training examples"] + [f"{n} {what}" for n, what in notes if n])
+
+
+def training_examples(
+    queries: Mapping[str, str], qrels: Qrels, run: Run | None, corpus: Mapping[str, dict], *,
+    num_negatives: int = 11, depth: int = 40, min_relevance: int = 1, seed: int = 0,
+) -> tuple[list[Example], ExampleCounts]:
+    """One training example per query: its relevant documents, and negatives from the top of a run.
+
+    The defaults are the shape for the listwise loss: the positive and 11 of the first stage's top 40.
+
+    Args:
+        run: a first stage; the negatives are drawn from its ``depth`` best candidates that are not relevant, without
+            replacement, by a generator that depends on ``seed`` and the query alone. None: no negatives.
+        min_relevance: from which judgement on a document is relevant. What lies below, or is unjudged, is a negative.
+    Returns: examples in the order of the qrels, each {"query_id", "query", "positives", "negatives"} with documents
+        from the corpus, best first; and `ExampleCounts`.
+    Raises: ValueError if a query or a candidate is unknown, or if no example comes out.
+    """
+    if num_negatives < 0 or depth < 1:
+        raise ValueError(f"num_negatives must be at least 0 and depth at least 1, got {num_negatives} and {depth}")
+    examples, counts = [], ExampleCounts()
+    for query_id, judged in qrels.items():
+        relevant = {doc_id: grade for doc_id, grade in judged.items() if grade >= min_relevance}
+        if not relevant:
+            counts.without_relevant += 1
+            continue
+        if query_id not in queries:
+            raise ValueError(f"query {query_id!r} is in the qrels but not in the queries; the files do not belong together")
+        positives = [doc_id for doc_id in sorted(relevant, key=lambda d: -relevant[d]) if doc_id in corpus]
+        counts.missing_positives += len(relevant) - len(positives)
+        if not positives:
+            counts.without_positives += 1
+            continue
+        candidates = [doc_id for doc_id, _ in (run or {}).get(query_id, []) if doc_id not in relevant][:depth]
+        counts.without_candidates += run is not None and query_id not in run
+        chosen = sorted(random.Random(f"{seed} {query_id}").sample(range(len(candidates)),
+                                                                   min(num_negatives, len(candidates))))
+        counts.fewer_negatives += run is not None and len(chosen) < num_negatives
+        negatives = [candidates[i] for i in chosen]
+        for doc_id in negatives:
+            if doc_id not in corpus:
+                raise ValueError(f"document {doc_id!r} of query {query_id!r} is in the run but not in the corpus; "
+                                 f"the run belongs to another corpus")
+        examples.append({
+            "query_id": query_id, "query": queries[query_id],
+            "positives": [_document(corpus, d) for d in positives], "negatives": [_document(corpus, d) for d in negatives],
+        })
+    counts.examples = len(examples)
+    if not examples:
+        raise ValueError(f"the qrels give no training example ({counts}); check that qrels, queries and corpus belong together")
+    return examples, counts
+
+
+def _document(corpus: Mapping[str, dict], doc_id: str) -> dict[str, str]:
+    document = corpus[doc_id]
+    return {"id": doc_id, "title": document.get("title", ""), "text": document["text"]}
+
+
+def _check_documents(path: Path_, number: int, example: Example, key: str) -> None:
+    documents = example.get(key)
+    if not isinstance(documents, list):
+        raise line_error(path, number, f"expected a list of documents under {key!r}, got "
+                                       f"{shorten(documents) if key in example else 'no such key'}")
+    for document in documents:
+        record = {"text": document} if isinstance(document, str) else document
+        if not isinstance(record, dict):
+            raise line_error(path, number, f"expected a text or an object with 'text' in {key!r}, got {shorten(document)}")
+        require_text(path, number, record, "text", empty=True)
+        if record.get("title") is not None:
+            require_text(path, number, record, "title", empty=True)

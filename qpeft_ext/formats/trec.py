@@ -1,0 +1,193 @@
+"""TREC runs (``query_id Q0 doc_id rank score tag``) and qrels (``query_id 0 doc_id relevance``), plain or .gz."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from .io import AtomicWriter, Path_, line_error, read_lines, shorten
+
+Run = dict[str, list[tuple[str, float]]]  # query_id -> (doc_id, score), best first
+Qrels = dict[str, dict[str, int]]  # query_id -> doc_id -> relevance
+
+_SPACE = re.compile(r"[ \t\n\r\f\v]+")  # what trec_eval calls space; other blanks may be part of an id
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_LOWEST = np.float32(-np.inf)
+
+
+def read_run(path: Path_) -> Run:
+    """Read a TREC run.
+
+    Candidates are ordered as trec_eval orders them, by score; where scores are equal, by the rank column and then
+    by doc_id. Any first rank and any tag will do.
+
+    Returns: query_id -> [(doc_id, score), ...], best first; queries in the order of the file.
+    Raises: ValueError naming file and line.
+    """
+    rows: dict[str, dict[str, tuple[float, int]]] = {}
+    for number, text in read_lines(path, "a TREC run"):
+        columns = _columns(path, number, text, 6, "query_id Q0 doc_id rank score tag")
+        query_id, _, doc_id, rank, score, _ = columns
+        candidates = rows.setdefault(query_id, {})
+        if doc_id in candidates:
+            raise line_error(path, number, f"document {doc_id!r} occurs twice for query {query_id!r}; remove one line")
+        candidates[doc_id] = (_score(path, number, score), _integer(path, number, "rank", rank))
+    if not rows:
+        raise ValueError(f"{path}: the run is empty; expected lines 'query_id Q0 doc_id rank score tag'")
+    return {
+        query_id: [(doc_id, score) for doc_id, (score, _) in
+                   sorted(candidates.items(), key=lambda item: (-item[1][0], item[1][1], item[0]))]
+        for query_id, candidates in rows.items()
+    }
+
+
+def read_qrels(path: Path_) -> Qrels:
+    """Read TREC qrels: query_id -> doc_id -> relevance. Raises: ValueError naming file and line."""
+    qrels: Qrels = {}
+    for number, text in read_lines(path, "TREC qrels"):
+        query_id, _, doc_id, relevance = _columns(path, number, text, 4, "query_id 0 doc_id relevance")
+        add_judgement(qrels, path, number, query_id, doc_id, relevance)
+    if not qrels:
+        raise ValueError(f"{path}: the qrels are empty; expected lines 'query_id 0 doc_id relevance'")
+    return qrels
+
+
+def add_judgement(qrels: Qrels, path: Path_, number: int, query_id: str, doc_id: str, relevance: str) -> None:
+    """Add one line of a qrels file of any format."""
+    judged = qrels.setdefault(query_id, {})
+    if doc_id in judged:
+        raise line_error(path, number, f"document {doc_id!r} is judged twice for query {query_id!r}; remove one line")
+    judged[doc_id] = _integer(path, number, "relevance", relevance)
+
+
+def decreasing_scores(scores: Sequence[float]) -> list[float]:
+    """Scores of a ranking, best first, lowered where needed so that they strictly decrease *as float32*.
+
+    trec_eval reads floats and orders equal ones by doc_id, so two scores that differ only in float64 would come
+    back in another order than they were written.
+
+    Raises: ValueError if a score is not finite as float32, or is larger than the one before it.
+    """
+    lowered: list[float] = []
+    last: np.float32 | None = None
+    for rank, score in enumerate(scores, start=1):
+        with np.errstate(over="ignore"):
+            value = np.float32(score)
+        if not np.isfinite(value):
+            raise ValueError(f"the score at rank {rank} is {score}, which is not a finite float32")
+        if rank > 1 and score > scores[rank - 2]:
+            raise ValueError(f"the score at rank {rank}, {score}, is larger than the one before it, {scores[rank - 2]}")
+        if last is not None and value >= last:
+            value = np.nextafter(last, _LOWEST)
+            if not np.isfinite(value):
+                raise ValueError(f"the score at rank {rank} cannot be lowered to a finite float32 any more")
+        lowered.append(float(value))
+        last = value
+    return lowered
+
+
+class RunWriter:
+    """Writes a TREC run query by query; the file appears under its name when it is complete, or never.
+
+        with RunWriter("run.trec") as writer:
+            for query_id, ranking in rankings:
+                writer.add(query_id, ranking)
+
+    Args:
+        path: plain, or .gz by its name.
+        tag: last column, the name of the system.
+    """
+
+    def __init__(self, path: Path_, tag: str = "qpeft_ext") -> None:
+        _check_id("the tag", tag)
+        self.tag = tag
+        self.num_lines = 0
+        self._queries: set[str] = set()
+        self._file = AtomicWriter(path)
+
+    def add(self, query_id: str, ranking: Iterable[tuple[str, float]]) -> int:
+        """Append one query.
+
+        Args:
+            ranking: (doc_id, score); sorted here by score, equal scores keep the order they come in.
+        Returns: how many lines were written; an empty ranking writes none.
+        Raises: ValueError for a repeated query or document, an id with white space, a score that is not finite.
+        """
+        _check_id("query_id", query_id)
+        if query_id in self._queries:
+            raise ValueError(f"query {query_id!r} is already in the run; write each query once")
+        ranking = list(ranking)
+        for doc_id, score in ranking:
+            _check_id("doc_id", doc_id)
+            if not math.isfinite(score):
+                raise ValueError(f"query {query_id!r}, document {doc_id!r}: the score is {score}; scores must be finite")
+        if len({doc_id for doc_id, _ in ranking}) < len(ranking):
+            twice = next(d for i, (d, _) in enumerate(ranking) if d in {e for e, _ in ranking[:i]})
+            raise ValueError(f"document {twice!r} occurs twice for query {query_id!r}; rank each document once")
+        ranking.sort(key=lambda candidate: -candidate[1])  # stable
+        try:
+            scores = decreasing_scores([score for _, score in ranking])
+        except ValueError as error:
+            raise ValueError(f"query {query_id!r}: {error}") from None
+        self._file.write("".join(
+            f"{query_id} Q0 {doc_id} {rank} {np.float32(score)!s} {self.tag}\n"
+            for rank, ((doc_id, _), score) in enumerate(zip(ranking, scores, strict=True), start=1)
+        ).encode("utf-8"))
+        self._queries.add(query_id)
+        self.num_lines += len(ranking)
+        return len(ranking)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._file.__exit__(kind, error, trace)
+
+
+def write_run(path: Path_, run: Mapping[str, Iterable[tuple[str, float]]], tag: str = "qpeft_ext") -> int:
+    """Write a whole run, as `RunWriter` does. Returns: the number of lines."""
+    with RunWriter(path, tag) as writer:
+        for query_id, ranking in run.items():
+            writer.add(query_id, ranking)
+    return writer.num_lines
+
+
+def find_line(path: Path_, query_id: str, doc_id: str | None = None) -> int | None:
+    """The line of a run that names ``query_id`` (and ``doc_id``); only for error messages."""
+    for number, text in read_lines(path):
+        columns = _SPACE.split(text.strip(" \t\r\n\f\v"))
+        if columns[0] == query_id and (doc_id is None or columns[2] == doc_id):
+            return number
+    return None
+
+
+def _columns(path: Path_, number: int, text: str, count: int, names: str) -> list[str]:
+    columns = _SPACE.split(text.strip(" \t\r\n\f\v"))
+    if len(columns) != count:
+        raise line_error(path, number, f"expected {count} columns '{names}', got {len(columns)}: {shorten(text)}")
+    return columns
+
+
+def _integer(path: Path_, number: int, name: str, text: str) -> int:
+    if not _INTEGER.fullmatch(text):
+        raise line_error(path, number, f"expected a whole number as {name}, got {shorten(text)}")
+    return int(text)
+
+
+def _score(path: Path_, number: int, text: str) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = math.nan
+    with np.errstate(over="ignore"):
+        if "_" in text or not np.isfinite(np.float32(score)):
+            raise line_error(path, number, f"expected a finite number as score, got {shorten(text)}")
+    return score
+
+
+def _check_id(name: str, value: str) -> None:
+    if not isinstance(value, str) or not value or _SPACE.search(value):
+        raise ValueError(f"{name} must be text without white space in a TREC run, got {value!r}")
