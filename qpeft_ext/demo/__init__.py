@@ -1,0 +1,1 @@
+"""The demo: search in your own Python environment, with a small base LM that the project trains itself."""
