@@ -30,7 +30,9 @@ def save_adapter(model, folder: str | Path) -> None:
     from . import __version__
 
     folder = Path(folder)
-    state = {} if model.clues is None else {k: v.detach().cpu().contiguous() for k, v in model.clues.state_dict().items()}
+    state = (
+        {} if model.clues is None else {k: v.detach().cpu().contiguous() for k, v in model.clues.state_dict().items()}
+    )
     _expect_finite(state, f"the adapter for {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,21 +108,27 @@ def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
         return
     for name in ("model_type", "vocab_size", "hidden_size"):
         if expected.get(name) != got[name]:
-            raise ValueError(f"{folder}: the adapter was trained on an LM with {name} {expected.get(name)}, "
-                             f"this one has {got[name]}; load its own base LM, {config.base_model_name_or_path}")
+            raise ValueError(
+                f"{folder}: the adapter was trained on an LM with {name} {expected.get(name)}, "
+                f"this one has {got[name]}; load its own base LM, {config.base_model_name_or_path}"
+            )
     # other entries than rounding to half precision explains: another LM of the same shape
     ours, theirs = torch.tensor(got["embedding_probe"]), torch.tensor(expected["embedding_probe"])
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max())):
-        raise ValueError(f"{folder}: the adapter was trained on an LM with other weights than this "
-                         f"{got['model_type']}; load its own base LM, {config.base_model_name_or_path}")
+        raise ValueError(
+            f"{folder}: the adapter was trained on an LM with other weights than this "
+            f"{got['model_type']}; load its own base LM, {config.base_model_name_or_path}"
+        )
 
 
 def _load_state(path: Path, clues, state: dict) -> None:
     own = {} if clues is None else clues.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
-        raise ValueError(f"{path}: missing keys: {', '.join(missing) or 'none'}; unknown keys: "
-                         f"{', '.join(unknown) or 'none'}; save the adapter again")
+        raise ValueError(
+            f"{path}: missing keys: {', '.join(missing) or 'none'}; unknown keys: "
+            f"{', '.join(unknown) or 'none'}; save the adapter again"
+        )
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}, got {list(tensor.shape)}")
@@ -157,8 +165,9 @@ def _local(folder: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(f"there is no adapter folder {folder}, and the Hub did not give one "
-                                f"({' '.join(str(error).split())[:120]})") from None
+        raise FileNotFoundError(
+            f"there is no adapter folder {folder}, and the Hub did not give one ({' '.join(str(error).split())[:120]})"
+        ) from None
 
 
 def _replace(path: Path, write) -> None:
@@ -177,12 +186,29 @@ def _model_card(model, version: str) -> str:
     config = replace(model.qpeft_config, base_model=None)
     trainable, total = model.get_nb_trainable_parameters()
     base = config.base_model_name_or_path or "unknown"
-    card = ["---", "library_name: qpeft_ext", f"base_model: {base}", "tags: [reranking, q-peft]", "---", "",
-            "# Q-PEFT adapter", "",
-            f"Reranks documents by the log-likelihood that `{base}` gives the query after reading the document and its "
-            "clues.", "", "```python", "import qpeft_ext as qpeft", "",
-            'reranker = qpeft.Reranker.from_pretrained("this-folder")', 'reranker.rank("a query", ["a document", "another"])',
-            "```", "", f"Trainable parameters: {trainable:,} of {total:,}. Written by qpeft_ext {version}.", "",
-            "| option | value |", "|---|---|"]
+    card = [
+        "---",
+        "library_name: qpeft_ext",
+        f"base_model: {base}",
+        "tags: [reranking, q-peft]",
+        "---",
+        "",
+        "# Q-PEFT adapter",
+        "",
+        f"Reranks documents by the log-likelihood that `{base}` gives the query after reading the document and its "
+        "clues.",
+        "",
+        "```python",
+        "import qpeft_ext as qpeft",
+        "",
+        'reranker = qpeft.Reranker.from_pretrained("this-folder")',
+        'reranker.rank("a query", ["a document", "another"])',
+        "```",
+        "",
+        f"Trainable parameters: {trainable:,} of {total:,}. Written by qpeft_ext {version}.",
+        "",
+        "| option | value |",
+        "|---|---|",
+    ]
     card += [f"| {name} | {value} |" for name, value in config.to_dict().items() if value is not None]
     return "\n".join(card) + "\n"

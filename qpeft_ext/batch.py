@@ -123,8 +123,16 @@ def assemble_rows(
         return _long([row * width + place + i for row, place, count in spans for i in range(count)], device)
 
     positions = _long(starts, device)[:, None] + torch.arange(width, device=device)
-    return Rows(ids, mask.long(), positions, flat(slots), flat(before), _long(targets, device), _long(owners, device),
-                _long(places, device))
+    return Rows(
+        ids,
+        mask.long(),
+        positions,
+        flat(slots),
+        flat(before),
+        _long(targets, device),
+        _long(owners, device),
+        _long(places, device),
+    )
 
 
 def pad(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:

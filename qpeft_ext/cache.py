@@ -65,4 +65,5 @@ class DocumentCache:
     def __repr__(self) -> str:
         asked = self.hits + self.misses
         rate = f"{self.hits / asked:.0%} hits" if asked else "unused"
-        return f"DocumentCache({len(self)} prefixes, {self.nbytes / 2**20:.1f} of {self.max_bytes / 2**20:.1f} MiB, {rate})"
+        size = f"{self.nbytes / 2**20:.1f} of {self.max_bytes / 2**20:.1f} MiB"
+        return f"DocumentCache({len(self)} prefixes, {size}, {rate})"

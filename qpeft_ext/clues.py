@@ -103,8 +103,9 @@ class TopKClues(nn.Module):
             metric = self.similarity
         with torch.no_grad():  # the frozen table's scores train nothing
             query_embeds = table[inputs.query_ids]
-            return similarity_topk(query_embeds, inputs.query_mask, table, inputs.document_ids, mask,
-                                   inputs.query_index, self.k, metric)
+            return similarity_topk(
+                query_embeds, inputs.query_mask, table, inputs.document_ids, mask, inputs.query_index, self.k, metric
+            )
 
     def forward(self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False) -> Clues:
         """Clues of B pairs. ``table`` [V, D] is the LM's frozen embedding table, ``scale`` its factor."""
@@ -141,8 +142,11 @@ class AttentionClues(nn.Module):
         embeds = self.mlp(self.dropout(mixed.to(self.mlp.up.weight.dtype))) * scale * mask[..., None]
         explanation = None
         if explain:
-            explanation = {"weights": attention_weights(query_embeds, *documents, *weights[:2], *biases[:2],
-                                                        num_heads=self.num_heads)}
+            explanation = {
+                "weights": attention_weights(
+                    query_embeds, *documents, *weights[:2], *biases[:2], num_heads=self.num_heads
+                )
+            }
         return Clues(embeds, mask, explanation)
 
 

@@ -93,7 +93,9 @@ class QPeftConfig:
         """The config for an LM whose embeddings are ``width`` wide: "auto" replaced, sizes checked."""
         rank = min(256, width) if self.rank == "auto" else self.rank
         if rank is not None and rank > width:
-            raise ValueError(f"QPeftConfig: rank must be at most the embedding width {width}, got {rank}; use rank=None")
+            raise ValueError(
+                f"QPeftConfig: rank must be at most the embedding width {width}, got {rank}; use rank=None"
+            )
         if self.clues == "attention" and width % self.num_heads:
             fitting = [h for h in range(1, min(width, 64) + 1) if width % h == 0]
             raise ValueError(
@@ -124,8 +126,10 @@ class QPeftConfig:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not valid JSON ({error}); save the adapter again") from None
         if not isinstance(values, dict) or values.get("peft_type") != "QPEFT":
-            raise ValueError(f"{path}: expected a Q-PEFT adapter (peft_type QPEFT), got peft_type "
-                             f"{values.get('peft_type') if isinstance(values, dict) else None!r}")
+            raise ValueError(
+                f"{path}: expected a Q-PEFT adapter (peft_type QPEFT), got peft_type "
+                f"{values.get('peft_type') if isinstance(values, dict) else None!r}"
+            )
         values = {name: value for name, value in values.items() if name not in ("qpeft_version", "versions")}
         try:
             return cls.from_dict(values)
@@ -135,8 +139,9 @@ class QPeftConfig:
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"QPeftConfig: {name} must be one of {', '.join(allowed)}, got {value!r}"
-                         f"{_did_you_mean(value, allowed)}")
+        raise ValueError(
+            f"QPeftConfig: {name} must be one of {', '.join(allowed)}, got {value!r}{_did_you_mean(value, allowed)}"
+        )
 
 
 def _at_least(name: str, value: object, least: int) -> None:

@@ -60,7 +60,9 @@ class Engine:
     def _embedding_scale(self) -> float:
         module, table = self.lm.get_input_embeddings(), self.table
         if not table.is_floating_point() or table.dim() != 2:
-            raise ValueError(f"the input embeddings must be a floating [V, D] table, got {table.dtype} {list(table.shape)}")
+            raise ValueError(
+                f"the input embeddings must be a floating [V, D] table, got {table.dtype} {list(table.shape)}"
+            )
         ids = torch.arange(min(64, table.shape[0]), device=table.device)
         rows, embedded = table[ids].float(), module(ids).float()
         if embedded.shape != rows.shape:
@@ -73,7 +75,8 @@ class Engine:
 
     def _why_plain(self) -> str:
         try:
-            PrefixKV.from_cache(self._run_prefix(torch.zeros(1, 3, dtype=torch.long, device=self.device), None, None), [3])
+            ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
+            PrefixKV.from_cache(self._run_prefix(ids, None, None), [3])
         except (TypeError, AttributeError, ValueError) as error:
             return f"its cache cannot be shared ({str(error).splitlines()[0]})"
         return ""
@@ -84,10 +87,18 @@ class Engine:
         self.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         return cache
 
+    def _expect_fits(self, tokens: int) -> None:
+        if self.context and tokens > self.context:
+            raise ValueError(
+                f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
+                "lower max_document_tokens or max_query_tokens"
+            )
+
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
         """One left-padded pass over document prefixes; with grad only where the LM itself is trained."""
         lengths = [len(ids) for ids in prefixes]
         width = max(lengths)
+        self._expect_fits(width)
         ids, _ = pad([[0] * (width - len(row)) + list(row) for row in prefixes], self.device)
         starts = width - torch.tensor(lengths, device=self.device)
         slots = torch.arange(width, device=self.device)
@@ -135,11 +146,8 @@ class Engine:
         """
         B, L = rows.ids.shape
         longest = L + (prefix.padded_length if prefix else 0)
-        if self.context and longest > self.context and int((rows.positions * rows.mask).max()) >= self.context:
-            raise ValueError(
-                f"a prompt of up to {int((rows.positions * rows.mask).max()) + 1} tokens does not fit the LM's context of "
-                f"{self.context}; lower max_document_tokens or max_query_tokens"
-            )
+        if self.context and longest > self.context:  # padding may lie outside, a token may not
+            self._expect_fits(int((rows.positions * rows.mask).max()) + 1)
         embeds = self.lm.get_input_embeddings()(rows.ids)
         if clue_embeds is not None and len(clue_embeds):
             flat = embeds.reshape(B * L, -1).index_copy(0, rows.clue_slots, clue_embeds.to(embeds.dtype))

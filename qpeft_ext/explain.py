@@ -59,6 +59,6 @@ def explain_pair(model, query: str, document: Document) -> Explanation:
     found = [
         ClueSpan(*offsets[place], text[slice(*offsets[place])], weight, query_tokens[query_place])
         for place, weight, query_place in spans
-        if place < len(offsets)
+        if place < len(offsets) and offsets[place][0] < offsets[place][1]  # a space of ours has no place in the text
     ]
     return Explanation(query, text, sorted(found, key=lambda span: (-span.weight, span.start)))

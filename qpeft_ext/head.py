@@ -39,9 +39,15 @@ class LikelihoodHead:
             own = lm(input_ids=ids, use_cache=False).logits[0].float()
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
             ours = self._logits(hidden).float()
+        if not own.isfinite().all():
+            raise ValueError(
+                "the LM's logits are not finite: its weights are broken, or its dtype overflows "
+                "(try bfloat16 or float32)"
+            )
         # both round once to the model's dtype, in a different order
         tolerance = 1e-4 if own.dtype == hidden.dtype else 4 * torch.finfo(hidden.dtype).eps
-        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+        atol = tolerance * float(own.abs().max())
+        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=tolerance, atol=atol):
             return "the head formula does not give this model's logits"
         return ""
 

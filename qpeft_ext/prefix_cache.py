@@ -52,8 +52,13 @@ class PrefixKV:
     def split(self) -> list[PrefixKV]:
         """One unpadded `PrefixKV` for each prefix, in memory of its own."""
         return [
-            PrefixKV([kv and LayerKV(*(_tail(t[i : i + 1], length) for t in (kv.keys, kv.values)), kv.window)
-                      for kv in self.layers], [length])
+            PrefixKV(
+                [
+                    kv and LayerKV(*(_tail(t[i : i + 1], length) for t in (kv.keys, kv.values)), kv.window)
+                    for kv in self.layers
+                ],
+                [length],
+            )
             for i, length in enumerate(self.lengths)
         ]
 

@@ -133,8 +133,13 @@ class Reranker:
                 continue
             inputs = ClueInputs.from_batch(batch, model.device)
             scores = similarity_topk(
-                table[inputs.query_ids], inputs.query_mask, table, inputs.document_ids,
-                inputs.document_mask & allowed[inputs.document_ids], inputs.query_index, model.qpeft_config.k,
+                table[inputs.query_ids],
+                inputs.query_mask,
+                table,
+                inputs.document_ids,
+                inputs.document_mask & allowed[inputs.document_ids],
+                inputs.query_index,
+                model.qpeft_config.k,
             ).scores
             sums = iter(scores.masked_fill(scores.isinf(), 0).sum(1).tolist())
             results += [[next(sums) for _ in candidates[i]] for i in block]
@@ -148,8 +153,10 @@ class Reranker:
         scores = self._score_within_memory(batch).float().cpu().numpy()
         if not np.isfinite(scores).all():
             query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
-            raise ValueError(f"the score of query {query!r} is not finite; the LM or the adapter has broken weights, "
-                             "or its dtype overflows (try bfloat16 or float32)")
+            raise ValueError(
+                f"the score of query {query!r} is not finite; the LM or the adapter has broken weights, "
+                "or its dtype overflows (try bfloat16 or float32)"
+            )
         return scores
 
     @torch.no_grad()
@@ -157,7 +164,10 @@ class Reranker:
         while True:
             try:
                 return self.model(
-                    batch, path=self.path, cache=self.cache, deterministic=self.deterministic,
+                    batch,
+                    path=self.path,
+                    cache=self.cache,
+                    deterministic=self.deterministic,
                     max_tokens_per_batch=self.max_tokens_per_batch,
                 ).query_log_likelihood
             except torch.OutOfMemoryError:

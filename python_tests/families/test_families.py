@@ -94,7 +94,9 @@ def test_identity_clues_are_the_tokens_themselves(lm):
     with torch.no_grad():
         log_p = lm(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
     expected = sum(log_p[-len(target) - 1 + i, token] for i, token in enumerate(target))
-    assert float(model.score([(query, document)]).query_log_likelihood - expected) / len(target) == pytest.approx(0, abs=1e-5)
+    assert float(model.score([(query, document)]).query_log_likelihood - expected) / len(target) == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("clues", CLUES)
@@ -116,7 +118,11 @@ def test_cold_cache_equals_warm_cache(lm, clues):
     assert cache.hits == len(DOCUMENTS)
     partly = qpeft.DocumentCache(1 << 24)
     model.score(PAIRS[:1], cache=partly)
-    for other in (warm, model.score(PAIRS, cache=partly).mean_query_log_likelihood, model.score(PAIRS).mean_query_log_likelihood):
+    for other in (
+        warm,
+        model.score(PAIRS, cache=partly).mean_query_log_likelihood,
+        model.score(PAIRS).mean_query_log_likelihood,
+    ):
         torch.testing.assert_close(cold, other, rtol=0, atol=1e-5)
 
 
@@ -170,8 +176,11 @@ def test_saved_adapters_score_the_same_in_a_new_process(tmp_path):
         "folders = sorted(pathlib.Path(sys.argv[1]).iterdir())\n"
         "print(json.dumps({f.name: load(f / 'adapter').score(PAIRS).query_log_likelihood.tolist() for f in folders}))\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path), str(Path(__file__).parent)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == expected
 

@@ -1,0 +1,150 @@
+"""Clue modules: what is selected, what is trained, what the filters drop."""
+
+import pytest
+import torch
+from families.tiny import tiny_lm, tiny_tokenizer
+
+import qpeft_ext as qpeft
+from qpeft_ext.clues import allowed_ids
+
+QUERY = "ab"
+
+
+def model_with(**options) -> qpeft.QPeftModel:
+    return qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(num_heads=4, rank=8, **options), tiny_tokenizer())
+
+
+def clue_text(model, document: str, query: str = QUERY) -> str:
+    """The clue tokens of a pair as text; with the byte-level test tokenizer a token is a character."""
+    clues = model.compute_clues(model.encode([(query, document)]), explain=True)
+    ids = clues.explanation["clue_ids"][0]
+    assert (ids >= 0).equal(clues.mask[0])
+    return model.tokenizer.decode(ids[ids >= 0].tolist())
+
+
+def test_tokens_of_the_query_come_first_and_once():
+    model = model_with(clues="top_k", k=3)
+    text = clue_text(model, "xbaabbax")
+    assert set(text[:3].strip()) <= set("ab ") and len(set(text)) == 3
+
+
+def test_fewer_tokens_than_k_give_fewer_clues():
+    model = model_with(clues="top_k", k=10)
+    assert sorted(clue_text(model, "xyx")) == [" ", "x", "y"]
+
+
+def test_an_empty_document_gives_no_clue_and_no_header():
+    for clues in ("top_k", "attention"):
+        model = model_with(clues=clues)
+        found = model.compute_clues(model.encode([(QUERY, "")]))
+        assert not found.mask.any() and torch.equal(found.embeds, torch.zeros_like(found.embeds))
+        upr = model_with(clues="none").score([(QUERY, "")]).query_log_likelihood
+        assert torch.equal(model.score([(QUERY, "")]).query_log_likelihood, upr)
+
+
+def test_query_token_filter():
+    model = model_with(clues="top_k", k=3, filters=("query_tokens",))
+    assert not set(clue_text(model, "abxayb")) & set("ab ")
+
+
+def test_the_query_filter_is_each_pairs_own():
+    model = model_with(clues="top_k", k=2, filters=("query_tokens",))
+    batch = model.encode([("ab", "abxy"), ("xy", "abxy")])
+    ids = model.compute_clues(batch, explain=True).explanation["clue_ids"]
+    assert [set(model.tokenizer.decode(row.tolist())) for row in ids] == [set("xy"), set("ab")]
+
+
+def test_all_tokens_filtered_gives_no_clue_and_a_finite_score():
+    model = model_with(clues="top_k", k=3, filters=("query_tokens",))
+    assert clue_text(model, "abba") == ""
+    assert torch.isfinite(model.score([(QUERY, "abba")]).query_log_likelihood).all()
+
+
+def test_special_tokens_are_never_clues():
+    assert "<s>" not in clue_text(model_with(clues="top_k", k=9), "a<s>b")
+
+
+def test_filters_look_at_decoded_pieces():
+    tokenizer = tiny_tokenizer()
+    letter, space, comma = (tokenizer.convert_tokens_to_ids(t) for t in ("a", "Ġ", ","))
+    plain = allowed_ids(tokenizer, 260)
+    assert plain[[letter, space, comma]].tolist() == [True] * 3 and not plain[:2].any()
+    assert allowed_ids(tokenizer, 260, ("non_alphabetic",))[[letter, space, comma]].tolist() == [True, False, False]
+    assert allowed_ids(tokenizer, 260, ("stop_words",))[[letter, space, comma]].tolist() == [False, True, True]
+
+
+def test_random_selection_is_seeded_and_ignores_the_query():
+    first, again, other = (model_with(clues="top_k", k=4, selection="random", seed=s) for s in (0, 0, 1))
+    document = "abcdefghijklmnop"
+    assert clue_text(first, document) == clue_text(again, document, "zz") != clue_text(other, document)
+
+
+def test_attention_gives_one_clue_per_query_token_and_its_weights():
+    model = model_with(clues="attention")
+    batch = model.encode([("abc", "some text"), ("a", "x")])
+    clues = model.compute_clues(batch, explain=True)
+    assert clues.mask.sum(1).tolist() == [len(q) for q in batch.queries]
+    weights = clues.explanation["weights"]  # [B, H, T, S]
+    assert weights.shape == (2, 4, 4, 10)
+    torch.testing.assert_close(weights[0].sum(-1), torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("clues", ["attention", "top_k"])
+def test_clue_modules_start_at_the_identity(clues):
+    """Before training: the clue is a table row (top_k), or a weighted mean of table rows (attention)."""
+    model = model_with(clues=clues, k=4)
+    batch = model.encode([("abc", "some text")])
+    found = model.compute_clues(batch, explain=True)
+    table = model.engine.table
+    if clues == "top_k":
+        expected = table[found.explanation["clue_ids"][0]]
+        torch.testing.assert_close(found.embeds[0], expected)
+    else:
+        heads = found.explanation["weights"][0]  # [H, T, S]
+        rows = table[list(batch.documents[0].document_ids)].view(-1, 4, 8)  # [S, H, D / H]
+        torch.testing.assert_close(found.embeds[0], torch.einsum("hts,shd->thd", heads, rows).flatten(1))
+
+
+def test_attention_clues_equal_multihead_attention():
+    model = model_with(clues="attention")
+    for parameter in model.clues.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    module, batch = model.clues, model.encode([("abc", "some text")])
+    attention = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat([p.matrix(torch.float32) for p in (module.q, module.k, module.v)]))
+        attention.in_proj_bias.copy_(torch.cat([p.bias for p in (module.q, module.k, module.v)]))
+        attention.out_proj.weight.copy_(module.o.matrix(torch.float32))
+        attention.out_proj.bias.copy_(module.o.bias)
+        rows = model.engine.table[list(batch.documents[0].document_ids)][None]
+        mixed, _ = attention(model.engine.table[list(batch.queries[0])][None], rows, rows)
+        torch.testing.assert_close(model.compute_clues(batch).embeds, module.mlp(mixed), rtol=1e-5, atol=1e-5)
+
+
+def test_trainable_parameters_are_the_clue_module_alone():
+    model = model_with(clues="attention")
+    projections = 4 * (2 * 32 * 8 + 32)
+    mlp = 2 * 32 * 8 + 8 + 32
+    assert model.get_nb_trainable_parameters()[0] == projections + mlp
+    assert model_with(clues="none").get_nb_trainable_parameters()[0] == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"clues": "top-k"}, "clues must be one of attention, top_k, none, got 'top-k'; did you mean 'top_k'"),
+        ({"k": 0}, "k must be at least 1, got 0"),
+        (
+            {"num_heads": 5, "rank": 8},
+            "num_heads must divide the embedding width 32, got 5; possible: 1, 2, 4, 8, 16, 32",
+        ),
+        ({"num_heads": 4, "rank": 64}, "rank must be at most the embedding width 32, got 64"),
+        ({"filters": ("stopwords",)}, "filters must be one of"),
+        ({"loss": "hinge"}, "loss must be one of"),
+        ({"dropout": 1.5}, "dropout must be in"),
+    ],
+)
+def test_impossible_settings_are_errors(options, message):
+    with pytest.raises(ValueError, match="QPeftConfig: .*") as error:
+        qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(**options), tiny_tokenizer())
+    assert message in str(error.value)

@@ -1,0 +1,125 @@
+"""Reranker: the shapes of CrossEncoder, batches over queries, explanations, memory."""
+
+import numpy as np
+import pytest
+import torch
+from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
+
+import qpeft_ext as qpeft
+from qpeft_ext.prompt import document_text
+
+
+@pytest.fixture(scope="module", params=["attention", "top_k", "none"])
+def model(request):
+    config = qpeft.QPeftConfig(clues=request.param, num_heads=4, k=5, rank=8)
+    return qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer())
+
+
+def test_predict_keeps_the_order_and_gives_float32(model):
+    scores = qpeft.Reranker(model).predict(PAIRS)
+    assert scores.shape == (len(PAIRS),) and scores.dtype == np.float32
+    for pair, score in zip(PAIRS, scores, strict=True):
+        assert qpeft.Reranker(model).predict(pair) == pytest.approx(float(score), abs=1e-4)
+
+
+def test_rank_sorts_and_can_return_the_documents(model):
+    reranker = qpeft.Reranker(model)
+    ranked = reranker.rank(QUERIES[0], DOCUMENTS, top_k=3, return_documents=True)
+    assert len(ranked) == 3 and set(ranked[0]) == {"corpus_id", "score", "text"}
+    scores = reranker.predict([(QUERIES[0], document) for document in DOCUMENTS])
+    assert [row["corpus_id"] for row in ranked] == np.argsort(-scores, kind="stable")[:3].tolist()
+    assert ranked[0]["text"] == document_text(DOCUMENTS[ranked[0]["corpus_id"]])
+
+
+def test_rank_many_equals_rank(model, monkeypatch):
+    monkeypatch.setattr("qpeft_ext.reranker._PAIRS_PER_BLOCK", 5)  # several blocks
+    reranker = qpeft.Reranker(model, cache_bytes=1 << 20)
+    queries, candidates = [*QUERIES, "none", "sea"], [DOCUMENTS, DOCUMENTS[:2], [], DOCUMENTS[::-1]]
+    together = reranker.rank_many(queries, candidates)
+    assert [len(rows) for rows in together] == [4, 2, 0, 4]
+    for query, documents, rows in zip(queries, candidates, together, strict=True):
+        alone = qpeft.Reranker(model).rank(query, documents)
+        assert [r["corpus_id"] for r in rows] == [r["corpus_id"] for r in alone]
+        assert [r["score"] for r in rows] == pytest.approx([r["score"] for r in alone], abs=1e-4)
+
+
+def test_equal_scores_keep_the_given_order(model):
+    ranked = qpeft.Reranker(model, deterministic=True).rank(QUERIES[0], ["same"] * 3)
+    assert [row["corpus_id"] for row in ranked] == [0, 1, 2]
+
+
+def test_out_of_memory_halves_the_batch_and_no_other_error_does(model, monkeypatch):
+    reranker = qpeft.Reranker(model, max_tokens_per_batch=256)
+    expected, forward, tried = reranker.predict(PAIRS), type(model).forward, []
+
+    def failing(self, *args, **options):
+        tried.append(options["max_tokens_per_batch"])
+        if options["max_tokens_per_batch"] > 64:
+            raise torch.OutOfMemoryError("pretended")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "forward", failing)
+    np.testing.assert_allclose(reranker.predict(PAIRS), expected, atol=1e-4)
+    assert tried == [256, 128, 64]
+    monkeypatch.setattr(type(model), "forward", lambda *a, **o: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    with pytest.raises(torch.OutOfMemoryError):
+        reranker.predict(PAIRS)
+    assert reranker.max_tokens_per_batch == 1
+    monkeypatch.setattr(type(model), "forward", lambda *a, **o: (_ for _ in ()).throw(RuntimeError("other")))
+    with pytest.raises(RuntimeError, match="other"):
+        reranker.predict(PAIRS)
+
+
+def test_truncated_documents_are_counted(model):
+    reranker = qpeft.Reranker(model)
+    reranker.predict([("a", "x" * 1000), ("a", "short"), ("b", "x" * 1000)])
+    assert reranker.truncated == 1  # a document, not a pair
+
+
+def test_explanations_point_into_the_text(model):
+    explanation = qpeft.Reranker(model).explain(QUERIES[1], DOCUMENTS[3])
+    assert explanation.text == DOCUMENTS[3]
+    if model.clues is None:
+        assert explanation.clues == []
+        return
+    for span in explanation.clues:
+        assert explanation.text[span.start : span.end] == span.token
+        assert span.query_token in "boats"
+    weights = [span.weight for span in explanation.clues]
+    assert weights == sorted(weights, reverse=True)
+    if model.qpeft_config.clues == "top_k":
+        found = {span.token for span in explanation.clues}
+        assert len(found) >= 4 and found < set(" boats")  # k = 5 of the six tokens of the query
+    else:
+        assert 0.9 < sum(weights) <= 1.001  # the space before the text is left out
+
+
+def test_similarity_needs_no_language_model_pass(model, monkeypatch):
+    monkeypatch.setattr(type(model), "forward", lambda *a, **o: pytest.fail("the LM was run"))
+    scores = qpeft.Reranker(model).similarity(QUERIES, [DOCUMENTS, DOCUMENTS[:1]])
+    assert [len(row) for row in scores] == [4, 1]
+    assert scores[0][2] == 0  # an empty document has no similar token
+
+
+def test_a_nan_in_the_language_model_is_an_error():
+    model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(clues="none"), tiny_tokenizer())
+    with torch.no_grad():
+        model.lm.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="the LM's logits are not finite"):
+        qpeft.get_qpeft_model(model.lm, model.qpeft_config, tiny_tokenizer())
+    with pytest.raises(ValueError, match="query 'why tides\\?' is not finite"):
+        qpeft.Reranker(model).predict(PAIRS)
+
+
+def test_a_prompt_longer_than_the_context_is_an_error():
+    model = qpeft.get_qpeft_model(
+        tiny_lm("gpt2"), qpeft.QPeftConfig(clues="none", max_document_tokens=600), tiny_tokenizer()
+    )
+    with pytest.raises(ValueError, match="does not fit the LM's context of 512"):
+        qpeft.Reranker(model).predict([("a", "x" * 600)])
+
+
+@pytest.mark.parametrize("bad", [[("only one",)], [("a", "b", "c")]])
+def test_predict_wants_pairs(model, bad):
+    with pytest.raises(ValueError, match="pairs"):
+        qpeft.Reranker(model).predict(bad)
