@@ -29,6 +29,8 @@ def find_torch() -> Path | None:
     roots = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
         roots.append(site.getusersitepackages())
+    if active := os.environ.get("VIRTUAL_ENV"):  # `python -m build` works in an environment of its own
+        roots.append(sysconfig.get_path("platlib", vars={"base": active, "platbase": active}))
     places += [os.path.join(root, "torch") for root in roots]
     return next((Path(place) for place in places if is_torch(Path(place))), None)
 

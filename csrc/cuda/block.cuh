@@ -1,0 +1,75 @@
+// What every kernel file uses: the launcher, and reductions over the threads of one block. No torch here.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <cstdint>
+
+#include "../math.h"
+
+namespace qpeft {
+
+constexpr int kThreads = 256;  // every kernel runs with blocks of this size
+
+// A boring launch: an empty grid is no work, the status is returned, nothing waits.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+inline int64_t blocks_for(int64_t items, int64_t items_per_block = kThreads) {
+  return (items + items_per_block - 1) / items_per_block;
+}
+
+// The number of this thread in the whole grid: kernels that give each thread one item.
+__device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
+
+// combine(a, b) over one value of each thread, in a fixed tree: the same result in every run. combine must be associative;
+// all threads of the block must call. With kColumns > 1 thread t belongs to column t % kColumns, and each gets its column's.
+template <int kColumns = 1, typename Value, typename Combine>
+__device__ Value block_reduce(Value value, Combine combine) {
+  __shared__ alignas(Value) unsigned char bytes[kThreads * sizeof(Value)];  // Value may have a constructor
+  Value* cells = reinterpret_cast<Value*>(bytes);
+  __syncthreads();  // the cells of an earlier call have been read
+  cells[threadIdx.x] = value;
+  for (unsigned half = kThreads / 2; half >= kColumns; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) cells[threadIdx.x] = combine(cells[threadIdx.x], cells[threadIdx.x + half]);
+  }
+  __syncthreads();
+  return cells[threadIdx.x % kColumns];
+}
+
+struct Add {
+  template <typename T>
+  __device__ T operator()(T a, T b) const { return a + b; }
+};
+
+struct Max {
+  template <typename T>
+  __device__ T operator()(T a, T b) const { return b > a ? b : a; }
+};
+
+// Sum of the values of all threads before this one; `total` is the sum of all. All threads of the block must call.
+__device__ inline int32_t block_exclusive_sum(int32_t value, int32_t& total) {
+  __shared__ int32_t cells[kThreads];
+  __syncthreads();  // the cells of an earlier call have been read
+  cells[threadIdx.x] = value;
+  for (unsigned step = 1; step < kThreads; step *= 2) {
+    __syncthreads();
+    const int32_t before = threadIdx.x >= step ? cells[threadIdx.x - step] : 0;
+    __syncthreads();
+    cells[threadIdx.x] += before;
+  }
+  __syncthreads();
+  total = cells[kThreads - 1];
+  return cells[threadIdx.x] - value;
+}
+
+}  // namespace qpeft

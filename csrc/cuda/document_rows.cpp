@@ -1,0 +1,62 @@
+// Distinct ids of groups of documents, and the gather of their table rows: CUDA.
+#include "glue.h"
+
+namespace qpeft {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(const Tensor document_ids, const Tensor document_mask,
+                                                                    const Tensor group_index, int64_t num_groups,
+                                                                    int64_t num_rows) {
+  constexpr auto op = "document_rows_distinct";
+  check_document_rows_distinct(document_ids, document_mask, group_index, num_groups, num_rows);
+  using torch::stable::new_empty;
+  const DistinctSizes sizes{document_ids.size(0), document_ids.size(1), num_groups, num_rows, (num_rows + 31) / 32};
+  const OnDevice on_device(document_ids);
+  const Tensor ids = new_empty(document_ids, {sizes.B, sizes.S});
+  const Tensor slots = new_empty(document_ids, {sizes.B, sizes.S}, ScalarType::Int);
+  const Tensor counts = new_empty(document_ids, {sizes.B, sizes.S}, ScalarType::Int);
+  const Tensor bits = torch::stable::new_zeros(document_ids, {sizes.G, sizes.words}, ScalarType::Int);
+  const Tensor prefix = new_empty(document_ids, {sizes.G, sizes.words}, ScalarType::Int);
+  const Tensor numbers = new_empty(document_ids, {sizes.G + 1 + sizes.B});  // row_offsets and lengths: one copy to the CPU
+  int64_t* row_offsets = data<int64_t>(numbers);
+
+  check_cuda(op, launch_document_rows_number(const_data<int64_t>(document_ids), const_data<bool>(document_mask),
+                                             const_data<int64_t>(group_index), sizes, data<uint32_t>(bits),
+                                             data<int32_t>(prefix), row_offsets, on_device.stream));
+  check_cuda(op, launch_document_rows_places(const_data<int64_t>(document_ids), const_data<bool>(document_mask),
+                                             const_data<int64_t>(group_index), sizes, const_data<uint32_t>(bits),
+                                             const_data<int32_t>(prefix), row_offsets, data<int64_t>(ids),
+                                             data<int32_t>(slots), data<int32_t>(counts), row_offsets + sizes.G + 1,
+                                             on_device.stream));
+
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  Tensor known = torch::stable::to(numbers, cpu);  // the one synchronisation
+  const Tensor offsets = torch::stable::clone(torch::stable::narrow(known, 0, 0, sizes.G + 1));
+  const Tensor lengths = torch::stable::clone(torch::stable::narrow(known, 0, sizes.G + 1, sizes.B));
+  const Tensor rows = new_empty(document_ids, {const_data<int64_t>(offsets)[sizes.G]});
+  check_cuda(op, launch_document_rows_list(sizes, const_data<uint32_t>(bits), const_data<int32_t>(prefix), row_offsets,
+                                           data<int64_t>(rows), on_device.stream));
+  return {rows, offsets, ids, slots, counts, lengths};
+}
+
+void gather(const Tensor table, const Tensor rows, Tensor block, std::optional<Tensor> inverse_norms) {
+  constexpr auto op = "document_rows_gather";
+  check_document_rows_gather(table, rows, block, inverse_norms, table.scalar_type());
+  const OnDevice on_device(table);
+  dispatch_table(op, table.scalar_type(), [&](auto row_tag, auto sum_tag) {
+    using Row = decltype(row_tag);
+    using Sum = decltype(sum_tag);
+    Sum* norms = inverse_norms ? data<Sum>(*inverse_norms) : nullptr;
+    check_cuda(op, launch_document_rows_gather(const_data<Row>(table), table.stride(0), const_data<int64_t>(rows),
+                                               rows.size(0), table.size(0), table.size(1), data<Row>(block),
+                                               block.stride(0), norms, on_device.stream));
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CUDA, m) {
+  m.impl("document_rows_distinct", TORCH_BOX(&distinct));
+  m.impl("document_rows_gather", TORCH_BOX(&gather));
+}
+
+}  // namespace
+}  // namespace qpeft

@@ -1,0 +1,71 @@
+// The launchers of the CUDA kernels: what <op>.cpp (torch, no nvcc) calls and <op>_kernel.cu (nvcc, no torch) defines.
+// Arguments and results are those of the schemas in ../ops.cpp; sizes follow the pointers, letters as there.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace qpeft {
+
+// document_rows. Scratch: bits and prefix, [G, words] with words = ceil(V / 32).
+struct DistinctSizes {
+  int64_t B, S, G, V, words;
+};
+// marks the ids of each group in `bits` (zeros before), numbers them, and writes row_offsets [G + 1] on the device
+cudaError_t launch_document_rows_number(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
+                                        DistinctSizes sizes, uint32_t* bits, int32_t* prefix, int64_t* row_offsets,
+                                        cudaStream_t stream);
+// the distinct ids of each document
+cudaError_t launch_document_rows_places(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
+                                        DistinctSizes sizes, const uint32_t* bits, const int32_t* prefix,
+                                        const int64_t* row_offsets, int64_t* ids, int32_t* slots, int32_t* counts,
+                                        int64_t* lengths, cudaStream_t stream);
+// the distinct ids of each group
+cudaError_t launch_document_rows_list(DistinctSizes sizes, const uint32_t* bits, const int32_t* prefix,
+                                      const int64_t* row_offsets, int64_t* rows, cudaStream_t stream);
+template <typename Row, typename Sum>
+cudaError_t launch_document_rows_gather(const Row* table, int64_t table_stride, const int64_t* rows, int64_t n, int64_t V,
+                                        int64_t D, Row* block, int64_t block_stride, Sum* inverse_norms,
+                                        cudaStream_t stream);
+
+// similarity_topk
+template <typename Sum>
+cudaError_t launch_similarity_topk_reduce(const Sum* similarity, const Sum* inverse_norms, const bool* query_mask, int64_t n,
+                                          int64_t M, int64_t T, Sum* best, int64_t best_stride, int32_t* query_positions,
+                                          int64_t positions_stride, cudaStream_t stream);
+template <typename Sum>
+cudaError_t launch_similarity_topk_select(const Sum* best, const int32_t* best_positions, int64_t M, int64_t U,
+                                          const int64_t* best_row, const int64_t* ids, const int32_t* slots, int64_t B,
+                                          int64_t S, int64_t k, Sum* scores, int64_t* clue_ids, int64_t* query_positions,
+                                          cudaStream_t stream);
+
+// clue_attention
+struct SoftmaxSizes {
+  int64_t P, n, U, R, first_slot;
+};
+template <typename Sum>
+cudaError_t launch_clue_attention_softmax(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
+                                          Sum* weights, cudaStream_t stream);
+// Scratch: places [P, U], filled with -1 before.
+template <typename Sum>
+cudaError_t launch_clue_attention_softmax_backward(const Sum* weights, Sum* grad_weights, const int32_t* slots,
+                                                   SoftmaxSizes sizes, int32_t* places, Sum* grad_scores,
+                                                   cudaStream_t stream);
+
+// token_log_likelihood
+template <typename Sum>
+struct Chunk {
+  Sum* logits;                // [N, C]
+  int64_t stride;             // of its rows
+  const Sum* bias;            // [C] or null
+  const int64_t* target_ids;  // [N]
+  int64_t N, C, first;
+  Sum scale, cap;
+};
+template <typename Sum>
+cudaError_t launch_token_log_likelihood_chunk(Chunk<Sum> chunk, Sum* running, bool keep_probabilities, cudaStream_t stream);
+template <typename Sum>
+cudaError_t launch_token_log_likelihood_chunk_backward(Chunk<Sum> chunk, const Sum* lse, const Sum* grad,
+                                                       cudaStream_t stream);
+
+}  // namespace qpeft
