@@ -1,0 +1,73 @@
+// Dispatch, threads and vectorisable scalar functions of the CPU kernels.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "checks.h"
+#include "math.h"
+
+namespace qpeft {
+
+// Calls f with a value of the dtype of sums: float or double (checks.h admitted nothing else).
+template <typename F>
+void dispatch_sum(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Double) f(double{});
+  else f(float{});
+}
+
+// Calls f(table value, sum value) for the dtypes that a table may have.
+template <typename F>
+void dispatch_table(const char* op, ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{}, float{});
+    case ScalarType::Double: return f(double{}, double{});
+    case ScalarType::BFloat16: return f(c10::BFloat16{}, float{});
+    case ScalarType::Half: return f(c10::Half{}, float{});
+    default: STD_TORCH_CHECK(false, op, ": the table must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// f(begin, end) over [0, n) on torch's threads; at least `grain` units each. f must not throw.
+template <typename F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
+}
+
+// exp for loops that the compiler is to vectorise (a call to std::exp ends that). Relative error 2e-7; 0 below -87.3.
+inline float vector_exp(float x) {
+  constexpr float kLow = -87.3f, kHigh = 88.7f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float clamped = std::min(std::max(kLow, x), kHigh);            // in this order a NaN stays one
+  const float shifted = clamped * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: Cephes
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r * r + r) + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits - 0x4B400000 + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < kLow ? 0.0f : p * power;
+}
+inline double vector_exp(double x) { return std::exp(x); }
+
+// tanh with an absolute error of 1e-7, for the same purpose.
+inline float vector_tanh(float x) {
+  const float e = vector_exp(-2.0f * std::fabs(x));
+  return std::copysign((1.0f - e) / (1.0f + e), x);
+}
+inline double vector_tanh(double x) { return std::tanh(x); }
+
+}  // namespace qpeft

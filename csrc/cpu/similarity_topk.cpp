@@ -1,0 +1,97 @@
+// Similarity of distinct document tokens to a query, and the k best of each document.
+//   reduce  best[m, u] = max over tokens t of query m of similarity[u, m T + t] * inverse_norms[u]
+//   select  the k best distinct ids of a document by (-best, first position)
+//   Parallel over   reduce: distinct rows; select: documents
+//   Memory traffic  reduce: reads the [n, M T] products of one block, out of the cache; select: [B, S] slots
+//   Precision       the dtype of sums
+//   Deterministic   yes: a total order
+#include <vector>
+
+#include "cpu/common.h"
+
+namespace qpeft {
+namespace {
+
+void reduce(const Tensor similarity, std::optional<Tensor> inverse_norms, const Tensor query_mask, Tensor best,
+            Tensor query_positions) {
+  check_similarity_topk_reduce(similarity, inverse_norms, query_mask, best, query_positions);
+  const int64_t n = similarity.size(0), M = query_mask.size(0), T = query_mask.size(1);
+  if (n == 0 || M == 0) return;
+  const auto* mask = static_cast<const bool*>(query_mask.const_data_ptr());
+  const int64_t best_stride = best.stride(0), position_stride = query_positions.stride(0);
+  dispatch_sum(similarity.scalar_type(), [&](auto tag) {
+    using Sum = decltype(tag);
+    const auto* products = static_cast<const Sum*>(similarity.const_data_ptr());
+    const auto* norms = inverse_norms ? static_cast<const Sum*>(inverse_norms->const_data_ptr()) : nullptr;
+    auto* out = static_cast<Sum*>(best.mutable_data_ptr());
+    auto* out_position = static_cast<int32_t*>(query_positions.mutable_data_ptr());
+    parallel(n, 65536 / (M * T + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t m = 0; m < M; ++m) {
+          const Sum* row = products + (i * M + m) * T;
+          Candidate<Sum> winner{-INFINITY, INT32_MAX};
+          for (int64_t t = 0; t < T; ++t) {
+            if (!mask[m * T + t]) continue;
+            const Candidate<Sum> candidate{row[t], static_cast<int32_t>(t)};
+            if (candidate.before(winner)) winner = candidate;
+          }
+          // norms are positive, so the maximum may be taken before the product
+          out[m * best_stride + i] = norms && winner.position != INT32_MAX ? winner.score * norms[i] : winner.score;
+          out_position[m * position_stride + i] = winner.position == INT32_MAX ? -1 : winner.position;
+        }
+      }
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> select(const Tensor best, const Tensor best_positions, const Tensor best_row,
+                                          const Tensor ids, const Tensor slots, int64_t k) {
+  check_similarity_topk_select(best, best_positions, best_row, ids, slots, k);
+  using torch::stable::new_empty;
+  const int64_t B = ids.size(0), S = ids.size(1), M = best.size(0), U = best.size(1);
+  const Tensor scores = new_empty(best, {B, k});
+  const Tensor clue_ids = new_empty(ids, {B, k});
+  const Tensor query_positions = new_empty(ids, {B, k});
+  const auto* position_at = static_cast<const int32_t*>(best_positions.const_data_ptr());
+  const auto* row_of = static_cast<const int64_t*>(best_row.const_data_ptr());
+  const auto* id_at = static_cast<const int64_t*>(ids.const_data_ptr());
+  const auto* slot_at = static_cast<const int32_t*>(slots.const_data_ptr());
+  auto* out_ids = static_cast<int64_t*>(clue_ids.mutable_data_ptr());
+  auto* out_positions = static_cast<int64_t*>(query_positions.mutable_data_ptr());
+  dispatch_sum(best.scalar_type(), [&](auto tag) {
+    using Sum = decltype(tag);
+    const auto* score_at = static_cast<const Sum*>(best.const_data_ptr());
+    auto* out_scores = static_cast<Sum*>(scores.mutable_data_ptr());
+    parallel(B, 16384 / (S + 1), [&](int64_t begin, int64_t end) {
+      std::vector<Candidate<Sum>> candidates;
+      candidates.reserve(S);
+      for (int64_t b = begin; b < end; ++b) {
+        candidates.clear();
+        const int64_t row = row_of[b];
+        for (int64_t j = 0; j < S && row >= 0 && row < M; ++j) {
+          const int32_t slot = slot_at[b * S + j];
+          if (slot >= 0 && slot < U) candidates.push_back({score_at[row * U + slot], static_cast<int32_t>(j)});
+        }
+        const int64_t found = std::min<int64_t>(k, candidates.size());
+        std::partial_sort(candidates.begin(), candidates.begin() + found, candidates.end(),
+                          [](const auto& a, const auto& other) { return a.before(other); });
+        for (int64_t c = 0; c < k; ++c) {
+          const bool padding = c >= found;
+          const int64_t j = padding ? 0 : b * S + candidates[c].position;
+          out_scores[b * k + c] = padding ? -INFINITY : candidates[c].score;
+          out_ids[b * k + c] = padding ? -1 : id_at[j];
+          out_positions[b * k + c] = padding ? -1 : position_at[row * U + slot_at[j]];
+        }
+      }
+    });
+  });
+  return {scores, clue_ids, query_positions};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {
+  m.impl("similarity_topk_reduce", TORCH_BOX(&reduce));
+  m.impl("similarity_topk_select", TORCH_BOX(&select));
+}
+
+}  // namespace
+}  // namespace qpeft

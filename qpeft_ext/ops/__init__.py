@@ -1,0 +1,19 @@
+"""The operators. Each module: the public function with its checks, its parts for both devices, and ``reference``."""
+
+from .. import _library
+
+_library.load()  # before the modules below: they add their Python parts to the schemas of the library
+
+from .clue_attention import attention_weights, clue_attention  # noqa: E402
+from .projected_table import ProjectedTable  # noqa: E402
+from .similarity_topk import SimilarityTopK, similarity_topk  # noqa: E402
+from .token_log_likelihood import token_log_likelihood  # noqa: E402
+
+__all__ = [
+    "ProjectedTable",
+    "SimilarityTopK",
+    "attention_weights",
+    "clue_attention",
+    "similarity_topk",
+    "token_log_likelihood",
+]

@@ -1,0 +1,88 @@
+"""Query-document pairs in the order of their queries, and the blocks in which attention works on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._common import block_dtype, blocks_of_rows, check_ids, distinct_rows, rows_per_block, sum_dtype
+
+CONTEXT_BYTES = 32 << 20  # contexts [P, T, H, D] of one block of pairs; one GEMM with each head of W_v follows
+GATHER_BYTES = 8 << 20  # rows of documents gathered at a time inside a block
+
+
+class Pairs:
+    """B pairs, sorted by query (`sorted`, `unsorted` convert), with their distinct ids.
+
+    Letters as in csrc/ops.cpp: R = T * H columns of scores, P pairs of a part, n the largest number of distinct ids in it.
+    """
+
+    def __init__(
+        self, table: Tensor, document_ids: Tensor, document_mask: Tensor, query_index: Tensor, Q: int, T: int, H: int
+    ) -> None:
+        check_ids("clue_attention", "document_ids", document_ids, table.shape[0], "V", document_mask)
+        check_ids("clue_attention", "query_index", query_index, Q, "Q")
+        self.table, self.T, self.H, self.R, self.D = table, T, H, T * H, table.shape[1]
+        self.dtype = sum_dtype(table.dtype)
+        index = query_index.cpu()
+        self.order = None if (index[1:] >= index[:-1]).all() else index.argsort(stable=True).to(query_index.device)
+        self.queries: list[int] = index.sort().values.tolist()
+        documents = (self.sorted(x) for x in (document_ids, document_mask, query_index))
+        self.documents = distinct_rows(*documents, Q, table.shape[0])
+
+    def sorted(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x[self.order]
+
+    def unsorted(self, x: Tensor) -> Tensor:
+        return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
+
+    def count_rows(self, query: int) -> int:
+        return self.documents.offsets[query + 1] - self.documents.offsets[query]
+
+    def distinct(self, query: int) -> Tensor:
+        """The distinct ids of all candidates of a query, [U]."""
+        return self.documents.rows[self.documents.offsets[query] : self.documents.offsets[query + 1]]
+
+    def rows_of(self, query: int) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of their table rows: (where in `distinct`, [n, D])."""
+        begin, end = self.documents.offsets[query], self.documents.offsets[query + 1]
+        for here, block, _ in blocks_of_rows(self.table, self.documents.rows, begin, end):
+            yield slice(here.start - begin, here.stop - begin), block
+
+    def blocks(self) -> Iterator[slice]:
+        """Blocks of pairs whose contexts fit in CONTEXT_BYTES."""
+        B, bytes_per_pair = len(self.queries), max(self.R * self.D * block_dtype(self.table).itemsize, 1)
+        size = max(1, CONTEXT_BYTES // bytes_per_pair)
+        for first in range(0, B, size):
+            yield slice(first, min(first + size, B))
+
+    def parts(self, block: slice) -> Iterator[tuple[int, slice, int]]:
+        """(query, pairs, n): a block, cut where the query changes and where the gathered rows would be too many."""
+        most = rows_per_block(self.D, block_dtype(self.table), GATHER_BYTES)
+        first = block.start
+        while first < block.stop:
+            query, n, last = self.queries[first], self.documents.lengths[first], first + 1
+            while last < block.stop and self.queries[last] == query:
+                longest = max(n, self.documents.lengths[last])
+                if longest * (last + 1 - first) > most:
+                    break
+                n, last = longest, last + 1
+            yield query, slice(first, last), n
+            first = last
+
+    def gather(self, pairs: slice, n: int, buffer: list[Tensor]) -> Tensor:
+        """Rows of the distinct ids of some documents, [P, n, D], zeros behind the last; in a buffer that grows."""
+        P = pairs.stop - pairs.start
+        if not buffer or buffer[0].shape[0] < P * n:
+            buffer[:] = [self.table.new_empty(P * n, self.D, dtype=block_dtype(self.table))]
+        rows = buffer[0][: P * n]
+        torch.ops.qpeft_ext.document_rows_gather(self.table, self.documents.ids[pairs, :n].reshape(-1), rows, None)
+        return rows.view(P, n, self.D)
+
+    def softmax(self, scores: Tensor, query: int, pairs: slice, n: int) -> tuple[Tensor, Tensor]:
+        """Weights [P, n, R] from the scores [U, R] of a query, and the slots [P, n] they belong to."""
+        slots, counts = (x[pairs, :n].contiguous() for x in (self.documents.slots, self.documents.counts))
+        first = self.documents.offsets[query]
+        return torch.ops.qpeft_ext.clue_attention_softmax(scores, slots, counts, first), slots

@@ -1,0 +1,272 @@
+"""Multi-head attention of the query's tokens over the tokens of each document."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .._library import uses_reference
+from ._common import (
+    block_dtype,
+    check_documents,
+    differentiable,
+    expect_like,
+    expect_shape,
+    fake,
+    implement,
+    multiply,
+)
+from ._pairs import Pairs
+
+
+def clue_attention(
+    query_embeds: Tensor,
+    query_mask: Tensor,
+    table: Tensor,
+    document_ids: Tensor,
+    document_mask: Tensor,
+    query_index: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    w_o: Tensor,
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    b_o: Tensor | None = None,
+    *,
+    num_heads: int,
+    return_weights: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``torch.nn.MultiheadAttention`` with the query's tokens as queries and ``table[document_ids]`` as keys and values.
+
+    q = x @ w_q.T + b_q; heads are consecutive slices of D; scale 1 / sqrt(D / H); result = concat @ w_o.T + b_o. No dropout.
+
+    Args:
+        query_embeds: ``[Q, T, D]``, floating.
+        query_mask: True where there is a query token, ``[Q, T]``, bool.
+        table: embeddings, ``[V, D]``, dtype and device of ``query_embeds``. The gradient reaches it if it asks for one.
+        document_ids: rows of ``table``, ``[B, S]``, int64; in ``[0, V)`` where ``document_mask`` is True, never read elsewhere.
+        document_mask: which tokens are keys, ``[B, S]``, bool.
+        query_index: the query of each pair, ``[B]``, int64 in ``[0, Q)``.
+        w_q, w_k, w_v, w_o: ``[D, D]``, same dtype.  b_q, b_k, b_v, b_o: ``[D]`` or None. b_k cancels: its gradient is 0.
+        num_heads: H, a divisor of D.
+        return_weights: also return `attention_weights` (plain PyTorch, for explanations).
+    Returns: ``[B, T, D]``, dtype of ``query_embeds``. Zeros, and no gradient, where ``query_mask`` is False and for a document
+        without tokens.
+    Raises: ValueError for shapes and devices; TypeError for a dtype; IndexError for an id out of range (on CUDA the kernel traps).
+    Source: Q-PEFT-A, Peng et al. 2024, https://arxiv.org/abs/2404.04522.
+    """
+    documents = (query_embeds, query_mask, table, document_ids, document_mask, query_index)
+    weights, biases = (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o)
+    check_clue_attention(*documents, *weights, *biases, num_heads)
+    if uses_reference(table.device):
+        result = reference(*documents, *weights, *biases, num_heads=num_heads)
+    else:
+        result = torch.ops.qpeft_ext.clue_attention(*documents, *weights, *biases, num_heads)
+    if return_weights:
+        return result, attention_weights(*documents, w_q, w_k, b_q, b_k, num_heads=num_heads)
+    return result
+
+
+def check_clue_attention(
+    query_embeds, query_mask, table, document_ids, document_mask, query_index,
+    w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads,
+) -> None:  # fmt: skip
+    op = "clue_attention"
+    check_documents(op, query_embeds, query_mask, table, document_ids, document_mask, query_index)
+    D = table.shape[1]
+    if num_heads < 1 or D % num_heads:
+        raise ValueError(f"{op}: num_heads must divide D = {D}, got {num_heads}")
+    for name, weight in (("w_q", w_q), ("w_k", w_k), ("w_v", w_v), ("w_o", w_o)):
+        expect_shape(op, name, weight, "[D, D]", (D, D))
+        expect_like(op, name, weight, "table", table)
+    for name, bias in (("b_q", b_q), ("b_k", b_k), ("b_v", b_v), ("b_o", b_o)):
+        if bias is not None:
+            expect_shape(op, name, bias, "[D]", (D,))
+            expect_like(op, name, bias, "table", table)
+
+
+def reference(
+    query_embeds, query_mask, table, document_ids, document_mask, query_index,
+    w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_v=None, b_o=None, *, num_heads, return_weights=False,
+):  # fmt: skip
+    """The definition."""
+    weights = attention_weights(
+        query_embeds, query_mask, table, document_ids, document_mask, query_index, w_q, w_k, b_q, b_k, num_heads=num_heads
+    )  # [B, H, T, S]
+    values = _heads(linear(table[document_ids.where(document_mask, 0)], w_v, b_v), num_heads)  # [B, H, S, D / H]
+    mixed = linear((weights @ values).transpose(1, 2).flatten(2), w_o, b_o)  # [B, T, D]
+    counts = query_mask[query_index] & document_mask.any(1, keepdim=True)
+    mixed = mixed.masked_fill(~counts[:, :, None], 0)
+    return (mixed, weights) if return_weights else mixed
+
+
+def attention_weights(
+    query_embeds, query_mask, table, document_ids, document_mask, query_index,
+    w_q, w_k, b_q=None, b_k=None, *, num_heads,
+) -> Tensor:  # fmt: skip
+    """How much each query token looks at each document token, ``[B, H, T, S]``; rows sum to 1, or to 0 without tokens."""
+    x = query_embeds.masked_fill(~query_mask[:, :, None], 0)[query_index]
+    queries = _heads(linear(x, w_q, b_q), num_heads)  # [B, H, T, D / H]
+    keys = _heads(linear(table[document_ids.where(document_mask, 0)], w_k, b_k), num_heads)  # [B, H, S, D / H]
+    scores = (queries @ keys.mT) * queries.shape[-1] ** -0.5
+    keep = document_mask[:, None, None, :]
+    none = ~keep.any(-1, keepdim=True)  # a softmax over nothing would be NaN
+    return scores.masked_fill(~(keep | none), -torch.inf).softmax(-1).masked_fill(none, 0)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # [B, H, length, D / H]
+
+
+# ---- the operator, for both devices: primitives and what they promise are in csrc/ops.cpp ----------------------------
+#
+# With W_k moved to the query (a = W_k^T q) and W_v behind the sum, keys and values are the same table rows:
+#   heads[h] = W_v[h] sum_s softmax_s(a_h . e_s) e_s + b_v
+# A token's score depends only on its id, so scores are taken once per distinct id of all candidates of a query, and a
+# document that repeats an id reads its row once.
+
+
+@implement("clue_attention", "CompositeImplicitAutograd")
+def _forward(
+    query_embeds, query_mask, table, document_ids, document_mask, query_index,
+    w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads,
+):  # fmt: skip
+    """The projections by autograd of torch, around `clue_attention_heads`."""
+    absorbed = absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads)
+    heads = torch.ops.qpeft_ext.clue_attention_heads(absorbed, table, document_ids, document_mask, query_index, w_v)
+    return project_heads(heads, query_mask, document_mask, query_index, w_o, b_k, b_v, b_o)
+
+
+def absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads) -> Tensor:
+    """The queries in the space of the table's rows, with the scale: ``[Q, T, H, D]``."""
+    x = query_embeds.masked_fill(~query_mask[:, :, None], 0)  # what stands there may be NaN
+    queries = _heads(linear(x, w_q, b_q), num_heads)  # [Q, H, T, D / H]
+    keys = w_k.unflatten(0, (num_heads, -1))  # [H, D / H, D]
+    return (queries * queries.shape[-1] ** -0.5 @ keys).transpose(1, 2)
+
+
+def project_heads(heads, query_mask, document_mask, query_index, w_o, b_k, b_v, b_o) -> Tensor:
+    """``[B, T, D]`` concatenated heads to the result."""
+    if b_v is not None:
+        heads = heads + b_v
+    if b_k is not None:
+        heads = heads + 0 * b_k  # it cancels in the softmax; optimisers expect a gradient, and it is 0
+    counts = query_mask[query_index] & document_mask.any(1, keepdim=True)
+    return linear(heads, w_o, b_o).masked_fill(~counts[:, :, None], 0)
+
+
+def _scores(pairs: Pairs, query: int, absorbed: Tensor) -> Tensor:
+    """[U, R] of the distinct rows of a query."""
+    scores = absorbed.new_empty(pairs.count_rows(query), pairs.R, dtype=pairs.dtype)
+    for here, block in pairs.rows_of(query):
+        scores[here] = multiply(block, absorbed.mT)
+    return scores
+
+
+@implement("clue_attention_heads")
+def _heads_forward(absorbed, table, document_ids, document_mask, query_index, w_v):
+    pairs = Pairs(table, document_ids, document_mask, query_index, *absorbed.shape[:3])
+    T, H, D, dtype = pairs.T, pairs.H, pairs.D, block_dtype(table)
+    queries = absorbed.to(dtype).reshape(-1, pairs.R, D)
+    d, values = D // H, w_v.to(dtype)
+    heads = table.new_empty(len(pairs.queries), T, D)
+    buffer, scores, of_query = [], None, -1
+    for block in pairs.blocks():
+        context = table.new_empty(block.stop - block.start, pairs.R, D, dtype=dtype)
+        for query, part, n in pairs.parts(block):
+            if query != of_query:
+                scores, of_query = _scores(pairs, query, queries[query]), query
+            weights, _ = pairs.softmax(scores, query, part, n)
+            rows = pairs.gather(part, n, buffer)
+            torch.bmm(weights.to(dtype).mT, rows, out=context[part.start - block.start : part.stop - block.start])
+        context = context.view(-1, H, D)
+        for h in range(H):
+            here = slice(h * d, (h + 1) * d)
+            heads[block, :, here] = (context[:, h] @ values[here].T).view(-1, T, d)
+    return pairs.unsorted(heads)
+
+
+@fake("clue_attention_heads")
+def _(absorbed, table, document_ids, document_mask, query_index, w_v):
+    return table.new_empty(document_ids.shape[0], absorbed.shape[1], absorbed.shape[3])
+
+
+@implement("clue_attention_heads_backward")
+def _heads_backward(grad_heads, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
+    """Weights and contexts are computed again; gradients of scores are summed per distinct id, then one GEMM."""
+    pairs = Pairs(table, document_ids, document_mask, query_index, *absorbed.shape[:3])
+    T, H, D, dtype = pairs.T, pairs.H, pairs.D, block_dtype(table)
+    queries = absorbed.to(dtype).reshape(-1, pairs.R, D)
+    d, values = D // H, w_v.to(dtype)
+    grad_heads = pairs.sorted(grad_heads).to(dtype)
+    grad_absorbed = torch.zeros_like(queries, dtype=pairs.dtype)
+    grad_w_v = torch.zeros_like(w_v, dtype=pairs.dtype)
+    grad_table = torch.zeros_like(table, dtype=pairs.dtype) if want_table else table.new_empty(0)
+
+    def finish(query: int, grad_scores: Tensor) -> None:
+        begin = pairs.documents.offsets[query]
+        for here, block in pairs.rows_of(query):
+            weights = grad_scores[here].to(dtype)
+            grad_absorbed[query] += multiply(weights.T, block)
+            if want_table:
+                rows = pairs.documents.rows[begin + here.start : begin + here.stop]
+                grad_table.index_add_(0, rows, multiply(weights, queries[query]))
+
+    buffer, scores, grad_scores, of_query = [], None, None, -1
+    for block in pairs.blocks():
+        grads = grad_heads[block].reshape(-1, D)
+        grad_context = table.new_empty(grads.shape[0], H, D, dtype=dtype)
+        for h in range(H):
+            here = slice(h * d, (h + 1) * d)
+            torch.mm(grads[:, here], values[here], out=grad_context[:, h])
+        grad_context = grad_context.view(-1, pairs.R, D)
+        context = torch.empty_like(grad_context)
+        for query, part, n in pairs.parts(block):
+            if query != of_query:
+                if of_query >= 0:
+                    finish(of_query, grad_scores)
+                scores, of_query = _scores(pairs, query, queries[query]), query
+                grad_scores = torch.zeros_like(scores)
+            inside = slice(part.start - block.start, part.stop - block.start)
+            weights, slots = pairs.softmax(scores, query, part, n)
+            rows = pairs.gather(part, n, buffer)
+            torch.bmm(weights.to(dtype).mT, rows, out=context[inside])
+            grad_weights = multiply(rows, grad_context[inside].mT)  # [P, n, R]
+            torch.ops.qpeft_ext.clue_attention_softmax_backward(
+                weights, grad_weights, slots, pairs.documents.offsets[query], grad_scores
+            )
+            if want_table:
+                ids = pairs.documents.ids[part, :n].reshape(-1)
+                grad_rows = multiply(weights.to(dtype), grad_context[inside]).view(-1, D)
+                grad_table.index_add_(0, ids.clamp_min(0), grad_rows)  # padding adds zeros
+        context = context.view(-1, H, D)
+        for h in range(H):
+            here = slice(h * d, (h + 1) * d)
+            grad_w_v[here] += multiply(grads[:, here].T, context[:, h])
+    if of_query >= 0:
+        finish(of_query, grad_scores)
+    return grad_absorbed.view(absorbed.shape).to(absorbed.dtype), grad_w_v.to(w_v.dtype), grad_table.to(table.dtype)
+
+
+@fake("clue_attention_heads_backward")
+def _(grad_heads, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
+    grad_table = torch.empty_like(table) if want_table else table.new_empty(0)
+    return absorbed.new_empty(absorbed.shape), torch.empty_like(w_v), grad_table
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad_heads):
+    want_table = ctx.needs_input_grad[1]
+    grad_absorbed, grad_w_v, grad_table = torch.ops.qpeft_ext.clue_attention_heads_backward(
+        grad_heads, *ctx.saved_tensors, want_table
+    )
+    return grad_absorbed, grad_table if want_table else None, None, None, None, grad_w_v
+
+
+differentiable("clue_attention_heads", _setup_context, _autograd)

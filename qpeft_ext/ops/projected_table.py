@@ -1,0 +1,110 @@
+"""`clue_attention` with fixed weights: rows of the table are projected once, and kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .._library import uses_reference
+from ._common import block_dtype, sum_dtype
+from ._pairs import Pairs
+from .clue_attention import _heads, clue_attention, project_heads
+
+
+class ProjectedTable:
+    """Keys and values (``table @ w_k.T``, ``table @ w_v.T``) of the ids seen so far, under a byte budget. Inference only.
+
+    A row costs 2 D^2 multiply-adds once; afterwards a pair costs 2 T S D and the output projection. When the store is full
+    it starts again from empty; a query that has more distinct ids than fit takes `clue_attention`.
+
+    Args:
+        table, w_k, w_v, b_v: as in `clue_attention`; b_k cancels in the softmax and is accepted for symmetry.
+        budget_bytes: for the store, allocated at once and never exceeded; what it holds now is ``used_bytes``.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        w_k: Tensor,
+        w_v: Tensor,
+        b_k: Tensor | None = None,
+        b_v: Tensor | None = None,
+        *,
+        budget_bytes: int,
+    ) -> None:
+        V, D = table.shape
+        self.table, self.w_k, self.w_v, self.b_v = (None if x is None else x.detach() for x in (table, w_k, w_v, b_v))
+        self.dtype = sum_dtype(table.dtype) if table.device.type == "cpu" else table.dtype
+        self.row_bytes = 2 * D * self.dtype.itemsize
+        self.capacity = min(max(budget_bytes, 0) // max(self.row_bytes, 1), V)
+        self.keys, self.values = (table.new_empty(self.capacity, D, dtype=self.dtype) for _ in range(2))
+        self.place = torch.full((V,), -1, dtype=torch.int64, device=table.device)  # of each id in the store
+        self.used = 0
+
+    @property
+    def used_bytes(self) -> int:
+        return self.used * self.row_bytes
+
+    @torch.no_grad()
+    def attend(
+        self,
+        query_embeds: Tensor,
+        query_mask: Tensor,
+        document_ids: Tensor,
+        document_mask: Tensor,
+        query_index: Tensor,
+        w_q: Tensor,
+        w_o: Tensor,
+        b_q: Tensor | None = None,
+        b_o: Tensor | None = None,
+        *,
+        num_heads: int,
+    ) -> Tensor:
+        """The result of `clue_attention`, ``[B, T, D]``, without gradient."""
+        weights = (w_q, self.w_k, self.w_v, w_o, b_q, None, self.b_v, b_o)
+        documents = (query_embeds, query_mask, self.table, document_ids, document_mask, query_index)
+        if uses_reference(self.table.device):
+            return clue_attention(*documents, *weights, num_heads=num_heads)
+        (Q, T, D), H = query_embeds.shape, num_heads
+        pairs = Pairs(self.table, document_ids, document_mask, query_index, Q, T, H)
+        if max((pairs.count_rows(query) for query in range(Q)), default=0) > self.capacity:
+            return clue_attention(*documents, *weights, num_heads=num_heads)
+        x = query_embeds.masked_fill(~query_mask[:, :, None], 0)
+        queries = _heads(linear(x, w_q, b_q), H).to(self.dtype) * (D // H) ** -0.5  # [Q, H, T, D / H]
+        heads = query_embeds.new_empty(len(pairs.queries), T, D)
+        scores, of_query, buffer = None, -1, []
+        for query, part, n in pairs.parts(slice(0, len(pairs.queries))):
+            if query != of_query:
+                self._project(pairs.distinct(query))
+                keys = self.keys[self.place[pairs.distinct(query)]].unflatten(1, (H, -1)).transpose(0, 1)  # [H, U, D / H]
+                scores = (keys @ queries[query].mT).permute(1, 2, 0).to(pairs.dtype).reshape(-1, pairs.R)  # [U, T * H]
+                of_query = query
+            weights, _ = pairs.softmax(scores.contiguous(), query, part, n)
+            values = self._values(pairs, part, n, buffer)  # [P, n, D]
+            for p in range(part.stop - part.start):  # views all along: a batch over P and H would be copied
+                mixed = weights[p].to(self.dtype).view(n, T, H).permute(2, 1, 0) @ values[p].view(n, H, -1).transpose(0, 1)
+                heads[part.start + p] = mixed.transpose(0, 1).reshape(T, D)
+        return project_heads(pairs.unsorted(heads), query_mask, document_mask, query_index, w_o, None, self.b_v, b_o)
+
+    def _project(self, ids: Tensor) -> None:
+        """Makes sure that the rows of ``ids`` [U] are in the store."""
+        missing = ids[self.place[ids] < 0]
+        if missing.shape[0] > self.capacity - self.used:
+            self.place.fill_(-1)
+            self.used, missing = 0, ids
+        new = slice(self.used, self.used + missing.shape[0])
+        self.place[missing] = torch.arange(new.start, new.stop, device=ids.device)
+        rows = self.table[missing].to(self.dtype)
+        torch.mm(rows, self.w_k.to(self.dtype).T, out=self.keys[new])
+        torch.mm(rows, self.w_v.to(self.dtype).T, out=self.values[new])
+        self.used = new.stop
+
+    def _values(self, pairs: Pairs, part: slice, n: int, buffer: list[Tensor]) -> Tensor:
+        P = part.stop - part.start
+        if not buffer or buffer[0].shape[0] < P * n:
+            buffer[:] = [self.values.new_empty(P * n, pairs.D, dtype=block_dtype(self.values))]
+        ids = pairs.documents.ids[part, :n].reshape(-1)
+        places = torch.where(ids < 0, -1, self.place[ids.clamp_min(0)])
+        torch.ops.qpeft_ext.document_rows_gather(self.values, places, buffer[0][: P * n], None)
+        return buffer[0][: P * n].view(P, n, pairs.D)

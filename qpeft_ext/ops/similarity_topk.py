@@ -1,0 +1,228 @@
+"""The k tokens of each document that are most similar to a token of the query."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._library import uses_reference
+from ._common import (
+    block_dtype,
+    blocks_of_rows,
+    check_documents,
+    check_ids,
+    differentiable,
+    distinct_rows,
+    fake,
+    implement,
+    multiply,
+    sum_dtype,
+)
+
+METRICS = ("cosine", "dot")
+
+
+class SimilarityTopK(NamedTuple):
+    scores: Tensor  # [B, K] float32, larger first; -inf where a document has fewer distinct tokens
+    clue_ids: Tensor  # [B, K] int64; -1 there
+    query_positions: Tensor  # [B, K] int64: the query token of the maximum; -1 there
+
+
+def similarity_topk(
+    query_embeds: Tensor,
+    query_mask: Tensor,
+    table: Tensor,
+    document_ids: Tensor,
+    document_mask: Tensor,
+    query_index: Tensor,
+    k: int,
+    metric: str = "cosine",
+) -> SimilarityTopK:
+    """The ``k`` distinct tokens u of each document with the largest s(u) = max over t of sim(query token t, table[u]).
+
+    Larger scores first, ties to the id that occurs earlier; the arg-max query token is the earliest.
+
+    Args:
+        query_embeds: ``[Q, T, D]``, floating.
+        query_mask: True where there is a query token, ``[Q, T]``, bool; at least one per query.
+        table: embeddings, ``[V, D]``, dtype and device of ``query_embeds``. The gradient reaches it if it asks for one.
+        document_ids: rows of ``table``, ``[B, S]``, int64; in ``[0, V)`` where ``document_mask`` is True, never read elsewhere.
+        document_mask: which tokens may become clues, ``[B, S]``, bool.
+        query_index: the query of each pair, ``[B]``, int64 in ``[0, Q)``.
+        k: number of clues, at least 1.
+        metric: ``"cosine"`` (0 with a zero row) or ``"dot"``.
+    Returns: ``scores`` float32 (float64 for float64 inputs), ``clue_ids``, ``query_positions``, each ``[B, k]``; a document with
+        fewer distinct tokens is padded with -inf, -1, -1. The gradient of a score goes to the arg-max query token.
+    Raises: ValueError for shapes, devices, a query without tokens, a NaN similarity; TypeError for a dtype; IndexError for an
+        id out of range. On CUDA ids and NaN cannot be looked at without waiting: the kernel traps.
+    Source: Q-PEFT-R, Peng et al. 2024, https://arxiv.org/abs/2404.04522.
+    """
+    check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
+    inputs = (query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
+    if uses_reference(table.device):
+        return reference(*inputs)
+    return SimilarityTopK(*torch.ops.qpeft_ext.similarity_topk(*inputs))
+
+
+def check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric) -> None:
+    op = "similarity_topk"
+    check_documents(op, query_embeds, query_mask, table, document_ids, document_mask, query_index)
+    if k < 1:
+        raise ValueError(f"{op}: k must be at least 1, got {k}")
+    if metric not in METRICS:
+        raise ValueError(f"{op}: metric must be one of {METRICS}, got {metric!r}")
+
+
+def reference(
+    query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric="cosine"
+) -> SimilarityTopK:
+    """The definition."""
+    if not query_mask.any(1).all():
+        raise ValueError("similarity_topk: every query needs a token, a row of query_mask is all False")
+    ids = document_ids.where(document_mask, 0)
+    queries, documents = (x.to(sum_dtype(x.dtype)) for x in (query_embeds[query_index], table[ids]))  # [B, T, D], [B, S, D]
+    if metric == "cosine":
+        queries, documents = _unit(queries), _unit(documents)
+    similarity = queries @ documents.mT  # [B, T, S]
+    best, positions = similarity.masked_fill(~query_mask[query_index][:, :, None], -torch.inf).max(1)
+    if (best.isnan() & document_mask).any():
+        raise ValueError(f"similarity_topk: a similarity is NaN, {_WHAT_TO_CHECK}")
+    equal = (ids[:, :, None] == ids[:, None, :]) & document_mask[:, None, :]
+    repeated = equal.tril(-1).any(2)  # the same id stands earlier
+    missing = max(k - ids.shape[1], 0)
+    found = torch.nn.functional.pad(document_mask & ~repeated, (0, missing))
+    best, positions, ids = (torch.nn.functional.pad(x, (0, missing)) for x in (best, positions, ids))
+    scores, order = best.masked_fill(~found, -torch.inf).sort(1, descending=True, stable=True)
+    order = order[:, :k]
+    found = found.gather(1, order)
+    return SimilarityTopK(
+        scores[:, :k], ids.gather(1, order).where(found, -1), positions.gather(1, order).where(found, -1)
+    )
+
+
+_WHAT_TO_CHECK = "check query_embeds and table for NaN and infinity"
+
+
+def _inverse_norms(x: Tensor) -> Tensor:
+    norms = x.norm(dim=-1)
+    return torch.where(norms == 0, 0, 1 / norms.masked_fill(norms == 0, 1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * _inverse_norms(x)[..., None]
+
+
+# ---- the operator, for both devices: primitives and what they promise are in csrc/ops.cpp ----------------------------
+
+
+@implement("similarity_topk")
+def _forward(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric):
+    """Distinct ids once per query, one skinny GEMM per block of their rows, maximum over T; then k per document."""
+    op, (Q, T, D), cosine = "similarity_topk", query_embeds.shape, metric == "cosine"
+    check_ids(op, "document_ids", document_ids, table.shape[0], "V", document_mask)
+    check_ids(op, "query_index", query_index, Q, "Q")
+    if not query_mask.any(1).all():
+        raise ValueError(f"{op}: every query needs a token, a row of query_mask is all False")
+    # On CUDA the queries stand side by side: one GEMM over the union of their ids reads each row once, and is wide
+    # enough for tensor cores. The CPU is bound by multiplications, so there each query has its own ids.
+    together = table.device.type != "cpu" or Q == 1
+    M, groups = (Q, 1) if together else (1, Q)
+    group = torch.zeros_like(query_index) if together else query_index
+    documents = distinct_rows(document_ids, document_mask, group, groups, table.shape[0])
+    query_mask = query_mask.reshape(groups, M, T).contiguous()
+    queries = query_embeds.to(sum_dtype(table.dtype))
+    query_scales = _inverse_norms(queries).reshape(groups, M * T) if cosine else None
+    queries = queries.to(block_dtype(table)).reshape(groups, M * T, D)
+    best = table.new_empty(M, documents.offsets[-1], dtype=sum_dtype(table.dtype))
+    positions = best.new_empty(best.shape, dtype=torch.int32)
+    for g in range(groups):
+        blocks = blocks_of_rows(table, documents.rows, documents.offsets[g], documents.offsets[g + 1], norms=cosine)
+        for here, block, norms in blocks:
+            similarity = multiply(block, queries[g].mT)  # [n, M * T]
+            if cosine:
+                similarity *= query_scales[g]
+            torch.ops.qpeft_ext.similarity_topk_reduce(
+                similarity, norms, query_mask[g], best[:, here], positions[:, here]
+            )
+    if best.device.type == "cpu" and best.isnan().any():
+        raise ValueError(f"{op}: a similarity is NaN, {_WHAT_TO_CHECK}")
+    best_row = query_index.contiguous() if together else torch.zeros_like(query_index)
+    return torch.ops.qpeft_ext.similarity_topk_select(best, positions, best_row, documents.ids, documents.slots, k)
+
+
+@fake("similarity_topk")
+def _(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric):
+    B = document_ids.shape[0]
+    scores = table.new_empty(B, k, dtype=sum_dtype(table.dtype))
+    return scores, document_ids.new_empty(B, k), document_ids.new_empty(B, k)
+
+
+@implement("similarity_topk_backward")
+def _backward(
+    grad_scores, scores, clue_ids, query_positions, query_embeds, table, query_index, metric, want_table
+):
+    """A sparse matrix of gradients, [T, chosen rows] per query, times the rows: a GEMM again.
+
+    d cosine / d q = (unit(e) - cosine * unit(q)) / |q|, and the same with e and q exchanged.
+    """
+    (Q, T, D), cosine, dtype = query_embeds.shape, metric == "cosine", sum_dtype(table.dtype)
+    chosen = clue_ids >= 0
+    documents = distinct_rows(clue_ids, chosen, query_index, Q, table.shape[0])  # clues are distinct: slots lie as they do
+    U = documents.offsets[-1]
+    grad = grad_scores.to(dtype).where(chosen, 0)
+    token = (query_index[:, None] * T + query_positions).where(chosen, 0)
+    row = documents.slots.where(chosen, 0).long()
+    position = query_positions.where(chosen, 0)
+
+    def sums(index: Tensor, values: Tensor, size: int) -> Tensor:
+        return values.new_zeros(size).index_add_(0, index.flatten(), values.flatten())
+
+    gradients = sums(row * T + position, grad, max(U, 1) * T).view(-1, T)  # [U, T] of the query of each row
+    queries = query_embeds.to(dtype)
+    grad_query = torch.zeros_like(queries)
+    grad_table = torch.zeros_like(table, dtype=dtype) if want_table else table.new_empty(0)
+    if cosine:
+        scales = _inverse_norms(queries)[..., None]
+        queries = queries * scales
+        along = grad * scores.where(chosen, 0)  # what a row or a token must lose along itself
+        along_query, along_row = sums(token, along, Q * T).view(Q, T, 1), sums(row, along, max(U, 1))
+    for g in range(Q):
+        for here, block, norms in blocks_of_rows(
+            table, documents.rows, documents.offsets[g], documents.offsets[g + 1], norms=cosine
+        ):
+            block, weights = block.to(dtype), gradients[here]
+            if cosine:
+                weights = weights * norms[:, None]
+            grad_query[g].addmm_(weights.T, block)
+            if want_table:
+                rows = weights @ queries[g]
+                if cosine:
+                    rows -= block * (along_row[here] * norms.square())[:, None]
+                grad_table.index_add_(0, documents.rows[here], rows)
+    if cosine:
+        grad_query = (grad_query - along_query * queries) * scales
+    return grad_query.to(query_embeds.dtype), grad_table.to(table.dtype)
+
+
+@fake("similarity_topk_backward")
+def _(grad_scores, scores, clue_ids, query_positions, query_embeds, table, query_index, metric, want_table):
+    return torch.empty_like(query_embeds), torch.empty_like(table) if want_table else table.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query_embeds, _, table, _, _, query_index, _, ctx.metric = inputs
+    ctx.save_for_backward(query_embeds, table, query_index, *output)
+
+
+def _autograd(ctx, grad_scores, *_):
+    query_embeds, table, query_index, *output = ctx.saved_tensors
+    want_table = ctx.needs_input_grad[2]
+    grad_query, grad_table = torch.ops.qpeft_ext.similarity_topk_backward(
+        grad_scores.contiguous(), *output, query_embeds, table, query_index, ctx.metric, want_table
+    )
+    return grad_query, None, grad_table if want_table else None, None, None, None, None, None
+
+
+differentiable("similarity_topk", _setup_context, _autograd)
