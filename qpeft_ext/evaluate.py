@@ -172,15 +172,15 @@ class ComparisonTable:
                 lines.append(f"{system.name}: {system.num_unjudged} queries are not in the qrels and do not count")
         return lines
 
-    def render(self, title: str | None = None):
-        """A `rich.table.Table`, one column per measure."""
+    def render(self, seconds_per_query: Mapping[str, str] | None = None):
+        """The table and its notes, for rich to print: one column per measure, and one for times if there are any."""
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, caption="\n".join(self.notes()), caption_justify="left", title_justify="left",
-                      pad_edge=False)
+        table = Table(pad_edge=False)
         table.add_column("system")
-        for measure in self.measures:
+        for measure in [*self.measures, *(["s per query"] if seconds_per_query else [])]:
             table.add_column(measure, justify="right", no_wrap=True)
         best = {m: max(system.values[m] for system in self.systems) for m in self.measures}
         for system in self.systems:
@@ -192,8 +192,10 @@ class ComparisonTable:
                     cell.append(f"\n{system.difference[measure]:+.4f}", style="not bold")
                     cell.append(f"\n{format_p(system.p_value[measure])}", style="not bold dim")
                 cells.append(cell)
+            if seconds_per_query:
+                cells.append(Text(seconds_per_query.get(system.name, "–")))
             table.add_row(Text(system.name), *cells)
-        return table
+        return Group(table, *map(Text, self.notes()))
 
 
 def compare_table(
@@ -261,7 +263,7 @@ def fuse(runs: Sequence[Run], weights: Sequence[float] | None = None, normalizat
 
 
 def reciprocal_rank_fusion(runs: Sequence[Run], k: int = 60, weights: Sequence[float] | None = None) -> Run:
-    """Sum of weight / (k + rank) over the runs (Cormack et al. 2009); a document that a run lacks gets nothing from it."""
+    """Sum of weight / (k + rank) over the runs (Cormack et al. 2009); a run gives nothing to a document it lacks."""
     weights = [1.0] * len(runs) if weights is None else list(weights)
     if not runs or len(weights) != len(runs) or k < 0:
         raise ValueError(f"reciprocal_rank_fusion: expected one weight per run and k >= 0, got {len(runs)} runs, "

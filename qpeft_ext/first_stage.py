@@ -42,12 +42,10 @@ def bm25_run(
     hidden = None if show_progress_bar is None else not show_progress_bar
     doc_ids = list(corpus)
     tokenizer = bm25s.tokenization.Tokenizer(lower=True, splitter=_WORD, stopwords="english_plus", stemmer=None)
-    texts = (f"{document.get('title') or ''} {document['text']}".strip() for document in map(corpus.__getitem__, doc_ids))
-    tokens = [  # one text at a time, so that the corpus is never held as text; int32 is a quarter of a list of ints
-        np.asarray(ids, dtype=np.int32)
-        for ids in tqdm(tokenizer.streaming_tokenize(texts, allow_empty=False), "BM25: reading", len(doc_ids), unit=" documents",
-                        delay=1, disable=hidden)
-    ]
+    # one text at a time, so that the corpus is never held as text; int32 takes an eighth of a list of ints
+    documents = map(corpus.__getitem__, tqdm(doc_ids, "BM25: reading", unit=" documents", delay=1, disable=hidden))
+    texts = (f"{document.get('title') or ''} {document['text']}" for document in documents)
+    tokens = [np.asarray(ids, dtype=np.int32) for ids in tokenizer.streaming_tokenize(texts, allow_empty=False)]
     vocabulary = tokenizer.get_vocab_dict()
     if not vocabulary:
         return {query_id: [] for query_id in queries}

@@ -2,7 +2,7 @@
 
 from . import beir, trec
 from .beir import Corpus, read_queries
-from .io import Path_, read_lines
+from .io import AnyPath, read_lines
 from .jsonl import read_examples, training_examples, write_examples
 from .trec import Qrels, Run, RunWriter, read_run, write_run
 
@@ -12,7 +12,7 @@ __all__ = [
 ]
 
 
-def read_qrels(path: Path_) -> Qrels:
+def read_qrels(path: AnyPath) -> Qrels:
     """Read a qrels file of either format: BEIR's if it starts with that header, else TREC's."""
     for _, text in read_lines(path, "qrels"):
         return beir.read_qrels(path) if text.startswith("query-id\t") else trec.read_qrels(path)

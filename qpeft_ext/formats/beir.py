@@ -16,8 +16,19 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .io import (
-    Path_, cache_folder, check_file, decode, is_gzip, line_error, open_bytes, parse_object, read_lines, reading,
-    require_id, require_text, shorten,
+    AnyPath,
+    cache_folder,
+    check_file,
+    decode,
+    is_gzip,
+    line_error,
+    open_bytes,
+    parse_object,
+    read_lines,
+    reading,
+    require_id,
+    require_text,
+    shorten,
 )
 from .trec import Qrels, add_judgement
 
@@ -38,7 +49,7 @@ class Corpus(Mapping[str, dict]):
     Raises: ValueError naming file and line for a bad document; every line is checked when the index is built.
     """
 
-    def __init__(self, path: Path_) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = find_file(path, "corpus.jsonl")
         self._lock = threading.Lock()
         self._open()
@@ -71,8 +82,9 @@ class Corpus(Mapping[str, dict]):
                     "SELECT offset, id FROM documents WHERE offset > ? ORDER BY offset LIMIT 10000", (last,)).fetchall()
             if not page:
                 return
-            for last, doc_id in page:
+            for _, doc_id in page:
                 yield doc_id
+            last = page[-1][0]
 
     def __repr__(self) -> str:
         return f"Corpus({os.fspath(self.path)!r}, {len(self)} documents)"
@@ -121,7 +133,7 @@ class Corpus(Mapping[str, dict]):
             return self._connection().execute(query, (doc_id,)).fetchone()
 
 
-def read_queries(path: Path_) -> dict[str, str]:
+def read_queries(path: AnyPath) -> dict[str, str]:
     """Read ``queries.jsonl``: query_id -> text, in the order of the file.
 
     Args:
@@ -141,7 +153,7 @@ def read_queries(path: Path_) -> dict[str, str]:
     return queries
 
 
-def read_qrels(path: Path_, split: str = "test") -> Qrels:
+def read_qrels(path: AnyPath, split: str = "test") -> Qrels:
     """Read ``qrels/<split>.tsv``: query_id -> doc_id -> relevance.
 
     Args:
@@ -172,13 +184,13 @@ def read_qrels(path: Path_, split: str = "test") -> Qrels:
     return qrels
 
 
-def splits(folder: Path_) -> list[str]:
+def splits(folder: AnyPath) -> list[str]:
     """Names of the splits a BEIR folder has qrels for."""
     return sorted({file.name.removesuffix(".gz").removesuffix(".tsv") for file in Path(folder).glob("qrels/*.tsv*")
                    if file.name.endswith((".tsv", ".tsv.gz"))})
 
 
-def find_file(path: Path_, name: str) -> Path:
+def find_file(path: AnyPath, name: str) -> Path:
     """``path`` itself if it is a file; else ``name`` or ``name.gz`` in the folder ``path``."""
     path = Path(path)
     if path.is_file():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-Path_ = str | os.PathLike
+AnyPath = str | os.PathLike
 
 
 def shorten(value: object, width: int = 60) -> str:
@@ -20,16 +20,16 @@ def shorten(value: object, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def line_error(path: Path_, number: int, message: str) -> ValueError:
+def line_error(path: AnyPath, number: int, message: str) -> ValueError:
     """The error for a bad line: always "file, line n: …"."""
     return ValueError(f"{os.fspath(path)}, line {number}: {message}")
 
 
-def is_gzip(path: Path_) -> bool:
+def is_gzip(path: AnyPath) -> bool:
     return os.fspath(path).endswith(".gz")
 
 
-def check_file(path: Path_, what: str = "a file") -> Path:
+def check_file(path: AnyPath, what: str = "a file") -> Path:
     """``path`` as a Path, or an error if it is not a file."""
     path = Path(path)
     if path.is_dir():
@@ -40,16 +40,17 @@ def check_file(path: Path_, what: str = "a file") -> Path:
 
 
 @contextlib.contextmanager
-def reading(path: Path_, position: list[int] | None = None) -> Iterator[None]:
+def reading(path: AnyPath, position: list[int] | None = None) -> Iterator[None]:
     """Turn the errors of a damaged gzip file into one ValueError. ``position[0]`` is the last line that was read."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         where = f" after line {position[0]}" if position and position[0] else ""
-        raise ValueError(f"{os.fspath(path)}: not a whole gzip file{where} ({error}); copy or compress it again") from None
+        raise ValueError(
+            f"{os.fspath(path)}: not a whole gzip file{where} ({error}); copy or compress it again") from None
 
 
-def decode(path: Path_, number: int, raw: bytes) -> str:
+def decode(path: AnyPath, number: int, raw: bytes) -> str:
     """Line ``number`` as text; UTF-8 only. A byte order mark at the start of the file is no part of the text."""
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -58,11 +59,11 @@ def decode(path: Path_, number: int, raw: bytes) -> str:
                                        f"{error.start}; convert the file to UTF-8") from None
 
 
-def open_bytes(path: Path_) -> IO[bytes]:
+def open_bytes(path: AnyPath) -> IO[bytes]:
     return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
 
 
-def read_lines(path: Path_, what: str = "a file") -> Iterator[tuple[int, str]]:
+def read_lines(path: AnyPath, what: str = "a file") -> Iterator[tuple[int, str]]:
     """The lines of a text file, plain or .gz, as (number from 1, text without its line end).
 
     Lines of white space alone are not yielded: they hold nothing.
@@ -77,7 +78,7 @@ def read_lines(path: Path_, what: str = "a file") -> Iterator[tuple[int, str]]:
                 yield position[0], text
 
 
-def parse_object(path: Path_, number: int, text: str) -> dict[str, Any]:
+def parse_object(path: AnyPath, number: int, text: str) -> dict[str, Any]:
     """One line of a jsonl file, which must be a JSON object."""
     try:
         value = json.loads(text)
@@ -89,7 +90,7 @@ def parse_object(path: Path_, number: int, text: str) -> dict[str, Any]:
     return value
 
 
-def require_text(path: Path_, number: int, record: dict[str, Any], key: str, *, empty: bool = False) -> str:
+def require_text(path: AnyPath, number: int, record: dict[str, Any], key: str, *, empty: bool = False) -> str:
     """``record[key]`` as text; ``empty`` says whether it may be empty."""
     if key not in record:
         raise line_error(path, number, f"expected the key {key!r}, got the keys {shorten(sorted(record))}")
@@ -102,7 +103,7 @@ def require_text(path: Path_, number: int, record: dict[str, Any], key: str, *, 
     return value
 
 
-def require_id(path: Path_, number: int, record: dict[str, Any], key: str = "_id") -> str:
+def require_id(path: AnyPath, number: int, record: dict[str, Any], key: str = "_id") -> str:
     """``record[key]`` as an id. A number is taken as its digits, since qrels and runs know only text."""
     value = record.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -110,12 +111,12 @@ def require_id(path: Path_, number: int, record: dict[str, Any], key: str = "_id
     return require_text(path, number, record, key)
 
 
-def check_unicode(path: Path_, number: int, key: str, value: str) -> None:
+def check_unicode(path: AnyPath, number: int, key: str, value: str) -> None:
     """JSON can spell half a surrogate pair, which no file can hold and no tokenizer takes."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise line_error(path, number, f"the text under {key!r} holds half a surrogate pair; repair the escape") from None
+        raise line_error(path, number, f"half a surrogate pair under {key!r}; repair the \\u escape") from None
 
 
 class AtomicWriter:
@@ -129,7 +130,7 @@ class AtomicWriter:
     Raises: OSError or ValueError if ``path`` cannot become a regular file.
     """
 
-    def __init__(self, path: Path_) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = Path(os.path.realpath(path))  # a link is followed, not replaced
         if self.path.is_dir():
             raise ValueError(f"{path} is a folder; expected the name of a file to write")
@@ -186,7 +187,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_text(path: Path_, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Write ``text`` as UTF-8, as a whole or not at all."""
     with AtomicWriter(path) as file:
         file.write(text.encode("utf-8"))

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .io import AtomicWriter, Path_, line_error, parse_object, read_lines, require_text, shorten
+from .io import AnyPath, AtomicWriter, line_error, parse_object, read_lines, require_text, shorten
 from .trec import Qrels, Run
 
 Example = dict[str, Any]
 
 
-def read_examples(path: Path_) -> list[Example]:
+def read_examples(path: AnyPath) -> list[Example]:
     """Read training examples. "negatives" may be missing: other queries' documents can serve.
 
     Returns: the objects of the file, with "negatives" always there; further keys are kept.
@@ -38,7 +38,7 @@ def read_examples(path: Path_) -> list[Example]:
     return examples
 
 
-def write_examples(path: Path_, examples: Iterable[Example]) -> int:
+def write_examples(path: AnyPath, examples: Iterable[Example]) -> int:
     """Write training examples, plain or .gz, as a whole or not at all. Returns: how many."""
     count = 0
     with AtomicWriter(path) as file:
@@ -102,7 +102,8 @@ def training_examples(
             counts.without_relevant += 1
             continue
         if query_id not in queries:
-            raise ValueError(f"query {query_id!r} is in the qrels but not in the queries; the files do not belong together")
+            raise ValueError(f"query {query_id!r} is in the qrels but not in the queries; "
+                             f"the files do not belong together")
         positives = [doc_id for doc_id in sorted(relevant, key=lambda d: -relevant[d]) if doc_id in corpus]
         counts.missing_positives += len(relevant) - len(positives)
         if not positives:
@@ -119,12 +120,15 @@ def training_examples(
                 raise ValueError(f"document {doc_id!r} of query {query_id!r} is in the run but not in the corpus; "
                                  f"the run belongs to another corpus")
         examples.append({
-            "query_id": query_id, "query": queries[query_id],
-            "positives": [_document(corpus, d) for d in positives], "negatives": [_document(corpus, d) for d in negatives],
+            "query_id": query_id,
+            "query": queries[query_id],
+            "positives": [_document(corpus, doc_id) for doc_id in positives],
+            "negatives": [_document(corpus, doc_id) for doc_id in negatives],
         })
     counts.examples = len(examples)
     if not examples:
-        raise ValueError(f"the qrels give no training example ({counts}); check that qrels, queries and corpus belong together")
+        raise ValueError(f"the qrels give no training example ({counts}); "
+                         f"check that qrels, queries and corpus belong together")
     return examples, counts
 
 
@@ -133,7 +137,7 @@ def _document(corpus: Mapping[str, dict], doc_id: str) -> dict[str, str]:
     return {"id": doc_id, "title": document.get("title", ""), "text": document["text"]}
 
 
-def _check_documents(path: Path_, number: int, example: Example, key: str) -> None:
+def _check_documents(path: AnyPath, number: int, example: Example, key: str) -> None:
     documents = example.get(key)
     if not isinstance(documents, list):
         raise line_error(path, number, f"expected a list of documents under {key!r}, got "
@@ -141,7 +145,8 @@ def _check_documents(path: Path_, number: int, example: Example, key: str) -> No
     for document in documents:
         record = {"text": document} if isinstance(document, str) else document
         if not isinstance(record, dict):
-            raise line_error(path, number, f"expected a text or an object with 'text' in {key!r}, got {shorten(document)}")
+            raise line_error(path, number, f"expected a text or an object with 'text' in {key!r}, "
+                                           f"got {shorten(document)}")
         require_text(path, number, record, "text", empty=True)
         if record.get("title") is not None:
             require_text(path, number, record, "title", empty=True)

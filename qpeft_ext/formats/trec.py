@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from .io import AtomicWriter, Path_, line_error, read_lines, shorten
+from .io import AnyPath, AtomicWriter, line_error, read_lines, shorten
 
 Run = dict[str, list[tuple[str, float]]]  # query_id -> (doc_id, score), best first
 Qrels = dict[str, dict[str, int]]  # query_id -> doc_id -> relevance
@@ -18,7 +18,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _LOWEST = np.float32(-np.inf)
 
 
-def read_run(path: Path_) -> Run:
+def read_run(path: AnyPath) -> Run:
     """Read a TREC run.
 
     Candidates are ordered as trec_eval orders them, by score; where scores are equal, by the rank column and then
@@ -44,7 +44,7 @@ def read_run(path: Path_) -> Run:
     }
 
 
-def read_qrels(path: Path_) -> Qrels:
+def read_qrels(path: AnyPath) -> Qrels:
     """Read TREC qrels: query_id -> doc_id -> relevance. Raises: ValueError naming file and line."""
     qrels: Qrels = {}
     for number, text in read_lines(path, "TREC qrels"):
@@ -55,7 +55,7 @@ def read_qrels(path: Path_) -> Qrels:
     return qrels
 
 
-def add_judgement(qrels: Qrels, path: Path_, number: int, query_id: str, doc_id: str, relevance: str) -> None:
+def add_judgement(qrels: Qrels, path: AnyPath, number: int, query_id: str, doc_id: str, relevance: str) -> None:
     """Add one line of a qrels file of any format."""
     judged = qrels.setdefault(query_id, {})
     if doc_id in judged:
@@ -101,7 +101,7 @@ class RunWriter:
         tag: last column, the name of the system.
     """
 
-    def __init__(self, path: Path_, tag: str = "qpeft_ext") -> None:
+    def __init__(self, path: AnyPath, tag: str = "qpeft_ext") -> None:
         _check_id("the tag", tag)
         self.tag = tag
         self.num_lines = 0
@@ -123,7 +123,7 @@ class RunWriter:
         for doc_id, score in ranking:
             _check_id("doc_id", doc_id)
             if not math.isfinite(score):
-                raise ValueError(f"query {query_id!r}, document {doc_id!r}: the score is {score}; scores must be finite")
+                raise ValueError(f"query {query_id!r}, document {doc_id!r}: scores must be finite, got {score}")
         if len({doc_id for doc_id, _ in ranking}) < len(ranking):
             twice = next(d for i, (d, _) in enumerate(ranking) if d in {e for e, _ in ranking[:i]})
             raise ValueError(f"document {twice!r} occurs twice for query {query_id!r}; rank each document once")
@@ -147,7 +147,7 @@ class RunWriter:
         self._file.__exit__(kind, error, trace)
 
 
-def write_run(path: Path_, run: Mapping[str, Iterable[tuple[str, float]]], tag: str = "qpeft_ext") -> int:
+def write_run(path: AnyPath, run: Mapping[str, Iterable[tuple[str, float]]], tag: str = "qpeft_ext") -> int:
     """Write a whole run, as `RunWriter` does. Returns: the number of lines."""
     with RunWriter(path, tag) as writer:
         for query_id, ranking in run.items():
@@ -155,7 +155,7 @@ def write_run(path: Path_, run: Mapping[str, Iterable[tuple[str, float]]], tag: 
     return writer.num_lines
 
 
-def find_line(path: Path_, query_id: str, doc_id: str | None = None) -> int | None:
+def find_line(path: AnyPath, query_id: str, doc_id: str | None = None) -> int | None:
     """The line of a run that names ``query_id`` (and ``doc_id``); only for error messages."""
     for number, text in read_lines(path):
         columns = _SPACE.split(text.strip(" \t\r\n\f\v"))
@@ -164,20 +164,20 @@ def find_line(path: Path_, query_id: str, doc_id: str | None = None) -> int | No
     return None
 
 
-def _columns(path: Path_, number: int, text: str, count: int, names: str) -> list[str]:
+def _columns(path: AnyPath, number: int, text: str, count: int, names: str) -> list[str]:
     columns = _SPACE.split(text.strip(" \t\r\n\f\v"))
     if len(columns) != count:
         raise line_error(path, number, f"expected {count} columns '{names}', got {len(columns)}: {shorten(text)}")
     return columns
 
 
-def _integer(path: Path_, number: int, name: str, text: str) -> int:
+def _integer(path: AnyPath, number: int, name: str, text: str) -> int:
     if not _INTEGER.fullmatch(text):
         raise line_error(path, number, f"expected a whole number as {name}, got {shorten(text)}")
     return int(text)
 
 
-def _score(path: Path_, number: int, text: str) -> float:
+def _score(path: AnyPath, number: int, text: str) -> float:
     try:
         score = float(text)
     except ValueError:

@@ -1,0 +1,71 @@
+"""The command ``qpeft``: info, train, rerank, evaluate, demo.
+
+The commands are in ``commands/``, one file each. They import torch when they run, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .commands import demo, evaluate, info, rerank, train
+
+# the base of every complaint about arguments; typer has no public name for it
+ClickException = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    help="Rerank text with a frozen language model and a few trained clues (Q-PEFT).",
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)
+for module in (info, train, rerank, evaluate, demo):
+    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for an error, 130 after Ctrl-C.
+
+    An error is one line on stderr; ``QPEFT_DEBUG=1`` shows the traceback instead.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        return app(arguments, prog_name="qpeft", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(arguments, "interrupted", 130)
+    except ClickException as error:  # an unknown option, a missing argument, ...
+        return _fail(arguments, f"{error.format_message()} (see --help)")
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("QPEFT_DEBUG", "0") not in ("", "0"):
+            raise
+        return _fail(arguments, _one_line(error))
+
+
+def _fail(arguments: Sequence[str], message: str, code: int = 2) -> int:
+    names = [command.name for command in app.registered_commands]
+    command = next((argument for argument in arguments if argument in names), None)
+    print(f"{'qpeft ' + command if command else 'qpeft'}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error; of the system's own errors ("[Errno 13] ...") the readable part."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

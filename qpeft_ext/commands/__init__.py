@@ -1,0 +1,1 @@
+"""The commands of ``qpeft``: each module has one function, ``command``."""

@@ -1,0 +1,86 @@
+"""What several commands share: options, printing, and reading of a BEIR folder with its first stage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import formats
+from ..formats import beir
+from ..formats.trec import Qrels, Run
+
+Device = Annotated[str | None, typer.Option(help="For example cuda or cpu.  [default: cuda if there is one]")]
+Dtype = Annotated[str | None, typer.Option(help="Of the LM: bfloat16, float16 or float32.  [default: as stored]")]
+Measures = Annotated[
+    list[str] | None,
+    typer.Option(help="Names of ir_measures.  [default: nDCG@10 RR@10 Success@{1,5,20}]"),
+]
+MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
+
+
+def say(message: object = "") -> None:
+    """Print a line, or something of rich, on stdout; 100 columns wide where there is no terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100
+    console = Console(file=sys.stdout, width=width, highlight=False, markup=False)
+    console.print(message, soft_wrap=isinstance(message, str))
+
+
+def measure_names(names: list[str] | None) -> list[str]:
+    """One name per item, from options that may hold several."""
+    return [name for text in names or MEASURES for name in text.replace(",", " ").split()]
+
+
+def read_split(data: Path, split: str | None) -> tuple[str, Qrels | None]:
+    """The qrels of ``split``; without one asked for, of "test" if there is one."""
+    if split is None and "test" not in beir.splits(data):
+        return "test", None
+    return split or "test", beir.read_qrels(data, split or "test")
+
+
+def first_stage(corpus: formats.Corpus, queries: dict[str, str], run: Path | None, k: int) -> tuple[Run, str]:
+    """The candidates and what to call them: ``run`` cut to ``k`` candidates per query, or BM25."""
+    if run is None:
+        from ..first_stage import bm25_run
+
+        return bm25_run(corpus, queries, k), "BM25"
+    whole = formats.read_run(run)
+    cut = {query_id: candidates[:k] for query_id, candidates in whole.items()}
+    left_out = sum(len(candidates) for candidates in whole.values()) - sum(map(len, cut.values()))
+    if left_out:
+        say(f"{run}: {left_out} candidates beyond the {k} best of their query are left out")
+    return cut, system_name(run)
+
+
+def system_name(path: Path) -> str:
+    """A short name for a run file: its name without what says the format."""
+    name = path.name.removesuffix(".gz")
+    for ending in (".trec", ".txt", ".run", ".tsv"):
+        name = name.removesuffix(ending) or name
+    return name
+
+
+def quiet_transformers() -> None:
+    """Only errors from transformers: its notes on loading would bury our own."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def default_device(device: str | None) -> str:
+    """``device``, or the best there is. Raises: ValueError for one that this machine or this torch does not have."""
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the device {device!r} cannot be used: {reason}; try --device cpu") from None
+    return device

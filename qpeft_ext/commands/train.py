@@ -1,0 +1,114 @@
+"""``qpeft train``: train an adapter on a BEIR folder or on a file of examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Device, Dtype
+
+
+def command(
+    base_model: Annotated[str, typer.Option(help="LM: a folder or a Hub id; it stays frozen.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter; checkpoints go to its folder checkpoints.")],
+    data: Annotated[Path | None, typer.Option(help="BEIR folder with qrels/train (or --split).")] = None,
+    train: Annotated[Path | None, typer.Option(help="Examples, jsonl: query, positives, negatives.")] = None,
+    dev: Annotated[Path | None, typer.Option(help="Examples for evaluation in training, jsonl.")] = None,
+    run: Annotated[Path | None, typer.Option(help="TREC run for the negatives of --data.  [default: BM25]")] = None,
+    split: Annotated[str, typer.Option(help="Which qrels of --data to train on.")] = "train",
+    num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 11,
+    depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
+    clues: Annotated[str, typer.Option(help="attention (Q-PEFT-A) or top_k (Q-PEFT-R).")] = "attention",
+    k: Annotated[int, typer.Option(help="Clues per document, for top_k.")] = 10,
+    num_heads: Annotated[int, typer.Option(help="Attention heads, for attention.")] = 8,
+    rank: Annotated[int | None, typer.Option(help="Inner width of the clue module.  [default: 256 at most]")] = None,
+    loss: Annotated[str, typer.Option(help="pointwise_pairwise, pointwise, pairwise or listwise.")] = "listwise",
+    margin: Annotated[float, typer.Option(help="Of the pairwise loss, in nats per query token.")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 1e-3,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
+    queries_per_group: Annotated[int, typer.Option(help="Queries per step that share their documents.")] = 4,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Groups per optimiser step.")] = 1,
+    save_steps: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.  [default: none]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in --output.")] = False,
+    report_to: Annotated[str, typer.Option(help="tensorboard, wandb, ... or none.")] = "none",
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights, order and negatives.")] = 0,
+) -> None:
+    """Train an adapter: the LM stays frozen, only the module that makes the clues learns."""
+    if clues == "none":
+        raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr")
+    if (data is None) == (train is None):
+        raise ValueError("expected either --data FOLDER or --train FILE")
+    if not learning_rate > 0 or not epochs > 0:
+        raise ValueError(f"--learning-rate and --epochs must be above 0, got {learning_rate} and {epochs}")
+    _check_output(output, replace=resume or overwrite)
+
+    from ..config import QPeftConfig
+    from .common import default_device, quiet_transformers, say
+
+    config = QPeftConfig(clues=clues, k=k, num_heads=num_heads, rank="auto" if rank is None else rank, loss=loss,
+                         margin=margin, queries_per_group=queries_per_group, num_hard_negatives=num_negatives,
+                         seed=seed)
+    examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
+    device = default_device(device)
+    quiet_transformers()
+    from transformers import TrainingArguments
+
+    from ..loading import load_lm
+    from ..model import get_qpeft_model
+    from ..train import QPeftTrainer
+
+    checkpoints = output / "checkpoints"
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints), learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
+        per_device_train_batch_size=queries_per_group, gradient_accumulation_steps=gradient_accumulation_steps,
+        save_strategy="no" if save_steps is None else "steps", save_steps=save_steps or 500,
+        eval_strategy="epoch" if dev_examples else "no", report_to=report_to, seed=seed, use_cpu=device == "cpu",
+        remove_unused_columns=False, logging_steps=10,
+    )
+    model = get_qpeft_model(load_lm(base_model, dtype=dtype, device=device), config)
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
+    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples)
+    trainer.train(resume_from_checkpoint=True if resume else None)
+    model.save_pretrained(output)
+    say(f"wrote the adapter to {output}")
+
+
+def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[list, list | None]:
+    """Training examples and, if asked for, those for evaluation."""
+    from .. import formats
+    from ..formats import beir
+    from .common import first_stage, say
+
+    dev_examples = formats.read_examples(dev) if dev else None
+    if train:
+        examples = formats.read_examples(train)
+        say(f"{len(examples)} training examples")
+        return examples, dev_examples
+    qrels = beir.read_qrels(data, split)
+    corpus, queries = formats.Corpus(data), beir.read_queries(data)
+    asked = {query_id: queries[query_id] for query_id in qrels if query_id in queries}
+    # as many candidates as are relevant may have to be passed over to find `depth` that are not
+    candidates, _ = first_stage(corpus, asked, run, depth + max(map(len, qrels.values())))
+    examples, counts = formats.training_examples(queries, qrels, candidates, corpus, num_negatives=num_negatives,
+                                                 depth=depth, seed=seed)
+    say(counts)
+    return examples, dev_examples
+
+
+def _check_output(output: Path, replace: bool) -> None:
+    """Know at once that the adapter can be saved; training takes hours."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; expected a folder for the adapter")
+    if (output / "adapter_config.json").exists() and not replace:
+        raise ValueError(f"{output} already holds an adapter; name another folder, or --overwrite")
+    output.mkdir(parents=True, exist_ok=True)
+    probe = output / ".writable.tmp"
+    probe.touch()
+    probe.unlink()
