@@ -33,7 +33,7 @@ def test_rank_sorts_and_can_return_the_documents(model):
 
 def test_rank_many_equals_rank(model, monkeypatch):
     monkeypatch.setattr("qpeft_ext.reranker._PAIRS_PER_BLOCK", 5)  # several blocks
-    reranker = qpeft.Reranker(model, cache_bytes=1 << 20)
+    reranker = qpeft.Reranker(model, cache=qpeft.DocumentCache(1 << 20))
     queries, candidates = [*QUERIES, "none", "sea"], [DOCUMENTS, DOCUMENTS[:2], [], DOCUMENTS[::-1]]
     together = reranker.rank_many(queries, candidates)
     assert [len(rows) for rows in together] == [4, 2, 0, 4]

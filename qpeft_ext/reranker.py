@@ -28,18 +28,18 @@ class Reranker:
     Args:
         model: a `QPeftModel`.
         max_tokens_per_batch: token budget of a pass; halved and retried when the device runs out of memory.
-        cache_bytes: budget for document prefixes kept between calls; 0 keeps none.
+        cache: a `DocumentCache`, to keep document prefixes between calls; it may be shared by rerankers of one LM.
         deterministic: bit-equal scores whatever else is scored; slower (see `QPeftModel.forward`).
         path: "document_first" or "plain".
 
-    Attributes: cache: the `DocumentCache`, or None.  truncated: documents cut so far (``max_document_tokens``).
+    Attributes: truncated: documents cut so far (``max_document_tokens``).
     """
 
     def __init__(
         self,
         model: QPeftModel,
         max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
-        cache_bytes: int = 0,
+        cache: DocumentCache | None = None,
         deterministic: bool = False,
         path: str = "document_first",
     ) -> None:
@@ -47,7 +47,7 @@ class Reranker:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
         self.model = model.eval()
         self.max_tokens_per_batch = max_tokens_per_batch
-        self.cache = DocumentCache(cache_bytes) if cache_bytes else None
+        self.cache = cache
         self.deterministic = deterministic
         self.path = path
         self.truncated = 0

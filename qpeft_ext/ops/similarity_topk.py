@@ -42,7 +42,9 @@ def similarity_topk(
 ) -> SimilarityTopK:
     """The ``k`` distinct tokens u of each document with the largest s(u) = max over t of sim(query token t, table[u]).
 
-    Larger scores first, ties to the id that occurs earlier; the arg-max query token is the earliest.
+    Larger scores first, ties to the id that occurs earlier; the arg-max query token is the earliest. Scores are rounded
+    (`round_scores`): all document tokens that stand in the query have cosine 1 up to the order of a sum, and that order
+    must not decide which of them are chosen.
 
     Args:
         query_embeds: ``[Q, T, D]``, floating.
@@ -89,17 +91,24 @@ def reference(
     best, positions = similarity.masked_fill(~query_mask[query_index][:, :, None], -torch.inf).max(1)
     if (best.isnan() & document_mask).any():
         raise ValueError(f"similarity_topk: a similarity is NaN, {_WHAT_TO_CHECK}")
+    best = round_scores(best)
     equal = (ids[:, :, None] == ids[:, None, :]) & document_mask[:, None, :]
     repeated = equal.tril(-1).any(2)  # the same id stands earlier
     missing = max(k - ids.shape[1], 0)
     found = torch.nn.functional.pad(document_mask & ~repeated, (0, missing))
     best, positions, ids = (torch.nn.functional.pad(x, (0, missing)) for x in (best, positions, ids))
-    scores, order = best.masked_fill(~found, -torch.inf).sort(1, descending=True, stable=True)
+    scores, order = best.masked_fill(~found, -torch.inf).sort(dim=1, descending=True, stable=True)
     order = order[:, :k]
     found = found.gather(1, order)
     return SimilarityTopK(
         scores[:, :k], ids.gather(1, order).where(found, -1), positions.gather(1, order).where(found, -1)
     )
+
+
+def round_scores(scores: Tensor) -> Tensor:
+    """Round to 17 of 23 mantissa bits (float64: 44 of 52), to nearest: equal up to rounding noise becomes equal."""
+    integer, dropped = (torch.int64, 8) if scores.dtype == torch.float64 else (torch.int32, 6)
+    return ((scores.view(integer) + (1 << (dropped - 1))) & -(1 << dropped)).view(scores.dtype)
 
 
 _WHAT_TO_CHECK = "check query_embeds and table for NaN and infinity"
@@ -148,6 +157,7 @@ def _forward(query_embeds, query_mask, table, document_ids, document_mask, query
             )
     if best.device.type == "cpu" and best.isnan().any():
         raise ValueError(f"{op}: a similarity is NaN, {_WHAT_TO_CHECK}")
+    best = round_scores(best)
     best_row = query_index.contiguous() if together else torch.zeros_like(query_index)
     return torch.ops.qpeft_ext.similarity_topk_select(best, positions, best_row, documents.ids, documents.slots, k)
 
