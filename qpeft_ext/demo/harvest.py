@@ -100,14 +100,16 @@ def harvest(
     return collect(definitions, package_versions(packages, search_path), counts)
 
 
-def demo_collection(seed: int = 0, show_progress_bar: bool | None = None) -> DemoCollection:
-    """The demo's fixed split by package, with `DEV_QUERIES` and `TEST_QUERIES` queries sampled by ``seed``.
+def demo_collection(
+    seed: int = 0, test_queries: int = TEST_QUERIES, show_progress_bar: bool | None = None
+) -> DemoCollection:
+    """The demo's fixed split by package, with `DEV_QUERIES` and ``test_queries`` queries sampled by ``seed``.
 
     A definition that the test or dev packages contain too is no training document.
     """
     held_out: set[bytes] = set()
     sides = []
-    for packages, wanted in ((TEST_PACKAGES, TEST_QUERIES), (DEV_PACKAGES, DEV_QUERIES), (TRAIN_PACKAGES, None)):
+    for packages, wanted in ((TEST_PACKAGES, test_queries), (DEV_PACKAGES, DEV_QUERIES), (TRAIN_PACKAGES, None)):
         counts: Counter[str] = Counter()
         definitions = list(iter_definitions(packages, counts, None, show_progress_bar))
         own = [definition for definition in definitions if definition.digest not in held_out]

@@ -1,0 +1,33 @@
+"""Which queries the report shows, with their clues marked in the text."""
+
+from __future__ import annotations
+
+from ..formats.trec import Run
+from ..report import Clue, Example
+from .collections import Part
+
+
+def report_examples(reranker, method: str, test: Part, before: Run, after: Run) -> list[Example]:
+    """Three queries: the relevant document that rose most, one in the middle, and the one that fell most."""
+    moved = []
+    for query_id, relevant in test.qrels.items():
+        doc_id = next((d for d in relevant if relevant[d] > 0), None)
+        ranks = _rank(before.get(query_id, []), doc_id), _rank(after.get(query_id, []), doc_id)
+        if None not in ranks:
+            moved.append((ranks[0] - ranks[1], query_id, doc_id, *ranks))
+    moved.sort(reverse=True)
+    if not moved:
+        return []
+    chosen = {0: "rose most", len(moved) // 2: "is in the middle", len(moved) - 1: "fell most"}
+    examples = []
+    for place, note in chosen.items():
+        _, query_id, doc_id, rank_before, rank_after = moved[place]
+        explanation = reranker.explain(test.queries[query_id], test.documents[doc_id])
+        clues = [Clue(span.start, span.end, span.weight) for span in explanation.clues]
+        examples.append(Example(explanation.query, doc_id, explanation.text, clues, rank_before, rank_after, True, method,
+                                f"Of {len(moved)} queries whose document was a candidate, the one that {note}."))
+    return examples
+
+
+def _rank(ranking: list, doc_id: str | None) -> int | None:
+    return next((place for place, (candidate, _) in enumerate(ranking, start=1) if candidate == doc_id), None)

@@ -1,0 +1,208 @@
+"""``qpeft demo``: train Q-PEFT-R and Q-PEFT-A on a frozen LM, rerank unseen queries, and say what changed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..commands.common import quiet_transformers, say
+from ..config import QPeftConfig
+from ..evaluate import compare_table, evaluate, fuse
+from ..first_stage import bm25_run
+from ..formats import training_examples, write_run
+from ..formats.trec import Run
+from ..rerank_run import by_likelihood, by_similarity, rerank_run
+from ..report import Report, render, write_html
+from .collections import DemoData, load_demo_data
+from .examples import report_examples
+
+BASE_LM = Path(__file__).parent / "base_lm"
+MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
+MEASURE = "nDCG@10"  # decides on dev, and is plotted
+FIRST, SIMILARITY, UPR, R, A = "BM25", "similarity only", "UPR", "Q-PEFT-R", "Q-PEFT-A"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo does, sized for two cores and ten minutes."""
+
+    candidates: int = 100
+    dev_candidates: int = 50
+    num_negatives: int = 11  # of BM25's top 40: with the positive, lists of 12
+    queries_per_step: int = 4
+    train_queries: int = 480
+    learning_rate: float = 3e-4
+    evaluations: int = 4
+    dev_examples: int = 40
+    cache_bytes: int = 6 << 30
+    fusion_weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the reranker; BM25 the rest
+
+    def config(self, clues: str) -> QPeftConfig:
+        return QPeftConfig(
+            clues=clues,
+            loss="listwise",
+            num_hard_negatives=self.num_negatives,
+            in_batch_negatives=False,
+            queries_per_group=self.queries_per_step,
+            max_document_tokens=200,
+        )
+
+
+def main(
+    model: str | None = None,
+    data: str | Path | None = None,
+    output: str | Path = "demo",
+    queries: int = 100,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> Report:
+    """Run the demo and write ``report.html``, the run files and the adapters to ``output``.
+
+    Args:
+        model: base LM (Hub id or folder); None: the small one that is packaged.
+        data: BEIR folder; None: functions and docstrings harvested from the installed packages.
+        queries: test queries, sampled by ``seed``.
+    """
+    from .. import DocumentCache, Reranker, get_qpeft_model
+    from ..loading import load_lm, load_tokenizer
+
+    started, settings, output = time.perf_counter(), settings or Settings(), Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    quiet_transformers()
+    logging.getLogger("qpeft_ext").setLevel(logging.WARNING)
+    name = model or BASE_LM
+    lm, tokenizer = load_lm(name, dtype="float32" if model is None else None), load_tokenizer(name)
+    collections = load_demo_data(data, queries, settings.train_queries, seed)
+    say(collections.describe())
+
+    train, dev, test = collections.train, collections.dev, collections.test
+    first = {part: bm25_run(c.documents, c.queries, k) for part, c, k in (
+        ("train", train, 40), ("dev", dev, settings.dev_candidates), ("test", test, settings.candidates))}
+    examples = training_examples(train.queries, train.qrels, first["train"], train.documents,
+                                 num_negatives=settings.num_negatives, seed=seed)[0]
+    dev_examples = training_examples(dev.queries, dev.qrels, first["dev"], dev.documents,
+                                     num_negatives=settings.num_negatives, seed=seed)[0][: settings.dev_examples]
+
+    cache = DocumentCache(settings.cache_bytes)  # one LM, one template: all systems share the prefixes
+    rerankers, notes = {}, []
+    for system, clues in ((UPR, "none"), (R, "top_k"), (A, "attention")):
+        qpeft_model = get_qpeft_model(lm, settings.config(clues), tokenizer)
+        if clues != "none":
+            notes.append(_train(system, qpeft_model, examples, dev_examples, output, settings, seed))
+            qpeft_model.save_pretrained(output / f"adapter-{clues}")
+        rerankers[system] = Reranker(qpeft_model, cache=cache)
+    say(*notes)
+
+    runs: dict[str, dict[str, Run]] = {"dev": {FIRST: first["dev"]}, "test": {FIRST: first["test"]}}
+    seconds: dict[str, float] = {}
+    cache.clear()
+    for part, collection in (("dev", dev), ("test", test)):
+        rankers = {system: by_likelihood(reranker) for system, reranker in rerankers.items()}
+        if part == "test":
+            rankers = {SIMILARITY: by_similarity(rerankers[R])} | rankers
+        for system, rank in rankers.items():
+            cache.clear()  # every system pays for its own prefixes: the times are cold ones
+            result = rerank_run(rank, collection.queries, collection.documents, first[part], name=f"{system} ({part})")
+            runs[part][system] = result.run
+            seconds[system] = result.seconds / max(1, len(result.run))
+    best, weight = _best_fusion(runs["dev"], dev.qrels, settings.fusion_weights)
+    fused = f"{best} + BM25"
+    runs["test"][fused] = fuse([runs["test"][best], first["test"]], [weight, 1 - weight])
+    notes.append(f"{fused}: min-max scores, weight {weight} on {best}, chosen with the system on "
+                 f"{len(dev.queries)} dev queries of other packages" if data is None else
+                 f"{fused}: weight {weight} on {best}, chosen on {len(dev.queries)} dev queries")
+
+    table = compare_table(runs["test"], test.qrels, MEASURES)
+    per_query = {system: evaluate(run, test.qrels, [MEASURE]).per_query[MEASURE] for system, run in runs["test"].items()}
+    report = Report(
+        title="Search in your own Python environment" if data is None else f"Reranking {collections.name}",
+        lead=f"{len(test.queries)} queries over {len(test.documents):,} documents; the {settings.candidates} best of "
+        "BM25 reranked by the log-likelihood that a frozen language model gives the query.",
+        setting=_setting(collections, rerankers, settings, seed, name if model else "packaged base LM"),
+        table=table,
+        measure=MEASURE,
+        per_query=per_query,
+        seconds_per_query=seconds,
+        examples=report_examples(rerankers[R], R, test, runs["test"][FIRST], runs["test"][R]),
+        notes=notes,
+    )
+    for system, run in runs["test"].items():
+        write_run(output / f"{system.replace(' ', '')}.trec", run, tag=system.replace(" ", ""))
+    report.setting["time of the whole demo"] = f"{(time.perf_counter() - started) / 60:.1f} minutes"
+    write_html(report, output / "report.html")
+    say(render(report))
+    say(f"wrote {output / 'report.html'}, the runs and the adapters to {output}/")
+    return report
+
+
+def _train(system: str, model, examples: list, dev_examples: list, output: Path, settings: Settings, seed: int) -> str:
+    """Train one adapter in place; returns a line on how it went."""
+    from transformers import TrainingArguments
+
+    from ..train import QPeftTrainer
+
+    steps = max(1, len(examples) // settings.queries_per_step)
+    every = max(1, steps // settings.evaluations)
+    arguments = TrainingArguments(
+        output_dir=str(output / "training" / system),
+        per_device_train_batch_size=settings.queries_per_step,
+        per_device_eval_batch_size=settings.queries_per_step,
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=steps // 10,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="mrr",
+        greater_is_better=True,
+        logging_steps=every,
+        report_to="none",
+        seed=seed,
+        use_cpu=model.device.type == "cpu",
+    )
+    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples)
+    before = trainer.evaluate()
+    started = time.perf_counter()
+    trainer.train()
+    seconds, after = time.perf_counter() - started, trainer.evaluate()
+    trainable, total = model.get_nb_trainable_parameters()
+    model.eval()
+    return (f"{system}: {steps} steps of {settings.queries_per_step} queries in {seconds:.0f} s; reciprocal rank among "
+            f"{settings.num_negatives + 1} documents on dev {before['eval_mrr']:.3f} → {after['eval_mrr']:.3f}; "
+            f"{trainable:,} trainable parameters ({trainable / total:.1%})")
+
+
+def _best_fusion(runs: dict[str, Run], qrels, weights: tuple[float, ...]) -> tuple[str, float]:
+    """The reranker and its weight beside BM25 that do best on dev."""
+    choices = [(system, weight) for system in (UPR, R, A) for weight in weights]
+
+    def value(choice: tuple[str, float]) -> float:
+        system, weight = choice
+        return evaluate(fuse([runs[system], runs[FIRST]], [weight, 1 - weight]), qrels, [MEASURE]).means[MEASURE]
+
+    return max(choices, key=value)
+
+
+def _setting(collections: DemoData, rerankers, settings: Settings, seed: int, name) -> dict[str, str]:
+    import torch
+
+    from ..commands.info import versions
+
+    total = rerankers[UPR].model.get_nb_trainable_parameters()[1]
+    return {
+        "language model": f"{name}, {total / 1e6:.1f} M parameters, frozen",
+        "collection": collections.name,
+        "training": f"{len(collections.train.queries)} queries, listwise over {settings.num_negatives + 1} documents, "
+        f"learning rate {settings.learning_rate}",
+        "dev": f"{len(collections.dev.queries)} queries",
+        "seed": str(seed),
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "packages": ", ".join(f"{k} {v}" for k, v in collections.versions.items()) or "–",
+    }
