@@ -34,8 +34,7 @@ __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx
 // all threads of the block must call. With kColumns > 1 thread t belongs to column t % kColumns, and each gets its column's.
 template <int kColumns = 1, typename Value, typename Combine>
 __device__ Value block_reduce(Value value, Combine combine) {
-  __shared__ alignas(Value) unsigned char bytes[kThreads * sizeof(Value)];  // Value may have a constructor
-  Value* cells = reinterpret_cast<Value*>(bytes);
+  __shared__ Value cells[kThreads];
   __syncthreads();  // the cells of an earlier call have been read
   cells[threadIdx.x] = value;
   for (unsigned half = kThreads / 2; half >= kColumns; half /= 2) {
