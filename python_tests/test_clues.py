@@ -148,3 +148,18 @@ def test_impossible_settings_are_errors(options, message):
     with pytest.raises(ValueError, match="QPeftConfig: .*") as error:
         qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(**options), tiny_tokenizer())
     assert message in str(error.value)
+
+
+def test_projected_rows_give_the_same_clues_and_notice_new_weights():
+    model = model_with(clues="attention")
+    batch = model.encode([("abc", "some text"), ("a", "x"), ("b", "")])
+    with torch.no_grad():
+        for parameter in model.clues.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for _ in range(2):
+            expected = model.compute_clues(batch, alone=True).embeds
+            model.clues.projected_bytes = 1 << 20
+            for _ in range(2):
+                torch.testing.assert_close(model.compute_clues(batch).embeds, expected, rtol=1e-5, atol=1e-5)
+            assert 0 < model.clues.projected_bytes_used <= 1 << 20
+            model.clues.v.a.add_(0.3)  # the rows projected so far are stale now

@@ -58,7 +58,9 @@ class QPeftModel(nn.Module):
         vocabulary, width = self.engine.table.shape
         self.qpeft_config = config = config.resolve(width)
         self.prompt = Prompt(tokenizer, config)
-        self.clues = build_clues(config, width, tokenizer, vocabulary)
+        with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
+            torch.manual_seed(config.seed)
+            self.clues = build_clues(config, width, tokenizer, vocabulary)
         self.to_device_of_lm()
         self.eval()
 
@@ -128,18 +130,19 @@ class QPeftModel(nn.Module):
         num_tokens = torch.tensor([len(batch.queries[q]) for q, _ in batch.pairs], device=total.device)
         return Scores(total[order.to(total.device)], num_tokens)
 
-    def compute_clues(self, batch: PairBatch, explain: bool = False) -> Clues | None:
-        """Clues of every pair of the batch; None for ``clues="none"``."""
+    def compute_clues(self, batch: PairBatch, explain: bool = False, alone: bool = False) -> Clues | None:
+        """Clues of every pair of the batch; None for ``clues="none"``. ``alone``: reuse nothing of other calls."""
         if self.clues is None:
             return None
-        return self.clues(ClueInputs.from_batch(batch, self.device), self.engine.table, self.engine.scale, explain)
+        inputs = ClueInputs.from_batch(batch, self.device)
+        return self.clues(inputs, self.engine.table, self.engine.scale, explain, alone)
 
     def _score_group(
         self, batch: PairBatch, clues: Clues | None, documents: list[int], prefix: PrefixKV | None
     ) -> Tensor:
         """Σ log p(query token) of the pairs of one suffix pass, [B]."""
         if clues is None:
-            clues = self.compute_clues(batch)
+            clues = self.compute_clues(batch, alone=True)
         counts = [0] * len(batch) if clues is None else clues.mask.sum(1).tolist()
         rows = assemble_rows(batch, self.prompt.suffix, counts, self.device, with_prefix=prefix is None)
         vectors = None if clues is None else clues.embeds[clues.mask]

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .batch import ClueInputs
 from .cache import DocumentCache
-from .clues import allowed_ids
+from .clues import AttentionClues, allowed_ids
 from .explain import Explanation, explain_pair
 from .model import DEFAULT_TOKENS_PER_BATCH, QPeftModel
 from .ops import similarity_topk
@@ -29,6 +29,7 @@ class Reranker:
         model: a `QPeftModel`.
         max_tokens_per_batch: token budget of a pass; halved and retried when the device runs out of memory.
         cache: a `DocumentCache`, to keep document prefixes between calls; it may be shared by rerankers of one LM.
+        projected_bytes: budget for projected table rows that Q-PEFT-A reuses between calls (`AttentionClues`); 0: none.
         deterministic: bit-equal scores whatever else is scored; slower (see `QPeftModel.forward`).
         path: "document_first" or "plain".
 
@@ -40,6 +41,7 @@ class Reranker:
         model: QPeftModel,
         max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
         cache: DocumentCache | None = None,
+        projected_bytes: int = 256 << 20,
         deterministic: bool = False,
         path: str = "document_first",
     ) -> None:
@@ -49,6 +51,8 @@ class Reranker:
         self.max_tokens_per_batch = max_tokens_per_batch
         self.cache = cache
         self.deterministic = deterministic
+        if isinstance(model.clues, AttentionClues):
+            model.clues.projected_bytes = projected_bytes
         self.path = path
         self.truncated = 0
 
