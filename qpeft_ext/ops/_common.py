@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 4 << 20  # gathered rows at a time: 256 of 4096 float32; 128...512 rows are within 5 % on 2 cores, 16 MB of L3
+BLOCK_BYTES = 4 << 20  # gathered rows at a time: 256 of 4096 float32, which stay in the cache for the GEMM
 
 
 def registered() -> bool:
@@ -18,7 +18,13 @@ def registered() -> bool:
 
 def implement(name: str, keys: str | tuple[str, ...] = ("cpu", "cuda")):
     """Decorator: this Python function is the kernel of ``qpeft_ext::name``; nothing happens without the library."""
-    return torch.library.impl(f"qpeft_ext::{name}", keys) if registered() else lambda function: function
+
+    def register(function):
+        if registered():
+            torch.library.impl(f"qpeft_ext::{name}", keys, function)
+        return function
+
+    return register
 
 
 def fake(name: str):
@@ -147,7 +153,7 @@ def rows_per_block(D: int, dtype: torch.dtype, budget: int = BLOCK_BYTES) -> int
 def blocks_of_rows(
     table: Tensor, rows: Tensor, begin: int, end: int, norms: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Gathers ``table[rows[begin:end]]`` block by block into one buffer: (where in rows, [n, D], 1/norm [n] or None)."""
+    """Gathers ``table[rows[begin:end]]`` by blocks into one buffer: (where in rows, [n, D], 1/norm [n] or None)."""
     size = min(rows_per_block(table.shape[1], block_dtype(table)), max(end - begin, 1))
     buffer = table.new_empty(size, table.shape[1], dtype=block_dtype(table))
     inverse = table.new_empty(size, dtype=sum_dtype(table.dtype)) if norms else None

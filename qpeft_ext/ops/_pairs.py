@@ -16,7 +16,7 @@ GATHER_BYTES = 8 << 20  # rows of documents gathered at a time inside a block
 class Pairs:
     """B pairs, sorted by query (`sorted`, `unsorted` convert), with their distinct ids.
 
-    Letters as in csrc/ops.cpp: R = T * H columns of scores, P pairs of a part, n the largest number of distinct ids in it.
+    Letters as in csrc/ops.cpp: R = T * H columns of scores, P pairs of a part, n the most distinct ids of one of them.
     """
 
     def __init__(

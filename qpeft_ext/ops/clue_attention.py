@@ -39,23 +39,26 @@ def clue_attention(
     num_heads: int,
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``torch.nn.MultiheadAttention`` with the query's tokens as queries and ``table[document_ids]`` as keys and values.
+    """``torch.nn.MultiheadAttention``: queries are the query's tokens, keys and values ``table[document_ids]``.
 
-    q = x @ w_q.T + b_q; heads are consecutive slices of D; scale 1 / sqrt(D / H); result = concat @ w_o.T + b_o. No dropout.
+    q = x @ w_q.T + b_q; heads are consecutive slices of D; scale 1 / sqrt(D / H); result = concat @ w_o.T + b_o.
+    No dropout.
 
     Args:
         query_embeds: ``[Q, T, D]``, floating.
         query_mask: True where there is a query token, ``[Q, T]``, bool.
         table: embeddings, ``[V, D]``, dtype and device of ``query_embeds``. The gradient reaches it if it asks for one.
-        document_ids: rows of ``table``, ``[B, S]``, int64; in ``[0, V)`` where ``document_mask`` is True, never read elsewhere.
+        document_ids: rows of ``table``, ``[B, S]``, int64, in ``[0, V)``; never read where ``document_mask`` is False.
         document_mask: which tokens are keys, ``[B, S]``, bool.
         query_index: the query of each pair, ``[B]``, int64 in ``[0, Q)``.
-        w_q, w_k, w_v, w_o: ``[D, D]``, same dtype.  b_q, b_k, b_v, b_o: ``[D]`` or None. b_k cancels: its gradient is 0.
+        w_q, w_k, w_v, w_o: ``[D, D]``, same dtype.
+        b_q, b_k, b_v, b_o: ``[D]`` or None; b_k cancels, its gradient is 0.
         num_heads: H, a divisor of D.
         return_weights: also return `attention_weights` (plain PyTorch, for explanations).
-    Returns: ``[B, T, D]``, dtype of ``query_embeds``. Zeros, and no gradient, where ``query_mask`` is False and for a document
-        without tokens.
-    Raises: ValueError for shapes and devices; TypeError for a dtype; IndexError for an id out of range (on CUDA the kernel traps).
+    Returns: ``[B, T, D]``, dtype of ``query_embeds``. Zeros, and no gradient, where ``query_mask`` is False and for a
+        document without tokens.
+    Raises: ValueError for shapes and devices; TypeError for a dtype; IndexError for an id out of range (on CUDA the
+        kernel traps).
     Source: Q-PEFT-A, Peng et al. 2024, https://arxiv.org/abs/2404.04522.
     """
     documents = (query_embeds, query_mask, table, document_ids, document_mask, query_index)
@@ -93,9 +96,8 @@ def reference(
     w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_v=None, b_o=None, *, num_heads, return_weights=False,
 ):  # fmt: skip
     """The definition."""
-    weights = attention_weights(
-        query_embeds, query_mask, table, document_ids, document_mask, query_index, w_q, w_k, b_q, b_k, num_heads=num_heads
-    )  # [B, H, T, S]
+    documents = (query_embeds, query_mask, table, document_ids, document_mask, query_index)
+    weights = attention_weights(*documents, w_q, w_k, b_q, b_k, num_heads=num_heads)  # [B, H, T, S]
     values = _heads(linear(table[document_ids.where(document_mask, 0)], w_v, b_v), num_heads)  # [B, H, S, D / H]
     mixed = linear((weights @ values).transpose(1, 2).flatten(2), w_o, b_o)  # [B, T, D]
     counts = query_mask[query_index] & document_mask.any(1, keepdim=True)
@@ -107,7 +109,7 @@ def attention_weights(
     query_embeds, query_mask, table, document_ids, document_mask, query_index,
     w_q, w_k, b_q=None, b_k=None, *, num_heads,
 ) -> Tensor:  # fmt: skip
-    """How much each query token looks at each document token, ``[B, H, T, S]``; rows sum to 1, or to 0 without tokens."""
+    """How much each query token looks at each document token, ``[B, H, T, S]``; over S 1, or 0 without tokens."""
     x = query_embeds.masked_fill(~query_mask[:, :, None], 0)[query_index]
     queries = _heads(linear(x, w_q, b_q), num_heads)  # [B, H, T, D / H]
     keys = _heads(linear(table[document_ids.where(document_mask, 0)], w_k, b_k), num_heads)  # [B, H, S, D / H]
@@ -198,7 +200,7 @@ def _(absorbed, table, document_ids, document_mask, query_index, w_v):
 def _heads_backward(grad_heads, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
     """Weights and contexts are computed again; gradients of scores are summed per distinct id, then one GEMM."""
     pairs = Pairs(table, document_ids, document_mask, query_index, *absorbed.shape[:3])
-    T, H, D, dtype = pairs.T, pairs.H, pairs.D, block_dtype(table)
+    H, D, dtype = pairs.H, pairs.D, block_dtype(table)
     queries = absorbed.to(dtype).reshape(-1, pairs.R, D)
     d, values = D // H, w_v.to(dtype)
     grad_heads = pairs.sorted(grad_heads).to(dtype)

@@ -13,10 +13,10 @@ from .clue_attention import _heads, clue_attention, project_heads
 
 
 class ProjectedTable:
-    """Keys and values (``table @ w_k.T``, ``table @ w_v.T``) of the ids seen so far, under a byte budget. Inference only.
+    """Keys and values (``table @ w_k.T``, ``table @ w_v.T``) of the ids seen so far, under a byte budget. No gradient.
 
-    A row costs 2 D^2 multiply-adds once; afterwards a pair costs 2 T S D and the output projection. When the store is full
-    it starts again from empty; a query that has more distinct ids than fit takes `clue_attention`.
+    A row costs 2 D^2 multiply-adds once; afterwards a pair costs 2 T S D and the output projection. When the store is
+    full it starts again from empty; a call with a query that has more distinct ids than fit takes `clue_attention`.
 
     Args:
         table, w_k, w_v, b_v: as in `clue_attention`; b_k cancels in the softmax and is accepted for symmetry.
@@ -77,13 +77,14 @@ class ProjectedTable:
         for query, part, n in pairs.parts(slice(0, len(pairs.queries))):
             if query != of_query:
                 self._project(pairs.distinct(query))
-                keys = self.keys[self.place[pairs.distinct(query)]].unflatten(1, (H, -1)).transpose(0, 1)  # [H, U, D / H]
+                keys = _heads(self.keys[self.place[pairs.distinct(query)]][None], H)[0]  # [H, U, D / H]
                 scores = (keys @ queries[query].mT).permute(1, 2, 0).to(pairs.dtype).reshape(-1, pairs.R)  # [U, T * H]
                 of_query = query
             weights, _ = pairs.softmax(scores.contiguous(), query, part, n)
             values = self._values(pairs, part, n, buffer)  # [P, n, D]
             for p in range(part.stop - part.start):  # views all along: a batch over P and H would be copied
-                mixed = weights[p].to(self.dtype).view(n, T, H).permute(2, 1, 0) @ values[p].view(n, H, -1).transpose(0, 1)
+                of_heads = weights[p].to(self.dtype).view(n, T, H).permute(2, 1, 0)  # [H, T, n]
+                mixed = of_heads @ values[p].view(n, H, D // H).transpose(0, 1)  # [H, T, D / H]
                 heads[part.start + p] = mixed.transpose(0, 1).reshape(T, D)
         return project_heads(pairs.unsorted(heads), query_mask, document_mask, query_index, w_o, None, self.b_v, b_o)
 

@@ -50,15 +50,16 @@ def similarity_topk(
         query_embeds: ``[Q, T, D]``, floating.
         query_mask: True where there is a query token, ``[Q, T]``, bool; at least one per query.
         table: embeddings, ``[V, D]``, dtype and device of ``query_embeds``. The gradient reaches it if it asks for one.
-        document_ids: rows of ``table``, ``[B, S]``, int64; in ``[0, V)`` where ``document_mask`` is True, never read elsewhere.
+        document_ids: rows of ``table``, ``[B, S]``, int64, in ``[0, V)``; never read where ``document_mask`` is False.
         document_mask: which tokens may become clues, ``[B, S]``, bool.
         query_index: the query of each pair, ``[B]``, int64 in ``[0, Q)``.
         k: number of clues, at least 1.
         metric: ``"cosine"`` (0 with a zero row) or ``"dot"``.
-    Returns: ``scores`` float32 (float64 for float64 inputs), ``clue_ids``, ``query_positions``, each ``[B, k]``; a document with
-        fewer distinct tokens is padded with -inf, -1, -1. The gradient of a score goes to the arg-max query token.
-    Raises: ValueError for shapes, devices, a query without tokens, a NaN similarity; TypeError for a dtype; IndexError for an
-        id out of range. On CUDA ids and NaN cannot be looked at without waiting: the kernel traps.
+    Returns: ``scores`` float32 (float64 for float64 inputs), ``clue_ids``, ``query_positions``, each ``[B, k]``; a
+        document with fewer distinct tokens is padded with -inf, -1, -1. The gradient of a score goes to the arg-max
+        query token.
+    Raises: ValueError for shapes, devices, a query without tokens, a NaN similarity; TypeError for a dtype; IndexError
+        for an id out of range. On CUDA ids and NaN cannot be looked at without waiting: the kernel traps.
     Source: Q-PEFT-R, Peng et al. 2024, https://arxiv.org/abs/2404.04522.
     """
     check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
@@ -84,14 +85,15 @@ def reference(
     if not query_mask.any(1).all():
         raise ValueError("similarity_topk: every query needs a token, a row of query_mask is all False")
     ids = document_ids.where(document_mask, 0)
-    queries, documents = (x.to(sum_dtype(x.dtype)) for x in (query_embeds[query_index], table[ids]))  # [B, T, D], [B, S, D]
+    dtype = sum_dtype(table.dtype)
+    queries, documents = query_embeds[query_index].to(dtype), table[ids].to(dtype)  # [B, T, D], [B, S, D]
     if metric == "cosine":
         queries, documents = _unit(queries), _unit(documents)
     similarity = queries @ documents.mT  # [B, T, S]
     best, positions = similarity.masked_fill(~query_mask[query_index][:, :, None], -torch.inf).max(1)
     if (best.isnan() & document_mask).any():
         raise ValueError(f"similarity_topk: a similarity is NaN, {_WHAT_TO_CHECK}")
-    best = round_scores(best)
+    best = best + torch.where(best.isfinite(), round_scores(best.detach()) - best.detach(), 0)  # its gradient is 1
     equal = (ids[:, :, None] == ids[:, None, :]) & document_mask[:, None, :]
     repeated = equal.tril(-1).any(2)  # the same id stands earlier
     missing = max(k - ids.shape[1], 0)
@@ -177,9 +179,10 @@ def _backward(
 
     d cosine / d q = (unit(e) - cosine * unit(q)) / |q|, and the same with e and q exchanged.
     """
-    (Q, T, D), cosine, dtype = query_embeds.shape, metric == "cosine", sum_dtype(table.dtype)
+    (Q, T, _), cosine, dtype = query_embeds.shape, metric == "cosine", sum_dtype(table.dtype)
     chosen = clue_ids >= 0
-    documents = distinct_rows(clue_ids, chosen, query_index, Q, table.shape[0])  # clues are distinct: slots lie as they do
+    # clues of a document are distinct and padding comes last, so slots lie as clue_ids do
+    documents = distinct_rows(clue_ids, chosen, query_index, Q, table.shape[0])
     U = documents.offsets[-1]
     grad = grad_scores.to(dtype).where(chosen, 0)
     token = (query_index[:, None] * T + query_positions).where(chosen, 0)
@@ -190,7 +193,8 @@ def _backward(
         return values.new_zeros(size).index_add_(0, index.flatten(), values.flatten())
 
     gradients = sums(row * T + position, grad, max(U, 1) * T).view(-1, T)  # [U, T] of the query of each row
-    queries = query_embeds.to(dtype)
+    hit = sums(token, chosen.to(dtype), Q * T).view(Q, T, 1) > 0
+    queries = query_embeds.to(dtype).where(hit, 0)  # other tokens get no gradient, though they be NaN
     grad_query = torch.zeros_like(queries)
     grad_table = torch.zeros_like(table, dtype=dtype) if want_table else table.new_empty(0)
     if cosine:

@@ -36,13 +36,15 @@ def token_log_likelihood(
 
     Args:
         hidden: final hidden state at the position *before* each query token, ``[N, D]``, floating.
-        lm_head: output embedding of the LM, ``[V, D]``, same dtype and device. The gradient reaches it (and the bias) if they ask.
+        lm_head: output embedding of the LM, ``[V, D]``, same dtype and device. The gradient reaches it, and
+            the bias, if they ask for one.
         target_ids: the query tokens, ``[N]``, int64 in ``[0, V)``.
         bias: ``[V]`` or None, same dtype.  soft_cap: positive, or None.  logit_scale: a factor on the logits.
-        chunk_bytes: working memory: logits of a chunk of the vocabulary, its rows in float32 where ``lm_head`` is bf16 on
-            the CPU, and the sums for the gradient. At least one word at a time.
+        chunk_bytes: working memory: logits of a chunk of the vocabulary, its rows in float32 where ``lm_head`` is bf16
+            on the CPU, and the sums for the gradient. At least one word at a time.
     Returns: log p in nats, ``[N]``, float32 (float64 for float64 inputs); logits are never rounded to bf16.
-    Raises: ValueError for shapes, devices, settings; TypeError for a dtype; IndexError for an id out of range (on CUDA: NaN or -inf).
+    Raises: ValueError for shapes, devices, settings; TypeError for a dtype; IndexError for an id out of range (on CUDA
+        nothing can be raised without waiting: log p is -inf).
     Source: the score of UPR, Sachan et al. 2022, https://arxiv.org/abs/2204.07496.
     """
     check_token_log_likelihood(hidden, lm_head, target_ids, bias, soft_cap, chunk_bytes)
@@ -191,7 +193,11 @@ def _autograd(ctx, grad_log_p, *_):
         grad_lm_head, grad_bias = torch.ops.qpeft_ext.token_log_likelihood_backward(
             grad_log_p, lse, *inputs, *ctx.settings
         )
-    return grad_hidden, grad_lm_head if want_lm_head else None, None, grad_bias if want_bias else None, None, None, None, None
+    if not want_bias:
+        grad_bias = None
+    if not want_lm_head:
+        grad_lm_head = None
+    return grad_hidden, grad_lm_head, None, grad_bias, None, None, None, None
 
 
 differentiable("token_log_likelihood", _setup_context, _autograd)
