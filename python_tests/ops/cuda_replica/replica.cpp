@@ -1,5 +1,5 @@
 // The CUDA side of qpeft_ext as a library for CPU tensors: torch.ops.qpeft_cuda_replica.*. The sources are the shipped ones,
-// glue and kernels; cuda_runtime.h of this folder runs them. test_cuda_replica.py compares them with the CPU kernels.
+// glue and kernels; cuda_runtime.h of this folder runs them. test_cuda_kernels.py compares them with the CPU kernels.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,7 +1,8 @@
-"""The CUDA sources, glue and kernels, run on the CPU (cuda_replica/), against the CPU's: indexing, masks, barriers.
+"""Every CUDA primitive against the CPU's: indexing, masks, barriers.
 
-Inputs end at a page that may not be touched, so that reading past one crashes; every case also runs with threads and
-blocks in the opposite order and must give the same bits. The rest needs a GPU: benchmarks/gpu_check.sh.
+They run on a GPU where there is one, and everywhere on the CPU: cuda_replica/ compiles the same sources, glue and
+kernels, against a small stand-in for CUDA. There the inputs end at a page that may not be touched, so that reading
+past one crashes, and every case also runs with threads and blocks in the opposite order and must give the same bits.
 """
 
 import ctypes
@@ -69,22 +70,54 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
     return copy.view(x.shape).copy_(x)
 
 
-def run(function, *arguments, outputs=()):
-    """Results of a primitive (or the buffers `outputs` that it fills) in both orders of threads; they must agree."""
-    results = []
-    for order in ("forward", "backward"):
+class OnReplica:
+    """Runs a primitive in both orders of threads: returns its results, or the arguments ``outputs`` that it fills."""
+
+    def __init__(self, replica):
+        self.ops = replica
+
+    def __call__(self, name, *arguments, outputs=()):
+        return same_bits(self.run(order, name, arguments, outputs) for order in ("forward", "backward"))
+
+    def run(self, order, name, arguments, outputs):
         copies = [guarded(x) if isinstance(x, torch.Tensor) else x for x in arguments]
         os.environ["QPEFT_REPLICA_ORDER"] = order
         try:
-            returned = function(*copies)
+            returned = getattr(self.ops, name)(*copies)
         finally:
             del os.environ["QPEFT_REPLICA_ORDER"]
-        returned = [returned] if isinstance(returned, torch.Tensor) else returned
-        results.append([copies[i] for i in outputs] or returned)
-    for forward, backward in zip(*results, strict=True):
-        same = torch.equal(forward.nan_to_num(), backward.nan_to_num())
-        assert same, "the result depends on the order of the threads"
-    return results[0]
+        return [copies[i] for i in outputs] or as_list(returned)
+
+
+class OnGPU:
+    """The same on a GPU, twice."""
+
+    def __call__(self, name, *arguments, outputs=()):
+        return same_bits(self.run(name, arguments, outputs) for _ in range(2))
+
+    def run(self, name, arguments, outputs):
+        copies = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        returned = getattr(torch.ops.qpeft_ext, name)(*copies)
+        return [x.cpu() for x in [copies[i] for i in outputs] or as_list(returned)]
+
+
+def as_list(returned):
+    return [returned] if isinstance(returned, torch.Tensor) else list(returned)
+
+
+def same_bits(results):
+    first, second = results
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), "the result depends on the order of the threads"
+    return first
+
+
+@pytest.fixture(params=["replica", pytest.param("gpu", marks=pytest.mark.cuda)])
+def run(request):
+    if request.param == "replica":
+        return OnReplica(request.getfixturevalue("replica"))
+    live, why = _library.kernels_live()["cuda"]
+    return OnGPU() if live else pytest.skip(why)
 
 
 def assert_close(ours, truth, tolerance=1e-5):
@@ -107,9 +140,9 @@ def documents(B, S, V, G=1, seed=0):
 
 
 @pytest.mark.parametrize(("B", "S", "V", "G"), [(1, 1, 1, 1), (5, 37, 40, 3), (4, 300, 97, 2), (3, 20, 9000, 2)])
-def test_distinct(replica, B, S, V, G):
+def test_distinct(run, B, S, V, G):
     ids, mask, group = documents(B, S, V, G)
-    rows, offsets, *per_document = run(replica.document_rows_distinct, ids, mask, group, G, V)
+    rows, offsets, *per_document = run("document_rows_distinct", ids, mask, group, G, V)
     true_rows, true_offsets, *truth = cpu.document_rows_distinct(ids, mask, group, G, V)
     assert torch.equal(offsets, true_offsets)
     for first, last in zip(offsets[:-1], offsets[1:], strict=True):
@@ -125,13 +158,13 @@ def test_distinct(replica, B, S, V, G):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("n", "D"), [(1, 1), (7, 37), (3, 600)])
-def test_gather(replica, dtype, n, D):
+def test_gather(run, dtype, n, D):
     sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     table = torch.randn(11, D).to(dtype)
     table[4] = 0
     rows = torch.tensor([10, -1, 4, 0, 10, 3, 9])[:n]
     block, norms = torch.full((n, D), torch.nan, dtype=dtype), torch.full((n,), torch.nan, dtype=sum_dtype)
-    block, norms = run(replica.document_rows_gather, table, rows, block, norms, outputs=(2, 3))
+    block, norms = run("document_rows_gather", table, rows, block, norms, outputs=(2, 3))
     truth = torch.where((rows < 0)[:, None], torch.zeros((), dtype=dtype), table[rows])
     length = truth.to(sum_dtype).norm(dim=1)
     assert torch.equal(block, truth)
@@ -147,20 +180,20 @@ def test_gather_with_strides(replica):
 
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize(("n", "M", "T"), [(1, 1, 1), (37, 3, 5), (300, 2, 4)])
-def test_similarity_reduce(replica, n, M, T, norms):
+def test_similarity_reduce(run, n, M, T, norms):
     similarity = torch.randint(-3, 4, (n, M * T)).float()  # many ties
     inverse = torch.rand(n) if norms else None
     mask = torch.rand(M, T) < 0.7
     mask[-1] = False  # a query without tokens
     buffers = torch.zeros(M, n), torch.zeros(M, n, dtype=torch.int32)
-    ours = run(replica.similarity_topk_reduce, similarity, inverse, mask, *buffers, outputs=(3, 4))
+    ours = run("similarity_topk_reduce", similarity, inverse, mask, *buffers, outputs=(3, 4))
     cpu.similarity_topk_reduce(similarity, inverse, mask, *buffers)
     assert_close(ours, buffers, 0)
 
 
 @pytest.mark.parametrize("k", [1, 10, 400])
 @pytest.mark.parametrize(("B", "S", "V"), [(1, 1, 1), (5, 37, 30), (3, 600, 500)])
-def test_similarity_select(replica, B, S, V, k):
+def test_similarity_select(run, B, S, V, k):
     ids, mask, group = documents(B, S, V)
     rows, _, ids, slots, *_ = cpu.document_rows_distinct(ids, mask, group, 1, V)
     M, U = 3, len(rows)
@@ -168,11 +201,11 @@ def test_similarity_select(replica, B, S, V, k):
     positions = torch.randint(0, 9, (M, U), dtype=torch.int32)
     best_row = torch.arange(B) % (M + 1)  # a row that is not there gives padding
     arguments = best, positions, best_row, ids, slots, k
-    assert_close(run(replica.similarity_topk_select, *arguments), cpu.similarity_topk_select(*arguments), 0)
+    assert_close(run("similarity_topk_select", *arguments), cpu.similarity_topk_select(*arguments), 0)
 
 
 @pytest.mark.parametrize(("P", "n", "R"), [(1, 1, 1), (3, 12, 1), (4, 37, 33), (3, 9, 64)])
-def test_softmax(replica, P, n, R):
+def test_softmax(run, P, n, R):
     U, first = n + 3, 5
     slots = torch.stack([torch.randperm(U)[:n] for _ in range(P)]).int() + first
     slots[0, n // 2 :] = -1
@@ -181,12 +214,12 @@ def test_softmax(replica, P, n, R):
         slots[1] = -1  # a document without tokens
     counts = torch.randint(1, 4, (P, n), dtype=torch.int32) * (slots >= 0)
     scores = 5 * torch.randn(U, R)
-    (weights,) = run(replica.clue_attention_softmax, scores, slots, counts, first)
+    (weights,) = run("clue_attention_softmax", scores, slots, counts, first)
     truth = cpu.clue_attention_softmax(scores, slots, counts, first)
     assert_close([weights], [truth], 1e-6)
     grad_weights, grad_scores = torch.randn(P, n, R), torch.randn(U, R)
     backward = truth, grad_weights, slots, first, grad_scores
-    ours = run(replica.clue_attention_softmax_backward, *backward, outputs=(1, 4))
+    ours = run("clue_attention_softmax_backward", *backward, outputs=(1, 4))
     cpu.clue_attention_softmax_backward(*backward)
     assert_close(ours, (grad_weights, grad_scores))
 
@@ -194,7 +227,7 @@ def test_softmax(replica, P, n, R):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize(("bias", "soft_cap"), [(False, None), (True, None), (True, 3.0)])
 @pytest.mark.parametrize("sizes", [[1], [37, 5], [300, 513]])
-def test_likelihood_chunks(replica, sizes, bias, soft_cap, keep):
+def test_likelihood_chunks(run, sizes, bias, soft_cap, keep):
     N, V, scale = 5, sum(sizes), 0.7
     logits, words = 4 * torch.randn(N, V), torch.randn(V) if bias else None
     if len(sizes) > 1:
@@ -206,7 +239,7 @@ def test_likelihood_chunks(replica, sizes, bias, soft_cap, keep):
         here = slice(first, first + C)
         rest = None if words is None else words[here], targets, first, scale, soft_cap
         x = logits[:, here].contiguous()
-        y, ours = run(replica.token_log_likelihood_chunk, x, *rest, ours, keep, outputs=(0, 6))
+        y, ours = run("token_log_likelihood_chunk", x, *rest, ours, keep, outputs=(0, 6))
         cpu.token_log_likelihood_chunk(x, *rest, truth, keep)
         assert_close([ours], [truth])
         if keep:
@@ -214,26 +247,25 @@ def test_likelihood_chunks(replica, sizes, bias, soft_cap, keep):
     lse, grad = ours[0] + ours[1].log(), torch.tensor([1.0, -2.0, 0.5, 0.0, 1.0])
     x = logits[:, :C].contiguous()
     rest = None if words is None else words[:C], targets, 0, scale, soft_cap, lse, grad
-    (y,) = run(replica.token_log_likelihood_chunk_backward, x, *rest, outputs=(0,))
+    (y,) = run("token_log_likelihood_chunk_backward", x, *rest, outputs=(0,))
     cpu.token_log_likelihood_chunk_backward(x, *rest)
     assert_close([y], [x])
 
 
-def test_empty(replica):
+def test_empty(run):
     long, none = torch.empty(0, dtype=torch.long), torch.empty(0, 4, dtype=torch.long)
-    rows, offsets, *_ = replica.document_rows_distinct(none, none.bool(), long, 2, 7)
+    rows, offsets, *_ = run("document_rows_distinct", none, none.bool(), long, 2, 7)
     assert len(rows) == 0 and offsets.tolist() == [0, 0, 0]
-    replica.document_rows_gather(torch.randn(3, 2), long, torch.empty(0, 2), None)
-    scores, clue_ids, _ = replica.similarity_topk_select(
-        torch.empty(1, 0), torch.empty(1, 0, dtype=torch.int32), torch.zeros(2, dtype=torch.long),
-        torch.full((2, 3), -1), torch.full((2, 3), -1, dtype=torch.int32), 2,
-    )  # fmt: skip
+    run("document_rows_gather", torch.randn(3, 2), long, torch.empty(0, 2), None, outputs=(2,))
+    best, padding = torch.empty(1, 0), torch.full((2, 3), -1)
+    scores, clue_ids, _ = run(
+        "similarity_topk_select", best, best.int(), torch.zeros(2, dtype=torch.long), padding, padding.int(), 2
+    )
     assert scores.tolist() == [[-torch.inf] * 2] * 2 and clue_ids.tolist() == [[-1, -1]] * 2
     slots = torch.empty(0, 3, dtype=torch.int32)
-    assert replica.clue_attention_softmax(torch.randn(2, 4), slots, slots, 0).shape == (0, 3, 4)
-    running = torch.zeros(4, 3)
-    replica.token_log_likelihood_chunk(torch.empty(3, 0), None, torch.zeros(3).long(), 0, 1.0, None, running, False)
-    assert running.count_nonzero() == 0
+    assert run("clue_attention_softmax", torch.randn(2, 4), slots, slots, 0)[0].shape == (0, 3, 4)
+    chunk = torch.empty(3, 0), None, torch.zeros(3).long(), 0, 1.0, None, torch.zeros(4, 3), False
+    assert run("token_log_likelihood_chunk", *chunk, outputs=(6,))[0].count_nonzero() == 0
 
 
 def test_wrong_values_trap(replica):
