@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny import DOCUMENTS, FAMILIES, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
+from tiny import DOCUMENTS, FAMILIES, PAIRS, PLAIN_ONLY, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 from qpeft_ext.adapter_files import save_adapter
@@ -194,3 +194,31 @@ def test_the_lm_keeps_its_dtype_and_the_clue_module_its_float32(dtype):
     scores, gradients = scores_and_gradients(model, "document_first")
     torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.1)
     assert all(torch.isfinite(g).all() and g.dtype == torch.float32 for g in gradients.values())
+
+
+@pytest.mark.parametrize("family", PLAIN_ONLY)
+def test_a_model_with_recurrent_state_takes_the_plain_path(family):
+    model, cache = trained_model(tiny_lm(family), "top_k"), qpeft.DocumentCache()
+    assert "cannot be shared" in model.engine.why_plain
+    together = model.score(PAIRS, cache=cache).mean_query_log_likelihood
+    alone = torch.cat([model.score([pair]).mean_query_log_likelihood for pair in PAIRS])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert len(cache) == 0
+
+
+def test_a_head_that_the_formula_does_not_describe_is_left_to_the_model():
+    """An LM with a logit scale under a name of its own: its own logits are used, and it says so."""
+    lm = tiny_lm("llama")
+    expected = trained_model(lm, "none").score(PAIRS).mean_query_log_likelihood
+    forward = lm.forward
+    lm.forward = lambda *args, **kwargs: _halved(forward(*args, **kwargs))
+    model = trained_model(lm, "none")
+    assert not model.engine.head.fused and "does not give this model's logits" in model.engine.head.reason
+    scores = {path: model.score(PAIRS, path=path).mean_query_log_likelihood for path in ("plain", "document_first")}
+    torch.testing.assert_close(scores["plain"], scores["document_first"], rtol=0, atol=1e-5)
+    assert not torch.allclose(scores["plain"], expected, atol=1e-2)
+
+
+def _halved(output):
+    output.logits = output.logits / 2
+    return output

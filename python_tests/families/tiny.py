@@ -36,13 +36,22 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "phi3": ("phi3", {"eos_token_id": 1, **_WINDOWED}),
     "gpt2": ("gpt2", _GPT2),
     "gpt_neox": ("gpt_neox", {}),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "granite": ("granite", {"logits_scaling": 4.0}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": True}),
+}
+
+# Recurrent state: the cache cannot be shared.
+PLAIN_ONLY: dict[str, tuple[str, dict]] = {
+    "mamba": ("mamba", {"state_size": 8}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 
 
 def tiny_lm(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):
     """A random LM whose attention matters: weights of N(0, 0.25), so that the document moves the score."""
-    model_type, overrides = FAMILIES[family]
+    model_type, overrides = (FAMILIES | PLAIN_ONLY)[family]
     settings = {"vocab_size": VOCABULARY, **overrides} if model_type == "gpt2" else {**_COMMON, **overrides}
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
