@@ -77,6 +77,21 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     return model
 
 
+def load_weights_into(model, folder: str | Path) -> None:
+    """Load the weights of an adapter folder into a model that has the same parts (resuming, the best checkpoint).
+
+    Raises: as `load_adapter`.
+    """
+    folder = Path(folder)
+    _load_state(folder / WEIGHTS, model.clues, read_weights(folder / WEIGHTS))
+    if hasattr(model.lm, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        if not (folder / LM_ADAPTER).is_dir():
+            raise FileNotFoundError(f"{folder} has no {LM_ADAPTER}, but the LM has an adapter")
+        set_peft_model_state_dict(model.lm, load_peft_weights(folder / LM_ADAPTER, device=str(model.device)))
+
+
 def push_adapter(model, repo_id: str, **kwargs) -> str:
     """Upload an adapter; returns its URL."""
     from huggingface_hub import HfApi

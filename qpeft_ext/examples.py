@@ -1,0 +1,267 @@
+"""Training examples → groups of queries that share their documents, as tables over distinct query–document pairs.
+
+An example is ``{"query_id"?, "query", "positives": [document], "negatives": [document]}``. What a query meets in an
+epoch is a pure function of (seed, epoch, example index), so that a resumed run sees the same data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from .batch import PairBatch
+from .prompt import Document, Prompt, document_text
+
+
+@dataclass(frozen=True)
+class IdentifiedDocument:
+    """A document and what it is recognised by: its id (None without one) and its normalised text."""
+
+    document: Document
+    id: object
+    text: str
+
+    @classmethod
+    def of(cls, document: Document) -> IdentifiedDocument:
+        doc_id = document.get("id") if isinstance(document, Mapping) else None
+        return cls(document, doc_id, normalised(document_text(document)))
+
+
+class DocumentSet:
+    """Documents by id or normalised text: two texts that differ in spaces or case are one document."""
+
+    def __init__(self, documents: Iterable[IdentifiedDocument] = ()) -> None:
+        self.ids, self.texts = set(), set()
+        for document in documents:
+            self.add(document)
+
+    def add(self, document: IdentifiedDocument) -> None:
+        if document.id is not None:
+            self.ids.add(document.id)
+        self.texts.add(document.text)
+
+    def __contains__(self, document: IdentifiedDocument) -> bool:
+        return document.text in self.texts or (document.id is not None and document.id in self.ids)
+
+
+@dataclass
+class Member:
+    """One query of a group.
+
+    index: of its example.  positives, negatives: what it brings along.  relevant: all positives of its example.
+    """
+
+    index: int
+    query: str
+    query_id: object
+    positives: list[IdentifiedDocument]
+    negatives: list[IdentifiedDocument]
+    relevant: list[IdentifiedDocument] = field(repr=False)
+
+    def same_query(self, other: Member) -> bool:
+        same_id = self.query_id is not None and self.query_id == other.query_id
+        return same_id or normalised(self.query) == normalised(other.query)
+
+
+def normalised(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def check_example(example: object, index: int, what: str = "training example") -> None:
+    """Raises: ValueError that names the example and what is wrong with it."""
+    where = f"{what} {index}"
+    if not isinstance(example, Mapping):
+        raise ValueError(f"{where}: expected a dict with query, positives and negatives, got {type(example).__name__}")
+    missing = [key for key in ("query", "positives", "negatives") if key not in example]
+    if missing:
+        has = ", ".join(map(str, example)) or "none"
+        raise ValueError(f"{where}: missing keys: {', '.join(missing)}; it has {has}")
+    if not isinstance(example["query"], str) or not example["query"].strip():
+        raise ValueError(f"{where}: query must be a text that is not empty, got {example['query']!r}")
+    for key in ("positives", "negatives"):
+        if isinstance(example[key], (str, Mapping)) or not isinstance(example[key], Sequence):
+            raise ValueError(f"{where}: {key} must be a list of documents, got {type(example[key]).__name__}")
+        for document in example[key]:
+            try:
+                empty = not document_text(document)
+            except TypeError as error:
+                raise ValueError(f"{where}: {key}: {error}") from None
+            if empty and key == "positives":
+                raise ValueError(f"{where}: a positive document has no text")
+    if not len(example["positives"]):
+        raise ValueError(f"{where} ({example['query'][:60]!r}): positives is empty, expected at least one document")
+
+
+def whole_member(example: Mapping, index: int, what: str = "evaluation example") -> Member:
+    """All positives and all negatives of an example: what evaluation ranks."""
+    check_example(example, index, what)
+    positives = [IdentifiedDocument.of(document) for document in example["positives"]]
+    negatives = [IdentifiedDocument.of(document) for document in example["negatives"]]
+    return Member(index, example["query"], example.get("query_id"), positives, negatives, positives)
+
+
+def drawn_member(example: Mapping, index: int, epoch: int, num_hard_negatives: int, seed: int) -> Member:
+    """One positive and up to ``num_hard_negatives`` negatives, drawn by (seed, epoch, index) alone."""
+    member = whole_member(example, index, "training example")
+    draw = np.random.default_rng([seed, epoch, index])
+    relevant = DocumentSet(member.relevant)
+    pool = [document for document in member.negatives if document not in relevant]
+    member.positives = [member.positives[draw.integers(len(member.positives))]]
+    chosen = draw.choice(len(pool), min(num_hard_negatives, len(pool)), replace=False) if pool else []
+    member.negatives = [pool[i] for i in chosen]
+    return member
+
+
+class TrainingExamples(Dataset):
+    """Map-style examples; an item is asked for by (epoch, index), as `EpochOrder` yields them."""
+
+    def __init__(self, examples: Sequence, num_hard_negatives: int, seed: int) -> None:
+        self.examples, self.num_hard_negatives, self.seed = examples, num_hard_negatives, seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Member:
+        epoch, index = key
+        return drawn_member(self.examples[index], index, epoch, self.num_hard_negatives, self.seed)
+
+
+class EpochOrder(Sampler):
+    """(epoch, index) of every example, in an order that is a pure function of (seed, epoch)."""
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True) -> None:
+        self.length, self.seed, self.shuffle = length, seed, shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = self.epoch, range(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+        yield from ((epoch, int(index)) for index in order)
+
+
+class StreamedTrainingExamples(IterableDataset):
+    """Examples of an iterable in its own order, pass after pass without end (``max_steps`` ends the training).
+
+    Being endless it has one epoch for the trainer, so that a resumed run skips exactly what was read, over any number
+    of passes.
+    """
+
+    def __init__(self, examples: Iterable, num_hard_negatives: int, seed: int) -> None:
+        self.examples, self.num_hard_negatives, self.seed = examples, num_hard_negatives, seed
+
+    def __iter__(self) -> Iterator[Member]:
+        epoch = 0
+        while True:
+            if hasattr(self.examples, "set_epoch"):
+                self.examples.set_epoch(epoch)
+            index = -1
+            for index, example in enumerate(self.examples):
+                yield drawn_member(example, index, epoch, self.num_hard_negatives, self.seed)
+            if index < 0:
+                raise ValueError("the training examples are an iterable that yields nothing (the second time, perhaps: "
+                                 "a generator can be read once only)" if epoch else "there are no training examples")
+            epoch += 1
+
+
+class EvaluationExamples(Dataset):
+    def __init__(self, examples: Sequence) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Member:
+        return whole_member(self.examples[index], index)
+
+
+class StreamedEvaluationExamples(IterableDataset):
+    def __init__(self, examples: Iterable) -> None:
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[Member]:
+        return (whole_member(example, index) for index, example in enumerate(self.examples))
+
+
+def documents_of_each(members: Sequence[Member], in_batch_negatives: bool) -> Iterator[tuple[Member, list, list]]:
+    """(member, its positives, its negatives) for one group.
+
+    A negative is a document of its own or, with ``in_batch_negatives``, of another query of the group, unless it is
+    relevant: one of the query's positives, by id or by normalised text. A query that occurs twice has the positives
+    of both.
+    """
+    for member in members:
+        relevant = DocumentSet(d for other in members if other.same_query(member) for d in other.relevant)
+        offered = list(member.negatives)
+        if in_batch_negatives:
+            offered += [d for other in members if other is not member for d in (*other.positives, *other.negatives)]
+        yield member, _distinct(member.positives), _distinct(d for d in offered if d not in relevant)
+
+
+def _distinct(documents: Iterable[IdentifiedDocument]) -> list[IdentifiedDocument]:
+    seen, kept = DocumentSet(), []
+    for document in documents:
+        if document not in seen:
+            seen.add(document)
+            kept.append(document)
+    return kept
+
+
+class GroupCollator:
+    """Members → the distinct pairs to score, and the tables that the losses read.
+
+    Args:
+        prompt: `Prompt` of the model.
+        queries_per_group: consecutive members that share their documents; 1 in evaluation.
+        in_batch_negatives: whether they do.
+    """
+
+    def __init__(self, prompt: Prompt, queries_per_group: int, in_batch_negatives: bool) -> None:
+        self.prompt, self.queries_per_group, self.in_batch_negatives = prompt, queries_per_group, in_batch_negatives
+
+    def __call__(self, members: Sequence[Member]) -> dict:
+        """Tables over Q queries and up to M documents each.
+
+        Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; pairs: `PairBatch`.
+        """
+        distinct: dict[tuple[str, str], int] = {}  # (query, document text) -> row
+        pairs, rows = [], []
+        for start in range(0, len(members), self.queries_per_group):
+            group = members[start : start + self.queries_per_group]
+            for member, positives, negatives in documents_of_each(group, self.in_batch_negatives):
+                row = []
+                for document in (*positives, *negatives):
+                    key = member.query, document_text(document.document)
+                    if key not in distinct:
+                        distinct[key] = len(pairs)
+                        pairs.append((member.query, document.document))
+                    row.append(distinct[key])
+                rows.append((row, len(positives)))
+        shape = len(rows), max(len(row) for row, _ in rows)
+        pair, mask, positive = (torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.bool, torch.bool))
+        for q, (row, num_positives) in enumerate(rows):
+            pair[q, : len(row)] = torch.tensor(row)
+            mask[q, : len(row)] = True
+            positive[q, :num_positives] = True
+        return {"positive": positive, "mask": mask, "pair": pair, "pairs": self._encode(pairs, members)}
+
+    def _encode(self, pairs: list[tuple[str, Document]], members: Sequence[Member]) -> PairBatch:
+        try:
+            return PairBatch.from_text(self.prompt, pairs)
+        except ValueError:
+            for member in members:  # a query that is too long: say whose
+                try:
+                    self.prompt.queries([member.query])
+                except ValueError as error:
+                    raise ValueError(f"example {member.index}: {error}") from None
+            raise

@@ -1,0 +1,303 @@
+"""`QPeftTrainer`: trains the clue module, and an adapter of the LM if there is one, with the Trainer of transformers."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from .adapter_files import load_weights_into
+from .cache import DocumentCache
+from .checkpoints import last_complete, mark_complete, rotate, why_incomplete
+from .config import QPeftConfig
+from .examples import (
+    EpochOrder,
+    EvaluationExamples,
+    GroupCollator,
+    StreamedEvaluationExamples,
+    StreamedTrainingExamples,
+    TrainingExamples,
+    check_example,
+)
+from .losses import LOSSES
+from .model import QPeftModel
+from .train_arguments import checked_arguments
+
+logger = logging.getLogger(__name__)
+
+
+class QPeftTrainer(Trainer):
+    """A `transformers.Trainer` for query-dependent adapters.
+
+    A device batch is one or more groups of ``config.queries_per_group`` queries. Each query brings one positive and
+    ``config.num_hard_negatives`` negatives; with ``config.in_batch_negatives`` the documents of the group's other
+    queries are negatives too, unless they are relevant. What is drawn is a function of (seed, epoch, example) alone.
+    Evaluation ranks an example's own positives and all its negatives: ``eval_loss``, ``eval_accuracy`` (a positive is
+    first), ``eval_mrr``.
+
+    Precision is that of the LM: load it with ``dtype="bfloat16"`` to train in bf16. The clue module has float32
+    weights and is never autocast; ``args.bf16`` and ``args.fp16`` may be set, but must agree with the LM. A float16 LM
+    on a GPU gets loss scaling.
+
+    Args:
+        model: `QPeftModel`.
+        args: `TrainingArguments`; ``per_device_train_batch_size`` (in queries) is a multiple of ``queries_per_group``.
+        train_dataset, eval_dataset: examples (see `examples`): a list, a `datasets.Dataset`, or an iterable that can be
+            read again and again (then ``max_steps`` is needed, and the order is its own). ``eval_dataset`` may be a
+            dict of them.
+        callbacks, optimizers: as in `Trainer`.
+        cache_bytes: budget of a `DocumentCache` that keeps the prefixes of documents from epoch to epoch; 0 (the
+            default) keeps none. Only a frozen LM's prefixes are kept.
+        deterministic: every prefix, clue and suffix alone and unpadded, so that a resumed run ends bit-equal on the
+            CPU (same machine and threads). Slower.
+
+    Attributes: cache: the `DocumentCache`, or None.  documents_read, documents_cut: counts over the training steps.
+    Raises: ValueError for bad examples (with their index) and arguments that do not fit.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the queries of the whole optimiser step
+
+    def __init__(
+        self,
+        model: QPeftModel,
+        args: TrainingArguments | None = None,
+        train_dataset: Sequence | Iterable | None = None,
+        eval_dataset: Sequence | Iterable | dict | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        cache_bytes: int = 0,
+        deterministic: bool = False,
+    ) -> None:
+        config = model.qpeft_config
+        args = checked_arguments(args or TrainingArguments("qpeft-checkpoints"), model)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("QPeftTrainer: nothing to train: the model has clues='none' or was loaded without "
+                             "is_trainable=True, and its LM has no trained adapter")
+        for what, dataset in (("training example", train_dataset), ("evaluation example", eval_dataset)):
+            for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
+                _check_dataset(part, what)
+        if args.dataloader_num_workers and train_dataset is not None and not _is_sized(train_dataset):
+            raise ValueError("QPeftTrainer: an iterable of examples is read in the main process; "
+                             "set dataloader_num_workers=0")
+        self.cache = DocumentCache(cache_bytes) if cache_bytes else None
+        self.deterministic = deterministic
+        self.documents_read = self.documents_cut = 0
+        self._collators = {
+            True: GroupCollator(model.prompt, config.queries_per_group, config.in_batch_negatives),
+            False: GroupCollator(model.prompt, 1, False),
+        }
+        devices = set((getattr(model.lm, "hf_device_map", None) or {}).values())
+        if len(devices) > 1:
+            model.hf_device_map = model.lm.hf_device_map  # the trainer then leaves the LM where it is
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
+                         callbacks=[_EpochOfOrder(self), *(callbacks or [])], optimizers=optimizers)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False,
+                        dataloader_key=None) -> DataLoader:
+        config, seed = self.model.qpeft_config, self._data_seed
+        if is_training:
+            kind = TrainingExamples if _is_sized(dataset) else StreamedTrainingExamples
+            examples = kind(dataset, config.num_hard_negatives, seed)
+        else:
+            examples = (EvaluationExamples if _is_sized(dataset) else StreamedEvaluationExamples)(dataset)
+        self.data_collator = self._collators[is_training]
+        return super()._get_dataloader(examples, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    def _get_train_sampler(self, train_dataset: TrainingExamples | None = None) -> Sampler:
+        shuffle = self.args.train_sampling_strategy == "random"
+        self.order = EpochOrder(len(train_dataset or self.train_dataset), self._data_seed, shuffle)
+        return self.order
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator  # an example's keys are not arguments of forward, and none of them is unused
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    # -- loss ----------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor | None:
+        """Queries of all batches, on all ranks, that one optimiser step accumulates."""
+        queries = torch.tensor(sum(len(batch["pair"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(queries).sum() if self.args.world_size > 1 else queries
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The configured loss; its gradients add up to those of the mean over all queries of the optimiser step."""
+        table = self._likelihood_table(model, inputs)
+        config, Q = self.model.qpeft_config, len(table)
+        loss = LOSSES[config.loss](table, inputs["positive"], inputs["mask"], config.margin)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss of step {self.state.global_step + 1} is not finite; train with a lower "
+                             "learning rate, or load the LM in bfloat16 or float32")
+        prefixes = inputs["pairs"].documents
+        self.documents_read += len(prefixes)
+        self.documents_cut += sum(prefix.cut > 0 for prefix in prefixes)
+        if num_items_in_batch is not None:
+            # ranks are averaged afterwards
+            loss = loss * (Q * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, {"likelihood": table}) if return_outputs else loss
+
+    def _likelihood_table(self, model, inputs) -> Tensor:
+        """ℓ, the mean log-likelihood per query token, of every query and document, [Q, M] float32."""
+        scores = model(inputs["pairs"], cache=self.cache, deterministic=self.deterministic)
+        return scores.mean_query_log_likelihood[inputs["pair"]]
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
+                        metric_key_prefix="eval") -> EvalLoopOutput:
+        """Means over the queries of the loss and, where there are negatives, of accuracy and reciprocal rank."""
+        training = self.model.training
+        self.model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        rows = []
+        for inputs in dataloader:
+            rows.append(self.accelerator.gather_for_metrics(self._measures(self._prepare_inputs(inputs))))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.train(training)
+        if not rows:
+            raise ValueError(f"QPeftTrainer: there are no examples to evaluate ({description.lower()})")
+        measures = torch.cat(rows).double().cpu()
+        names = ("loss", "accuracy", "mrr")
+        metrics = {f"{metric_key_prefix}_{name}": float(column.nanmean())
+                   for name, column in zip(names, measures.T, strict=True) if not column.isnan().all()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(measures))
+
+    def _measures(self, inputs: dict) -> Tensor:
+        """Loss, accuracy and reciprocal rank of every query, [Q, 3]; NaN for the latter two without negatives.
+
+        Ties count against the positive.
+        """
+        table, config = self._likelihood_table(self.model, inputs), self.model.qpeft_config
+        if not torch.isfinite(table).all():
+            raise ValueError("an evaluation score is not finite; train with a lower learning rate, or load the LM in "
+                             "bfloat16 or float32")
+        positive, mask = inputs["positive"], inputs["mask"]
+        losses = [LOSSES[config.loss](*(part[q : q + 1] for part in (table, positive, mask)), config.margin)
+                  for q in range(len(table))]
+        negative = mask & ~positive
+        best = table.masked_fill(~positive, float("-inf")).amax(1, keepdim=True)
+        rank = 1.0 + (negative & (table >= best)).sum(1)
+        rank = torch.where(negative.any(1), rank, torch.nan)
+        return torch.stack([torch.stack(losses), torch.where(rank.isnan(), rank, (rank == 1).float()), 1 / rank], dim=1)
+
+    # -- training, checkpoints -----------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train; see `Trainer.train`.
+
+        resume_from_checkpoint: a checkpoint folder, or True for the last complete one in ``args.output_dir``. One that
+            a kill has cut short is passed over; where there is none at all, training starts at the beginning.
+        Raises: ValueError if a folder given by name is not a complete checkpoint.
+        """
+        if isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = self._last_complete() if resume_from_checkpoint else None
+        elif resume_from_checkpoint is not None and (reason := why_incomplete(resume_from_checkpoint)):
+            raise ValueError(f"cannot resume from {resume_from_checkpoint}: {reason}; pass True to take the last "
+                             "complete checkpoint")
+        self.documents_read = self.documents_cut = 0
+        result = super().train(resume_from_checkpoint, **kwargs)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model.eval()
+        if self.documents_cut:
+            logger.warning("%d of the %d documents read in training were cut to max_document_tokens=%d",
+                           self.documents_cut, self.documents_read, self.model.qpeft_config.max_document_tokens)
+        return result
+
+    def _last_complete(self) -> str | None:
+        folder, skipped = last_complete(self.args.output_dir)
+        for path, reason in skipped.items():
+            logger.warning("%s is passed over: %s", path, reason)
+        if folder is None:
+            logger.warning("no complete checkpoint in %s: training starts at the beginning", self.args.output_dir)
+        return None if folder is None else str(folder)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write, then mark as complete, then delete older ones: at any moment one can be resumed from."""
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # cut short by a kill, or of an earlier run: none of its files may survive
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            best = self.state.best_model_checkpoint
+            rotate(run_dir, limit, {folder, Path(best)} if best else {folder})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter's own files (`QPeftModel.save_pretrained`); the trainer adds its state, nothing pickled."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        then, now = (config.to_dict() for config in (QPeftConfig.from_pretrained(resume_from_checkpoint),
+                                                     self.model.qpeft_config))
+        changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in now
+                   if then[name] != now[name] and not name.startswith("base_model")]
+        if changed:
+            logger.warning("the run is resumed with other options: %s", ", ".join(changed))
+        load_weights_into(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info("loading the best adapter, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
+        load_weights_into(self.model, self.state.best_model_checkpoint)
+
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        """Loss scaling of fp16 without its autocast: LM and clue module keep their dtypes."""
+        from accelerate.utils import AutocastKwargs
+
+        arguments = super()._build_accelerator_args(**kwargs)
+        arguments["kwargs_handlers"] = [*arguments.get("kwargs_handlers", ()), AutocastKwargs(enabled=False)]
+        return arguments
+
+
+class _EpochOfOrder(TrainerCallback):
+    """Tells the order of examples which epoch begins: in a resumed run on many ranks accelerate does not reach it."""
+
+    def __init__(self, trainer: QPeftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        if _is_sized(self.trainer.train_dataset):
+            steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+            self.trainer.order.set_epoch(state.global_step // steps)
+
+
+def _is_sized(dataset) -> bool:
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def _check_dataset(dataset, what: str) -> None:
+    """Look at every example of a list now; those of other datasets are looked at when they are read."""
+    if dataset is None:
+        return
+    if not _is_sized(dataset):
+        if not hasattr(dataset, "__iter__") or hasattr(dataset, "__next__"):
+            raise ValueError(f"QPeftTrainer: {what}s must be a list, a datasets.Dataset or an iterable that can be "
+                             f"read again, got a {type(dataset).__name__}")
+        return
+    if not len(dataset):
+        raise ValueError(f"QPeftTrainer: there are no {what}s")
+    if isinstance(dataset, (list, tuple)):
+        for index, example in enumerate(dataset):
+            check_example(example, index, what)
