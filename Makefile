@@ -1,6 +1,7 @@
 # `make test` and `make demo` each do all set-up by themselves: Python >= 3.11 and a C++ compiler are enough.
 # Everything stays in this folder (.venv, build, demo).
 TORCH  := torch==2.13.0
+BENCHES ?= $(sort $(wildcard benchmarks/bench_*.py))
 EXTRAS := .[dev,train,eval,bm25,plot]
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -36,7 +37,7 @@ demo: build          ## search in your own Python environment: train, rerank, re
 	$(BIN)/qpeft demo
 
 bench: build         ## time the operators; results go to benchmarks/results
-	$(BIN)/python -m pytest benchmarks $(BENCHES)
+	for file in $(BENCHES); do $(BIN)/python $$file || exit 1; done
 
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
