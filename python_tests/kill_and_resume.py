@@ -29,26 +29,29 @@ from qpeft_ext import adapter_files, checkpoints
 
 EXAMPLES = [
     {"query": f"tide {i}?", "positives": [f"the moon {i} pulls"], "negatives": [f"boat {j} of {i}" for j in range(3)]}
-    for i in range(8)
-]
-STEPS = 6
+    for i in range(6)
+]  # three batches of two queries an epoch: an optimiser step of two batches, and one of one
 
 
-def train(folder: Path, deterministic: bool, cache_bytes: int) -> None:
+def build(folder: Path, deterministic: bool, cache_bytes: int) -> qpeft.QPeftTrainer:
     """Dropout, accumulation, early stopping, the best checkpoint and rotation: all that has a state."""
     config = qpeft.QPeftConfig(clues="attention", num_heads=4, rank=8, dropout=0.2, queries_per_group=2)
     model = qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer())
     args = transformers.TrainingArguments(
-        str(folder / "checkpoints"), num_train_epochs=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=1e-2, warmup_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1,
+        str(folder / "checkpoints"), num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=1e-2, warmup_steps=1, save_strategy="steps", save_steps=1, save_total_limit=1,
         eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, use_cpu=True, disable_tqdm=True,
     )
-    trainer = qpeft.QPeftTrainer(
+    return qpeft.QPeftTrainer(
         model, args, EXAMPLES, EXAMPLES[:2], callbacks=[transformers.EarlyStoppingCallback(3)],
         deterministic=deterministic, cache_bytes=cache_bytes,
     )
+
+
+def train(folder: Path, **options) -> None:
+    trainer = build(folder, **options)
     trainer.train(resume_from_checkpoint=True)
-    model.save_pretrained(folder / "final")
+    trainer.model.save_pretrained(folder / "final")
 
 
 def die() -> None:
@@ -140,7 +143,7 @@ def killed_at_random_moments(seed: int, seconds: float, folder: Path, **options)
     draw, restarts = random.Random(seed), 0
     while True:
         pid = child(lambda: train(folder, **options))
-        deadline = time.monotonic() + draw.uniform(0.1, 0.8) * seconds * (1 + restarts / 4)
+        deadline = time.monotonic() + draw.uniform(0.1, 0.9) * seconds * (1 + restarts / 4)
         while time.monotonic() < deadline:
             done, code = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -172,6 +175,7 @@ def main(folder: Path) -> None:
     transformers.logging.set_verbosity_error()
     bits = {"deterministic": True, "cache_bytes": 1 << 20}
     near = {"deterministic": False, "cache_bytes": 1 << 20}
+    build(folder / "unused", **bits).create_optimizer()  # all imports happen here, once
     start = time.monotonic()
     finish(folder / "expected", **bits)
     seconds = time.monotonic() - start
@@ -183,12 +187,12 @@ def main(folder: Path) -> None:
         results[scenario] = compare(folder / scenario, folder / expected, restarts)
 
     for name in FILES:
-        record(name, killed_in_the_middle_of(name, 3, folder / name, **bits), "expected")
+        record(name, killed_in_the_middle_of(name, 1 if name == "rotation" else 3, folder / name, **bits), "expected")
     record("first save", killed_in_the_middle_of("optimizer.pt", 1, folder / "first save", **bits), "expected")
-    for seed in range(3):
+    for seed in range(2):
         scenario = f"random {seed}"
         record(scenario, killed_at_random_moments(seed, seconds, folder / scenario, **bits), "expected")
-    record("with a cache", killed_in_the_middle_of("optimizer.pt", 4, folder / "with a cache", **near), "near")
+    record("with a cache", killed_in_the_middle_of("optimizer.pt", 3, folder / "with a cache", **near), "near")
     print(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""`QPeftTrainer`: trains the clue module, and an adapter of the LM if there is one, with the Trainer of transformers."""
+"""`QPeftTrainer`: trains the clue module, and an adapter in the LM if there is one, with transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapter_files import load_weights_into
@@ -210,6 +210,7 @@ class QPeftTrainer(Trainer):
             raise ValueError(f"cannot resume from {resume_from_checkpoint}: {reason}; pass True to take the last "
                              "complete checkpoint")
         self.documents_read = self.documents_cut = 0
+        set_seed(self.args.seed)  # dropout then depends on nothing that was drawn since the trainer was made
         result = super().train(resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.eval()
