@@ -59,7 +59,7 @@ class QPeftModel(nn.Module):
         self.qpeft_config = config = config.resolve(width)
         self.prompt = Prompt(tokenizer, config)
         with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, width, tokenizer, vocabulary)
         self.to_device_of_lm()
         self.eval()
