@@ -26,13 +26,19 @@ for module in (info, train, rerank, evaluate, demo):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        return app(arguments, prog_name="qpeft", standalone_mode=False) or 0
+        code = app(arguments, prog_name="qpeft", standalone_mode=False) or 0
+        return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
     except (KeyboardInterrupt, typer.Abort):
         return _fail(arguments, "interrupted", 130)
     except ClickException as error:  # an unknown option, a missing argument, ...

@@ -97,7 +97,8 @@ def parse_measures(names: Sequence[str]) -> dict[str, Any]:
         if not supported:
             raise ValueError(f"unknown measure {name!r}; expected ir_measures names such as nDCG@10, RR@10, AP@100, "
                              f"R@100, P@5, Success@5")
-        parsed.setdefault(name, measure)
+        if measure not in parsed.values():  # NDCG@10 is nDCG@10
+            parsed[name] = measure
     return parsed
 
 

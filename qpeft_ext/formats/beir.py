@@ -51,7 +51,6 @@ class Corpus(Mapping[str, dict]):
 
     def __init__(self, path: AnyPath) -> None:
         self.path = find_file(path, "corpus.jsonl")
-        self._lock = threading.Lock()
         self._open()
 
     def __getitem__(self, doc_id: str) -> dict[str, str]:
@@ -77,9 +76,8 @@ class Corpus(Mapping[str, dict]):
         """Ids in the order of the file."""
         last = -1
         while True:  # in pages, so that no cursor stays open between two yields
-            with self._lock:
-                page = self._connection().execute(
-                    "SELECT offset, id FROM documents WHERE offset > ? ORDER BY offset LIMIT 10000", (last,)).fetchall()
+            page = self._connection().execute(
+                "SELECT offset, id FROM documents WHERE offset > ? ORDER BY offset LIMIT 10000", (last,)).fetchall()
             if not page:
                 return
             for _, doc_id in page:
@@ -104,7 +102,7 @@ class Corpus(Mapping[str, dict]):
         unpacked = index.with_suffix(".jsonl") if is_gzip(self.path) else None
         self._index = index
         for attempt in (1, 2):
-            self._pid, self._database = None, None
+            self._connections = threading.local()
             try:
                 if not index.is_file():
                     raise sqlite3.DatabaseError("no index yet")
@@ -122,15 +120,15 @@ class Corpus(Mapping[str, dict]):
                 _build_index(self.path, index, unpacked)
 
     def _connection(self) -> sqlite3.Connection:
-        if self._pid != os.getpid():  # a connection must not be carried through a fork
-            self._database = sqlite3.connect(f"{self._index.as_uri()}?mode=ro&immutable=1", uri=True,
-                                             check_same_thread=False)
-            self._pid = os.getpid()
-        return self._database
+        """One per thread and process: neither may share it, and a lock could be held at a fork."""
+        mine = self._connections
+        if getattr(mine, "pid", None) != os.getpid():
+            mine.database = sqlite3.connect(f"{self._index.as_uri()}?mode=ro&immutable=1", uri=True)
+            mine.pid = os.getpid()
+        return mine.database
 
     def _select(self, query: str, doc_id: str) -> tuple | None:
-        with self._lock:
-            return self._connection().execute(query, (doc_id,)).fetchone()
+        return self._connection().execute(query, (doc_id,)).fetchone()
 
 
 def read_queries(path: AnyPath) -> dict[str, str]:

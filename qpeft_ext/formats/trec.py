@@ -81,7 +81,8 @@ def decreasing_scores(scores: Sequence[float]) -> list[float]:
         if rank > 1 and score > scores[rank - 2]:
             raise ValueError(f"the score at rank {rank}, {score}, is larger than the one before it, {scores[rank - 2]}")
         if last is not None and value >= last:
-            value = np.nextafter(last, _LOWEST)
+            with np.errstate(over="ignore"):
+                value = np.nextafter(last, _LOWEST)
             if not np.isfinite(value):
                 raise ValueError(f"the score at rank {rank} cannot be lowered to a finite float32 any more")
         lowered.append(float(value))

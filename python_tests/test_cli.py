@@ -1,0 +1,160 @@
+"""The command line, in this process: what it prints and writes when all is well."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from small_data import QUERIES, RUN, write_folder
+from tiny_job import copy_job, make_job, save_adapter
+
+import qpeft_ext as qpeft
+from qpeft_ext import formats
+from qpeft_ext.cli import main
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
+
+
+def run_command(capsys, *arguments) -> str:
+    """Its stdout; nothing may have gone to stderr."""
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert err == ""
+    return out
+
+
+def test_help_is_quick_because_torch_waits():
+    program = """
+import sys
+from qpeft_ext.cli import main
+main(["--help"])
+heavy = {"torch", "transformers", "matplotlib", "scipy", "bm25s", "ir_measures"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("info", "train", "rerank", "evaluate", "demo"))
+
+
+@pytest.mark.parametrize("command", ["info", "train", "rerank", "evaluate", "demo"])
+def test_help_of_each_command(command, capsys):
+    assert f"Usage: qpeft {command}" in run_command(capsys, command, "--help")
+
+
+def test_version_and_no_arguments(capsys):
+    assert run_command(capsys, "--version").strip() == qpeft.__version__
+    assert "Commands:" in run_command(capsys)
+
+
+def test_info(capsys):
+    out = run_command(capsys, "info")
+    for expected in ("qpeft_ext", qpeft.__version__, "torch", "threads", "cpu", "cuda", "live", "compiler"):
+        assert expected in out
+
+
+def test_evaluate(tmp_path, capsys):
+    data = write_folder(tmp_path / "data", ".gz")
+    better = {q: sorted(ranking, key=lambda c: c[0] != {"q1": "d1", "q2": "d3", "q3": "d2"}[q]) for q, ranking
+              in RUN.items()}
+    better = {q: [(d, -float(i)) for i, (d, _) in enumerate(ranking)] for q, ranking in better.items()}
+    formats.write_run(tmp_path / "better.trec", better)
+    out = run_command(capsys, "evaluate", "--qrels", data / "qrels" / "test.tsv.gz", data / "run.trec.gz",
+                      tmp_path / "better.trec", "--measures", "nDCG@10", "RR@10", "--output", tmp_path / "table.json")
+    assert re.search(r"run +│ +0\.7\d{3} │ +0\.6667", out) and re.search(r"better +│ +1\.0000 │ +1\.0000", out)
+    assert "3 queries; difference to run and two-sided p-value, paired t-test" in out
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [system["name"] for system in table["systems"]] == ["run", "better"]
+    assert table["systems"][1]["difference"]["RR@10"] == pytest.approx(1 / 3)
+
+
+def test_rerank(job, tmp_path, capsys):
+    """The written run is what the public API gives, query by query."""
+    out = run_command(capsys, "rerank", "--model", job / "adapter", "--data", job / "data", "--run",
+                      job / "data" / "run.trec", "--output", tmp_path / "out.trec", "--upr", "--similarity-only",
+                      "--device", "cpu", "--measures", "nDCG@10 RR@10")
+    reranker = qpeft.Reranker.from_pretrained(job / "adapter")
+    corpus = formats.Corpus(job / "data")
+    written = formats.read_run(tmp_path / "out.trec")
+    assert list(written) == list(RUN)
+    for query_id, ranking in written.items():
+        ids = [doc_id for doc_id, _ in RUN[query_id]]
+        expected = reranker.rank(QUERIES[query_id], [corpus[doc_id] for doc_id in ids])
+        assert [doc_id for doc_id, _ in ranking] == [ids[row["corpus_id"]] for row in expected]
+        assert [s for _, s in ranking] == pytest.approx([row["score"] for row in expected], abs=1e-4)
+    for system in ("run ", "Q-PEFT-R", "UPR", "similarity only"):
+        assert f"│{system}" in out
+    assert "Q-PEFT-R: 3 queries, 9 pairs in" in out and "pairs/s" in out and "wrote 9 lines to" in out
+    assert "3 queries; difference to run" in out
+
+
+def test_rerank_with_bm25_and_without_qrels(job, tmp_path, capsys):
+    data = write_folder(tmp_path / "data")
+    for file in (data / "qrels").iterdir():
+        file.unlink()
+    out = run_command(capsys, "rerank", "--base-model", job / "lm", "--upr", "--data", data, "--top-k", 2,
+                      "--output", tmp_path / "out.trec.gz")
+    written = formats.read_run(tmp_path / "out.trec.gz")
+    assert list(written) == list(QUERIES) and max(map(len, written.values())) == 2
+    assert "nothing is evaluated" in out and "nDCG" not in out
+
+
+def test_rerank_says_what_it_leaves_out(job, tmp_path, capsys):
+    out = run_command(capsys, "rerank", "--base-model", job / "lm", "--similarity-only", "--data", job / "data",
+                      "--run", job / "data" / "run.trec", "--top-k", 2, "--output", tmp_path / "out.trec")
+    assert "3 candidates beyond the 2 best of their query are left out" in out
+    assert sum(map(len, formats.read_run(tmp_path / "out.trec").values())) == 6
+
+
+def test_deterministic_output_does_not_depend_on_the_batch(job, tmp_path, capsys):
+    for name, budget in (("a", 64), ("b", 4096)):
+        run_command(capsys, "rerank", "--model", job / "adapter", "--data", job / "data", "--run",
+                    job / "data" / "run.trec", "--output", tmp_path / name, "--deterministic",
+                    "--max-tokens-per-batch", budget)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_no_error_empty_document_filtered_tokens_and_more_clues_than_tokens(job, tmp_path, capsys):
+    """d5 is empty, in d6 every token is filtered, k is larger than any document: all get finite scores."""
+    mine = copy_job(job, tmp_path / "mine")
+    save_adapter(mine / "adapter", mine / "lm", k=500, filters=("non_alphabetic", "query_tokens", "stop_words"))
+    run_command(capsys, "rerank", "--model", mine / "adapter", "--data", mine / "data", "--run",
+                mine / "data" / "run.trec", "--output", tmp_path / "out.trec")
+    written = formats.read_run(tmp_path / "out.trec")  # only finite scores can be read
+    assert {d for ranking in written.values() for d, _ in ranking} == {"d1", "d2", "d3", "d4", "d5", "d6"}
+
+
+def test_interrupted(job, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qpeft_ext.rerank_run.by_likelihood", lambda _: interrupt)
+    code = main(["rerank", "--model", str(job / "adapter"), "--data", str(job / "data"), "--run",
+                 str(job / "data" / "run.trec"), "--output", str(tmp_path / "out.trec")])
+    assert code == 130 and capsys.readouterr().err == "qpeft rerank: error: interrupted\n"
+    assert not [file for file in tmp_path.iterdir() if file.name != "cache"]
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("QPEFT_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", "--qrels", "missing", "run"])
+
+
+def test_as_a_process(tmp_path):
+    """Exit code and stderr as the shell sees them."""
+    done = subprocess.run([sys.executable, "-m", "qpeft_ext.cli", "evaluate", "--qrels", "missing.tsv", "run"],
+                          capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(qpeft.__file__))})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "qpeft evaluate: error: missing.tsv: no such file; expected qrels\n"

@@ -1,0 +1,195 @@
+"""Measures against hand-computed values, missing queries, paired tests, tables, fusion."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+from small_data import shared_data
+
+from qpeft_ext import formats
+from qpeft_ext.evaluate import (
+    compare_table,
+    evaluate,
+    format_p,
+    fuse,
+    paired_test,
+    parse_measures,
+    reciprocal_rank_fusion,
+)
+
+QRELS = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"x": 1}, "c": {"w": 1}}
+RUN = {"a": [("y", 3.0), ("n", 2.0), ("x", 1.0)], "b": [("n", 1.0), ("x", 0.5)], "other": [("x", 1.0)]}
+
+
+def test_hand_computed():
+    result = evaluate(RUN, QRELS, ["nDCG@10", "RR@10", "Success@1", "R@100", "P@2"])
+    dcg, ideal = 1 + 2 / math.log2(4), 2 + 1 / math.log2(3)
+    assert result.per_query["nDCG@10"] == pytest.approx({"a": dcg / ideal, "b": 1 / math.log2(3), "c": 0.0})
+    assert result.per_query["RR@10"] == {"a": 1.0, "b": 0.5, "c": 0.0}
+    assert result.per_query["Success@1"] == {"a": 1.0, "b": 0.0, "c": 0.0}
+    assert result.per_query["R@100"] == {"a": 1.0, "b": 1.0, "c": 0.0}
+    assert result.means["RR@10"] == pytest.approx(0.5)  # over all three: the missing query is a 0
+    assert (result.num_queries, result.num_missing, result.num_unjudged) == (3, 1, 1)
+
+
+def test_ties_keep_the_order_of_the_run():
+    """trec_eval alone would order equal scores by id, downwards: "n" before "m"."""
+    for order in ("mn", "nm"):
+        result = evaluate({"q": [(d, 1.0) for d in order]}, {"q": {"m": 1}}, ["RR@10"])
+        assert result.means["RR@10"] == (1.0 if order == "mn" else 0.5)
+
+
+def test_memory_and_file_have_the_same_values(tmp_path):
+    rng = np.random.default_rng(0)
+    qrels = {f"q{i}": {f"d{j}": int(j % 3 == 0) for j in range(20)} for i in range(30)}
+    scores = -300 - rng.integers(0, 5, (30, 20)) * 1e-6  # equal as float32
+    run = {q: sorted(((f"d{j}", float(scores[i, j])) for j in range(20)), key=lambda c: -c[1])
+           for i, q in enumerate(qrels)}
+    formats.write_run(tmp_path / "run", run)
+    measures = ["nDCG@10", "RR@10", "AP"]
+    assert evaluate(run, qrels, measures).per_query == evaluate(
+        formats.read_run(tmp_path / "run"), qrels, measures).per_query
+
+
+def test_dl19_baseline():
+    folder = shared_data("dl19")
+    run = formats.read_run(folder / "runs" / "BM25.trec.gz")
+    result = evaluate(run, formats.beir.read_qrels(folder), ["nDCG@10"])
+    assert result.num_queries == 43 and result.num_missing == 0
+    assert result.means["nDCG@10"] == pytest.approx(0.5058, abs=5e-5)
+
+
+def test_identical_ids():
+    run, qrels = {"a": [("a", 2.0), ("x", 1.0)], "b": [("b", 1.0)]}, {"a": {"x": 1}, "b": {"x": 1}}
+    assert evaluate(run, qrels, ["RR@10"]).per_query["RR@10"] == {"a": 0.5, "b": 0.0}
+    result = evaluate(run, qrels, ["RR@10"], ignore_identical_ids=True)
+    assert result.per_query["RR@10"] == {"a": 1.0, "b": 0.0} and result.num_missing == 1
+
+
+@pytest.mark.parametrize("name", ["nDCG@", "recall", "nDCG@10@20", "", "__import__('os')", "P@x", "@10", "P(rel='"])
+def test_unknown_measures(name):
+    with pytest.raises(ValueError, match="unknown measure .*expected ir_measures names such as nDCG@10"):
+        parse_measures([name])
+
+
+def test_two_names_of_one_measure():
+    assert evaluate(RUN, QRELS, ["NDCG@10", "nDCG@10", "nDCG@10"]).means == pytest.approx({"NDCG@10": 0.4642}, abs=1e-3)
+
+
+def test_what_cannot_be_evaluated():
+    with pytest.raises(ValueError, match="no query of the run is in the qrels .*'z', .*'a'"):
+        evaluate({"z": [("x", 1.0)]}, QRELS)
+    with pytest.raises(ValueError, match="query 'a': the score at rank 2, 2.0, is larger than the one before it, 1.0"):
+        evaluate({"a": [("x", 1.0), ("y", 2.0)]}, QRELS)
+    with pytest.raises(ValueError, match="query 'a': .* nan, which is not a finite"):
+        evaluate({"a": [("x", math.nan)]}, QRELS)
+    with pytest.raises(ValueError, match="at least one measure"):
+        evaluate(RUN, QRELS, [])
+
+
+# -- paired tests --------------------------------------------------------------------------------------------------
+
+
+def values(rng, shift):
+    return {f"q{i}": float(v) for i, v in enumerate(rng.random(40) + shift * rng.random(40))}
+
+
+def test_paired_test():
+    rng = np.random.default_rng(0)
+    first, second = values(rng, 0.0), values(rng, 0.5)
+    expected = stats.ttest_rel(list(first.values()), list(second.values())).pvalue
+    assert paired_test(first, second) == pytest.approx(expected)
+    assert paired_test(first, dict(reversed(second.items()))) == pytest.approx(expected)  # paired by query
+    permuted = paired_test(first, second, "permutation")
+    assert permuted == paired_test(first, second, "permutation") and abs(permuted - expected) < 0.02
+
+
+def test_paired_test_at_its_limits():
+    same = {"a": 0.5, "b": 0.25}
+    for test in ("t-test", "permutation"):
+        assert paired_test(same, same, test) == 1.0
+        assert math.isnan(paired_test({"a": 1.0}, {"a": 0.0}, test))
+    assert paired_test({"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 0.0, "b": 0.0, "c": 0.0}) == 0.0
+    assert paired_test({"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 0.0}, "permutation") == 0.5  # 2 of the 4 sign patterns
+    with pytest.raises(ValueError, match="same queries, got 2 and 1, 1 in common"):
+        paired_test(same, {"a": 1.0})
+    with pytest.raises(ValueError, match="test must be one of t-test, permutation, got 'chi2'"):
+        paired_test(same, same, "chi2")
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_compare_table():
+    better = {"a": [("x", 2.0), ("y", 1.0)], "b": [("x", 1.0)], "c": [("w", 1.0)]}
+    table = compare_table({"first": RUN, "better": better}, QRELS, ["nDCG@10", "RR@10"])
+    first, second = table.systems
+    assert (table.baseline, table.num_queries, first.difference) == ("first", 3, {})
+    assert second.values == {"nDCG@10": 1.0, "RR@10": 1.0}
+    assert second.difference["RR@10"] == pytest.approx(0.5)
+    assert second.p_value["RR@10"] == pytest.approx(stats.ttest_rel([1, 1, 1], [1, 0.5, 0]).pvalue)
+    turned = compare_table({"first": RUN, "better": better}, QRELS, ["RR@10"], baseline="better")
+    assert turned.systems[0].difference["RR@10"] == pytest.approx(-0.5)
+    with pytest.raises(ValueError, match="the baseline 'worse' is not among the runs first"):
+        compare_table({"first": RUN}, QRELS, baseline="worse")
+
+
+def test_table_as_text_and_json():
+    table = compare_table({"first": RUN, "second [bold]": RUN}, QRELS, ["nDCG@10", "RR@10"])
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console.print(table.render())
+    text = console.export_text()
+    for expected in ("second [bold]", "0.5000", "+0.0000", "p=1.000", "3 queries; difference to first",
+                     "first: no candidates for 1 queries; they count as 0", "first: 1 queries are not in the qrels"):
+        assert expected in text
+    one_query = compare_table({"a": {"a": RUN["a"]}, "b": {"a": RUN["a"]}}, {"a": QRELS["a"]}, ["RR@10"])
+    assert json.loads(json.dumps(one_query.to_dict(), allow_nan=False))["systems"][1]["p_value"] == {"RR@10": None}
+
+
+def test_format_p():
+    assert [format_p(p) for p in (0.0004, 0.0312, 1.0, math.nan)] == ["p<.001", "p=.031", "p=1.000", "p –"]
+
+
+# -- fusion --------------------------------------------------------------------------------------------------------
+
+ONE = {"q": [("a", 10.0), ("b", 6.0), ("c", 2.0)], "single": [("a", 1.0)]}
+TWO = {"q": [("c", 1.0), ("d", 0.0)]}
+
+
+def test_fuse_min_max():
+    fused = fuse([ONE, TWO], [1.0, 0.5])
+    assert fused["q"] == [("a", 1.0), ("b", 0.5), ("c", 0.5), ("d", 0.0)]  # equal ones in the order of the first run
+    assert fused["single"] == [("a", 0.0)]
+    assert [d for d, _ in fuse([ONE], [-1.0])["q"]] == ["c", "b", "a"]
+
+
+def test_fuse_z_score():
+    fused = dict(fuse([ONE, TWO], normalization="z_score")["q"])
+    z = math.sqrt(1.5)  # of 10, 6, 2: mean 6, deviation sqrt(32 / 3)
+    assert fused == pytest.approx({"a": z - 1, "b": 0 - 1, "c": -z + 1, "d": -z - 1})
+
+
+def test_reciprocal_rank_fusion():
+    fused = dict(reciprocal_rank_fusion([ONE, TWO])["q"])
+    assert fused == pytest.approx({"a": 1 / 61, "b": 1 / 62, "c": 1 / 63 + 1 / 61, "d": 1 / 62})
+    assert [d for d, _ in reciprocal_rank_fusion([ONE, TWO])["q"]] == ["c", "a", "b", "d"]
+
+
+def test_fused_runs_can_be_written(tmp_path):
+    formats.write_run(tmp_path / "run", fuse([ONE, TWO]))
+    assert formats.read_run(tmp_path / "run").keys() == {"q", "single"}
+
+
+def test_what_cannot_be_fused():
+    for runs, weights in (([], None), ([ONE], [1.0, 2.0]), ([ONE], [math.nan])):
+        with pytest.raises(ValueError, match="expected one finite weight per run"):
+            fuse(runs, weights)
+    with pytest.raises(ValueError, match="normalization must be min_max or z_score, got 'rank'"):
+        fuse([ONE], normalization="rank")
+    with pytest.raises(ValueError, match="scores must be finite"):
+        fuse([{"q": [("a", math.inf)]}])
+    with pytest.raises(ValueError, match="k >= 0"):
+        reciprocal_rank_fusion([ONE], k=-1)
