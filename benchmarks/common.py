@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     ours: Callable[[], object]
     baselines: dict[str, Callable[[], object]]
-    error: Callable[[object, object], float]  # of (ours, a baseline's result); raises if they are not the same thing
+    error: Callable[[object, object], float]  # of (ours, a baseline's result); raises if they are not the same
     bound_bytes: float  # that any implementation must move
     bound_flops: float  # of the algorithm that ours chose
 
@@ -46,8 +46,8 @@ class Documents(NamedTuple):
 
 
 def make_documents(Q: int, each: int, device, *, shared=False, T=T, S=S, D=D, V=V, dtype=None) -> Documents:
-    """``Q`` queries with ``each`` documents. Ids follow Zipf's law with exponent 1.05: 100 documents of 200 tokens then
-    have about 5,200 distinct ids, a quarter, and one document about 130. ``shared``: all queries have the same documents,
+    """``Q`` queries with ``each`` documents. Ids follow Zipf's law with exponent 1.05: 100 documents of 200 tokens
+    then have about 5,200 distinct ids, a quarter, and one document about 130. ``shared``: all queries have the same documents,
     as in-batch negatives do. Lengths vary from S / 2 to S.
     """
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
@@ -62,7 +62,8 @@ def make_documents(Q: int, each: int, device, *, shared=False, T=T, S=S, D=D, V=
     table = torch.randn(V, D, generator=random) * 0.02
     query_embeds = torch.randn(Q, T, D, generator=random) * 0.02
     query_index = torch.arange(Q).repeat_interleave(each)
-    inputs = Documents(query_embeds.to(dtype), torch.ones(Q, T, dtype=torch.bool), table.to(dtype), ids, mask, query_index)
+    query_mask = torch.ones(Q, T, dtype=torch.bool)
+    inputs = Documents(query_embeds.to(dtype), query_mask, table.to(dtype), ids, mask, query_index)
     return Documents(*(x.to(device) for x in inputs))
 
 
@@ -173,7 +174,7 @@ def main(op: str, works: dict[str, Callable], default: dict[str, tuple[str, ...]
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip", nargs="*", default=[], help="baselines to leave out")
-    parser.add_argument("--out", type=Path, help="result file; default results/<machine>_<op>.json, none for tiny alone")
+    parser.add_argument("--out", type=Path, help="default results/<machine>_<op>.json; no file for tiny alone")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_num_threads(arguments.threads)
@@ -209,7 +210,8 @@ def write(path: Path, device: torch.device, rows: list[dict]) -> Path:
         new = {row["work"] for row in rows}
         rows = [row for row in json.loads(path.read_text())["rows"] if row["work"] not in new] + rows
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    commit = git.stdout.strip()
     content = {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device": device.type,

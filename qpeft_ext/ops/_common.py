@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 4 << 20  # gathered rows at a time: 256 of 4096 float32, which stay in the cache for the GEMM
+BLOCK_BYTES = 2 << 20  # gathered rows at a time: 128 of 4096 float32, which stay in the cache for the GEMM
 
 
 def registered() -> bool:

@@ -136,12 +136,15 @@ def _forward(query_embeds, query_mask, table, document_ids, document_mask, query
     check_ids(op, "query_index", query_index, Q, "Q")
     if not query_mask.any(1).all():
         raise ValueError(f"{op}: every query needs a token, a row of query_mask is all False")
-    # On CUDA the queries stand side by side: one GEMM over the union of their ids reads each row once, and is wide
-    # enough for tensor cores. The CPU is bound by multiplications, so there each query has its own ids.
-    together = table.device.type != "cpu" or Q == 1
-    M, groups = (Q, 1) if together else (1, Q)
-    group = torch.zeros_like(query_index) if together else query_index
-    documents = distinct_rows(document_ids, document_mask, group, groups, table.shape[0])
+    # Side by side (M = Q) the queries take one GEMM over the union of their ids: each row is read once, and the GEMM is
+    # wide enough for tensor cores. On the CPU a row costs about as much to read as to multiply with one query, so
+    # queries that share few ids have their own.
+    M, groups = Q, 1
+    documents = distinct_rows(document_ids, document_mask, torch.zeros_like(query_index), 1, table.shape[0])
+    if Q > 1 and table.device.type == "cpu":
+        apart = distinct_rows(document_ids, document_mask, query_index, Q, table.shape[0])
+        if 2 * apart.offsets[-1] < (1 + Q) * documents.offsets[-1]:
+            M, groups, documents = 1, Q, apart
     query_mask = query_mask.reshape(groups, M, T).contiguous()
     queries = query_embeds.to(sum_dtype(table.dtype))
     query_scales = _inverse_norms(queries).reshape(groups, M * T) if cosine else None
@@ -160,7 +163,7 @@ def _forward(query_embeds, query_mask, table, document_ids, document_mask, query
     if best.device.type == "cpu" and best.isnan().any():
         raise ValueError(f"{op}: a similarity is NaN, {_WHAT_TO_CHECK}")
     best = round_scores(best)
-    best_row = query_index.contiguous() if together else torch.zeros_like(query_index)
+    best_row = query_index.contiguous() if groups == 1 else torch.zeros_like(query_index)
     return torch.ops.qpeft_ext.similarity_topk_select(best, positions, best_row, documents.ids, documents.slots, k)
 
 
