@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .common import Device, Dtype
+
+CHECKPOINTS = "checkpoints"
 
 
 def command(
@@ -31,9 +34,13 @@ def command(
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
     queries_per_group: Annotated[int, typer.Option(help="Queries per step that share their documents.")] = 4,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Groups per optimiser step.")] = 1,
-    save_steps: Annotated[int | None, typer.Option(help="Checkpoint every so many steps.  [default: none]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in --output.")] = False,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Checkpoint every so many steps; with --dev the best one is kept.  [default: none]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --output.")] = False,
+    cache_bytes: Annotated[int, typer.Option(help="Keep documents' prefixes from epoch to epoch in so much memory.")] = 0,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="A resumed run ends bit-equal; slower.")] = False,
     report_to: Annotated[str, typer.Option(help="tensorboard, wandb, ... or none.")] = "none",
     dtype: Dtype = None,
     device: Device = None,
@@ -46,6 +53,12 @@ def command(
         raise ValueError("expected either --data FOLDER or --train FILE")
     if not learning_rate > 0 or not epochs > 0:
         raise ValueError(f"--learning-rate and --epochs must be above 0, got {learning_rate} and {epochs}")
+    if save_steps is not None and save_steps < 1:
+        raise ValueError(f"--save-steps must be at least 1, got {save_steps}")
+    if cache_bytes < 0:
+        raise ValueError(f"--cache-bytes must be at least 0, got {cache_bytes}")
+    if resume and overwrite:
+        raise ValueError("--resume goes on and --overwrite starts anew: give one of them")
     _check_output(output, replace=resume or overwrite)
 
     from ..config import QPeftConfig
@@ -63,18 +76,22 @@ def command(
     from ..model import get_qpeft_model
     from ..train import QPeftTrainer
 
-    checkpoints = output / "checkpoints"
+    checkpoints = output / CHECKPOINTS
+    if overwrite and checkpoints.exists():
+        shutil.rmtree(checkpoints)  # a later --resume must not find the earlier run's
     arguments = TrainingArguments(
         output_dir=str(checkpoints), learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
         per_device_train_batch_size=queries_per_group, gradient_accumulation_steps=gradient_accumulation_steps,
         save_strategy="no" if save_steps is None else "steps", save_steps=save_steps or 500,
-        eval_strategy="epoch" if dev_examples else "no", report_to=report_to, seed=seed, use_cpu=device == "cpu",
-        remove_unused_columns=False, logging_steps=10,
+        save_total_limit=2, eval_strategy="no" if not dev_examples else "epoch" if save_steps is None else "steps",
+        eval_steps=save_steps, load_best_model_at_end=bool(dev_examples and save_steps), report_to=report_to, seed=seed,
+        use_cpu=device == "cpu", logging_steps=10,
     )
     model = get_qpeft_model(load_lm(base_model, dtype=dtype, device=device), config)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
-    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples)
+    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples,
+                           cache_bytes=cache_bytes, deterministic=deterministic)
     trainer.train(resume_from_checkpoint=True if resume else None)
     model.save_pretrained(output)
     say(f"wrote the adapter to {output}")
@@ -98,7 +115,7 @@ def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[lis
     candidates, _ = first_stage(corpus, asked, run, depth + max(map(len, qrels.values())))
     examples, counts = formats.training_examples(queries, qrels, candidates, corpus, num_negatives=num_negatives,
                                                  depth=depth, seed=seed)
-    say(counts)
+    say(str(counts))
     return examples, dev_examples
 
 
@@ -108,7 +125,12 @@ def _check_output(output: Path, replace: bool) -> None:
         raise ValueError(f"{output} is a file; expected a folder for the adapter")
     if (output / "adapter_config.json").exists() and not replace:
         raise ValueError(f"{output} already holds an adapter; name another folder, or --overwrite")
+    if (output / CHECKPOINTS).exists() and not replace:
+        raise ValueError(f"{output} holds checkpoints of an earlier run; --resume goes on, --overwrite starts anew")
+    new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     probe = output / ".writable.tmp"
     probe.touch()
     probe.unlink()
+    if new:
+        output.rmdir()  # a mistake found later must not leave an empty folder

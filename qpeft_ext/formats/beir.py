@@ -203,7 +203,7 @@ def find_file(path: AnyPath, name: str) -> Path:
 
 def _document(path: Path, number: int, text: str) -> dict[str, str]:
     """One checked line of the corpus. The text may be empty: such a document has a score too."""
-    record = parse_object(path, number, text)
+    record = parse_object(path, number, text.rstrip())
     doc_id = require_id(path, number, record)
     title = "" if record.get("title") is None else require_text(path, number, record, "title", empty=True)
     return {"id": doc_id, "title": title, "text": require_text(path, number, record, "text", empty=True)}
@@ -247,6 +247,8 @@ def _build_index(path: Path, index: Path, unpacked: Path | None) -> None:
         if new_text:
             os.replace(new_text, unpacked)
         os.replace(new_index, index)  # last: an index stands for a complete text
+    except sqlite3.Error as error:
+        raise OSError(f"cannot write the index {index} ({error}); free some space or set QPEFT_CACHE") from None
     finally:
         new_index.unlink(missing_ok=True)
         if new_text:

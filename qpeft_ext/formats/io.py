@@ -137,9 +137,13 @@ class AtomicWriter:
         if self.path.exists() and not self.path.is_file():
             raise ValueError(f"{path} is not a regular file, so it cannot be replaced as a whole; name a file")
         if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"{path}: the folder {self.path.parent} does not exist; create it first")
+            what = "is no folder" if self.path.parent.exists() else "does not exist; create it first"
+            raise FileNotFoundError(f"cannot write {path}: the folder {self.path.parent} {what}")
         self.temporary = self.path.with_name(f".{self.path.name[:100]}.{os.urandom(6).hex()}.tmp")
-        self.file: IO[bytes] = open(self.temporary, "xb")
+        try:
+            self.file: IO[bytes] = open(self.temporary, "xb")
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from None
         # no file name and no time in the header: the same content gives the same bytes
         self.stream = gzip.GzipFile("", "wb", fileobj=self.file, mtime=0) if is_gzip(self.path) else self.file
 
