@@ -35,12 +35,12 @@ def command(
     queries_per_group: Annotated[int, typer.Option(help="Queries per step that share their documents.")] = 4,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Groups per optimiser step.")] = 1,
     save_steps: Annotated[
-        int | None, typer.Option(help="Checkpoint every so many steps; with --dev the best one is kept.  [default: none]")
+        int | None, typer.Option(help="Checkpoint every so many steps; with --dev the best is kept.  [default: none]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --output.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left in --output.")] = False,
-    cache_bytes: Annotated[int, typer.Option(help="Keep documents' prefixes from epoch to epoch in so much memory.")] = 0,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="A resumed run ends bit-equal; slower.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")] = False,
+    cache_bytes: Annotated[int, typer.Option(help="Memory for documents' prefixes, kept from epoch to epoch.")] = 0,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Resumed runs end bit-equal; slower.")] = False,
     report_to: Annotated[str, typer.Option(help="tensorboard, wandb, ... or none.")] = "none",
     dtype: Dtype = None,
     device: Device = None,

@@ -1,0 +1,68 @@
+"""`qpeft train`, from files to an adapter that reranks."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_data import QUERIES
+from tiny_job import make_job
+
+import qpeft_ext as qpeft
+from qpeft_ext.cli import main
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
+
+
+def train(job, output, *options) -> int:
+    return main(["train", "--base-model", str(job / "lm"), "--output", str(output), "--num-heads", "4", "--rank", "8",
+                 "--max-steps", "3", "--deterministic", "--device", "cpu", *map(str, options)])
+
+
+@pytest.mark.parametrize("clues", ["attention", "top_k"])
+def test_a_beir_folder_becomes_an_adapter(job, tmp_path, clues, capsys):
+    assert train(job, tmp_path / "adapter", "--data", job / "data", "--clues", clues, "--cache-bytes", 1 << 20) == 0
+    out = capsys.readouterr().out
+    assert "3 training examples" in out and "parameters are trained" in out and "wrote the adapter to" in out
+    reranker = qpeft.Reranker.from_pretrained(tmp_path / "adapter")
+    assert reranker.model.qpeft_config.clues == clues
+    assert len(reranker.rank(QUERIES["q1"], ["the sea", "the moon"])) == 2
+
+
+def test_resumed_after_a_kill(job, tmp_path):
+    """The second run starts from what a kill between the steps 2 and 3 would have left."""
+    examples, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    lines = [json.dumps({"query": f"tide {i}", "positives": [f"moon {i}"], "negatives": ["boat", "wind"]})
+             for i in range(8)]
+    examples.write_text("\n".join(lines) + "\n")
+    dev.write_text(lines[0] + "\n")
+    options = ["--train", examples, "--dev", dev, "--save-steps", 1]
+    assert train(job, tmp_path / "whole", *options) == 0
+    assert train(job, tmp_path / "killed", *options) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors", "checkpoints/checkpoint-3/complete.json"):
+        (tmp_path / "killed" / name).unlink()
+    assert train(job, tmp_path / "killed", *options) == 2  # says: --resume or --overwrite
+    assert train(job, tmp_path / "killed", *options, "--resume") == 0
+    whole, killed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_what_is_refused(job, tmp_path, capsys):
+    output, options = tmp_path / "adapter", ["--data", job / "data", "--save-steps", 2]
+    assert train(job, output, *options, "--resume", "--overwrite") == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert train(job, output, *options) == 0
+    assert train(job, output, *options) == 2
+    assert "already holds an adapter" in capsys.readouterr().err
+    (output / "adapter_config.json").unlink()
+    assert train(job, output, *options) == 2
+    assert "holds checkpoints of an earlier run; --resume goes on" in capsys.readouterr().err
+    assert train(job, output, *options, "--overwrite", "--learning-rate", 1e-4) == 0
