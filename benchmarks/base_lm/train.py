@@ -1,0 +1,335 @@
+"""Train the demo's base LM: first copying, then queries of documents. See README.md beside this file.
+
+    python benchmarks/base_lm/train.py --folder build/base_lm           # resumes from the last complete checkpoint
+    python benchmarks/base_lm/train.py --folder build/base_lm --package qpeft_ext/demo/base_lm
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from data import TokenisedTexts, hints, prepare, prompt_rows, pseudo_query
+from evaluate import DevSet
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qpeft_ext.demo import harvest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the result depends on, apart from the installed packages."""
+
+    seed: int = 0
+    # model
+    vocabulary: int = 4096
+    layers: int = 3
+    width: int = 192
+    inner_width: int = 512
+    heads: int = 6
+    key_value_heads: int = 2
+    initial_scale: float = 0.06  # of all weights; at transformers' 0.02 such a narrow model learns to copy much later
+    # lengths in tokens
+    max_document_tokens: int = 160
+    max_query_tokens: int = 48
+    # stage 1: plain repetitions
+    copy_batch: int = 32
+    copy_accuracy: float = 0.95
+    copy_most_steps: int = 3000
+    # stage 2: queries of documents
+    steps: int = 6000
+    batch: int = 16  # documents; each carries about four queries
+    documented: float = 0.7  # share of documents that have a docstring; 0.95 during the decay
+    decay: float = 0.3  # share of the steps, at the end, over which the learning rate falls to zero
+    warmup: int = 100
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    document_loss: float = 0.1  # weight of plain language modelling on a few document tokens
+    document_loss_tokens: int = 16  # per document
+
+
+def new_model(recipe: Recipe) -> LlamaForCausalLM:
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=recipe.vocabulary,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.inner_width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.key_value_heads,
+        max_position_embeddings=1024,
+        initializer_range=recipe.initial_scale,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+# -- batches: a function of (recipe, step) alone, so that a resumed run sees what an uninterrupted one would ----------
+
+
+def copy_batch(recipe: Recipe, step: int) -> torch.Tensor:
+    """``p p`` with 6 to 20 ids, [B, 2 L]; Zipf-distributed over the vocabulary, which is sorted by frequency."""
+    rng = np.random.default_rng([recipe.seed, 1, step])
+    length = int(rng.integers(6, 21))
+    zipf = 1 / np.arange(1, recipe.vocabulary)
+    ids = 1 + rng.choice(recipe.vocabulary - 1, (recipe.copy_batch, length), p=zipf / zipf.sum())
+    return torch.from_numpy(np.concatenate([ids, ids], axis=1))
+
+
+def query_batches(recipe: Recipe, texts: TokenisedTexts, group: int, decaying: bool) -> list[list]:
+    """Eight batches of about equal row lengths each, in random order."""
+    rng = np.random.default_rng([recipe.seed, 2, group])
+    sentences = np.diff(texts.first_sentence)
+    with_docstring, without = np.flatnonzero(sentences > 0), np.flatnonzero(sentences == 0)
+    rows = []
+    for _ in range(8 * recipe.batch):
+        is_documented = rng.random() < (0.95 if decaying else recipe.documented)
+        index = int(rng.choice(with_docstring if is_documented else without))
+        document = texts.documents[index]
+        queries = []
+        if is_documented:
+            first, stop = texts.first_sentence[index], texts.first_sentence[index + 1]
+            queries.append((texts.sentences[first], False))
+            if rng.random() < 0.5:
+                queries.append((texts.sentences[first], True))
+            if stop > first + 1 and rng.random() < 0.7:
+                queries.append((texts.sentences[int(rng.integers(first + 1, stop))], rng.random() < 1 / 3))
+        for _ in range(2 if is_documented else 3):
+            queries.append((pseudo_query(document, texts, rng), rng.random() < 1 / 3))
+        with_hints = [(query, hints(document, query, texts, rng) if hinted else None) for query, hinted in queries]
+        rows.append(prompt_rows(document, with_hints, texts.prompt))
+    rows.sort(key=lambda row: len(row[0]))
+    batches = [rows[start : start + recipe.batch] for start in range(0, len(rows), recipe.batch)]
+    return [batches[position] for position in rng.permutation(len(batches))]
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def hidden_states(model: LlamaForCausalLM, rows: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Final hidden states of prompt rows, [B, S, D], their ids and is_query, [B, S]; each suffix sees only the prefix
+    and itself."""
+    length = max(len(row[0]) for row in rows)
+    ids, segments, positions, is_query = (
+        torch.from_numpy(np.stack([np.pad(r[part], (0, length - len(r[part])), constant_values=fill) for r in rows]))
+        for part, fill in enumerate((0, -1, 0, False))
+    )
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # [B, S, S]
+    mask = torch.zeros(visible.shape).masked_fill(~(visible & causal), torch.finfo(torch.float32).min)[:, None]
+    if torch.is_autocast_enabled("cpu"):
+        mask = mask.to(torch.bfloat16)
+    hidden = model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+    return hidden, ids, is_query
+
+
+def log_likelihoods(model: LlamaForCausalLM, hidden: torch.Tensor, ids: torch.Tensor, chosen: torch.Tensor):
+    """log p of the chosen tokens [B, S] given what is before them, one number each."""
+    logits = model.lm_head(hidden[:, :-1][chosen[:, 1:]]).float()
+    return -torch.nn.functional.cross_entropy(logits, ids[:, 1:][chosen[:, 1:]], reduction="none")
+
+
+def copy_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    half = ids.shape[1] // 2
+    hidden = model.model(ids, use_cache=False)[0]
+    logits = model.lm_head(hidden[:, half:-1]).float()  # the first id of the repetition cannot be known
+    target = ids[:, half + 1 :]
+    accuracy = (logits.argmax(-1) == target).float().mean().item()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()), accuracy
+
+
+def query_loss(model: LlamaForCausalLM, rows: list, recipe: Recipe, step: int) -> tuple[torch.Tensor, float]:
+    """Loss to minimise, and the mean negative log-likelihood of the query tokens in it."""
+    hidden, ids, is_query = hidden_states(model, rows)
+    query = -log_likelihoods(model, hidden, ids, is_query).mean()
+    rng = np.random.default_rng([recipe.seed, 3, step])
+    some = torch.zeros_like(is_query)
+    for number, row in enumerate(rows):
+        prefix = int((row[1] == 0).sum())
+        some[number, torch.from_numpy(rng.integers(1, prefix, recipe.document_loss_tokens))] = True
+    return query - recipe.document_loss * log_likelihoods(model, hidden, ids, some).mean(), query.item()
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """Model, optimiser and log, saved as one folder per checkpoint that appears only when it is complete."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.model = new_model(recipe)
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+        self.stage, self.step, self.seconds, self.log = "copy", 0, 0.0, []
+
+    def update(self, loss: torch.Tensor, share: float) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * share
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def save(self) -> None:
+        tensors = {f"model.{name}": p.detach().contiguous() for name, p in self.model.named_parameters()}
+        for number, parameter in enumerate(self.parameters()):
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{number}.{key}"] = value
+        name = f"checkpoint-{self.stage}-{self.step:06d}"
+        unfinished = self.folder / f"unfinished-{name}"
+        unfinished.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, unfinished / "state.safetensors")
+        state = {"stage": self.stage, "step": self.step, "seconds": self.seconds, "log": self.log}
+        (unfinished / "state.json").write_text(json.dumps(state, indent=1))
+        (self.folder / "log.json").write_text(json.dumps(state, indent=1))
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        unfinished.rename(self.folder / name)
+        for old in self.checkpoints()[:-2]:
+            shutil.rmtree(old)
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*"))  # "copy" sorts before "query"
+
+    def resume(self) -> bool:
+        if not self.checkpoints():
+            return False
+        last = self.checkpoints()[-1]
+        state = json.loads((last / "state.json").read_text())
+        self.stage, self.step, self.seconds, self.log = (state[key] for key in ("stage", "step", "seconds", "log"))
+        tensors = load_file(last / "state.safetensors")
+        for name, parameter in self.model.named_parameters():
+            parameter.data.copy_(tensors[f"model.{name}"])
+        for number, parameter in enumerate(self.parameters()):
+            start = f"optimizer.{number}."
+            self.optimizer.state[parameter] = {
+                key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)
+            }
+        print(f"Resumed from {last.name}", flush=True)
+        return True
+
+
+def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int) -> Run:
+    texts = prepare(folder, recipe.vocabulary, recipe.max_document_tokens, recipe.max_query_tokens, recipe.seed)
+    dev = DevSet(texts.prompt, recipe.seed)
+    run = Run(recipe, folder)
+    run.resume()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    last = time.time()
+
+    def log(**values) -> None:
+        nonlocal last
+        run.seconds += time.time() - last
+        last = time.time()
+        row = {"stage": run.stage, "step": run.step, "minutes": round(run.seconds / 60, 2)} | values
+        run.log.append(row)
+        print(json.dumps(row), flush=True)
+
+    accuracies: list[float] = []
+    while run.stage == "copy":
+        with autocast:
+            loss, accuracy = copy_loss(run.model, copy_batch(recipe, run.step))
+        run.update(loss, min(1.0, (run.step + 1) / recipe.warmup))
+        accuracies = [*accuracies[-19:], accuracy]
+        learned = len(accuracies) == 20 and np.mean(accuracies) > recipe.copy_accuracy
+        if run.step % 100 == 0 or learned:
+            log(loss=round(loss.item(), 3), copy_accuracy=round(float(np.mean(accuracies)), 3))
+        if learned or run.step >= recipe.copy_most_steps:
+            run.stage, run.step = "query", 0
+            run.save()
+
+    losses: list[float] = []
+    while run.step < recipe.steps:
+        decay_start = math.ceil((1 - recipe.decay) * recipe.steps / 8) * 8
+        group, within = divmod(run.step, 8)
+        if within == 0 or not losses:
+            batches = query_batches(recipe, texts, group, run.step >= decay_start)
+        share = min(1.0, (run.step + 1) / recipe.warmup, (recipe.steps - run.step) / (recipe.steps - decay_start))
+        with autocast:
+            loss, query_nll = query_loss(run.model, batches[within], recipe, run.step)
+        run.update(loss, share)
+        losses.append(query_nll)
+        if run.step % 100 == 0:
+            log(loss=round(float(np.mean(losses[-100:])), 3))
+        if run.step % evaluate_every == 0 or run.step == recipe.steps:
+            log(**dev.evaluate(run.model))
+        if run.step % save_every == 0 or run.step == recipe.steps:
+            run.save()
+    return run
+
+
+def package(run: Run, target: Path) -> None:
+    """Write the LM in bfloat16 with its tokenizer, and recipe.json with the numbers of the packaged weights."""
+    recipe = run.recipe
+    texts = prepare(run.folder, recipe.vocabulary, recipe.max_document_tokens, recipe.max_query_tokens, recipe.seed)
+    model = run.model.to(torch.bfloat16)
+    model.save_pretrained(target)
+    texts.tokenizer.save_pretrained(target)
+    (target / "generation_config.json").unlink(missing_ok=True)
+    numbers = DevSet(texts.prompt, recipe.seed, queries=100).evaluate(model.float())  # bfloat16 values, float32 sums
+    packages = harvest.package_versions(harvest.TRAIN_PACKAGES)
+    written = {
+        "what": "Base LM of qpeft_ext's demo: ranks by the likelihood of a query given Python source. No chat model.",
+        "trained_by": "benchmarks/base_lm/train.py",
+        "recipe": dataclasses.asdict(recipe),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "query_steps_done": run.step if run.stage == "query" else 0,
+        "minutes": round(run.seconds / 60, 1),
+        "dev": {"packages": harvest.DEV_PACKAGES, **numbers},
+        "log": [row for row in run.log if row["step"] % 500 == 0 or "upr" in row],
+        "trained_on": packages,
+        "definitions": len(texts.documents),
+        "docstring_sentences": len(texts.sentences),
+        "not_trained_on": harvest.DEV_PACKAGES + harvest.TEST_PACKAGES,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+        "licence": "The weights are released with qpeft_ext under Apache-2.0. They were learned from source and "
+                   "docstrings of the packages in trained_on, which keep their own open-source licences (PSF, BSD, "
+                   "MIT, Apache-2.0 and the like); no text of them is in this folder, only word pieces.",
+    }  # fmt: skip
+    (target / "recipe.json").write_text(json.dumps(written, indent=1) + "\n")
+    print(json.dumps(numbers), sum(path.stat().st_size for path in target.iterdir()), "bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for checkpoints, the log and tokenised text")
+    parser.add_argument("--package", type=Path, help="only write the last checkpoint to this folder")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--evaluate-every", type=int, default=500)
+    for option in dataclasses.fields(Recipe):
+        parser.add_argument(f"--{option.name.replace('_', '-')}", type=type(option.default), default=option.default)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    recipe = Recipe(**{option.name: getattr(options, option.name) for option in dataclasses.fields(Recipe)})
+    if options.package is None:
+        train(recipe, options.folder, options.save_every, options.evaluate_every)
+        return
+    run = Run(recipe, options.folder)
+    if not run.resume():
+        parser.error(f"{options.folder} has no complete checkpoint; train first")
+    package(run, options.package)
+
+
+if __name__ == "__main__":
+    main()
