@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..formats.trec import Run
 from ..report import Clue, Example
-from .collections import Part
+from .data import Part
 
 
 def report_examples(reranker, method: str, test: Part, before: Run, after: Run) -> list[Example]:

@@ -15,7 +15,7 @@ from ..formats import training_examples, write_run
 from ..formats.trec import Run
 from ..rerank_run import by_likelihood, by_similarity, rerank_run
 from ..report import Report, render, write_html
-from .collections import DemoData, load_demo_data
+from .data import DemoData, load_demo_data
 from .examples import report_examples
 
 BASE_LM = Path(__file__).parent / "base_lm"
