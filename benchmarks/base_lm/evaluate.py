@@ -8,6 +8,7 @@ import bm25s
 import numpy as np
 import torch
 from data import prompt_rows
+from likelihood import hidden_states, log_likelihoods
 
 from qpeft_ext.demo import harvest
 from qpeft_ext.prompt import Prompt
@@ -46,8 +47,6 @@ class DevSet:
     @torch.no_grad()
     def scores(self, model) -> np.ndarray:
         """Mean log-likelihood of each query given each of its candidates, [Q, candidates]."""
-        from train import hidden_states, log_likelihoods
-
         pairs: dict[int, list[tuple[int, int]]] = {}  # document -> its (query, rank) pairs: one prefix for all
         for query, row in enumerate(self.candidates):
             for rank, document in enumerate(row):

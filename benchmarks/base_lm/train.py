@@ -21,6 +21,7 @@ import torch
 import transformers
 from data import TokenisedTexts, hints, prepare, prompt_rows, pseudo_query
 from evaluate import DevSet
+from likelihood import hidden_states, log_likelihoods
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -117,29 +118,6 @@ def query_batches(recipe: Recipe, texts: TokenisedTexts, group: int, decaying: b
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
-
-
-def hidden_states(model: LlamaForCausalLM, rows: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Final hidden states of prompt rows, [B, S, D], their ids and is_query, [B, S]; each suffix sees only the prefix
-    and itself."""
-    length = max(len(row[0]) for row in rows)
-    ids, segments, positions, is_query = (
-        torch.from_numpy(np.stack([np.pad(r[part], (0, length - len(r[part])), constant_values=fill) for r in rows]))
-        for part, fill in enumerate((0, -1, 0, False))
-    )
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # [B, S, S]
-    mask = torch.zeros(visible.shape).masked_fill(~(visible & causal), torch.finfo(torch.float32).min)[:, None]
-    if torch.is_autocast_enabled("cpu"):
-        mask = mask.to(torch.bfloat16)
-    hidden = model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
-    return hidden, ids, is_query
-
-
-def log_likelihoods(model: LlamaForCausalLM, hidden: torch.Tensor, ids: torch.Tensor, chosen: torch.Tensor):
-    """log p of the chosen tokens [B, S] given what is before them, one number each."""
-    logits = model.lm_head(hidden[:, :-1][chosen[:, 1:]]).float()
-    return -torch.nn.functional.cross_entropy(logits, ids[:, 1:][chosen[:, 1:]], reduction="none")
 
 
 def copy_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
