@@ -29,10 +29,17 @@ def find_torch() -> Path | None:
     roots = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
         roots.append(site.getusersitepackages())
-    if active := os.environ.get("VIRTUAL_ENV"):  # `python -m build` works in an environment of its own
-        roots.append(sysconfig.get_path("platlib", vars={"base": active, "platbase": active}))
+    for environment in active_environments():
+        roots.append(sysconfig.get_path("platlib", vars={"base": environment, "platbase": environment}))
     places += [os.path.join(root, "torch") for root in roots]
     return next((Path(place) for place in places if is_torch(Path(place))), None)
+
+
+def active_environments() -> list[str]:
+    """Virtual environments on PATH: `python -m build` works in a new one, and leaves the caller's behind it."""
+    folders = [os.path.dirname(entry) for entry in os.environ.get("PATH", "").split(os.pathsep)]
+    found = [folder for folder in folders if os.path.isfile(os.path.join(folder, "pyvenv.cfg"))]
+    return found + [folder for folder in [os.environ.get("VIRTUAL_ENV")] if folder]
 
 
 def is_torch(folder: Path) -> bool:
