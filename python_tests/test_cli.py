@@ -134,6 +134,17 @@ def test_no_error_empty_document_filtered_tokens_and_more_clues_than_tokens(job,
     assert {d for ranking in written.values() for d, _ in ranking} == {"d1", "d2", "d3", "d4", "d5", "d6"}
 
 
+def test_limits_can_be_raised(job, tmp_path, capsys):
+    """What the error about a long query advises works, and cut documents are counted."""
+    mine = copy_job(job, tmp_path / "mine")
+    lines = (mine / "data" / "queries.jsonl").read_text().replace("moon month", "moon " * 20)
+    (mine / "data" / "queries.jsonl").write_text(lines)
+    out = run_command(capsys, "rerank", "--model", mine / "adapter", "--data", mine / "data", "--run",
+                      mine / "data" / "run.trec", "--output", tmp_path / "out.trec", "--max-query-tokens", 200,
+                      "--max-document-tokens", 50)
+    assert re.search(r"Q-PEFT-R: 3 queries, .*; [1-9] documents cut to max_document_tokens", out)
+
+
 def test_interrupted(job, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from .formats.io import AnyPath
 from .formats.trec import Run, RunWriter, find_line
 
-PAIRS_PER_BLOCK = 1024
+PAIRS_PER_BLOCK = 256  # several passes of the default token budget, and still some life in the progress bar
 
 # (queries, their documents) -> for every query (place of the document, score), best first
 Ranker = Callable[[Sequence[str], Sequence[Sequence[dict]]], list[list[tuple[int, float]]]]

@@ -27,6 +27,12 @@ def command(
     device: Device = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal scores; slower.")] = False,
     max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a pass.")] = None,
+    max_query_tokens: Annotated[
+        int | None, typer.Option(help="A longer query is an error.  [default: the adapter's, or 64]")
+    ] = None,
+    max_document_tokens: Annotated[
+        int | None, typer.Option(help="A longer document is cut.  [default: the adapter's, or 256]")
+    ] = None,
 ) -> None:
     """Rerank the candidates of a first stage.
 
@@ -43,8 +49,10 @@ def command(
         raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")
     if not (model or base_model):
         raise ValueError("expected --base-model LM, since there is no adapter that names one")
-    if top_k < 1:
-        raise ValueError(f"--top-k must be at least 1, got {top_k}")
+    for option, value in (("--top-k", top_k), ("--max-query-tokens", max_query_tokens),
+                          ("--max-document-tokens", max_document_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
     split, qrels = read_split(data, split)
     names = measure_names(measures)
     if qrels:
@@ -56,6 +64,10 @@ def command(
 
     with formats.RunWriter(output) as writer:  # opened before the LM is loaded: a bad --output is known at once
         rerankers = _load(model, base_model, upr, similarity_only, dtype, device, deterministic, max_tokens_per_batch)
+        for _, reranker in rerankers:
+            prompt = reranker.model.prompt
+            prompt.max_query_tokens = max_query_tokens or prompt.max_query_tokens
+            prompt.max_document_tokens = max_document_tokens or prompt.max_document_tokens
         _check_queries(rerankers[0][1], {query_id: queries[query_id] for query_id in candidates})
         runs, lines = {before: candidates}, []
         for place, (name, reranker) in enumerate(rerankers):

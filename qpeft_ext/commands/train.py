@@ -32,6 +32,8 @@ def command(
     learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 1e-3,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
+    max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,
+    max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
     queries_per_group: Annotated[int, typer.Option(help="Queries per step that share their documents.")] = 4,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Groups per optimiser step.")] = 1,
     save_steps: Annotated[
@@ -66,7 +68,7 @@ def command(
 
     config = QPeftConfig(clues=clues, k=k, num_heads=num_heads, rank="auto" if rank is None else rank, loss=loss,
                          margin=margin, queries_per_group=queries_per_group, num_hard_negatives=num_negatives,
-                         seed=seed)
+                         max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, seed=seed)
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
     device = default_device(device)
     quiet_transformers()
