@@ -1,6 +1,7 @@
 """A shim: setuptools asks for the two libraries, CMake builds them. CMakeLists.txt is the only build description."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,12 @@ class CMakeBuild(build_ext):
         return os.path.join(*folders, "_C.so") if last == "_C" else super().get_ext_filename(name)
 
     def build_extensions(self):
-        isolated = "pip-build-env" in sys.prefix + os.environ.get("PATH", "")  # its tools vanish: keep no cache of them
+        isolated = "build-env-" in sys.prefix + os.environ.get("PATH", "")  # its tools vanish: keep no cache of them
         build = Path(self.build_temp) if isolated else HERE / "build" / f"cmake-{sys.implementation.cache_tag}"
         package = (Path(self.get_ext_fullpath("qpeft_ext._C"))).parent.resolve()
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         configure = ["cmake", "-S", HERE, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}")  # not one of an earlier environment
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
         subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
