@@ -8,7 +8,7 @@ from .data import Part
 
 
 def report_examples(reranker, method: str, test: Part, before: Run, after: Run) -> list[Example]:
-    """Three queries: the relevant document that rose most, one in the middle, and the one that fell most."""
+    """Three queries: where the relevant document gained most places, the median, and where it lost most."""
     moved = []
     for query_id, relevant in test.qrels.items():
         doc_id = next((d for d in relevant if relevant[d] > 0), None)
@@ -18,14 +18,26 @@ def report_examples(reranker, method: str, test: Part, before: Run, after: Run) 
     moved.sort(reverse=True)
     if not moved:
         return []
-    chosen = {0: "rose most", len(moved) // 2: "is in the middle", len(moved) - 1: "fell most"}
+    chosen = {0: "largest gain", len(moved) // 2: "median", len(moved) - 1: "largest loss"}
     examples = []
     for place, note in chosen.items():
         _, query_id, doc_id, rank_before, rank_after = moved[place]
         explanation = reranker.explain(test.queries[query_id], test.documents[doc_id])
         clues = [Clue(span.start, span.end, span.weight) for span in explanation.clues]
-        examples.append(Example(explanation.query, doc_id, explanation.text, clues, rank_before, rank_after, True, method,
-                                f"Of {len(moved)} queries whose document was a candidate, the one that {note}."))
+        examples.append(
+            Example(
+                explanation.query,
+                doc_id,
+                explanation.text,
+                clues,
+                rank_before,
+                rank_after,
+                True,
+                method,
+                f"Change of rank, {note} of {len(moved)} queries whose document was a candidate: "
+                f"{rank_before - rank_after:+d} places.",
+            )
+        )
     return examples
 
 

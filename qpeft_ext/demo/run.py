@@ -9,18 +9,21 @@ from pathlib import Path
 
 from ..commands.common import quiet_transformers, say
 from ..config import QPeftConfig
-from ..evaluate import compare_table, evaluate, fuse
+from ..evaluate import compare_table, evaluate, format_p, fuse
 from ..first_stage import bm25_run
 from ..formats import training_examples, write_run
 from ..formats.trec import Run
-from ..rerank_run import by_likelihood, by_similarity, rerank_run
+from ..prompt import Prompt
 from ..report import Report, render, write_html
+from ..rerank_run import by_likelihood, by_similarity, rerank_run
 from .data import DemoData, load_demo_data
 from .examples import report_examples
+from .progress import TrainingBar
 
 BASE_LM = Path(__file__).parent / "base_lm"
 MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 MEASURE = "nDCG@10"  # decides on dev, and is plotted
+MAX_QUERY_TOKENS = 64  # longer first sentences are left out, whatever the tokenizer
 FIRST, SIMILARITY, UPR, R, A = "BM25", "similarity only", "UPR", "Q-PEFT-R", "Q-PEFT-A"
 
 
@@ -46,7 +49,8 @@ class Settings:
             num_hard_negatives=self.num_negatives,
             in_batch_negatives=False,
             queries_per_group=self.queries_per_step,
-            max_document_tokens=200,
+            max_document_tokens=160,  # as the packaged LM was trained
+            max_query_tokens=MAX_QUERY_TOKENS,
         )
 
 
@@ -74,16 +78,25 @@ def main(
     logging.getLogger("qpeft_ext").setLevel(logging.WARNING)
     name = model or BASE_LM
     lm, tokenizer = load_lm(name, dtype="float32" if model is None else None), load_tokenizer(name)
-    collections = load_demo_data(data, queries, settings.train_queries, seed)
+    prompt = Prompt(tokenizer, settings.config("none"))
+    collections = load_demo_data(data, queries, settings.train_queries, seed, prompt.fits)
     say(collections.describe())
 
     train, dev, test = collections.train, collections.dev, collections.test
-    first = {part: bm25_run(c.documents, c.queries, k) for part, c, k in (
-        ("train", train, 40), ("dev", dev, settings.dev_candidates), ("test", test, settings.candidates))}
-    examples = training_examples(train.queries, train.qrels, first["train"], train.documents,
-                                 num_negatives=settings.num_negatives, seed=seed)[0]
-    dev_examples = training_examples(dev.queries, dev.qrels, first["dev"], dev.documents,
-                                     num_negatives=settings.num_negatives, seed=seed)[0][: settings.dev_examples]
+    first = {
+        part: bm25_run(c.documents, c.queries, k)
+        for part, c, k in (
+            ("train", train, 40),
+            ("dev", dev, settings.dev_candidates),
+            ("test", test, settings.candidates),
+        )
+    }
+    examples = training_examples(
+        train.queries, train.qrels, first["train"], train.documents, num_negatives=settings.num_negatives, seed=seed
+    )[0]
+    dev_examples = training_examples(
+        dev.queries, dev.qrels, first["dev"], dev.documents, num_negatives=settings.num_negatives, seed=seed
+    )[0][: settings.dev_examples]
 
     cache = DocumentCache(settings.cache_bytes)  # one LM, one template: all systems share the prefixes
     rerankers, notes = {}, []
@@ -93,7 +106,7 @@ def main(
             notes.append(_train(system, qpeft_model, examples, dev_examples, output, settings, seed))
             qpeft_model.save_pretrained(output / f"adapter-{clues}")
         rerankers[system] = Reranker(qpeft_model, cache=cache)
-    say(*notes)
+    say("\n".join(notes))
 
     runs: dict[str, dict[str, Run]] = {"dev": {FIRST: first["dev"]}, "test": {FIRST: first["test"]}}
     seconds: dict[str, float] = {}
@@ -110,12 +123,18 @@ def main(
     best, weight = _best_fusion(runs["dev"], dev.qrels, settings.fusion_weights)
     fused = f"{best} + BM25"
     runs["test"][fused] = fuse([runs["test"][best], first["test"]], [weight, 1 - weight])
-    notes.append(f"{fused}: min-max scores, weight {weight} on {best}, chosen with the system on "
-                 f"{len(dev.queries)} dev queries of other packages" if data is None else
-                 f"{fused}: weight {weight} on {best}, chosen on {len(dev.queries)} dev queries")
+    notes.append(
+        f"{fused}: min-max scores, weight {weight} on {best}, chosen with the system on "
+        f"{len(dev.queries)} dev queries of other packages"
+        if data is None
+        else f"{fused}: weight {weight} on {best}, chosen on {len(dev.queries)} dev queries"
+    )
 
     table = compare_table(runs["test"], test.qrels, MEASURES)
-    per_query = {system: evaluate(run, test.qrels, [MEASURE]).per_query[MEASURE] for system, run in runs["test"].items()}
+    notes += _against_upr(runs["test"], test.qrels)
+    per_query = {
+        system: evaluate(run, test.qrels, [MEASURE]).per_query[MEASURE] for system, run in runs["test"].items()
+    }
     report = Report(
         title="Search in your own Python environment" if data is None else f"Reranking {collections.name}",
         lead=f"{len(test.queries)} queries over {len(test.documents):,} documents; the {settings.candidates} best of "
@@ -167,15 +186,28 @@ def _train(system: str, model, examples: list, dev_examples: list, output: Path,
         use_cpu=model.device.type == "cpu",
     )
     trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples)
+    TrainingBar.install(trainer, system, "eval_mrr")
     before = trainer.evaluate()
     started = time.perf_counter()
     trainer.train()
     seconds, after = time.perf_counter() - started, trainer.evaluate()
     trainable, total = model.get_nb_trainable_parameters()
     model.eval()
-    return (f"{system}: {steps} steps of {settings.queries_per_step} queries in {seconds:.0f} s; reciprocal rank among "
-            f"{settings.num_negatives + 1} documents on dev {before['eval_mrr']:.3f} → {after['eval_mrr']:.3f}; "
-            f"{trainable:,} trainable parameters ({trainable / total:.1%})")
+    return (
+        f"{system}: {steps} steps of {settings.queries_per_step} queries in {seconds:.0f} s; reciprocal rank among "
+        f"{settings.num_negatives + 1} documents on dev {before['eval_mrr']:.3f} → {after['eval_mrr']:.3f}; "
+        f"{trainable:,} trainable parameters ({trainable / total:.1%})"
+    )
+
+
+def _against_upr(runs: dict[str, Run], qrels) -> list[str]:
+    """The comparison that clues are for: the same LM without them."""
+    table = compare_table({system: runs[system] for system in (UPR, R, A)}, qrels, [MEASURE], baseline=UPR)
+    return [
+        f"{system.name} against UPR: {MEASURE} {system.difference[MEASURE]:+.4f}, {format_p(system.p_value[MEASURE])}"
+        for system in table.systems
+        if system.difference
+    ]
 
 
 def _best_fusion(runs: dict[str, Run], qrels, weights: tuple[float, ...]) -> tuple[str, float]:
