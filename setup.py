@@ -26,7 +26,7 @@ class CMakeBuild(build_ext):
         package = (Path(self.get_ext_fullpath("qpeft_ext._C"))).parent.resolve()
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         configure = ["cmake", "-S", HERE, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-        configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}")  # not one of an earlier environment
+        configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}")  # not an earlier environment's
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
         subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
