@@ -33,8 +33,8 @@ def textbook(module, x: Documents) -> Tensor:
 def same_algorithm_torch(x: Documents, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o) -> Tensor:
     """W_k absorbed into the query, W_v behind the sum, scores once per distinct id, blocks of pairs."""
     (Q, T, D), d = x.query_embeds.shape, x.query_embeds.shape[2] // HEADS
-    queries = linear(x.query_embeds, w_q, b_q).view(Q, T, HEADS, d).transpose(1, 2) * d**-0.5
-    absorbed = (queries @ w_k.view(HEADS, d, D)).transpose(1, 2).reshape(Q, T * HEADS, D)
+    queries = linear(x.query_embeds, w_q, b_q).view(Q * T, HEADS, d).transpose(0, 1) * d**-0.5
+    absorbed = torch.bmm(queries, w_k.view(HEADS, d, D)).transpose(0, 1).reshape(Q, T * HEADS, D)
     heads = []
     for query in range(Q):
         pairs = (x.query_index == query).nonzero()[:, 0]
@@ -51,12 +51,12 @@ def same_algorithm_torch(x: Documents, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o) -
 
 def projected_torch(x: Documents, keys: Tensor, values: Tensor, w_q, w_o, b_q, b_v, b_o) -> Tensor:
     """ProjectedTable's algorithm in plain PyTorch: keys and values of all rows are there already."""
-    (Q, T, D), _ = x.query_embeds.shape, keys.shape[1] // HEADS
+    Q, T, D = x.query_embeds.shape
     queries = linear(x.query_embeds, w_q, b_q).view(Q, T, HEADS, D // HEADS).transpose(1, 2)[x.query_index]
     heads = []
     for block in torch.arange(len(x.query_index), device=x.table.device).split(PAIRS_PER_BLOCK):
         ids = x.document_ids[block].where(x.document_mask[block], 0)
-        k, v = (y[ids].unflatten(-1, (HEADS, d)).transpose(1, 2) for y in (keys, values))
+        k, v = (y[ids].unflatten(-1, (HEADS, D // HEADS)).transpose(1, 2) for y in (keys, values))
         mask = x.document_mask[block][:, None, None]
         mixed = torch.nn.functional.scaled_dot_product_attention(queries[block], k, v, attn_mask=mask)
         heads.append(mixed.transpose(1, 2).flatten(2))

@@ -42,8 +42,8 @@ def official(query_embeds, query_mask, table, document_ids, document_mask, query
     return SimilarityTopK(*(torch.tensor(column) for column in zip(*rows, strict=True)))
 
 
-def same_algorithm_torch(query_embeds, query_mask, table, document_ids, document_mask, query_index, k) -> SimilarityTopK:
-    """Distinct ids once per query, a GEMM per block of rows, maximum over T; then dedupe and top-k for all at once."""
+def same_algorithm_torch(query_embeds, query_mask, table, document_ids, document_mask, query_index, k):
+    """Distinct ids once per query, a GEMM per block of rows, maximum over T; dedupe and top-k at once."""
     dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
     best = torch.empty(document_ids.shape, dtype=dtype, device=table.device)
     positions = torch.empty_like(document_ids)

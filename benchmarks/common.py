@@ -27,11 +27,11 @@ D, V, T, S = 4096, 32000, 16, 200  # Llama-2-7B; a question; a passage
 
 
 class Case(NamedTuple):
-    """One work. Every function returns tensors that `error` compares with those of ``ours``; baselines do equal work."""
+    """One work: functions that return tensors which `error` compares with those of ``ours``; all do equal work."""
 
     ours: Callable[[], object]
     baselines: dict[str, Callable[[], object]]
-    error: Callable[[object, object], float]  # of (ours, a baseline's result); raises if they are not the same
+    error: Callable[[object, object], float]  # of ours and a baseline's result; raises if large
     bound_bytes: float  # that any implementation must move
     bound_flops: float  # of the algorithm that ours chose
 
@@ -47,8 +47,8 @@ class Documents(NamedTuple):
 
 def make_documents(Q: int, each: int, device, *, shared=False, T=T, S=S, D=D, V=V, dtype=None) -> Documents:
     """``Q`` queries with ``each`` documents. Ids follow Zipf's law with exponent 1.05: 100 documents of 200 tokens
-    then have about 5,200 distinct ids, a quarter, and one document about 130. ``shared``: all queries have the same documents,
-    as in-batch negatives do. Lengths vary from S / 2 to S.
+    then have about 5,200 distinct ids, a quarter, and one document about 130. Lengths vary from S / 2 to S.
+    ``shared``: all queries have the same documents, as in-batch negatives do.
     """
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     random = torch.Generator().manual_seed(0)

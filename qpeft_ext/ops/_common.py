@@ -146,15 +146,21 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
 
 
-def rows_per_block(D: int, dtype: torch.dtype, budget: int = BLOCK_BYTES) -> int:
-    return max(1, budget // max(D * dtype.itemsize, 1))
+def budget(cpu_bytes: int, table: Tensor) -> int:
+    """Bytes of a buffer: on the CPU what stays in the caches; a GPU has no use for many small launches."""
+    return cpu_bytes if table.device.type == "cpu" else 16 * cpu_bytes
+
+
+def rows_per_block(D: int, dtype: torch.dtype, size: int) -> int:
+    return max(1, size // max(D * dtype.itemsize, 1))
 
 
 def blocks_of_rows(
     table: Tensor, rows: Tensor, begin: int, end: int, norms: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Gathers ``table[rows[begin:end]]`` by blocks into one buffer: (where in rows, [n, D], 1/norm [n] or None)."""
-    size = min(rows_per_block(table.shape[1], block_dtype(table)), max(end - begin, 1))
+    most = rows_per_block(table.shape[1], block_dtype(table), budget(BLOCK_BYTES, table))
+    size = min(most, max(end - begin, 1))
     buffer = table.new_empty(size, table.shape[1], dtype=block_dtype(table))
     inverse = table.new_empty(size, dtype=sum_dtype(table.dtype)) if norms else None
     for first in range(begin, end, size):

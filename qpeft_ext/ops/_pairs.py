@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._common import block_dtype, blocks_of_rows, check_ids, distinct_rows, rows_per_block, sum_dtype
+from ._common import block_dtype, blocks_of_rows, budget, check_ids, distinct_rows, rows_per_block, sum_dtype
 
-CONTEXT_BYTES = 32 << 20  # contexts [P, T, H, D] of one block of pairs; one GEMM with each head of W_v follows
-GATHER_BYTES = 8 << 20  # rows of documents gathered at a time inside a block
+# On the CPU; budget() gives a GPU more. 16 and 32 MB, 4 and 8 MB measure alike (48 documents, one thread).
+CONTEXT_BYTES = 16 << 20  # contexts [P, T, H, D] of one block of pairs; one GEMM with each head of W_v follows
+GATHER_BYTES = 4 << 20  # rows of documents gathered at a time inside a block
 
 
 class Pairs:
@@ -53,14 +54,22 @@ class Pairs:
 
     def blocks(self) -> Iterator[slice]:
         """Blocks of pairs whose contexts fit in CONTEXT_BYTES."""
-        B, bytes_per_pair = len(self.queries), max(self.R * self.D * block_dtype(self.table).itemsize, 1)
-        size = max(1, CONTEXT_BYTES // bytes_per_pair)
+        B, size = len(self.queries), self._pairs_per_block()
         for first in range(0, B, size):
             yield slice(first, min(first + size, B))
 
+    def new_contexts(self) -> Tensor:
+        """A buffer [P, R, D] for the largest block."""
+        P = min(self._pairs_per_block(), len(self.queries))
+        return self.table.new_empty(P, self.R, self.D, dtype=block_dtype(self.table))
+
+    def _pairs_per_block(self) -> int:
+        bytes_per_pair = max(self.R * self.D * block_dtype(self.table).itemsize, 1)
+        return max(1, budget(CONTEXT_BYTES, self.table) // bytes_per_pair)
+
     def parts(self, block: slice) -> Iterator[tuple[int, slice, int]]:
         """(query, pairs, n): a block, cut where the query changes and where the gathered rows would be too many."""
-        most = rows_per_block(self.D, block_dtype(self.table), GATHER_BYTES)
+        most = rows_per_block(self.D, block_dtype(self.table), budget(GATHER_BYTES, self.table))
         first = block.start
         while first < block.stop:
             query, n, last = self.queries[first], self.documents.lengths[first], first + 1

@@ -145,19 +145,21 @@ def _forward(
 def absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads) -> Tensor:
     """The queries in the space of the table's rows, with the scale: ``[Q, T, H, D]``."""
     x = query_embeds.masked_fill(~query_mask[:, :, None], 0)  # what stands there may be NaN
-    queries = _heads(linear(x, w_q, b_q), num_heads)  # [Q, H, T, D / H]
-    keys = w_k.unflatten(0, (num_heads, -1))  # [H, D / H, D]
-    return (queries * queries.shape[-1] ** -0.5 @ keys).transpose(1, 2)
+    queries = linear(x, w_q, b_q).flatten(0, 1).unflatten(1, (num_heads, -1)).transpose(0, 1)  # [H, Q * T, D / H]
+    keys = w_k.unflatten(0, (num_heads, -1))  # [H, D / H, D]; a batch over Q too would copy it Q times
+    absorbed = torch.bmm(queries * queries.shape[-1] ** -0.5, keys)
+    return absorbed.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 def project_heads(heads, query_mask, document_mask, query_index, w_o, b_k, b_v, b_o) -> Tensor:
     """``[B, T, D]`` concatenated heads to the result."""
+    bias = b_o  # of the result: b_v passes through W_o with every token alike
     if b_v is not None:
-        heads = heads + b_v
-    if b_k is not None:
-        heads = heads + 0 * b_k  # it cancels in the softmax; optimisers expect a gradient, and it is 0
+        bias = w_o @ b_v if bias is None else torch.addmv(bias, w_o, b_v)
+    if b_k is not None:  # it cancels in the softmax; optimisers expect a gradient, and it is 0
+        bias = 0 * b_k if bias is None else bias + 0 * b_k
     counts = query_mask[query_index] & document_mask.any(1, keepdim=True)
-    return linear(heads, w_o, b_o).masked_fill(~counts[:, :, None], 0)
+    return linear(heads, w_o, bias).masked_fill_(~counts[:, :, None], 0)
 
 
 def _scores(pairs: Pairs, query: int, absorbed: Tensor) -> Tensor:
@@ -175,9 +177,9 @@ def _heads_forward(absorbed, table, document_ids, document_mask, query_index, w_
     queries = absorbed.to(dtype).reshape(-1, pairs.R, D)
     d, values = D // H, w_v.to(dtype)
     heads = table.new_empty(len(pairs.queries), T, D)
-    buffer, scores, of_query = [], None, -1
+    contexts, buffer, scores, of_query = pairs.new_contexts(), [], None, -1
     for block in pairs.blocks():
-        context = table.new_empty(block.stop - block.start, pairs.R, D, dtype=dtype)
+        context = contexts[: block.stop - block.start]
         for query, part, n in pairs.parts(block):
             if query != of_query:
                 scores, of_query = _scores(pairs, query, queries[query]), query
@@ -217,15 +219,15 @@ def _heads_backward(grad_heads, absorbed, table, document_ids, document_mask, qu
                 rows = pairs.documents.rows[begin + here.start : begin + here.stop]
                 grad_table.index_add_(0, rows, multiply(weights, queries[query]))
 
-    buffer, scores, grad_scores, of_query = [], None, None, -1
+    contexts, grad_contexts, buffer = pairs.new_contexts(), pairs.new_contexts(), []
+    scores, grad_scores, of_query = None, None, -1
     for block in pairs.blocks():
-        grads = grad_heads[block].reshape(-1, D)
-        grad_context = table.new_empty(grads.shape[0], H, D, dtype=dtype)
+        context, grad_context = (x[: block.stop - block.start] for x in (contexts, grad_contexts))
+        grads, grad_context = grad_heads[block].reshape(-1, D), grad_context.view(-1, H, D)
         for h in range(H):
             here = slice(h * d, (h + 1) * d)
             torch.mm(grads[:, here], values[here], out=grad_context[:, h])
         grad_context = grad_context.view(-1, pairs.R, D)
-        context = torch.empty_like(grad_context)
         for query, part, n in pairs.parts(block):
             if query != of_query:
                 if of_query >= 0:
