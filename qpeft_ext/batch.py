@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .prompt import Document, DocumentPrefix, Prompt, SuffixPieces, document_text
+
+try:
+    from ._host import pack_ragged
+except ImportError:  # not built: QPEFT_REFERENCE=1
+
+    def pack_ragged(lists):
+        """CSR arrays of lists of ids: values [N], offsets [rows + 1], int64."""
+        offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+        return np.fromiter((i for ids in lists for i in ids), dtype=np.int64, count=offsets[-1]), offsets
 
 
 @dataclass
@@ -137,10 +147,12 @@ def assemble_rows(
 
 def pad(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
     """Right-pad lists of ids with 0: ids [B, L] int64 and mask [B, L] bool."""
-    width = max((len(row) for row in rows), default=0)
-    ids = _long([list(row) + [0] * (width - len(row)) for row in rows], device).reshape(len(rows), width)
-    lengths = _long([len(row) for row in rows], device)
-    return ids, torch.arange(width, device=device) < lengths[:, None]
+    values, offsets = pack_ragged(rows)
+    lengths = np.diff(offsets)
+    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    ids = np.zeros(mask.shape, dtype=np.int64)
+    ids[mask] = values
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def _long(values: list, device) -> Tensor:
