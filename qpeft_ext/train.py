@@ -204,9 +204,13 @@ class QPeftTrainer(Trainer):
             a kill has cut short is passed over; where there is none at all, training starts at the beginning.
         Raises: ValueError if a folder given by name is not a complete checkpoint.
         """
-        if isinstance(resume_from_checkpoint, bool):
-            resume_from_checkpoint = self._last_complete() if resume_from_checkpoint else None
-        elif resume_from_checkpoint is not None and (reason := why_incomplete(resume_from_checkpoint)):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete()
+        elif not resume_from_checkpoint:
+            resume_from_checkpoint = None
+            if (earlier := last_complete(self.args.output_dir)[0]) is not None:
+                logger.warning("%s is of an earlier run: if this one is killed, resuming would find it", earlier)
+        elif reason := why_incomplete(resume_from_checkpoint):
             raise ValueError(f"cannot resume from {resume_from_checkpoint}: {reason}; pass True to take the last "
                              "complete checkpoint")
         self.documents_read = self.documents_cut = 0
