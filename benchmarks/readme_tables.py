@@ -41,8 +41,11 @@ def table(name: str) -> str:
         cells = [_against(row, baseline) for baseline in names]
         lines.append(f"| `{row['work']}` | {_ms(row['ours_ms'])} | {' | '.join(cells)} |")
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    lines += ["", f"{result['device']}, {result['threads']} threads, {versions}; `{result['command']}`, {result['date'][:10]}. "
-              "Each cell: milliseconds, and how many times ours (below 1, in bold, they are faster)."]  # fmt: skip
+    lines += [
+        "",
+        f"{result['machine']}, {result['threads']} threads, {versions}; `{result['command']}`, {result['date'][:10]}. "
+        "Each cell: milliseconds, and how many times ours (below 1, in bold, they are faster).",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -11,20 +11,6 @@
 
 namespace qpeft {
 
-// log(sum(exp(x))) of a stream. value() = max + log(sum); merge() is associative, so a row may be split anywhere.
-template <typename T>
-struct LogSumExp {
-  T max = -INFINITY, sum = 0;
-
-  QPEFT_HD void merge(LogSumExp other) {
-    const T m = other.max > max ? other.max : max;
-    if (m == -INFINITY) return;  // both empty: exp(-inf - -inf) would be NaN
-    sum = sum * std::exp(max - m) + other.sum * std::exp(other.max - m);
-    max = m;
-  }
-  QPEFT_HD T value() const { return max + std::log(sum); }
-};
-
 // A candidate of a top-k or an arg-max, in total order: NaN first (it must be seen), then the larger score, then the
 // smaller position.
 template <typename T>

@@ -54,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(arguments, "interrupted", 130)
     except ClickException as error:  # an unknown option, a missing argument, ...
         return _fail(arguments, f"{error.format_message()} (see --help)")
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        # of torch's own errors only this one is the user's to solve; the others are ours, with their traceback
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+            raise
         if os.environ.get("QPEFT_DEBUG", "0") not in ("", "0"):
             raise
         return _fail(arguments, _one_line(error))
