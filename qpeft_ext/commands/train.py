@@ -29,7 +29,7 @@ def command(
     rank: Annotated[int | None, typer.Option(help="Inner width of the clue module.  [default: 256 at most]")] = None,
     loss: Annotated[str, typer.Option(help="pointwise_pairwise, pointwise, pairwise or listwise.")] = "listwise",
     margin: Annotated[float, typer.Option(help="Of the pairwise loss, in nats per query token.")] = 0.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 3e-4,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
     max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,

@@ -48,6 +48,7 @@ class Settings:
             loss="listwise",
             num_hard_negatives=self.num_negatives,
             in_batch_negatives=False,
+            filters=("non_alphabetic", "stop_words"),
             queries_per_group=self.queries_per_step,
             max_document_tokens=160,  # as the packaged LM was trained
             max_query_tokens=MAX_QUERY_TOKENS,
