@@ -85,6 +85,15 @@ def test_masked_rows_are_zero(device):
     assert not x.document_mask[0].any() and (result[~counts] == 0).all() and (result[counts] != 0).any(-1).all()
 
 
+def test_large_scores_do_not_overflow(device):
+    x, weights = make_inputs(device=device, dtype=torch.float64, B=4, S=9, V=200)
+    x = x._replace(query_embeds=x.query_embeds * 1000)  # one token takes all; each place is the winner somewhere
+    truth = reference(*x, *weights, num_heads=4)
+    single = [y.float() if y.is_floating_point() else y for y in (*x, *weights)]
+    result = clue_attention(*single, num_heads=4)
+    torch.testing.assert_close(result.double(), truth, rtol=1e-3, atol=1e-3)
+
+
 def gradients(x, weights, function=clue_attention):
     inputs = [y.clone().requires_grad_() for y in (x.query_embeds, x.table, *weights)]
     x = x._replace(query_embeds=inputs[0], table=inputs[1])

@@ -134,13 +134,13 @@ def _forward(hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_byt
                 expectation.addmm_(logits, rows)
             else:
                 expectation += multiply(logits.to(rows.dtype), rows)
+    rows = logits = None  # the chunk's memory goes back before the rows of the targets come
     maximum, total, target, _ = running
     lse = maximum + total.log()
     if want_expectation:
         slope = torch.ones_like(target) if soft_cap is None else 1 - (target / soft_cap).square()
         expectation *= -1 / total[:, None]
-        expectation += slope[:, None] * lm_head[target_ids].to(dtype)
-        expectation *= logit_scale
+        expectation.addcmul_(slope[:, None], lm_head[target_ids].to(dtype)).mul_(logit_scale)
     return target - lse, lse, expectation
 
 
