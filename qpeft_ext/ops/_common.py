@@ -146,6 +146,14 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, in the dtype of sums; inside the GEMM where it can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += multiply(a, b)
+
+
 def budget(cpu_bytes: int, table: Tensor) -> int:
     """Bytes of a buffer: on the CPU what stays in the caches; a GPU has no use for many small launches."""
     return cpu_bytes if table.device.type == "cpu" else 16 * cpu_bytes

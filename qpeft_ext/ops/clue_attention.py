@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from .._library import uses_reference
 from ._common import (
+    add_product,
     block_dtype,
     check_documents,
     differentiable,
@@ -138,8 +139,11 @@ def _forward(
 ):  # fmt: skip
     """The projections by autograd of torch, around `clue_attention_heads`."""
     absorbed = absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads)
-    heads = torch.ops.qpeft_ext.clue_attention_heads(absorbed, table, document_ids, document_mask, query_index, w_v)
-    return project_heads(heads, query_mask, document_mask, query_index, w_o, b_k, b_v, b_o)
+    documents = (table, document_ids, document_mask, query_index)
+    return project_heads(
+        torch.ops.qpeft_ext.clue_attention_heads(absorbed, *documents, w_v),  # no name here holds its memory
+        query_mask, document_mask, query_index, w_o, b_k, b_v, b_o,
+    )  # fmt: skip
 
 
 def absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads) -> Tensor:
@@ -153,9 +157,9 @@ def absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads) -> Tensor:
 
 def project_heads(heads, query_mask, document_mask, query_index, w_o, b_k, b_v, b_o) -> Tensor:
     """``[B, T, D]`` concatenated heads to the result."""
-    bias = b_o  # of the result: b_v passes through W_o with every token alike
-    if b_v is not None:
-        bias = w_o @ b_v if bias is None else torch.addmv(bias, w_o, b_v)
+    bias = b_o
+    if b_v is not None:  # not moved behind W_o: the gradient of that is an outer product [D, D]
+        heads = heads + b_v
     if b_k is not None:  # it cancels in the softmax; optimisers expect a gradient, and it is 0
         bias = 0 * b_k if bias is None else bias + 0 * b_k
     counts = query_mask[query_index] & document_mask.any(1, keepdim=True)
@@ -214,7 +218,7 @@ def _heads_backward(grad_heads, absorbed, table, document_ids, document_mask, qu
         begin = pairs.documents.offsets[query]
         for here, block in pairs.rows_of(query):
             weights = grad_scores[here].to(dtype)
-            grad_absorbed[query] += multiply(weights.T, block)
+            add_product(grad_absorbed[query], weights.T, block)
             if want_table:
                 rows = pairs.documents.rows[begin + here.start : begin + here.stop]
                 grad_table.index_add_(0, rows, multiply(weights, queries[query]))
@@ -249,7 +253,7 @@ def _heads_backward(grad_heads, absorbed, table, document_ids, document_mask, qu
         context = context.view(-1, H, D)
         for h in range(H):
             here = slice(h * d, (h + 1) * d)
-            grad_w_v[here] += multiply(grads[:, here].T, context[:, h])
+            add_product(grad_w_v[here], grads[:, here].T, context[:, h])
     if of_query >= 0:
         finish(of_query, grad_scores)
     return grad_absorbed.view(absorbed.shape).to(absorbed.dtype), grad_w_v.to(w_v.dtype), grad_table.to(table.dtype)

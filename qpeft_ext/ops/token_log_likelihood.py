@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._library import uses_reference
 from ._common import (
+    add_product,
     block_dtype,
     check_ids,
     differentiable,
@@ -130,10 +131,7 @@ def _forward(hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_byt
         )
         if want_expectation:
             expectation *= running[3, :, None]
-            if rows.dtype == dtype:
-                expectation.addmm_(logits, rows)
-            else:
-                expectation += multiply(logits.to(rows.dtype), rows)
+            add_product(expectation, logits.to(rows.dtype), rows)
     rows = logits = None  # the chunk's memory goes back before the rows of the targets come
     maximum, total, target, _ = running
     lse = maximum + total.log()
