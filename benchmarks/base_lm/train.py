@@ -264,7 +264,7 @@ def package(run: Run, target: Path) -> None:
     texts.tokenizer.save_pretrained(target)
     (target / "generation_config.json").unlink(missing_ok=True)
     (target / "model.safetensors").chmod(0o644)
-    numbers = DevSet(texts.prompt, recipe.seed, queries=100).evaluate(model.float())  # bfloat16 values, float32 sums
+    numbers = DevSet(texts.prompt, recipe.seed, queries=300).evaluate(model.float())  # bfloat16 values, float32 sums
     packages = harvest.package_versions(harvest.TRAIN_PACKAGES)
     written = {
         "what": "Base LM of qpeft_ext's demo: ranks by the likelihood of a query given Python source. No chat model.",
