@@ -40,7 +40,7 @@ class Recipe:
     inner_width: int = 512
     heads: int = 6
     key_value_heads: int = 2
-    initial_scale: float = 0.06  # of all weights; at transformers' 0.02 such a narrow model learns to copy much later
+    initial_scale: float = 0.06  # of all weights; transformers' 0.02 is meant for wider models
     # lengths in tokens
     max_document_tokens: int = 160
     max_query_tokens: int = 48
