@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ..config import QPeftConfig
 from ..evaluate import compare_table, evaluate, format_p, fuse
 from ..first_stage import bm25_run
 from ..formats import training_examples, write_run
+from ..formats.io import write_text
 from ..formats.trec import Run
 from ..prompt import Prompt
 from ..report import Report, render, write_html
@@ -154,6 +156,8 @@ def main(
         write_run(output / f"{system.replace(' ', '')}.trec", run, tag=system.replace(" ", ""))
     report.setting["time of the whole demo"] = f"{(time.perf_counter() - started) / 60:.1f} minutes"
     write_html(report, output / "report.html")
+    facts = {"setting": report.setting, "notes": report.notes, "seconds_per_query": seconds, **table.to_dict()}
+    write_text(output / "results.json", json.dumps(facts, indent=1) + "\n")
     say(render(report))
     say(f"wrote {output / 'report.html'}, the runs and the adapters to {output}/")
     return report
