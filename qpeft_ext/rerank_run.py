@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
 from .formats.io import AnyPath
 from .formats.trec import Run, RunWriter, find_line
+from .schedule import query_blocks
 
 PAIRS_PER_BLOCK = 256  # several passes of the default token budget, and still some life in the progress bar
 
@@ -62,11 +63,13 @@ def rerank_run(
         show_progress_bar: None: only on a terminal.
     """
     reranked: Run = {}
+    every_id = list(run)
     num_pairs = sum(map(len, run.values()))
     start = time.perf_counter()
     hidden = None if show_progress_bar is None else not show_progress_bar
     with tqdm(total=num_pairs, desc=name, unit="pair", disable=hidden) as progress:
-        for query_ids in _blocks(run):
+        for block in query_blocks([len(ranking) for ranking in run.values()], PAIRS_PER_BLOCK):
+            query_ids = every_id[block]
             documents = [[corpus[doc_id] for doc_id, _ in run[query_id]] for query_id in query_ids]
             rankings = rank([queries[query_id] for query_id in query_ids], documents)
             for query_id, ranking in zip(query_ids, rankings, strict=True):
@@ -92,17 +95,3 @@ def check_candidates(run: Run, queries: Mapping[str, str], corpus: Mapping[str, 
 
 def _place(path: AnyPath | None, query_id: str, doc_id: str | None = None) -> str:
     return "" if path is None else f"{path}, line {find_line(path, query_id, doc_id)}: "
-
-
-def _blocks(run: Run) -> Iterator[list[str]]:
-    """Consecutive queries with at most `PAIRS_PER_BLOCK` pairs together (one query at least)."""
-    block: list[str] = []
-    pairs = 0
-    for query_id, candidates in run.items():
-        if block and pairs + len(candidates) > PAIRS_PER_BLOCK:
-            yield block
-            block, pairs = [], 0
-        block.append(query_id)
-        pairs += len(candidates)
-    if block:
-        yield block

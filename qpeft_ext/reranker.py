@@ -16,6 +16,7 @@ from .explain import Explanation, explain_pair
 from .model import DEFAULT_TOKENS_PER_BATCH, QPeftModel
 from .ops import similarity_topk
 from .prompt import Document, document_text
+from .schedule import query_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -181,18 +182,10 @@ class Reranker:
                 logger.warning("out of memory: retrying with max_tokens_per_batch=%d", self.max_tokens_per_batch)
 
 
-def _blocks(candidates: Sequence[Sequence]) -> Iterator[list[int]]:
-    """Consecutive queries with about `_PAIRS_PER_BLOCK` pairs together."""
-    block: list[int] = []
-    pairs = 0
-    for i, documents in enumerate(candidates):
-        if block and pairs + len(documents) > _PAIRS_PER_BLOCK:
-            yield block
-            block, pairs = [], 0
-        block.append(i)
-        pairs += len(documents)
-    if block:
-        yield block
+def _blocks(candidates: Sequence[Sequence]) -> Iterator[range]:
+    """Places of consecutive queries with about `_PAIRS_PER_BLOCK` pairs together."""
+    for block in query_blocks([len(documents) for documents in candidates], _PAIRS_PER_BLOCK):
+        yield range(block.start, block.stop)
 
 
 def _progress(total: int, show: bool | None):

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .batch import PairBatch
+
+
+def query_blocks(candidates: Sequence[int], max_pairs: int) -> Iterator[slice]:
+    """Consecutive queries with at most ``max_pairs`` pairs together (one query at least).
+
+    candidates: how many documents each query has.
+    """
+    start = pairs = 0
+    for i, count in enumerate(candidates):
+        if i > start and pairs + count > max_pairs:
+            yield slice(start, i)
+            start, pairs = i, 0
+        pairs += count
+    if len(candidates):
+        yield slice(start, len(candidates))
 
 
 def prefix_groups(batch: PairBatch, max_tokens: int) -> Iterator[list[int]]:

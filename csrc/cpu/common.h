@@ -10,29 +10,10 @@
 #include <cmath>
 #include <cstring>
 
-#include "checks.h"
+#include "dispatch.h"
 #include "math.h"
 
 namespace qpeft {
-
-// Calls f with a value of the dtype of sums: float or double (checks.h admitted nothing else).
-template <typename F>
-void dispatch_sum(ScalarType dtype, F&& f) {
-  if (dtype == ScalarType::Double) f(double{});
-  else f(float{});
-}
-
-// Calls f(table value, sum value) for the dtypes that a table may have.
-template <typename F>
-void dispatch_table(const char* op, ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::BFloat16: return f(c10::BFloat16{}, float{});
-    case ScalarType::Half: return f(c10::Half{}, float{});
-    default: STD_TORCH_CHECK(false, op, ": the table must be float32, float64, bfloat16 or float16");
-  }
-}
 
 // f(begin, end) over [0, n) on torch's threads; at least `grain` units each. f must not throw.
 template <typename F>

@@ -118,7 +118,7 @@ void gather(const Tensor table, const Tensor rows, Tensor block, std::optional<T
     STD_TORCH_CHECK(row_at[i] >= -1 && row_at[i] < V, "document_rows_gather: rows[", i, "] = ", row_at[i],
                     " is outside [-1, ", V, ")");
   const int64_t table_stride = table.stride(0), block_stride = block.stride(0);
-  dispatch_table("document_rows_gather", table.scalar_type(), [&](auto row_tag, auto sum_tag) {
+  dispatch_table<c10::Half, c10::BFloat16>("document_rows_gather", table.scalar_type(), [&](auto row_tag, auto sum_tag) {
     using Row = decltype(row_tag);
     using Sum = decltype(sum_tag);
     const auto* from = static_cast<const Row*>(table.const_data_ptr());

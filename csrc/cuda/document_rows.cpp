@@ -43,7 +43,7 @@ void gather(const Tensor table, const Tensor rows, Tensor block, std::optional<T
   constexpr auto op = "document_rows_gather";
   check_document_rows_gather(table, rows, block, inverse_norms, table.scalar_type());
   const OnDevice on_device(table);
-  dispatch_table(op, table.scalar_type(), [&](auto row_tag, auto sum_tag) {
+  dispatch_table<__half, __nv_bfloat16>(op, table.scalar_type(), [&](auto row_tag, auto sum_tag) {
     using Row = decltype(row_tag);
     using Sum = decltype(sum_tag);
     Sum* norms = inverse_norms ? data<Sum>(*inverse_norms) : nullptr;

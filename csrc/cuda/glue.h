@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../checks.h"
+#include "../dispatch.h"
 #include "launchers.h"
 
 #ifndef QPEFT_CUDA_REPLICA
@@ -63,25 +63,6 @@ const T* const_data(const Tensor& tensor) {
 template <typename T>
 const T* const_data(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-// Calls f with a value of the dtype of sums: float or double (checks.h admitted nothing else).
-template <typename F>
-void dispatch_sum(ScalarType dtype, F&& f) {
-  if (dtype == ScalarType::Double) f(double{});
-  else f(float{});
-}
-
-// Calls f(table value, sum value) for the dtypes that a table may have.
-template <typename F>
-void dispatch_table(const char* op, ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::Half: return f(__half{}, float{});
-    case ScalarType::BFloat16: return f(__nv_bfloat16{}, float{});
-    default: STD_TORCH_CHECK(false, op, ": the table must be float32, float64, bfloat16 or float16");
-  }
 }
 
 }  // namespace qpeft

@@ -1,0 +1,26 @@
+// From a tensor's dtype to a C++ type, for the kernels of both devices.
+#pragma once
+#include "checks.h"
+
+namespace qpeft {
+
+// Calls f with a value of the dtype of sums: float or double (checks.h admitted nothing else).
+template <typename F>
+void dispatch_sum(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Double) f(double{});
+  else f(float{});
+}
+
+// Calls f(table value, sum value) for the dtypes that a table may have; the device says what its 16-bit types are called.
+template <typename Half, typename BFloat16, typename F>
+void dispatch_table(const char* op, ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{}, float{});
+    case ScalarType::Double: return f(double{}, double{});
+    case ScalarType::BFloat16: return f(BFloat16{}, float{});
+    case ScalarType::Half: return f(Half{}, float{});
+    default: STD_TORCH_CHECK(false, op, ": the table must be float32, float64, bfloat16 or float16");
+  }
+}
+
+}  // namespace qpeft
