@@ -1,8 +1,4 @@
-"""The document-first engine: prefixes once per distinct document, suffixes per pair, the head on query tokens only.
-
-The plain path (whole prompts, one row a pair, no cache) computes the same numbers; it serves models whose cache
-cannot be shared, and is the oracle that the document-first path is tested against.
-"""
+"""What is known of the LM, and the prefix pass: once per distinct document. The suffix pass is in `suffix_pass`."""
 
 from __future__ import annotations
 
@@ -13,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .batch import Rows, pad
+from .batch import pad
 from .cache import DocumentCache
-from .head import LikelihoodHead, log_likelihood_of_logits
+from .head import LikelihoodHead
 from .prefix_cache import PrefixKV
 
 
@@ -26,6 +22,8 @@ class Engine:
         table: input embeddings [V, D].  scale: what the embedding module multiplies a row with.
         head: `LikelihoodHead`.
         why_plain: why prefixes cannot be shared ("" when they can).
+        context: the longest prompt, in tokens (None: unlimited).
+        takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
     """
 
     def __init__(self, lm) -> None:
@@ -33,8 +31,7 @@ class Engine:
             raise ValueError(f"{type(lm).__name__} is an encoder–decoder; a causal LM is expected")
         self.lm = lm
         self.decoder = lm.get_decoder()
-        parameters = inspect.signature(self.decoder.forward).parameters
-        self._takes_positions = "position_ids" in parameters
+        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         with torch.no_grad():
             self.scale = self._embedding_scale()
@@ -83,11 +80,11 @@ class Engine:
 
     def _run_prefix(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> DynamicCache:
         cache = DynamicCache(config=self.lm.config)
-        extra = {"position_ids": positions} if self._takes_positions and positions is not None else {}
+        extra = {"position_ids": positions} if self.takes_positions and positions is not None else {}
         self.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         return cache
 
-    def _expect_fits(self, tokens: int) -> None:
+    def expect_fits(self, tokens: int) -> None:
         if self.context and tokens > self.context:
             raise ValueError(
                 f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
@@ -98,7 +95,7 @@ class Engine:
         """One left-padded pass over document prefixes; with grad only where the LM itself is trained."""
         lengths = [len(ids) for ids in prefixes]
         width = max(lengths)
-        self._expect_fits(width)
+        self.expect_fits(width)
         ids, _ = pad([[0] * (width - len(row)) + list(row) for row in prefixes], self.device)
         starts = width - torch.tensor(lengths, device=self.device)
         slots = torch.arange(width, device=self.device)
@@ -131,45 +128,3 @@ class Engine:
             if cache is not None and len(group) == len(prefixes) and not one_by_one:
                 return fresh  # a cold cache costs one copy, not two
         return PrefixKV.collate(stored)
-
-    def log_likelihood(
-        self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None, prefix_rows: Tensor | None = None
-    ) -> Tensor:
-        """log p of every query token of the rows.
-
-        Args:
-            rows: suffixes (with ``prefix``) or whole prompts (without).
-            clue_embeds: the clue vectors of ``rows.clue_slots``, [number of clues, D], or None.
-            prefix, prefix_rows: caches of the distinct documents and the one of each row, int64 [B].
-        Returns: [N] float32, nats, in the order of ``rows.target_ids``.
-        Raises: ValueError if a prompt is longer than the LM's context.
-        """
-        B, L = rows.ids.shape
-        longest = L + (prefix.padded_length if prefix else 0)
-        if self.context and longest > self.context:  # padding may lie outside, a token may not
-            self._expect_fits(int((rows.positions * rows.mask).max()) + 1)
-        embeds = self.lm.get_input_embeddings()(rows.ids)
-        if clue_embeds is not None and len(clue_embeds):
-            flat = embeds.reshape(B * L, -1).index_copy(0, rows.clue_slots, clue_embeds.to(embeds.dtype))
-            embeds = flat.view_as(embeds)
-        arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
-        # padding positions may lie past a learned position table
-        positions = rows.positions if not self.context else rows.positions.clamp_max(self.context - 1)
-        if prefix is not None:
-            prefix_mask = prefix.mask(self.device)
-            if prefix_rows is not None:
-                prefix_mask = prefix_mask[prefix_rows]
-            arguments |= {
-                "attention_mask": torch.cat([prefix_mask, rows.mask], dim=1),
-                "past_key_values": prefix.shared_by(prefix_rows),
-                "use_cache": True,
-            }
-        if self._takes_positions:
-            arguments["position_ids"] = positions
-        if self.head.fused:
-            hidden = self.decoder(**arguments).last_hidden_state
-            return self.head(hidden.reshape(B * L, -1)[rows.before_query], rows.target_ids)
-        keep = torch.zeros(B * L, dtype=torch.bool, device=embeds.device)
-        keep[rows.before_query] = True
-        logits = self.lm(**arguments, logits_to_keep=keep.view(B, L)).logits
-        return log_likelihood_of_logits(logits.reshape(-1, logits.shape[-1]), rows.target_ids)

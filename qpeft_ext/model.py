@@ -17,6 +17,7 @@ from .engine import Engine
 from .prefix_cache import PrefixKV
 from .prompt import Document, Prompt
 from .schedule import prefix_groups, suffix_groups
+from .suffix_pass import log_likelihood
 
 DEFAULT_TOKENS_PER_BATCH = 8192
 
@@ -153,9 +154,9 @@ class QPeftModel(nn.Module):
             if order != list(range(len(prefix.lengths))):
                 prefix_rows = torch.tensor(order, device=self.device)
         if self.qpeft_config.suffix_micro_batch and torch.is_grad_enabled():
-            log_p = checkpoint(self.engine.log_likelihood, rows, vectors, prefix, prefix_rows, use_reentrant=False)
+            log_p = checkpoint(log_likelihood, self.engine, rows, vectors, prefix, prefix_rows, use_reentrant=False)
         else:
-            log_p = self.engine.log_likelihood(rows, vectors, prefix, prefix_rows)
+            log_p = log_likelihood(self.engine, rows, vectors, prefix, prefix_rows)
         # a [B, T] table instead of index_add: the order of the sum is fixed
         widest = max(len(batch.queries[q]) for q, _ in batch.pairs)
         slots = rows.pair_of_target * widest + rows.place_of_target

@@ -1,4 +1,4 @@
-"""Key/value caches of document prefixes: taken from a prefix pass, stored one by one, collated, shared by pairs."""
+"""Key/value caches of document prefixes: taken from a prefix pass, stored one by one, collated."""
 
 from __future__ import annotations
 
@@ -76,13 +76,6 @@ class PrefixKV:
             layers.append(LayerKV(keys, values, kvs[0].window))
         return cls(layers, [length for prefix in prefixes for length in prefix.lengths])
 
-    def shared_by(self, rows: Tensor | None) -> Cache:
-        """A transformers cache for pairs that read these prefixes.
-
-        rows: the prefix of each pair, int64 [B]; None when pair i reads prefix i.
-        """
-        return Cache(layers=[_shared_layer(kv, rows, self.padded_length) for kv in self.layers])
-
     def mask(self, device) -> Tensor:
         """Left-padded attention mask, int64 [N, P]."""
         slots = torch.arange(self.padded_length, device=device)
@@ -101,38 +94,3 @@ def _left_pad(tensors: list[Tensor]) -> Tensor:
     for row, tensor in zip(padded, tensors, strict=True):
         row[:, length - tensor.shape[-2] :] = tensor[0]
     return padded
-
-
-class _ReadOnly:
-    """A cache layer that many pairs read and nobody appends to: each use gathers and concatenates anew.
-
-    So the stored prefix stays intact, no expanded copy outlives the layer that reads it, and a checkpointed
-    forward may run twice.
-    """
-
-    rows: Tensor | None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys, self.values
-        if self.rows is not None:
-            keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
-        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-
-
-class _ReadOnlyLayer(_ReadOnly, DynamicLayer):
-    pass
-
-
-class _ReadOnlySlidingLayer(_ReadOnly, DynamicSlidingWindowLayer):
-    pass
-
-
-def _shared_layer(kv: LayerKV | None, rows: Tensor | None, length: int) -> DynamicLayer:
-    if kv is None:
-        return DynamicLayer()
-    layer = _ReadOnlyLayer() if kv.window is None else _ReadOnlySlidingLayer(kv.window)
-    layer.lazy_initialization(kv.keys, kv.values)
-    layer.keys, layer.values, layer.rows = kv.keys, kv.values, rows
-    if kv.window is not None:
-        layer.cumulative_length = length  # tokens seen, of which the layer kept the last window - 1
-    return layer

@@ -1,0 +1,106 @@
+"""The suffix pass: the pairs' suffixes after the caches of their documents, the head on query tokens only.
+
+The plain path (whole prompts, one row a pair, no cache) computes the same numbers; it serves models whose cache
+cannot be shared, and is the oracle that the document-first path is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .batch import Rows
+from .engine import Engine
+from .head import log_likelihood_of_logits
+from .prefix_cache import LayerKV, PrefixKV
+
+
+def log_likelihood(
+    engine: Engine,
+    rows: Rows,
+    clue_embeds: Tensor | None,
+    prefix: PrefixKV | None = None,
+    prefix_rows: Tensor | None = None,
+) -> Tensor:
+    """log p of every query token of the rows.
+
+    Args:
+        rows: suffixes (with ``prefix``) or whole prompts (without).
+        clue_embeds: the clue vectors of ``rows.clue_slots``, [number of clues, D], or None.
+        prefix, prefix_rows: caches of the distinct documents and the one of each row, int64 [B].
+    Returns: [N] float32, nats, in the order of ``rows.target_ids``.
+    Raises: ValueError if a prompt is longer than the LM's context.
+    """
+    B, L = rows.ids.shape
+    longest = L + (prefix.padded_length if prefix else 0)
+    if engine.context and longest > engine.context:  # padding may lie outside, a token may not
+        engine.expect_fits(int((rows.positions * rows.mask).max()) + 1)
+    embeds = engine.lm.get_input_embeddings()(rows.ids)
+    if clue_embeds is not None and len(clue_embeds):
+        flat = embeds.reshape(B * L, -1).index_copy(0, rows.clue_slots, clue_embeds.to(embeds.dtype))
+        embeds = flat.view_as(embeds)
+    arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
+    # padding positions may lie past a learned position table
+    positions = rows.positions if not engine.context else rows.positions.clamp_max(engine.context - 1)
+    if prefix is not None:
+        prefix_mask = prefix.mask(engine.device)
+        if prefix_rows is not None:
+            prefix_mask = prefix_mask[prefix_rows]
+        arguments |= {
+            "attention_mask": torch.cat([prefix_mask, rows.mask], dim=1),
+            "past_key_values": shared_cache(prefix, prefix_rows),
+            "use_cache": True,
+        }
+    if engine.takes_positions:
+        arguments["position_ids"] = positions
+    if engine.head.fused:
+        hidden = engine.decoder(**arguments).last_hidden_state
+        return engine.head(hidden.reshape(B * L, -1)[rows.before_query], rows.target_ids)
+    keep = torch.zeros(B * L, dtype=torch.bool, device=embeds.device)
+    keep[rows.before_query] = True
+    logits = engine.lm(**arguments, logits_to_keep=keep.view(B, L)).logits
+    return log_likelihood_of_logits(logits.reshape(-1, logits.shape[-1]), rows.target_ids)
+
+
+def shared_cache(prefix: PrefixKV, rows: Tensor | None) -> Cache:
+    """A transformers cache for pairs that read document prefixes.
+
+    rows: the prefix of each pair, int64 [B]; None when pair i reads prefix i.
+    """
+    return Cache(layers=[_shared_layer(kv, rows, prefix.padded_length) for kv in prefix.layers])
+
+
+class _ReadOnly:
+    """A cache layer that many pairs read and nobody appends to: each use gathers and concatenates anew.
+
+    So the stored prefix stays intact, no expanded copy outlives the layer that reads it, and a checkpointed
+    forward may run twice.
+    """
+
+    rows: Tensor | None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys, self.values
+        if self.rows is not None:
+            keys, values = keys.index_select(0, self.rows), values.index_select(0, self.rows)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+
+class _ReadOnlyLayer(_ReadOnly, DynamicLayer):
+    pass
+
+
+class _ReadOnlySlidingLayer(_ReadOnly, DynamicSlidingWindowLayer):
+    pass
+
+
+def _shared_layer(kv: LayerKV | None, rows: Tensor | None, length: int) -> DynamicLayer:
+    if kv is None:
+        return DynamicLayer()
+    layer = _ReadOnlyLayer() if kv.window is None else _ReadOnlySlidingLayer(kv.window)
+    layer.lazy_initialization(kv.keys, kv.values)
+    layer.keys, layer.values, layer.rows = kv.keys, kv.values, rows
+    if kv.window is not None:
+        layer.cumulative_length = length  # tokens seen, of which the layer kept the last window - 1
+    return layer
