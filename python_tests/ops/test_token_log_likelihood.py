@@ -4,8 +4,10 @@ import pytest
 import torch
 from inputs import to_float64
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from qpeft_ext.ops import token_log_likelihood
+from qpeft_ext.ops._common import exact_float32
 from qpeft_ext.ops.token_log_likelihood import reference
 
 SETTINGS = [{}, {"soft_cap": 3.0}, {"logit_scale": 0.3}, {"soft_cap": 2.0, "logit_scale": 1.7}]
@@ -143,3 +145,40 @@ def test_rejects_ids_out_of_range(id):
     x.target_ids[2] = id
     with pytest.raises(IndexError, match=rf"token_log_likelihood: target_ids\[2\] = {id} is outside \[0, V\)"):
         token_log_likelihood(*x)
+
+
+@pytest.mark.parametrize("setting", ["legacy", "medium", "own", "inherited", "none"])
+def test_tf32_is_off_inside_and_the_setting_returns(setting):
+    matmul = torch.backends.cuda.matmul
+
+    def state():
+        return matmul.fp32_precision, torch.backends.fp32_precision
+
+    try:
+        if setting == "legacy":
+            matmul.allow_tf32 = True
+        elif setting == "medium":
+            torch.set_float32_matmul_precision("medium")
+        elif setting == "own":
+            matmul.fp32_precision = "tf32"
+        elif setting == "inherited":
+            torch.backends.fp32_precision = "tf32"
+        before = state()
+        assert (before[0] == "tf32") == (setting != "none")
+        with FakeTensorMode():
+            x = torch.empty(1, device="cuda")
+        with exact_float32(x), exact_float32(x):
+            assert matmul.fp32_precision != "tf32"
+        assert state() == before
+        with exact_float32(x.bfloat16()):
+            assert state() == before
+        if setting in ("legacy", "medium"):
+            assert matmul.allow_tf32
+            assert torch.get_float32_matmul_precision() == ("high" if setting == "legacy" else "medium")
+        if setting == "inherited":  # it is still inherited
+            torch.backends.fp32_precision = "ieee"
+            assert matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"

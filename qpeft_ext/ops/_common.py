@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -139,19 +140,35 @@ def block_dtype(table: Tensor) -> torch.dtype:
     return sum_dtype(table.dtype) if table.device.type == "cpu" else table.dtype
 
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with a result in the dtype of sums: rounding it to bf16 would lose what the inputs had."""
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b`` in the dtype of sums: rounding it to bf16 would lose what the inputs had. In ``out`` where given."""
     if a.dtype == sum_dtype(a.dtype):
-        return a @ b
-    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+        return torch.matmul(a, b, out=out)
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32, out=out)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, in the dtype of sums; inside the GEMM where it can."""
+    """``total += a @ b``, in the dtype of sums, inside the GEMM."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += multiply(a, b)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+@contextmanager
+def exact_float32(x: Tensor) -> Iterator[None]:
+    """Inside, float32 products on the device of ``x`` are not rounded to tf32; the user's setting comes back after."""
+    setting = torch.backends.cuda.matmul
+    if x.device.type != "cuda" or x.dtype != torch.float32 or setting.fp32_precision != "tf32":
+        yield
+        return
+    setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = "none"  # inherited from torch.backends.fp32_precision
+        if setting.fp32_precision != "tf32":
+            setting.fp32_precision = "tf32"  # it was set here, by this name or by allow_tf32
 
 
 def budget(cpu_bytes: int, table: Tensor) -> int:
