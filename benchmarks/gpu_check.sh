@@ -54,7 +54,7 @@ live = _library.kernels_live()
 print(*(f"{device}: {why}" for device, (_, why) in live.items()), sep="; ")
 assert all(ok for ok, _ in live.values())'
 
-kernel_tests=python_tests/ops/test_cuda_kernels.py
+kernel_tests="python_tests/ops/test_cuda_*.py"
 if command -v compute-sanitizer >/dev/null; then
   # without torch's caching allocator every tensor is an allocation of its own, so that reading past one is seen
   for tool in memcheck racecheck; do

@@ -1,92 +1,242 @@
 // Enough of CUDA to run the kernels of csrc/cuda on a CPU, one block at a time: their own source, compiled by g++.
 //
-// The threads of a block are fibers that take turns at __syncthreads. What this shows beside the results: a barrier that not
-// all threads reach is an error, and results that change with the order of the threads (QPEFT_REPLICA_ORDER=backward) mean
-// a race between two barriers. What it cannot show: speed, warps, memory ordering inside a barrier interval.
+// The threads of a block are fibers. They take turns at __syncthreads and at the calls in which a warp acts as one (shuffles,
+// and the instructions of ptx_emulation.h): there a lane leaves its registers, and the last of the 32 to come computes for all.
+// What this shows beside the results:
+//   * a barrier or a warp's call that not all threads reach is an error, and so is a warp at two different calls;
+//   * results that change with the order of threads and blocks (QPEFT_REPLICA_ORDER=backward) mean a race between barriers;
+//   * shared memory is full of NaN (bytes 0xFF) when a block starts; it is refused beyond what every GPU has, and writing
+//     behind its end is an error; 16-byte loads from addresses that are not multiples of 16 crash.
+// What it cannot show: speed, bank conflicts, memory ordering inside a barrier interval.
 #pragma once
+#include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static thread_local  // a segment of its own, which poison_shared() finds
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3() = default;
   explicit dim3(unsigned size) : x(size) {}
 };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) double2 { double x, y; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
 
-inline dim3 threadIdx, blockIdx;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace replica {
 
-enum class State { kRunning, kWaiting, kDone };
+// ---- fibers ----------------------------------------------------------------------------------------------------------
+
+enum class State { kReady, kAtBarrier, kAtWarp, kDone };
+
+struct Copy {  // of 16 bytes, asked for by cp.async
+  char* to;
+  const char* from;
+  int bytes;
+};
 
 struct Fiber {
   ucontext_t context;
+  jmp_buf at;  // switching by setjmp/longjmp needs no system call
   State state;
+  bool started = false;
+  std::vector<Copy> open;                 // copies not yet committed
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::unique_ptr<char[]> stack{new char[kStack]};
   static constexpr size_t kStack = 64 << 10;
 };
 
-inline ucontext_t scheduler;
+// What the lanes of a warp leave for each other.
+struct Warp {
+  static constexpr int kBytes = 64;
+  int arrived = 0;
+  const void* call;  // which instruction they are at
+  alignas(16) char in[32][kBytes], out[32][kBytes];
+};
+
+inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
 inline std::function<void()> body;
 inline const char* failure = nullptr;
 
-inline void leave(State state) {
+__attribute__((noinline)) inline void leave(State state) {
   Fiber& fiber = fibers[threadIdx.x];
   fiber.state = state;
-  swapcontext(&fiber.context, &scheduler);
+  if (_setjmp(fiber.at) == 0) _longjmp(scheduler, 1);
 }
 
-inline void enter() {
-  body();
-  leave(State::kDone);
+inline void live() {  // a fiber serves one block after the other
+  for (;;) {
+    body();
+    leave(State::kDone);
+  }
 }
 
-inline void run_block(unsigned threads, bool backward) {
-  if (fibers.size() < threads) fibers.resize(threads);
-  for (unsigned t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers[t];
-    fiber.state = State::kRunning;
+__attribute__((noinline)) inline void resume(unsigned thread) {
+  threadIdx.x = thread;
+  if (_setjmp(scheduler) != 0) return;
+  Fiber& fiber = fibers[threadIdx.x];
+  if (fiber.started) _longjmp(fiber.at, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+inline void run_threads(unsigned threads, bool backward) {
+  while (fibers.size() < threads) {
+    Fiber& fiber = fibers.emplace_back();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Fiber::kStack;
     fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    makecontext(&fiber.context, live, 0);
   }
-  for (unsigned done = 0; done < threads && !failure;) {  // each round brings every thread to its next barrier, or its end
-    done = 0;
+  warps.assign((threads + 31) / 32, Warp());
+  for (unsigned t = 0; t < threads; ++t) {
+    fibers[t].state = State::kReady;
+    fibers[t].open.clear(), fibers[t].groups.clear();
+  }
+  for (bool ran = true; !failure;) {
+    ran = false;
     for (unsigned i = 0; i < threads && !failure; ++i) {
-      threadIdx.x = backward ? threads - 1 - i : i;
-      swapcontext(&scheduler, &fibers[threadIdx.x].context);
-      done += fibers[threadIdx.x].state == State::kDone;
+      const unsigned t = backward ? threads - 1 - i : i;
+      if (fibers[t].state != State::kReady) continue;
+      resume(t);
+      ran = true;
     }
-    if (done != 0 && done != threads && !failure) failure = "some threads left, others wait at a barrier";
+    if (ran || failure) continue;
+    const auto count = [&](State state) {
+      return std::count_if(fibers.begin(), fibers.begin() + threads, [&](const Fiber& fiber) { return fiber.state == state; });
+    };
+    if (count(State::kDone) == threads) return;
+    if (count(State::kAtWarp)) failure = "some lanes of a warp wait for the others";
+    else if (count(State::kDone)) failure = "some threads left, others wait at a barrier";
+    else for (unsigned t = 0; t < threads; ++t) fibers[t].state = State::kReady;
   }
+  fibers.clear();  // stopped in the middle
+}
+
+// A call of the whole warp: together(in, out) sees what all lanes brought; each gets its own out.
+template <typename In, typename Out, typename Together>
+Out whole_warp(const In& mine, Together together) {
+  static_assert(sizeof(In) <= Warp::kBytes && sizeof(Out) <= Warp::kBytes);
+  static const char call = 0;  // its address names this instruction
+  Warp& warp = warps[threadIdx.x / 32];
+  const unsigned lane = threadIdx.x % 32;
+  if (warp.arrived++ == 0) warp.call = &call;
+  if (warp.call != &call) {
+    failure = "the lanes of a warp are at different calls";
+    leave(State::kDone);
+  }
+  std::memcpy(warp.in[lane], &mine, sizeof(In));
+  if (warp.arrived == 32) {
+    In in[32];
+    Out out[32];
+    for (int l = 0; l < 32; ++l) std::memcpy(&in[l], warp.in[l], sizeof(In));
+    together(in, out);
+    for (int l = 0; l < 32; ++l) std::memcpy(warp.out[l], &out[l], sizeof(Out));
+    warp.arrived = 0;
+    const unsigned first = threadIdx.x - lane;
+    for (unsigned l = 0; l < 32; ++l) fibers[first + l].state = State::kReady;
+  } else {
+    leave(State::kAtWarp);
+  }
+  Out result;
+  std::memcpy(&result, warp.out[lane], sizeof(Out));
+  return result;
+}
+
+// ---- shared memory ---------------------------------------------------------------------------------------------------
+
+constexpr size_t kStaticLimit = 48 << 10, kLimit = 99 << 10;  // of a block; 99 KB: sm_86, sm_89 and sm_120
+constexpr size_t kCanary = 64;
+inline std::map<const void*, size_t> allowed;  // by cudaFuncSetAttribute
+inline std::unique_ptr<char[]> memory{new char[kLimit + kCanary + 128]};
+inline size_t memory_bytes;
+inline thread_local char marker;
+
+inline char* dynamic_memory() {
+  const auto address = reinterpret_cast<uintptr_t>(memory.get());
+  return memory.get() + (128 - address % 128) % 128;
+}
+
+// __shared__ variables are the thread-local segment of this library.
+inline void poison_shared() {
+  static char* data;
+  static size_t size;
+  if (!data) {
+    marker = 1;  // now the segment of this thread exists
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void*) {
+          const auto here = reinterpret_cast<uintptr_t>(&poison_shared);
+          bool mine = false;
+          size_t bytes = 0;
+          for (int i = 0; i < info->dlpi_phnum; ++i) {
+            const auto& header = info->dlpi_phdr[i];
+            const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
+            mine |= header.p_type == PT_LOAD && here >= begin && here < begin + header.p_memsz;
+            if (header.p_type == PT_TLS) bytes = header.p_memsz;
+          }
+          if (mine) data = static_cast<char*>(info->dlpi_tls_data), size = bytes;
+          return mine ? 1 : 0;
+        },
+        nullptr);
+  }
+  std::memset(data, 0xFF, size);
+  std::memset(dynamic_memory(), 0xFF, memory_bytes + kCanary);
+}
+
+inline bool canary_lives() {
+  const char* canary = dynamic_memory() + memory_bytes;
+  return std::all_of(canary, canary + kCanary, [](char byte) { return byte == static_cast<char>(0xFF); });
+}
+
+template <typename T>
+T atomic(T* address, T value) {
+  const T old = *address;
+  *address = value;
+  return old;
 }
 
 }  // namespace replica
 
-inline void __syncthreads() { replica::leave(replica::State::kWaiting); }
+// ---- what kernels call -----------------------------------------------------------------------------------------------
+
+inline void __syncthreads() { replica::leave(replica::State::kAtBarrier); }
+inline void __threadfence() {}
 
 [[noreturn]] inline void __trap() {
   replica::failure = "trap";
@@ -94,29 +244,112 @@ inline void __syncthreads() { replica::leave(replica::State::kWaiting); }
   std::abort();  // never resumed
 }
 
-inline unsigned atomicOr(unsigned* address, unsigned value) {
-  const unsigned old = *address;
-  *address |= value;
-  return old;
+// All 32 lanes must call; `mask` must name all of them.
+inline void __syncwarp(unsigned = ~0u) { replica::whole_warp<char, char>(0, [](const char*, char*) {}); }
+
+namespace replica {
+template <typename T>
+T shuffle(T value, unsigned from) {
+  struct In { T value; unsigned from; };
+  return whole_warp<In, T>({value, from}, [](const In* in, T* out) {
+    for (unsigned lane = 0; lane < 32; ++lane) out[lane] = in[in[lane].from % 32].value;
+  });
 }
+}  // namespace replica
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) { return replica::shuffle(value, from); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int bits) { return replica::shuffle(value, threadIdx.x % 32 ^ bits); }
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned by) {
+  const unsigned lane = threadIdx.x % 32;
+  return replica::shuffle(value, lane < by ? lane : lane - by);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned by) {
+  const unsigned lane = threadIdx.x % 32;
+  return replica::shuffle(value, lane + by > 31 ? lane : lane + by);
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  return replica::whole_warp<int, unsigned>(predicate, [](const int* in, unsigned* out) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= (in[lane] != 0 ? 1u : 0u) << lane;
+    std::fill(out, out + 32, bits);
+  });
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == ~0u; }
+
+// integers only: the order of floating-point atomics would show in the result
+inline unsigned atomicOr(unsigned* address, unsigned value) { return replica::atomic(address, *address | value); }
+inline int atomicAdd(int* address, int value) { return replica::atomic(address, *address + value); }
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return replica::atomic(address, *address + value); }
+inline int atomicMin(int* address, int value) { return replica::atomic(address, std::min(*address, value)); }
+inline int atomicMax(int* address, int value) { return replica::atomic(address, std::max(*address, value)); }
+template <typename T>
+T atomicCAS(T* address, T expected, T value) {
+  return replica::atomic(address, *address == expected ? value : *address);
+}
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// ---- what launchers call ---------------------------------------------------------------------------------------------
 
 inline const char* cudaGetErrorString(cudaError_t status) {
   if (status == cudaErrorLaunchFailure && replica::failure) return replica::failure;
+  if (status == cudaErrorInvalidValue) return "more shared memory than was asked for or exists";
   return status == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 3;  // few multiprocessors: blocks that stay for several tiles come to their second one
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int byte, size_t size, cudaStream_t) {
+  std::memset(data, byte, size);
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > replica::kLimit) return cudaErrorInvalidValue;
+  replica::allowed[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
 }
 
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A... arguments) {
   if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
+  const auto allowed = replica::allowed.find(reinterpret_cast<const void*>(kernel));
+  const size_t limit = allowed == replica::allowed.end() ? replica::kStaticLimit : allowed->second;
+  if (config->dynamicSmemBytes > limit) return cudaErrorInvalidValue;
   const char* order = std::getenv("QPEFT_REPLICA_ORDER");
   const bool backward = order && std::strcmp(order, "backward") == 0;
   replica::failure = nullptr;
+  replica::memory_bytes = config->dynamicSmemBytes;
   replica::body = [=] { kernel(arguments...); };
+  gridDim = config->gridDim, blockDim = config->blockDim;
   for (unsigned i = 0; i < config->gridDim.x && !replica::failure; ++i) {
     blockIdx.x = backward ? config->gridDim.x - 1 - i : i;
-    replica::run_block(config->blockDim.x, backward);
+    replica::poison_shared();
+    replica::run_threads(config->blockDim.x, backward);
+    if (!replica::failure && !replica::canary_lives()) replica::failure = "a block wrote behind its shared memory";
   }
   return replica::failure ? cudaErrorLaunchFailure : cudaSuccess;
 }

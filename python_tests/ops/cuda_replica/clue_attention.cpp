@@ -1,0 +1,5 @@
+#include "replica.h"
+
+#include "../../../csrc/cuda/clue_attention_kernel.cu"
+
+#include "../../../csrc/cuda/clue_attention.cpp"

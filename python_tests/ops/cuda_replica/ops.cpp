@@ -1,0 +1,3 @@
+#include "replica.h"
+
+#include "../../../csrc/ops.cpp"

@@ -1,0 +1,134 @@
+"""How a CUDA primitive is run by the tests: on the replica in both orders of threads, and on a GPU twice.
+
+cuda_replica/ compiles the shipped sources, glue and kernels, against a small stand-in for CUDA. There the inputs end at
+a page that may not be touched, so that reading past one crashes; memory that an operator allocates is full of NaN; and
+every case also runs with threads and blocks in the opposite order and must give the same bits.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qpeft_ext import _library
+
+ROOT = Path(__file__).parents[2]
+cpu = torch.ops.qpeft_ext
+
+
+def build_replica():
+    """``torch.ops.qpeft_cuda_replica``, built where needed (half a minute the first time)."""
+    if _library.REFERENCE or not (ROOT / "csrc" / "cuda").is_dir() or sys.platform != "linux":
+        pytest.skip("needs the library and its sources")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if not all(shutil.which(tool, path=path) for tool in ("cmake", "ninja")):
+        pytest.skip("cmake or ninja is missing")
+    build = ROOT / "build" / f"replica-{sys.implementation.cache_tag}"
+    environment = {**os.environ, "PATH": path, "QPEFT_CUDA": "0"}
+    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    for command in (configure, ["cmake", "--build", build, "--target", "cuda_replica"]):
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    torch.ops.load_library(build / "cuda_replica.so")
+    return torch.ops.qpeft_cuda_replica
+
+
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose last byte is the last before a page without access."""
+    size, page = x.numel() * x.element_size(), mmap.PAGESIZE
+    if size == 0:
+        return x.clone()
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc, no_access = ctypes.CDLL(None), 0
+    assert libc.mprotect(ctypes.c_void_p(address + pages * page), page, no_access) == 0
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages * page - size)
+    return copy.view(x.shape).copy_(x)
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """New tensors are full of NaN (integers: of the largest number) instead of whatever was there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class OnReplica:
+    """Runs a primitive in both orders of threads: returns its results, or the arguments ``outputs`` that it fills."""
+
+    def __init__(self, replica):
+        self.ops = replica
+
+    def __call__(self, name, *arguments, outputs=()):
+        return same_bits(self.run(order, name, arguments, outputs) for order in ("forward", "backward"))
+
+    def run(self, order, name, arguments, outputs):
+        copies = [guarded(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        os.environ["QPEFT_REPLICA_ORDER"] = order
+        try:
+            with poisoned_memory():
+                returned = getattr(self.ops, name)(*copies)
+        finally:
+            del os.environ["QPEFT_REPLICA_ORDER"]
+        return [copies[i] for i in outputs] or as_list(returned)
+
+
+class OnGPU:
+    """The same on a GPU, twice."""
+
+    def __call__(self, name, *arguments, outputs=()):
+        return same_bits(self.run(name, arguments, outputs) for _ in range(2))
+
+    def run(self, name, arguments, outputs):
+        copies = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+        returned = getattr(torch.ops.qpeft_ext, name)(*copies)
+        return [x.cpu() for x in [copies[i] for i in outputs] or as_list(returned)]
+
+
+def as_list(returned):
+    return [returned] if isinstance(returned, torch.Tensor) else list(returned)
+
+
+def same_bits(results):
+    first, second = results
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()), "the result depends on the order of the threads"
+    return first
+
+
+def assert_close(ours, truth, tolerance=1e-5):
+    for a, b in zip(ours, truth, strict=True):
+        if b.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        else:
+            assert torch.equal(a, b)
+
+
+def documents(B, S, V, G=1, seed=0):
+    """Ids with repetitions; the first document empty, the last one full, wrong ids under a False mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, V, (B, S), generator=generator)
+    lengths = torch.arange(B) * S // max(B - 1, 1) if B > 1 else torch.tensor([S])
+    mask = torch.arange(S) < lengths[:, None]
+    mask &= (torch.rand(B, S, generator=generator) < 0.9) | (torch.arange(B) == B - 1)[:, None]
+    ids = ids.masked_fill(~mask, V + 5)
+    return ids, mask, torch.randint(0, G, (B,), generator=generator)
+
+
+def operator_inputs(Q=3, T=5, B=7, S=40, V=60, D=24):
+    torch.manual_seed(0)
+    ids, mask, query_index = documents(B, S, V, Q, seed=1)
+    query_mask = torch.rand(Q, T) < 0.8
+    query_mask[:, 0] = True
+    return torch.randn(Q, T, D), query_mask, torch.randn(V, D), ids, mask, query_index
