@@ -127,32 +127,60 @@ inline void check_clue_attention_softmax_backward(const Tensor& weights, const T
   expect_same_device(op, weights, {&grad_weights, &slots, &grad_scores});
 }
 
-inline void check_token_log_likelihood_chunk(const Tensor& logits, const std::optional<Tensor>& bias,
-                                             const Tensor& target_ids, const Tensor& running) {
-  constexpr auto op = "token_log_likelihood_chunk";
+// kept: the dtype of what replaces the logits.
+inline void check_chunk(const char* op, const Tensor& logits, const std::optional<Tensor>& bias, const Tensor& target_ids,
+                        ScalarType kept) {
   expect_sum_dtype(op, "logits", logits);
   expect(op, "logits", logits, {-1, -1}, logits.scalar_type(), /*free_row_stride=*/true);
   expect(op, "target_ids", target_ids, {logits.size(0)}, ScalarType::Long);
-  expect(op, "running", running, {4, logits.size(0)}, logits.scalar_type());
-  expect_same_device(op, logits, {&target_ids, &running});
+  expect_same_device(op, logits, {&target_ids});
   if (bias) {
     expect(op, "bias", *bias, {logits.size(1)}, logits.scalar_type());
     expect_same_device(op, logits, {&*bias});
   }
+  const bool narrow = kept == ScalarType::Half || kept == ScalarType::BFloat16;
+  STD_TORCH_CHECK(kept == logits.scalar_type() || (narrow && logits.scalar_type() == ScalarType::Float),
+                  op, ": kept must be the dtype of logits, or a 16-bit one over float32");
+}
+
+inline void check_token_log_likelihood_chunk(const Tensor& logits, const std::optional<Tensor>& bias,
+                                             const Tensor& target_ids, const Tensor& running,
+                                             const std::optional<Tensor>& expectation, ScalarType kept) {
+  constexpr auto op = "token_log_likelihood_chunk";
+  check_chunk(op, logits, bias, target_ids, kept);
+  expect(op, "running", running, {3, logits.size(0)}, logits.scalar_type());
+  expect_same_device(op, logits, {&running});
+  if (expectation) {
+    expect(op, "expectation", *expectation, {logits.size(0), -1}, logits.scalar_type());
+    expect_same_device(op, logits, {&*expectation});
+  }
 }
 
 inline void check_token_log_likelihood_chunk_backward(const Tensor& logits, const std::optional<Tensor>& bias,
-                                                      const Tensor& target_ids, const Tensor& lse, const Tensor& grad) {
+                                                      const Tensor& target_ids, const Tensor& lse, const Tensor& grad,
+                                                      ScalarType kept) {
   constexpr auto op = "token_log_likelihood_chunk_backward";
-  expect_sum_dtype(op, "logits", logits);
-  expect(op, "logits", logits, {-1, -1}, logits.scalar_type(), /*free_row_stride=*/true);
-  expect(op, "target_ids", target_ids, {logits.size(0)}, ScalarType::Long);
+  check_chunk(op, logits, bias, target_ids, kept);
   expect(op, "lse", lse, {logits.size(0)}, logits.scalar_type());
   expect(op, "grad", grad, {logits.size(0)}, logits.scalar_type());
-  expect_same_device(op, logits, {&target_ids, &lse, &grad});
-  if (bias) {
-    expect(op, "bias", *bias, {logits.size(1)}, logits.scalar_type());
-    expect_same_device(op, logits, {&*bias});
+  expect_same_device(op, logits, {&lse, &grad});
+}
+
+inline void check_token_log_likelihood_finish(const Tensor& running, const Tensor& lm_head, const Tensor& target_ids,
+                                              const Tensor& log_p, const Tensor& lse,
+                                              const std::optional<Tensor>& expectation) {
+  constexpr auto op = "token_log_likelihood_finish";
+  const auto dtype = sum_dtype(lm_head.scalar_type());
+  const int64_t N = target_ids.size(0);
+  STD_TORCH_CHECK(lm_head.dim() == 2, op, ": lm_head must have 2 dimensions, got ", lm_head.dim());
+  expect(op, "target_ids", target_ids, {-1}, ScalarType::Long);
+  expect(op, "running", running, {3, N}, dtype);
+  expect(op, "log_p", log_p, {N}, dtype);
+  expect(op, "lse", lse, {N}, dtype);
+  expect_same_device(op, running, {&lm_head, &target_ids, &log_p, &lse});
+  if (expectation) {
+    expect(op, "expectation", *expectation, {N, lm_head.size(1)}, dtype);
+    expect_same_device(op, running, {&*expectation});
   }
 }
 

@@ -35,4 +35,26 @@ struct SoftCap {
   QPEFT_HD T slope(T z) const { return cap == 0 ? T(1) : 1 - (z / cap) * (z / cap); }
 };
 
+// log(sum of exp z) of some words: max + log(sum). An aggregate, so that shared memory can hold it.
+template <typename T>
+struct LogSumExp {
+  T max, sum;
+
+  QPEFT_HD static LogSumExp none() { return {-INFINITY, 0}; }
+
+  template <int kCount>
+  QPEFT_HD void add(const T* z) {
+    T larger = max;
+    for (int i = 0; i < kCount; ++i) larger = z[i] > larger ? z[i] : larger;
+    if (larger > max) sum *= std::exp(max - larger), max = larger;
+    for (int i = 0; i < kCount; ++i) sum += z[i] == -INFINITY ? T(0) : std::exp(z[i] - max);  // -inf - -inf would be NaN
+  }
+  QPEFT_HD void merge(LogSumExp other) {  // associative
+    const T larger = other.max > max ? other.max : max;
+    if (larger == -INFINITY) sum += other.sum;  // both 0, or NaN
+    else sum = sum * std::exp(max - larger) + other.sum * std::exp(other.max - larger);
+    max = larger;
+  }
+};
+
 }  // namespace qpeft

@@ -101,15 +101,23 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   // With u = logit_scale * x + bias[c] and z = soft_cap * tanh(u / soft_cap) (z = u without a cap), dz/du = 1 - (z/soft_cap)^2.
   // One chunk of C words, numbers first .. first + C - 1 of the vocabulary, into the running state of each row.
   //   logits x [N, C] float32/float64, row stride free, last stride 1; bias [C] same dtype, or None; target_ids [N] i64
-  //   running [4, N] same dtype: max of z, sum of exp(z - max), z of the target, and (output only) the factor
-  //   exp(max before - max after) by which the caller rescales its own sums. Starts as (-inf, 0, -inf, any).
-  //   keep_probabilities: logits become exp(z - max after) * dz/du; otherwise they are left as they are or destroyed.
+  //   running [3, N] same dtype: max of z, sum of exp(z - max), z of the target. Starts as (-inf, 0, -inf).
+  //   expectation [N, D] same dtype, the caller's sums of exp(z - max) * something over the words before: multiplied by
+  //   exp(max before - max after); and row n of logits becomes exp(z - max after) * dz/du, C numbers of dtype `kept` (that of
+  //   logits; on CUDA also float16, bfloat16 over float32) where the row began. None: logits are left or destroyed.
   m.def(
       "token_log_likelihood_chunk(Tensor(a!) logits, Tensor? bias, Tensor target_ids, SymInt first, float logit_scale, "
-      "float? soft_cap, Tensor(b!) running, bool keep_probabilities) -> ()");
-  // Gradient of sum_n grad[n] * log_p[n] with respect to u, written over logits x of the chunk; lse, grad [N] same dtype:
-  //   grad_u[n, c] = grad[n] * ([target_ids[n] == first + c] - exp(z - lse[n])) * dz/du;  0 where grad[n] == 0
+      "float? soft_cap, Tensor(b!) running, Tensor(c!)? expectation, ScalarType kept) -> ()");
+  // After the last chunk: lse = max + log sum, log_p = z of the target - lse, and
+  //   expectation[n] = logit_scale * (dz/du of the target * lm_head[target_ids[n]] - expectation[n] / sum[n])
+  //   running, target_ids, expectation as above; lm_head [V, D] with any strides; log_p, lse [N]. An id outside [0, V): the
+  //   CPU raises, CUDA traps.
+  m.def(
+      "token_log_likelihood_finish(Tensor running, Tensor lm_head, Tensor target_ids, float logit_scale, float? soft_cap, "
+      "Tensor(a!) log_p, Tensor(b!) lse, Tensor(c!)? expectation) -> ()");
+  // Gradient of sum_n grad[n] * log_p[n] with respect to u, in place of logits x of the chunk; lse, grad [N] same dtype:
+  //   grad_u[n, c] = grad[n] * ([target_ids[n] == first + c] - exp(z - lse[n])) * dz/du;  0 where grad[n] == 0; `kept` as above
   m.def(
       "token_log_likelihood_chunk_backward(Tensor(a!) logits, Tensor? bias, Tensor target_ids, SymInt first, "
-      "float logit_scale, float? soft_cap, Tensor lse, Tensor grad) -> ()");
+      "float logit_scale, float? soft_cap, Tensor lse, Tensor grad, ScalarType kept) -> ()");
 }

@@ -24,7 +24,7 @@ void parallel(int64_t n, int64_t grain, const F& f) {
 // exp for loops that the compiler is to vectorise (a call to std::exp ends that). Relative error 2e-7; 0 below -87.3.
 inline float vector_exp(float x) {
   constexpr float kLow = -87.3f, kHigh = 88.7f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float clamped = std::min(std::max(kLow, x), kHigh);            // in this order a NaN stays one
+  const float clamped = std::min(std::max(x, kLow), kHigh);            // in this order a NaN stays one
   const float shifted = clamped * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: Cephes

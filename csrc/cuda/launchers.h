@@ -62,10 +62,25 @@ struct Chunk {
   int64_t N, C, first;
   Sum scale, cap;
 };
-template <typename Sum>
-cudaError_t launch_token_log_likelihood_chunk(Chunk<Sum> chunk, Sum* running, bool keep_probabilities, cudaStream_t stream);
-template <typename Sum>
+// Kept: the dtype in which probabilities, and gradients, replace the logits
+template <typename Kept, typename Sum>
+cudaError_t launch_token_log_likelihood_chunk(Chunk<Sum> chunk, Sum* running, Sum* expectation, int64_t D,
+                                              cudaStream_t stream);
+template <typename Kept, typename Sum>
 cudaError_t launch_token_log_likelihood_chunk_backward(Chunk<Sum> chunk, const Sum* lse, const Sum* grad,
                                                        cudaStream_t stream);
+template <typename Row, typename Sum>
+struct Finish {
+  const Sum* running;  // [3, N]
+  const Row* lm_head;  // [V, D] with any strides
+  int64_t word_stride, column_stride;
+  const int64_t* target_ids;  // [N]
+  int64_t N, V, D;
+  Sum scale, cap;
+  Sum *log_p, *lse;  // [N]
+  Sum* expectation;  // [N, D] or null
+};
+template <typename Row, typename Sum>
+cudaError_t launch_token_log_likelihood_finish(Finish<Row, Sum> finish, cudaStream_t stream);
 
 }  // namespace qpeft

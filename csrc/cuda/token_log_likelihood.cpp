@@ -1,4 +1,4 @@
-// One chunk of the vocabulary into the running log-sum-exp of each row, and the gradient of a chunk: CUDA.
+// One chunk of the vocabulary into the running log-sum-exp of each row, what comes after the last, and a chunk's gradient.
 #include "glue.h"
 
 namespace qpeft {
@@ -15,32 +15,62 @@ Chunk<Sum> make_chunk(const Tensor& logits, const std::optional<Tensor>& bias, c
 }
 
 void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, int64_t first, double logit_scale,
-           std::optional<double> soft_cap, Tensor running, bool keep_probabilities) {
-  check_token_log_likelihood_chunk(logits, bias, target_ids, running);
+           std::optional<double> soft_cap, Tensor running, std::optional<Tensor> expectation, ScalarType kept) {
+  constexpr auto op = "token_log_likelihood_chunk";
+  check_token_log_likelihood_chunk(logits, bias, target_ids, running, expectation, kept);
   const OnDevice on_device(logits);
-  dispatch_sum(logits.scalar_type(), [&](auto tag) {
-    using Sum = decltype(tag);
-    check_cuda("token_log_likelihood_chunk",
-               launch_token_log_likelihood_chunk(make_chunk<Sum>(logits, bias, target_ids, first, logit_scale, soft_cap),
-                                                 data<Sum>(running), keep_probabilities, on_device.stream));
+  dispatch_table<__half, __nv_bfloat16>(op, kept, [&](auto tag, auto sum) {
+    using Kept = decltype(tag);
+    using Sum = decltype(sum);
+    check_cuda(op, launch_token_log_likelihood_chunk<Kept>(
+                       make_chunk<Sum>(logits, bias, target_ids, first, logit_scale, soft_cap), data<Sum>(running),
+                       expectation ? data<Sum>(*expectation) : nullptr, expectation ? expectation->size(1) : 0,
+                       on_device.stream));
+  });
+}
+
+void finish(const Tensor running, const Tensor lm_head, const Tensor target_ids, double logit_scale,
+            std::optional<double> soft_cap, Tensor log_p, Tensor lse, std::optional<Tensor> expectation) {
+  constexpr auto op = "token_log_likelihood_finish";
+  check_token_log_likelihood_finish(running, lm_head, target_ids, log_p, lse, expectation);
+  const OnDevice on_device(running);
+  dispatch_table<__half, __nv_bfloat16>(op, lm_head.scalar_type(), [&](auto row, auto sum) {
+    using Row = decltype(row);
+    using Sum = decltype(sum);
+    const Finish<Row, Sum> arguments = {const_data<Sum>(running),
+                                        const_data<Row>(lm_head),
+                                        lm_head.stride(0),
+                                        lm_head.stride(1),
+                                        const_data<int64_t>(target_ids),
+                                        target_ids.size(0),
+                                        lm_head.size(0),
+                                        lm_head.size(1),
+                                        static_cast<Sum>(logit_scale),
+                                        static_cast<Sum>(soft_cap.value_or(0)),
+                                        data<Sum>(log_p),
+                                        data<Sum>(lse),
+                                        expectation ? data<Sum>(*expectation) : nullptr};
+    check_cuda(op, launch_token_log_likelihood_finish(arguments, on_device.stream));
   });
 }
 
 void chunk_backward(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, int64_t first, double logit_scale,
-                    std::optional<double> soft_cap, const Tensor lse, const Tensor grad) {
-  check_token_log_likelihood_chunk_backward(logits, bias, target_ids, lse, grad);
+                    std::optional<double> soft_cap, const Tensor lse, const Tensor grad, ScalarType kept) {
+  constexpr auto op = "token_log_likelihood_chunk_backward";
+  check_token_log_likelihood_chunk_backward(logits, bias, target_ids, lse, grad, kept);
   const OnDevice on_device(logits);
-  dispatch_sum(logits.scalar_type(), [&](auto tag) {
-    using Sum = decltype(tag);
-    check_cuda("token_log_likelihood_chunk_backward",
-               launch_token_log_likelihood_chunk_backward(
-                   make_chunk<Sum>(logits, bias, target_ids, first, logit_scale, soft_cap), const_data<Sum>(lse),
-                   const_data<Sum>(grad), on_device.stream));
+  dispatch_table<__half, __nv_bfloat16>(op, kept, [&](auto tag, auto sum) {
+    using Kept = decltype(tag);
+    using Sum = decltype(sum);
+    check_cuda(op, launch_token_log_likelihood_chunk_backward<Kept>(
+                       make_chunk<Sum>(logits, bias, target_ids, first, logit_scale, soft_cap), const_data<Sum>(lse),
+                       const_data<Sum>(grad), on_device.stream));
   });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CUDA, m) {
   m.impl("token_log_likelihood_chunk", TORCH_BOX(&chunk));
+  m.impl("token_log_likelihood_finish", TORCH_BOX(&finish));
   m.impl("token_log_likelihood_chunk_backward", TORCH_BOX(&chunk_backward));
 }
 

@@ -70,6 +70,14 @@ def test_forbidden_words(device):
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("word", [0, 20, 36])
+def test_nan_is_seen(word, device):
+    x = make_inputs(device=device)
+    x.lm_head[word] = torch.nan
+    for chunk_bytes in (1000, 1 << 20):
+        assert token_log_likelihood(*x, chunk_bytes=chunk_bytes).isnan().all()
+
+
 def gradients(x, function=token_log_likelihood, **settings):
     inputs = [None if y is None else y.clone().requires_grad_() for y in (x.hidden, x.lm_head, x.bias)]
     result = function(inputs[0], inputs[1], x.target_ids, inputs[2], **settings)

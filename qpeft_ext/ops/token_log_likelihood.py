@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,6 +15,7 @@ from ._common import (
     block_dtype,
     check_ids,
     differentiable,
+    exact_float32,
     expect_device,
     expect_dtype,
     expect_like,
@@ -41,11 +46,11 @@ def token_log_likelihood(
             the bias, if they ask for one.
         target_ids: the query tokens, ``[N]``, int64 in ``[0, V)``.
         bias: ``[V]`` or None, same dtype.  soft_cap: positive, or None.  logit_scale: a factor on the logits.
-        chunk_bytes: working memory: logits of a chunk of the vocabulary, its rows in float32 where ``lm_head`` is bf16
-            on the CPU, and the sums for the gradient. At least one word at a time.
+        chunk_bytes: working memory: logits of some rows and a chunk of the vocabulary, that chunk's rows of ``lm_head``
+            in float32 where they are bf16 on the CPU, and the sums for the gradient. At least one row and one word.
     Returns: log p in nats, ``[N]``, float32 (float64 for float64 inputs); logits are never rounded to bf16.
     Raises: ValueError for shapes, devices, settings; TypeError for a dtype; IndexError for an id out of range (on CUDA
-        nothing can be raised without waiting: log p is -inf).
+        nothing can be raised without waiting: the kernel traps).
     Source: the score of UPR, Sachan et al. 2022, https://arxiv.org/abs/2204.07496.
     """
     check_token_log_likelihood(hidden, lm_head, target_ids, bias, soft_cap, chunk_bytes)
@@ -87,28 +92,81 @@ def reference(hidden, lm_head, target_ids, bias=None, soft_cap=None, logit_scale
 
 # ---- the operator, for both devices: primitives and what they promise are in csrc/ops.cpp ----------------------------
 
+WORDS = 4096  # of a chunk at least, where the budget has room for some rows of them: narrow GEMMs are slow
+TILE_ROWS, TILE_WORDS = 128, 256  # of a GEMM on a GPU
 
-def _chunks(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, chunk_bytes: int, held: int = 0):
-    """(words, lm_head rows, logits, bias) of each chunk; ``held`` bytes of the budget are taken already."""
-    dtype = sum_dtype(hidden.dtype)
-    gemm_dtype = block_dtype(lm_head)
-    (N, D), V = hidden.shape, lm_head.shape[0]
-    upcast = D if gemm_dtype != lm_head.dtype else 0
-    bytes_per_word = (N + upcast) * dtype.itemsize
-    size = max(1, max(chunk_bytes - held, chunk_bytes // 4) // max(bytes_per_word, 1))
-    size = -(-V // -(-V // size)) if V else 1  # as many chunks, of equal size
-    hidden = hidden.to(gemm_dtype)
-    rows_buffer = lm_head.new_empty(size, D, dtype=gemm_dtype) if upcast else None
-    out = hidden.new_empty(N * size) if gemm_dtype == dtype else None
-    for first in range(0, V, size):
-        here = slice(first, min(first + size, V))
-        C = here.stop - first
-        rows = rows_buffer[:C].copy_(lm_head[here]) if upcast else lm_head[here]
-        if out is None:
-            logits = multiply(hidden, rows.T)
-        else:
-            logits = torch.mm(hidden, rows.T, out=out[: N * C].view(N, C))
-        yield here, rows, logits, None if bias is None else bias[here].to(dtype)
+
+class Sizes(NamedTuple):
+    rows: int  # of hidden at a time
+    words: int  # of the vocabulary at a time
+
+
+def _sizes(hidden: Tensor, lm_head: Tensor, chunk_bytes: int, held: int) -> Sizes:
+    """Blocks of rows and chunks of words within the budget; ``held``: bytes for each row beside its logits.
+
+    All rows at once, as long as that leaves room for `WORDS` words.
+    """
+    (N, D), V, item = hidden.shape, lm_head.shape[0], sum_dtype(hidden.dtype).itemsize
+    upcast = 0 if block_dtype(lm_head) == lm_head.dtype else D * item  # bytes for each word beside its logits
+    least = min(V, WORDS, max(1, chunk_bytes // (4 * upcast))) if upcast else min(V, WORDS)
+    rows = max(1, min(N, (chunk_bytes - least * upcast) // max(1, least * item + held)))
+    most = min(V, max(1, (chunk_bytes - rows * held) // max(1, rows * item + upcast)))
+    if hidden.device.type == "cuda":
+        return Sizes(rows, _whole_waves(rows, V, most, *_processors(hidden.device)))
+    equal = -(-V // -(-V // most)) if V else 1  # as many chunks, of equal size
+    return Sizes(rows, min(most, -(-equal // 16) * 16))
+
+
+@cache
+def _processors(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+@cache
+def _whole_waves(rows: int, V: int, most: int, processors: int, cache_bytes: int) -> int:
+    """At most ``most`` words a chunk: few launches (each a tenth of a wave), GEMMs whose tiles fill the processors in
+    whole waves, and float32 logits that fit in half of the cache, where the next kernel finds them.
+    """
+    most = min(most, max(TILE_WORDS, cache_bytes // (8 * rows)))
+    if most < TILE_WORDS or most >= V:
+        return most
+    tall = -(-rows // TILE_ROWS)
+
+    def waves(tiles: int) -> float:
+        chunks, rest = divmod(V, tiles * TILE_WORDS)
+        whole = 0.1 + -(-tall * tiles // processors)
+        return chunks * whole + (rest > 0) * (0.1 + -(-tall * -(-rest // TILE_WORDS) // processors))
+
+    return TILE_WORDS * min(range(1, most // TILE_WORDS + 1), key=waves)
+
+
+class Chunks:
+    """Logits of chunks of the vocabulary, in one buffer."""
+
+    def __init__(self, lm_head: Tensor, bias: Tensor | None, sizes: Sizes) -> None:
+        self.lm_head, self.words = lm_head, sizes.words
+        self.dtype, self.sum_dtype = block_dtype(lm_head), sum_dtype(lm_head.dtype)
+        self.bias = None if bias is None else bias.to(self.sum_dtype)
+        aligned = -(-sizes.words // 16) * 16  # rows begin at multiples of 64 bytes
+        self.logits = lm_head.new_empty(sizes.rows, aligned, dtype=self.sum_dtype)
+        upcast = (sizes.words, lm_head.shape[1]) if self.dtype != lm_head.dtype else (0,)
+        self.upcast = lm_head.new_empty(upcast, dtype=self.dtype)
+
+    def __call__(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
+        """(words, their rows of lm_head, logits, bias) of each chunk, for rows ``hidden`` in the GEMM's dtype."""
+        V = self.lm_head.shape[0]
+        for first in range(0, V, self.words):
+            here = slice(first, min(first + self.words, V))
+            rows = self.lm_head[here]
+            if rows.dtype != self.dtype:
+                rows = self.upcast[: len(rows)].copy_(rows)
+            logits = multiply(hidden, rows.T, out=self.logits[: len(hidden), : len(rows)])
+            yield here, rows, logits, None if self.bias is None else self.bias[here]
+
+    def kept(self, logits: Tensor) -> Tensor:
+        """What a primitive has left in place of ``logits``, in the GEMM's dtype: the beginning of each row's memory."""
+        return logits if self.dtype == logits.dtype else logits.view(self.dtype)[:, : logits.shape[1]]
 
 
 @implement("token_log_likelihood")
@@ -119,27 +177,29 @@ def _forward(hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_byt
     backward pass is one multiplication: d log p / d hidden = logit_scale * (dz/du lm_head[target] - E).
     """
     check_ids("token_log_likelihood", "target_ids", target_ids, lm_head.shape[0], "V")
-    dtype, (N, D) = sum_dtype(hidden.dtype), hidden.shape
-    running = hidden.new_full((4, N), -torch.inf, dtype=dtype)
-    running[1] = 0
+    ops, dtype, (N, D) = torch.ops.qpeft_ext, sum_dtype(hidden.dtype), hidden.shape
+    log_p, lse = hidden.new_empty(N, dtype=dtype), hidden.new_empty(N, dtype=dtype)
     expectation = hidden.new_zeros((N, D) if want_expectation else (0,), dtype=dtype)
-    held = expectation.numel() * dtype.itemsize
+    sizes = _sizes(hidden, lm_head, chunk_bytes, D * dtype.itemsize if want_expectation else 0)
+    chunks = Chunks(lm_head, bias, sizes)
     target_ids = target_ids.contiguous()
-    for here, rows, logits, bias_here in _chunks(hidden, lm_head, bias, chunk_bytes, held):
-        torch.ops.qpeft_ext.token_log_likelihood_chunk(
-            logits, bias_here, target_ids, here.start, logit_scale, soft_cap, running, want_expectation
-        )
-        if want_expectation:
-            expectation *= running[3, :, None]
-            add_product(expectation, logits.to(rows.dtype), rows)
-    rows = logits = None  # the chunk's memory goes back before the rows of the targets come
-    maximum, total, target, _ = running
-    lse = maximum + total.log()
-    if want_expectation:
-        slope = torch.ones_like(target) if soft_cap is None else 1 - (target / soft_cap).square()
-        expectation *= -1 / total[:, None]
-        expectation.addcmul_(slope[:, None], lm_head[target_ids].to(dtype)).mul_(logit_scale)
-    return target - lse, lse, expectation
+    with exact_float32(hidden):
+        for begin in range(0, N, sizes.rows):
+            block = slice(begin, begin + sizes.rows)
+            some, targets = hidden[block].to(chunks.dtype), target_ids[block]
+            sums = expectation[block] if want_expectation else None
+            running = hidden.new_full((3, len(some)), -torch.inf, dtype=dtype)
+            running[1] = 0
+            for here, rows, logits, some_bias in chunks(some):
+                ops.token_log_likelihood_chunk(
+                    logits, some_bias, targets, here.start, logit_scale, soft_cap, running, sums, chunks.dtype
+                )
+                if want_expectation:
+                    add_product(sums, chunks.kept(logits), rows)
+            ops.token_log_likelihood_finish(
+                running, lm_head, targets, logit_scale, soft_cap, log_p[block], lse[block], sums
+            )
+    return log_p, lse, expectation
 
 
 @fake("token_log_likelihood")
@@ -151,18 +211,26 @@ def _(hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_bytes, wan
 
 @implement("token_log_likelihood_backward")
 def _backward(grad_log_p, lse, hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_bytes):
-    """Gradient to lm_head and bias: the chunks once more."""
-    dtype = sum_dtype(hidden.dtype)
+    """Gradient to lm_head and bias: the chunks once more, all rows at once."""
+    dtype, N = sum_dtype(hidden.dtype), hidden.shape[0]
     grad_lm_head = torch.empty_like(lm_head)
     grad_bias = None if bias is None else torch.empty_like(bias)
     grad_log_p, target_ids = grad_log_p.to(dtype).contiguous(), target_ids.contiguous()
-    for here, rows, logits, bias_here in _chunks(hidden, lm_head, bias, chunk_bytes):
-        torch.ops.qpeft_ext.token_log_likelihood_chunk_backward(
-            logits, bias_here, target_ids, here.start, logit_scale, soft_cap, lse, grad_log_p
-        )
-        grad_lm_head[here] = logit_scale * multiply(logits.to(rows.dtype).T, hidden.to(rows.dtype))
-        if bias is not None:
-            grad_bias[here] = logits.sum(0)
+    sizes = _sizes(hidden, lm_head, chunk_bytes, 0)
+    chunks = Chunks(lm_head, bias, Sizes(N, max(1, sizes.rows * sizes.words // max(1, N))))
+    hidden = hidden.to(chunks.dtype)
+    with exact_float32(hidden):
+        for here, _, logits, some_bias in chunks(hidden):
+            torch.ops.qpeft_ext.token_log_likelihood_chunk_backward(
+                logits, some_bias, target_ids, here.start, logit_scale, soft_cap, lse, grad_log_p, chunks.dtype
+            )
+            grad_logits, grad = chunks.kept(logits), grad_lm_head[here]
+            if grad.dtype == chunks.dtype:
+                torch.addmm(grad, grad_logits.T, hidden, beta=0, alpha=logit_scale, out=grad)
+            else:
+                grad.copy_(logit_scale * (grad_logits.T @ hidden))
+            if bias is not None:
+                grad_bias[here] = grad_logits.sum(0, dtype=dtype)
     return grad_lm_head, lm_head.new_empty(0) if bias is None else grad_bias
 
 
