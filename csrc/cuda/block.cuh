@@ -2,8 +2,10 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstdint>
+#include <type_traits>
 
 #include "../math.h"
 
@@ -11,16 +13,40 @@ namespace qpeft {
 
 constexpr int kThreads = 256;  // every kernel runs with blocks of this size
 
-// A boring launch: an empty grid is no work, the status is returned, nothing waits.
+// The dtype of sums: double stays, everything else is float.
+template <typename T>
+using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// A boring launch: an empty grid is no work, the status is returned, nothing waits. shared_bytes: of block_memory().
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
+cudaError_t launch_with_memory(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes, cudaStream_t stream,
+                               Arguments... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > (48 << 10)) {  // beyond what every kernel may use without asking
+    const auto bytes = static_cast<int>(shared_bytes);
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return status;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
+  return launch_with_memory(kernel, blocks, 0, stream, arguments...);
+}
+
+// Blocks that stay until all items are done, `each` per multiprocessor: where the number of items is known on the device only.
+inline int64_t resident_blocks(int64_t most_items, int64_t each) {
+  int device = 0, multiprocessors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  return std::min(most_items, each * multiprocessors);
 }
 
 inline int64_t blocks_for(int64_t items, int64_t items_per_block = kThreads) {

@@ -28,7 +28,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 }
 
 // 16 bytes from global to shared memory, both aligned to 16, without registers and behind this thread's back: the first
-// `bytes` are read, the rest becomes zero. They are there for this thread after the wait, for others after a barrier too.
+// `bytes` are read (none: any address will do), the rest becomes zero. They are there for this thread after the wait, for
+// others after a barrier too.
 __device__ inline void cp_async_16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
@@ -68,6 +69,19 @@ __device__ inline void mma_16816<__nv_bfloat16>(float (&c)[4], uint32_t a0, uint
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The two halves of a register.
+template <typename Half>
+__device__ inline float2 unpack(uint32_t word);
+template <>
+__device__ inline float2 unpack<__half>(uint32_t word) {
+  const __half2 pair = *reinterpret_cast<const __half2*>(&word);
+  return __half22float2(pair);
+}
+template <>
+__device__ inline float2 unpack<__nv_bfloat16>(uint32_t word) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u));
 }
 
 }  // namespace qpeft

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import qpeft_ext.ops  # noqa: F401  loads the library
 from qpeft_ext import _library
 
 ROOT = Path(__file__).parents[2]

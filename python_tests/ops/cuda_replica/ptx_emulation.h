@@ -82,4 +82,11 @@ void mma_16816(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3
   std::memcpy(c, sums.c, sizeof(c));
 }
 
+template <typename Half>
+float2 unpack(uint32_t word) {
+  Half pair[2];
+  std::memcpy(pair, &word, 4);
+  return {static_cast<float>(pair[0]), static_cast<float>(pair[1])};
+}
+
 }  // namespace qpeft
