@@ -149,7 +149,7 @@ def test_interrupted(job, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qpeft_ext.rerank_run.by_likelihood", lambda _: interrupt)
+    monkeypatch.setattr("qpeft_ext.rerank_systems.Systems.__call__", interrupt)
     code = main(["rerank", "--model", str(job / "adapter"), "--data", str(job / "data"), "--run",
                  str(job / "data" / "run.trec"), "--output", str(tmp_path / "out.trec")])
     assert code == 130 and capsys.readouterr().err == "qpeft rerank: error: interrupted\n"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .config import QPeftConfig
-from .loading import load_lm, load_tokenizer
+from .loading import files_digest, load_lm, load_tokenizer
 
 WEIGHTS, CONFIG, CARD, LM_ADAPTER = "adapter_model.safetensors", "adapter_config.json", "README.md", "lm_adapter"
 _PROBES = 16  # embedding entries by which an LM is recognised
@@ -52,7 +52,7 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     Raises: FileNotFoundError for a missing file; ValueError for a damaged one, for keys that are missing or unknown,
         weights that are not finite, or an LM other than the adapter's.
     """
-    folder = _local(folder)
+    folder = local_folder(folder)
     config = QPeftConfig.from_pretrained(folder)
     state = read_weights(folder / WEIGHTS)
     if lm is None or isinstance(lm, (str, os.PathLike)):
@@ -117,6 +117,11 @@ def describe_lm(engine) -> dict:
     }
 
 
+def adapter_digest(folder: Path) -> str:
+    """A short fingerprint of an adapter's files."""
+    return files_digest([*folder.glob("*"), *folder.glob(f"{LM_ADAPTER}/*")])
+
+
 def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
     expected, got = config.base_model, describe_lm(model.engine)
     if expected is None:
@@ -167,7 +172,7 @@ def _expect_finite(state: dict[str, torch.Tensor], where: str) -> None:
             raise ValueError(f"{where}: {name} has values that are not finite; train with a lower learning rate")
 
 
-def _local(folder: str | Path) -> Path:
+def local_folder(folder: str | Path) -> Path:
     """The adapter's folder; a Hub id is downloaded."""
     path = Path(folder)
     if path.is_dir():

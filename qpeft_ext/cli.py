@@ -14,6 +14,7 @@ import typer
 
 from . import __version__
 from .commands import demo, evaluate, info, rerank, train
+from .commands.common import Interrupted
 
 # the base of every complaint about arguments; typer has no public name for it
 ClickException = typer.BadParameter.__mro__[2]
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
     except (KeyboardInterrupt, typer.Abort):
         return _fail(arguments, "interrupted", 130)
+    except Interrupted as error:
+        return _fail(arguments, str(error), 130)
     except ClickException as error:  # an unknown option, a missing argument, ...
         return _fail(arguments, f"{error.format_message()} (see --help)")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
@@ -60,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if os.environ.get("QPEFT_DEBUG", "0") not in ("", "0"):
             raise
-        return _fail(arguments, _one_line(error))
+        return _fail(arguments, "; ".join([_one_line(error), *getattr(error, "__notes__", ())]))
 
 
 def _fail(arguments: Sequence[str], message: str, code: int = 2) -> int:

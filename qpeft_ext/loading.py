@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -36,6 +38,56 @@ def load_tokenizer(name_or_path: str | Path):
 
     with _one_line(f"cannot load the tokenizer of {str(name_or_path)!r}"):
         return AutoTokenizer.from_pretrained(_existing(name_or_path))
+
+
+def lm_digest(name_or_path: str | Path) -> str:
+    """A short fingerprint of a base LM that is not loaded: of its files, or its name and commit on the Hub."""
+    from transformers import AutoConfig
+
+    with _one_line(f"cannot load the base LM {str(name_or_path)!r}"):
+        name = _existing(name_or_path)
+        if Path(name).is_dir():
+            return files_digest(Path(name).glob("*"))
+        return f"{name} {getattr(AutoConfig.from_pretrained(name), '_commit_hash', None) or ''}".strip()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A short fingerprint of the json and safetensors files among ``paths``: their names and content.
+
+    Of a file above 16 MiB its size and 64 pieces count, so that a 7B model takes milliseconds.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in paths if path.suffix in (".json", ".safetensors")):
+        size, piece = path.stat().st_size, 1 << 16
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            if size <= 1 << 24:
+                digest.update(file.read())
+            else:
+                for i in range(64):
+                    file.seek((size - piece) * i // 63)
+                    digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def quiet_transformers() -> None:
+    """Only errors from transformers: its notes on loading would bury our own."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def default_device(device: str | None) -> str:
+    """``device``, or the best there is. Raises: ValueError for one that this machine or this torch does not have."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the device {device!r} cannot be used: {reason}; try --device cpu") from None
+    return device
 
 
 def _existing(name_or_path: str | Path) -> str:

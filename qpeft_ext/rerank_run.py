@@ -1,15 +1,21 @@
-"""Rerank a run: queries in blocks and in order, reading only the candidates' texts."""
+"""Rerank a run: queries in blocks and in order, reading only the candidates' texts.
+
+A block is what is ranked at once and, with several devices, what is handed to one of them. Blocks depend on the
+candidates alone, so that a run is the same on any number of devices, and when it is gone on with after a kill.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
 from .formats.io import AnyPath
-from .formats.trec import Run, RunWriter, find_line
+from .formats.partial_run import PartialRun
+from .formats.trec import Run, find_line
 from .schedule import query_blocks
 
 PAIRS_PER_BLOCK = 256  # several passes of the default token budget, and still some life in the progress bar
@@ -18,18 +24,63 @@ PAIRS_PER_BLOCK = 256  # several passes of the default token budget, and still s
 Ranker = Callable[[Sequence[str], Sequence[Sequence[dict]]], list[list[tuple[int, float]]]]
 
 
+@dataclass(frozen=True)
+class Block:
+    """Queries that are ranked together.  doc_ids: the candidates of each.  system: who ranks them."""
+
+    query_ids: list[str]
+    queries: list[str]
+    doc_ids: list[list[str]]
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class RankedBlock:
+    """For every query of a block (place of the document, score), best first; and what it took.
+
+    truncated: documents that were cut.  cache_hits, cache_misses: prefixes read from the cache, or not.
+    """
+
+    rankings: list[list[tuple[int, float]]]
+    truncated: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+
+
+# blocks -> their rankings in the same order; reads only a few blocks ahead of what it has yielded
+Engine = Callable[[Iterator[Block]], Generator[RankedBlock]]
+
+
 @dataclass
 class RerankedRun:
-    """``run``: the new ranking.  num_pairs: (query, document) pairs scored.  seconds: wall time, reading included."""
+    """``run``: the new ranking.  num_pairs: (query, document) pairs scored.  seconds: wall time, reading included.
+
+    num_resumed: queries that an earlier process has ranked.  truncated, cache_hits, cache_misses: sums of
+    `RankedBlock`'s.
+    """
 
     run: Run
     num_pairs: int
     seconds: float
+    num_resumed: int = 0
+    truncated: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
 
     def __str__(self) -> str:
+        ranked = len(self.run) - self.num_resumed
         pairs_per_second = self.num_pairs / self.seconds if self.seconds else 0.0
-        return (f"{len(self.run)} queries, {self.num_pairs} pairs in {self.seconds:.1f} s "
-                f"({pairs_per_second:.0f} pairs/s, {self.seconds / max(1, len(self.run)):.3f} s per query)")
+        text = (f"{ranked} queries, {self.num_pairs} pairs in {self.seconds:.1f} s "
+                f"({pairs_per_second:.0f} pairs/s, {self.seconds / max(1, ranked):.3f} s per query)")
+        text += f", {self.cache_rate} cache hits" if self.cache_rate else ""
+        text += f"; {self.truncated} documents cut to max_document_tokens" if self.truncated else ""
+        return text + (f"; {self.num_resumed} queries were there already" if self.num_resumed else "")
+
+    @property
+    def cache_rate(self) -> str:
+        """Share of prefixes that came from the cache; "" without one."""
+        asked = self.cache_hits + self.cache_misses
+        return f"{self.cache_hits / asked:.0%}" if asked else ""
 
 
 def by_likelihood(reranker) -> Ranker:
@@ -52,33 +103,69 @@ def by_similarity(reranker) -> Ranker:
 
 def rerank_run(
     rank: Ranker, queries: Mapping[str, str], corpus: Mapping[str, dict], run: Run, *,
-    name: str = "rerank", writer: RunWriter | None = None, show_progress_bar: bool | None = None,
+    name: str = "rerank", partial: PartialRun | None = None, show_progress_bar: bool | None = None,
 ) -> RerankedRun:
-    """Rerank the candidates of every query of ``run``.
+    """Rerank the candidates of every query of ``run`` in this process.
 
     Args:
         rank: `by_likelihood` or `by_similarity` of a `Reranker`.
         run: the candidates; `check_candidates` says whether they are known.
-        writer: gets each query as soon as it is ranked.
+        partial: gets each query as soon as it is ranked; queries that it has already are not ranked again.
         show_progress_bar: None: only on a terminal.
     """
-    reranked: Run = {}
-    every_id = list(run)
-    num_pairs = sum(map(len, run.values()))
+    def engine(blocks):
+        for block in blocks:
+            yield RankedBlock(rank(block.queries, read_documents(corpus, block)))
+
+    return rerank_blocks(engine, queries, run, name=name, partial=partial, show_progress_bar=show_progress_bar)
+
+
+def rerank_blocks(
+    engine: Engine, queries: Mapping[str, str], run: Run, *,
+    name: str = "rerank", partial: PartialRun | None = None, show_progress_bar: bool | None = None,
+) -> RerankedRun:
+    """`rerank_run` with any engine: this process, worker processes, Ray."""
+    there = partial.rankings if partial else {}
+    blocks = list(remaining_blocks(queries, run, there, name))
+    total = sum(map(len, run.values()))
+    num_pairs = sum(len(doc_ids) for block in blocks for doc_ids in block.doc_ids)
+    result = RerankedRun({}, num_pairs, 0.0, partial.num_resumed if partial else 0)
+    fresh: Run = {}
     start = time.perf_counter()
     hidden = None if show_progress_bar is None else not show_progress_bar
-    with tqdm(total=num_pairs, desc=name, unit="pair", disable=hidden) as progress:
-        for block in query_blocks([len(ranking) for ranking in run.values()], PAIRS_PER_BLOCK):
-            query_ids = every_id[block]
-            documents = [[corpus[doc_id] for doc_id, _ in run[query_id]] for query_id in query_ids]
-            rankings = rank([queries[query_id] for query_id in query_ids], documents)
-            for query_id, ranking in zip(query_ids, rankings, strict=True):
-                candidates = run[query_id]
-                reranked[query_id] = [(candidates[place][0], score) for place, score in ranking]
-                if writer:
-                    writer.add(query_id, reranked[query_id])
-                progress.update(len(candidates))
-    return RerankedRun(reranked, num_pairs, time.perf_counter() - start)
+    with (
+        contextlib.closing(engine(iter(blocks))) as ranked_blocks,
+        tqdm(total=total, initial=total - num_pairs, desc=name, unit="pair", disable=hidden) as progress,
+    ):
+        for block, ranked in zip(blocks, ranked_blocks, strict=True):
+            for query_id, doc_ids, places in zip(block.query_ids, block.doc_ids, ranked.rankings, strict=True):
+                fresh[query_id] = [(doc_ids[place], score) for place, score in places]
+                if partial:
+                    partial.add(query_id, fresh[query_id])
+            result.truncated += ranked.truncated
+            result.cache_hits += ranked.cache_hits
+            result.cache_misses += ranked.cache_misses
+            if result.cache_rate:
+                progress.set_postfix_str(f"{result.cache_rate} cache hits", refresh=False)
+            progress.update(sum(map(len, block.doc_ids)))
+    result.seconds = time.perf_counter() - start
+    rankings = partial.rankings if partial else fresh
+    result.run = {query_id: rankings[query_id] for query_id in run}
+    return result
+
+
+def remaining_blocks(queries: Mapping[str, str], run: Run, there: Run, system: str = "") -> Iterator[Block]:
+    """The blocks of a run without the queries that are there already."""
+    every_id = list(run)
+    for place in query_blocks([len(ranking) for ranking in run.values()], PAIRS_PER_BLOCK):
+        if query_ids := [query_id for query_id in every_id[place] if query_id not in there]:
+            doc_ids = [[doc_id for doc_id, _ in run[query_id]] for query_id in query_ids]
+            yield Block(query_ids, [queries[query_id] for query_id in query_ids], doc_ids, system)
+
+
+def read_documents(corpus: Mapping[str, dict], block: Block) -> list[list[dict]]:
+    """The candidates of each query of a block."""
+    return [[corpus[doc_id] for doc_id in doc_ids] for doc_ids in block.doc_ids]
 
 
 def check_candidates(run: Run, queries: Mapping[str, str], corpus: Mapping[str, dict], path: AnyPath | None) -> None:

@@ -21,6 +21,10 @@ Measures = Annotated[
 MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 
 
+class Interrupted(Exception):
+    """Ctrl-C, with what is left of the work in words."""
+
+
 def say(message: object = "") -> None:
     """Print a line, or something of rich, on stdout; 100 columns wide where there is no terminal."""
     from rich.console import Console
@@ -62,25 +66,3 @@ def system_name(path: Path) -> str:
     for ending in (".trec", ".txt", ".run", ".tsv"):
         name = name.removesuffix(ending) or name
     return name
-
-
-def quiet_transformers() -> None:
-    """Only errors from transformers: its notes on loading would bury our own."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def default_device(device: str | None) -> str:
-    """``device``, or the best there is. Raises: ValueError for one that this machine or this torch does not have."""
-    import torch
-
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the device {device!r} cannot be used: {reason}; try --device cpu") from None
-    return device

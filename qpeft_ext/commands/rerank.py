@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,17 @@ def command(
     measures: Measures = None,
     dtype: Dtype = None,
     device: Device = None,
+    devices: Annotated[
+        str | None, typer.Option(help="One process with its own model for each, such as cuda:0,cuda:1 or cpu,cpu.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: one Ray actor for each of --devices.")] = "local",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with OUTPUT.part, which the same job left when it was "
+                                                        "interrupted; or start over.")
+    ] = True,
+    cache_bytes: Annotated[
+        int, typer.Option(help="Memory per device for documents' prefixes, kept from query to query.")
+    ] = 0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal scores; slower.")] = False,
     max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a pass.")] = None,
     max_query_tokens: Annotated[
@@ -42,17 +54,20 @@ def command(
     from .. import formats
     from ..evaluate import compare_table, parse_measures
     from ..formats import beir
-    from ..rerank_run import by_likelihood, by_similarity, check_candidates, rerank_run
-    from .common import first_stage, measure_names, read_split, say
+    from ..rerank_run import check_candidates, rerank_blocks
+    from ..rerank_systems import SystemsSpec
+    from .common import Interrupted, first_stage, measure_names, read_split, say
 
     if not (model or upr or similarity_only):
         raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")
     if not (model or base_model):
         raise ValueError("expected --base-model LM, since there is no adapter that names one")
-    for option, value in (("--top-k", top_k), ("--max-query-tokens", max_query_tokens),
-                          ("--max-document-tokens", max_document_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
+    for option, value, least in (("--top-k", top_k, 1), ("--max-query-tokens", max_query_tokens, 1),
+                                 ("--max-document-tokens", max_document_tokens, 1), ("--cache-bytes", cache_bytes, 0),
+                                 ("--max-tokens-per-batch", max_tokens_per_batch, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{option} must be at least {least}, got {value}")
+    places = _devices(device, devices, engine)
     split, qrels = read_split(data, split)
     names = measure_names(measures)
     if qrels:
@@ -61,64 +76,91 @@ def command(
     asked = {query_id: queries[query_id] for query_id in qrels if query_id in queries} if qrels else queries
     candidates, before = first_stage(corpus, asked, run, top_k)
     check_candidates(candidates, queries, corpus, run)
+    spec = SystemsSpec(
+        corpus=corpus.path.absolute(), model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
+        dtype=dtype, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
+        max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
+    )
 
-    with formats.RunWriter(output) as writer:  # opened before the LM is loaded: a bad --output is known at once
-        rerankers = _load(model, base_model, upr, similarity_only, dtype, device, deterministic, max_tokens_per_batch)
-        for _, reranker in rerankers:
-            prompt = reranker.model.prompt
-            prompt.max_query_tokens = max_query_tokens or prompt.max_query_tokens
-            prompt.max_document_tokens = max_document_tokens or prompt.max_document_tokens
-        _check_queries(rerankers[0][1], {query_id: queries[query_id] for query_id in candidates})
-        runs, lines = {before: candidates}, []
-        for place, (name, reranker) in enumerate(rerankers):
-            rank = by_similarity(reranker) if name == "similarity only" else by_likelihood(reranker)
-            result = rerank_run(rank, queries, corpus, candidates, name=name, writer=None if place else writer)
-            cut = f"; {reranker.truncated} documents cut to max_document_tokens" if reranker.truncated else ""
-            lines.append(f"{name}: {result}{cut}")
-            runs[name] = result.run
-    for line in lines:
-        say(line)
-    say(f"wrote {writer.num_lines} lines to {output}")
+    with contextlib.ExitStack() as stack:
+        partials = {}  # opened before the LM is loaded: a bad --output is known at once
+        stack.callback(lambda: [partial.close() for partial in partials.values()])
+        settings, about = spec.settings(queries, candidates), spec.about()
+        for place, name in enumerate(spec.names):
+            partials[name] = formats.PartialRun(output, candidates, settings | {"system": name}, about=about,
+                                                name=name.replace(" ", "-") if place else "", resume=resume)
+            if partials[name].num_resumed:
+                say(f"{partials[name]}: going on from there")
+        _check_queries(spec.prompt(), {query_id: queries[query_id] for query_id in candidates})
+        runs, results = {before: candidates}, {}
+        try:
+            with _engine(engine, spec, places) as rank:
+                for name, partial in partials.items():
+                    results[name] = rerank_blocks(rank, queries, candidates, name=name, partial=partial)
+                    runs[name] = results[name].run
+            main, *others = partials.values()
+            main.finish()
+            for partial in others:
+                partial.discard()
+        except KeyboardInterrupt:
+            raise Interrupted("; ".join(["interrupted", *_kept(partials)])) from None
+        except Exception as error:
+            for note in _kept(partials):
+                error.add_note(note)
+            raise
+    for name, result in results.items():
+        say(f"{name}: {result}")
+    say(f"wrote {sum(map(len, runs[spec.names[0]].values()))} lines to {output}")
     if qrels:
         say(compare_table(runs, qrels, names).render())
     else:
         say(f"{data} has no qrels/test.tsv, so nothing is evaluated; name another --split if there is one")
 
 
-def _load(model, base_model, upr, similarity_only, dtype, device, deterministic, max_tokens_per_batch) -> list[tuple]:
-    """The systems asked for, by name; the one whose run is written first. They share one LM."""
-    from .common import default_device, quiet_transformers
+def _devices(device: str | None, devices: str | None, engine: str) -> list[str | None]:
+    """Where to rank; None leaves it to the engine."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine must be local or ray, got {engine!r}")
+    if devices is None:
+        return [device]
+    if device is not None:
+        raise ValueError("give either --device or --devices")
+    places = [place.strip() for place in devices.split(",")]
+    if not all(places):
+        raise ValueError(f"--devices must be names with commas between them, such as cuda:0,cuda:1, got {devices!r}")
+    return places
 
-    device = default_device(device)
-    quiet_transformers()
-    from .. import QPeftConfig, Reranker, get_qpeft_model, load_lm
 
-    options = {"deterministic": deterministic}
-    if max_tokens_per_batch is not None:
-        options["max_tokens_per_batch"] = max_tokens_per_batch
-    rerankers = []
-    if model:
-        adapter = Reranker.from_pretrained(model, base_model, device=device, dtype=dtype, **options)
-        rerankers.append((_method(adapter.model.qpeft_config.clues), adapter))
-        lm, tokenizer, config = adapter.model.lm, adapter.model.tokenizer, adapter.model.qpeft_config
+@contextlib.contextmanager
+def _engine(engine: str, spec, devices: list[str | None]):
+    """The `Engine` of the job, for as long as it is needed."""
+    if engine == "ray":
+        from ..integrations.ray import RayActors
+
+        with RayActors(spec, [device for device in devices if device]) as actors:
+            yield actors.rank
+    elif len(devices) > 1:
+        from ..worker_processes import WorkerProcesses
+
+        with WorkerProcesses(spec, devices) as workers:
+            yield workers.rank
     else:
-        lm, tokenizer, config = load_lm(base_model, dtype=dtype, device=device), None, QPeftConfig()
-    if upr or similarity_only:  # the adapter's prompt and limits, so that only the clues differ
-        same = {name: getattr(config, name) for name in ("instruction", "max_document_tokens", "max_query_tokens", "k")}
-        plain = get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer)
-        rerankers += [("UPR", Reranker(plain, **options))] * upr
-        rerankers += [("similarity only", Reranker(plain, **options))] * similarity_only
-    return rerankers
+        from ..rerank_systems import Systems
+
+        systems = Systems(spec, devices[0])
+        yield lambda blocks: (systems(block) for block in blocks)
 
 
-def _method(clues: str) -> str:
-    return {"top_k": "Q-PEFT-R", "attention": "Q-PEFT-A"}.get(clues, "UPR adapter")
+def _kept(partials: dict) -> list[str]:
+    """What is left of the work, if anything."""
+    kept = [str(partial) for partial in partials.values() if partial.rankings]
+    return [f"{', '.join(kept)}: the same command goes on from there"] if kept else []
 
 
-def _check_queries(reranker, queries: dict[str, str]) -> None:
+def _check_queries(prompt, queries: dict[str, str]) -> None:
     """Tokenise all queries first: one that is too long is an error now, not after an hour."""
     for query_id, text in queries.items():
         try:
-            reranker.model.prompt.queries([text])
+            prompt.queries([text])
         except ValueError as error:
             raise ValueError(f"query {query_id!r}: {error}") from None

@@ -64,7 +64,8 @@ def command(
     _check_output(output, replace=resume or overwrite)
 
     from ..config import QPeftConfig
-    from .common import default_device, quiet_transformers, say
+    from ..loading import default_device, load_lm, quiet_transformers
+    from .common import say
 
     config = QPeftConfig(clues=clues, k=k, num_heads=num_heads, rank="auto" if rank is None else rank, loss=loss,
                          margin=margin, queries_per_group=queries_per_group, num_hard_negatives=num_negatives,
@@ -74,7 +75,6 @@ def command(
     quiet_transformers()
     from transformers import TrainingArguments
 
-    from ..loading import load_lm
     from ..model import get_qpeft_model
     from ..train import QPeftTrainer
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..commands.common import quiet_transformers, say
+from ..commands.common import say
 from ..config import QPeftConfig
 from ..evaluate import compare_table, evaluate, format_p, fuse
 from ..first_stage import bm25_run
@@ -75,7 +75,7 @@ def main(
         queries: test queries, sampled by ``seed``.
     """
     from .. import DocumentCache, Reranker, get_qpeft_model
-    from ..loading import load_lm, load_tokenizer
+    from ..loading import load_lm, load_tokenizer, quiet_transformers
 
     started, settings, output = time.perf_counter(), settings or Settings(), Path(output)
     output.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,12 @@ from . import beir, trec
 from .beir import Corpus, read_queries
 from .io import AnyPath, read_lines
 from .jsonl import read_examples, training_examples, write_examples
+from .partial_run import PartialRun
 from .trec import Qrels, Run, RunWriter, read_run, write_run
 
 __all__ = [
-    "Corpus", "Qrels", "Run", "RunWriter", "read_examples", "read_qrels", "read_queries", "read_run",
-    "training_examples", "write_examples", "write_run",
+    "Corpus", "PartialRun", "Qrels", "Run", "RunWriter", "read_examples", "read_qrels", "read_queries",
+    "read_run", "training_examples", "write_examples", "write_run",
 ]
 
 

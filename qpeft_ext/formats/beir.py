@@ -59,7 +59,10 @@ class Corpus(Mapping[str, dict]):
         if place is None:
             raise KeyError(doc_id)
         offset, length, number = place
-        raw = os.pread(self._file.fileno(), length, offset)
+        try:
+            raw = self._read(length, offset)
+        except OSError as error:
+            raise OSError(f"{self.path}: {error.strerror}: the corpus cannot be read any more; bring it back") from None
         document = _document(self.path, number, decode(self.path, number, raw))
         if document["id"] != doc_id:
             raise line_error(self.path, number, f"expected document {doc_id!r}, got {document['id']!r}: the file was "
@@ -118,6 +121,9 @@ class Corpus(Mapping[str, dict]):
                     if not outdated.name.endswith(".tmp"):  # another process may be writing it
                         outdated.unlink(missing_ok=True)
                 _build_index(self.path, index, unpacked)
+
+    def _read(self, length: int, offset: int) -> bytes:
+        return os.pread(self._file.fileno(), length, offset)
 
     def _connection(self) -> sqlite3.Connection:
         """One per thread and process: neither may share it, and a lock could be held at a fork."""

@@ -119,6 +119,22 @@ def check_unicode(path: AnyPath, number: int, key: str, value: str) -> None:
         raise line_error(path, number, f"half a surrogate pair under {key!r}; repair the \\u escape") from None
 
 
+def check_target(path: AnyPath) -> Path:
+    """Where a file of this name will lie: a link is followed, not replaced.
+
+    Raises: OSError or ValueError if ``path`` cannot become a regular file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"{path} is a folder; expected the name of a file to write")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is not a regular file, so it cannot be replaced as a whole; name a file")
+    if not target.parent.is_dir():
+        what = "is no folder" if target.parent.exists() else "does not exist; create it first"
+        raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} {what}")
+    return target
+
+
 class AtomicWriter:
     """A binary file that appears under its name only when it is complete.
 
@@ -131,14 +147,7 @@ class AtomicWriter:
     """
 
     def __init__(self, path: AnyPath) -> None:
-        self.path = Path(os.path.realpath(path))  # a link is followed, not replaced
-        if self.path.is_dir():
-            raise ValueError(f"{path} is a folder; expected the name of a file to write")
-        if self.path.exists() and not self.path.is_file():
-            raise ValueError(f"{path} is not a regular file, so it cannot be replaced as a whole; name a file")
-        if not self.path.parent.is_dir():
-            what = "is no folder" if self.path.parent.exists() else "does not exist; create it first"
-            raise FileNotFoundError(f"cannot write {path}: the folder {self.path.parent} {what}")
+        self.path = check_target(path)
         self.temporary = self.path.with_name(f".{self.path.name[:100]}.{os.urandom(6).hex()}.tmp")
         try:
             self.file: IO[bytes] = open(self.temporary, "xb")

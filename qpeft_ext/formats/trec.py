@@ -90,6 +90,34 @@ def decreasing_scores(scores: Sequence[float]) -> list[float]:
     return lowered
 
 
+def written_ranking(query_id: str, ranking: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    """A ranking as it is written: best first (equal scores keep the order they come in), by `decreasing_scores`.
+
+    Raises: ValueError for an id with white space, a document that occurs twice, a score that is not finite.
+    """
+    check_id("query_id", query_id)
+    ranking = list(ranking)
+    for doc_id, score in ranking:
+        check_id("doc_id", doc_id)
+        if not math.isfinite(score):
+            raise ValueError(f"query {query_id!r}, document {doc_id!r}: scores must be finite, got {score}")
+    if len({doc_id for doc_id, _ in ranking}) < len(ranking):
+        twice = next(d for i, (d, _) in enumerate(ranking) if d in {e for e, _ in ranking[:i]})
+        raise ValueError(f"document {twice!r} occurs twice for query {query_id!r}; rank each document once")
+    ranking.sort(key=lambda candidate: -candidate[1])  # stable
+    try:
+        scores = decreasing_scores([score for _, score in ranking])
+    except ValueError as error:
+        raise ValueError(f"query {query_id!r}: {error}") from None
+    return [(doc_id, score) for (doc_id, _), score in zip(ranking, scores, strict=True)]
+
+
+def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> bytes:
+    """The lines of one query, whose ranking is a `written_ranking`."""
+    return "".join(f"{query_id} Q0 {doc_id} {rank} {np.float32(score)!s} {tag}\n"
+                   for rank, (doc_id, score) in enumerate(ranking, start=1)).encode("utf-8")
+
+
 class RunWriter:
     """Writes a TREC run query by query; the file appears under its name when it is complete, or never.
 
@@ -103,7 +131,7 @@ class RunWriter:
     """
 
     def __init__(self, path: AnyPath, tag: str = "qpeft_ext") -> None:
-        _check_id("the tag", tag)
+        check_id("the tag", tag)
         self.tag = tag
         self.num_lines = 0
         self._queries: set[str] = set()
@@ -117,26 +145,10 @@ class RunWriter:
         Returns: how many lines were written; an empty ranking writes none.
         Raises: ValueError for a repeated query or document, an id with white space, a score that is not finite.
         """
-        _check_id("query_id", query_id)
         if query_id in self._queries:
             raise ValueError(f"query {query_id!r} is already in the run; write each query once")
-        ranking = list(ranking)
-        for doc_id, score in ranking:
-            _check_id("doc_id", doc_id)
-            if not math.isfinite(score):
-                raise ValueError(f"query {query_id!r}, document {doc_id!r}: scores must be finite, got {score}")
-        if len({doc_id for doc_id, _ in ranking}) < len(ranking):
-            twice = next(d for i, (d, _) in enumerate(ranking) if d in {e for e, _ in ranking[:i]})
-            raise ValueError(f"document {twice!r} occurs twice for query {query_id!r}; rank each document once")
-        ranking.sort(key=lambda candidate: -candidate[1])  # stable
-        try:
-            scores = decreasing_scores([score for _, score in ranking])
-        except ValueError as error:
-            raise ValueError(f"query {query_id!r}: {error}") from None
-        self._file.write("".join(
-            f"{query_id} Q0 {doc_id} {rank} {np.float32(score)!s} {self.tag}\n"
-            for rank, ((doc_id, _), score) in enumerate(zip(ranking, scores, strict=True), start=1)
-        ).encode("utf-8"))
+        ranking = written_ranking(query_id, ranking)
+        self._file.write(run_lines(query_id, ranking, self.tag))
         self._queries.add(query_id)
         self.num_lines += len(ranking)
         return len(ranking)
@@ -189,6 +201,7 @@ def _score(path: AnyPath, number: int, text: str) -> float:
     return score
 
 
-def _check_id(name: str, value: str) -> None:
+def check_id(name: str, value: str) -> None:
+    """Raises: ValueError for an id (or tag) that would not be one column of a run."""
     if not isinstance(value, str) or not value or _SPACE.search(value):
         raise ValueError(f"{name} must be text without white space in a TREC run, got {value!r}")

@@ -1,0 +1,151 @@
+"""The systems of one reranking job: what they are made of, their fingerprint, and loading them in any process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from .adapter_files import adapter_digest, local_folder
+from .config import QPeftConfig
+from .formats import Corpus
+from .formats.beir import find_file
+from .formats.trec import Run
+from .loading import default_device, lm_digest, load_lm, load_tokenizer, quiet_transformers
+from .prompt import Prompt
+from .rerank_run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_documents
+
+UPR, SIMILARITY = "UPR", "similarity only"
+
+
+@dataclass(frozen=True)
+class SystemsSpec:
+    """What a process must know to rank: plain values, so that they can be sent to another process or machine.
+
+    Args:
+        corpus: corpus file or BEIR folder.
+        model: adapter folder or Hub id.  base_model: overrides the LM it names.
+        upr, similarity_only: also rank without clues, and by similarities alone.
+        dtype, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the defaults.
+        cache_bytes: of a `DocumentCache` per process; 0: none.
+    """
+
+    corpus: Path
+    model: str | None = None
+    base_model: str | None = None
+    upr: bool = False
+    similarity_only: bool = False
+    dtype: str | None = None
+    deterministic: bool = False
+    max_tokens_per_batch: int | None = None
+    max_query_tokens: int | None = None
+    max_document_tokens: int | None = None
+    cache_bytes: int = 0
+
+    @cached_property
+    def config(self) -> QPeftConfig:
+        """Of the adapter; the defaults without one."""
+        return QPeftConfig.from_pretrained(local_folder(self.model)) if self.model else QPeftConfig()
+
+    @property
+    def lm_name(self) -> str:
+        """Raises: ValueError if nobody names the LM."""
+        name = self.base_model or self.config.base_model_name_or_path
+        if not name:
+            raise ValueError(f"{self.model}: the adapter does not name its base LM; give --base-model")
+        return name
+
+    @property
+    def names(self) -> list[str]:
+        """The systems, the main one first."""
+        method = {"top_k": "Q-PEFT-R", "attention": "Q-PEFT-A"}.get(self.config.clues, "UPR adapter")
+        return [method] * bool(self.model) + [UPR] * self.upr + [SIMILARITY] * self.similarity_only
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """max_query_tokens and max_document_tokens."""
+        return {name: getattr(self, name) or getattr(self.config, name)
+                for name in ("max_query_tokens", "max_document_tokens")}
+
+    def prompt(self) -> Prompt:
+        """The `Prompt`, without loading the LM."""
+        return Prompt(load_tokenizer(self.lm_name), replace(self.config, **self.limits))
+
+    def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
+        """What the scores of the job depend on, beyond rounding; see `PartialRun`."""
+        content = hashlib.sha256()
+        for query_id, ranking in candidates.items():
+            content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
+        status = find_file(self.corpus, "corpus.jsonl").stat()
+        return {
+            "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
+            "base model": lm_digest(self.lm_name),
+            "dtype": self.dtype,
+            "deterministic": self.deterministic,
+            **self.limits,
+            "queries and candidates": content.hexdigest()[:16],
+            "corpus": f"{status.st_size} bytes of {status.st_mtime_ns / 1e9:.6f}",
+        }
+
+    def about(self) -> dict[str, object]:
+        """For people, beside the settings: names and versions."""
+        import torch
+        import transformers
+
+        from . import __version__
+
+        return {"adapter": self.model, "base model": self.lm_name, "systems": self.names,
+                "versions": {"qpeft_ext": __version__, "torch": torch.__version__,
+                             "transformers": transformers.__version__}}
+
+
+class Systems:
+    """The systems of a job, loaded on one device: ``systems(block)`` ranks a block.
+
+    Raises: ValueError for a device that cannot be used, or a model that cannot be loaded.
+    """
+
+    def __init__(self, spec: SystemsSpec, device: str | None) -> None:
+        from . import DocumentCache, Reranker, get_qpeft_model
+
+        device = default_device(device)
+        quiet_transformers()
+
+        self.corpus = Corpus(spec.corpus)
+        self.cache = DocumentCache(spec.cache_bytes) if spec.cache_bytes else None
+        options = {"deterministic": spec.deterministic, "cache": self.cache}
+        if spec.max_tokens_per_batch is not None:
+            options["max_tokens_per_batch"] = spec.max_tokens_per_batch
+        self.rerankers = {}
+        lm, tokenizer = None, None
+        if spec.model:
+            folder = local_folder(spec.model)
+            adapter = Reranker.from_pretrained(folder, spec.base_model, device=device, dtype=spec.dtype, **options)
+            self.rerankers[spec.names[0]] = adapter
+            lm, tokenizer = adapter.model.lm, adapter.model.tokenizer
+        if spec.upr or spec.similarity_only:  # the adapter's prompt and limits, so that only the clues differ
+            lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device)
+            same = {name: getattr(spec.config, name)
+                    for name in ("instruction", "max_document_tokens", "max_query_tokens", "k")}
+            plain = get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer)
+            for name in (UPR,) * spec.upr + (SIMILARITY,) * spec.similarity_only:
+                self.rerankers[name] = Reranker(plain, **options)
+        for reranker in self.rerankers.values():
+            for name, limit in spec.limits.items():
+                setattr(reranker.model.prompt, name, limit)
+
+    def ranker(self, name: str) -> Ranker:
+        """How the system of this name ranks."""
+        return (by_similarity if name == SIMILARITY else by_likelihood)(self.rerankers[name])
+
+    def __call__(self, block: Block) -> RankedBlock:
+        before = self._counts(block.system)
+        rankings = self.ranker(block.system)(block.queries, read_documents(self.corpus, block))
+        after = self._counts(block.system)
+        return RankedBlock(rankings, *(now - then for now, then in zip(after, before, strict=True)))
+
+    def _counts(self, name: str) -> tuple[int, int, int]:
+        cache = self.cache
+        return (self.rerankers[name].truncated, cache.hits if cache else 0, cache.misses if cache else 0)
