@@ -63,7 +63,7 @@ def test_index_is_built_once_and_again_when_the_file_changes(tmp_path, cache, en
     formats.Corpus(folder)
     kept = sorted(cache.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(beir, "_build_index", lambda *_: pytest.fail("the index was built again"))
+        patch.setattr("qpeft_ext.formats.corpus._build_index", lambda *_: pytest.fail("the index was built again"))
         assert len(formats.Corpus(folder)) == len(formats.Corpus(file)) == 6
     write_lines(file, ['{"_id": "new", "text": "n"}'])
     assert list(formats.Corpus(folder)) == ["new"]

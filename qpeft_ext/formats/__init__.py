@@ -1,20 +1,69 @@
-"""File formats, one module each: ``beir`` folders, ``trec`` runs and qrels, ``jsonl`` training examples."""
+"""Data sets and their file formats, one module each, behind one interface: `open_collection` finds out which it is."""
 
-from . import beir, trec
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import beir, dpr, hf_datasets, ir_datasets, jsonl, msmarco, rankllm, trec, upr
 from .beir import Corpus, read_queries
+from .collection import Collection, Glance
 from .io import AnyPath, read_lines
 from .jsonl import read_examples, training_examples, write_examples
 from .partial_run import PartialRun
 from .trec import Qrels, Run, RunWriter, read_run, write_run
 
 __all__ = [
-    "Corpus", "PartialRun", "Qrels", "Run", "RunWriter", "read_examples", "read_qrels", "read_queries",
-    "read_run", "training_examples", "write_examples", "write_run",
+    "Collection", "Corpus", "PartialRun", "Qrels", "Run", "RunWriter", "open_collection", "read_examples", "read_qrels",
+    "read_queries", "read_run", "training_examples", "write_examples", "write_run",
 ]
+
+# of files and folders, in the order in which they are asked whether they recognise one
+FORMATS = (
+    beir.Folder, msmarco.Folder, upr.Folder, hf_datasets.Dataset,
+    upr.RetrieverFile, dpr.TrainingFile, rankllm.RequestsFile, jsonl.ExamplesFile, jsonl.CorpusFile,
+    dpr.PassagesFile, dpr.Questions, msmarco.TopFile, msmarco.CollectionFile,
+)
+
+
+def open_collection(data: AnyPath) -> Collection:
+    """The data set that ``data`` names: a folder or file of any format, ``hf:owner/name``, or an id of ir_datasets.
+
+    Raises: ValueError or FileNotFoundError that lists what was looked for.
+    """
+    path, name = Path(data), str(data)
+    if name.startswith(hf_datasets.PREFIX):
+        return hf_datasets.Dataset(name)
+    if not path.exists():
+        return _open_id(name)
+    glance = Glance(path)
+    for format in FORMATS:
+        if format.recognises(glance):
+            return format(data)
+    if glance.error:
+        raise glance.error
+    if len(glance.columns) == 1 and len(glance.columns[0].split()) == 6:
+        raise ValueError(f"{data} looks like a TREC run, which has no texts; give it as --run, and the collection it "
+                         f"belongs to as --data")
+    kind = "folder" if glance.is_folder else "file"
+    looked_for = (format.looks_for for format in FORMATS if (kind == "folder") == ("a folder" in format.looks_for))
+    raise ValueError(f"{data}: a {kind} of no known format; looked for {'; '.join(filter(None, looked_for))}")
+
+
+def _open_id(name: str) -> Collection:
+    """An id of ir_datasets, if it can be one."""
+    try:
+        return ir_datasets.Dataset(name)
+    except (ValueError, ImportError) as error:
+        why = "; ir_datasets knows no such id" if isinstance(error, ValueError) else f" ({error})"
+    raise FileNotFoundError(f"{name}: no such file or folder; expected {beir.Folder.looks_for}, of another format, "
+                            f"{hf_datasets.PREFIX}owner/name, or {ir_datasets.Dataset.looks_for}{why}")
 
 
 def read_qrels(path: AnyPath) -> Qrels:
-    """Read a qrels file of either format: BEIR's if it starts with that header, else TREC's."""
+    """Read a qrels file: BEIR's if it starts with that header, the labels of retriever output (UPR) if it is json, else
+    TREC's."""
     for _, text in read_lines(path, "qrels"):
+        if text.lstrip("\ufeff")[:1] in ("[", "{"):
+            return upr.RetrieverFile(path).qrels()
         return beir.read_qrels(path) if text.startswith("query-id\t") else trec.read_qrels(path)
     raise ValueError(f"{path}: the qrels are empty; expected a BEIR tsv or TREC qrels")

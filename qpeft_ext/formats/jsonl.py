@@ -1,20 +1,67 @@
-"""Training examples, one JSON object per line: {"query", "positives", "negatives"} (and "query_id", if there is one).
+"""JSON lines: training examples, and documents alone.
 
-A document is a text, or an object with "text" and, if wanted, "id" and "title".
+Examples: {"query", "positives", "negatives"} (and "query_id", if there is one); a document in them is a text, or an
+object with "text" and, if wanted, "id" and "title". Documents alone: an id, "text" or "contents" and perhaps "title".
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from . import corpus
+from .collection import Collection, Example, Glance
 from .io import AnyPath, AtomicWriter, line_error, parse_object, read_lines, require_text, shorten
 from .trec import Qrels, Run
 
-Example = dict[str, Any]
+_IDS = ("_id", "id", "docid", "doc_id")
+_TEXTS = ("text", "contents")
+
+
+class Corpus(corpus.Corpus):
+    """Documents, one JSON object per line, under the names that BEIR, Pyserini and others give the keys."""
+
+    format = "jsonl"
+    expected = 'lines {"id", "title", "text"}'
+
+    def parse(self, number: int, text: str) -> corpus.Document:
+        record = parse_object(self.path, number, text.rstrip())
+        return corpus.json_document(self.path, number, record, _first(record, _IDS), _first(record, _TEXTS))
+
+
+class CorpusFile(Collection):
+    """A file of documents: a corpus."""
+
+    format = "jsonl"
+    looks_for = 'jsonl with an id and "text" or "contents" (documents)'
+    parts = ("corpus",)
+
+    @classmethod
+    def recognises(cls, glance: Glance) -> bool:
+        return glance.has(*_IDS) and glance.has(*_TEXTS)
+
+    @cached_property
+    def corpus(self) -> Mapping[str, dict]:
+        return Corpus(self.place)
+
+
+class ExamplesFile(Collection):
+    """A file of training examples."""
+
+    format = "jsonl"
+    looks_for = 'jsonl with "query" and "positives" (training examples)'
+    parts = ("examples",)
+
+    @classmethod
+    def recognises(cls, glance: Glance) -> bool:
+        return glance.has("positives") and glance.has("query")
+
+    def examples(self, split: str | None = None) -> Iterator[Example]:
+        return iterate_examples(self.place)
 
 
 def read_examples(path: AnyPath) -> list[Example]:
@@ -23,7 +70,12 @@ def read_examples(path: AnyPath) -> list[Example]:
     Returns: the objects of the file, with "negatives" always there; further keys are kept.
     Raises: ValueError naming file and line.
     """
-    examples = []
+    return list(iterate_examples(path))
+
+
+def iterate_examples(path: AnyPath) -> Iterator[Example]:
+    """As `read_examples`, one after the other."""
+    number = 0
     for number, text in read_lines(path, "training examples (jsonl)"):
         example = parse_object(path, number, text)
         require_text(path, number, example, "query")
@@ -32,10 +84,9 @@ def read_examples(path: AnyPath) -> list[Example]:
             _check_documents(path, number, example, key)
         if not example["positives"]:
             raise line_error(path, number, "'positives' is empty; expected at least one document")
-        examples.append(example)
-    if not examples:
+        yield example
+    if not number:
         raise ValueError(f'{path}: no training examples; expected lines {{"query", "positives", "negatives"}}')
-    return examples
 
 
 def write_examples(path: AnyPath, examples: Iterable[Example]) -> int:
@@ -135,6 +186,10 @@ def training_examples(
 def _document(corpus: Mapping[str, dict], doc_id: str) -> dict[str, str]:
     document = corpus[doc_id]
     return {"id": doc_id, "title": document.get("title", ""), "text": document["text"]}
+
+
+def _first(record: dict[str, Any], keys: tuple[str, ...]) -> str:
+    return next((key for key in keys if key in record), keys[0])
 
 
 def _check_documents(path: AnyPath, number: int, example: Example, key: str) -> None:

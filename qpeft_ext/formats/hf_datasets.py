@@ -1,0 +1,181 @@
+"""Data sets of the library ``datasets``: ``hf:owner/name`` on the Hub, or a folder that its ``save_to_disk`` wrote.
+
+Retrieval sets in the shape of MTEB and BEIR have three configurations (on disk: three folders): ``corpus`` (_id,
+title, text), ``queries`` (_id, text) and ``default`` or ``qrels`` (query-id, corpus-id, score). Anything else is taken
+as training examples: rows with a query and positives, in the words of this package, Tevatron or sentence-transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .collection import Collection, Example, Glance
+from .trec import Qrels
+
+PREFIX = "hf:"
+_MARKS = ("dataset_dict.json", "state.json")  # what save_to_disk writes
+_EXTRA = "data sets of the Hub need the package datasets: pip install qpeft_ext[datasets]"
+_QUERY, _QRELS = ("query", "anchor", "question"), ("qrels", "default")
+_POSITIVES = ("positives", "positive_passages", "positive", "pos", "answer")
+_NEGATIVES = ("negatives", "negative_passages", "negative", "neg")
+
+
+class Documents(Mapping[str, dict]):
+    """Rows {"_id", "title"?, "text"} by id. Texts stay in the memory-mapped file of ``datasets``; the ids are held."""
+
+    def __init__(self, place: str, rows: Any) -> None:
+        self._rows = rows
+        self._ids = list(map(str, rows["_id"]))
+        self._places = {doc_id: i for i, doc_id in enumerate(self._ids)}
+        if len(self._places) < len(self._ids):
+            seen: set[str] = set()
+            i, twice = next((i, d) for i, d in enumerate(self._ids) if d in seen or seen.add(d))
+            raise ValueError(f"{place}, row {i + 1} of corpus: the document id {twice!r} occurs twice; "
+                             f"ids must be unique")
+
+    def __getitem__(self, doc_id: str) -> dict[str, str]:
+        row = self._rows[self._places[doc_id]]
+        return {"id": doc_id, "title": row.get("title") or "", "text": row["text"]}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def fingerprint(self) -> str:
+        return f"datasets-{self._rows._fingerprint}"
+
+
+class Dataset(Collection):
+    """One data set, in any of the shapes above."""
+
+    format = "datasets"
+    looks_for = f"{PREFIX}owner/name (a data set of the Hub), or a folder with {_MARKS[0]} (datasets)"
+
+    @classmethod
+    def recognises(cls, glance: Glance) -> bool:
+        names = ("corpus/state.json", "corpus/dataset_dict.json", *_MARKS)
+        return glance.is_folder and any((glance.path / name).is_file() for name in names)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        if not self._is_retrieval:
+            return ("examples",)
+        return tuple(part for part in ("corpus", "queries", "qrels") if self._name(part) in self._configurations)
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted(self._load(self._name("qrels") if self._is_retrieval else None))
+
+    @cached_property
+    def corpus(self) -> Mapping[str, dict]:
+        self._check("corpus")
+        rows = self._only("corpus")
+        self._columns(rows, "corpus", "_id", "text")
+        return Documents(self.place, rows)
+
+    def queries(self, split: str | None = None) -> dict[str, str]:
+        self._check("queries")
+        rows = self._only("queries")
+        self._columns(rows, "queries", "_id", "text")
+        return dict(zip(map(str, rows["_id"]), rows["text"], strict=True))
+
+    def qrels(self, split: str | None = None) -> Qrels:
+        self._check("qrels")
+        rows = self._load(self._name("qrels"))[self.choose_split(split)]
+        self._columns(rows, "qrels", "query-id", "corpus-id", "score")
+        qrels: Qrels = {}
+        for query_id, doc_id, score in zip(rows["query-id"], rows["corpus-id"], rows["score"], strict=True):
+            qrels.setdefault(str(query_id), {})[str(doc_id)] = int(score)
+        return qrels
+
+    def examples(self, split: str | None = None) -> Iterator[Example]:
+        if self._is_retrieval:
+            raise self.lacks("examples")
+        rows = self._load(None)[split := self.choose_split("train" if split is None and "train" in self.splits
+                                                           else split)]
+        query, positives, negatives = (next((name for name in names if name in rows.column_names), None)
+                                       for names in (_QUERY, _POSITIVES, _NEGATIVES))
+        if query is None or positives is None:
+            raise ValueError(f"{self.place}, {split}: expected a column {' or '.join(_QUERY)} and one of "
+                             f"{', '.join(_POSITIVES)}, got {', '.join(rows.column_names)}")
+        return self._examples(rows, split, query, positives, negatives)
+
+    def _examples(self, rows, split: str, query: str, positives: str, negatives: str | None) -> Iterator[Example]:
+        for number, row in enumerate(rows, start=1):
+            where = f"{self.place}, row {number} of {split}"
+            if not isinstance(row[query], str) or not row[query].strip():
+                raise ValueError(f"{where}: expected a text under {query!r}, got {row[query]!r}")
+            example = {"query": row[query], "positives": _documents(where, positives, row[positives]),
+                       "negatives": _documents(where, negatives, row[negatives]) if negatives else []}
+            if not example["positives"]:
+                raise ValueError(f"{where}: {positives!r} is empty; expected at least one document")
+            if row.get("query_id") is not None:
+                example = {"query_id": str(row["query_id"]), **example}
+            yield example
+
+    @cached_property
+    def _configurations(self) -> list[str]:
+        if Path(self.place).is_dir():
+            return sorted(folder.name for folder in Path(self.place).iterdir()
+                          if any((folder / mark).is_file() for mark in _MARKS))
+        return list(_library().get_dataset_config_names(self.place.removeprefix(PREFIX)))
+
+    @property
+    def _is_retrieval(self) -> bool:
+        return "corpus" in self._configurations
+
+    def _name(self, part: str) -> str:
+        return part if part != "qrels" else next((n for n in _QRELS if n in self._configurations), "qrels")
+
+    def _load(self, configuration: str | None) -> dict[str, Any]:
+        """Split → rows. One that was saved without splits is "train", as `load_dataset` would call it."""
+        library = _library()
+        folder = Path(self.place)
+        if folder.is_dir():
+            rows = library.load_from_disk(str(folder / configuration if configuration else folder))
+        else:
+            rows = library.load_dataset(self.place.removeprefix(PREFIX), configuration)
+        return rows if isinstance(rows, dict) else {"train": rows}
+
+    def _only(self, configuration: str) -> Any:
+        """The rows of a configuration that is one set, whatever its split is called."""
+        splits = self._load(configuration)
+        if len(splits) > 1:
+            raise ValueError(f"{self.place}: expected one split in {configuration}, got {', '.join(splits)}")
+        return next(iter(splits.values()))
+
+    def _columns(self, rows: Any, configuration: str, *names: str) -> None:
+        if missing := [name for name in names if name not in rows.column_names]:
+            raise ValueError(f"{self.place}, {configuration}: expected the columns {', '.join(names)}, got "
+                             f"{', '.join(rows.column_names)}; {', '.join(missing)} is missing")
+
+    def _check(self, part: str) -> None:
+        if part not in self.parts:
+            raise self.lacks(part)
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(_EXTRA) from None
+    return datasets
+
+
+def _documents(where: str, key: str, value: object) -> list[Any]:
+    """A text, an object with "text", or a list of them; Tevatron's "docid" becomes "id"."""
+    documents = []
+    for document in value if isinstance(value, list) else [value]:
+        if isinstance(document, dict) and isinstance(document.get("text"), str):
+            doc_id = document.get("id", document.get("docid"))
+            identity = {} if doc_id is None else {"id": str(doc_id)}
+            document = {**identity, "title": document.get("title") or "", "text": document["text"]}
+        elif not isinstance(document, str):
+            raise ValueError(f"{where}: expected texts or objects with 'text' under {key!r}, got {document!r}")
+        documents.append(document)
+    return documents

@@ -1,0 +1,187 @@
+"""Records of a JSON file of any size, one after the other: a list, an object of records, or JSON lines; plain or .gz.
+
+Only one record is held at a time, so a list of many gigabytes on a single line is no problem.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from .io import AnyPath, check_file, line_error, open_bytes, parse_object, read_lines, reading, shorten
+
+MAX_RECORD = 1 << 26  # characters; the largest known, 1,000 passages with text, have about 2^20
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+
+
+class Place(int):
+    """A line number that knows which record is meant, for files that have all of theirs on one line."""
+
+    def __new__(cls, line: int, record: int) -> Place:
+        place = super().__new__(cls, line)
+        place.record = record
+        return place
+
+    def __str__(self) -> str:
+        return f"{int(self)}, record {self.record}"
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)  # an int's own may drop the record
+
+
+def read_records(path: AnyPath, key: str, what: str = "a JSON file") -> Iterator[tuple[Place, str | None, dict]]:
+    """(place, its key in an object of records or None, record), in the order of the file.
+
+    Args:
+        key: one that every record has; tells ``{"0": {key: …}, "1": …}`` from JSON lines.
+    Raises: ValueError naming file, line and record for anything that is not a JSON object.
+    """
+    position = [0]
+    with open_bytes(check_file(path, what)) as file, reading(path, position):
+        text = _Text(path, file, position)
+        opening = text.peek()
+        if opening == "[":
+            yield from _list(text)
+            return
+        if opening == "{" and _is_object_of_records(text, key):
+            yield from _object(text)
+            return
+    for record, (number, line) in enumerate(read_lines(path, what), start=1):
+        place = Place(number, record)
+        yield place, None, parse_object(path, place, line)
+
+
+class _Text:
+    """A window on the file: ``buffer`` from ``position`` on is still to be read."""
+
+    def __init__(self, path: AnyPath, file, lines: list[int]) -> None:
+        self.path, self.file = path, file
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.buffer, self.position, self.ended = "", 0, False
+        self.lines = lines  # [line ends before the buffer]
+        self.record = 0
+        self.whole = True  # nothing is dropped yet, so that the start can be read again
+
+    def place(self) -> Place:
+        return Place(self.lines[0] + self.buffer.count("\n", 0, self.position) + 1, self.record)
+
+    def error(self, message: str) -> ValueError:
+        return line_error(self.path, self.place(), message)
+
+    def more(self) -> None:
+        """Read as much again as is waiting, a megabyte at least: a long record is then tried a few times only."""
+        raw = self.file.read(max(1 << 20, len(self.buffer) - self.position))
+        self.ended = not raw
+        if not self.whole:
+            self.lines[0] += self.buffer.count("\n", 0, self.position)
+            self.buffer, self.position = self.buffer[self.position :], 0
+        try:
+            self.buffer += self.decoder.decode(raw, final=self.ended)
+        except UnicodeDecodeError as error:
+            raise self.error(f"expected UTF-8, got the byte 0x{error.object[error.start]:02x} in or after this record; "
+                             f"convert the file to UTF-8") from None
+
+    def peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            self.position = _SPACE.match(self.buffer, self.position).end()
+            if self.position < len(self.buffer) or self.ended:
+                return self.buffer[self.position : self.position + 1]
+            self.more()
+
+    def expect(self, wanted: str) -> str:
+        got = self.peek()
+        if not got:
+            raise self.error("the file ends in the middle; copy it again")
+        if got not in wanted:
+            raise self.error(f"expected {' or '.join(wanted)}, got {shorten(self.buffer[self.position :][:40])}")
+        self.position += 1
+        return got
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, self.position = _DECODER.raw_decode(self.buffer, self.position)
+                return value
+            except json.JSONDecodeError as error:
+                # text that only lacks its end fails at its end, or where its last string begins
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.buffer) - 16
+                if not cut or self.ended:
+                    why = "the file ends in the middle; copy it again" if cut else error.msg
+                    got = shorten(self.buffer[self.position :][:60])
+                    raise self.error(f"expected a JSON value, got {got} ({why})") from None
+            except (ValueError, RecursionError) as error:  # an int of too many digits, brackets without end
+                raise self.error(f"expected a JSON value, got {shorten(self.buffer[self.position :][:60])} "
+                                 f"({error})") from None
+            if len(self.buffer) - self.position > MAX_RECORD:
+                raise self.error(f"a record of more than {MAX_RECORD:,} characters; is a quotation mark missing?")
+            self.more()
+
+
+def _is_object_of_records(text: _Text, key: str) -> bool:
+    """Whether the first value of the object is a record. Leaves the text at its start."""
+    start = text.position
+    text.position += 1
+    try:
+        if text.peek() == "}":
+            return True  # an empty object holds no records
+        if text.peek() != '"':
+            return False
+        text.value()
+        if text.peek() != ":":
+            return False
+        text.position += 1
+        value = text.value() if text.peek() == "{" else None
+        return isinstance(value, dict) and key in value
+    finally:
+        text.position = start
+
+
+def _list(text: _Text) -> Iterator[tuple[Place, None, dict]]:
+    text.expect("[")
+    text.whole = False
+    if text.peek() == "]":
+        text.position += 1
+    else:
+        while True:
+            yield _record(text, None)
+            if text.expect(",]") == "]":
+                break
+    _end(text)
+
+
+def _object(text: _Text) -> Iterator[tuple[Place, str, dict]]:
+    text.expect("{")
+    text.whole = False
+    if text.peek() == "}":
+        text.position += 1
+    else:
+        while True:
+            if text.peek() != '"':
+                text.expect('"')
+            key = text.value()
+            text.expect(":")
+            yield _record(text, key)
+            if text.expect(",}") == "}":
+                break
+    _end(text)
+
+
+def _record(text: _Text, key: str | None) -> tuple[Place, str | None, dict]:
+    text.record += 1
+    text.peek()
+    place = text.place()
+    value = text.value()
+    if not isinstance(value, dict):
+        raise line_error(text.path, place, f"expected a JSON object, got {shorten(value)}")
+    return place, key, value
+
+
+def _end(text: _Text) -> None:
+    if text.peek():
+        raise text.error(f"expected the end of the file, got {shorten(text.buffer[text.position :][:40])}")

@@ -1,0 +1,251 @@
+"""MS MARCO passages, as the tab-separated files it comes in, plain or .gz.
+
+    collection.tsv         pid, passage
+    queries.<split>.tsv    qid, query
+    qrels.<split>.tsv      qid, 0, pid, relevance
+    top1000.<split>        qid, pid, query, passage
+    triples.<split>.tsv    query, positive, negative: texts; qidpidtriples.<split>.tsv: the same by ids
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from . import corpus, trec
+from .collection import Collection, Glance, plain_name
+from .io import AnyPath, line_error, read_lines, shorten
+from .jsonl import Example
+from .trec import Qrels, Run
+
+_QRELS = ("qrels.{}.tsv", "qrels.{}.txt", "qrels.{}")
+_TOP = ("top1000.{}", "top1000.{}.tsv", "top1000.{}.txt")
+_TRIPLES = ("triples.{}.tsv", "triples.{}", "qidpidtriples.{}.tsv", "qidpidtriples.{}")
+_SPLIT = re.compile(r"(?:queries|qrels|top1000|triples|qidpidtriples)\.(.+?)(?:\.tsv|\.txt)?$")
+
+
+class Corpus(corpus.Corpus):
+    """``collection.tsv``: pid, passage. There are no titles."""
+
+    format = "msmarco"
+    expected = "lines pid <tab> passage"
+
+    def parse(self, number: int, text: str) -> corpus.Document:
+        doc_id, passage = _columns(self.path, number, text.rstrip("\r\n"), "pid", "passage", empty="passage")
+        return {"id": doc_id, "title": "", "text": passage}
+
+
+class TopCorpus(corpus.Corpus):
+    """The passages of a ``top1000`` file, where there is no collection."""
+
+    format = "msmarco_top"
+    expected = "lines qid <tab> pid <tab> query <tab> passage"
+    by_lines = False
+
+    def documents(self) -> Iterator[tuple[int, corpus.Document]]:
+        for number, _, doc_id, _, passage in _top_lines(self.path):
+            yield number, {"id": doc_id, "title": "", "text": passage}
+
+
+class Folder(Collection):
+    """A folder with some of the files; "splits" are the names between the dots, such as ``dev.small``."""
+
+    format = "msmarco"
+    looks_for = "a folder with collection.tsv or top1000.* (MS MARCO)"
+
+    @classmethod
+    def recognises(cls, glance: Glance) -> bool:
+        return glance.is_folder and bool(glance.holds("collection.tsv") or _tops(glance.path))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        there = {plain_name(file).partition(".")[0] for file in _files(self.place)}
+        names = {"corpus": {"collection", "top1000"}, "queries": {"queries", "top1000"}, "qrels": {"qrels"},
+                 "candidates": {"top1000"}, "examples": {"triples", "qidpidtriples"}}
+        return tuple(part for part, files in names.items() if files & there)
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted({found[1] for file in _files(self.place) if (found := _SPLIT.match(plain_name(file)))})
+
+    @cached_property
+    def corpus(self) -> Mapping[str, dict]:
+        whole = self._find("collection.tsv")
+        if whole is None and len(tops := _tops(self.place)) > 1:
+            raise ValueError(f"{self.place} (msmarco) has no collection.tsv and several top1000 files ({tops[0].name}, "
+                             f"{tops[1].name}, …); name one of them as the data")
+        return Corpus(whole) if whole else TopCorpus(tops[0])
+
+    def queries(self, split: str | None = None) -> dict[str, str]:
+        split = self.choose_split(split)
+        if file := self._find(f"queries.{split}.tsv", f"queries.{split}"):
+            return read_queries(file)
+        if file := self._find(*(name.format(split) for name in _TOP)):
+            return read_top(file)[0]
+        raise self._no_file(f"queries.{split}.tsv")
+
+    def qrels(self, split: str | None = None) -> Qrels:
+        split = self.choose_split(split)
+        if file := self._find(*(name.format(split) for name in _QRELS)):
+            return trec.read_qrels(file)
+        raise self._no_file(f"qrels.{split}.tsv")
+
+    def candidates(self, split: str | None = None) -> Run:
+        split = self.choose_split(split)
+        if file := self._find(*(name.format(split) for name in _TOP)):
+            return read_top(file)[1]
+        raise self._no_file(f"top1000.{split}")
+
+    def examples(self, split: str | None = None) -> Iterator[Example]:
+        split = self.choose_split(split)
+        file = self._find(*(name.format(split) for name in _TRIPLES))
+        if file is None:
+            raise self._no_file(f"triples.{split}.tsv")
+        if plain_name(file).startswith("qidpid"):
+            return read_id_triples(file, self.queries(split), self.corpus)
+        return read_triples(file)
+
+    def _find(self, *names: str) -> Path | None:
+        return Glance(Path(self.place)).holds(*names)
+
+    def _no_file(self, name: str) -> ValueError:
+        return ValueError(f"{self.place} (msmarco) has no {name}; its splits are {', '.join(self.splits) or 'none'}, "
+                          f"not each with every file")
+
+
+class TopFile(Collection):
+    """One ``top1000`` file: queries, candidates and their texts."""
+
+    format = "msmarco"
+    looks_for = "a tsv with the columns qid, pid, query, passage (top1000) or pid, passage (collection.tsv)"
+    parts = ("corpus", "queries", "candidates")
+
+    @classmethod
+    def recognises(cls, glance: Glance) -> bool:
+        columns = glance.columns
+        return len(columns) == 4 and not re.fullmatch(r"[+-]?[0-9]+", columns[3].strip())  # else qrels
+
+    @cached_property
+    def corpus(self) -> Mapping[str, dict]:
+        return TopCorpus(self.place)
+
+    def queries(self, split: str | None = None) -> dict[str, str]:
+        return read_top(self.place)[0]
+
+    def candidates(self, split: str | None = None) -> Run:
+        return read_top(self.place)[1]
+
+
+class CollectionFile(Collection):
+    """``collection.tsv`` alone: a corpus."""
+
+    format = "msmarco"
+    parts = ("corpus",)
+
+    @classmethod
+    def recognises(cls, glance: Glance) -> bool:
+        return len(glance.columns) == 2
+
+    @cached_property
+    def corpus(self) -> Mapping[str, dict]:
+        return Corpus(self.place)
+
+
+def _files(folder: AnyPath) -> list[Path]:
+    """The files of the folder but for the archives that MS MARCO comes in."""
+    return sorted(file for file in Path(folder).iterdir() if file.is_file() and not plain_name(file).endswith(".tar"))
+
+
+def _tops(folder: AnyPath) -> list[Path]:
+    return [file for file in _files(folder) if file.name.startswith("top1000.")]
+
+
+def read_queries(path: AnyPath) -> dict[str, str]:
+    """``queries.<split>.tsv``: query_id -> text. Raises: ValueError naming file and line."""
+    queries: dict[str, str] = {}
+    for number, text in read_lines(path, "MS MARCO queries"):
+        query_id, query = _columns(path, number, text, "qid", "query")
+        if query_id in queries:
+            raise line_error(path, number, f"the query id {query_id!r} occurs twice; ids must be unique")
+        queries[query_id] = query
+    if not queries:
+        raise ValueError(f"{path}: no queries; expected lines qid <tab> query")
+    return queries
+
+
+def read_top(path: AnyPath) -> tuple[dict[str, str], Run]:
+    """``top1000``: (queries, run). The file knows no scores: the run keeps its order, which in the official files is
+    no ranking. Raises: ValueError naming file and line."""
+    queries: dict[str, str] = {}
+    run: dict[str, dict[str, float]] = {}
+    for number, query_id, doc_id, query, _ in _top_lines(path):
+        if queries.setdefault(query_id, query) != query:
+            raise line_error(path, number, f"query {query_id!r} had another text before: {shorten(queries[query_id])}")
+        ranking = run.setdefault(query_id, {})
+        if doc_id in ranking:
+            raise line_error(path, number, f"passage {doc_id!r} occurs twice for query {query_id!r}; remove one line")
+        ranking[doc_id] = -float(len(ranking) + 1)
+    if not queries:
+        raise ValueError(f"{path}: no candidates; expected {TopCorpus.expected}")
+    return queries, {query_id: list(ranking.items()) for query_id, ranking in run.items()}
+
+
+def read_triples(path: AnyPath) -> Iterator[Example]:
+    """Triples of texts as training examples; neighbouring lines of one query and positive become one example."""
+    rows = ((number, *_columns(path, number, text, "query", "positive", "negative"))
+            for number, text in read_lines(path, "MS MARCO triples"))
+    return _grouped(path, rows, lambda query: {"query": query}, lambda text: text)
+
+
+def read_id_triples(path: AnyPath, queries: Mapping[str, str], passages: Mapping[str, dict]) -> Iterator[Example]:
+    """Triples of ids as training examples, with the texts looked up; grouped as in `read_triples`."""
+    def rows() -> Iterator[tuple[int, str, str, str]]:
+        for number, text in read_lines(path, "MS MARCO triples of ids"):
+            query_id, *doc_ids = _columns(path, number, text, "qid", "positive pid", "negative pid")
+            if query_id not in queries:
+                raise line_error(path, number, f"query {query_id!r} is not in the queries; the files do not belong "
+                                               f"together")
+            for doc_id in doc_ids:
+                if doc_id not in passages:
+                    raise line_error(path, number, f"passage {doc_id!r} is not in the collection; the files do not "
+                                                   f"belong together")
+            yield number, query_id, *doc_ids
+
+    return _grouped(path, rows(), lambda query_id: {"query_id": query_id, "query": queries[query_id]},
+                    lambda doc_id: dict(passages[doc_id]))
+
+
+def _grouped(path: AnyPath, rows, start, document) -> Iterator[Example]:
+    """Consecutive rows (line, query, positive, negative) of one query and positive as one example."""
+    key, example, negatives = None, None, set()
+    for _, query, positive, negative in rows:
+        if key != (query, positive):
+            if example:
+                yield example
+            key, negatives = (query, positive), set()
+            example = {**start(query), "positives": [document(positive)], "negatives": []}
+        if negative not in negatives:
+            negatives.add(negative)
+            example["negatives"].append(document(negative))
+    if example is None:
+        raise ValueError(f"{path}: no triples; expected lines query <tab> positive <tab> negative")
+    yield example
+
+
+def _top_lines(path: AnyPath) -> Iterator[tuple[int, str, str, str, str]]:
+    for number, text in read_lines(path, "MS MARCO top1000"):
+        yield number, *_columns(path, number, text, "qid", "pid", "query", "passage", empty="passage")
+
+
+def _columns(path: AnyPath, number: int, text: str, *names: str, empty: str = "") -> list[str]:
+    """The columns of a line; only the one named ``empty`` may be so."""
+    columns = text.split("\t")
+    if len(columns) != len(names):
+        raise line_error(path, number, f"expected {len(names)} columns {' <tab> '.join(names)}, got {len(columns)}: "
+                                       f"{shorten(text)}")
+    for name, column in zip(names, columns, strict=True):
+        if name != empty and not column.strip():
+            raise line_error(path, number, f"the column {name} is empty")
+    return columns

@@ -1,0 +1,223 @@
+"""Retriever output as UPR and DPR write it: questions with candidates, which know whether they hold an answer.
+
+    [{"question", "answers", "ctxs": [{"id", "score", "has_answer"?, "title"?, "text"?}]}, …]
+
+or an object of such records by query_id, as Pyserini writes it ("contexts" and "docid" there). Without texts the
+passages come from ``psgs_w100.tsv``. UPR's own output has the same shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import corpus, dpr
+from .answers import has_answer
+from .collection import Collection, Glance, plain_name
+from .io import AnyPath, check_unicode, line_error, require_text, shorten
+from .json_records import Place, read_records
+from .trec import Qrels, Run
+
+
+@dataclass
+class Record:
+    """One question. documents: doc_id -> its text, None where the file has none; labels: its has_answer likewise."""
+
+    place: Place
+    query_id: str
+    question: str
+    answers: list[str]
+    ranking: list[tuple[str, float]]
+    documents: dict[str, dict[str, str] | None]
+    labels: dict[str, bool | None]
+
+
+class Contexts(corpus.Corpus):
+    """The passages inside the file."""
+
+    format = "upr"
+    expected = 'records {"question", "ctxs"} with texts in "ctxs"'
+    by_lines = False
+
+    def documents(self) -> Iterator[tuple[int, corpus.Document]]:
+        for record in read_file(self.path):
+            for doc_id, document in record.documents.items():
+                if document is None:
+                    raise line_error(self.path, record.place, f"passage {doc_id!r} has no text, others have")
+                yield record.place, document
+
+
+class RetrieverFile(Collection):
+    """One file: queries, answers, candidates, and the labels as qrels (1 for a passage that holds an answer)."""
+
+    format = "upr"
+    looks_for = 'json with "question" and "ctxs" or "contexts" (UPR or DPR retriever output)'
+
+    @classmethod
+    def recognises(cls, glance: Glance) -> bool:
+        return glance.has("ctxs", "contexts")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        there = self._has_texts or dpr.find_passages(self.place) is not None
+        return ("corpus",) * there + ("queries", "answers", "qrels", "candidates")
+
+    @cached_property
+    def corpus(self) -> Mapping[str, dict]:
+        return Contexts(self.place) if self._has_texts else dpr.passages_near(self.place)
+
+    def queries(self, split: str | None = None) -> dict[str, str]:
+        return {query_id: question for query_id, (question, _) in self._content[0].items()}
+
+    def answers(self, split: str | None = None) -> dict[str, list[str]]:
+        return {query_id: answers for query_id, (_, answers) in self._content[0].items()}
+
+    def candidates(self, split: str | None = None) -> Run:
+        return self._content[1]
+
+    def qrels(self, split: str | None = None) -> Qrels:
+        """The labels of the file; a passage without one is labelled by DPR's matching rule."""
+        qrels = {}
+        for query_id, labels in self._content[2].items():
+            answers = self._content[0][query_id][1]
+            qrels[query_id] = {
+                doc_id: int(has_answer(self.corpus[doc_id]["text"], answers) if label is None else label)
+                for doc_id, label in labels.items()
+            }
+        return qrels
+
+    @cached_property
+    def _has_texts(self) -> bool:
+        return any(document is not None for document in next(read_file(self.place)).documents.values())
+
+    @cached_property
+    def _content(self) -> tuple[dict[str, tuple[str, list[str]]], Run, dict[str, dict[str, bool | None]]]:
+        """(questions, run, labels), all but the texts, in one pass over the file."""
+        questions, run, labels = {}, {}, {}
+        for record in read_file(self.place):
+            questions[record.query_id] = record.question, record.answers
+            run[record.query_id] = sorted(record.ranking, key=lambda candidate: -candidate[1])  # stable
+            labels[record.query_id] = record.labels
+        return questions, run, labels
+
+
+class Folder(Collection):
+    """A folder with ``psgs_w100.tsv`` and json files, each a split: retriever output or DPR training."""
+
+    format = "dpr folder"
+    looks_for = f"a folder with {dpr.PASSAGES} (DPR, UPR)"
+
+    @classmethod
+    def recognises(cls, glance: Glance) -> bool:
+        return glance.holds(dpr.PASSAGES) is not None
+
+    @property
+    def splits(self) -> list[str]:
+        return sorted(self._files)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("corpus", "queries", "answers", "qrels", "candidates", "examples") if self._files else ("corpus",)
+
+    @cached_property
+    def corpus(self) -> Mapping[str, dict]:
+        return dpr.Passages(Glance(Path(self.place)).holds(dpr.PASSAGES))
+
+    def queries(self, split: str | None = None) -> dict[str, str]:
+        return self._file(split).queries()
+
+    def answers(self, split: str | None = None) -> dict[str, list[str]]:
+        return self._file(split).answers()
+
+    def qrels(self, split: str | None = None) -> Qrels:
+        return self._file(split).qrels()
+
+    def candidates(self, split: str | None = None) -> Run:
+        return self._file(split).candidates()
+
+    def examples(self, split: str | None = None):
+        return self._file(split).examples()
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        return {plain_name(file).rsplit(".", 1)[0]: file for file in Path(self.place).iterdir()
+                if plain_name(file).endswith((".json", ".qa.csv")) and file.is_file()}
+
+    def _file(self, split: str | None) -> Collection:
+        file = self._files[self.choose_split(split)]
+        glance = Glance(file)
+        for format in (RetrieverFile, dpr.TrainingFile, dpr.Questions):
+            if format.recognises(glance):
+                return format(file)
+        raise glance.error or ValueError(f"{file}: expected {RetrieverFile.looks_for}, {dpr.TrainingFile.looks_for} or "
+                                         f"{dpr.Questions.looks_for}")
+
+
+def read_file(path: AnyPath) -> Iterator[Record]:
+    """The records of a retriever output. Raises: ValueError naming file, line and record."""
+    seen: set[str] = set()
+    for place, key, record in read_records(path, "question", "retriever output (json)"):
+        question = require_text(path, place, record, "question")
+        words = question.split()
+        if words[0] == "[CLS]" and words[-1] == "[SEP]":  # left over from BERT in some of UPR's files
+            question = " ".join(words[1:-1])
+        query_id = str(len(seen)) if key is None else key
+        if query_id in seen:
+            raise line_error(path, place, f"the query id {query_id!r} occurs twice; ids must be unique")
+        check_unicode(path, place, "the key of the record", query_id)
+        seen.add(query_id)
+        passages = record.get("ctxs", record.get("contexts"))
+        if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
+            raise line_error(path, place, f"expected a list of passages under 'ctxs', got {shorten(passages)}")
+        result = Record(place, query_id, question, dpr.read_answers(path, place, record), [], {}, {})
+        for passage in passages:
+            doc_id = _doc_id(path, place, passage)
+            if doc_id in result.documents:
+                raise line_error(path, place, f"passage {doc_id!r} occurs twice; remove one")
+            result.ranking.append((doc_id, read_score(path, place, passage)))
+            result.documents[doc_id] = _document(path, place, doc_id, passage)
+            result.labels[doc_id] = _label(path, place, passage)
+        yield result
+    if not seen:
+        raise ValueError(f'{path}: no questions; expected records {{"question", "answers", "ctxs"}}')
+
+
+def read_score(path: AnyPath, place: int, passage: dict[str, Any]) -> float:
+    """A finite "score"; DPR writes it as text."""
+    score = passage.get("score")
+    try:
+        if isinstance(score, bool) or not math.isfinite(number := float(score)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        got = shorten(score) if "score" in passage else "no such key"
+        raise line_error(path, place, f"expected a finite number under 'score', got {got}") from None
+    return number
+
+
+def _doc_id(path: AnyPath, place: int, passage: dict[str, Any]) -> str:
+    value = next((passage[key] for key in ("id", "docid", "passage_id") if key in passage), None)
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).strip():
+        raise line_error(path, place, f"expected a passage with an 'id', got the keys {shorten(sorted(passage))}")
+    check_unicode(path, place, "id", str(value))
+    return str(value).removeprefix("wiki:")  # DPR's own scripts put that before the ids of psgs_w100.tsv
+
+
+def _document(path: AnyPath, place: int, doc_id: str, passage: dict[str, Any]) -> dict[str, str] | None:
+    if passage.get("text") is None:
+        return None
+    text = require_text(path, place, passage, "text", empty=True)
+    if passage.get("title") is not None:
+        return {"id": doc_id, "title": require_text(path, place, passage, "title", empty=True), "text": text}
+    title, line_end, rest = text.partition("\n")  # Pyserini: the title is the first line of the text
+    return {"id": doc_id, "title": title.strip().strip('"') if line_end else "", "text": rest if line_end else text}
+
+
+def _label(path: AnyPath, place: int, passage: dict[str, Any]) -> bool | None:
+    label = passage.get("has_answer")
+    if label is not None and label not in (True, False):
+        raise line_error(path, place, f"expected true or false under 'has_answer', got {shorten(label)}")
+    return None if label is None else bool(label)
