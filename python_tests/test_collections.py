@@ -1,4 +1,4 @@
-"""Every format behind `open_collection`: what it holds, that it streams, and that malformed input names file and line."""
+"""Every format behind `open_collection`: what it holds, that it streams, that malformed input names file and line."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_data import DOCUMENTS, QRELS, QUERIES, RUN, write_folder, write_lines
+from small_data import DOCUMENTS, QRELS, QUERIES, write_folder, write_lines
 
 from qpeft_ext import formats
 from qpeft_ext.formats import answers, dpr, json_records, jsonl, msmarco, open_collection, rankllm, upr
@@ -75,7 +75,8 @@ def test_msmarco_single_files(tmp_path, ending):
         "7\t2\twhy\tmoon", "8\t2\twho\tmoon", "7\t0\twhy\tsea"]))
     assert top.parts == ("corpus", "queries", "candidates") and top.queries() == {"7": "why", "8": "who"}
     assert {q: [d for d, _ in ranking] for q, ranking in top.candidates().items()} == {"7": ["2", "0"], "8": ["2"]}
-    assert dict(top.corpus) == {"2": {"id": "2", "title": "", "text": "moon"}, "0": {"id": "0", "title": "", "text": "sea"}}
+    assert dict(top.corpus) == {"2": {"id": "2", "title": "", "text": "moon"},
+                                "0": {"id": "0", "title": "", "text": "sea"}}
     assert open_collection(write_lines(tmp_path / f"c.tsv{ending}", ["0\tsea"])).corpus["0"]["text"] == "sea"
     rows = write_lines(tmp_path / f"triples{ending}", ["why\tsea\tmoon", "why\tsea\twind", "who\tme\tyou"])
     assert list(msmarco.read_triples(rows)) == [
@@ -152,7 +153,7 @@ def test_upr_with_texts_and_pyserinis_shape(tmp_path, indent):
 def test_upr_without_passages_anywhere(tmp_path):
     data = open_collection(write_json(tmp_path / "nq.json", UPR[:1]))
     assert data.parts == ("queries", "answers", "qrels", "candidates") and data.qrels() == {"0": {"2": 0, "1": 1}}
-    with pytest.raises(FileNotFoundError, match="nq.json holds no passages.* psgs_w100.tsv or wikipedia-split/psgs_w100"):
+    with pytest.raises(FileNotFoundError, match="nq.json holds no passages.* psgs_w100.tsv or wikipedia-split/psgs_w"):
         data.corpus  # noqa: B018
 
 
@@ -173,7 +174,8 @@ def test_dpr_folder_and_questions(tmp_path, ending):
 
 
 RANKLLM = [{"query": {"text": "why", "qid": 1}, "candidates": [
-    {"docid": "d2", "score": 1.0, "doc": {"title": "Moon", "contents": "round"}}, {"docid": 1, "score": 2, "doc": "sea"}]},
+    {"docid": "d2", "score": 1.0, "doc": {"title": "Moon", "contents": "round"}},
+    {"docid": 1, "score": 2, "doc": "sea"}]},
     {"query": {"text": "who", "qid": "x"}, "candidates": [{"docid": 1, "score": 2, "doc": {"text": "sea"}}]}]
 OLD_RANKLLM = [{"query": "why", "hits": [{"qid": "1", "docid": "d2", "rank": 1, "score": 0.5, "content": "round"}]}]
 
@@ -338,8 +340,10 @@ def test_a_long_list_is_not_held(tmp_path):
 
 
 @pytest.mark.parametrize("text, answer, held", [
-    ("The Beatles sang it.", "the beatles", True), ("It was beat.", "Beatles", False), ("beatles", "the beatles", False),
-    ("in 1984, they", "1984", True), ("in 19845", "1984", False), ("U.S. Army", "U.S.", True), ("US Army", "U.S.", False),
+    ("The Beatles sang it.", "the beatles", True), ("It was beat.", "Beatles", False),
+    ("beatles", "the beatles", False),
+    ("in 1984, they", "1984", True), ("in 19845", "1984", False), ("U.S. Army", "U.S.", True),
+    ("US Army", "U.S.", False),
     ("Zu\u0308rich", "Z\u00fcrich", True), ("Zurich", "Z\u00fcrich", False), ("a  b\tc", "a b c", True),
     ("snake_case", "snake", True), ("anything", "", False), ("anything", " \t", False), ("", "a", False),
     ("東京", "東", False), ("50 % of", "50%", True), ("a b a b c", "a b c", True),
@@ -375,6 +379,14 @@ def record(value):
     return json.dumps([value]).encode()
 
 
+def retrieved(passages):
+    return record({"question": "q", "answers": [], "ctxs": passages})
+
+
+def request(candidates):
+    return record({"query": {"text": "q", "qid": 1}, "candidates": candidates})
+
+
 READERS = {
     "msmarco collection": corpus_of(msmarco.Corpus), "msmarco queries": msmarco.read_queries,
     "msmarco top1000": msmarco.read_top, "msmarco triples": lambda path: list(msmarco.read_triples(path)),
@@ -394,7 +406,8 @@ MALFORMED = {
         (b"1\ta\n1\tb", "line 2: the query id '1' occurs twice"), (b"1\t ", "line 1: the column query is empty"),
         (b"1 a", "line 1: expected 2 columns"), (b"", "no queries"), (b"1\ta\n\xc3", "line 2: expected UTF-8")],
     "msmarco top1000": [
-        (b"1\t2\tq", "line 1: expected 4 columns"), (b"1\t2\tq\tp\n1\t3\tother\tp", "line 2: query '1' had another text"),
+        (b"1\t2\tq", "line 1: expected 4 columns"),
+        (b"1\t2\tq\tp\n1\t3\tother\tp", "line 2: query '1' had another text"),
         (b"1\t2\tq\tp\n1\t2\tq\tp", "line 2: passage '2' occurs twice for query '1'"),
         (b"1\t\tq\tp", "line 1: the column pid is empty"), (b"", "no candidates; expected lines qid")],
     "msmarco triples": [
@@ -408,58 +421,68 @@ MALFORMED = {
     "dpr passages": [
         (b"id\ttext\ttitle\n1\ta", "line 2: expected 3 columns id <tab> text <tab> title"),
         (b"id\ttext\ttitle", "the corpus is empty; expected a header"), (b"\ta\tb", "line 1: expected 3 columns"),
-        (b"1\ta\tb\n1\ta\tb", "line 2: the document id '1' was already on line 1"), (b"1\t\xe9\tb", "line 1: expected UTF")],
+        (b"1\ta\tb\n1\ta\tb", "line 2: the document id '1' was already on line 1"),
+        (b"1\t\xe9\tb", "line 1: expected UTF")],
     "dpr questions": [
-        (b"why", "line 1: expected 2 columns question <tab>"), (b"why\tsea", "line 1: expected a list of texts as answers"),
+        (b"why", "line 1: expected 2 columns question <tab>"),
+        (b"why\tsea", "line 1: expected a list of texts as answers"),
         (b"why\t['a', 3]", "line 1: expected a list of texts"), (b"\t['a']", "line 1: expected 2 columns"),
         (b"why\t['a']\nwho\t['a'", "line 2: expected a list of texts"), (b"", "no questions"),
         (b"why\t__import__('os').system('x')", "line 1: expected a list of texts")],
     "dpr training": [
-        (record({"question": "q"}), "line 1, record 1: expected a list of passages under 'positive_ctxs', got no such key"),
+        (record({"question": "q"}),
+         "line 1, record 1: expected a list of passages under 'positive_ctxs', got no such key"),
         (record({"question": "", "answers": [], "positive_ctxs": []}), "line 1, record 1: 'question' is empty"),
         (record({"question": "q", "positive_ctxs": [{"title": "t"}]}), "record 1: expected the key 'text'"),
-        (record({"question": "q", "positive_ctxs": [], "answers": "a"}), "record 1: expected a list of texts as answers"),
+        (record({"question": "q", "positive_ctxs": [], "answers": "a"}),
+         "record 1: expected a list of texts as answers"),
         (record({"question": "q", "positive_ctxs": [{"passage_id": 1, "text": "p"}, {"text": "p"}], "answers": []})[:-1]
-         + b', {"question": "w", "answers": [], "positive_ctxs": 7}]', "record 2: expected a list of passages under 'positive_ctxs', got 7"),
+         + b', {"question": "w", "answers": [], "positive_ctxs": 7}]',
+          "record 2: expected a list of passages under 'positive_ctxs', got 7"),
         (b'[\n{"question": "q"},\n3]', "line 3, record 2: expected a JSON object, got 3"),
         (b"[]", "no questions"), (b"[", "the file ends in the middle")],
     "upr": [
-        (record({"question": "q", "answers": []}), "line 1, record 1: expected a list of passages under 'ctxs', got None"),
-        (record({"question": "q", "answers": [], "ctxs": [{"score": 1}]}), "expected a passage with an 'id', got the keys"),
-        (record({"question": "q", "answers": [], "ctxs": [{"id": 1}]}), "finite number under 'score', got no such key"),
-        (record({"question": "q", "answers": [], "ctxs": [{"id": 1, "score": "nan"}]}), "under 'score', got 'nan'"),
-        (record({"question": "q", "answers": [], "ctxs": [{"id": 1, "score": 1}] * 2}), "passage '1' occurs twice"),
+        (record({"question": "q", "answers": []}),
+         "line 1, record 1: expected a list of passages under 'ctxs', got None"),
+        (retrieved([{"score": 1}]), "expected a passage with an 'id', got the keys"),
+        (retrieved([{"id": 1}]), "finite number under 'score', got no such key"),
+        (retrieved([{"id": 1, "score": "nan"}]), "under 'score', got 'nan'"),
+        (retrieved([{"id": 1, "score": 1}] * 2), "passage '1' occurs twice"),
         (record({"question": "q", "ctxs": []}), "expected a list of texts as answers, got 'no such key'"),
-        (record({"question": "q", "answers": [], "ctxs": [{"id": 1, "score": 1, "has_answer": "yes"}]}), "true or false"),
+        (retrieved([{"id": 1, "score": 1, "has_answer": "yes"}]), "true or false"),
         (b'{"1": {"question": "q", "answers": [], "ctxs": []}, "1": {"question": "q"}}', "record 2: the query id '1'"),
         (b'[{"question": "q", "answers": [], "ctxs": []}] x', "expected the end of the file, got 'x'"),
         (b"", "no questions")],
     "upr corpus": [
-        (record({"question": "q", "answers": [], "ctxs": [{"id": 1, "score": 1, "text": "a"}, {"id": 2, "score": 1}]}),
+        (retrieved([{"id": 1, "score": 1, "text": "a"}, {"id": 2, "score": 1}]),
          "line 1, record 1: passage '2' has no text, others have"),
-        (json.dumps([{"question": "q", "answers": [], "ctxs": [{"id": 1, "score": 1, "text": t}]} for t in "ab"]).encode(),
+        (json.dumps([{"question": "q", "answers": [], "ctxs": [{"id": 1, "score": 1,
+         "text": t}]} for t in "ab"]).encode(),
          "line 1, record 2: document '1' has another text than on line 1"),
-        (record({"question": "q", "answers": [], "ctxs": [{"id": 1, "score": 1, "text": 3}]}), "expected text under 'text'"),
-        (record({"question": "q", "answers": [], "ctxs": []}), "the corpus is empty"), (b"[1]", "record 1: expected a JSON")],
+        (retrieved([{"id": 1, "score": 1, "text": 3}]), "expected text under 'text'"),
+        (retrieved([]), "the corpus is empty"), (b"[1]", "record 1: expected a JSON")],
     "rankllm": [
         (record({"query": {"text": "q", "qid": 1}}), "line 1, record 1: expected a list of candidates"),
         (record({"query": {"text": "q"}, "candidates": []}), "record 1: expected the key 'qid'"),
         (record({"query": {"text": " ", "qid": 1}, "candidates": []}), "record 1: 'text' is empty"),
-        (record({"query": {"text": "q", "qid": 1}, "candidates": [{"score": 1, "doc": "d"}]}), "expected the key 'docid'"),
-        (record({"query": {"text": "q", "qid": 1}, "candidates": [{"docid": 1, "score": 1, "doc": 3}]}), "under 'doc', got 3"),
-        (record({"query": {"text": "q", "qid": 1}, "candidates": [{"docid": 1, "score": None}]}), "under 'score', got None"),
-        (record({"query": {"text": "q", "qid": 1}, "candidates": [{"docid": 1, "score": 1, "doc": {"x": 1}}]}), "key 'text'"),
-        (b'{"query": {"text": "q", "qid": 1}, "candidates": []}\n' * 2, "line 2, record 2: the query id '1' occurs twice"),
+        (request([{"score": 1, "doc": "d"}]), "expected the key 'docid'"),
+        (request([{"docid": 1, "score": 1, "doc": 3}]), "under 'doc', got 3"),
+        (request([{"docid": 1, "score": None}]), "under 'score', got None"),
+        (request([{"docid": 1, "score": 1, "doc": {"x": 1}}]), "key 'text'"),
+        (b'{"query": {"text": "q", "qid": 1}, "candidates": []}\n' * 2,
+         "line 2, record 2: the query id '1' occurs twice"),
         (b"", "no queries")],
     "jsonl corpus": [
         (b'{"text": "a"}', "line 1: expected the key '_id'"), (b'{"id": 1}', "line 1: expected the key 'text'"),
         (b'{"id": 1, "text": "a"}\n{"id": "1", "text": "a"}', "line 2: the document id '1' was already on line 1"),
         (b'{"id": 1, "text": null}', "line 1: expected text under 'text', got None"),
-        (b'{"id": 1, "text": "a"}\n[]', "line 2: expected a JSON object"), (b'{"id": 1, "text": "a"', "line 1: expected one")],
+        (b'{"id": 1, "text": "a"}\n[]', "line 2: expected a JSON object"),
+        (b'{"id": 1, "text": "a"', "line 1: expected one")],
     "jsonl examples": [
         (b'{"query": "q"}', "line 1: expected a list of documents under 'positives'"), (b"", "no training examples"),
         (b'{"query": "q", "positives": []}', "line 1: 'positives' is empty"), (b"[]", "line 1: expected a JSON object"),
-        (b'{"query": "q", "positives": ["p"], "negatives": 3}', "line 1: expected a list of documents under 'negatives'"),
+        (b'{"query": "q", "positives": ["p"], "negatives": 3}',
+         "line 1: expected a list of documents under 'negatives'"),
         (b'{"query": "", "positives": ["p"]}', "line 1: 'query' is empty")],
 }
 CASES = [(name, i) for name, cases in MALFORMED.items() for i in range(len(cases))]
@@ -491,7 +514,7 @@ def test_files_of_no_known_format(tmp_path, content, message):
 
 
 def test_places_of_no_known_format(tmp_path):
-    with pytest.raises(ValueError, match=r"a folder of no known format; looked for a folder with corpus.jsonl \(BEIR\); "
+    with pytest.raises(ValueError, match=r"folder of no known format; looked for a folder with corpus.jsonl \(BEIR\); "
                                          r"a folder with collection.tsv or top1000.\* \(MS MARCO\); .*psgs_w100.tsv"):
         open_collection(tmp_path)
     (tmp_path / "x.gz").write_bytes(b"no gzip")

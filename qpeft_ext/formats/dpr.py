@@ -121,7 +121,8 @@ class TrainingFile(Collection):
         if not first.get(_POSITIVES):  # nothing to be seen in it
             first = next((record for _, _, record in self._records() if record.get(_POSITIVES)), first)
         passages = first.get(_POSITIVES)
-        has_ids = isinstance(passages, list) and passages != [] and all(isinstance(p, dict) and _id(p) is not None for p in passages)
+        has_ids = isinstance(passages, list) and all(isinstance(p, dict) and _id(p) is not None for p in passages)
+        has_ids = has_ids and passages != []
         there = {"corpus": has_ids, "queries": True, "answers": "answers" in first, "qrels": has_ids, "examples": True}
         return tuple(part for part, found in there.items() if found)
 
