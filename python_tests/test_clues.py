@@ -74,12 +74,6 @@ def test_filters_look_at_decoded_pieces():
     assert allowed_ids(tokenizer, 260, ("stop_words",))[[letter, space, comma]].tolist() == [False, True, True]
 
 
-def test_random_selection_is_seeded_and_ignores_the_query():
-    first, again, other = (model_with(clues="top_k", k=4, selection="random", seed=s) for s in (0, 0, 1))
-    document = "abcdefghijklmnop"
-    assert clue_text(first, document) == clue_text(again, document, "zz") != clue_text(other, document)
-
-
 def test_attention_gives_one_clue_per_query_token_and_its_weights():
     model = model_with(clues="attention")
     batch = model.encode([("abc", "some text"), ("a", "x")])

@@ -80,6 +80,17 @@ def test_a_group_is_scored_on_its_distinct_pairs():
     assert alone["mask"].sum(1).tolist() == [2] * 4
 
 
+def test_a_querys_candidates_are_its_own_documents():
+    """What ``source="candidates"`` draws its clues from in training: not the documents of the group's other queries."""
+    batch = collate(EXAMPLES[:4])["pairs"]
+    assert [len(candidates) for candidates in batch.candidates] == [2] * 4
+    for query, candidates in enumerate(batch.candidates):
+        texts = [tiny_tokenizer().decode(batch.documents[d].document_ids).strip() for d in candidates]
+        assert texts[0] == EXAMPLES[query]["positives"][0]["text"]
+        assert texts[1] in [document["text"] for document in EXAMPLES[query]["negatives"]]
+        assert sum(q == query for q, _ in batch.pairs) == 8  # all of the group's are scored
+
+
 def test_groups_share_nothing_but_the_computation():
     batch = collate(EXAMPLES[:8])
     assert batch["mask"].sum(1).max() <= 8 and len(batch["pairs"].documents) <= 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -27,35 +28,52 @@ class PairBatch:
 
     queries: token ids of Q queries.  documents: prefixes of N documents.
     pairs: B times (query index, document index).
+    candidates: of each query, the indices of the documents that it is ranked among (for ``source="candidates"``);
+        None: those that it is paired with.
     """
 
     queries: list[tuple[int, ...]]
     documents: list[DocumentPrefix]
     pairs: list[tuple[int, int]]
+    candidates: list[list[int]] | None = None
 
     @classmethod
-    def from_text(cls, prompt: Prompt, pairs: Sequence[tuple[str, Document]]) -> PairBatch:
-        """Tokenise each distinct query and document text once; the order of the pairs is kept."""
-        queries: dict[str, int] = {}
+    def from_text(
+        cls, prompt: Prompt, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None
+    ) -> PairBatch:
+        """Tokenise each distinct query and document text once; the order of the pairs is kept.
+
+        lists: the list of candidates that each pair belongs to; the same query in two lists counts as two queries.
+        """
+        queries: dict[tuple[str, int], int] = {}
         documents: dict[str, int] = {}
         kept: list[Document] = []
         index = []
-        for query, document in pairs:
+        for (query, document), which in zip(pairs, repeat(0, len(pairs)) if lists is None else lists, strict=True):
             if not isinstance(query, str):
                 prompt.queries([query])  # raises
             text = document_text(document)
             if text not in documents:
                 documents[text] = len(documents)
                 kept.append(document)
-            index.append((queries.setdefault(query, len(queries)), documents[text]))
-        return cls(prompt.queries(list(queries)), prompt.documents(kept), index)
+            index.append((queries.setdefault((query, which), len(queries)), documents[text]))
+        candidates = paired_documents(index, len(queries))
+        return cls(prompt.queries([query for query, _ in queries]), prompt.documents(kept), index, candidates)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def select(self, pair_rows: Sequence[int]) -> PairBatch:
         """The same queries and documents with some of the pairs."""
-        return PairBatch(self.queries, self.documents, [self.pairs[i] for i in pair_rows])
+        return PairBatch(self.queries, self.documents, [self.pairs[i] for i in pair_rows], self.candidates)
+
+
+def paired_documents(pairs: Sequence[tuple[int, int]], num_queries: int) -> list[list[int]]:
+    """Of each query, the distinct documents that it is paired with, in order."""
+    found: list[dict[int, None]] = [{} for _ in range(num_queries)]
+    for query, document in pairs:
+        found[query][document] = None
+    return [list(documents) for documents in found]
 
 
 @dataclass
@@ -63,6 +81,8 @@ class ClueInputs:
     """What a clue module reads: Q padded queries, B padded documents, and which query each document is paired with.
 
     query_ids [Q, T], document_ids [B, S] int64; query_mask [Q, T], document_mask [B, S] bool; query_index [B] int64.
+    With ``source="candidates"`` the rows of document_ids and document_mask, [Q, S], are the concatenated candidates of
+    each query instead.
     """
 
     query_ids: Tensor
@@ -72,11 +92,16 @@ class ClueInputs:
     query_index: Tensor
 
     @classmethod
-    def from_batch(cls, batch: PairBatch, device) -> ClueInputs:
+    def from_batch(cls, batch: PairBatch, device, source: str = "document") -> ClueInputs:
         used = sorted({query for query, _ in batch.pairs})
         place = {query: i for i, query in enumerate(used)}
         query_ids, query_mask = pad([batch.queries[query] for query in used], device)
-        document_ids, document_mask = pad([batch.documents[d].document_ids for _, d in batch.pairs], device)
+        if source == "candidates":
+            candidates = batch.candidates or paired_documents(batch.pairs, len(batch.queries))
+            rows = [[i for d in candidates[query] for i in batch.documents[d].document_ids] for query in used]
+        else:
+            rows = [batch.documents[d].document_ids for _, d in batch.pairs]
+        document_ids, document_mask = pad(rows, device)
         query_index = torch.tensor([place[query] for query, _ in batch.pairs], dtype=torch.long, device=device)
         return cls(query_ids, query_mask, document_ids, document_mask, query_index)
 

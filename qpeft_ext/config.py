@@ -13,6 +13,8 @@ CLUES = ("attention", "top_k", "none")
 FILTERS = ("query_tokens", "stop_words", "non_alphabetic")
 SIMILARITIES = ("cosine", "dot")
 SELECTIONS = ("similarity", "random")
+SOURCES = ("document", "candidates", "vocabulary", "vocabulary_per_token")
+CLUE_EMBEDDINGS = ("frozen", "low_rank", "full")
 LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
@@ -29,9 +31,16 @@ class QPeftConfig:
             full matrices.
         dropout: on the output of the clue attention, in training.
         filters: document tokens that never become clues: any of "query_tokens", "stop_words", "non_alphabetic".
-        source: where clues come from; "document" is the only one so far.
+        source: where the clues of "top_k" come from: the pair's "document" (the paper); the query's concatenated
+            "candidates", one list of clues per query (a score then depends on the list: `Reranker.rank`, not
+            `predict`; in training the example's own documents); the whole "vocabulary", one list per query; or
+            "vocabulary_per_token", the k neighbours of each query token other than itself.
         similarity: "cosine" or "dot", for "top_k".
-        selection: "similarity", or "random" (seeded by `seed`; the paper's ablation).
+        selection: "similarity", or "random" (by a hash of `seed`, query and document; the paper's ablation).
+        clue_embeddings: what the tokens of "top_k" are re-embedded with: "frozen" (the LM's table E), "low_rank"
+            (E + A·B of `rank`, trained) or "full" (a trained copy of E: 131 M parameters for Llama-2-7B).
+        score_gate: trains the choice of "top_k" as well: a low-rank projection of the query's embeddings, whose scores
+            weigh the clue vectors. Training then chooses 2k clues, scoring k.
         instruction: text at the start of every prompt.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
@@ -56,6 +65,8 @@ class QPeftConfig:
     source: str = "document"
     similarity: str = "cosine"
     selection: str = "similarity"
+    clue_embeddings: str = "frozen"
+    score_gate: bool = False
     instruction: str = DEFAULT_INSTRUCTION
     max_document_tokens: int = 256
     max_query_tokens: int = 64
@@ -73,7 +84,9 @@ class QPeftConfig:
     def __post_init__(self) -> None:
         self.filters = (self.filters,) if isinstance(self.filters, str) else tuple(self.filters)
         _one_of("clues", self.clues, CLUES)
-        _one_of("source", self.source, ("document",))
+        _one_of("source", self.source, SOURCES)
+        _one_of("clue_embeddings", self.clue_embeddings, CLUE_EMBEDDINGS)
+        _boolean("score_gate", self.score_gate)
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("loss", self.loss, LOSSES)
@@ -88,6 +101,21 @@ class QPeftConfig:
             _at_least("rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"QPeftConfig: dropout must be in [0, 1), got {self.dropout!r}")
+        self._expect_compatible()
+
+    def _expect_compatible(self) -> None:
+        """Options that only one kind of clues has must not be set in vain."""
+        for name, default in (("source", "document"), ("clue_embeddings", "frozen"), ("score_gate", False)):
+            if self.clues != "top_k" and getattr(self, name) != default:
+                raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
+                                 f"{self.clues!r}")
+        if self.selection == "random":
+            if self.source.startswith("vocabulary"):
+                raise ValueError(f"QPeftConfig: selection='random' needs source='document' or 'candidates', got source="
+                                 f"{self.source!r}: random tokens of the vocabulary say nothing about any text")
+            if self.score_gate:
+                raise ValueError("QPeftConfig: selection='random' has no scores that score_gate=True could train; "
+                                 "set one of them only")
 
     def resolve(self, width: int) -> QPeftConfig:
         """The config for an LM whose embeddings are ``width`` wide: "auto" replaced, sizes checked."""
@@ -149,6 +177,11 @@ def _at_least(name: str, value: object, least: int) -> None:
         raise TypeError(f"QPeftConfig: {name} must be a whole number, got {value!r}")
     if value < least:
         raise ValueError(f"QPeftConfig: {name} must be at least {least}, got {value}")
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"QPeftConfig: {name} must be True or False, got {value!r}")
 
 
 def _did_you_mean(word: object, known) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from .batch import PairBatch
+from .batch import PairBatch, paired_documents
 from .prompt import Document, Prompt, document_text
 
 
@@ -232,20 +232,23 @@ class GroupCollator:
     def __call__(self, members: Sequence[Member]) -> dict:
         """Tables over Q queries and up to M documents each.
 
-        Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; pairs: `PairBatch`.
+        Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; pairs: `PairBatch`, where
+            the candidates of a query are the documents of its own examples.
         """
         distinct: dict[tuple[str, str], int] = {}  # (query, document text) -> row
-        pairs, rows = [], []
+        pairs, rows, own_rows = [], [], []
         for start in range(0, len(members), self.queries_per_group):
             group = members[start : start + self.queries_per_group]
             for member, positives, negatives in documents_of_each(group, self.in_batch_negatives):
-                row = []
+                row, own = [], DocumentSet((*member.positives, *member.negatives))
                 for document in (*positives, *negatives):
                     key = member.query, document_text(document.document)
                     if key not in distinct:
                         distinct[key] = len(pairs)
                         pairs.append((member.query, document.document))
                     row.append(distinct[key])
+                    if document in own:
+                        own_rows.append(distinct[key])
                 rows.append((row, len(positives)))
         shape = len(rows), max(len(row) for row, _ in rows)
         pair, mask, positive = (torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.bool, torch.bool))
@@ -253,7 +256,9 @@ class GroupCollator:
             pair[q, : len(row)] = torch.tensor(row)
             mask[q, : len(row)] = True
             positive[q, :num_positives] = True
-        return {"positive": positive, "mask": mask, "pair": pair, "pairs": self._encode(pairs, members)}
+        batch = self._encode(pairs, members)
+        batch.candidates = paired_documents([batch.pairs[row] for row in own_rows], len(batch.queries))
+        return {"positive": positive, "mask": mask, "pair": pair, "pairs": batch}
 
     def _encode(self, pairs: list[tuple[str, Document]], members: Sequence[Member]) -> PairBatch:
         try:

@@ -57,7 +57,7 @@ def explain_pair(model, query: str, document: Document) -> Explanation:
         for clue_id, score, query_place in triples:
             spans += [(place, score, query_place) for place, i in enumerate(document_ids) if i == clue_id]
     found = [
-        ClueSpan(*offsets[place], text[slice(*offsets[place])], weight, query_tokens[query_place])
+        ClueSpan(*offsets[place], text[slice(*offsets[place])], weight, query_tokens[query_place] if query_place >= 0 else "")
         for place, weight, query_place in spans
         if place < len(offsets) and offsets[place][0] < offsets[place][1]  # a space of ours has no place in the text
     ]

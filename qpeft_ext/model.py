@@ -56,12 +56,11 @@ class QPeftModel(nn.Module):
         self.lm = lm
         self.tokenizer = tokenizer
         self.engine = Engine(lm)
-        vocabulary, width = self.engine.table.shape
-        self.qpeft_config = config = config.resolve(width)
+        self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = Prompt(tokenizer, config)
         with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
-            self.clues = build_clues(config, width, tokenizer, vocabulary)
+            self.clues = build_clues(config, self.engine.table, tokenizer)
         self.to_device_of_lm()
         self.eval()
 
@@ -85,9 +84,9 @@ class QPeftModel(nn.Module):
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
-    def encode(self, pairs: Sequence[tuple[str, Document]]) -> PairBatch:
-        """Tokenise pairs (query, document)."""
-        return PairBatch.from_text(self.prompt, pairs)
+    def encode(self, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None) -> PairBatch:
+        """Tokenise pairs (query, document). ``lists``: see `PairBatch.from_text`."""
+        return PairBatch.from_text(self.prompt, pairs, lists)
 
     def forward(
         self,
@@ -124,7 +123,7 @@ class QPeftModel(nn.Module):
                 prefix = self.engine.cached_prefill(ids, cache, one_by_one=deterministic)
             for group in suffix_groups(batch, documents, max_tokens_per_batch, max_pairs, shared):
                 rows += group
-                parts.append(self._score_group(batch.select(group), _pick(clues, group), documents, prefix))
+                parts.append(self._score_group(batch.select(group), clues and clues[group], documents, prefix))
         total = torch.cat(parts)
         order = torch.empty(len(rows), dtype=torch.long)
         order[torch.tensor(rows)] = torch.arange(len(rows))
@@ -135,7 +134,7 @@ class QPeftModel(nn.Module):
         """Clues of every pair of the batch; None for ``clues="none"``. ``alone``: reuse nothing of other calls."""
         if self.clues is None:
             return None
-        inputs = ClueInputs.from_batch(batch, self.device)
+        inputs = ClueInputs.from_batch(batch, self.device, self.qpeft_config.source)
         return self.clues(inputs, self.engine.table, self.engine.scale, explain, alone)
 
     def _score_group(
@@ -218,9 +217,3 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
     model = QPeftModel(lm, config, tokenizer)
     model.qpeft_config = replace(model.qpeft_config, base_model=describe_lm(model.engine))
     return model
-
-
-def _pick(clues: Clues | None, rows: list[int]) -> Clues | None:
-    if clues is None:
-        return None
-    return Clues(clues.embeds[rows], clues.mask[rows])

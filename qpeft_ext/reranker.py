@@ -71,7 +71,13 @@ class Reranker:
         return cls(QPeftModel.from_pretrained(path, base_model, tokenizer, **lm_kwargs), **options)
 
     def predict(self, pairs, show_progress_bar: bool | None = None) -> np.ndarray | float:
-        """Scores of (query, document) pairs, float32 [B] in the order given; a single pair gives a float."""
+        """Scores of (query, document) pairs, float32 [B] in the order given; a single pair gives a float.
+
+        Raises: ValueError with ``source="candidates"``, where a score depends on the whole list: see `rank`.
+        """
+        if self.model.qpeft_config.source == "candidates":
+            raise ValueError("predict: with source='candidates' a score depends on all candidates of its query; "
+                             "use rank or rank_many")
         single = len(pairs) == 2 and isinstance(pairs[0], str)
         pairs = [tuple(pair) for pair in ([pairs] if single else pairs)]
         for pair in pairs:
@@ -107,11 +113,13 @@ class Reranker:
             raise ValueError(f"rank_many: {len(queries)} queries but {len(candidates)} lists of candidates")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        results = []
+        results, source = [], self.model.qpeft_config.source
         with _progress(sum(map(len, candidates)), show_progress_bar) as bar:
             for block in _blocks(candidates):
                 pairs = [(queries[i], document) for i in block for document in candidates[i]]
-                scores, start = self._score(pairs), 0
+                # with this source the same query in two lists has two lists of clues
+                lists = [i for i in block for _ in candidates[i]] if source == "candidates" else None
+                scores, start = self._score(pairs, lists), 0
                 for i in block:
                     own = scores[start : start + len(candidates[i])]
                     start += len(own)
@@ -150,10 +158,10 @@ class Reranker:
             results += [[next(sums) for _ in candidates[i]] for i in block]
         return results
 
-    def _score(self, pairs: list) -> np.ndarray:
+    def _score(self, pairs: list, lists: list[int] | None = None) -> np.ndarray:
         if not pairs:
             return np.zeros(0, dtype=np.float32)
-        batch = self.model.encode(pairs)
+        batch = self.model.encode(pairs, lists)
         self.truncated += sum(document.cut > 0 for document in batch.documents)
         scores = self._score_within_memory(batch).float().cpu().numpy()
         if not np.isfinite(scores).all():

@@ -116,13 +116,14 @@ def round_scores(scores: Tensor) -> Tensor:
 _WHAT_TO_CHECK = "check query_embeds and table for NaN and infinity"
 
 
-def _inverse_norms(x: Tensor) -> Tensor:
+def inverse_norms(x: Tensor) -> Tensor:
+    """1 / norm over the last axis; 0 for a zero row."""
     norms = x.norm(dim=-1)
     return torch.where(norms == 0, 0, 1 / norms.masked_fill(norms == 0, 1))
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x * _inverse_norms(x)[..., None]
+    return x * inverse_norms(x)[..., None]
 
 
 # ---- the operator, for both devices: primitives and what they promise are in csrc/ops.cpp ----------------------------
@@ -147,7 +148,7 @@ def _forward(query_embeds, query_mask, table, document_ids, document_mask, query
             M, groups, documents = 1, Q, apart
     query_mask = query_mask.reshape(groups, M, T).contiguous()
     queries = query_embeds.to(sum_dtype(table.dtype))
-    query_scales = _inverse_norms(queries).reshape(groups, M * T) if cosine else None
+    query_scales = inverse_norms(queries).reshape(groups, M * T) if cosine else None
     queries = queries.to(block_dtype(table)).reshape(groups, M * T, D)
     best = table.new_empty(M, documents.offsets[-1], dtype=sum_dtype(table.dtype))
     positions = best.new_empty(best.shape, dtype=torch.int32)
@@ -201,7 +202,7 @@ def _backward(
     grad_query = torch.zeros_like(queries)
     grad_table = torch.zeros_like(table, dtype=dtype) if want_table else table.new_empty(0)
     if cosine:
-        scales = _inverse_norms(queries)[..., None]
+        scales = inverse_norms(queries)[..., None]
         queries = queries * scales
         along = grad * scores.where(chosen, 0)  # what a row or a token must lose along itself
         along_query, along_row = sums(token, along, Q * T).view(Q, T, 1), sums(row, along, max(U, 1))
