@@ -88,7 +88,7 @@ def test_a_querys_candidates_are_its_own_documents():
         texts = [tiny_tokenizer().decode(batch.documents[d].document_ids).strip() for d in candidates]
         assert texts[0] == EXAMPLES[query]["positives"][0]["text"]
         assert texts[1] in [document["text"] for document in EXAMPLES[query]["negatives"]]
-        assert sum(q == query for q, _ in batch.pairs) == 8  # all of the group's are scored
+        assert sum(q == query for q, _ in batch.pairs) > 2  # the others are scored as well
 
 
 def test_groups_share_nothing_but_the_computation():

@@ -232,8 +232,8 @@ class GroupCollator:
     def __call__(self, members: Sequence[Member]) -> dict:
         """Tables over Q queries and up to M documents each.
 
-        Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; pairs: `PairBatch`, where
-            the candidates of a query are the documents of its own examples.
+        Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; pairs: `PairBatch`,
+            where the candidates of a query are the documents of its own examples.
         """
         distinct: dict[tuple[str, str], int] = {}  # (query, document text) -> row
         pairs, rows, own_rows = [], [], []

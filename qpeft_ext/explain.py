@@ -43,12 +43,12 @@ def explain_pair(model, query: str, document: Document) -> Explanation:
     if clues is None or not clues.mask.any():
         return Explanation(query, text, [])
     offsets = model.prompt.offsets(document)
-    query_tokens = [model.tokenizer.decode([i]).strip() for i in batch.queries[0]]
+    query_tokens = [*(model.tokenizer.decode([i]).strip() for i in batch.queries[0]), ""]  # at -1: chosen at random
     document_ids = batch.documents[0].document_ids
     facts = clues.explanation
     spans = []
     if "weights" in facts:
-        weights = facts["weights"][0].float().mean(0)[: len(query_tokens)]  # [T, S]
+        weights = facts["weights"][0].float().mean(0)[: len(batch.queries[0])]  # [T, S]
         rows = zip(weights.mean(0).tolist(), weights.argmax(0).tolist(), strict=True)
         for place, (weight, query_place) in enumerate(rows):
             spans.append((place, weight, query_place))
@@ -57,7 +57,7 @@ def explain_pair(model, query: str, document: Document) -> Explanation:
         for clue_id, score, query_place in triples:
             spans += [(place, score, query_place) for place, i in enumerate(document_ids) if i == clue_id]
     found = [
-        ClueSpan(*offsets[place], text[slice(*offsets[place])], weight, query_tokens[query_place] if query_place >= 0 else "")
+        ClueSpan(*offsets[place], text[slice(*offsets[place])], weight, query_tokens[query_place])
         for place, weight, query_place in spans
         if place < len(offsets) and offsets[place][0] < offsets[place][1]  # a space of ours has no place in the text
     ]

@@ -1,0 +1,59 @@
+"""Every variant of the clue module on three families: trains, equals the plain path, is saved and reranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_families import assert_same, scores_and_gradients
+from tiny import DOCUMENTS, QUERIES, tiny_lm, tiny_tokenizer
+
+import qpeft_ext as qpeft
+from qpeft_ext.losses import pointwise_pairwise
+
+VARIANTS = {
+    "candidates": {"source": "candidates"},
+    "vocabulary": {"source": "vocabulary", "filters": ("query_tokens",)},
+    "vocabulary_per_token": {"source": "vocabulary_per_token", "k": 2},
+    "random": {"selection": "random"},
+    "low_rank": {"clue_embeddings": "low_rank"},
+    "full": {"clue_embeddings": "full", "rank": None},
+    "score_gate": {"score_gate": True},
+    "score_gate of candidates": {"score_gate": True, "source": "candidates", "similarity": "dot"},
+    "score_gate of the vocabulary": {"score_gate": True, "source": "vocabulary", "clue_embeddings": "low_rank"},
+}
+PAIRS = [(query, document) for query in QUERIES for document in DOCUMENTS]
+POSITIVE = torch.tensor([[True, False, False, False], [False, False, False, True]])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_is_saved_and_reranks(variant, family, tmp_path):
+    options = {"clues": "top_k", "k": 4, "rank": 8, "num_heads": 4} | VARIANTS[variant]
+    model = qpeft.get_qpeft_model(tiny_lm(family), qpeft.QPeftConfig(**options), tiny_tokenizer())
+    batch = model.encode(PAIRS)
+
+    def loss() -> torch.Tensor:
+        table = model(batch).mean_query_log_likelihood.view(2, 4)
+        return pointwise_pairwise(table, POSITIVE, torch.ones_like(POSITIVE))
+
+    with torch.no_grad():
+        before = float(loss())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    model.train()
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        assert float(loss()) < before - 0.1
+
+    assert_same(scores_and_gradients(model, "document_first", max_tokens_per_batch=128),
+                scores_and_gradients(model, "plain"))  # fmt: skip
+
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded = qpeft.QPeftModel.from_pretrained(tmp_path / "adapter", tiny_lm(family), tiny_tokenizer())
+    assert torch.equal(loaded.score(PAIRS).query_log_likelihood, model.score(PAIRS).query_log_likelihood)
+    ranked = qpeft.Reranker(loaded).rank(QUERIES[0], DOCUMENTS)
+    assert sorted(row["corpus_id"] for row in ranked) == [0, 1, 2, 3]
+    assert ranked[0]["score"] > ranked[-1]["score"]
