@@ -12,7 +12,8 @@ QUERY = "ab"
 
 
 def model_with(**options) -> qpeft.QPeftModel:
-    return qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(num_heads=4, rank=8, **options), tiny_tokenizer())
+    config = qpeft.QPeftConfig(**{"num_heads": 4, "rank": 8} | options)
+    return qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer())
 
 
 def clue_text(model, document: str, query: str = QUERY) -> str:
@@ -100,20 +101,67 @@ def test_clue_modules_start_at_the_identity(clues):
         torch.testing.assert_close(found.embeds[0], torch.einsum("hts,shd->thd", heads, rows).flatten(1))
 
 
-def test_attention_clues_equal_multihead_attention():
-    model = model_with(clues="attention")
+def multihead_attention(bias: bool = True) -> torch.nn.MultiheadAttention:
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(32, 4, bias=bias, batch_first=True)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return attention
+
+
+def expect_equal(model, attention) -> None:
+    """The clues of a few pairs are the MLP of what ``attention`` gives for the pairs one by one."""
+    batch = model.encode([("abc", "some text"), ("q", "another one, longer"), ("abc", "x")])
+    found, table = model.compute_clues(batch), model.engine.table
+    with torch.no_grad():
+        for i, (q, d) in enumerate(batch.pairs):
+            rows = table[list(batch.documents[d].document_ids)][None]
+            mixed, _ = attention(table[list(batch.queries[q])][None], rows, rows)
+            torch.testing.assert_close(found.embeds[i][found.mask[i]], model.clues.mlp(mixed)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [8, None])
+def test_attention_clues_equal_multihead_attention(rank, bias):
+    model = model_with(clues="attention", rank=rank, attention_bias=bias)
     for parameter in model.clues.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    module, batch = model.clues, model.encode([("abc", "some text")])
-    attention = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    module, attention = model.clues, multihead_attention(bias)
     with torch.no_grad():
         attention.in_proj_weight.copy_(torch.cat([p.matrix(torch.float32) for p in (module.q, module.k, module.v)]))
-        attention.in_proj_bias.copy_(torch.cat([p.bias for p in (module.q, module.k, module.v)]))
         attention.out_proj.weight.copy_(module.o.matrix(torch.float32))
-        attention.out_proj.bias.copy_(module.o.bias)
-        rows = model.engine.table[list(batch.documents[0].document_ids)][None]
-        mixed, _ = attention(model.engine.table[list(batch.queries[0])][None], rows, rows)
-        torch.testing.assert_close(model.compute_clues(batch).embeds, module.mlp(mixed), rtol=1e-5, atol=1e-5)
+        if bias:
+            attention.in_proj_bias.copy_(torch.cat([p.bias for p in (module.q, module.k, module.v)]))
+            attention.out_proj.bias.copy_(module.o.bias)
+    expect_equal(model, attention)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_state_of_a_multihead_attention_can_be_loaded(bias):
+    model = model_with(clues="attention", rank=None)  # with biases, which are zero for an attention without
+    torch.nn.init.normal_(model.clues.mlp.down.weight, std=0.1)
+    before = model.clues.mlp.down.weight.clone()
+    model.clues.load_state_dict(multihead_attention(bias).state_dict())
+    expect_equal(model, multihead_attention(bias))
+    assert torch.equal(model.clues.mlp.down.weight, before)
+    model.clues.load_state_dict(model.clues.state_dict())  # its own state still fits
+    state = multihead_attention().state_dict()
+    with pytest.raises(ValueError, match="these AttentionClues have rank 8; use rank=None"):
+        model_with(clues="attention").clues.load_state_dict(state)
+    with pytest.raises(ValueError, match="has biases, .*attention_bias=True"):
+        model_with(clues="attention", rank=None, attention_bias=False).clues.load_state_dict(state)
+
+
+def test_attention_looks_past_filtered_tokens():
+    model = model_with(clues="attention", filters=("query_tokens", "non_alphabetic"))
+    batch = model.encode([("ab", "xbay, q"), ("xy", "xbay, q"), ("xy", "yx, x")])
+    found = model.compute_clues(batch, explain=True)
+    seen = found.explanation["weights"].sum((1, 2)) > 0  # [B, S]
+    texts = [model.tokenizer.decode(batch.documents[d].document_ids) for _, d in batch.pairs]
+    attended = ["".join(c for c, s in zip(text, row, strict=False) if s) for text, row in zip(texts, seen, strict=True)]
+    assert attended == ["xyq", "baq", ""]
+    assert found.mask.any(1).tolist() == [True, True, False]
+    assert torch.isfinite(model.score([("xy", "yx, x")]).query_log_likelihood).all()
 
 
 def test_trainable_parameters_are_the_clue_module_alone():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import ClueInputs
+from .clue_filters import ClueFilter
 from .clue_layers import Clues, Projection, ResidualMLP
 from .config import QPeftConfig
 from .ops import ProjectedTable, clue_attention
@@ -15,18 +16,22 @@ from .ops.clue_attention import attention_weights
 class AttentionClues(nn.Module):
     """Q-PEFT-A: multi-head attention of the query tokens over all document tokens, then the same MLP.
 
-    One clue per query token. Equal to `torch.nn.MultiheadAttention` without attention dropout. A document without any
-    token gives no clues.
+    One clue per query token. Equal to `torch.nn.MultiheadAttention` without attention dropout, whose ``state_dict`` can
+    be loaded with ``rank=None``: the MLP stays as it is. A document without any token gives no clues.
 
+    Args:
+        config: resolved `QPeftConfig`.  width: D.
+        allowed: bool [V], the ids that are attended to; None attends to every token.
     Attributes:
         projected_bytes: budget for keys and values of the table rows seen so far, which are reused between calls
             without gradient (`ProjectedTable`); 0 keeps none. ``projected_bytes_used`` says what is held now.
     """
 
-    def __init__(self, config: QPeftConfig, width: int) -> None:
+    def __init__(self, config: QPeftConfig, width: int, allowed: Tensor | None = None) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.q, self.k, self.v, self.o = (Projection(width, config.rank) for _ in range(4))
+        self.filter = None if allowed is None else ClueFilter(allowed, "query_tokens" in config.filters)
+        self.q, self.k, self.v, self.o = (Projection(width, config.rank, config.attention_bias) for _ in range(4))
         self.dropout = nn.Dropout(config.dropout)
         self.mlp = ResidualMLP(width, config.rank)
         self.projected_bytes = 0
@@ -36,7 +41,7 @@ class AttentionClues(nn.Module):
     def projected_bytes_used(self) -> int:
         return self._projected[1].used_bytes if self._projected else 0
 
-    def _projected_table(self, table: Tensor, w_k: Tensor, w_v: Tensor, b_k: Tensor, b_v: Tensor) -> ProjectedTable:
+    def _projected_table(self, table: Tensor, w_k: Tensor, w_v: Tensor, b_k: Tensor | None, b_v: Tensor | None):
         """The rows projected so far; none when the table or a weight has changed since."""
         state = tuple((t.data_ptr(), t._version) for t in (table, *self.k.parameters(), *self.v.parameters()))
         state += (self.projected_bytes,)
@@ -54,8 +59,9 @@ class AttentionClues(nn.Module):
         """
         projections = (self.q, self.k, self.v, self.o)
         weights = [p.matrix(table.dtype) for p in projections]
-        biases = [p.bias.to(table.dtype) for p in projections]
-        documents = (inputs.query_mask, table, inputs.document_ids, inputs.document_mask, inputs.query_index)
+        biases = [None if p.bias is None else p.bias.to(table.dtype) for p in projections]
+        document_mask = self.filter.tokens(inputs, inputs.query_index) if self.filter else inputs.document_mask
+        documents = (inputs.query_mask, table, inputs.document_ids, document_mask, inputs.query_index)
         query_embeds = table[inputs.query_ids]
         if self.projected_bytes and not alone and not torch.is_grad_enabled():
             store = self._projected_table(table, *weights[1:3], *biases[1:3])
@@ -63,7 +69,7 @@ class AttentionClues(nn.Module):
                                  biases[3], num_heads=self.num_heads)  # fmt: skip
         else:
             mixed = clue_attention(query_embeds, *documents, *weights, *biases, num_heads=self.num_heads)
-        mask = inputs.query_mask[inputs.query_index] & inputs.document_mask.any(1, keepdim=True)
+        mask = inputs.query_mask[inputs.query_index] & document_mask.any(1, keepdim=True)
         embeds = self.mlp(self.dropout(mixed.to(self.mlp.up.weight.dtype))) * scale * mask[..., None]
         explanation = None
         if explain:
@@ -73,3 +79,24 @@ class AttentionClues(nn.Module):
                 )
             }
         return Clues(embeds, mask, explanation)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if f"{prefix}in_proj_weight" in state_dict:
+            self._rename_multihead_attention(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _rename_multihead_attention(self, state: dict[str, Tensor], prefix: str) -> None:
+        """The state of a `torch.nn.MultiheadAttention` under our names, in place; the MLP keeps its values."""
+        if not hasattr(self.q, "weight"):
+            raise ValueError(f"a MultiheadAttention has full matrices, these AttentionClues have rank {len(self.q.b)}; "
+                             "use rank=None")
+        has_bias, given = self.q.bias is not None, f"{prefix}in_proj_bias" in state
+        if given and not has_bias:
+            raise ValueError("the MultiheadAttention has biases, these AttentionClues do not; use attention_bias=True")
+        weights = [*state.pop(f"{prefix}in_proj_weight").chunk(3), state.pop(f"{prefix}out_proj.weight")]
+        biases = [torch.zeros_like(self.q.bias)] * 4 if has_bias else []  # of a MultiheadAttention(bias=False)
+        if given:
+            biases = [*state.pop(f"{prefix}in_proj_bias").chunk(3), state.pop(f"{prefix}out_proj.bias")]
+        state |= {f"{prefix}{name}.weight": weight for name, weight in zip("qkvo", weights, strict=True)}
+        state |= {f"{prefix}{name}.bias": bias for name, bias in zip("qkvo", biases, strict=False)}
+        state |= {f"{prefix}mlp.{name}": value for name, value in self.mlp.state_dict().items()}

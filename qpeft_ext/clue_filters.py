@@ -3,7 +3,36 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .batch import ClueInputs
+
+
+class ClueFilter(nn.Module):
+    """Which document tokens count for which query.
+
+    Args:
+        allowed: bool [V] (`allowed_ids`).  drop_query_tokens: whether the query's own tokens are left out too.
+    """
+
+    def __init__(self, allowed: Tensor, drop_query_tokens: bool) -> None:
+        super().__init__()
+        self.drop_query_tokens = drop_query_tokens
+        self.register_buffer("allowed", allowed, persistent=False)
+
+    def ids(self, inputs: ClueInputs) -> Tensor:
+        """The ids that count for each query, bool [Q, V]; [1, V] where all queries have the same."""
+        if not self.drop_query_tokens:
+            return self.allowed[None]
+        allowed = self.allowed.repeat(len(inputs.query_ids), 1)
+        rows, columns = inputs.query_mask.nonzero(as_tuple=True)
+        allowed[rows, inputs.query_ids[rows, columns]] = False
+        return allowed
+
+    def tokens(self, inputs: ClueInputs, query_index: Tensor) -> Tensor:
+        """The tokens of ``inputs.document_ids`` that count, bool; ``query_index``: the query of each of its rows."""
+        allowed = self.ids(inputs)
+        return inputs.document_mask & allowed[query_index[:, None] if len(allowed) > 1 else 0, inputs.document_ids]
 
 
 def allowed_ids(tokenizer, vocabulary: int, filters: tuple[str, ...] = ()) -> Tensor:

@@ -22,6 +22,9 @@ def build_clues(config: QPeftConfig, table: Tensor, tokenizer) -> nn.Module | No
     """The clue module of a resolved config over an embedding table [V, D]; None for ``clues="none"`` (UPR)."""
     if config.clues == "none":
         return None
-    if config.clues == "attention":
+    if config.clues == "attention" and not config.filters:
         return AttentionClues(config, table.shape[1])
-    return TopKClues(config, table, allowed_ids(tokenizer, len(table), config.filters))
+    allowed = allowed_ids(tokenizer, len(table), config.filters)
+    if config.clues == "attention":
+        return AttentionClues(config, table.shape[1], allowed)
+    return TopKClues(config, table, allowed)

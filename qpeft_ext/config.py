@@ -29,8 +29,10 @@ class QPeftConfig:
         num_heads: attention heads for "attention"; divides the embedding width D.
         rank: inner width of the clue MLP and of the low-rank projections; "auto" is min(256, D), None means
             full matrices.
+        attention_bias: whether the four projections of "attention" have biases.
         dropout: on the output of the clue attention, in training.
-        filters: document tokens that never become clues: any of "query_tokens", "stop_words", "non_alphabetic".
+        filters: document tokens that never become clues, or are not attended to: any of "query_tokens", "stop_words",
+            "non_alphabetic".
         source: where the clues of "top_k" come from: the pair's "document" (the paper); the query's concatenated
             "candidates", one list of clues per query (a score then depends on the list: `Reranker.rank`, not
             `predict`; in training the example's own documents); the whole "vocabulary", one list per query; or
@@ -60,6 +62,7 @@ class QPeftConfig:
     k: int = 10
     num_heads: int = 8
     rank: int | str | None = "auto"
+    attention_bias: bool = True
     dropout: float = 0.0
     filters: tuple[str, ...] = ()
     source: str = "document"
@@ -86,7 +89,8 @@ class QPeftConfig:
         _one_of("clues", self.clues, CLUES)
         _one_of("source", self.source, SOURCES)
         _one_of("clue_embeddings", self.clue_embeddings, CLUE_EMBEDDINGS)
-        _boolean("score_gate", self.score_gate)
+        for name in ("score_gate", "attention_bias"):
+            _boolean(name, getattr(self, name))
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("loss", self.loss, LOSSES)

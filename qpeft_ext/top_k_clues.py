@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import ClueInputs
+from .clue_filters import ClueFilter
 from .clue_layers import ClueEmbeddings, Clues, Projection, ResidualMLP
 from .config import QPeftConfig
 from .ops import similarity_topk
@@ -36,23 +37,13 @@ class TopKClues(nn.Module):
         width = table.shape[1]
         self.k, self.source, self.similarity = config.k, config.source, config.similarity
         self.random_seed = config.seed if config.selection == "random" else None
-        self.drop_query_tokens = "query_tokens" in config.filters
+        self.filter = ClueFilter(allowed, "query_tokens" in config.filters)
         self.embeddings = ClueEmbeddings(config.clue_embeddings, table, config.rank)
         self.mlp = ResidualMLP(width, config.rank)
         self.query_projection = Projection(width, config.rank, bias=False) if config.score_gate else None
         if config.score_gate:
             self.gate = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, b
-        self.register_buffer("allowed", allowed, persistent=False)
         self._row_scales: tuple[tuple, Tensor] | None = None
-
-    def allowed_of_queries(self, inputs: ClueInputs) -> Tensor:
-        """Ids that may become clues of each query, bool [Q, V]; [1, V] where all queries have the same."""
-        if not self.drop_query_tokens:
-            return self.allowed[None]
-        allowed = self.allowed.repeat(len(inputs.query_ids), 1)
-        rows, columns = inputs.query_mask.nonzero(as_tuple=True)
-        allowed[rows, inputs.query_ids[rows, columns]] = False
-        return allowed
 
     def select(self, inputs: ClueInputs, table: Tensor) -> SimilarityTopK:
         """The clues of each list, [R, K]: R = B for the source "document", one list per query (R = Q) for others."""
@@ -64,15 +55,13 @@ class TopKClues(nn.Module):
                 query_embeds = self.query_projection(query_embeds).to(table.dtype)
             if self.source == "vocabulary_per_token":
                 return self._neighbours(inputs, query_embeds, table, k)
-            ids, mask = inputs.document_ids, inputs.document_mask
             Q = len(inputs.query_ids)
             query_index = inputs.query_index if self.source == "document" else torch.arange(Q, device=table.device)
             if self.source == "vocabulary":
                 ids = self._vocabulary(query_embeds, inputs, table, k)
                 mask = ids >= 0
             else:
-                allowed = self.allowed_of_queries(inputs)
-                mask = mask & allowed[query_index[:, None] if len(allowed) > 1 else 0, ids]
+                ids, mask = inputs.document_ids, self.filter.tokens(inputs, query_index)
             if self.random_seed is not None:
                 return _random_choice(ids, mask, _seeds(inputs, query_index, self.random_seed), k)
             documents = table, ids, mask, query_index
@@ -80,7 +69,7 @@ class TopKClues(nn.Module):
 
     def _vocabulary(self, query_embeds: Tensor, inputs: ClueInputs, table: Tensor, k: int, per_token=False) -> Tensor:
         norms = self._scales_of(table) if self.similarity == "cosine" else None
-        allowed = self.allowed_of_queries(inputs)
+        allowed = self.filter.ids(inputs)
         return vocabulary_topk(query_embeds, inputs.query_mask, table, allowed, k, self.similarity, per_token, norms)
 
     def _neighbours(self, inputs: ClueInputs, query_embeds: Tensor, table: Tensor, k: int) -> SimilarityTopK:

@@ -11,6 +11,8 @@ import qpeft_ext as qpeft
 from qpeft_ext.losses import pointwise_pairwise
 
 VARIANTS = {
+    "attention, full matrices": {"clues": "attention", "rank": None},
+    "attention, no biases, filtered": {"clues": "attention", "attention_bias": False, "filters": ("query_tokens",)},
     "candidates": {"source": "candidates"},
     "vocabulary": {"source": "vocabulary", "filters": ("query_tokens",)},
     "vocabulary_per_token": {"source": "vocabulary_per_token", "k": 2},
