@@ -47,14 +47,15 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   // ---- primitives: document rows (shared by similarity_topk and clue_attention) -----------------------------------------
   // The distinct ids of each group of pairs, and of each document.
   //   document_ids [B, S] i64, document_mask [B, S] bool, group_index [B] i64 in [0, G); num_groups = G, num_rows = V
-  //   rows         [U] i64   distinct ids, group after group; inside a group each id once, in any deterministic order
-  //   row_offsets  [G + 1] i64, on the CPU also for CUDA inputs: rows of group g are rows[row_offsets[g] : row_offsets[g+1]]
+  //   rows         [U] i64   distinct ids, group after group; inside a group each id once, in any deterministic order. On
+  //                CUDA [min(B * S, G * V)]: U is not known there, and what lies behind is not to be read
+  //   row_offsets  [G + 1] i64: rows of group g are rows[row_offsets[g] : row_offsets[g + 1]]
   //   ids          [B, S] i64  the document's distinct ids in the order of their *first* unmasked position; -1 after the last
   //   slots        [B, S] i32  where in `rows` (of the pair's group) the id of the same place lies; -1 after the last
   //   counts       [B, S] i32  how many unmasked positions hold that id; 0 after the last
-  //   lengths      [B] i64, on the CPU: number of distinct ids of the document
+  //   lengths      [B] i64: number of distinct ids of the document
   // Ids under a False mask are never used, whatever they are (-1, V + 5). An id outside [0, V) under a True mask: the CPU
-  // raises, CUDA traps. U and lengths depend on the data: CUDA synchronises once here, and nothing after it does.
+  // raises, CUDA traps. All results are on the device of the inputs, and nothing waits for it.
   m.def(
       "document_rows_distinct(Tensor document_ids, Tensor document_mask, Tensor group_index, SymInt num_groups, "
       "SymInt num_rows) -> (Tensor rows, Tensor row_offsets, Tensor ids, Tensor slots, Tensor counts, Tensor lengths)");

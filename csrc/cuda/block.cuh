@@ -83,18 +83,23 @@ struct Max {
 
 // Sum of the values of all threads before this one; `total` is the sum of all. All threads of the block must call.
 __device__ inline int32_t block_exclusive_sum(int32_t value, int32_t& total) {
-  __shared__ int32_t cells[kThreads];
-  __syncthreads();  // the cells of an earlier call have been read
-  cells[threadIdx.x] = value;
-  for (unsigned step = 1; step < kThreads; step *= 2) {
-    __syncthreads();
-    const int32_t before = threadIdx.x >= step ? cells[threadIdx.x - step] : 0;
-    __syncthreads();
-    cells[threadIdx.x] += before;
+  __shared__ int32_t of_warps[kThreads / 32];
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int32_t sum = value;  // of the lanes up to this one
+  for (unsigned step = 1; step < 32; step *= 2) {
+    const int32_t before = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += before;
   }
+  __syncthreads();  // the sums of an earlier call have been read
+  if (lane == 31) of_warps[warp] = sum;
   __syncthreads();
-  total = cells[kThreads - 1];
-  return cells[threadIdx.x] - value;
+  int32_t before = 0;
+  total = 0;
+  for (unsigned w = 0; w < kThreads / 32; ++w) {
+    if (w < warp) before += of_warps[w];
+    total += of_warps[w];
+  }
+  return before + sum - value;
 }
 
 }  // namespace qpeft

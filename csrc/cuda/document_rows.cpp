@@ -10,33 +10,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(const Tensor
   constexpr auto op = "document_rows_distinct";
   check_document_rows_distinct(document_ids, document_mask, group_index, num_groups, num_rows);
   using torch::stable::new_empty;
-  const DistinctSizes sizes{document_ids.size(0), document_ids.size(1), num_groups, num_rows, (num_rows + 31) / 32};
+  const int64_t B = document_ids.size(0), S = document_ids.size(1);
+  const DistinctSizes sizes{B, S, num_groups, 1, num_groups, num_rows, (num_rows + 31) / 32};
   const OnDevice on_device(document_ids);
-  const Tensor ids = new_empty(document_ids, {sizes.B, sizes.S});
-  const Tensor slots = new_empty(document_ids, {sizes.B, sizes.S}, ScalarType::Int);
-  const Tensor counts = new_empty(document_ids, {sizes.B, sizes.S}, ScalarType::Int);
+  const Tensor ids = new_empty(document_ids, {B, S});
+  const Tensor slots = new_empty(document_ids, {B, S}, ScalarType::Int);
+  const Tensor counts = new_empty(document_ids, {B, S}, ScalarType::Int);
+  const Tensor lengths = new_empty(document_ids, {B});
   const Tensor bits = torch::stable::new_zeros(document_ids, {sizes.G, sizes.words}, ScalarType::Int);
-  const Tensor prefix = new_empty(document_ids, {sizes.G, sizes.words}, ScalarType::Int);
-  const Tensor numbers = new_empty(document_ids, {sizes.G + 1 + sizes.B});  // row_offsets and lengths: one copy to the CPU
-  int64_t* row_offsets = data<int64_t>(numbers);
-
+  const Tensor prefix = new_empty(bits, {sizes.G, sizes.words});
+  const Tensor group_sizes = new_empty(bits, {sizes.G});
+  const Tensor row_offsets = new_empty(document_ids, {sizes.G + 1});
+  const Tensor rows = new_empty(document_ids, {most_rows(sizes)});
+  const Tensor scratch = new_empty(bits, {2, scratch_blocks(sizes), sizes.V});
+  const GroupedIds groups{data<uint32_t>(bits), data<int32_t>(prefix), data<int32_t>(group_sizes), data<int64_t>(row_offsets),
+                          data<int64_t>(rows)};
   check_cuda(op, launch_document_rows_number(const_data<int64_t>(document_ids), const_data<bool>(document_mask),
-                                             const_data<int64_t>(group_index), sizes, data<uint32_t>(bits),
-                                             data<int32_t>(prefix), row_offsets, on_device.stream));
+                                             const_data<int64_t>(group_index), sizes, groups, on_device.stream));
   check_cuda(op, launch_document_rows_places(const_data<int64_t>(document_ids), const_data<bool>(document_mask),
-                                             const_data<int64_t>(group_index), sizes, const_data<uint32_t>(bits),
-                                             const_data<int32_t>(prefix), row_offsets, data<int64_t>(ids),
-                                             data<int32_t>(slots), data<int32_t>(counts), row_offsets + sizes.G + 1,
-                                             on_device.stream));
-
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  Tensor known = torch::stable::to(numbers, cpu);  // the one synchronisation
-  const Tensor offsets = torch::stable::clone(torch::stable::narrow(known, 0, 0, sizes.G + 1));
-  const Tensor lengths = torch::stable::clone(torch::stable::narrow(known, 0, sizes.G + 1, sizes.B));
-  const Tensor rows = new_empty(document_ids, {const_data<int64_t>(offsets)[sizes.G]});
-  check_cuda(op, launch_document_rows_list(sizes, const_data<uint32_t>(bits), const_data<int32_t>(prefix), row_offsets,
-                                           data<int64_t>(rows), on_device.stream));
-  return {rows, offsets, ids, slots, counts, lengths};
+                                             const_data<int64_t>(group_index), sizes, groups, data<int32_t>(scratch),
+                                             data<int64_t>(ids), data<int32_t>(slots), data<int32_t>(counts),
+                                             data<int64_t>(lengths), on_device.stream));
+  return {rows, row_offsets, ids, slots, counts, lengths};
 }
 
 void gather(const Tensor table, const Tensor rows, Tensor block, std::optional<Tensor> inverse_norms) {

@@ -1,16 +1,19 @@
 // Distinct ids of groups of documents, and the gather of their table rows.
 //   rows of group g = the set of ids under a True mask in its documents, ascending; inverse_norms = 1 / ||row||
-//   Parallel over   mark: document positions; number: one block per group; places: one block per document;
-//                   list: words of 32 ids; gather: one block per row
-//   Global memory   V / 8 bytes of bits and as much of counts per group; places compares the S ids of a document with each
-//                   other out of the cache (S^2 steps); gather reads each row once and writes it once
+//   Parallel over   mark: document positions; number: one block per group; list: words of 32 ids; places: one block per
+//                   document; gather: one block per row
+//   Global memory   V / 8 bytes of bits and as much of counts per group; the ids of a document are read twice (cache);
+//                   gather reads each row once and writes it once
 //   Precision       norms in float (double for double)
-//   Deterministic   yes: the only atomics are bit-wise or, whose order does not matter
+//   Deterministic   yes: all atomics are on integers, and what they leave does not depend on their order
+//   Nothing here waits for the device: sizes that depend on the data stay there.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "block.cuh"
+#include "distinct.cuh"
 #include "launchers.h"
+#include "ptx.cuh"
 
 namespace qpeft {
 namespace {
@@ -19,71 +22,63 @@ __global__ void mark_kernel(const int64_t* document_ids, const bool* document_ma
                             DistinctSizes sizes, uint32_t* bits) {
   const int64_t at = global_thread();
   if (at >= sizes.B * sizes.S || !document_mask[at]) return;
-  const int64_t id = document_ids[at], group = group_index[at / sizes.S];
-  if (id < 0 || id >= sizes.V || group < 0 || group >= sizes.G) __trap();  // values cannot be checked earlier without a sync
-  atomicOr(&bits[group * sizes.words + id / 32], 1u << (id % 32));
+  const int64_t id = document_ids[at], index = group_index[at / sizes.S];
+  if (id < 0 || id >= sizes.V || index < 0 || index >= sizes.Q) __trap();  // values cannot be checked without a sync
+  atomicOr(&bits[index / sizes.M * sizes.words + id / 32], 1u << (id % 32));
 }
 
-// prefix[g, w] = number of ids of group g in the words before w; row_offsets[g + 1] = number of all ids of group g
-__global__ void number_kernel(const uint32_t* bits, DistinctSizes sizes, int32_t* prefix, int64_t* row_offsets) {
-  const int64_t group = blockIdx.x;
-  int32_t before = 0;
-  for (int64_t first = 0; first < sizes.words; first += kThreads) {  // the block stays together: block_exclusive_sum waits
-    const int64_t word = first + threadIdx.x;
-    const int32_t ids = word < sizes.words ? __popc(bits[group * sizes.words + word]) : 0;
-    int32_t total;
-    const int32_t place = before + block_exclusive_sum(ids, total);
-    if (word < sizes.words) prefix[group * sizes.words + word] = place;
-    before += total;
+// Each thread takes neighbouring words, so that one sum over the block is enough.
+__global__ void number_kernel(DistinctSizes sizes, GroupedIds groups) {
+  const int64_t group = blockIdx.x, each = (sizes.words + kThreads - 1) / kThreads, first = threadIdx.x * each;
+  const int64_t last = first + each < sizes.words ? first + each : sizes.words;
+  const uint32_t* bits = groups.bits + group * sizes.words;
+  int32_t ids = 0, total;
+  for (int64_t word = first; word < last; ++word) ids += __popc(bits[word]);
+  int32_t before = block_exclusive_sum(ids, total);
+  for (int64_t word = first; word < last; ++word) {
+    groups.prefix[group * sizes.words + word] = before;
+    before += __popc(bits[word]);
   }
-  if (threadIdx.x == 0) row_offsets[group + 1] = before;
+  if (threadIdx.x == 0) groups.sizes[group] = total;
 }
 
-// running sum over the groups, in place: there are few
-__global__ void offsets_kernel(int64_t groups, int64_t* row_offsets) {
-  if (threadIdx.x != 0) return;
-  row_offsets[0] = 0;
-  for (int64_t group = 0; group < groups; ++group) row_offsets[group + 1] += row_offsets[group];
+// One block for kThreads words of a group; it sums up the groups before by itself, which saves a launch.
+__global__ void list_kernel(DistinctSizes sizes, GroupedIds groups, int64_t parts) {
+  const int64_t group = blockIdx.x / parts, word = blockIdx.x % parts * kThreads + threadIdx.x;
+  int64_t before = 0;
+  for (int64_t g = threadIdx.x; g < group; g += kThreads) before += groups.sizes[g];
+  before = block_reduce(before, Add());
+  if (threadIdx.x == 0 && blockIdx.x % parts == 0) {
+    groups.row_offsets[group] = before;
+    if (group == sizes.G - 1) groups.row_offsets[sizes.G] = before + groups.sizes[group];
+  }
+  if (word >= sizes.words) return;
+  const int64_t at = group * sizes.words + word;
+  int64_t out = before + groups.prefix[at];
+  for (uint32_t rest = groups.bits[at]; rest != 0; rest &= rest - 1) groups.rows[out++] = word * 32 + __ffs(rest) - 1;
 }
 
 __global__ void places_kernel(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                              DistinctSizes sizes, const uint32_t* bits, const int32_t* prefix, const int64_t* row_offsets,
-                              int64_t* ids, int32_t* slots, int32_t* counts, int64_t* lengths) {
-  const int64_t document = blockIdx.x, S = sizes.S, base = document * S, group = group_index[document];
-  const int64_t* id_at = document_ids + base;
-  const bool* mask_at = document_mask + base;
-  int32_t length = 0;
-  for (int64_t start = 0; start < S; start += kThreads) {
-    const int64_t s = start + threadIdx.x;
-    bool is_first = s < S && mask_at[s];
-    int32_t count = 0;
-    for (int64_t j = 0; is_first && j < S; ++j) {
-      if (!mask_at[j] || id_at[j] != id_at[s]) continue;
-      if (j < s) is_first = false;
-      else ++count;
-    }
-    int32_t total;
-    const int64_t place = base + length + block_exclusive_sum(is_first, total);
-    if (is_first) {
-      const int64_t id = id_at[s], word = group * sizes.words + id / 32;
-      const uint32_t smaller = bits[word] & ((1u << (id % 32)) - 1);
-      ids[place] = id;
-      slots[place] = static_cast<int32_t>(row_offsets[group] + prefix[word] + __popc(smaller));
-      counts[place] = count;
-    }
-    length += total;
+                              DistinctSizes sizes, GroupedIds groups, Cells cells, int64_t* ids, int32_t* slots,
+                              int32_t* counts, int64_t* lengths) {
+  if (cells.size > 0) {
+    cells.ids = reinterpret_cast<int32_t*>(block_memory());
+    cells.first = cells.ids + cells.size, cells.counts = cells.first + cells.size;
+  } else {
+    cells.first += blockIdx.x * sizes.V, cells.counts += blockIdx.x * sizes.V;
   }
-  for (int64_t j = length + threadIdx.x; j < S; j += kThreads) ids[base + j] = -1, slots[base + j] = -1, counts[base + j] = 0;
-  if (threadIdx.x == 0) lengths[document] = length;
-}
-
-__global__ void list_kernel(DistinctSizes sizes, const uint32_t* bits, const int32_t* prefix, const int64_t* row_offsets,
-                            int64_t* rows) {
-  const int64_t at = global_thread();
-  if (at >= sizes.G * sizes.words) return;
-  const int64_t group = at / sizes.words, word = at % sizes.words;
-  int64_t out = row_offsets[group] + prefix[at];
-  for (uint32_t rest = bits[at]; rest != 0; rest &= rest - 1) rows[out++] = word * 32 + __ffs(rest) - 1;
+  for (int64_t document = blockIdx.x; document < sizes.B; document += gridDim.x) {
+    const int64_t base = document * sizes.S, group = group_index[document] / sizes.M;
+    const int32_t length =
+        for_each_distinct(document_ids + base, document_mask + base, sizes.S, cells, [&](int32_t place, int64_t s, int32_t cell) {
+          const int64_t id = document_ids[base + s];
+          ids[base + place] = id;
+          slots[base + place] = static_cast<int32_t>(slot_of(groups, sizes.words, group, id));
+          counts[base + place] = cells.counts[cell];
+        });
+    for (int64_t at = base + length + threadIdx.x; at < base + sizes.S; at += kThreads) ids[at] = -1, slots[at] = -1, counts[at] = 0;
+    if (threadIdx.x == 0) lengths[document] = length;
+  }
 }
 
 template <typename Row, typename Sum>
@@ -107,26 +102,36 @@ __global__ void gather_kernel(const Row* table, int64_t table_stride, const int6
 }  // namespace
 
 cudaError_t launch_document_rows_number(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                                        DistinctSizes sizes, uint32_t* bits, int32_t* prefix, int64_t* row_offsets,
-                                        cudaStream_t stream) {
+                                        DistinctSizes sizes, GroupedIds groups, cudaStream_t stream) {
+  if (sizes.G == 0) return cudaMemsetAsync(groups.row_offsets, 0, sizeof(int64_t), stream);
   cudaError_t status = launch(mark_kernel, blocks_for(sizes.B * sizes.S), stream, document_ids, document_mask, group_index,
-                              sizes, bits);
-  if (status == cudaSuccess) status = launch(number_kernel, sizes.G, stream, bits, sizes, prefix, row_offsets);
-  if (status == cudaSuccess) status = launch(offsets_kernel, 1, stream, sizes.G, row_offsets);
+                              sizes, groups.bits);
+  if (status == cudaSuccess) status = launch(number_kernel, sizes.G, stream, sizes, groups);
+  const int64_t parts = std::max<int64_t>(blocks_for(sizes.words), 1);
+  if (status == cudaSuccess) status = launch(list_kernel, sizes.G * parts, stream, sizes, groups, parts);
   return status;
 }
 
-cudaError_t launch_document_rows_places(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                                        DistinctSizes sizes, const uint32_t* bits, const int32_t* prefix,
-                                        const int64_t* row_offsets, int64_t* ids, int32_t* slots, int32_t* counts,
-                                        int64_t* lengths, cudaStream_t stream) {
-  return launch(places_kernel, sizes.B, stream, document_ids, document_mask, group_index, sizes, bits, prefix, row_offsets,
-                ids, slots, counts, lengths);
+int64_t scratch_blocks(const DistinctSizes& sizes) {
+  return sizes.S <= kShortDocument ? 0 : resident_blocks(sizes.B, 1);
 }
 
-cudaError_t launch_document_rows_list(DistinctSizes sizes, const uint32_t* bits, const int32_t* prefix,
-                                      const int64_t* row_offsets, int64_t* rows, cudaStream_t stream) {
-  return launch(list_kernel, blocks_for(sizes.G * sizes.words), stream, sizes, bits, prefix, row_offsets, rows);
+cudaError_t launch_document_rows_places(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
+                                        DistinctSizes sizes, GroupedIds groups, int32_t* scratch, int64_t* ids,
+                                        int32_t* slots, int32_t* counts, int64_t* lengths, cudaStream_t stream) {
+  const int64_t blocks = scratch_blocks(sizes);
+  if (blocks == 0) {
+    const Cells cells{nullptr, nullptr, nullptr, hash_size(sizes.S)};
+    return launch_with_memory(places_kernel, sizes.B, 3 * cells.size * sizeof(int32_t), stream, document_ids, document_mask,
+                              group_index, sizes, groups, cells, ids, slots, counts, lengths);
+  }
+  const Cells cells{nullptr, scratch, scratch + blocks * sizes.V, 0};
+  const size_t bytes = blocks * sizes.V * sizeof(int32_t);
+  cudaError_t status = cudaMemsetAsync(cells.first, Cells::kNowhere & 0xFF, bytes, stream);
+  if (status == cudaSuccess) status = cudaMemsetAsync(cells.counts, 0, bytes, stream);
+  if (status != cudaSuccess) return status;
+  return launch(places_kernel, blocks, stream, document_ids, document_mask, group_index, sizes, groups, cells, ids, slots,
+                counts, lengths);
 }
 
 template <typename Row, typename Sum>

@@ -7,22 +7,30 @@
 
 namespace qpeft {
 
-// document_rows. Scratch: bits and prefix, [G, words] with words = ceil(V / 32).
+// document_rows. Indices of pairs are in [0, Q); Q / M rounded up = G groups of M neighbours; words = ceil(V / 32).
 struct DistinctSizes {
-  int64_t B, S, G, V, words;
+  int64_t B, S, Q, M, G, V, words;
 };
-// marks the ids of each group in `bits` (zeros before), numbers them, and writes row_offsets [G + 1] on the device
+// The numbered ids of each group, on the device: scratch of every later question.
+struct GroupedIds {
+  uint32_t* bits;        // [G, words], zeros before
+  int32_t* prefix;       // [G, words]: ids of the group in the words before
+  int32_t* sizes;        // [G]
+  int64_t* row_offsets;  // [G + 1]
+  int64_t* rows;         // [most_rows]; what lies behind row_offsets[G] is not written
+};
+inline int64_t most_rows(const DistinctSizes& sizes) {
+  return sizes.B * sizes.S < sizes.G * sizes.V ? sizes.B * sizes.S : sizes.G * sizes.V;
+}
 cudaError_t launch_document_rows_number(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                                        DistinctSizes sizes, uint32_t* bits, int32_t* prefix, int64_t* row_offsets,
-                                        cudaStream_t stream);
-// the distinct ids of each document
+                                        DistinctSizes sizes, GroupedIds groups, cudaStream_t stream);
+// Documents of which more than these tokens need scratch: cells [blocks, V] for each number that is kept per distinct id.
+constexpr int64_t kShortDocument = 2048;
+int64_t scratch_blocks(const DistinctSizes& sizes);
+// The distinct ids of each document. scratch: cells [2, scratch_blocks, V].
 cudaError_t launch_document_rows_places(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                                        DistinctSizes sizes, const uint32_t* bits, const int32_t* prefix,
-                                        const int64_t* row_offsets, int64_t* ids, int32_t* slots, int32_t* counts,
-                                        int64_t* lengths, cudaStream_t stream);
-// the distinct ids of each group
-cudaError_t launch_document_rows_list(DistinctSizes sizes, const uint32_t* bits, const int32_t* prefix,
-                                      const int64_t* row_offsets, int64_t* rows, cudaStream_t stream);
+                                        DistinctSizes sizes, GroupedIds groups, int32_t* scratch, int64_t* ids,
+                                        int32_t* slots, int32_t* counts, int64_t* lengths, cudaStream_t stream);
 template <typename Row, typename Sum>
 cudaError_t launch_document_rows_gather(const Row* table, int64_t table_stride, const int64_t* rows, int64_t n, int64_t V,
                                         int64_t D, Row* block, int64_t block_stride, Sum* inverse_norms,

@@ -120,7 +120,7 @@ def documents(B, S, V, G=1, seed=0):
     """Ids with repetitions; the first document empty, the last one full, wrong ids under a False mask."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, V, (B, S), generator=generator)
-    lengths = torch.arange(B) * S // max(B - 1, 1) if B > 1 else torch.tensor([S])
+    lengths = torch.arange(B) * S // max(B - 1, 1) if B > 1 else torch.tensor([S])[:B]
     mask = torch.arange(S) < lengths[:, None]
     mask &= (torch.rand(B, S, generator=generator) < 0.9) | (torch.arange(B) == B - 1)[:, None]
     ids = ids.masked_fill(~mask, V + 5)

@@ -2,24 +2,40 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from on_cuda import assert_close, cpu, documents
 
 
-@pytest.mark.parametrize(("B", "S", "V", "G"), [(1, 1, 1, 1), (5, 37, 40, 3), (4, 300, 97, 2), (3, 20, 9000, 2)])
-def test_distinct(run, B, S, V, G):
-    ids, mask, group = documents(B, S, V, G)
-    rows, offsets, *per_document = run("document_rows_distinct", ids, mask, group, G, V)
-    true_rows, true_offsets, *truth = cpu.document_rows_distinct(ids, mask, group, G, V)
+def check_distinct(run, ids, mask, group, G, V):
+    rows, offsets, found, slots, counts, lengths = run("document_rows_distinct", ids, mask, group, G, V)
+    truth = cpu.document_rows_distinct(ids, mask, group, G, V)
+    true_rows, true_offsets, true_found, _, true_counts, true_lengths = truth
     assert torch.equal(offsets, true_offsets)
+    assert len(rows) == min(ids.numel(), G * V)  # what no data can exceed
     for first, last in zip(offsets[:-1], offsets[1:], strict=True):
         assert torch.equal(rows[first:last], true_rows[first:last].sort().values)  # the order inside a group is free
-    found, slots, counts, lengths = per_document
-    true_found, _, true_counts, true_lengths = truth
     assert_close((found, counts, lengths), (true_found, true_counts, true_lengths))
     filled = found >= 0
     assert torch.equal(rows[slots[filled].long()], found[filled]) and bool((slots[~filled] == -1).all())
     slot_group = torch.searchsorted(offsets[1:], slots.long(), right=True)
     assert bool((slot_group == group[:, None])[filled].all())
+
+
+@pytest.mark.parametrize(("B", "S", "V", "G"), [(1, 1, 1, 1), (5, 37, 40, 3), (4, 300, 97, 2), (3, 20, 9000, 2)])
+def test_distinct(run, B, S, V, G):
+    check_distinct(run, *documents(B, S, V, G), G, V)
+
+
+@pytest.mark.parametrize(("S", "V"), [(2048, 3000), (2049, 70), (20_000, 20_000)])  # hashed; cells in global memory
+def test_long_documents(run, S, V):
+    check_distinct(run, *documents(5, S, V, 2), 2, V)  # more documents than blocks: cells are used again
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(B=st.integers(0, 6), S=st.integers(0, 90), V=st.integers(1, 400), G=st.integers(1, 4), seed=st.integers(0, 999))
+def test_any_documents(run, B, S, V, G, seed):
+    check_distinct(run, *documents(B, S, V, G, seed), G, V)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])

@@ -127,7 +127,8 @@ def distinct_rows(document_ids: Tensor, document_mask: Tensor, group: Tensor, gr
     rows, offsets, ids, slots, counts, lengths = torch.ops.qpeft_ext.document_rows_distinct(
         document_ids.contiguous(), document_mask.contiguous(), group.contiguous(), groups, size
     )
-    return DocumentRows(rows, offsets.tolist(), ids, slots, counts, lengths.tolist())
+    begins = offsets.tolist()  # here a GPU is waited for
+    return DocumentRows(rows[: begins[-1]], begins, ids, slots, counts, lengths.tolist())
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
