@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
 from qpeft_ext.batch import PairBatch, assemble_rows
-from qpeft_ext.losses import LOSSES
+from qpeft_ext.losses import configured_loss
 from qpeft_ext.prompt import DocumentPrefix, SuffixPieces
 
 QUERIES, DOCUMENTS = 4, 8  # a positive and a hard negative for each query
@@ -112,7 +112,7 @@ class Step:
 
     def loss(self, table: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         config = self.model.qpeft_config
-        return LOSSES[config.loss](table, self.positive[rows], self.mask[rows], config.margin)
+        return configured_loss(config, table, self.positive[rows], self.mask[rows])
 
     def ours(self, cache: qpeft.DocumentCache | None = None) -> torch.Tensor:
         self.model.zero_grad(set_to_none=True)

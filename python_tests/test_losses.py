@@ -5,12 +5,30 @@ import math
 import pytest
 import torch
 
-from qpeft_ext.losses import LOSSES, listwise, pairwise, pointwise, pointwise_pairwise
+from qpeft_ext import QPeftConfig
+from qpeft_ext.losses import (
+    LOSSES,
+    configured_loss,
+    contrastive,
+    listwise,
+    margin_mse,
+    pairwise,
+    pointwise,
+    pointwise_pairwise,
+)
 
 #           positive, negative, positive, padding | positive, negative, negative, negative
 LIKELIHOOD = torch.tensor([[-1.0, -2.0, -3.0, 99.0], [-2.0, -1.5, -4.0, -1.0]])
 POSITIVE = torch.tensor([[True, False, True, True], [True, False, False, False]])
 MASK = torch.tensor([[True, True, True, False], [True, True, True, True]])
+DOCUMENT = torch.tensor([[0, 1, 2, 9], [3, 0, 2, 4]])  # the queries share two of them
+TEACHER = torch.tensor([[5.0, 2.0, math.nan, 7.0], [9.0, 8.0, math.nan, 1.0]])
+
+
+def total(loss: str, likelihood, positive=POSITIVE, mask=MASK):
+    """The loss as training calls it, with default options."""
+    config = QPeftConfig(loss=loss, in_batch_negatives=loss != "margin_mse")
+    return configured_loss(config, likelihood, positive, mask, DOCUMENT, TEACHER)
 
 
 def test_pointwise():
@@ -36,15 +54,40 @@ def test_listwise():
     assert float(listwise(LIKELIHOOD, POSITIVE, MASK)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("loss", LOSSES.values())
+def test_contrastive():
+    def nce(own, others):
+        return -math.log(math.exp(own) / (math.exp(own) + sum(math.exp(x) for x in others)))
+
+    first = [(x + 2) / 0.5 for x in (-1, -2, -3)]  # relative to the mean over the query's documents
+    second = [(x + 8.5 / 4) / 0.5 for x in (-2, -1.5, -4, -1)]
+    of_query = (nce(first[0], [first[1]]) + nce(first[2], [first[1]])) / 2, nce(second[0], second[1:])
+    # documents 0 and 2, positive for the first query, were met by the second as well; its document 3 by no other
+    of_document = (nce(first[0], [second[1]]) + nce(first[2], [second[2]])) / 2, 0
+    expected = sum(of_query + of_document) / 2 / 2
+    assert float(contrastive(LIKELIHOOD, POSITIVE, MASK, DOCUMENT, 0.5)) == pytest.approx(expected)
+    # a document that is positive for both queries is no negative of either
+    both = POSITIVE | (DOCUMENT == 0)
+    of_query = of_query[0], (nce(second[0], second[2:]) + nce(second[1], second[2:])) / 2
+    of_document = (0 + nce(first[2], [second[2]])) / 2, 0
+    expected = sum(of_query + of_document) / 2 / 2
+    assert float(contrastive(LIKELIHOOD, both, MASK, DOCUMENT, 0.5)) == pytest.approx(expected)
+
+
+def test_margin_mse():
+    first = ((-1 + 2) / 0.5 - (5 - 2)) ** 2  # its other positive has no score
+    second = (((-2 + 1.5) / 0.5 - (9 - 8)) ** 2 + ((-2 + 1) / 0.5 - (9 - 1)) ** 2) / 2
+    assert float(margin_mse(LIKELIHOOD, POSITIVE, MASK, TEACHER, 0.5)) == pytest.approx((first + second) / 2)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_padding_has_no_influence_and_no_gradient(loss):
     likelihood = LIKELIHOOD.clone().requires_grad_()
-    value = loss(likelihood, POSITIVE, MASK)
+    value = total(loss, likelihood)
     value.backward()
     assert likelihood.grad[0, 3] == 0 and torch.isfinite(likelihood.grad).all()
     moved = LIKELIHOOD.clone()
     moved[0, 3] = -50
-    assert float(loss(moved, POSITIVE, MASK)) == float(value)
+    assert float(total(loss, moved)) == float(value.detach())
 
 
 def test_a_query_without_negatives_adds_nothing_to_the_pairwise_loss():
@@ -52,7 +95,27 @@ def test_a_query_without_negatives_adds_nothing_to_the_pairwise_loss():
     assert float(alone) == 0
 
 
-@pytest.mark.parametrize("loss", LOSSES.values())
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_query_without_positives_is_an_error(loss):
     with pytest.raises(ValueError, match="at least one positive"):
-        loss(LIKELIHOOD, torch.zeros_like(POSITIVE), MASK)
+        total(loss, LIKELIHOOD, torch.zeros_like(POSITIVE))
+
+
+def test_the_config_gives_the_options():
+    config = QPeftConfig(loss="pairwise", margin=0.5)
+    assert configured_loss(config, LIKELIHOOD, POSITIVE, MASK) == pairwise(LIKELIHOOD, POSITIVE, MASK, 0.5)
+    config = QPeftConfig(loss="listwise", temperature=2.0)
+    assert configured_loss(config, LIKELIHOOD, POSITIVE, MASK) == listwise(LIKELIHOOD, POSITIVE, MASK, 2.0)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"loss": "contrastive", "in_batch_negatives": False}, "loss='contrastive' compares the queries and documents of"),
+    ({"loss": "contrastive", "queries_per_group": 1}, "set in_batch_negatives=True and queries_per_group to 2 or more"),
+    ({"loss": "margin_mse"}, "set in_batch_negatives=False and num_random_negatives=0"),
+    ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ({"num_random_negatives": -1}, "num_random_negatives must be at least 0, got -1"),
+])  # fmt: skip
+def test_options_that_contradict_each_other(options, message):
+    with pytest.raises(ValueError) as error:
+        QPeftConfig(**options)
+    assert message in str(error.value)

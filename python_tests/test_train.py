@@ -18,6 +18,7 @@ from qpeft_ext.examples import (
     EpochOrder,
     GroupCollator,
     StreamedTrainingExamples,
+    TrainingExamples,
     drawn_member,
 )
 from qpeft_ext.prompt import Prompt
@@ -129,6 +130,55 @@ def test_draws_depend_on_seed_epoch_and_example_alone():
     assert list(order) != first and sorted(i for _, i in first) == list(range(50)) and list(order)[0][0] == 1
 
 
+def test_random_negatives_are_drawn_from_other_examples():
+    examples = TrainingExamples(EXAMPLES, 1, 0, num_random_negatives=3)
+
+    def drawn(index, epoch=0, of=examples):
+        return [d.id for d in of[epoch, index].negatives]
+
+    assert drawn(0) == drawn(0) and drawn(0) != drawn(0, epoch=1)
+    for index in range(12):
+        ids = drawn(index)
+        assert len(ids) == 4 == len(set(ids)) and f"p{index}" not in ids
+    assert len({id for index in range(12) for epoch in range(9) for id in drawn(index, epoch)}) == 48  # all there are
+    few = TrainingExamples(EXAMPLES[:1], 3, 0, num_random_negatives=3)  # nothing left to draw
+    assert len(drawn(0, of=few)) == 3
+    with pytest.raises(ValueError, match="num_random_negatives=3 needs examples in a list"):
+        StreamedTrainingExamples(EXAMPLES, 1, 0, num_random_negatives=3)
+
+
+@pytest.mark.parametrize("again", [{"query_id": "q0", "query": "other words"}, {"query": " ABOUT  tides?"}])
+def test_positives_of_the_same_query_in_another_example_are_no_negatives(again):
+    """One example per (query, positive): the other positive may be named as a negative, or be drawn at random."""
+    other = again | {"positives": [{"id": "n0-0", "text": "also relevant"}], "negatives": []}
+    first = dict(EXAMPLES[0], query_id="q0" if "query_id" in again else None)
+    known = TrainingExamples([first, *EXAMPLES[1:], other], 3, 0, num_random_negatives=30)
+    ids = {d.id for epoch in range(5) for d in known[epoch, 0].negatives}
+    assert "n0-0" not in ids and {"n0-1", "n0-2", "p5"} <= ids
+    assert "p0" not in {d.id for epoch in range(5) for d in known[epoch, 12].negatives}
+    alone = TrainingExamples([first, *EXAMPLES[1:]], 3, 0)
+    assert "n0-0" in {d.id for d in alone[0, 0].negatives}
+
+
+def test_teacher_scores_stay_with_their_documents(tmp_path):
+    examples = [dict(example, positive_scores=[10 + i], negative_scores=[i, i + 0.25, i + 0.5])
+                for i, example in enumerate(EXAMPLES)]
+    batch = collate(examples[:4], in_batch=False, num_hard_negatives=2)
+    for q in range(4):
+        ids = [batch["pairs"].pairs[i][1] for i in batch["pair"][q]]
+        texts = [tiny_tokenizer().decode(batch["pairs"].documents[d].document_ids).strip() for d in ids]
+        given = [d["text"] for d in examples[q]["negatives"]]
+        expected = [10 + q] + [examples[q]["negative_scores"][given.index(text)] for text in texts[1:]]
+        assert batch["teacher_scores"][q].tolist() == expected
+    model = tiny_model(loss="margin_mse", in_batch_negatives=False)
+    run = trainer(tmp_path, model, examples[:4], examples[:4], max_steps=30, learning_rate=2e-2)
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < 0.7 * before
+    with pytest.raises(ValueError, match="example [0-3]: loss='margin_mse' needs a teacher score for each document"):
+        trainer(tmp_path, tiny_model(loss="margin_mse", in_batch_negatives=False), EXAMPLES[:4]).train()
+
+
 def test_streams_go_on_without_end():
     stream = iter(StreamedTrainingExamples(EXAMPLES[:3], 1, seed=0))
     members = [next(stream) for _ in range(7)]
@@ -147,6 +197,8 @@ BAD = [
     (dict(GOOD, positives="one document"), "positives must be a list of documents, got str"),
     (dict(GOOD, negatives=[{"title": "no text"}]), "negatives: a document must be"),
     (dict(GOOD, positives=[" "]), "a positive document has no text"),
+    (dict(GOOD, negative_scores=[1.0]), r"negative_scores must be a finite number for each of the 3 neg.* got \[1.0"),
+    (dict(GOOD, positive_scores=[float("nan")]), r"positive_scores must be a finite number .* got \[nan\]"),
 ]
 
 
@@ -227,7 +279,7 @@ def test_micro_batches_and_deterministic_give_the_same_step(tmp_path):
 
 
 @pytest.mark.parametrize("clues", ["attention", "top_k"])
-@pytest.mark.parametrize("loss", ["pointwise_pairwise", "listwise"])
+@pytest.mark.parametrize("loss", ["pointwise_pairwise", "listwise", "contrastive"])
 def test_the_loss_falls_on_a_fixed_set(tmp_path, clues, loss):
     model = tiny_model(clues=clues, loss=loss)
     fit = trainer(tmp_path, model, EXAMPLES[:4], EXAMPLES[:4], max_steps=40, learning_rate=2e-2, cache_bytes=1 << 20)

@@ -15,7 +15,7 @@ SIMILARITIES = ("cosine", "dot")
 SELECTIONS = ("similarity", "random")
 SOURCES = ("document", "candidates", "vocabulary", "vocabulary_per_token")
 CLUE_EMBEDDINGS = ("frozen", "low_rank", "full")
-LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise")
+LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise", "contrastive", "margin_mse")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
 
@@ -48,9 +48,12 @@ class QPeftConfig:
         max_query_tokens: a longer query is an error.
         queries_per_group: queries that share their documents as in-batch negatives.
         num_hard_negatives: negatives of its own that each query brings to a training step.
+        num_random_negatives: documents of other examples, drawn at random, that each query brings besides.
         in_batch_negatives: whether the documents of the group's other queries are negatives too.
-        loss: "pointwise_pairwise" (the paper), "pointwise", "pairwise" or "listwise".
+        loss: "pointwise_pairwise" (the paper), "pointwise", "pairwise", "listwise", "contrastive" (in both directions,
+            within a group) or "margin_mse" (distillation; examples carry teacher scores).
         margin: of the pairwise loss, in nats per query token.
+        temperature: nats per query token that count as one in "listwise", "contrastive" and "margin_mse".
         suffix_micro_batch: pairs whose suffix activations are held at once in training (the rest is recomputed in
             the backward pass); None holds all of them.
         base_model_name_or_path, base_model: the LM that the adapter belongs to; filled in by `get_qpeft_model`.
@@ -75,9 +78,11 @@ class QPeftConfig:
     max_query_tokens: int = 64
     queries_per_group: int = 4
     num_hard_negatives: int = 1
+    num_random_negatives: int = 0
     in_batch_negatives: bool = True
     loss: str = "pointwise_pairwise"
     margin: float = 0.0
+    temperature: float = 0.1
     suffix_micro_batch: int | None = None
     seed: int = 0
     base_model_name_or_path: str | None = None
@@ -98,21 +103,30 @@ class QPeftConfig:
             _one_of("filters", name, FILTERS)
         for name in ("k", "num_heads", "max_document_tokens", "max_query_tokens", "queries_per_group"):
             _at_least(name, getattr(self, name), 1)
-        _at_least("num_hard_negatives", self.num_hard_negatives, 0)
+        for name in ("num_hard_negatives", "num_random_negatives"):
+            _at_least(name, getattr(self, name), 0)
         if self.suffix_micro_batch is not None:
             _at_least("suffix_micro_batch", self.suffix_micro_batch, 1)
         if self.rank is not None and self.rank != "auto":
             _at_least("rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"QPeftConfig: dropout must be in [0, 1), got {self.dropout!r}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"QPeftConfig: temperature must be above 0, got {self.temperature!r}")
         self._expect_compatible()
 
     def _expect_compatible(self) -> None:
-        """Options that only one kind of clues has must not be set in vain."""
+        """An option that does nothing beside the others must not be set in vain."""
         for name, default in (("source", "document"), ("clue_embeddings", "frozen"), ("score_gate", False)):
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
+        if self.loss == "contrastive" and not (self.in_batch_negatives and self.queries_per_group > 1):
+            raise ValueError("QPeftConfig: loss='contrastive' compares the queries and documents of a group; set "
+                             "in_batch_negatives=True and queries_per_group to 2 or more")
+        if self.loss == "margin_mse" and (self.in_batch_negatives or self.num_random_negatives):
+            raise ValueError("QPeftConfig: loss='margin_mse' learns from teacher scores, which documents of other "
+                             "examples do not have; set in_batch_negatives=False and num_random_negatives=0")
         if self.selection == "random":
             if self.source.startswith("vocabulary"):
                 raise ValueError(f"QPeftConfig: selection='random' needs source='document' or 'candidates', got source="

@@ -1,13 +1,16 @@
 """Training examples → groups of queries that share their documents, as tables over distinct query–document pairs.
 
-An example is ``{"query_id"?, "query", "positives": [document], "negatives": [document]}``. What a query meets in an
+An example is ``{"query_id"?, "query", "positives": [document], "negatives": [document]}``; for distillation it has a
+teacher's scores, ``"positive_scores"`` and ``"negative_scores"``, a number for each document. What a query meets in an
 epoch is a pure function of (seed, epoch, example index), so that a resumed run sees the same data.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -19,16 +22,20 @@ from .prompt import Document, Prompt, document_text
 
 @dataclass(frozen=True)
 class IdentifiedDocument:
-    """A document and what it is recognised by: its id (None without one) and its normalised text."""
+    """A document and what it is recognised by: its id (None without one) and its normalised text.
+
+    teacher_score: what a teacher gives it for the query; NaN without one.
+    """
 
     document: Document
     id: object
     text: str
+    teacher_score: float = math.nan
 
     @classmethod
-    def of(cls, document: Document) -> IdentifiedDocument:
+    def of(cls, document: Document, teacher_score: float = math.nan) -> IdentifiedDocument:
         doc_id = document.get("id") if isinstance(document, Mapping) else None
-        return cls(document, doc_id, normalised(document_text(document)))
+        return cls(document, doc_id, normalised(document_text(document)), teacher_score)
 
 
 class DocumentSet:
@@ -92,6 +99,11 @@ def check_example(example: object, index: int, what: str = "training example") -
                 raise ValueError(f"{where}: {key}: {error}") from None
             if empty and key == "positives":
                 raise ValueError(f"{where}: a positive document has no text")
+        scores = example.get(f"{key[:-1]}_scores")
+        if scores is not None and (isinstance(scores, str) or len(scores) != len(example[key])
+                                   or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in scores)):
+            raise ValueError(f"{where}: {key[:-1]}_scores must be a finite number for each of the {len(example[key])} "
+                             f"{key}, got {str(scores)[:60]}")
     if not len(example["positives"]):
         raise ValueError(f"{where} ({example['query'][:60]!r}): positives is empty, expected at least one document")
 
@@ -99,14 +111,24 @@ def check_example(example: object, index: int, what: str = "training example") -
 def whole_member(example: Mapping, index: int, what: str = "evaluation example") -> Member:
     """All positives and all negatives of an example: what evaluation ranks."""
     check_example(example, index, what)
-    positives = [IdentifiedDocument.of(document) for document in example["positives"]]
-    negatives = [IdentifiedDocument.of(document) for document in example["negatives"]]
+    positives, negatives = (_identified(example, key) for key in ("positives", "negatives"))
     return Member(index, example["query"], example.get("query_id"), positives, negatives, positives)
 
 
-def drawn_member(example: Mapping, index: int, epoch: int, num_hard_negatives: int, seed: int) -> Member:
-    """One positive and up to ``num_hard_negatives`` negatives, drawn by (seed, epoch, index) alone."""
+def _identified(example: Mapping, key: str) -> list[IdentifiedDocument]:
+    scores = example.get(f"{key[:-1]}_scores")
+    return [IdentifiedDocument.of(document, math.nan if scores is None else float(scores[i]))
+            for i, document in enumerate(example[key])]
+
+
+def drawn_member(example: Mapping, index: int, epoch: int, num_hard_negatives: int, seed: int,
+                 known_positives: Iterable[IdentifiedDocument] = ()) -> Member:
+    """One positive and up to ``num_hard_negatives`` negatives, drawn by (seed, epoch, index) alone.
+
+    known_positives: positives of the same query in other examples, which are no negatives either.
+    """
     member = whole_member(example, index, "training example")
+    member.relevant = [*member.relevant, *known_positives]
     draw = np.random.default_rng([seed, epoch, index])
     relevant = DocumentSet(member.relevant)
     pool = [document for document in member.negatives if document not in relevant]
@@ -117,17 +139,69 @@ def drawn_member(example: Mapping, index: int, epoch: int, num_hard_negatives: i
 
 
 class TrainingExamples(Dataset):
-    """Map-style examples; an item is asked for by (epoch, index), as `EpochOrder` yields them."""
+    """Map-style examples; an item is asked for by (epoch, index), as `EpochOrder` yields them.
 
-    def __init__(self, examples: Sequence, num_hard_negatives: int, seed: int) -> None:
+    num_random_negatives: documents of other examples that a member brings besides; see `OtherExamples`.
+    """
+
+    def __init__(self, examples: Sequence, num_hard_negatives: int, seed: int, num_random_negatives: int = 0) -> None:
         self.examples, self.num_hard_negatives, self.seed = examples, num_hard_negatives, seed
+        self.num_random_negatives, self.others = num_random_negatives, OtherExamples(examples)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, key: tuple[int, int]) -> Member:
         epoch, index = key
-        return drawn_member(self.examples[index], index, epoch, self.num_hard_negatives, self.seed)
+        known = self.others.known_positives(index)
+        member = drawn_member(self.examples[index], index, epoch, self.num_hard_negatives, self.seed, known)
+        draw = np.random.default_rng([self.seed, epoch, index, 1])
+        member.negatives += self.others.random_negatives(member, self.num_random_negatives, draw)
+        return member
+
+
+class OtherExamples:
+    """What the rest of the examples says about one of them: further positives of its query, and random negatives.
+
+    Examples of one query, by id or normalised text, are known where looking is cheap: in a list or a
+    `datasets.Dataset`.
+    """
+
+    def __init__(self, examples: Sequence) -> None:
+        self.examples = examples
+        places: dict[object, list[int]] = {}
+        for index, key in enumerate(_query_keys(examples)):
+            places.setdefault(key, []).append(index)
+        self._same_query = {index: same for same in places.values() if len(same) > 1 for index in same}
+
+    def known_positives(self, index: int) -> list[IdentifiedDocument]:
+        others = (i for i in self._same_query.get(index, ()) if i != index)
+        return [IdentifiedDocument.of(document) for i in others for document in self.examples[i]["positives"]]
+
+    def random_negatives(self, member: Member, count: int, draw: np.random.Generator) -> list[IdentifiedDocument]:
+        """Up to ``count`` documents of other examples that are neither relevant nor drawn already."""
+        taken, found = DocumentSet((*member.relevant, *member.negatives)), []
+        for _ in range(8 * count):  # tries: in a small set there may be nothing left to draw
+            if len(found) == count:
+                break
+            other = self.examples[int(draw.integers(len(self.examples)))]
+            documents = [*other["positives"], *other["negatives"]]
+            document = IdentifiedDocument.of(documents[draw.integers(len(documents))])
+            if document.text and document not in taken:
+                taken.add(document)
+                found.append(document)
+        return found
+
+
+def _query_keys(examples: Sequence) -> Iterator[object]:
+    """What says that two examples have the same query: the id, or else the normalised text."""
+    if hasattr(examples, "column_names"):  # a datasets.Dataset, whose columns are read without the rest
+        ids = examples["query_id"] if "query_id" in examples.column_names else repeat(None, len(examples))
+        queries: Iterable = zip(ids, examples["query"], strict=True)
+    else:
+        given = examples if isinstance(examples, (list, tuple)) else ()
+        queries = ((example.get("query_id"), example["query"]) for example in given)
+    return (("id", query_id) if query_id is not None else normalised(query) for query_id, query in queries)
 
 
 class EpochOrder(Sampler):
@@ -157,7 +231,10 @@ class StreamedTrainingExamples(IterableDataset):
     of passes.
     """
 
-    def __init__(self, examples: Iterable, num_hard_negatives: int, seed: int) -> None:
+    def __init__(self, examples: Iterable, num_hard_negatives: int, seed: int, num_random_negatives: int = 0) -> None:
+        if num_random_negatives:
+            raise ValueError(f"num_random_negatives={num_random_negatives} needs examples in a list or a "
+                             "datasets.Dataset: an iterable has no other examples to draw from")
         self.examples, self.num_hard_negatives, self.seed = examples, num_hard_negatives, seed
 
     def __iter__(self) -> Iterator[Member]:
@@ -224,16 +301,22 @@ class GroupCollator:
         prompt: `Prompt` of the model.
         queries_per_group: consecutive members that share their documents; 1 in evaluation.
         in_batch_negatives: whether they do.
+        needs_scores: whether every document must have a teacher score.
     """
 
-    def __init__(self, prompt: Prompt, queries_per_group: int, in_batch_negatives: bool) -> None:
+    def __init__(
+        self, prompt: Prompt, queries_per_group: int, in_batch_negatives: bool, needs_scores: bool = False
+    ) -> None:
         self.prompt, self.queries_per_group, self.in_batch_negatives = prompt, queries_per_group, in_batch_negatives
+        self.needs_scores = needs_scores
 
     def __call__(self, members: Sequence[Member]) -> dict:
         """Tables over Q queries and up to M documents each.
 
-        Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; pairs: `PairBatch`,
-            where the candidates of a query are the documents of its own examples.
+        Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; document [Q, M] int64,
+            equal where two queries of a group meet the same document; teacher_scores [Q, M] float32, NaN where there
+            is none; pairs: `PairBatch`, where the candidates of a query are the documents of its own examples.
+        Raises: ValueError for a missing teacher score or a query that is too long.
         """
         distinct: dict[tuple[str, str], int] = {}  # (query, document text) -> row
         pairs, rows, own_rows = [], [], []
@@ -249,16 +332,27 @@ class GroupCollator:
                     row.append(distinct[key])
                     if document in own:
                         own_rows.append(distinct[key])
-                rows.append((row, len(positives)))
-        shape = len(rows), max(len(row) for row, _ in rows)
-        pair, mask, positive = (torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.bool, torch.bool))
-        for q, (row, num_positives) in enumerate(rows):
+                scores = [document.teacher_score for document in (*positives, *negatives)]
+                if self.needs_scores and any(map(math.isnan, scores)):
+                    raise ValueError(f"example {member.index}: loss='margin_mse' needs a teacher score for each "
+                                     "document: positive_scores and negative_scores")
+                rows.append((row, len(positives), start, scores))
+        batch = self._encode(pairs, members)
+        batch.candidates = paired_documents([batch.pairs[row] for row in own_rows], len(batch.queries))
+        shape = len(rows), max(len(row) for row, *_ in rows)
+        pair, document, mask, positive = (torch.zeros(shape, dtype=dtype)
+                                          for dtype in (torch.long, torch.long, torch.bool, torch.bool))
+        teacher_scores = torch.full(shape, math.nan)
+        for q, (row, num_positives, group_start, scores) in enumerate(rows):
             pair[q, : len(row)] = torch.tensor(row)
             mask[q, : len(row)] = True
             positive[q, :num_positives] = True
-        batch = self._encode(pairs, members)
-        batch.candidates = paired_documents([batch.pairs[row] for row in own_rows], len(batch.queries))
-        return {"positive": positive, "mask": mask, "pair": pair, "pairs": batch}
+            teacher_scores[q, : len(row)] = torch.tensor(scores)
+            # groups share nothing: a document that two of them have counts as two
+            document[q, : len(row)] = torch.tensor([batch.pairs[i][1] for i in row])
+            document[q] += group_start * len(batch.documents)
+        return {"positive": positive, "mask": mask, "pair": pair, "document": document,
+                "teacher_scores": teacher_scores, "pairs": batch}
 
     def _encode(self, pairs: list[tuple[str, Document]], members: Sequence[Member]) -> PairBatch:
         try:

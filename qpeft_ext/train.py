@@ -26,11 +26,13 @@ from .examples import (
     TrainingExamples,
     check_example,
 )
-from .losses import LOSSES
+from .losses import configured_loss
 from .model import QPeftModel
 from .train_arguments import checked_arguments
 
 logger = logging.getLogger(__name__)
+
+_LOSS_TABLES = ("positive", "mask", "document", "teacher_scores")  # of `GroupCollator`, in the order of the loss
 
 
 class QPeftTrainer(Trainer):
@@ -89,9 +91,10 @@ class QPeftTrainer(Trainer):
         self.cache = DocumentCache(cache_bytes) if cache_bytes else None
         self.deterministic = deterministic
         self.documents_read = self.documents_cut = 0
+        needs_scores = config.loss == "margin_mse"
         self._collators = {
-            True: GroupCollator(model.prompt, config.queries_per_group, config.in_batch_negatives),
-            False: GroupCollator(model.prompt, 1, False),
+            True: GroupCollator(model.prompt, config.queries_per_group, config.in_batch_negatives, needs_scores),
+            False: GroupCollator(model.prompt, 1, False, needs_scores),
         }
         devices = set((getattr(model.lm, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
@@ -106,7 +109,7 @@ class QPeftTrainer(Trainer):
         config, seed = self.model.qpeft_config, self._data_seed
         if is_training:
             kind = TrainingExamples if _is_sized(dataset) else StreamedTrainingExamples
-            examples = kind(dataset, config.num_hard_negatives, seed)
+            examples = kind(dataset, config.num_hard_negatives, seed, config.num_random_negatives)
         else:
             examples = (EvaluationExamples if _is_sized(dataset) else StreamedEvaluationExamples)(dataset)
         self.data_collator = self._collators[is_training]
@@ -138,7 +141,7 @@ class QPeftTrainer(Trainer):
         """The configured loss; its gradients add up to those of the mean over all queries of the optimiser step."""
         table = self._likelihood_table(model, inputs)
         config, Q = self.model.qpeft_config, len(table)
-        loss = LOSSES[config.loss](table, inputs["positive"], inputs["mask"], config.margin)
+        loss = configured_loss(config, table, *(inputs[name] for name in _LOSS_TABLES))
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of step {self.state.global_step + 1} is not finite; train with a lower "
                              "learning rate, or load the LM in bfloat16 or float32")
@@ -187,7 +190,7 @@ class QPeftTrainer(Trainer):
             raise ValueError("an evaluation score is not finite; train with a lower learning rate, or load the LM in "
                              "bfloat16 or float32")
         positive, mask = inputs["positive"], inputs["mask"]
-        losses = [LOSSES[config.loss](*(part[q : q + 1] for part in (table, positive, mask)), config.margin)
+        losses = [configured_loss(config, table[q : q + 1], *(inputs[name][q : q + 1] for name in _LOSS_TABLES))
                   for q in range(len(table))]
         negative = mask & ~positive
         best = table.masked_fill(~positive, float("-inf")).amax(1, keepdim=True)

@@ -27,7 +27,7 @@ def command(
     k: Annotated[int, typer.Option(help="Clues per document, for top_k.")] = 10,
     num_heads: Annotated[int, typer.Option(help="Attention heads, for attention.")] = 8,
     rank: Annotated[int | None, typer.Option(help="Inner width of the clue module.  [default: 256 at most]")] = None,
-    loss: Annotated[str, typer.Option(help="pointwise_pairwise, pointwise, pairwise or listwise.")] = "listwise",
+    loss: Annotated[str, typer.Option(help="pointwise_pairwise, listwise, contrastive, ...")] = "listwise",
     margin: Annotated[float, typer.Option(help="Of the pairwise loss, in nats per query token.")] = 0.0,
     learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 3e-4,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
