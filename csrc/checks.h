@@ -107,24 +107,44 @@ inline void check_similarity_topk_select(const Tensor& best, const Tensor& best_
 }
 
 // As above: slots outside [first_slot, first_slot + U) are padding.
-inline void check_clue_attention_softmax(const Tensor& scores, const Tensor& slots, const Tensor& counts) {
-  constexpr auto op = "clue_attention_softmax";
+inline void check_clue_attention_lse(const char* op, const Tensor& scores, const Tensor& slots, const Tensor& counts,
+                                     const Tensor& lse) {
   expect_sum_dtype(op, "scores", scores);
   expect(op, "scores", scores, {-1, -1}, scores.scalar_type());
   expect(op, "slots", slots, {-1, -1}, ScalarType::Int);
   expect(op, "counts", counts, {slots.size(0), slots.size(1)}, ScalarType::Int);
-  expect_same_device(op, scores, {&slots, &counts});
+  expect(op, "lse", lse, {slots.size(0), scores.size(1)}, scores.scalar_type());
+  expect_same_device(op, scores, {&slots, &counts, &lse});
 }
 
-inline void check_clue_attention_softmax_backward(const Tensor& weights, const Tensor& grad_weights, const Tensor& slots,
-                                                  const Tensor& grad_scores) {
+inline void check_clue_attention_weights(const Tensor& scores, const Tensor& slots, const Tensor& counts, const Tensor& lse,
+                                         const Tensor& weights, ScalarType weights_dtype) {
+  constexpr auto op = "clue_attention_weights";
+  check_clue_attention_lse(op, scores, slots, counts, lse);
+  expect(op, "weights", weights, {slots.size(0), slots.size(1), scores.size(1)}, weights_dtype);
+  expect_same_device(op, scores, {&weights});
+}
+
+inline void check_clue_attention_softmax_backward(const Tensor& weights, const Tensor& slots, const Tensor& grad_weights,
+                                                  ScalarType weights_dtype) {
   constexpr auto op = "clue_attention_softmax_backward";
-  expect_sum_dtype(op, "weights", weights);
+  expect_sum_dtype(op, "grad_weights", grad_weights);
   expect(op, "slots", slots, {-1, -1}, ScalarType::Int);
-  expect(op, "weights", weights, {slots.size(0), slots.size(1), -1}, weights.scalar_type());
-  expect(op, "grad_weights", grad_weights, {slots.size(0), slots.size(1), weights.size(2)}, weights.scalar_type());
-  expect(op, "grad_scores", grad_scores, {-1, weights.size(2)}, weights.scalar_type());
-  expect_same_device(op, weights, {&grad_weights, &slots, &grad_scores});
+  expect(op, "weights", weights, {slots.size(0), slots.size(1), -1}, weights_dtype);
+  expect(op, "grad_weights", grad_weights, {slots.size(0), slots.size(1), weights.size(2)}, grad_weights.scalar_type());
+  expect_same_device(op, weights, {&grad_weights, &slots});
+}
+
+// The values of order and offsets are not checked here: kernels skip what lies outside source and order.
+inline void check_clue_attention_sum_rows(const Tensor& source, const Tensor& order, const Tensor& offsets,
+                                          const Tensor& out) {
+  constexpr auto op = "clue_attention_sum_rows";
+  expect_sum_dtype(op, "source", source);
+  expect(op, "source", source, {-1, -1}, source.scalar_type());
+  expect(op, "order", order, {-1}, ScalarType::Long);
+  expect(op, "offsets", offsets, {out.size(0) + 1}, ScalarType::Long);
+  expect(op, "out", out, {-1, source.size(1)}, source.scalar_type());
+  expect_same_device(op, source, {&order, &offsets, &out});
 }
 
 // kept: the dtype of what replaces the logits.

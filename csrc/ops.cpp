@@ -30,11 +30,12 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
       "Tensor? b_o, SymInt num_heads) -> Tensor");
   // The middle of clue_attention, between the projections of the query and of the output:
   //   absorbed [Q, T, H, D] (query head times W_k of the head, scaled) -> heads [B, T, D] (contexts times W_v, concatenated)
+  //   and lse [B, T, H] in the dtype of sums, the log-sum-exp of the scores, from which the backward has the weights again
   m.def(
       "clue_attention_heads(Tensor absorbed, Tensor table, Tensor document_ids, Tensor document_mask, Tensor query_index, "
-      "Tensor w_v) -> Tensor");
+      "Tensor w_v) -> (Tensor heads, Tensor lse)");
   m.def(
-      "clue_attention_heads_backward(Tensor grad_heads, Tensor absorbed, Tensor table, Tensor document_ids, "
+      "clue_attention_heads_backward(Tensor grad_heads, Tensor lse, Tensor absorbed, Tensor table, Tensor document_ids, "
       "Tensor document_mask, Tensor query_index, Tensor w_v, bool want_table) "
       "-> (Tensor grad_absorbed, Tensor grad_w_v, Tensor grad_table)");
   m.def(
@@ -87,16 +88,20 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   // Softmax over the distinct tokens of each document, an id that occurs c times counting c times.
   //   scores [U, R] float32/float64: one row per distinct id, R = T * H columns (softmax runs along ids, per column);
   //   slots [P, n] i32, -1 = padding; counts [P, n] i32; first_slot: slots[p, j] - first_slot is the row of `scores`
-  //   weights[p, j, r] = counts[p, j] * exp(s - max) / sum over j of the same, s = scores[slots[p, j] - first_slot, r];
-  //   0 at padding. A document without tokens has only zeros. weights [P, n, R], dtype of scores.
-  m.def("clue_attention_softmax(Tensor scores, Tensor slots, Tensor counts, SymInt first_slot) -> Tensor");
-  // Its backward, summed over the P documents that share the rows of `scores`:
-  //   grad_scores[slots[p, j] - first_slot, r] += weights[p, j, r] * (grad_weights[p, j, r] - dot[p, r]),
-  //   dot[p, r] = sum over j of weights[p, j, r] * grad_weights[p, j, r]. Padding adds nothing. Order of p fixed (deterministic).
-  // Also writes the addend over grad_weights (the gradient to the table needs it per document).
+  //   With s = scores[slots[p, j] - first_slot, r]:  lse[p, r] = log(sum over j of counts[p, j] * exp(s)), -inf without tokens;
+  //   weights[p, j, r] = counts[p, j] * exp(s - lse[p, r]), 0 at padding.
+  // lse [P, R] has the dtype of scores; weights [P, n, R] too on the CPU, on CUDA it may also be bf16 or fp16.
+  m.def("clue_attention_lse(Tensor scores, Tensor slots, Tensor counts, SymInt first_slot, Tensor(a!) lse) -> ()");
   m.def(
-      "clue_attention_softmax_backward(Tensor weights, Tensor(a!) grad_weights, Tensor slots, SymInt first_slot, "
-      "Tensor(b!) grad_scores) -> ()");
+      "clue_attention_weights(Tensor scores, Tensor slots, Tensor counts, Tensor lse, SymInt first_slot, "
+      "Tensor(a!) weights) -> ()");
+  // Their backward, per document: grad_weights [P, n, R] float32/float64 becomes the gradient to the scores,
+  //   weights[p, j, r] * (grad_weights[p, j, r] - sum over i of weights[p, i, r] * grad_weights[p, i, r]).
+  // 0 at padding, where grad_weights is not read.
+  m.def("clue_attention_softmax_backward(Tensor weights, Tensor slots, Tensor(a!) grad_weights) -> ()");
+  // Sums over documents that share a row: out[i] += source[order[e]] over offsets[i] <= e < offsets[i + 1], in this order.
+  //   source [E, C] float32/float64; order i64 in [0, E); offsets [n + 1] i64; out [n, C], dtype of source
+  m.def("clue_attention_sum_rows(Tensor source, Tensor order, Tensor offsets, Tensor(a!) out) -> ()");
 
   // ---- primitives: token_log_likelihood ---------------------------------------------------------------------------------
   // With u = logit_scale * x + bias[c] and z = soft_cap * tanh(u / soft_cap) (z = u without a cap), dz/du = 1 - (z/soft_cap)^2.

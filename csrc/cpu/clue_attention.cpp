@@ -1,6 +1,7 @@
 // Softmax of attention scores over the distinct tokens of each document, and its backward.
-//   weights[p, j, r] = counts[p, j] exp(s[slot(p, j), r] - max) / sum;   ds = weights * (grad_weights - sum of weights * grad_weights)
-//   Parallel over   forward: documents x stripes of columns; backward: stripes of columns, documents in order
+//   lse[p, r] = log sum_j counts[p, j] exp(s[slot(p, j), r]);   weights[p, j, r] = counts[p, j] exp(s - lse)
+//   ds = weights * (grad_weights - sum of weights * grad_weights), then summed over the documents that share a row
+//   Parallel over   documents x stripes of columns; the sum over documents: rows
 //   Memory traffic  a few passes over [n, stripe], out of the cache
 //   Precision       the dtype of sums
 //   Deterministic   yes: each sum has one fixed order
@@ -11,90 +12,137 @@ namespace {
 
 constexpr int64_t kStripe = 32;  // columns: two cache lines of float32
 
-Tensor softmax(const Tensor scores, const Tensor slots, const Tensor counts, int64_t first_slot) {
-  check_clue_attention_softmax(scores, slots, counts);
-  const int64_t U = scores.size(0), R = scores.size(1), P = slots.size(0), n = slots.size(1);
-  const Tensor weights = torch::stable::new_empty(scores, {P, n, R});
-  const auto* slot_at = static_cast<const int32_t*>(slots.const_data_ptr());
-  const auto* count_at = static_cast<const int32_t*>(counts.const_data_ptr());
+// f(p, first column, width) for every document and stripe; `work`: of one column, so that threads get enough of it.
+template <typename F>
+void for_stripes(int64_t P, int64_t R, int64_t work, const F& f) {
   const int64_t stripes = (R + kStripe - 1) / kStripe;
+  parallel(P * stripes, 8192 / (work * kStripe + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit % stripes * kStripe;
+      f(unit / stripes, first, std::min(kStripe, R - first));
+    }
+  });
+}
+
+// The scores of document tokens.
+template <typename Sum>
+struct Scores {
+  const Sum* at;
+  const int32_t* slots;
+  int64_t U, R, n, first_slot;
+
+  Scores(const Tensor& scores, const Tensor& slots_, int64_t first)
+      : at(static_cast<const Sum*>(scores.const_data_ptr())),
+        slots(static_cast<const int32_t*>(slots_.const_data_ptr())),
+        U(scores.size(0)),
+        R(scores.size(1)),
+        n(slots_.size(1)),
+        first_slot(first) {}
+
+  const Sum* row(int64_t p, int64_t j) const {  // nullptr: padding
+    const int64_t slot = slots[p * n + j], u = slot - first_slot;
+    return slot < 0 || u < 0 || u >= U ? nullptr : at + u * R;
+  }
+};
+
+void log_sum_exp(const Tensor scores, const Tensor slots, const Tensor counts, int64_t first_slot, Tensor lse) {
+  check_clue_attention_lse("clue_attention_lse", scores, slots, counts, lse);
+  const auto* count_at = static_cast<const int32_t*>(counts.const_data_ptr());
   dispatch_sum(scores.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    const auto* score_at = static_cast<const Sum*>(scores.const_data_ptr());
+    const Scores<Sum> score(scores, slots, first_slot);
+    auto* lse_at = static_cast<Sum*>(lse.mutable_data_ptr());
+    for_stripes(slots.size(0), score.R, score.n, [&](int64_t p, int64_t first, int64_t width) {
+      Sum max[kStripe], sum[kStripe];
+      std::fill(max, max + kStripe, Sum(-INFINITY));
+      std::fill(sum, sum + kStripe, Sum(0));
+      for (int64_t j = 0; j < score.n; ++j)
+        if (const Sum* s = score.row(p, j))
+          for (int64_t r = 0; r < width; ++r) max[r] = std::max(max[r], s[first + r]);
+      for (int64_t j = 0; j < score.n; ++j)
+        if (const Sum* s = score.row(p, j)) {
+          const Sum count = static_cast<Sum>(count_at[p * score.n + j]);
+          for (int64_t r = 0; r < width; ++r) sum[r] += count * vector_exp(s[first + r] - max[r]);
+        }
+      Sum* out = lse_at + p * score.R + first;
+      for (int64_t r = 0; r < width; ++r) out[r] = max[r] + std::log(sum[r]);  // no token: -inf
+    });
+  });
+}
+
+void weigh(const Tensor scores, const Tensor slots, const Tensor counts, const Tensor lse, int64_t first_slot,
+           Tensor weights) {
+  check_clue_attention_weights(scores, slots, counts, lse, weights, scores.scalar_type());
+  const auto* count_at = static_cast<const int32_t*>(counts.const_data_ptr());
+  dispatch_sum(scores.scalar_type(), [&](auto tag) {
+    using Sum = decltype(tag);
+    const Scores<Sum> score(scores, slots, first_slot);
+    const auto* lse_at = static_cast<const Sum*>(lse.const_data_ptr());
     auto* weight_at = static_cast<Sum*>(weights.mutable_data_ptr());
-    parallel(P * stripes, 8192 / (n * kStripe + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t p = unit / stripes, first = unit % stripes * kStripe, width = std::min(kStripe, R - first);
-        const int32_t* slot = slot_at + p * n;
-        const auto row = [&](int64_t j) {  // nullptr: padding
-          const int64_t u = slot[j] - first_slot;
-          return slot[j] < 0 || u < 0 || u >= U ? nullptr : score_at + u * R + first;
-        };
-        Sum max[kStripe], sum[kStripe];
-        std::fill(max, max + kStripe, Sum(-INFINITY));
-        std::fill(sum, sum + kStripe, Sum(0));
-        for (int64_t j = 0; j < n; ++j)
-          if (const Sum* s = row(j))
-            for (int64_t r = 0; r < width; ++r) max[r] = std::max(max[r], s[r]);
-        for (int64_t j = 0; j < n; ++j) {
-          Sum* w = weight_at + (p * n + j) * R + first;
-          const Sum* s = row(j);
-          if (!s) {
-            std::fill(w, w + width, Sum(0));
-            continue;
-          }
-          const Sum count = static_cast<Sum>(count_at[p * n + j]);
-          for (int64_t r = 0; r < width; ++r) {
-            w[r] = count * vector_exp(s[r] - max[r]);
-            sum[r] += w[r];
-          }
-        }
-        for (int64_t r = 0; r < width; ++r) sum[r] = sum[r] == 0 ? Sum(0) : 1 / sum[r];  // no token: zeros, not NaN
-        for (int64_t j = 0; j < n; ++j) {
-          Sum* w = weight_at + (p * n + j) * R + first;
-          for (int64_t r = 0; r < width; ++r) w[r] *= sum[r];
-        }
+    for_stripes(slots.size(0), score.R, score.n, [&](int64_t p, int64_t first, int64_t width) {
+      const Sum* total = lse_at + p * score.R + first;
+      for (int64_t j = 0; j < score.n; ++j) {
+        Sum* w = weight_at + (p * score.n + j) * score.R + first;
+        const Sum* s = score.row(p, j);
+        const Sum count = s ? static_cast<Sum>(count_at[p * score.n + j]) : Sum(0);
+        if (!s) std::fill(w, w + width, Sum(0));
+        else
+          for (int64_t r = 0; r < width; ++r) w[r] = count * vector_exp(s[first + r] - total[r]);
       }
     });
   });
-  return weights;
 }
 
-void softmax_backward(const Tensor weights, Tensor grad_weights, const Tensor slots, int64_t first_slot,
-                      Tensor grad_scores) {
-  check_clue_attention_softmax_backward(weights, grad_weights, slots, grad_scores);
-  const int64_t U = grad_scores.size(0), R = grad_scores.size(1), P = slots.size(0), n = slots.size(1);
+void softmax_backward(const Tensor weights, const Tensor slots, Tensor grad_weights) {
+  check_clue_attention_softmax_backward(weights, slots, grad_weights, grad_weights.scalar_type());
+  const int64_t P = slots.size(0), n = slots.size(1), R = weights.size(2);
   const auto* slot_at = static_cast<const int32_t*>(slots.const_data_ptr());
-  const int64_t stripes = (R + kStripe - 1) / kStripe;
   dispatch_sum(weights.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
     const auto* weight_at = static_cast<const Sum*>(weights.const_data_ptr());
     auto* grad_at = static_cast<Sum*>(grad_weights.mutable_data_ptr());
-    auto* out = static_cast<Sum*>(grad_scores.mutable_data_ptr());
-    parallel(stripes, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t stripe = begin; stripe < end; ++stripe) {
-        const int64_t first = stripe * kStripe, width = std::min(kStripe, R - first);
-        for (int64_t p = 0; p < P; ++p) {
-          Sum dot[kStripe] = {};
-          for (int64_t j = 0; j < n; ++j) {
-            const int64_t at = (p * n + j) * R + first;
-            for (int64_t r = 0; r < width; ++r) dot[r] += weight_at[at + r] * grad_at[at + r];
-          }
-          for (int64_t j = 0; j < n; ++j) {
-            const int64_t at = (p * n + j) * R + first, u = slot_at[p * n + j] - first_slot;
-            for (int64_t r = 0; r < width; ++r) grad_at[at + r] = weight_at[at + r] * (grad_at[at + r] - dot[r]);
-            if (slot_at[p * n + j] < 0 || u < 0 || u >= U) continue;
-            for (int64_t r = 0; r < width; ++r) out[u * R + first + r] += grad_at[at + r];
-          }
-        }
+    for_stripes(P, R, n, [&](int64_t p, int64_t first, int64_t width) {
+      Sum dot[kStripe] = {};
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = (p * n + j) * R + first;
+        if (slot_at[p * n + j] >= 0)
+          for (int64_t r = 0; r < width; ++r) dot[r] += weight_at[at + r] * grad_at[at + r];
       }
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = (p * n + j) * R + first;
+        if (slot_at[p * n + j] < 0) std::fill(grad_at + at, grad_at + at + width, Sum(0));
+        else
+          for (int64_t r = 0; r < width; ++r) grad_at[at + r] = weight_at[at + r] * (grad_at[at + r] - dot[r]);
+      }
+    });
+  });
+}
+
+void sum_rows(const Tensor source, const Tensor order, const Tensor offsets, Tensor out) {
+  check_clue_attention_sum_rows(source, order, offsets, out);
+  const int64_t E = source.size(0), C = source.size(1), L = order.size(0), n = out.size(0);
+  const auto* order_at = static_cast<const int64_t*>(order.const_data_ptr());
+  const auto* offset_at = static_cast<const int64_t*>(offsets.const_data_ptr());
+  dispatch_sum(source.scalar_type(), [&](auto tag) {
+    using Sum = decltype(tag);
+    const auto* from = static_cast<const Sum*>(source.const_data_ptr());
+    auto* to = static_cast<Sum*>(out.mutable_data_ptr());
+    parallel(n, 16384 / std::max<int64_t>(C, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t e = std::max<int64_t>(offset_at[i], 0); e < std::min(offset_at[i + 1], L); ++e) {
+          if (order_at[e] < 0 || order_at[e] >= E) continue;
+          const Sum* row = from + order_at[e] * C;
+          for (int64_t c = 0; c < C; ++c) to[i * C + c] += row[c];
+        }
     });
   });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {
-  m.impl("clue_attention_softmax", TORCH_BOX(&softmax));
+  m.impl("clue_attention_lse", TORCH_BOX(&log_sum_exp));
+  m.impl("clue_attention_weights", TORCH_BOX(&weigh));
   m.impl("clue_attention_softmax_backward", TORCH_BOX(&softmax_backward));
+  m.impl("clue_attention_sum_rows", TORCH_BOX(&sum_rows));
 }
 
 }  // namespace

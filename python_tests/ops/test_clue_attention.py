@@ -207,11 +207,16 @@ def test_rejects_ids_out_of_range(id):
 def test_direct_calls_are_memory_safe():
     ops = torch.ops.qpeft_ext
     slots = torch.tensor([[0, 3, -1, 99]], dtype=torch.int32)
-    weights = ops.clue_attention_softmax(torch.zeros(4, 2), slots, torch.ones_like(slots), 0)
-    assert weights[0, :, 0].tolist() == [0.5, 0.5, 0, 0]  # slots out of range are padding
-    grad = torch.zeros(4, 2)
-    ops.clue_attention_softmax_backward(weights, torch.ones(1, 4, 2), slots, 0, grad)
-    with pytest.raises(RuntimeError, match="grad_scores must have size 2 in dimension 1, got 3"):
-        ops.clue_attention_softmax_backward(weights, torch.ones(1, 4, 2), slots, 0, torch.zeros(4, 3))
+    scores, lse, weights = torch.zeros(4, 2), torch.empty(1, 2), torch.empty(1, 4, 2)
+    ops.clue_attention_lse(scores, slots, torch.ones_like(slots), 0, lse)
+    ops.clue_attention_weights(scores, slots, torch.ones_like(slots), lse, 0, weights)
+    torch.testing.assert_close(weights[0, :, 0], torch.tensor([0.5, 0.5, 0, 0]))  # slots out of range are padding
+    grad, order = torch.zeros(4, 2), torch.tensor([-1, 9, 0])
+    ops.clue_attention_sum_rows(torch.ones(1, 2), order, torch.tensor([-5, 1, 2, 99, 99]), grad)
+    assert grad[:, 0].tolist() == [0, 0, 1, 0]  # what is not there is skipped
+    with pytest.raises(RuntimeError, match="out must have size 2 in dimension 1, got 3"):
+        ops.clue_attention_sum_rows(torch.ones(1, 2), order, torch.zeros(5).long(), torch.zeros(4, 3))
     with pytest.raises(RuntimeError, match="counts must have size 4 in dimension 1, got 3"):
-        ops.clue_attention_softmax(torch.zeros(4, 2), slots, torch.ones(1, 3, dtype=torch.int32), 0)
+        ops.clue_attention_lse(scores, slots, torch.ones(1, 3, dtype=torch.int32), 0, lse)
+    with pytest.raises(RuntimeError, match="weights must have size 4 in dimension 1, got 3"):
+        ops.clue_attention_softmax_backward(weights[:, :3].contiguous(), slots, weights)

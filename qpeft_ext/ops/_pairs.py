@@ -39,6 +39,10 @@ class Pairs:
     def unsorted(self, x: Tensor) -> Tensor:
         return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
+    def columns(self, absorbed: Tensor, query: int) -> Tensor:
+        """The absorbed tokens of a query, [R, D]: copied one query at a time, since [Q, T, H, D] has other strides."""
+        return absorbed[query].to(self.dtype).reshape(self.R, self.D)
+
     def count_rows(self, query: int) -> int:
         return self.documents.offsets[query + 1] - self.documents.offsets[query]
 
@@ -90,8 +94,25 @@ class Pairs:
         torch.ops.qpeft_ext.document_rows_gather(self.table, self.documents.ids[pairs, :n].reshape(-1), rows, None)
         return rows.view(P, n, self.D)
 
-    def softmax(self, scores: Tensor, query: int, pairs: slice, n: int) -> tuple[Tensor, Tensor]:
-        """Weights [P, n, R] from the scores [U, R] of a query, and the slots [P, n] they belong to."""
+    def slots(self, query: int, pairs: slice, n: int) -> tuple[Tensor, Tensor, int]:
+        """What the softmax primitives ask for: slots and counts [P, n], the slot of the query's first row."""
         slots, counts = (x[pairs, :n].contiguous() for x in (self.documents.slots, self.documents.counts))
-        first = self.documents.offsets[query]
-        return torch.ops.qpeft_ext.clue_attention_softmax(scores, slots, counts, first), slots
+        return slots, counts, self.documents.offsets[query]
+
+    def weights(self, scores: Tensor, lse: Tensor, query: int, pairs: slice, n: int, known: bool = False) -> Tensor:
+        """Weights [P, n, R] from the scores [U, R] of a query; lse [B, R] of these pairs is written unless known."""
+        slots, counts, first = self.slots(query, pairs, n)
+        if not known:
+            torch.ops.qpeft_ext.clue_attention_lse(scores, slots, counts, first, lse[pairs])
+        weights = scores.new_empty(*slots.shape, self.R)
+        torch.ops.qpeft_ext.clue_attention_weights(scores, slots, counts, lse[pairs], first, weights)
+        return weights
+
+
+def shared_rows(slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """For each of ``rows`` rows, which places of ``slots`` (any shape, flattened) hold it: (order, offsets [rows + 1]).
+
+    Places are ascending within a row, whatever the device: `clue_attention_sum_rows` then has one order of its sums.
+    """
+    ascending, order = slots.flatten().sort(stable=True)
+    return order, torch.searchsorted(ascending, torch.arange(rows + 1, dtype=slots.dtype, device=slots.device))

@@ -8,17 +8,15 @@ from torch.nn.functional import linear
 
 from .._library import uses_reference
 from ._common import (
-    add_product,
-    block_dtype,
     check_documents,
     differentiable,
     expect_like,
     expect_shape,
     fake,
     implement,
-    multiply,
+    sum_dtype,
 )
-from ._pairs import Pairs
+from ._pairs import Pairs, shared_rows
 
 
 def clue_attention(
@@ -140,8 +138,9 @@ def _forward(
     """The projections by autograd of torch, around `clue_attention_heads`."""
     absorbed = absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads)
     documents = (table, document_ids, document_mask, query_index)
+    # without a name nothing here holds the heads
     return project_heads(
-        torch.ops.qpeft_ext.clue_attention_heads(absorbed, *documents, w_v),  # no name here holds its memory
+        torch.ops.qpeft_ext.clue_attention_heads(absorbed, *documents, w_v)[0],
         query_mask, document_mask, query_index, w_o, b_k, b_v, b_o,
     )  # fmt: skip
 
@@ -167,64 +166,63 @@ def project_heads(heads, query_mask, document_mask, query_index, w_o, b_k, b_v, 
 
 
 def _scores(pairs: Pairs, query: int, absorbed: Tensor) -> Tensor:
-    """[U, R] of the distinct rows of a query."""
+    """[U, R] of the distinct rows of a query, whose absorbed tokens are [R, D]."""
     scores = absorbed.new_empty(pairs.count_rows(query), pairs.R, dtype=pairs.dtype)
     for here, block in pairs.rows_of(query):
-        scores[here] = multiply(block, absorbed.mT)
+        torch.mm(block, absorbed.mT, out=scores[here])
     return scores
 
 
-@implement("clue_attention_heads")
+@implement("clue_attention_heads", "cpu")
 def _heads_forward(absorbed, table, document_ids, document_mask, query_index, w_v):
     pairs = Pairs(table, document_ids, document_mask, query_index, *absorbed.shape[:3])
-    T, H, D, dtype = pairs.T, pairs.H, pairs.D, block_dtype(table)
-    queries = absorbed.to(dtype).reshape(-1, pairs.R, D)
+    T, H, D, dtype = pairs.T, pairs.H, pairs.D, pairs.dtype
     d, values = D // H, w_v.to(dtype)
     heads = table.new_empty(len(pairs.queries), T, D)
+    lse = absorbed.new_empty(len(pairs.queries), pairs.R, dtype=dtype)
     contexts, buffer, scores, of_query = pairs.new_contexts(), [], None, -1
     for block in pairs.blocks():
         context = contexts[: block.stop - block.start]
         for query, part, n in pairs.parts(block):
             if query != of_query:
-                scores, of_query = _scores(pairs, query, queries[query]), query
-            weights, _ = pairs.softmax(scores, query, part, n)
+                scores, of_query = _scores(pairs, query, pairs.columns(absorbed, query)), query
+            weights = pairs.weights(scores, lse, query, part, n)
             rows = pairs.gather(part, n, buffer)
-            torch.bmm(weights.to(dtype).mT, rows, out=context[part.start - block.start : part.stop - block.start])
+            torch.bmm(weights.mT, rows, out=context[part.start - block.start : part.stop - block.start])
         context = context.view(-1, H, D)
         for h in range(H):
             here = slice(h * d, (h + 1) * d)
             heads[block, :, here] = (context[:, h] @ values[here].T).view(-1, T, d)
-    return pairs.unsorted(heads)
+    return pairs.unsorted(heads), pairs.unsorted(lse).view(-1, T, H)
 
 
 @fake("clue_attention_heads")
 def _(absorbed, table, document_ids, document_mask, query_index, w_v):
-    return table.new_empty(document_ids.shape[0], absorbed.shape[1], absorbed.shape[3])
+    (_, T, H, D), B = absorbed.shape, document_ids.shape[0]
+    return table.new_empty(B, T, D), table.new_empty(B, T, H, dtype=sum_dtype(table.dtype))
 
 
-@implement("clue_attention_heads_backward")
-def _heads_backward(grad_heads, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
+@implement("clue_attention_heads_backward", "cpu")
+def _heads_backward(grad_heads, lse, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
     """Weights and contexts are computed again; gradients of scores are summed per distinct id, then one GEMM."""
     pairs = Pairs(table, document_ids, document_mask, query_index, *absorbed.shape[:3])
-    H, D, dtype = pairs.H, pairs.D, block_dtype(table)
-    queries = absorbed.to(dtype).reshape(-1, pairs.R, D)
+    H, D, dtype = pairs.H, pairs.D, pairs.dtype
     d, values = D // H, w_v.to(dtype)
-    grad_heads = pairs.sorted(grad_heads).to(dtype)
-    grad_absorbed = torch.zeros_like(queries, dtype=pairs.dtype)
-    grad_w_v = torch.zeros_like(w_v, dtype=pairs.dtype)
-    grad_table = torch.zeros_like(table, dtype=pairs.dtype) if want_table else table.new_empty(0)
+    grad_heads, lse = pairs.sorted(grad_heads).to(dtype), pairs.sorted(lse).view(-1, pairs.R)
+    grad_absorbed = absorbed.new_zeros(absorbed.shape[0], pairs.R, D, dtype=dtype)
+    grad_w_v = torch.zeros_like(w_v, dtype=dtype)
+    grad_table = torch.zeros_like(table, dtype=dtype) if want_table else table.new_empty(0)
 
-    def finish(query: int, grad_scores: Tensor) -> None:
+    def finish(query: int, columns: Tensor, grad_scores: Tensor) -> None:
         begin = pairs.documents.offsets[query]
         for here, block in pairs.rows_of(query):
-            weights = grad_scores[here].to(dtype)
-            add_product(grad_absorbed[query], weights.T, block)
+            grad_absorbed[query].addmm_(grad_scores[here].T, block)
             if want_table:
                 rows = pairs.documents.rows[begin + here.start : begin + here.stop]
-                grad_table.index_add_(0, rows, multiply(weights, queries[query]))
+                grad_table.index_add_(0, rows, grad_scores[here] @ columns)
 
     contexts, grad_contexts, buffer = pairs.new_contexts(), pairs.new_contexts(), []
-    scores, grad_scores, of_query = None, None, -1
+    columns, scores, grad_scores, of_query = None, None, None, -1
     for block in pairs.blocks():
         context, grad_context = (x[: block.stop - block.start] for x in (contexts, grad_contexts))
         grads, grad_context = grad_heads[block].reshape(-1, D), grad_context.view(-1, H, D)
@@ -235,41 +233,44 @@ def _heads_backward(grad_heads, absorbed, table, document_ids, document_mask, qu
         for query, part, n in pairs.parts(block):
             if query != of_query:
                 if of_query >= 0:
-                    finish(of_query, grad_scores)
-                scores, of_query = _scores(pairs, query, queries[query]), query
+                    finish(of_query, columns, grad_scores)
+                columns, of_query = pairs.columns(absorbed, query), query
+                scores = _scores(pairs, query, columns)
                 grad_scores = torch.zeros_like(scores)
             inside = slice(part.start - block.start, part.stop - block.start)
-            weights, slots = pairs.softmax(scores, query, part, n)
+            weights = pairs.weights(scores, lse, query, part, n, known=True)
             rows = pairs.gather(part, n, buffer)
-            torch.bmm(weights.to(dtype).mT, rows, out=context[inside])
-            grad_weights = multiply(rows, grad_context[inside].mT)  # [P, n, R]
-            torch.ops.qpeft_ext.clue_attention_softmax_backward(
-                weights, grad_weights, slots, pairs.documents.offsets[query], grad_scores
-            )
+            torch.bmm(weights.mT, rows, out=context[inside])
+            grad_weights = rows @ grad_context[inside].mT  # [P, n, R]
+            slots, _, first = pairs.slots(query, part, n)
+            torch.ops.qpeft_ext.clue_attention_softmax_backward(weights, slots, grad_weights)
+            order, offsets = shared_rows(slots - first, scores.shape[0])
+            torch.ops.qpeft_ext.clue_attention_sum_rows(grad_weights.flatten(0, 1), order, offsets, grad_scores)
             if want_table:
                 ids = pairs.documents.ids[part, :n].reshape(-1)
-                grad_rows = multiply(weights.to(dtype), grad_context[inside]).view(-1, D)
+                grad_rows = (weights @ grad_context[inside]).view(-1, D)
                 grad_table.index_add_(0, ids.clamp_min(0), grad_rows)  # padding adds zeros
         context = context.view(-1, H, D)
         for h in range(H):
             here = slice(h * d, (h + 1) * d)
-            add_product(grad_w_v[here], grads[:, here].T, context[:, h])
+            grad_w_v[here].addmm_(grads[:, here].T, context[:, h])
     if of_query >= 0:
-        finish(of_query, grad_scores)
+        finish(of_query, columns, grad_scores)
     return grad_absorbed.view(absorbed.shape).to(absorbed.dtype), grad_w_v.to(w_v.dtype), grad_table.to(table.dtype)
 
 
 @fake("clue_attention_heads_backward")
-def _(grad_heads, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
+def _(grad_heads, lse, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
     grad_table = torch.empty_like(table) if want_table else table.new_empty(0)
     return absorbed.new_empty(absorbed.shape), torch.empty_like(w_v), grad_table
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *inputs)
 
 
-def _autograd(ctx, grad_heads):
+def _autograd(ctx, grad_heads, _):
     want_table = ctx.needs_input_grad[1]
     grad_absorbed, grad_w_v, grad_table = torch.ops.qpeft_ext.clue_attention_heads_backward(
         grad_heads, *ctx.saved_tensors, want_table

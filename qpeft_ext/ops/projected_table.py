@@ -73,6 +73,7 @@ class ProjectedTable:
         x = query_embeds.masked_fill(~query_mask[:, :, None], 0)
         queries = _heads(linear(x, w_q, b_q), H).to(self.dtype) * (D // H) ** -0.5  # [Q, H, T, D / H]
         heads = query_embeds.new_empty(len(pairs.queries), T, D)
+        lse = heads.new_empty(heads.shape[0], pairs.R, dtype=pairs.dtype)
         scores, of_query, buffer = None, -1, []
         for query, part, n in pairs.parts(slice(0, len(pairs.queries))):
             if query != of_query:
@@ -80,7 +81,7 @@ class ProjectedTable:
                 keys = _heads(self.keys[self.place[pairs.distinct(query)]][None], H)[0]  # [H, U, D / H]
                 scores = (keys @ queries[query].mT).permute(1, 2, 0).to(pairs.dtype).reshape(-1, pairs.R)  # [U, T * H]
                 of_query = query
-            weights, _ = pairs.softmax(scores.contiguous(), query, part, n)
+            weights = pairs.weights(scores.contiguous(), lse, query, part, n)
             values = self._values(pairs, part, n, buffer)  # [P, n, D]
             for p in range(part.stop - part.start):  # views all along: a batch over P and H would be copied
                 of_heads = weights[p].to(self.dtype).view(n, T, H).permute(2, 1, 0)  # [H, T, n]
