@@ -147,6 +147,49 @@ inline void check_clue_attention_sum_rows(const Tensor& source, const Tensor& or
   expect_same_device(op, source, {&order, &offsets, &out});
 }
 
+inline void expect_sums_of(const char* op, const char* name, const Tensor& x, const char* of_name, const Tensor& of) {
+  STD_TORCH_CHECK(x.scalar_type() == sum_dtype(of.scalar_type()), op, ": ", name, " must have the dtype of sums of ", of_name);
+}
+
+// What both gathered products have; the values of rows, offsets and lengths are not checked here: kernels trap.
+inline void check_clue_attention_lists(const char* op, const Tensor& table, const Tensor& rows,
+                                       const std::optional<Tensor>& offsets, const std::optional<Tensor>& lengths) {
+  expect(op, "table", table, {-1, -1}, table.scalar_type(), /*free_row_stride=*/true);
+  expect(op, "rows", rows, {-1}, ScalarType::Long);
+  STD_TORCH_CHECK(offsets.has_value() != lengths.has_value(), op, ": either offsets or lengths");
+  const Tensor& of_lists = offsets ? *offsets : *lengths;
+  expect(op, offsets ? "offsets" : "lengths", of_lists, {-1}, ScalarType::Long);
+  STD_TORCH_CHECK(!offsets || offsets->size(0) > 0, op, ": offsets must have size [lists + 1]");
+  STD_TORCH_CHECK(offsets || (lengths->size(0) == 0 ? rows.size(0) == 0 : rows.size(0) % lengths->size(0) == 0), op,
+                  ": rows must have as many places for each list");
+  expect_same_device(op, table, {&rows, &of_lists});
+}
+
+inline void check_clue_attention_products(const Tensor& table, const Tensor& rows, const std::optional<Tensor>& offsets,
+                                          const std::optional<Tensor>& lengths, const Tensor& dense,
+                                          const Tensor& products) {
+  constexpr auto op = "clue_attention_products";
+  check_clue_attention_lists(op, table, rows, offsets, lengths);
+  const int64_t lists = offsets ? offsets->size(0) - 1 : lengths->size(0);
+  expect(op, "dense", dense, {lists, -1, table.size(1)}, table.scalar_type());
+  expect(op, "products", products, {rows.size(0), dense.size(1)}, sum_dtype(table.scalar_type()));
+  expect_same_device(op, table, {&dense, &products});
+}
+
+inline void check_clue_attention_weighted_sums(const Tensor& table, const Tensor& rows, const std::optional<Tensor>& offsets,
+                                               const std::optional<Tensor>& lengths, const Tensor& weights, int64_t heads,
+                                               const Tensor& sums) {
+  constexpr auto op = "clue_attention_weighted_sums";
+  check_clue_attention_lists(op, table, rows, offsets, lengths);
+  expect(op, "weights", weights, {rows.size(0), -1}, table.scalar_type());
+  STD_TORCH_CHECK(heads >= 1 && weights.size(1) % heads == 0 && table.size(1) % heads == 0, op,
+                  ": heads must divide the columns of weights and of table");
+  const int64_t lists = offsets ? offsets->size(0) - 1 : lengths->size(0);
+  const ScalarType dtype = sums.scalar_type() == table.scalar_type() ? table.scalar_type() : sum_dtype(table.scalar_type());
+  expect(op, "sums", sums, {lists, weights.size(1) / heads, table.size(1)}, dtype);
+  expect_same_device(op, table, {&weights, &sums});
+}
+
 // kept: the dtype of what replaces the logits.
 inline void check_chunk(const char* op, const Tensor& logits, const std::optional<Tensor>& bias, const Tensor& target_ids,
                         ScalarType kept) {

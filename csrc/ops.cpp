@@ -103,6 +103,20 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   //   source [E, C] float32/float64; order i64 in [0, E); offsets [n + 1] i64; out [n, C], dtype of source
   m.def("clue_attention_sum_rows(Tensor source, Tensor order, Tensor offsets, Tensor(a!) out) -> ()");
 
+  // Gathered products, CUDA only (on the CPU a GEMM of torch over gathered rows is faster than what could be written by hand).
+  //   table [V, D], row stride free; rows [n] i64 in [0, V): lists of rows. Either end to end, offsets [lists + 1] i64, or each
+  //   in its n / lists places, lengths [lists] i64. What lies behind the last list or in places that a list leaves is not read.
+  // products[u, r] = table[rows[u]] . dense[l, r] for u in list l. dense [lists, R, D], dtype of table;
+  //   products [n, R] in the dtype of sums, not written for u of no list.
+  m.def(
+      "clue_attention_products(Tensor table, Tensor rows, Tensor? offsets, Tensor? lengths, Tensor dense, "
+      "Tensor(a!) products) -> ()");
+  // sums[l, r, d] = sum over u in list l of weights[u, h * R + r] * table[rows[u], d], h = d / (D / heads) the head of d.
+  //   weights [n, heads * R], dtype of table; sums [lists, R, D] in the dtype of table or of sums; accumulate: += instead of =.
+  m.def(
+      "clue_attention_weighted_sums(Tensor table, Tensor rows, Tensor? offsets, Tensor? lengths, Tensor weights, "
+      "SymInt heads, bool accumulate, Tensor(a!) sums) -> ()");
+
   // ---- primitives: token_log_likelihood ---------------------------------------------------------------------------------
   // With u = logit_scale * x + bias[c] and z = soft_cap * tanh(u / soft_cap) (z = u without a cap), dz/du = 1 - (z/soft_cap)^2.
   // One chunk of C words, numbers first .. first + C - 1 of the vocabulary, into the running state of each row.

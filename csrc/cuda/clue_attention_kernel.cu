@@ -1,11 +1,14 @@
 // Softmax of attention scores over the distinct tokens of each document, and its backward.
-//   weights[p, j, r] = counts[p, j] exp(s[slot(p, j), r] - max) / sum;   ds = weights * (grad_weights - sum of weights * grad_weights)
-//   Parallel over   blocks of one document x 32 columns, eight threads a column; the sum over documents: one thread per
-//                   (distinct row, column), documents in order
-//   Global memory   forward reads the scores three times (cache) and writes the weights once; backward reads weights and
-//                   grad_weights twice, and places [P, U] once: which token of document p is row u
-//   Precision       float (double for double)
+//   lse[p, r] = log sum_j counts[p, j] exp(s[slot(p, j), r]);   weights[p, j, r] = counts[p, j] exp(s - lse)
+//   ds = weights * (grad_weights - sum of weights * grad_weights);   sum_rows: out[i] += sum of source[order[e]] over segment i
+//   Parallel over   blocks of one document x 32 columns, eight threads a column; sum_rows: one thread per (row, column)
+//   Global memory   lse reads the scores of a document twice, weights once (L2: rows are shared by documents); backward reads
+//                   weights and grad_weights twice and writes once; sum_rows reads each source row once
+//   Precision       float (double for double); weights are rounded to the table's dtype as they are written
 //   Deterministic   yes: each sum has one fixed order, no atomics
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "block.cuh"
 #include "launchers.h"
 
@@ -36,8 +39,7 @@ __device__ inline int64_t row_of(const int32_t* slots, SoftmaxSizes sizes, int64
 }
 
 template <typename Sum>
-__global__ void softmax_kernel(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
-                               Sum* weights) {
+__global__ void lse_kernel(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes, Sum* lse) {
   const Part part(sizes.R);
   const int64_t R = sizes.R, end = part.r < R ? sizes.n : 0;  // threads beyond the last column only keep the barriers matched
   Sum max = -INFINITY;
@@ -46,51 +48,60 @@ __global__ void softmax_kernel(const Sum* scores, const int32_t* slots, const in
     if (row >= 0) max = Max()(max, scores[row * R + part.r]);
   }
   max = block_reduce<kColumns>(max, Max());
-  const auto exponential = [&](int64_t row, int64_t j) {
-    return static_cast<Sum>(counts[part.p * sizes.n + j]) * std::exp(scores[row * R + part.r] - max);
-  };
   Sum sum = 0;
   for (int64_t j = part.stripe; j < end; j += Part::kStripes) {
     const int64_t row = row_of(slots, sizes, part.p, j);
-    if (row >= 0) sum += exponential(row, j);
+    if (row >= 0) sum += static_cast<Sum>(counts[part.p * sizes.n + j]) * std::exp(scores[row * R + part.r] - max);
   }
   sum = block_reduce<kColumns>(sum, Add());
-  for (int64_t j = part.stripe; j < end; j += Part::kStripes) {
+  if (part.stripe == 0 && part.r < R) lse[part.p * R + part.r] = max + std::log(sum);  // no token: -inf
+}
+
+template <typename Sum, typename Weight>
+__global__ void weights_kernel(const Sum* scores, const int32_t* slots, const int32_t* counts, const Sum* lse,
+                               SoftmaxSizes sizes, Weight* weights) {
+  const Part part(sizes.R);
+  const int64_t R = sizes.R;
+  if (part.r >= R) return;
+  const Sum total = lse[part.p * R + part.r];
+  for (int64_t j = part.stripe; j < sizes.n; j += Part::kStripes) {
     const int64_t row = row_of(slots, sizes, part.p, j);
-    weights[(part.p * sizes.n + j) * R + part.r] = row >= 0 && sum != 0 ? exponential(row, j) / sum : Sum(0);
+    const Sum weight = row < 0 ? Sum(0) : static_cast<Sum>(counts[part.p * sizes.n + j]) * std::exp(scores[row * R + part.r] - total);
+    weights[(part.p * sizes.n + j) * R + part.r] = static_cast<Weight>(weight);
   }
 }
 
-// grad_weights becomes the gradient to the scores of each document; places[p, row] = j.
-template <typename Sum>
-__global__ void softmax_backward_kernel(const Sum* weights, Sum* grad_weights, const int32_t* slots, SoftmaxSizes sizes,
-                                        int32_t* places) {
+template <typename Sum, typename Weight>
+__global__ void softmax_backward_kernel(const Weight* weights, const int32_t* slots, SoftmaxSizes sizes, Sum* grad_weights) {
   const Part part(sizes.R);
   const int64_t R = sizes.R, end = part.r < R ? sizes.n : 0;
+  const auto there = [&](int64_t j) { return slots[part.p * sizes.n + j] >= 0; };
   Sum dot = 0;
   for (int64_t j = part.stripe; j < end; j += Part::kStripes) {
     const int64_t at = (part.p * sizes.n + j) * R + part.r;
-    dot += weights[at] * grad_weights[at];
+    if (there(j)) dot += static_cast<Sum>(weights[at]) * grad_weights[at];
   }
   dot = block_reduce<kColumns>(dot, Add());
   for (int64_t j = part.stripe; j < end; j += Part::kStripes) {
-    const int64_t at = (part.p * sizes.n + j) * R + part.r, row = row_of(slots, sizes, part.p, j);
-    grad_weights[at] = weights[at] * (grad_weights[at] - dot);
-    if (part.r == 0 && row >= 0) places[part.p * sizes.U + row] = static_cast<int32_t>(j);
+    const int64_t at = (part.p * sizes.n + j) * R + part.r;
+    grad_weights[at] = there(j) ? static_cast<Sum>(weights[at]) * (grad_weights[at] - dot) : Sum(0);
   }
 }
 
 template <typename Sum>
-__global__ void sum_documents_kernel(const Sum* addends, SoftmaxSizes sizes, const int32_t* places, Sum* grad_scores) {
+__global__ void sum_rows_kernel(const Sum* source, const int64_t* order, const int64_t* offsets, SumRowsSizes sizes, Sum* out) {
   const int64_t at = global_thread();
-  if (at >= sizes.U * sizes.R) return;
-  const int64_t row = at / sizes.R, r = at % sizes.R;
-  Sum sum = grad_scores[at];
-  for (int64_t p = 0; p < sizes.P; ++p) {
-    const int64_t j = places[p * sizes.U + row];
-    if (j >= 0) sum += addends[(p * sizes.n + j) * sizes.R + r];
+  if (at >= sizes.n * sizes.C) return;
+  const int64_t i = at / sizes.C, c = at % sizes.C;
+  const int64_t begin = offsets[i] > 0 ? offsets[i] : 0, end = offsets[i + 1] < sizes.L ? offsets[i + 1] : sizes.L;
+  if (begin >= end) return;
+  Sum sum = out[at];
+#pragma unroll 8
+  for (int64_t e = begin; e < end; ++e) {  // a frequent token stands in many documents: loads must not wait for each other
+    const int64_t row = order[e];
+    if (row >= 0 && row < sizes.E) sum += source[row * sizes.C + c];
   }
-  grad_scores[at] = sum;
+  out[at] = sum;
 }
 
 int64_t tiles(SoftmaxSizes sizes) { return sizes.P * blocks_for(sizes.R, kColumns); }
@@ -98,28 +109,46 @@ int64_t tiles(SoftmaxSizes sizes) { return sizes.P * blocks_for(sizes.R, kColumn
 }  // namespace
 
 template <typename Sum>
-cudaError_t launch_clue_attention_softmax(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
-                                          Sum* weights, cudaStream_t stream) {
-  return launch(softmax_kernel<Sum>, tiles(sizes), stream, scores, slots, counts, sizes, weights);
+cudaError_t launch_clue_attention_lse(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
+                                      Sum* lse, cudaStream_t stream) {
+  return launch(lse_kernel<Sum>, tiles(sizes), stream, scores, slots, counts, sizes, lse);
+}
+
+template <typename Sum, typename Weight>
+cudaError_t launch_clue_attention_weights(const Sum* scores, const int32_t* slots, const int32_t* counts, const Sum* lse,
+                                          SoftmaxSizes sizes, Weight* weights, cudaStream_t stream) {
+  return launch(weights_kernel<Sum, Weight>, tiles(sizes), stream, scores, slots, counts, lse, sizes, weights);
+}
+
+template <typename Sum, typename Weight>
+cudaError_t launch_clue_attention_softmax_backward(const Weight* weights, const int32_t* slots, SoftmaxSizes sizes,
+                                                   Sum* grad_weights, cudaStream_t stream) {
+  return launch(softmax_backward_kernel<Sum, Weight>, tiles(sizes), stream, weights, slots, sizes, grad_weights);
 }
 
 template <typename Sum>
-cudaError_t launch_clue_attention_softmax_backward(const Sum* weights, Sum* grad_weights, const int32_t* slots,
-                                                   SoftmaxSizes sizes, int32_t* places, Sum* grad_scores,
-                                                   cudaStream_t stream) {
-  const cudaError_t status = launch(softmax_backward_kernel<Sum>, tiles(sizes), stream, weights, grad_weights, slots, sizes,
-                                    places);
-  if (status != cudaSuccess) return status;
-  return launch(sum_documents_kernel<Sum>, blocks_for(sizes.U * sizes.R), stream, grad_weights, sizes, places, grad_scores);
+cudaError_t launch_clue_attention_sum_rows(const Sum* source, const int64_t* order, const int64_t* offsets, SumRowsSizes sizes,
+                                           Sum* out, cudaStream_t stream) {
+  return launch(sum_rows_kernel<Sum>, blocks_for(sizes.n * sizes.C), stream, source, order, offsets, sizes, out);
 }
 
-#define INSTANTIATE(Sum)                                                                                              \
-  template cudaError_t launch_clue_attention_softmax(const Sum*, const int32_t*, const int32_t*, SoftmaxSizes, Sum*, \
-                                                     cudaStream_t);                                                   \
-  template cudaError_t launch_clue_attention_softmax_backward(const Sum*, Sum*, const int32_t*, SoftmaxSizes, int32_t*, \
-                                                              Sum*, cudaStream_t);
+#define INSTANTIATE(Sum)                                                                                                \
+  template cudaError_t launch_clue_attention_lse(const Sum*, const int32_t*, const int32_t*, SoftmaxSizes, Sum*,        \
+                                                 cudaStream_t);                                                         \
+  template cudaError_t launch_clue_attention_sum_rows(const Sum*, const int64_t*, const int64_t*, SumRowsSizes, Sum*,   \
+                                                      cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
+#undef INSTANTIATE
+
+#define INSTANTIATE(Sum, Weight)                                                                                         \
+  template cudaError_t launch_clue_attention_weights(const Sum*, const int32_t*, const int32_t*, const Sum*, SoftmaxSizes, \
+                                                     Weight*, cudaStream_t);                                             \
+  template cudaError_t launch_clue_attention_softmax_backward(const Weight*, const int32_t*, SoftmaxSizes, Sum*, cudaStream_t);
+INSTANTIATE(float, float)
+INSTANTIATE(double, double)
+INSTANTIATE(float, __half)
+INSTANTIATE(float, __nv_bfloat16)
 #undef INSTANTIATE
 
 }  // namespace qpeft

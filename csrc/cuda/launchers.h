@@ -52,13 +52,35 @@ struct SoftmaxSizes {
   int64_t P, n, U, R, first_slot;
 };
 template <typename Sum>
-cudaError_t launch_clue_attention_softmax(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
-                                          Sum* weights, cudaStream_t stream);
-// Scratch: places [P, U], filled with -1 before.
+cudaError_t launch_clue_attention_lse(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
+                                      Sum* lse, cudaStream_t stream);
+template <typename Sum, typename Weight>
+cudaError_t launch_clue_attention_weights(const Sum* scores, const int32_t* slots, const int32_t* counts, const Sum* lse,
+                                          SoftmaxSizes sizes, Weight* weights, cudaStream_t stream);
+template <typename Sum, typename Weight>
+cudaError_t launch_clue_attention_softmax_backward(const Weight* weights, const int32_t* slots, SoftmaxSizes sizes,
+                                                   Sum* grad_weights, cudaStream_t stream);
+struct SumRowsSizes {
+  int64_t E, C, L, n;  // rows and columns of source; of order; rows of out
+};
 template <typename Sum>
-cudaError_t launch_clue_attention_softmax_backward(const Sum* weights, Sum* grad_weights, const int32_t* slots,
-                                                   SoftmaxSizes sizes, int32_t* places, Sum* grad_scores,
-                                                   cudaStream_t stream);
+cudaError_t launch_clue_attention_sum_rows(const Sum* source, const int64_t* order, const int64_t* offsets, SumRowsSizes sizes,
+                                           Sum* out, cudaStream_t stream);
+// Lists of rows of a table: end to end (offsets) or one every `stride` places (lengths); the other pointer is null.
+template <typename Row>
+struct GatheredRows {
+  const Row* table;
+  int64_t table_stride, V, D;
+  const int64_t *rows, *offsets, *lengths;
+  int64_t n, stride, lists;  // n: of rows
+  int64_t longest;  // an upper bound
+};
+template <typename Row, typename Sum>
+cudaError_t launch_clue_attention_products(GatheredRows<Row> gathered, const Row* dense, int64_t columns, Sum* products,
+                                           cudaStream_t stream);
+template <typename Row, typename Out>
+cudaError_t launch_clue_attention_weighted_sums(GatheredRows<Row> gathered, const Row* weights, int64_t columns, int64_t heads,
+                                                bool accumulate, Out* sums, cudaStream_t stream);
 
 // token_log_likelihood
 template <typename Sum>

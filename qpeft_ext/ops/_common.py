@@ -149,11 +149,12 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, in the dtype of sums, inside the GEMM."""
+    """``total += a @ b``, in the dtype of sums, inside the GEMM; matrices, or batches of them."""
+    add = torch.addmm if a.dim() == 2 else torch.baddbmm
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        add(total, a, b, out=total)
     else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        add(total, a, b, out_dtype=total.dtype, out=total)
 
 
 @contextmanager

@@ -1,0 +1,182 @@
+"""The middle of `clue_attention` on CUDA: blocks of pairs through the primitives of csrc/ops.cpp.
+
+Nothing here waits for the GPU, so that it can be captured in a graph: sizes follow from shapes alone (upper bounds),
+what depends on ids stays on the device. Pairs are taken as they come, since sorting them by query would copy the heads;
+those of one query that stand together share their scores. Two passes over the rows: scores once per distinct id of a
+query in the block, then contexts per pair. The second time the rows come out of the L2 cache, and one kernel for both
+would compute the scores of each pair anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._common import add_product, exact_float32, implement, multiply, sum_dtype
+from ._pairs import shared_rows
+
+SCORE_BYTES = 64 << 20  # scores and weights of a block of pairs
+CONTEXT_BYTES = 64 << 20  # contexts [pairs, R, D] of a part of a block; a GEMM with W_v follows each
+ROW_BYTES = 64 << 20  # gradients of table rows
+
+
+class Block(NamedTuple):
+    """Pairs whose scores are held at the same time; letters as in csrc/ops.cpp. Behind the distinct ids: padding."""
+
+    pairs: slice
+    rows: Tensor  # [U] int64: distinct ids, query after query; an upper bound, rows[offsets[-1]:] is not written
+    offsets: Tensor  # [Q + 1] int64
+    ids: Tensor  # [P, S] int64
+    slots: Tensor  # [P, S] int32
+    counts: Tensor  # [P, S] int32
+    lengths: Tensor  # [P] int64
+
+    def within(self, part: slice) -> slice:
+        """Some of its pairs, counted from its first."""
+        return slice(part.start - self.pairs.start, part.stop - self.pairs.start)
+
+    def weighted_sums(self, table: Tensor, part: slice, weights: Tensor, out: Tensor, heads: int = 1) -> Tensor:
+        """Contexts of some of its pairs; ``out`` has room for as many or more."""
+        here, out = self.within(part), out[: part.stop - part.start]
+        rows, lengths, weights = self.ids[here].flatten(), self.lengths[here], weights[here].flatten(0, 1)
+        torch.ops.qpeft_ext.clue_attention_weighted_sums(table, rows, None, lengths, weights, heads, False, out)
+        return out
+
+    def products(self, table: Tensor, part: slice, dense: Tensor, out: Tensor) -> None:
+        """Rows of some of its pairs times ``dense`` [pairs, R, D], into ``out`` [P, S, R] of the block."""
+        here = self.within(part)
+        rows, lengths = self.ids[here].flatten(), self.lengths[here]
+        torch.ops.qpeft_ext.clue_attention_products(table, rows, None, lengths, dense, out[here].flatten(0, 1))
+
+
+def blocks_of_pairs(V: int, documents: tuple[Tensor, Tensor, Tensor], Q: int, pair_bytes: int) -> Iterator[Block]:
+    """``documents``: ids [B, S], mask, query_index; ``pair_bytes``: what a pair takes of SCORE_BYTES."""
+    for pairs in ranges(slice(0, len(documents[0])), SCORE_BYTES // max(pair_bytes, 1)):
+        here = (x[pairs].contiguous() for x in documents)
+        rows, offsets, ids, slots, counts, lengths = torch.ops.qpeft_ext.document_rows_distinct(*here, Q, V)
+        yield Block(pairs, rows, offsets, ids, slots, counts, lengths)
+
+
+def ranges(whole: slice, size: int) -> Iterator[slice]:
+    size = max(size, 1)
+    for first in range(whole.start, whole.stop, size):
+        yield slice(first, min(first + size, whole.stop))
+
+
+def weights_of(table: Tensor, columns: Tensor, block: Block, lse: Tensor, known: bool = False) -> Tensor:
+    """Weights [P, S, R] of a block, in the dtype of the table; lse [B, R] of its pairs is written unless known."""
+    scores = table.new_empty(block.rows.shape[0], columns.shape[1], dtype=sum_dtype(table.dtype))
+    torch.ops.qpeft_ext.clue_attention_products(table, block.rows, block.offsets, None, columns, scores)
+    documents = (scores, block.slots, block.counts)
+    if not known:
+        torch.ops.qpeft_ext.clue_attention_lse(*documents, 0, lse[block.pairs])
+    weights = table.new_empty(*block.ids.shape, columns.shape[1])
+    torch.ops.qpeft_ext.clue_attention_weights(*documents, lse[block.pairs], 0, weights)
+    return weights
+
+
+class _Sizes:
+    """Letters of one call, and what a pair takes of the budgets."""
+
+    def __init__(self, absorbed: Tensor, table: Tensor, document_ids: Tensor, backward: bool = False) -> None:
+        (self.Q, self.T, self.H, self.D), (self.B, S) = absorbed.shape, document_ids.shape
+        self.R, self.d = self.T * self.H, self.D // self.H
+        wide, narrow = sum_dtype(table.dtype).itemsize, table.dtype.itemsize
+        # of one score: itself and its weight; in the backward the gradients of both, too
+        self.pair_bytes = S * self.R * (2 * wide + 2 * narrow if backward else wide + narrow)
+        context_bytes = max(self.R * self.D * narrow, 1)
+        self.pairs = max(1, CONTEXT_BYTES // context_bytes)  # of a part
+        # a pair that is too large alone is cut along the query's tokens
+        at_once = min(SCORE_BYTES / max(self.pair_bytes, 1), CONTEXT_BYTES / context_bytes)
+        self.tokens = max(1, min(self.T, int(at_once * self.T)))
+
+    def new_contexts(self, table: Tensor) -> Tensor:
+        """[pairs, R, D] for the largest part."""
+        return table.new_empty(min(self.pairs, self.B), self.R, self.D)
+
+    def by_head(self, x: Tensor, width: int) -> Tensor:
+        """Contexts (width D) or heads (width D / H) of some pairs as a batch over heads, [H, P * T, width]; a view."""
+        return x.view(-1, self.H, width).transpose(0, 1)
+
+
+@implement("clue_attention_heads", "cuda")
+def forward(absorbed, table, document_ids, document_mask, query_index, w_v):
+    sizes = _Sizes(absorbed, table, document_ids)
+    documents = (document_ids, document_mask, query_index)
+    if sizes.tokens < sizes.T:
+        pieces = [forward(x, table, *documents, w_v) for x in absorbed.split(sizes.tokens, dim=1)]
+        return tuple(torch.cat(x, dim=1) for x in zip(*pieces, strict=True))
+    columns = absorbed.reshape(sizes.Q, sizes.R, sizes.D).contiguous()
+    values = w_v.unflatten(0, (sizes.H, sizes.d)).mT
+    heads = table.new_empty(sizes.B, sizes.T, sizes.D)
+    lse = table.new_empty(sizes.B, sizes.R, dtype=sum_dtype(table.dtype))
+    contexts = sizes.new_contexts(table)
+    with exact_float32(table):
+        for block in blocks_of_pairs(table.shape[0], documents, sizes.Q, sizes.pair_bytes):
+            weights = weights_of(table, columns, block, lse)
+            for part in ranges(block.pairs, sizes.pairs):
+                context = block.weighted_sums(table, part, weights, contexts)
+                torch.bmm(sizes.by_head(context, sizes.D), values, out=sizes.by_head(heads[part], sizes.d))
+            del weights  # before those of the next block
+    return heads, lse.view(sizes.B, sizes.T, sizes.H)
+
+
+@implement("clue_attention_heads_backward", "cuda")
+def backward(grad_heads, lse, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
+    """Weights and contexts are computed again; gradients of scores are summed per distinct id, then meet its row."""
+    sizes = _Sizes(absorbed, table, document_ids, backward=True)
+    documents, T = (document_ids, document_mask, query_index), sizes.tokens
+    if T < sizes.T:
+        pieces = zip(*(x.split(T, dim=1) for x in (grad_heads, lse, absorbed)), strict=True)
+        results = [backward(*piece, table, *documents, w_v, want_table) for piece in pieces]
+        grad_absorbed, grad_w_v, grad_table = zip(*results, strict=True)
+        return torch.cat(grad_absorbed, dim=1), sum(grad_w_v), sum(grad_table)
+    H, R, D, dtype = sizes.H, sizes.R, sizes.D, sum_dtype(table.dtype)
+    columns, lse = absorbed.reshape(sizes.Q, R, D).contiguous(), lse.reshape(sizes.B, R).contiguous()
+    values = w_v.unflatten(0, (H, sizes.d))
+    grad_heads = grad_heads.contiguous()
+    grad_columns = torch.zeros_like(columns, dtype=dtype)
+    grad_w_v = torch.zeros_like(values, dtype=dtype)
+    grad_table = torch.zeros_like(table, dtype=dtype) if want_table else table.new_empty(0)
+    contexts, grad_contexts = sizes.new_contexts(table), sizes.new_contexts(table)
+
+    def run(block: Block) -> None:
+        weights = weights_of(table, columns, block, lse, known=True)
+        grad_weights = torch.empty_like(weights, dtype=dtype)
+        for part in ranges(block.pairs, sizes.pairs):
+            context = sizes.by_head(block.weighted_sums(table, part, weights, contexts), D)
+            grad_context, grads = grad_contexts[: part.stop - part.start], sizes.by_head(grad_heads[part], sizes.d)
+            torch.bmm(grads, values, out=sizes.by_head(grad_context, D))
+            block.products(table, part, grad_context, grad_weights)
+            add_product(grad_w_v, grads.mT, context)
+            if want_table:
+                _add_rows(grad_table, block.ids[block.within(part)], weights[block.within(part)], grad_context)
+        torch.ops.qpeft_ext.clue_attention_softmax_backward(weights, block.slots, grad_weights)
+        grad_scores = grad_weights.new_zeros(block.rows.shape[0], R)
+        addends = grad_weights.flatten(0, 1)
+        torch.ops.qpeft_ext.clue_attention_sum_rows(addends, *shared_rows(block.slots, len(grad_scores)), grad_scores)
+        torch.ops.qpeft_ext.clue_attention_weighted_sums(
+            table, block.rows, block.offsets, None, grad_scores.to(table.dtype), 1, True, grad_columns
+        )
+        if want_table:
+            for part in ranges(block.pairs, sizes.pairs):
+                of_scores = grad_weights[block.within(part)].to(table.dtype)
+                _add_rows(grad_table, block.ids[block.within(part)], of_scores, columns[query_index[part]])
+
+    with exact_float32(table):
+        for block in blocks_of_pairs(table.shape[0], documents, sizes.Q, sizes.pair_bytes):
+            run(block)
+    grad_absorbed, grad_w_v = grad_columns.view(absorbed.shape), grad_w_v.flatten(0, 1)
+    return grad_absorbed.to(absorbed.dtype), grad_w_v.to(w_v.dtype), grad_table.to(table.dtype)
+
+
+def _add_rows(grad_table: Tensor, ids: Tensor, weights: Tensor, columns: Tensor) -> None:
+    """grad_table[ids[p, j]] += weights[p, j] @ columns[p], in a fixed order; weights are 0 where ids are -1."""
+    P, D = len(ids), grad_table.shape[1]
+    for places in ranges(slice(0, ids.shape[1]), ROW_BYTES // (P * D * grad_table.dtype.itemsize)):
+        rows = multiply(weights[:, places], columns).view(-1, D)
+        order, offsets = shared_rows(ids[:, places], len(grad_table))
+        torch.ops.qpeft_ext.clue_attention_sum_rows(rows, order, offsets, grad_table)
