@@ -156,6 +156,7 @@ inline void check_clue_attention_lists(const char* op, const Tensor& table, cons
                                        const std::optional<Tensor>& offsets, const std::optional<Tensor>& lengths) {
   expect(op, "table", table, {-1, -1}, table.scalar_type(), /*free_row_stride=*/true);
   expect(op, "rows", rows, {-1}, ScalarType::Long);
+  STD_TORCH_CHECK(table.size(0) <= INT32_MAX && table.size(1) <= INT32_MAX, op, ": sizes of table must fit in 31 bits");
   STD_TORCH_CHECK(offsets.has_value() != lengths.has_value(), op, ": either offsets or lengths");
   const Tensor& of_lists = offsets ? *offsets : *lengths;
   expect(op, offsets ? "offsets" : "lengths", of_lists, {-1}, ScalarType::Long);

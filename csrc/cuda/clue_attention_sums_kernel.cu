@@ -25,34 +25,29 @@ __device__ Numbers added(Numbers a, const Numbers& b) {
 
 template <typename Row, typename Out>
 __global__ void __launch_bounds__(kThreads, 2)
-    weighted_sums_kernel(GatheredRows<Row> gathered, const Row* weights, int64_t columns, int64_t heads, SumsFlags flags,
-                         Out* sums) {
+    weighted_sums_kernel(GatheredRows<Row> gathered, const Row* weights, int columns, int heads, SumsFlags flags, Out* sums) {
   using Tile = TileTN<Row>;
-  const int64_t width = gathered.D / heads;  // numbers of a head
-  const int64_t d_tiles = (width + Tile::kWidth - 1) / Tile::kWidth;
-  const int64_t column_tiles = (columns + Tile::kColumns - 1) / Tile::kColumns;
-  int64_t rest = blockIdx.x;
-  const int64_t d = rest % d_tiles * Tile::kWidth;
-  rest /= d_tiles;
-  const int64_t column = rest % column_tiles * Tile::kColumns;
-  rest /= column_tiles;
-  const int64_t head = rest % heads, list = rest / heads, first_d = head * width + d;
+  const int D = static_cast<int>(gathered.D), width = D / heads;  // numbers of a head
+  const int d_tiles = (width + Tile::kWidth - 1) / Tile::kWidth, column_tiles = (columns + Tile::kColumns - 1) / Tile::kColumns;
+  const int d = blockIdx.x % d_tiles * Tile::kWidth, column = blockIdx.x / d_tiles % column_tiles * Tile::kColumns;
+  const int head = blockIdx.x / d_tiles / column_tiles % heads, first_d = head * width + d;
+  const int64_t list = blockIdx.x / d_tiles / column_tiles / heads;
 
   const int64_t begin = gathered.offsets ? gathered.offsets[list] : list * gathered.stride;
   const int64_t end = gathered.offsets ? gathered.offsets[list + 1] : begin + gathered.lengths[list];
   if (begin < 0 || end > gathered.n) __trap();
   if (flags.accumulate && begin >= end) return;  // the whole block leaves together
-  const TileSource<Row> from_weights{weights + head * columns + column, heads * columns, columns - column,
-                                     flags.aligned_weights};
+  const TileSource<Row> from_weights{weights + head * columns + column, static_cast<int64_t>(heads) * columns,
+                                     columns - column, flags.aligned_weights};
   const TileSource<Row> from_table{gathered.table + first_d, gathered.table_stride, width - d, flags.aligned_table};
   Tile tile;
   add_gathered(tile, from_weights, from_table, gathered.rows, gathered.V, begin, end);
 
-  Out* const out = sums + (list * columns + column) * gathered.D + first_d;
+  Out* const out = sums + (list * columns + column) * D + first_d;
   tile.template finish<Out>([&](int r, int i, auto chunk) {  // numbers i, i + 1, ... of column r
     constexpr int kCount = sizeof(chunk) / sizeof(Out);
     if (column + r >= columns) return;
-    Out* const to = out + r * gathered.D + i;
+    Out* const to = out + static_cast<int64_t>(r) * D + i;
     if (flags.aligned_sums && d + i + kCount <= width) {
       auto* const there = reinterpret_cast<decltype(chunk)*>(to);
       if (flags.accumulate) chunk = added(chunk, *there);
@@ -78,8 +73,9 @@ cudaError_t launch_clue_attention_weighted_sums(GatheredRows<Row> gathered, cons
                         aligned(weights) && columns % kTogether == 0, aligned(sums) && width % kTogether == 0};
   const int64_t blocks = gathered.lists * heads * blocks_for(columns, TileTN<Row>::kColumns) *
                          blocks_for(width, TileTN<Row>::kWidth);
-  return launch_with_memory(weighted_sums_kernel<Row, Out>, blocks, kTileTNBytes<Row>, stream, gathered, weights, columns, heads,
-                            flags, sums);
+  if (columns * heads > INT_MAX) return cudaErrorInvalidConfiguration;
+  return launch_with_memory(weighted_sums_kernel<Row, Out>, blocks, kTileTNBytes<Row>, stream, gathered, weights, columns,
+                            heads, flags, sums);
 }
 
 #define INSTANTIATE(Row, Out)                                                                                           \

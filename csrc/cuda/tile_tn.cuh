@@ -71,22 +71,21 @@ struct TensorTileTN {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
 #pragma unroll
     for (int token = 0; token < kTokens; token += 16) {
-      uint32_t a[4][4], b[2][4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // matrices: columns 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
-        const int chunk = (first_column() + 16 * i) / 8 + matrix % 2;
-        ldmatrix_x4_trans(a[i], weights + 8 * place(token + matrix / 2 * 8 + row, chunk));
-      }
+      uint32_t b[2][4];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {  // matrices: tokens 0-7 and 8-15 of eight numbers, then of the next eight
         const int chunk = (first_d() + 16 * j) / 8 + matrix / 2;
         ldmatrix_x4_trans(b[j], rows + 8 * place(token + matrix % 2 * 8 + row, chunk));
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < 4; ++i) {  // matrices: columns 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
+        uint32_t a[4];
+        const int chunk = (first_column() + 16 * i) / 8 + matrix % 2;
+        ldmatrix_x4_trans(a, weights + 8 * place(token + matrix / 2 * 8 + row, chunk));
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          mma_16816<Half>(sums[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          mma_16816<Half>(sums[i][j], a[0], a[1], a[2], a[3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      }
     }
   }
 
@@ -154,8 +153,9 @@ struct TileTN<__nv_bfloat16> : TensorTileTN<__nv_bfloat16> {};
 template <typename Row>
 struct TileSource {
   const Row* at;
-  int64_t stride, width;  // width: numbers before the end of the row, more or fewer than the tile has
-  bool aligned;           // 16 bytes at a time
+  int64_t stride;
+  int width;     // numbers before the end of the row, more or fewer than the tile has
+  bool aligned;  // 16 bytes at a time
 
   // One chunk of a token; row -1: zeros.
   __device__ void load(Row* to, int64_t row, int first) const {
@@ -165,7 +165,7 @@ struct TileSource {
       const bool there = row >= 0 && first < width;
       cp_async_16(to, there ? from : at, there ? 16 : 0);
     } else {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < kChunk; ++i) to[i] = row >= 0 && first + i < width ? from[i] : Row(0.0f);
     }
   }
@@ -177,39 +177,44 @@ __device__ void add_gathered(TileTN<Row>& tile, TileSource<Row> weights, TileSou
                              int64_t begin, int64_t end) {
   using Tile = TileTN<Row>;
   constexpr int kTokens = Tile::kTokens, kStages = Tile::kStages, kChunk = 16 / sizeof(Row);
-  constexpr int kChunks = Tile::kWidth / kChunk, kLoads = kTokens * kChunks / kThreads;  // of each operand, by each thread
+  constexpr int kChunks = Tile::kWidth / kChunk, kTogether = kThreads / kChunks;  // tokens that the threads load at once
+  constexpr int kLoads = kTokens / kTogether;
   constexpr int kStage = kTokens * (Tile::kColumns + Tile::kWidth);
-  static_assert(Tile::kColumns == Tile::kWidth && kTokens * kChunks % kThreads == 0);
+  static_assert(Tile::kColumns == Tile::kWidth && kLoads * kTogether == kTokens);
   Row* const stages = reinterpret_cast<Row*>(block_memory());
 
-  int64_t ids[kLoads];  // of the stage that is loaded next: read one stage ahead, since addresses wait for them
-  const auto read_ids = [&](int64_t first) {
+  rows += begin, weights.at += begin * weights.stride;
+  const int count = static_cast<int>(end - begin);
+  const int own_token = threadIdx.x / kChunks, own_chunk = threadIdx.x % kChunks;
+  int32_t ids[kLoads];  // of the stage that is loaded next: read one stage ahead, since addresses wait for them
+  const auto read_ids = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const int64_t token = first + (threadIdx.x + i * kThreads) / kChunks;
-      ids[i] = token < end ? rows[token] : -1;
-      if (token < end && (ids[i] < 0 || ids[i] >= V)) __trap();
+      const int token = first + own_token + i * kTogether;
+      const int64_t id = token < count ? rows[token] : -1;
+      if (token < count && (id < 0 || id >= V)) __trap();
+      ids[i] = static_cast<int32_t>(id);
     }
   };
-  const auto load = [&](int64_t step) {
-    const int64_t first = begin + step * kTokens;
-    if (first < end) {  // the same for the whole block
+  const auto load = [&](int step) {
+    const int first = step * kTokens;
+    if (first < count) {  // the same for the whole block
       Row* const stage = stages + step % kStages * kStage;
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const int at = threadIdx.x + i * kThreads, token = at / kChunks, chunk = at % kChunks;
-        const int place = Tile::place(token, chunk) * kChunk;
-        weights.load(stage + place, first + token < end ? first + token : -1, chunk * kChunk);
-        table.load(stage + kTokens * Tile::kColumns + place, ids[i], chunk * kChunk);
+        const int token = own_token + i * kTogether, place = Tile::place(token, own_chunk) * kChunk;
+        weights.load(stage + place, first + token < count ? first + token : -1, own_chunk * kChunk);
+        table.load(stage + kTokens * Tile::kColumns + place, ids[i], own_chunk * kChunk);
       }
       read_ids(first + kTokens);
     }
     cp_async_commit();  // also where there is nothing to load, so that the count of the wait is right
   };
 
-  read_ids(begin);
-  for (int64_t step = 0; step < kStages - 1; ++step) load(step);
-  for (int64_t step = 0; begin + step * kTokens < end; ++step) {
+  read_ids(0);
+  for (int step = 0; step < kStages - 1; ++step) load(step);
+#pragma unroll 1
+  for (int step = 0; step * kTokens < count; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // this stage is there for all threads, and the one before it, filled again now, has been used by all
     load(step + kStages - 1);
