@@ -1,0 +1,83 @@
+"""Count what each variant trains on a Llama-2-7B shape, and write the table of README.md between its markers.
+
+    python benchmarks/trainable_parameters.py          rewrite
+    python benchmarks/trainable_parameters.py --check  fail if README.md does not show these counts
+
+Everything is on the meta device: shapes without storage.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qpeft_ext.clues import AttentionClues, TopKClues
+from qpeft_ext.config import QPeftConfig
+
+README = Path(__file__).parent.parent / "README.md"
+MARKED = re.compile(r"(<!-- trainable parameters -->\n).*?(<!-- end -->)", re.DOTALL)
+V, D = 32000, 4096
+LLAMA_2_7B = LlamaConfig(vocab_size=V, hidden_size=D, intermediate_size=11008, num_hidden_layers=32,
+                         num_attention_heads=32)  # fmt: skip
+
+VARIANTS: tuple[dict, ...] = (
+    {"clues": "attention"},
+    {"clues": "attention", "rank": 64},
+    {"clues": "attention", "rank": None},
+    {"clues": "top_k"},
+    {"clues": "top_k", "rank": 64},
+    {"clues": "top_k", "score_gate": True},
+    {"clues": "top_k", "clue_embeddings": "low_rank"},
+    {"clues": "top_k", "clue_embeddings": "low_rank", "rank": 64},
+    {"clues": "top_k", "clue_embeddings": "low_rank", "score_gate": True},
+    {"clues": "top_k", "clue_embeddings": "full", "rank": None},
+)
+
+
+def count(options: dict) -> tuple[int, int]:
+    """Trained parameters of a variant, and the bytes that its adapter file holds (float32)."""
+    config = QPeftConfig(**options).resolve(D)
+    with torch.device("meta"):
+        if config.clues == "attention":
+            module = AttentionClues(config, D)
+        else:
+            module = TopKClues(config, torch.empty(V, D), torch.empty(V, dtype=torch.bool))
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return trained, sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def table() -> str:
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(LLAMA_2_7B)
+    frozen = sum(parameter.numel() for parameter in lm.parameters())
+    lines = ["| variant | `rank` | trained | % of all | adapter file |", "|---|---|---|---|---|"]
+    for options in VARIANTS:
+        trained, size = count(options)
+        config = QPeftConfig(**options).resolve(D)
+        more = [f"{name}={value!r}" for name, value in options.items() if name not in ("clues", "rank")]
+        words = ", ".join([f"`{config.clues}`", *(f"`{option}`" for option in more)])
+        share = 100 * trained / (frozen + trained)
+        default = " (default)" if "rank" not in options and not more else ""
+        lines.append(f"| {words}{default} | {config.rank} | {trained:,} | {share:.2f} | {size / 1e6:,.0f} MB |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    logging.getLogger("qpeft_ext").setLevel(logging.ERROR)  # that "full" is large is what the table says
+    text = README.read_text(encoding="utf-8")
+    new = MARKED.sub(lambda match: match[1] + table() + match[2], text)
+    if "--check" in sys.argv:
+        if new != text:
+            print("README.md does not show these counts; run python benchmarks/trainable_parameters.py")
+        return int(new != text)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""The README's table of trained parameters is what the modules have, and the defaults stay small."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from families.tiny import tiny_lm, tiny_tokenizer
+
+import qpeft_ext as qpeft
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def script() -> dict:
+    return runpy.run_path(str(ROOT / "benchmarks" / "trainable_parameters.py"))
+
+
+def test_the_readme_shows_the_counts(script):
+    shown = script["MARKED"].search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert shown and shown[0] == shown[1] + script["table"]() + shown[2]
+
+
+def test_the_defaults_train_at_most_one_percent(script):
+    rows = [line for line in script["table"]().splitlines() if "(default)" in line]
+    assert len(rows) == 2 and all(float(row.split("|")[4]) <= 1 for row in rows)
+
+
+def test_counts_worked_out_by_hand(script):
+    D, V, r = 4096, 32000, 256
+    mlp = 2 * D * r + r + D
+    assert script["count"]({"clues": "attention"}) == (4 * (2 * D * r + D) + mlp, 4 * (4 * (2 * D * r + D) + mlp))
+    assert script["count"]({"clues": "top_k"})[0] == mlp
+    official = {"clues": "top_k", "clue_embeddings": "full", "rank": None}
+    assert script["count"](official)[0] == V * D + 2 * D * D + 2 * D  # the official Q-PEFT-R: 164.6 M
+    assert script["count"]({"clues": "top_k", "score_gate": True})[0] == mlp + 2 * D * r + 2
+
+
+@pytest.mark.parametrize("options", [{"clues": "attention"}, {"clues": "top_k", "score_gate": True}])
+def test_a_saved_adapter_has_the_size_of_its_parameters(options, tmp_path):
+    model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(**options), tiny_tokenizer())
+    model.save_pretrained(tmp_path)
+    header = (tmp_path / "adapter_model.safetensors").stat().st_size - 4 * model.get_nb_trainable_parameters()[0]
+    assert 0 < header < 3000
+    card = (tmp_path / "README.md").read_text()
+    assert re.search(rf"Trainable parameters: {model.get_nb_trainable_parameters()[0]:,} of", card)
