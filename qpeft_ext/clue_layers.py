@@ -17,7 +17,8 @@ class Clues:
 
     embeds: [B, K, D] float32 in ``inputs_embeds`` space.  mask: [B, K] bool, True where there is a clue.
     explanation: dict of tensors that says which document tokens, with which weight (None unless asked for):
-        top_k: clue_ids, scores, query_positions [B, K];  attention: weights [B, H, T, S].
+        top_k: clue_ids, scores, query_positions [B, K], and gates [B, K] with ``score_gate``;
+        attention: weights [B, H, T, S].
     """
 
     embeds: Tensor

@@ -128,9 +128,14 @@ class Reranker:
                 bar.update(len(pairs))
         return results
 
-    def explain(self, query: str, document: Document) -> Explanation:
-        """The clues of a pair: which document tokens, where they are in the text, with which weight."""
-        return explain_pair(self.model, query, document)
+    def explain(
+        self, query: str, document: Document, candidates: Sequence[Document] | None = None
+    ) -> Explanation:
+        """The clues of a pair: which document tokens, where they are in the text, with which weight.
+
+        candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
+        """
+        return explain_pair(self.model, query, document, candidates)
 
     @torch.no_grad()
     def similarity(self, queries: Sequence[str], candidates: Sequence[Sequence[Document]]) -> list[list[float]]:

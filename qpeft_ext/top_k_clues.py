@@ -104,9 +104,11 @@ class TopKClues(nn.Module):
         mask = selected.clue_ids >= 0
         rows = self.embeddings(table, selected.clue_ids.clamp_min(0), self.mlp.up.weight.dtype)
         embeds = self.mlp(rows) * scale * mask[..., None]
+        facts = selected._asdict()
         if self.query_projection is not None:
-            embeds = embeds * self._gates(selected.scores, mask)[..., None]
-        clues = Clues(embeds, mask, selected._asdict() if explain else None)
+            facts["gates"] = self._gates(selected.scores, mask)
+            embeds = embeds * facts["gates"][..., None]
+        clues = Clues(embeds, mask, facts if explain else None)
         return clues if self.source == "document" else clues[inputs.query_index]
 
     def _gates(self, scores: Tensor, mask: Tensor) -> Tensor:
