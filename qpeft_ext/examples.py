@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 
 import numpy as np
@@ -60,6 +60,7 @@ class Member:
     """One query of a group.
 
     index: of its example.  positives, negatives: what it brings along.  relevant: all positives of its example.
+    idle: it only fills up a batch, so that every rank has as many batches as the others; it counts nothing.
     """
 
     index: int
@@ -68,6 +69,7 @@ class Member:
     positives: list[IdentifiedDocument]
     negatives: list[IdentifiedDocument]
     relevant: list[IdentifiedDocument] = field(repr=False)
+    idle: bool = False
 
     def same_query(self, other: Member) -> bool:
         same_id = self.query_id is not None and self.query_id == other.query_id
@@ -139,7 +141,7 @@ def drawn_member(example: Mapping, index: int, epoch: int, num_hard_negatives: i
 
 
 class TrainingExamples(Dataset):
-    """Map-style examples; an item is asked for by (epoch, index), as `EpochOrder` yields them.
+    """Map-style examples; an item is asked for by (epoch, index), as `EpochOrder` yields them; −1 is an idle one.
 
     num_random_negatives: documents of other examples that a member brings besides; see `OtherExamples`.
     """
@@ -153,11 +155,12 @@ class TrainingExamples(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Member:
         epoch, index = key
-        known = self.others.known_positives(index)
-        member = drawn_member(self.examples[index], index, epoch, self.num_hard_negatives, self.seed, known)
-        draw = np.random.default_rng([self.seed, epoch, index, 1])
+        place = max(0, index)
+        known = self.others.known_positives(place)
+        member = drawn_member(self.examples[place], place, epoch, self.num_hard_negatives, self.seed, known)
+        draw = np.random.default_rng([self.seed, epoch, place, 1])
         member.negatives += self.others.random_negatives(member, self.num_random_negatives, draw)
-        return member
+        return replace(member, idle=index < 0)
 
 
 class OtherExamples:
@@ -205,23 +208,28 @@ def _query_keys(examples: Sequence) -> Iterator[object]:
 
 
 class EpochOrder(Sampler):
-    """(epoch, index) of every example, in an order that is a pure function of (seed, epoch)."""
+    """(epoch, index) of every example, in an order that is a pure function of (seed, epoch).
 
-    def __init__(self, length: int, seed: int, shuffle: bool = True) -> None:
-        self.length, self.seed, self.shuffle = length, seed, shuffle
+    multiple: filled up with idle items, (epoch, −1), to a multiple of this: the global batch. Otherwise accelerate
+        would fill up the last one with examples of the beginning, which then count twice.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True, multiple: int = 1) -> None:
+        self.length, self.seed, self.shuffle, self.multiple = length, seed, shuffle, multiple
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.length + -self.length % self.multiple
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = self.epoch, range(self.length)
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
         yield from ((epoch, int(index)) for index in order)
+        yield from [(epoch, -1)] * (-self.length % self.multiple)
 
 
 class StreamedTrainingExamples(IterableDataset):
@@ -252,22 +260,32 @@ class StreamedTrainingExamples(IterableDataset):
 
 
 class EvaluationExamples(Dataset):
+    """Map-style examples; an item is asked for as of `TrainingExamples`."""
+
     def __init__(self, examples: Sequence) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Member:
-        return whole_member(self.examples[index], index)
+    def __getitem__(self, key: tuple[int, int]) -> Member:
+        _, index = key
+        return replace(whole_member(self.examples[max(0, index)], index), idle=index < 0)
 
 
 class StreamedEvaluationExamples(IterableDataset):
-    def __init__(self, examples: Iterable) -> None:
-        self.examples = examples
+    """Examples of an iterable, filled up with idle ones to a ``multiple``; see `EpochOrder`."""
+
+    def __init__(self, examples: Iterable, multiple: int = 1) -> None:
+        self.examples, self.multiple = examples, multiple
 
     def __iter__(self) -> Iterator[Member]:
-        return (whole_member(example, index) for index, example in enumerate(self.examples))
+        index, member = -1, None
+        for index, example in enumerate(self.examples):
+            member = whole_member(example, index)
+            yield member
+        if member:
+            yield from [replace(member, idle=True)] * (-(index + 1) % self.multiple)
 
 
 def documents_of_each(members: Sequence[Member], in_batch_negatives: bool) -> Iterator[tuple[Member, list, list]]:
@@ -315,9 +333,12 @@ class GroupCollator:
 
         Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; document [Q, M] int64,
             equal where two queries of a group meet the same document; teacher_scores [Q, M] float32, NaN where there
-            is none; pairs: `PairBatch`, where the candidates of a query are the documents of its own examples.
+            is none; pairs: `PairBatch`, where the candidates of a query are the documents of its own examples;
+            queries: how many count, Q, or 0 for a batch of idle members, which still has one to run on.
         Raises: ValueError for a missing teacher score or a query that is too long.
         """
+        busy = [member for member in members if not member.idle]
+        queries, members = len(busy), busy or members[:1]
         distinct: dict[tuple[str, str], int] = {}  # (query, document text) -> row
         pairs, rows, own_rows = [], [], []
         for start in range(0, len(members), self.queries_per_group):
@@ -352,7 +373,7 @@ class GroupCollator:
             document[q, : len(row)] = torch.tensor([batch.pairs[i][1] for i in row])
             document[q] += group_start * len(batch.documents)
         return {"positive": positive, "mask": mask, "pair": pair, "document": document,
-                "teacher_scores": teacher_scores, "pairs": batch}
+                "teacher_scores": teacher_scores, "pairs": batch, "queries": queries}
 
     def _encode(self, pairs: list[tuple[str, Document]], members: Sequence[Member]) -> PairBatch:
         try:

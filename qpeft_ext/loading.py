@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,8 +81,9 @@ def quiet_transformers() -> None:
 
 def default_device(device: str | None) -> str:
     """``device``, or the best there is. Raises: ValueError for one that this machine or this torch does not have."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":  # under torchrun each process has its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -44,6 +44,9 @@ class QPeftTrainer(Trainer):
     Evaluation ranks an example's own positives and all its negatives: ``eval_loss``, ``eval_accuracy`` (a positive is
     first), ``eval_mrr``.
 
+    Under torchrun every rank reads its own groups, and a step is the one that a single device would make of the same
+    queries: the loss and its gradient are means over the queries of all ranks, uneven last batches included.
+
     Precision is that of the LM: load it with ``dtype="bfloat16"`` to train in bf16. The clue module has float32
     weights and is never autocast; ``args.bf16`` and ``args.fp16`` may be set, but must agree with the LM. A float16 LM
     on a GPU gets loss scaling.
@@ -110,8 +113,10 @@ class QPeftTrainer(Trainer):
         if is_training:
             kind = TrainingExamples if _is_sized(dataset) else StreamedTrainingExamples
             examples = kind(dataset, config.num_hard_negatives, seed, config.num_random_negatives)
+        elif _is_sized(dataset):
+            examples = EvaluationExamples(dataset)
         else:
-            examples = (EvaluationExamples if _is_sized(dataset) else StreamedEvaluationExamples)(dataset)
+            examples = StreamedEvaluationExamples(dataset, batch_size * self.args.world_size)
         self.data_collator = self._collators[is_training]
         return super()._get_dataloader(examples, description, batch_size, sampler_fn, is_training, dataloader_key)
 
@@ -120,8 +125,14 @@ class QPeftTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: TrainingExamples | None = None) -> Sampler:
         shuffle = self.args.train_sampling_strategy == "random"
-        self.order = EpochOrder(len(train_dataset or self.train_dataset), self._data_seed, shuffle)
+        alone = self.args.world_size == 1 or self.args.dataloader_drop_last
+        multiple = 1 if alone else self.args.train_batch_size * self.args.world_size
+        self.order = EpochOrder(len(train_dataset or self.train_dataset), self._data_seed, shuffle, multiple)
         return self.order
+
+    def _get_eval_sampler(self, eval_dataset: EvaluationExamples) -> Sampler:
+        return EpochOrder(len(eval_dataset), 0, shuffle=False,
+                          multiple=self.args.eval_batch_size * self.args.world_size)
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         return data_collator  # an example's keys are not arguments of forward, and none of them is unused
@@ -134,24 +145,29 @@ class QPeftTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor | None:
         """Queries of all batches, on all ranks, that one optimiser step accumulates."""
-        queries = torch.tensor(sum(len(batch["pair"]) for batch in batch_samples), device=device)
+        queries = torch.tensor(sum(batch["queries"] for batch in batch_samples), device=device)
         return self.accelerator.gather(queries).sum() if self.args.world_size > 1 else queries
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The configured loss; its gradients add up to those of the mean over all queries of the optimiser step."""
         table = self._likelihood_table(model, inputs)
-        config, Q = self.model.qpeft_config, len(table)
+        config, queries = self.model.qpeft_config, inputs["queries"]
         loss = configured_loss(config, table, *(inputs[name] for name in _LOSS_TABLES))
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of step {self.state.global_step + 1} is not finite; train with a lower "
                              "learning rate, or load the LM in bfloat16 or float32")
-        prefixes = inputs["pairs"].documents
+        prefixes = inputs["pairs"].documents if queries else []
         self.documents_read += len(prefixes)
         self.documents_cut += sum(prefix.cut > 0 for prefix in prefixes)
         if num_items_in_batch is not None:
             # ranks are averaged afterwards
-            loss = loss * (Q * self.accelerator.num_processes / num_items_in_batch)
+            loss = loss * (queries * self.accelerator.num_processes / num_items_in_batch)
         return (loss, {"likelihood": table}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """As of `Trainer`; the loss it returns, which is what the trainer reports, is that of all ranks."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return self.accelerator.reduce(loss, "mean") if self.args.world_size > 1 else loss
 
     def _likelihood_table(self, model, inputs) -> Tensor:
         """ℓ, the mean log-likelihood per query token, of every query and document, [Q, M] float32."""
@@ -169,7 +185,12 @@ class QPeftTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         rows = []
         for inputs in dataloader:
-            rows.append(self.accelerator.gather_for_metrics(self._measures(self._prepare_inputs(inputs))))
+            measures = self._measures(self._prepare_inputs(inputs))[: inputs["queries"]]
+            # of the same size on all ranks; the last column says which rows are real
+            padded = torch.nn.functional.pad(measures, (0, 1, 0, self.args.eval_batch_size - len(measures)))
+            padded[: len(measures), -1] = 1
+            gathered = self.accelerator.gather(padded)
+            rows.append(gathered[gathered[:, -1] == 1, :-1])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(training)
         if not rows:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype
+from .common import Device, Dtype, is_first_process
 
 CHECKPOINTS = "checkpoints"
 
@@ -48,7 +48,11 @@ def command(
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and negatives.")] = 0,
 ) -> None:
-    """Train an adapter: the LM stays frozen, only the module that makes the clues learns."""
+    """Train an adapter: the LM stays frozen, only the module that makes the clues learns.
+
+    On several GPUs: torchrun --nproc-per-node N -m qpeft_ext.cli train ...; each of them takes a group of queries, so a
+    step has N times as many, and equals one of a single device with N times --gradient-accumulation-steps.
+    """
     if clues == "none":
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr")
     if (data is None) == (train is None):
@@ -61,7 +65,8 @@ def command(
         raise ValueError(f"--cache-bytes must be at least 0, got {cache_bytes}")
     if resume and overwrite:
         raise ValueError("--resume goes on and --overwrite starts anew: give one of them")
-    _check_output(output, replace=resume or overwrite)
+    if is_first_process():
+        _check_output(output, replace=resume or overwrite)
 
     from ..config import QPeftConfig
     from ..loading import default_device, load_lm, quiet_transformers
@@ -79,7 +84,7 @@ def command(
     from ..train import QPeftTrainer
 
     checkpoints = output / CHECKPOINTS
-    if overwrite and checkpoints.exists():
+    if overwrite and checkpoints.exists() and is_first_process():
         shutil.rmtree(checkpoints)  # a later --resume must not find the earlier run's
     arguments = TrainingArguments(
         output_dir=str(checkpoints), learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
@@ -95,7 +100,8 @@ def command(
     trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples,
                            cache_bytes=cache_bytes, deterministic=deterministic)
     trainer.train(resume_from_checkpoint=True if resume else None)
-    model.save_pretrained(output)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output)
     say(f"wrote the adapter to {output}")
 
 
