@@ -4,11 +4,11 @@ import math
 import sys
 
 import pytest
-from small_data import DOCUMENTS, QUERIES, shared_data
+from small_data import DOCUMENTS, QUERIES, shared_data, write_folder
 
 from qpeft_ext import formats
 from qpeft_ext.evaluate import evaluate
-from qpeft_ext.first_stage import bm25_run
+from qpeft_ext.first_stage import BM25, bm25_run
 
 CORPUS = {i: {"id": i, "title": title, "text": text} for i, (title, text) in DOCUMENTS.items()}
 
@@ -51,6 +51,62 @@ def test_bad_arguments():
         bm25_run(CORPUS, QUERIES, k=0)
     with pytest.raises(ValueError, match="the corpus is empty"):
         bm25_run({}, QUERIES)
+
+
+@pytest.mark.parametrize("k1, b", [(-0.1, 0.4), (float("nan"), 0.4), (0.9, 1.1), (0.9, -1)])
+def test_values_that_make_no_bm25(k1, b):
+    with pytest.raises(ValueError, match="k1 must be at least 0 and b between 0 and 1"):
+        bm25_run(CORPUS, QUERIES, k1=k1, b=b)
+
+
+def test_k1_and_b_matter():
+    runs = [bm25_run(CORPUS, QUERIES, k1=k1, b=b) for k1, b in ((0.9, 0.4), (2.0, 0.4), (0.9, 1.0))]
+    assert runs[0] != runs[1] != runs[2] != runs[0]
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder of data, and the indexes that are kept now."""
+    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
+    folder = write_folder(tmp_path / "data")
+    return folder, lambda: sorted((tmp_path / "cache").glob("bm25-*"))
+
+
+def test_the_index_is_kept_and_gives_the_same_run(kept, monkeypatch):
+    folder, indexes = kept
+    first = bm25_run(formats.Corpus(folder), QUERIES)
+    assert first == bm25_run(CORPUS, QUERIES) and len(indexes()) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(BM25, "_build", lambda *_: pytest.fail("the index was built again"))
+        assert bm25_run(formats.Corpus(folder), QUERIES | {"none": "zebra"}) == first | {"none": []}
+    bm25_run(formats.Corpus(folder), QUERIES, k1=1.2)
+    assert len(indexes()) == 2  # one for each setting
+    lines = (folder / "corpus.jsonl").read_text().replace("month", "fortnight")
+    (folder / "corpus.jsonl").write_text(lines)
+    changed = bm25_run(formats.Corpus(folder), {"q": "fortnight", "r": "month"})
+    assert [doc_id for doc_id, _ in changed["q"]] == ["d2"] and changed["r"] == []
+    assert len(indexes()) == 1  # those of the corpus as it was are gone
+
+
+def test_a_damaged_index_is_built_again(kept):
+    folder, indexes = kept
+    first = bm25_run(formats.Corpus(folder), QUERIES)
+    for name in sorted(file.name for file in indexes()[0].iterdir()):
+        for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:20])):
+            damage(indexes()[0] / name)
+            assert bm25_run(formats.Corpus(folder), QUERIES) == first, name
+
+
+def test_an_interrupted_build_leaves_no_index(kept, monkeypatch):
+    folder, indexes = kept
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qpeft_ext.first_stage._rename_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        bm25_run(formats.Corpus(folder), QUERIES)
+    assert indexes() == []
 
 
 def test_without_bm25s(monkeypatch):
