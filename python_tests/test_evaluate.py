@@ -15,6 +15,7 @@ from qpeft_ext.evaluate import (
     evaluate,
     format_p,
     fuse,
+    holm,
     paired_test,
     parse_measures,
     reciprocal_rank_fusion,
@@ -40,6 +41,8 @@ def test_ties_keep_the_order_of_the_run():
     for order in ("mn", "nm"):
         result = evaluate({"q": [(d, 1.0) for d in order]}, {"q": {"m": 1}}, ["RR@10"])
         assert result.means["RR@10"] == (1.0 if order == "mn" else 0.5)
+        as_trec_eval = evaluate({"q": [(d, 1.0) for d in order]}, {"q": {"m": 1}}, ["RR@10"], ties="trec_eval")
+        assert as_trec_eval.means["RR@10"] == 0.5
 
 
 def test_memory_and_file_have_the_same_values(tmp_path):
@@ -60,6 +63,52 @@ def test_dl19_baseline():
     result = evaluate(run, formats.beir.read_qrels(folder), ["nDCG@10"])
     assert result.num_queries == 43 and result.num_missing == 0
     assert result.means["nDCG@10"] == pytest.approx(0.5058, abs=5e-5)
+
+
+def test_dl19_figures_are_those_of_trec_eval():
+    """Query by query, against the wrapper of trec_eval itself; BM25's run has equal scores."""
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec_eval-terrier is not installed")
+    folder = shared_data("dl19")
+    qrels = formats.beir.read_qrels(folder)
+    for name in ("BM25", "D_BERT_KD_TASB"):
+        run = formats.read_run(folder / "runs" / f"{name}.trec.gz")
+        assert_as_trec_eval(pytrec_eval, run, qrels, ties="trec_eval")
+
+
+def assert_as_trec_eval(pytrec_eval, run, qrels, ties):
+    result = evaluate(run, qrels, list(TREC_EVAL), ties=ties)
+    scores = {q: {d: float(np.float32(s)) for d, s in ranking} for q, ranking in run.items() if ranking}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, set(TREC_EVAL.values())).evaluate(scores)
+    for ours, measure in TREC_EVAL.items():
+        expected = {q: theirs[q][measure] if q in theirs else 0.0 for q in qrels}
+        assert result.per_query[ours] == pytest.approx(expected, abs=1e-6), ours
+        assert result.means[ours] == pytest.approx(sum(expected.values()) / len(qrels), abs=1e-6)
+
+
+TREC_EVAL = {"nDCG@10": "ndcg_cut_10", "nDCG": "ndcg", "AP": "map", "RR": "recip_rank", "P@5": "P_5",
+             "R@100": "recall_100", "R@1000": "recall_1000", "Success@5": "success_5"}
+
+
+@pytest.mark.parametrize("seed, ties", [(0, "order"), (1, "order"), (2, "trec_eval"), (3, "trec_eval")])
+def test_random_runs_have_the_figures_of_trec_eval(seed, ties):
+    """Missing queries, unjudged documents, negative judgements, queries without a relevant document."""
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec_eval-terrier is not installed")
+    rng = np.random.default_rng(seed)
+    qrels = {f"q{i}": {f"d{j}": int(rng.integers(-1, 4)) for j in rng.choice(60, 20, replace=False)} for i in range(25)}
+    run = {}
+    for i in rng.permutation(28)[:24]:  # some not judged at all
+        documents = rng.choice(80, rng.integers(0, 40), replace=False)
+        scores = np.sort(rng.choice(10_000 if ties == "order" else 9, len(documents), replace=ties != "order"))[::-1]
+        run[f"q{i}"] = [(f"d{j}", float(s)) for j, s in zip(documents, scores, strict=True)]
+    assert_as_trec_eval(pytrec_eval, run, qrels, ties)
+
+
+def test_judged():
+    """Of the first ten: a has 2 judged of 3, b 1 of 2; c has no candidates and does not count."""
+    assert evaluate(RUN, QRELS, ["RR@10"]).judged == pytest.approx((2 / 3 + 1 / 2) / 2)
+    deep = {"a": [(f"n{i}", -float(i)) for i in range(10)] + [("x", -99.0)]}
+    assert evaluate(deep, {"a": {"x": 1}}, ["RR"]).judged == 0.0  # the eleventh does not count
+    assert evaluate({"a": []}, {"a": {"x": 1}}, ["RR"]).judged == 0.0
 
 
 def test_identical_ids():
@@ -86,6 +135,8 @@ def test_what_cannot_be_evaluated():
         evaluate({"a": [("x", 1.0), ("y", 2.0)]}, QRELS)
     with pytest.raises(ValueError, match="query 'a': .* nan, which is not a finite"):
         evaluate({"a": [("x", math.nan)]}, QRELS)
+    with pytest.raises(ValueError, match="ties must be one of order, trec_eval, got 'id'"):
+        evaluate(RUN, QRELS, ties="id")
     with pytest.raises(ValueError, match="at least one measure"):
         evaluate(RUN, QRELS, [])
 
@@ -120,6 +171,13 @@ def test_paired_test_at_its_limits():
         paired_test(same, same, "chi2")
 
 
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 × .01, then 2 × .03, then .04 raised
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
+    corrected = holm([0.02, math.nan, 0.03])
+    assert corrected[0] == 0.04 and math.isnan(corrected[1]) and corrected[2] == 0.04
+
+
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +195,20 @@ def test_compare_table():
         compare_table({"first": RUN}, QRELS, baseline="worse")
 
 
+def test_a_table_of_several_systems_is_corrected():
+    rng = np.random.default_rng(0)
+    qrels = {f"q{i}": {"d0": 1} for i in range(30)}
+    runs = {name: {q: [(f"d{j}", -float(rank)) for rank, j in enumerate(rng.permutation(9))] for q in qrels}
+            for name in "abc"} | {"one": {q: [("d0", 1.0)] for q in qrels}}
+    table = compare_table(runs, qrels, ["RR@10", "nDCG@10"])
+    for measure in table.measures:
+        systems = table.systems[1:]
+        assert [s.p_holm[measure] for s in systems] == holm([s.p_value[measure] for s in systems])
+    assert table.systems[0].p_holm == {} and "Holm-corrected for 3 comparisons" in table.notes()[0]
+    assert table.notes()[1] == ("Judged@10: a 0.111, b 0.111, c 0.111, one 1.000; "
+                                "documents without a judgement count as not relevant")
+
+
 def test_table_as_text_and_json():
     table = compare_table({"first": RUN, "second [bold]": RUN}, QRELS, ["nDCG@10", "RR@10"])
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
@@ -146,7 +218,7 @@ def test_table_as_text_and_json():
                      "first: no candidates for 1 queries; they count as 0", "first: 1 queries are not in the qrels"):
         assert expected in text
     one_query = compare_table({"a": {"a": RUN["a"]}, "b": {"a": RUN["a"]}}, {"a": QRELS["a"]}, ["RR@10"])
-    assert json.loads(json.dumps(one_query.to_dict(), allow_nan=False))["systems"][1]["p_value"] == {"RR@10": None}
+    assert json.loads(json.dumps(one_query.to_dict(), allow_nan=False))["systems"][1]["p_holm"] == {"RR@10": None}
 
 
 def test_format_p():

@@ -1,6 +1,7 @@
 """Measures by their `ir_measures` names, paired tests between systems, tables that compare them, and fusion.
 
-A query of the qrels that a run does not hold counts as 0, and every result says over how many queries it averages.
+A query of the qrels that a run does not hold counts as 0, a document without a judgement as not relevant, and every
+result says over how many queries it averages and how much of what counts is judged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .formats.trec import Qrels, Run, decreasing_scores
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 TESTS = ("t-test", "permutation")
+TIES = ("order", "trec_eval")
+JUDGED_AT = 10
 _EVAL_EXTRA = "evaluation needs the packages ir_measures and scipy: pip install qpeft_ext[eval]"
 
 
@@ -25,7 +28,8 @@ class Evaluation:
 
     means: measure -> mean over the queries of the qrels.  per_query: measure -> query_id -> value.
     num_queries: how many the means are over.  num_missing: those of them that the run has no candidates for (they
-    count as 0).  num_unjudged: queries of the run that are not in the qrels (they do not count).
+    count as 0).  num_unjudged: queries of the run that are not in the qrels (they do not count).  judged: the share of
+    the first `JUDGED_AT` documents that have a judgement, mean over the queries with candidates.
     """
 
     means: dict[str, float]
@@ -33,10 +37,12 @@ class Evaluation:
     num_queries: int
     num_missing: int
     num_unjudged: int
+    judged: float
 
 
 def evaluate(
-    run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES, *, ignore_identical_ids: bool = False
+    run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES, *,
+    ignore_identical_ids: bool = False, ties: str = "order",
 ) -> Evaluation:
     """Evaluate a run.
 
@@ -47,8 +53,12 @@ def evaluate(
         run: query_id -> [(doc_id, score)], best first.
         measures: names such as "nDCG@10", "RR@10", "AP", "R@100", "Success@5".
         ignore_identical_ids: leave out a document whose id is that of the query (ArguAna, Quora).
+        ties: "order" as above; "trec_eval" gives scores that are equal as float32 the order of trec_eval, the larger
+            doc_id first, for its figures to the last digit on a run that has ties.
     Raises: ImportError without ir_measures; ValueError for an unknown measure, or if no query is in both.
     """
+    if ties not in TIES:
+        raise ValueError(f"evaluate: ties must be one of {', '.join(TIES)}, got {ties!r}")
     parsed = parse_measures(measures)
     import ir_measures
 
@@ -61,6 +71,8 @@ def evaluate(
     for query_id in qrels:
         ranking = [(d, s) for d, s in run.get(query_id, ()) if not (ignore_identical_ids and d == query_id)]
         if ranking:
+            if ties == "trec_eval":
+                ranking.sort(key=lambda candidate: (np.float32(candidate[1]), candidate[0]), reverse=True)
             try:
                 scores = decreasing_scores([score for _, score in ranking])
             except ValueError as error:
@@ -70,12 +82,15 @@ def evaluate(
     names = {measure: name for name, measure in parsed.items()}
     for value in ir_measures.iter_calc(list(parsed.values()), qrels, scored):
         per_query[names[value.measure]][value.query_id] = float(value.value)
+    judged = [float(value.value) for value in ir_measures.iter_calc([ir_measures.Judged @ JUDGED_AT], qrels, scored)
+              if value.query_id in scored]
     return Evaluation(
         means={name: statistics.fmean(values.values()) for name, values in per_query.items()},
         per_query=per_query,
         num_queries=len(qrels),
         num_missing=len(qrels) - len(scored),
         num_unjudged=len(run.keys() - qrels.keys()),
+        judged=statistics.fmean(judged) if judged else 0.0,
     )
 
 
@@ -133,16 +148,33 @@ def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: s
     return float(result.pvalue)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction (1979) for that many comparisons at once; a NaN is no comparison and stays one.
+
+    The smallest of m is multiplied by m, the next by m − 1, and so on; none becomes smaller than one before it, or
+    larger than 1.
+    """
+    order = sorted((place for place, p in enumerate(p_values) if p == p), key=lambda place: p_values[place])
+    corrected, largest = list(p_values), 0.0
+    for left, place in zip(range(len(order), 0, -1), order, strict=True):
+        largest = max(largest, min(1.0, left * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
 @dataclass
 class System:
-    """One row of a `ComparisonTable`; ``difference`` and ``p_value`` (against the baseline) are empty for it."""
+    """One row of a `ComparisonTable`; ``difference``, ``p_value`` and ``p_holm`` (against the baseline) are empty for
+    it. ``p_holm`` is corrected for the number of systems compared, measure by measure; it is what tables show."""
 
     name: str
     values: dict[str, float]
     difference: dict[str, float] = field(default_factory=dict)
     p_value: dict[str, float] = field(default_factory=dict)
+    p_holm: dict[str, float] = field(default_factory=dict)
     num_missing: int = 0
     num_unjudged: int = 0
+    judged: float = 1.0
 
 
 @dataclass
@@ -159,13 +191,20 @@ class ComparisonTable:
         """Plain values; a p-value that does not exist (fewer than two queries) is None."""
         result = asdict(self)
         for system in result["systems"]:
-            system["p_value"] = {name: None if p != p else p for name, p in system["p_value"].items()}
+            for key in ("p_value", "p_holm"):
+                system[key] = {name: None if p != p else p for name, p in system[key].items()}
         return result
 
     def notes(self) -> list[str]:
         """What a reader must know beside the numbers, one sentence each."""
-        lines = [f"{self.num_queries} queries; difference to {self.baseline} and two-sided p-value, "
-                 f"paired {'t-test' if self.test == 't-test' else 'permutation test'}"]
+        lines = [f"{self.num_queries} queries"]
+        if (others := len(self.systems) - 1) > 0:
+            lines[0] += (f"; difference to {self.baseline} and two-sided p-value, "
+                         f"paired {'t-test' if self.test == 't-test' else 'permutation test'}")
+            lines[0] += f", Holm-corrected for {others} comparisons" if others > 1 else ""
+        if any(system.judged < 1 for system in self.systems):
+            shares = ", ".join(f"{system.name} {system.judged:.3f}" for system in self.systems)
+            lines.append(f"Judged@{JUDGED_AT}: {shares}; documents without a judgement count as not relevant")
         for system in self.systems:
             if system.num_missing:
                 lines.append(f"{system.name}: no candidates for {system.num_missing} queries; they count as 0")
@@ -191,7 +230,7 @@ class ComparisonTable:
                 cell = Text(f"{value:.4f}", style="bold" if value == best[measure] else "")
                 if system.difference:
                     cell.append(f"\n{system.difference[measure]:+.4f}", style="not bold")
-                    cell.append(f"\n{format_p(system.p_value[measure])}", style="not bold dim")
+                    cell.append(f"\n{format_p(system.p_holm[measure])}", style="not bold dim")
                 cells.append(cell)
             if seconds_per_query:
                 cells.append(Text(seconds_per_query.get(system.name, "–")))
@@ -201,31 +240,36 @@ class ComparisonTable:
 
 def compare_table(
     runs: Mapping[str, Run], qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES, baseline: str | None = None, *,
-    test: str = "t-test", ignore_identical_ids: bool = False,
+    test: str = "t-test", ignore_identical_ids: bool = False, ties: str = "order",
 ) -> ComparisonTable:
     """Evaluate several runs and compare each with the baseline, query by query.
 
     Args:
         runs: name of the system -> run, in the order of the table.
         baseline: a name of ``runs``; None: the first one.
-        test: see `paired_test`.
+        test: see `paired_test`.  ties: see `evaluate`.
     """
     if not runs:
         raise ValueError("compare_table: expected at least one run")
     baseline = next(iter(runs)) if baseline is None else baseline
     if baseline not in runs:
         raise ValueError(f"compare_table: the baseline {baseline!r} is not among the runs {', '.join(runs)}")
-    results = {name: evaluate(run, qrels, measures, ignore_identical_ids=ignore_identical_ids)
+    results = {name: evaluate(run, qrels, measures, ignore_identical_ids=ignore_identical_ids, ties=ties)
                for name, run in runs.items()}
     base = results[baseline]
     systems = []
     for name, result in results.items():
-        system = System(name, result.means, num_missing=result.num_missing, num_unjudged=result.num_unjudged)
+        system = System(name, result.means, num_missing=result.num_missing, num_unjudged=result.num_unjudged,
+                        judged=result.judged)
         if name != baseline:
             for measure in result.means:
                 system.difference[measure] = result.means[measure] - base.means[measure]
                 system.p_value[measure] = paired_test(result.per_query[measure], base.per_query[measure], test)
         systems.append(system)
+    others = [system for system in systems if system.p_value]
+    for measure in base.means:
+        for system, p in zip(others, holm([other.p_value[measure] for other in others]), strict=True):
+            system.p_holm[measure] = p
     return ComparisonTable(list(base.means), baseline, test, base.num_queries, systems)
 
 

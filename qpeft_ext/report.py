@@ -180,7 +180,7 @@ def _html_cell(system: System, measure: str, best: float) -> str:
     value = f"<b>{value}</b>" if system.values[measure] == best else value
     if not system.difference:
         return f"<td>{value}<small>baseline</small></td>"
-    p = escape(format_p(system.p_value[measure]))
+    p = escape(format_p(system.p_holm[measure]))
     return f"<td>{value}<small>{system.difference[measure]:+.4f}<br>{p}</small></td>"
 
 

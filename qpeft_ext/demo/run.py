@@ -213,7 +213,7 @@ def _against_upr(runs: dict[str, Run], qrels) -> list[str]:
     """The comparison that clues are for: the same LM without them."""
     table = compare_table({system: runs[system] for system in (UPR, R, A)}, qrels, [MEASURE], baseline=UPR)
     return [
-        f"{system.name} against UPR: {MEASURE} {system.difference[MEASURE]:+.4f}, {format_p(system.p_value[MEASURE])}"
+        f"{system.name} against UPR: {MEASURE} {system.difference[MEASURE]:+.4f}, {format_p(system.p_holm[MEASURE])}"
         for system in table.systems
         if system.difference
     ]
