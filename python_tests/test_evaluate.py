@@ -1,4 +1,4 @@
-"""Measures against hand-computed values, missing queries, paired tests, tables, fusion."""
+"""Measures against hand-computed values, missing queries, paired tests, tables."""
 
 import json
 import math
@@ -14,11 +14,9 @@ from qpeft_ext.evaluate import (
     compare_table,
     evaluate,
     format_p,
-    fuse,
     holm,
     paired_test,
     parse_measures,
-    reciprocal_rank_fusion,
 )
 
 QRELS = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"x": 1}, "c": {"w": 1}}
@@ -223,45 +221,3 @@ def test_table_as_text_and_json():
 
 def test_format_p():
     assert [format_p(p) for p in (0.0004, 0.0312, 1.0, math.nan)] == ["p<.001", "p=.031", "p=1.000", "p –"]
-
-
-# -- fusion --------------------------------------------------------------------------------------------------------
-
-ONE = {"q": [("a", 10.0), ("b", 6.0), ("c", 2.0)], "single": [("a", 1.0)]}
-TWO = {"q": [("c", 1.0), ("d", 0.0)]}
-
-
-def test_fuse_min_max():
-    fused = fuse([ONE, TWO], [1.0, 0.5])
-    assert fused["q"] == [("a", 1.0), ("b", 0.5), ("c", 0.5), ("d", 0.0)]  # equal ones in the order of the first run
-    assert fused["single"] == [("a", 0.0)]
-    assert [d for d, _ in fuse([ONE], [-1.0])["q"]] == ["c", "b", "a"]
-
-
-def test_fuse_z_score():
-    fused = dict(fuse([ONE, TWO], normalization="z_score")["q"])
-    z = math.sqrt(1.5)  # of 10, 6, 2: mean 6, deviation sqrt(32 / 3)
-    assert fused == pytest.approx({"a": z - 1, "b": 0 - 1, "c": -z + 1, "d": -z - 1})
-
-
-def test_reciprocal_rank_fusion():
-    fused = dict(reciprocal_rank_fusion([ONE, TWO])["q"])
-    assert fused == pytest.approx({"a": 1 / 61, "b": 1 / 62, "c": 1 / 63 + 1 / 61, "d": 1 / 62})
-    assert [d for d, _ in reciprocal_rank_fusion([ONE, TWO])["q"]] == ["c", "a", "b", "d"]
-
-
-def test_fused_runs_can_be_written(tmp_path):
-    formats.write_run(tmp_path / "run", fuse([ONE, TWO]))
-    assert formats.read_run(tmp_path / "run").keys() == {"q", "single"}
-
-
-def test_what_cannot_be_fused():
-    for runs, weights in (([], None), ([ONE], [1.0, 2.0]), ([ONE], [math.nan])):
-        with pytest.raises(ValueError, match="expected one finite weight per run"):
-            fuse(runs, weights)
-    with pytest.raises(ValueError, match="normalization must be min_max or z_score, got 'rank'"):
-        fuse([ONE], normalization="rank")
-    with pytest.raises(ValueError, match="scores must be finite"):
-        fuse([{"q": [("a", math.inf)]}])
-    with pytest.raises(ValueError, match="k >= 0"):
-        reciprocal_rank_fusion([ONE], k=-1)

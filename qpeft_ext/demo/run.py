@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ..commands.common import say
 from ..config import QPeftConfig
-from ..evaluate import compare_table, evaluate, format_p, fuse
+from ..evaluate import compare_table, evaluate, format_p
 from ..first_stage import bm25_run
 from ..formats import training_examples, write_run
 from ..formats.io import write_text
 from ..formats.trec import Run
+from ..fusion import fuse
 from ..prompt import Prompt
 from ..report import Report, render, write_html
 from ..rerank_run import by_likelihood, by_similarity, rerank_run
