@@ -50,6 +50,19 @@ def measure_names(names: list[str] | None) -> list[str]:
     return [name for text in names or MEASURES for name in text.replace(",", " ").split()]
 
 
+def asked_queries(data: formats.Collection, split: str | None) -> dict[str, str]:
+    """The queries of a split: where it has qrels, those that are judged; else all."""
+    if split is not None:
+        data.choose_split(split)
+    queries = data.queries(split)
+    if data.format in ("upr", "dpr questions", "dpr folder") or not data.has("qrels", split):
+        return queries
+    judged = {query_id: queries[query_id] for query_id in data.qrels(split) if query_id in queries}
+    if not judged:
+        raise ValueError(f"{data.place}: no query of the qrels is among the queries; the files do not belong together")
+    return judged
+
+
 def read_split(data: Path, split: str | None) -> tuple[str, Qrels | None]:
     """The qrels of ``split``; without one asked for, of "test" if there is one."""
     if split is None and "test" not in beir.splits(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import beir, dpr, hf_datasets, ir_datasets, jsonl, msmarco, rankllm, trec, upr
@@ -13,8 +14,8 @@ from .partial_run import PartialRun
 from .trec import Qrels, Run, RunWriter, read_run, write_run
 
 __all__ = [
-    "Collection", "Corpus", "PartialRun", "Qrels", "Run", "RunWriter", "open_collection", "read_examples", "read_qrels",
-    "read_queries", "read_run", "training_examples", "write_examples", "write_run",
+    "Collection", "Corpus", "PartialRun", "Qrels", "Run", "RunWriter", "open_collection", "read_examples",
+    "read_judgements", "read_qrels", "read_queries", "read_run", "training_examples", "write_examples", "write_run",
 ]
 
 # of files and folders, in the order in which they are asked whether they recognise one
@@ -57,6 +58,25 @@ def _open_id(name: str) -> Collection:
         why = "; ir_datasets knows no such id" if isinstance(error, ValueError) else f" ({error})"
     raise FileNotFoundError(f"{name}: no such file or folder; expected {beir.Folder.looks_for}, of another format, "
                             f"{hf_datasets.PREFIX}owner/name, or {ir_datasets.Dataset.looks_for}{why}")
+
+
+def read_judgements(data: AnyPath, split: str | None, runs: Sequence[Run]) -> Qrels:
+    """Qrels to evaluate ``runs`` with: a qrels file, or a collection that judges (by its qrels, or by answers).
+
+    Raises: ValueError if the collection judges nothing.
+    """
+    path = Path(data)
+    if path.is_file() and not Glance(path).record and not dpr.Questions.recognises(Glance(path)):
+        return read_qrels(path)
+    if not path.exists() and path.suffix in (".tsv", ".txt", ".gz", ".qrels"):
+        return read_qrels(path)  # which says that there is no such file
+    collection = open_collection(data)
+    if not {"qrels", "answers"} & set(collection.parts):
+        raise collection.lacks("qrels")
+    qrels = collection.judge(collection.choose_split(split) if collection.splits else None, runs)
+    if qrels is None:
+        raise collection.lacks("qrels")
+    return qrels
 
 
 def read_qrels(path: AnyPath) -> Qrels:

@@ -45,19 +45,24 @@ def has_answer(text: str, answers: Iterable[str]) -> bool:
     return False
 
 
-def answer_qrels(runs: Sequence[Run], answers: Mapping[str, Sequence[str]], corpus: Mapping[str, dict]) -> Qrels:
+def answer_qrels(
+    runs: Sequence[Run], answers: Mapping[str, Sequence[str]], corpus: Mapping[str, dict], known: Qrels | None = None
+) -> Qrels:
     """Judge every candidate of ``runs`` by `has_answer`: 1 or 0, so that Success@k is the paper's top-k accuracy.
 
     R@k with these qrels is "of the retrieved passages with an answer, the share in the top k".
 
     Args:
         answers: query_id -> short answers; each of its queries is in the result, with or without candidates.
+        known: labels that are there already; they are kept.
     Raises: ValueError for a candidate that the corpus does not hold.
     """
     qrels: Qrels = {}
     for query_id, wanted in answers.items():
-        judged = qrels.setdefault(query_id, {})
+        judged = qrels.setdefault(query_id, dict((known or {}).get(query_id, {})))
         for doc_id in dict.fromkeys(doc_id for run in runs for doc_id, _ in run.get(query_id, ())):
+            if doc_id in judged:
+                continue
             if doc_id not in corpus:
                 raise ValueError(f"document {doc_id!r} of query {query_id!r} is in the run but not in the corpus; "
                                  f"the run belongs to another corpus")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,9 +42,18 @@ class Collection:
     def parts(self) -> tuple[str, ...]:
         raise NotImplementedError
 
+    def has(self, part: str, split: str | None = None) -> bool:
+        """Whether it holds the part, for that split; None: for the one that is chosen without a name."""
+        return part in self.parts and (not self.splits or (split or self.default_split()) in self.splits)
+
     @property
     def splits(self) -> list[str]:
         return []
+
+    def default_split(self) -> str | None:
+        """"test", or the only split there is; None where neither is so."""
+        there = self.splits
+        return "test" if "test" in there else there[0] if len(there) == 1 else None
 
     @property
     def corpus(self) -> Mapping[str, dict]:
@@ -59,6 +68,10 @@ class Collection:
     def qrels(self, split: str | None = None) -> Qrels:
         raise self.lacks("qrels")
 
+    def judge(self, split: str | None, runs: Sequence[Run]) -> Qrels | None:
+        """Qrels to evaluate ``runs`` with; None where nothing is judged. Question sets judge the runs' own passages."""
+        return self.qrels(split) if self.has("qrels", split) else None
+
     def candidates(self, split: str | None = None) -> Run:
         raise self.lacks("candidates")
 
@@ -70,11 +83,11 @@ class Collection:
         return ValueError(f"{self.place} ({self.format}) holds no {part}; it holds {there}")
 
     def choose_split(self, split: str | None) -> str:
-        """``split`` if there is one of that name; without one asked for, "test", or the only one there is."""
+        """``split`` if there is one of that name; without one asked for, `default_split`."""
         there = self.splits
         if split is None:
-            if "test" in there or len(there) == 1:
-                return "test" if "test" in there else there[0]
+            if default := self.default_split():
+                return default
             raise ValueError(f"{self.place} ({self.format}): which split? there are: {', '.join(there) or 'none'}")
         if split not in there:
             raise ValueError(f"{self.place} ({self.format}) has no split {split!r}; "

@@ -11,17 +11,18 @@ Questions have no ids there: their place in the file, from 0, is their query_id.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from . import corpus
+from .answers import answer_qrels
 from .collection import Collection, Glance
 from .io import AnyPath, check_unicode, line_error, read_lines, require_text, shorten
 from .json_records import Place, read_records
 from .jsonl import Example
-from .trec import Qrels
+from .trec import Qrels, Run
 
 HEADER = ["id", "text", "title"]
 PASSAGES = "psgs_w100.tsv"
@@ -82,6 +83,9 @@ class Questions(Collection):
 
     def answers(self, split: str | None = None) -> dict[str, list[str]]:
         return {query_id: answers for query_id, (_, answers) in read_questions(self.place).items()}
+
+    def judge(self, split: str | None, runs: Sequence[Run]) -> Qrels:
+        return answer_qrels(runs, self.answers(), self.corpus)
 
 
 class Contexts(corpus.Corpus):

@@ -66,6 +66,12 @@ class Folder(Collection):
                  "candidates": {"top1000"}, "examples": {"triples", "qidpidtriples"}}
         return tuple(part for part, files in names.items() if files & there)
 
+    def has(self, part: str, split: str | None = None) -> bool:
+        files = {"qrels": _QRELS, "candidates": _TOP, "examples": _TRIPLES}.get(part)
+        there = super().has(part, split) or part == "corpus" and part in self.parts
+        name = split or self.default_split()
+        return there and (files is None or self._find(*(file.format(name) for file in files)) is not None)
+
     @property
     def splits(self) -> list[str]:
         return sorted({found[1] for file in _files(self.place) if (found := _SPLIT.match(plain_name(file)))})

@@ -9,14 +9,14 @@ passages come from ``psgs_w100.tsv``. UPR's own output has the same shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from . import corpus, dpr
-from .answers import has_answer
+from .answers import answer_qrels, has_answer
 from .collection import Collection, Glance, plain_name
 from .io import AnyPath, check_unicode, line_error, require_text, shorten
 from .json_records import Place, read_records
@@ -90,6 +90,10 @@ class RetrieverFile(Collection):
             }
         return qrels
 
+    def judge(self, split: str | None, runs: Sequence[Run]) -> Qrels:
+        """The labels; passages of ``runs`` that the file does not label go by the matching rule, if there are texts."""
+        return answer_qrels(runs, self.answers(), self.corpus, self.qrels()) if "corpus" in self.parts else self.qrels()
+
     @cached_property
     def _has_texts(self) -> bool:
         return any(document is not None for document in next(read_file(self.place)).documents.values())
@@ -136,6 +140,9 @@ class Folder(Collection):
     def qrels(self, split: str | None = None) -> Qrels:
         return self._file(split).qrels()
 
+    def judge(self, split: str | None, runs: Sequence[Run]) -> Qrels | None:
+        return self._file(split).judge(None, runs)
+
     def candidates(self, split: str | None = None) -> Run:
         return self._file(split).candidates()
 
@@ -146,6 +153,11 @@ class Folder(Collection):
     def _files(self) -> dict[str, Path]:
         return {plain_name(file).rsplit(".", 1)[0]: file for file in Path(self.place).iterdir()
                 if plain_name(file).endswith((".json", ".qa.csv")) and file.is_file()}
+
+    def has(self, part: str, split: str | None = None) -> bool:
+        if part == "corpus":
+            return True
+        return super().has(part, split) and self._file(split).has(part)
 
     def _file(self, split: str | None) -> Collection:
         file = self._files[self.choose_split(split)]
