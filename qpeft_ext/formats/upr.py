@@ -96,7 +96,8 @@ class RetrieverFile(Collection):
 
     @cached_property
     def _has_texts(self) -> bool:
-        return any(document is not None for document in next(read_file(self.place)).documents.values())
+        first = next((record for record in read_file(self.place) if record.documents), None)
+        return first is not None and any(document is not None for document in first.documents.values())
 
     @cached_property
     def _content(self) -> tuple[dict[str, tuple[str, list[str]]], Run, dict[str, dict[str, bool | None]]]:
