@@ -44,10 +44,10 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("info", "train", "rerank", "evaluate", "demo"))
+    assert all(command in done.stdout for command in ("info", "retrieve", "train", "rerank", "evaluate", "fuse", "convert", "demo"))
 
 
-@pytest.mark.parametrize("command", ["info", "train", "rerank", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["info", "retrieve", "train", "rerank", "evaluate", "fuse", "convert", "demo"])
 def test_help_of_each_command(command, capsys):
     assert f"Usage: qpeft {command}" in run_command(capsys, command, "--help")
 
@@ -164,6 +164,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 def test_as_a_process(tmp_path):
     """Exit code and stderr as the shell sees them."""
+    (tmp_path / "run").write_text("q1 Q0 d1 1 1.0 t\n")
     done = subprocess.run([sys.executable, "-m", "qpeft_ext.cli", "evaluate", "--qrels", "missing.tsv", "run"],
                           capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(qpeft.__file__))})
