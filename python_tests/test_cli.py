@@ -14,6 +14,8 @@ import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 
+COMMANDS = ["info", "retrieve", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
@@ -44,10 +46,10 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("info", "retrieve", "train", "rerank", "evaluate", "fuse", "convert", "demo"))
+    assert all(command in done.stdout for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["info", "retrieve", "train", "rerank", "evaluate", "fuse", "convert", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each_command(command, capsys):
     assert f"Usage: qpeft {command}" in run_command(capsys, command, "--help")
 

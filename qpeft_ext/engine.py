@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from .batch import pad
 from .cache import DocumentCache
 from .head import LikelihoodHead
-from .prefix_cache import PrefixKV
+from .lm_state import LMState
+from .prefix_cache import Layout, PrefixKV
 
 
 class Engine:
@@ -50,10 +51,6 @@ class Engine:
     def lm_is_trained(self) -> bool:
         return any(parameter.requires_grad for parameter in self.lm.parameters())
 
-    def state(self) -> tuple:
-        """Changes whenever a parameter of the LM is replaced or written to in place."""
-        return tuple((p.data_ptr(), p._version, p.dtype) for p in self.lm.parameters())
-
     def _embedding_scale(self) -> float:
         module, table = self.lm.get_input_embeddings(), self.table
         if not table.is_floating_point() or table.dim() != 2:
@@ -73,7 +70,7 @@ class Engine:
     def _why_plain(self) -> str:
         try:
             ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
-            PrefixKV.from_cache(self._run_prefix(ids, None, None), [3])
+            self.layout = Layout.of(PrefixKV.from_cache(self._run_prefix(ids, None, None), [3]))
         except (TypeError, AttributeError, ValueError) as error:
             return f"its cache cannot be shared ({str(error).splitlines()[0]})"
         return ""
@@ -112,9 +109,9 @@ class Engine:
             return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
         if with_grad or (cache is None and not one_by_one):
             return self.prefill(prefixes)
-        state = self.state()
-        keys = [DocumentCache.key(state, prefix) for prefix in prefixes]
-        stored = [None if cache is None else cache.get(key) for key in keys]
+        version = LMState.of(self.lm).version()
+        keys = [DocumentCache.key(version, prefix, one_by_one) for prefix in prefixes]
+        stored = [None] * len(keys) if cache is None else cache.fetch(keys, self.layout, self.device)
         missing = [i for i, entry in enumerate(stored) if entry is None]
         groups = [[i] for i in missing] if one_by_one else [missing] if missing else []
         for group in groups:

@@ -74,12 +74,15 @@ class QPeftModel(nn.Module):
         return self.engine.device
 
     def train(self, mode: bool = True) -> QPeftModel:
-        """Train mode for the clue module and for dropout *inside* adapters of the LM; never for the LM itself."""
+        """Train mode for the clue module and for dropout *inside* adapters of the LM; never for the LM itself.
+
+        Only of adapters that are trained: the dropout of others would end up in cached prefixes.
+        """
         super().train(mode)
         self.lm.eval()
         for module in self.lm.modules():
             if hasattr(module, "lora_dropout"):
-                module.lora_dropout.train(mode)
+                module.lora_dropout.train(mode and any(p.requires_grad for p in module.parameters()))
         return self
 
     # -- scoring -------------------------------------------------------------------------------------------------

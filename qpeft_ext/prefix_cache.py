@@ -26,10 +26,15 @@ class PrefixKV:
     layers: one `LayerKV` a layer (None for a layer that stores nothing, because it shares another's keys).
     lengths: true prefix lengths, N ints; the longest is the padded length P. A sliding layer keeps only its
         last min(P, window - 1) slots.
+    flat: of a single prefix that was stored: the memory of all its layers, one after another (`Layout`), so that it
+        moves in one copy. None for a batch, and where the layers lie on several devices.
+    ready: the event after which ``flat`` may be read by the CPU, while a copy from a CUDA device is under way.
     """
 
     layers: list[LayerKV | None]
     lengths: list[int]
+    flat: Tensor | None = None
+    ready: torch.cuda.Event | None = None
 
     @property
     def padded_length(self) -> int:
@@ -51,20 +56,27 @@ class PrefixKV:
 
     def split(self) -> list[PrefixKV]:
         """One unpadded `PrefixKV` for each prefix, in memory of its own."""
-        return [
-            PrefixKV(
-                [
-                    kv and LayerKV(*(_tail(t[i : i + 1], length) for t in (kv.keys, kv.values)), kv.window)
-                    for kv in self.layers
-                ],
-                [length],
-            )
-            for i, length in enumerate(self.lengths)
-        ]
+        layout = Layout.of(self)
+        several_devices = len({kv.keys.device for kv in self.layers if kv}) > 1
+        return [self._alone(i, None if several_devices else layout) for i in range(len(self.lengths))]
+
+    def _alone(self, i: int, layout: Layout | None) -> PrefixKV:
+        length = self.lengths[i]
+        rows = [kv and LayerKV(_tail(kv.keys[i : i + 1], length), _tail(kv.values[i : i + 1], length), kv.window)
+                for kv in self.layers]
+        if layout is None:
+            return PrefixKV([kv and LayerKV(kv.keys.clone(), kv.values.clone(), kv.window) for kv in rows], [length])
+        device = next(kv.keys.device for kv in rows if kv)
+        alone = layout.unpack(torch.empty(layout.numel(length), dtype=layout.dtype, device=device), length)
+        for own, row in zip(alone.layers, rows, strict=True):
+            if row:
+                own.keys.copy_(row.keys)
+                own.values.copy_(row.values)
+        return alone
 
     @classmethod
     def collate(cls, prefixes: Sequence[PrefixKV]) -> PrefixKV:
-        """Caches stored one by one as one left-padded batch: zeros on the left are never attended to."""
+        """Caches stored one by one as one left-padded batch: zeros on the left are never attended to. One copy."""
         if len(prefixes) == 1:
             return prefixes[0]
         layers = []
@@ -83,14 +95,67 @@ class PrefixKV:
         return (slots >= self.padded_length - lengths[:, None]).long()
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How an LM's keys and values of one prefix lie in one flat tensor: layer after layer, keys before values.
+
+    layers: (heads, width of a key, width of a value, window or None) a layer; None for one that stores nothing.
+    """
+
+    layers: tuple[tuple[int, int, int, int | None] | None, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, prefix: PrefixKV) -> Layout:
+        """Raises: TypeError where the layers have several dtypes."""
+        dtypes = {t.dtype for kv in prefix.layers if kv for t in (kv.keys, kv.values)}
+        if len(dtypes) != 1:
+            raise TypeError(f"keys and values must have one dtype, got {sorted(map(str, dtypes))}")
+        layers = tuple(kv and (kv.keys.shape[1], kv.keys.shape[-1], kv.values.shape[-1], kv.window)
+                       for kv in prefix.layers)
+        return cls(layers, dtypes.pop())
+
+    def numel(self, length: int) -> int:
+        """Numbers in the cache of a prefix of ``length`` tokens."""
+        return sum(heads * _kept(length, window) * (key + value)
+                   for heads, key, value, window in filter(None, self.layers))
+
+    def nbytes(self, length: int) -> int:
+        return self.numel(length) * self.dtype.itemsize
+
+    def unpack(self, flat: Tensor, length: int) -> PrefixKV:
+        """A prefix whose layers are views of ``flat`` [numel(length)]."""
+        layers, start = [], 0
+        for layer in self.layers:
+            if layer is None:
+                layers.append(None)
+                continue
+            heads, *widths, window = layer
+            parts = []
+            for width in widths:
+                shape = (1, heads, _kept(length, window), width)
+                end = start + heads * shape[2] * width
+                parts.append(flat[start:end].view(shape))
+                start = end
+            layers.append(LayerKV(*parts, window))
+        return PrefixKV(layers, [length], flat)
+
+
+def _kept(length: int, window: int | None) -> int:
+    """Slots that a layer keeps of a prefix."""
+    return length if window is None else min(length, window - 1)
+
+
 def _tail(tensor: Tensor, length: int) -> Tensor:
     kept = min(length, tensor.shape[-2])
-    return tensor[..., tensor.shape[-2] - kept :, :].clone(memory_format=torch.contiguous_format)
+    return tensor[..., tensor.shape[-2] - kept :, :]
 
 
 def _left_pad(tensors: list[Tensor]) -> Tensor:
     first, length = tensors[0], max(t.shape[-2] for t in tensors)
-    padded = first.new_zeros(len(tensors), first.shape[1], length, first.shape[-1])
+    padded = first.new_empty(len(tensors), first.shape[1], length, first.shape[-1])
     for row, tensor in zip(padded, tensors, strict=True):
-        row[:, length - tensor.shape[-2] :] = tensor[0]
+        gap = length - tensor.shape[-2]
+        row[:, :gap] = 0  # masked, but NaN times zero would still be NaN
+        row[:, gap:] = tensor[0]
     return padded

@@ -30,6 +30,7 @@ class SystemsSpec:
         upr, similarity_only: also rank without clues, and by similarities alone.
         dtype, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the defaults.
         cache_bytes: of a `DocumentCache` per process; 0: none.
+        index: folder of prefixes on disk, made by ``qpeft index``.
     """
 
     corpus: Path
@@ -43,6 +44,7 @@ class SystemsSpec:
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None
     cache_bytes: int = 0
+    index: Path | None = None
 
     @cached_property
     def config(self) -> QPeftConfig:
@@ -114,7 +116,8 @@ class Systems:
         quiet_transformers()
 
         self.corpus = Corpus(spec.corpus)
-        self.cache = DocumentCache(spec.cache_bytes) if spec.cache_bytes else None
+        cached = spec.cache_bytes or spec.index is not None
+        self.cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
         options = {"deterministic": spec.deterministic, "cache": self.cache}
         if spec.max_tokens_per_batch is not None:
             options["max_tokens_per_batch"] = spec.max_tokens_per_batch
@@ -147,5 +150,5 @@ class Systems:
         return RankedBlock(rankings, *(now - then for now, then in zip(after, before, strict=True)))
 
     def _counts(self, name: str) -> tuple[int, int, int]:
-        cache = self.cache
-        return (self.rerankers[name].truncated, cache.hits if cache else 0, cache.misses if cache else 0)
+        hits, misses = (0, 0) if self.cache is None else (self.cache.hits, self.cache.misses)
+        return self.rerankers[name].truncated, hits, misses

@@ -166,6 +166,8 @@ class Reranker:
     def _score(self, pairs: list, lists: list[int] | None = None) -> np.ndarray:
         if not pairs:
             return np.zeros(0, dtype=np.float32)
+        if self.cache is not None and self.cache.index is not None:
+            self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
         batch = self.model.encode(pairs, lists)
         self.truncated += sum(document.cut > 0 for document in batch.documents)
         scores = self._score_within_memory(batch).float().cpu().numpy()

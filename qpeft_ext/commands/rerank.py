@@ -37,6 +37,9 @@ def command(
     cache_bytes: Annotated[
         int, typer.Option(help="Memory per device for documents' prefixes, kept from query to query.")
     ] = 0,
+    index: Annotated[
+        Path | None, typer.Option(help="Folder made by qpeft index: documents' prefixes are read from there.")
+    ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal scores; slower.")] = False,
     max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a pass.")] = None,
     max_query_tokens: Annotated[
@@ -54,6 +57,7 @@ def command(
     from .. import formats
     from ..evaluate import compare_table, parse_measures
     from ..formats import beir
+    from ..prefix_index import PrefixIndex
     from ..rerank_run import check_candidates, rerank_blocks
     from ..rerank_systems import SystemsSpec
     from .common import Interrupted, first_stage, measure_names, read_split, say
@@ -80,6 +84,7 @@ def command(
         corpus=corpus.path.absolute(), model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
         dtype=dtype, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
         max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
+        index=index.absolute() if index else None,
     )
 
     with contextlib.ExitStack() as stack:
@@ -91,6 +96,8 @@ def command(
                                                 name=name.replace(" ", "-") if place else "", resume=resume)
             if partials[name].num_resumed:
                 say(f"{partials[name]}: going on from there")
+        if index:
+            PrefixIndex(index).expect_prompt(spec.prompt())
         _check_queries(spec.prompt(), {query_id: queries[query_id] for query_id in candidates})
         runs, results = {before: candidates}, {}
         try:
