@@ -17,9 +17,6 @@ from qpeft_ext.cli import main
 COMMANDS = ["info", "retrieve", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
 
 
-COMMANDS = ("info", "retrieve", "train", "rerank", "evaluate", "fuse", "convert", "demo")
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     return make_job(tmp_path_factory.mktemp("job"))
