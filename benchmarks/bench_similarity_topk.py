@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import Case, distinct_bytes, main, make_documents, run_tiny
+from common import (
+    FIRST,
+    MODELS,
+    Case,
+    Documents,
+    compiled,
+    distinct_bytes,
+    main,
+    make_documents,
+    pairs_of_rows,
+    run_tiny,
+    works,
+)
 
 from qpeft_ext.ops import similarity_topk
+from qpeft_ext.ops._common import block_dtype, multiply, sum_dtype
 from qpeft_ext.ops.similarity_topk import SimilarityTopK, reference, round_scores
 
 K = 10
 
 
-def official(query_embeds, query_mask, table, document_ids, document_mask, query_index, k) -> SimilarityTopK:
+def official(x: Documents, k) -> SimilarityTopK:
     """What the official module does (its mode 3, filter "d"), pair by pair and token by token in Python.
 
     The spans are looked for by token, similarities pass through a sigmoid, the best 1,000 (token, position) pairs
     are walked until k distinct ids are found. It has no batch over documents and no distinct ids.
     """
-    rows = []
-    for b in range(document_ids.shape[0]):
-        query = query_index[b].item()
-        span = [j for j in range(document_ids.shape[1]) if document_mask[b, j]]
-        tokens = [t for t in range(query_mask.shape[1]) if query_mask[query, t]]
-        ids = [document_ids[b, j].item() for j in span]
-        documents = torch.nn.functional.embedding(torch.tensor(ids), table)
-        queries = query_embeds[query, torch.tensor(tokens)]
-        similarity = torch.nn.functional.cosine_similarity(queries[:, None], documents[None], dim=-1)
+    rows, device = [], x.table.device
+    all_ids, masks, query_masks = x.document_ids.tolist(), x.document_mask.tolist(), x.query_mask.tolist()
+    for b, query in enumerate(x.query_index.tolist()):
+        ids = [id for id, there in zip(all_ids[b], masks[b], strict=True) if there]
+        tokens = [t for t, there in enumerate(query_masks[query]) if there]
+        documents = torch.nn.functional.embedding(torch.tensor(ids, device=device), x.table)
+        queries = x.query_embeds[query, torch.tensor(tokens, device=device)]
+        similarity = torch.nn.functional.cosine_similarity(queries[:, None].float(), documents[None].float(), dim=-1)
         order = similarity.sigmoid().flatten().topk(min(1000, similarity.numel())).indices
+        similarity = similarity.tolist()
         chosen: dict[int, tuple[float, int]] = {}
         for index in order.tolist():
             t, j = divmod(index, len(ids))
             if ids[j] not in chosen:
-                chosen[ids[j]] = (similarity[t, j].item(), tokens[t])
+                chosen[ids[j]] = (similarity[t][j], tokens[t])
             if len(chosen) == k:
                 break
         missing = k - len(chosen)
@@ -42,34 +55,47 @@ def official(query_embeds, query_mask, table, document_ids, document_mask, query
     return SimilarityTopK(*(torch.tensor(column) for column in zip(*rows, strict=True)))
 
 
-def same_algorithm_torch(query_embeds, query_mask, table, document_ids, document_mask, query_index, k):
-    """Distinct ids once per query, a GEMM per block of rows, maximum over T; dedupe and top-k at once."""
-    dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
-    best = torch.empty(document_ids.shape, dtype=dtype, device=table.device)
-    positions = torch.empty_like(document_ids)
-    for query in range(query_embeds.shape[0]):
-        pairs = query_index == query
-        ids, inverse = document_ids[pairs].where(document_mask[pairs], 0).unique(return_inverse=True)
-        unit = torch.nn.functional.normalize(query_embeds[query].to(dtype), dim=-1)
-        of_ids, at = [], []
-        for block in ids.split(256):
-            rows = table[block].to(dtype)
-            similarity = (rows @ unit.T) / rows.norm(dim=-1, keepdim=True)
-            value, position = similarity.masked_fill(~query_mask[query], -torch.inf).max(1)
-            of_ids.append(value)
-            at.append(position)
-        best[pairs], positions[pairs] = torch.cat(of_ids)[inverse], torch.cat(at)[inverse]
+def same_algorithm_torch(x: Documents, k) -> SimilarityTopK:
+    """Distinct ids once, a GEMM per block of rows, maximum over T; dedupe and top-k at once.
+
+    On the CPU query by query, in blocks that stay in the cache. On a GPU the distinct ids of all queries together: a
+    loop over queries would wait for the GPU at each.
+    """
+    dtype = sum_dtype(x.table.dtype)
+    best = torch.empty(x.document_ids.shape, dtype=dtype, device=x.table.device)
+    positions = torch.empty_like(x.document_ids)
+    Q, T, D = x.query_embeds.shape
+    together = Q if x.table.device.type == "cuda" else 1
+    for first in range(0, Q, together):
+        queries = slice(first, first + together)
+        pairs = slice(None) if together == Q else (x.query_index == first).nonzero()[:, 0]
+        ids, slots = x.document_ids[pairs].where(x.document_mask[pairs], 0).unique(return_inverse=True)
+        some = x.query_embeds[queries].reshape(-1, D).to(block_dtype(x.table))
+        inverse = 1 / x.query_embeds[queries].to(dtype).norm(dim=-1).clamp_min(1e-12)  # [M, T]
+        inverse = inverse.masked_fill(~x.query_mask[queries], torch.nan)
+        size = 256 if together == 1 else (64 << 20) // (4 * len(some) + 2 * D)  # 64 MB of rows and similarities
+        values, places = [], []
+        for block in ids.split(size):
+            rows = x.table[block].to(some.dtype)
+            norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)
+            similarity = (multiply(rows, some.T) / norms).view(-1, *inverse.shape) * inverse
+            value, place = similarity.nan_to_num(nan=-torch.inf).max(2)
+            values.append(value)
+            places.append(place)
+        row = (x.query_index[pairs] - first)[:, None]
+        best[pairs], positions[pairs] = torch.cat(values)[slots, row], torch.cat(places)[slots, row]
     # an id that stands earlier in the document: a stable sort puts equal ids side by side, first position first
-    keys = document_ids.where(document_mask, -1)
+    keys = x.document_ids.where(x.document_mask, -1)
     ordered, where = keys.sort(dim=1, stable=True)
-    repeated = torch.zeros_like(document_mask)
+    repeated = torch.zeros_like(x.document_mask)
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    found = document_mask & ~torch.empty_like(repeated).scatter_(1, where, repeated)
-    scores, order = round_scores(best).masked_fill(~found, -torch.inf).sort(dim=1, descending=True, stable=True)
+    found = x.document_mask & ~torch.empty_like(repeated).scatter_(1, where, repeated)
+    scores = round_scores(best).masked_fill(~found, -torch.inf)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
     scores, order = scores[:, :k], order[:, :k]
     found = found.gather(1, order)
     return SimilarityTopK(
-        scores, document_ids.gather(1, order).where(found, -1), positions.gather(1, order).where(found, -1)
+        scores, x.document_ids.gather(1, order).where(found, -1), positions.gather(1, order).where(found, -1)
     )
 
 
@@ -89,66 +115,56 @@ def gradient_error(ours, theirs) -> float:
     return difference
 
 
-
-
-def forward(Q, each, slow=True, compiled=False, **shape):
-    def case(device):
-        x = make_documents(Q, each, device, **shape)
-        baselines = {"textbook": lambda: reference(*x, K), "same_algorithm_torch": lambda: same_algorithm_torch(*x, K)}
-        if slow and device.type == "cpu":
-            baselines["official"] = lambda: official(*x, K)
-        if compiled:
-            baselines["torch_compile"] = torch.compile(lambda: reference(*x, K))
-        pairs_of_rows = sum(
-            x.document_ids[x.query_index == q][x.document_mask[x.query_index == q]].unique().numel() for q in range(Q)
-        )
-        flops = 2 * x.query_embeds.shape[1] * x.table.shape[1] * pairs_of_rows
-        return Case(lambda: similarity_topk(*x, K), baselines, error, distinct_bytes(x), flops)
-
-    return case
-
-
-def backward(Q, each, **shape):
-    """Forward and backward to the query embeddings."""
-
-    def case(device):
-        x = make_documents(Q, each, device, **shape)
-        x = x._replace(query_embeds=x.query_embeds.requires_grad_())
-
-        def step(function):
-            scores = function(*x, K).scores
-            return torch.autograd.grad(scores.masked_fill(scores == -torch.inf, 0).sum(), x.query_embeds)
-
-        baselines = {
-            "textbook": lambda: step(reference),
-            "same_algorithm_torch": lambda: step(differentiable_in_torch),
-        }
-        flops = 2 * x.query_embeds.shape[1] * x.table.shape[1] * x.document_ids[x.document_mask].unique().numel()
-        return Case(lambda: step(similarity_topk), baselines, gradient_error, distinct_bytes(x), flops)
-
-    return case
-
-
-def differentiable_in_torch(query_embeds, query_mask, table, document_ids, document_mask, query_index, k):
+def differentiable_in_torch(x: Documents, k) -> SimilarityTopK:
     """Select without a graph, then the scores of what was chosen with one: the cheap way to a gradient in PyTorch."""
-    inputs = (query_mask, table, document_ids, document_mask, query_index)
     with torch.no_grad():
-        chosen = same_algorithm_torch(query_embeds, *inputs, k)
-    query = query_embeds[query_index[:, None], chosen.query_positions.clamp_min(0)]
-    scores = torch.nn.functional.cosine_similarity(query.float(), table[chosen.clue_ids.clamp_min(0)].float(), dim=-1)
+        chosen = same_algorithm_torch(x, k)
+    query = x.query_embeds[x.query_index[:, None], chosen.query_positions.clamp_min(0)]
+    rows = x.table[chosen.clue_ids.clamp_min(0)]
+    scores = torch.nn.functional.cosine_similarity(query.float(), rows.float(), dim=-1)
     return chosen._replace(scores=scores.where(chosen.clue_ids >= 0, -torch.inf))
 
 
-WORKS = {
-    "tiny": forward(2, 5, T=3, S=40, D=64, V=500),
-    "similarity_topk/1x100": forward(1, 100, compiled=True),
-    "similarity_topk/4x8": forward(4, 8, shared=True),
-    "similarity_topk/32x100": forward(32, 100, slow=False, compiled=True),
-    "similarity_topk/1x100/backward": backward(1, 100),
-    "similarity_topk/4x8/backward": backward(4, 8, shared=True),
-}
-CUDA = tuple(w for w in WORKS if w != "tiny")
-DEFAULT = {"cpu": tuple(w for w in CUDA if "32x" not in w), "cuda": CUDA}
+def make(queries, each, shared, D, V, backward, **lengths):
+    def case(device):
+        sets = make_documents(queries, each, shared, D, V, device, **lengths)
+
+        def step(function):
+            def run(x: Documents):
+                if not backward:
+                    return function(x, K)
+                x = x._replace(query_embeds=x.query_embeds.detach().requires_grad_())
+                scores = function(x, K).scores
+                return torch.autograd.grad(scores.masked_fill(scores == -torch.inf, 0).sum(), x.query_embeds)
+
+            return run
+
+        def textbook(x, k):
+            return reference(*x, k)
+
+        first_model, many = (D, V) == MODELS[FIRST], queries * each > 1000
+        same = differentiable_in_torch if backward else same_algorithm_torch
+        functions, not_run = {"textbook": textbook, "same_algorithm_torch": same}, {}
+        if many and device.type == "cpu":
+            del functions["textbook"]  # tens of GB
+        if not backward and (first_model or device.type == "cpu"):
+            if many:
+                not_run["official"] = "it takes as long for each query as in 1x100"
+            else:
+                functions["official"] = official
+            if each == 100:
+                functions["torch_compile"] = compiled(textbook, device)
+        flops = 2 * sets[0].query_embeds.shape[1] * D * pairs_of_rows(sets[0])
+        baselines = {name: step(function) for name, function in functions.items()}
+        check = gradient_error if backward else error
+        return Case(sets, step(lambda x, k: similarity_topk(*x, k)), baselines, check, distinct_bytes(sets[0]), flops,
+                    not_run)
+
+    return case
+
+
+WORKS = {"tiny": make(2, 5, False, 64, 500, False, T=3, S=40), **works("similarity_topk", make)}
+CPU = tuple(w for w in WORKS if w != "tiny" and "@" not in w and "32x" not in w)
 
 
 @pytest.mark.parametrize("function", ["ours", "textbook", "same_algorithm_torch", "official"])
@@ -157,4 +173,4 @@ def test_tiny(benchmark, function):
 
 
 if __name__ == "__main__":
-    main("similarity_topk", WORKS, DEFAULT)
+    main("similarity_topk", WORKS, CPU)

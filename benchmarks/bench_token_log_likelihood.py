@@ -1,24 +1,34 @@
-"""token_log_likelihood against full logits and its own algorithm in plain PyTorch, eager and compiled."""
+"""token_log_likelihood against full logits, its own algorithm in plain PyTorch, and the fused kernels of others."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
-from common import Case, D, T, V, main, run_tiny
-from torch.utils.checkpoint import checkpoint
+from common import FIRST, MODELS, SETS, Case, T, compiled, main, normal, run_tiny, works
+from torch import Tensor
 
 from qpeft_ext.ops import token_log_likelihood
+from qpeft_ext.ops._common import add_product, block_dtype, multiply
 from qpeft_ext.ops.token_log_likelihood import reference
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20  # as ours has
 
 
-def make(N, device, V=V, D=D):
-    random = torch.Generator().manual_seed(0)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    hidden, lm_head = torch.randn(N, D, generator=random), torch.randn(V, D, generator=random) / D**0.5
-    target_ids = torch.randint(V, (N,), generator=random)
-    return hidden.to(device, dtype), lm_head.to(device, dtype), target_ids.to(device)
+class Inputs(NamedTuple):
+    hidden: Tensor  # [N, D]
+    lm_head: Tensor  # [V, D]
+    target_ids: Tensor  # [N]
+
+
+def make_inputs(N: int, D: int, V: int, device: torch.device) -> list[Inputs]:
+    lm_head = normal(device, V, D).div_(D**0.5)
+    sets = []
+    for seed in range(1 if device.type == "cpu" else SETS):
+        target_ids = torch.randint(V, (N,), generator=torch.Generator().manual_seed(seed))
+        sets.append(Inputs(normal(device, N, D, seed=seed + 1), lm_head, target_ids.to(device)))
+    return sets
 
 
 def eager(hidden, lm_head, target_ids):
@@ -27,24 +37,74 @@ def eager(hidden, lm_head, target_ids):
     return logits.float().log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]
 
 
+class SameAlgorithm(torch.autograd.Function):
+    """Chunks of the vocabulary, online log-sum-exp, the gradient's sum in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, lm_head, target_ids):
+        (N, D), item = hidden.shape, 4
+        wanted, ctx.dtype = ctx.needs_input_grad[0], hidden.dtype
+        size = max(1, (CHUNK_BYTES - wanted * N * D * item) // (N * item * 2))  # logits and their exponentials
+        largest = hidden.new_full((N, 1), -torch.inf, dtype=torch.float32)
+        total = torch.zeros_like(largest)
+        mean = hidden.new_zeros(N, D, dtype=torch.float32) if wanted else None
+        for rows in lm_head.split(size):
+            rows = rows.to(block_dtype(lm_head))
+            logits = multiply(hidden.to(rows.dtype), rows.T)
+            if not wanted:
+                largest, total = _merge(largest, total, logits)
+                continue
+            before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
+            factor, share = (before - largest).exp(), (logits - largest).exp_()
+            total = total * factor + share.sum(1, keepdim=True)
+            mean.mul_(factor)
+            add_product(mean, share.to(rows.dtype), rows)
+        rows = lm_head[target_ids].float()
+        target = (hidden.detach().float() * rows).sum(1, keepdim=True)
+        if wanted:
+            ctx.save_for_backward(rows.sub_(mean.div_(total)))
+        return (target - largest - total.log())[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (difference,) = ctx.saved_tensors
+        return (grad[:, None] * difference).to(ctx.dtype), None, None
+
+
+def _merge(largest, total, logits):
+    lse = logits.logsumexp(1, keepdim=True)
+    larger = torch.maximum(largest, lse)
+    return larger, total * (largest - larger).exp() + (lse - larger).exp()
+
+
 def same_algorithm_torch(hidden, lm_head, target_ids):
-    """Chunks of the vocabulary, their log-sum-exps; a chunk is computed again in the backward pass."""
-    size = max(1, CHUNK_BYTES // (4 * hidden.shape[0]))
+    return SameAlgorithm.apply(hidden, lm_head, target_ids)
 
-    def chunk(hidden, rows):
-        return (hidden @ rows.T).float().logsumexp(-1)
 
-    parts = [
-        checkpoint(chunk, hidden, rows, use_reentrant=False) if hidden.requires_grad else chunk(hidden, rows)
-        for rows in lm_head.split(size)
-    ]
-    target = (hidden.float() * lm_head[target_ids].float()).sum(-1)
-    return target - torch.stack(parts).logsumexp(0)
+def others(device: torch.device) -> tuple[dict, dict]:
+    """Fused kernels of other packages, where they are installed: (name -> function, name -> why not)."""
+    found, missing = {}, {}
+    if device.type == "cpu":
+        return found, {name: "its kernels need a GPU" for name in ("liger", "cut_cross_entropy")}
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+
+        found["liger"] = lambda h, w, t: -liger(h, w, t, reduction="none")
+    except ImportError as error:
+        missing["liger"] = f"not installed ({error})"
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        found["cut_cross_entropy"] = lambda h, w, t: -cut(h, w, t, reduction="none")
+    except ImportError as error:
+        missing["cut_cross_entropy"] = f"not installed ({error})"
+    return found, missing
 
 
 def error(ours, theirs) -> float:
     difference = (ours - theirs).abs().max().item()
-    assert difference < (1e-3 if ours.device.type == "cpu" else 5e-2), f"log-probabilities differ by {difference}"
+    # others round logits to bf16
+    assert difference < (1e-3 if ours.device.type == "cpu" else 1e-1), f"log-probabilities differ by {difference}"
     return difference
 
 
@@ -54,42 +114,49 @@ def gradient_error(ours, theirs) -> float:
     return difference
 
 
-def works(N, backward, **shape):
+def make(queries, each, shared, D, V, backward, T=T):
     def case(device):
-        hidden, lm_head, target_ids = make(N, device, **shape)
-        hidden.requires_grad_(backward)
+        sets = make_inputs(queries * each * T, D, V, device)
 
         def step(function):
-            if not backward:
-                with torch.no_grad():
-                    return function(hidden, lm_head, target_ids)
-            return torch.autograd.grad(function(hidden, lm_head, target_ids).sum(), hidden)
+            def run(x: Inputs):
+                if not backward:
+                    with torch.no_grad():
+                        return function(*x)
+                hidden = x.hidden.detach().requires_grad_()
+                return torch.autograd.grad(function(hidden, *x[1:]).sum(), hidden)
 
-        compiled = torch.compile(eager)
-        functions = {
-            "textbook": reference if device.type == "cpu" else eager,
-            "same_algorithm_torch": same_algorithm_torch,
-            "torch_compile": compiled,
-        }
-        baselines = {name: lambda function=function: step(function) for name, function in functions.items()}
-        flops = 2 * hidden.shape[0] * lm_head.numel() * (2 if backward else 1)
+            return run
+
+        N, lm_head = len(sets[0].hidden), sets[0].lm_head
+        functions, missing = others(device)
+        functions = {"same_algorithm_torch": same_algorithm_torch, **functions}
+        if N * V * 4 < 30e9:  # logits of everything, several times
+            functions = {"textbook": reference, **functions}
+            if device.type == "cuda":
+                functions["eager"] = eager
+        else:
+            missing |= {name: f"its logits take {N * V * 4 / 1e9:.0f} GB" for name in ("textbook", "eager")}
+        if (device.type == "cpu" or V in (MODELS[FIRST][1], 128256)) and (queries, each) != (32, 100):
+            functions["torch_compile"] = compiled(eager, device)
+        flops = 2 * N * lm_head.numel() * (2 if backward else 1)
         check = gradient_error if backward else error
         read = lm_head.numel() * lm_head.element_size()
-        return Case(lambda: step(token_log_likelihood), baselines, check, read, flops)
+        baselines = {name: step(function) for name, function in functions.items()}
+        return Case(sets, step(token_log_likelihood), baselines, check, read, flops, missing)
 
     return case
 
 
-WORKS = {
-    "tiny": works(10, True, V=500, D=64),
-    "token_log_likelihood/1x100": works(100 * T, False),
-    "token_log_likelihood/4x8": works(32 * T, False),
-    "token_log_likelihood/1x100/backward": works(100 * T, True),
-    "token_log_likelihood/4x8/backward": works(32 * T, True),
-    "token_log_likelihood/1x100/v128256": works(100 * T, False, V=128256),
-    "token_log_likelihood/1x100/v128256/backward": works(100 * T, True, V=128256),
-}
-DEFAULT = {"cpu": tuple(w for w in WORKS if w != "tiny"), "cuda": tuple(w for w in WORKS if w != "tiny")}
+WORKS = {"tiny": make(1, 5, False, 64, 500, True, T=2), **works("token_log_likelihood", make)}
+CPU = (
+    "token_log_likelihood/1x100",
+    "token_log_likelihood/1x100/backward",
+    "token_log_likelihood/4x8",
+    "token_log_likelihood/4x8/backward",
+    "token_log_likelihood/1x100@llama-3-8b",
+    "token_log_likelihood/1x100/backward@llama-3-8b",
+)
 
 
 @pytest.mark.parametrize("function", ["ours", "textbook", "same_algorithm_torch"])
@@ -98,4 +165,4 @@ def test_tiny(benchmark, function):
 
 
 if __name__ == "__main__":
-    main("token_log_likelihood", WORKS, DEFAULT)
+    main("token_log_likelihood", WORKS, CPU)

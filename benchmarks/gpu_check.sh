@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of less than nine minutes: build, memory checks, tests, benchmarks.
-# Needs torch (a CUDA build, >= 2.10), nvcc, cmake, ninja, pybind11, pytest and no network; installs nothing.
+# Everything that needs a GPU, in parts of less than nine minutes each.
+# Needs torch (a CUDA build, >= 2.10), nvcc, cmake, ninja, pybind11, pytest and no network. Wheels in a folder .whl (liger-kernel,
+# cut-cross-entropy, ...) are unpacked for the run; nothing is installed.
 #
-#   OUT=/tmp/results bash benchmarks/gpu_check.sh        results in $OUT (default gpu_results/): summary.txt, log.txt, *.json
+#   OUT=/tmp/results bash benchmarks/gpu_check.sh check     build, machine code, tests on the GPU, compute-sanitizer, all tests
+#   OUT=/tmp/results bash benchmarks/gpu_check.sh ops       build, the operators' benchmarks at Llama-2-7B's shape
+#   OUT=/tmp/results bash benchmarks/gpu_check.sh models    build, the other models' shapes; the clue modules' share of a step
+#   DRY=1 bash benchmarks/gpu_check.sh check|ops|models     the same on the CPU with tiny inputs: does the script work?
 #
+# In $OUT (default gpu_results/): summary.txt, log.txt, <gpu>_ops.json with its roofline as .png. Benchmarks add their rows to
+# benchmarks/results/<gpu>_ops.json: on a fresh machine put an earlier part's file there first.
 # A step that fails does not stop the next one; what was not run is listed as such. Exit code 1 if a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+part=${1:-}
+case $part in check | ops | models) ;; *) sed -n '2,15p' "$0"; exit 2 ;; esac
+DRY=${DRY:-}
 OUT=${OUT:-gpu_results}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
@@ -23,7 +32,7 @@ step() {
   local name=$1 limit=$2 begin=$SECONDS left=$((deadline - SECONDS)) status last
   shift 2
   ((limit = limit < left ? limit : left))
-  if ((limit < 10)); then note "NOT RUN  $name: the time budget is spent"; return; fi
+  if ((limit < 10)); then note "NOT RUN  $name: the time budget is spent"; return 1; fi
   { echo; echo "==== $name: $*"; } >>"$OUT/log.txt"
   timeout -k 5 "$limit" "$@" >"$OUT/step.txt" 2>&1
   status=$?
@@ -37,49 +46,108 @@ step() {
   return $status
 }
 
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
-step "GPU" 20 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-step "torch" 60 "$PYTHON" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
+finish() {
+  rm -f "$OUT/step.txt"
+  rm -rf "${site:-}"
+  echo
+  cat "$OUT/summary.txt"
+  exit $failed
+}
+
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHON
+site=$(mktemp -d)
+if compgen -G '.whl/*.whl' >/dev/null; then
+  for wheel in .whl/*.whl; do step "wheel $(basename "$wheel")" 60 "$PYTHON" -m zipfile -e "$wheel" "$site"; done
+  PYTHONPATH="$PYTHONPATH:$site"  # after what the machine has
+fi
+
+device=cuda
+if [[ $DRY ]]; then
+  device=cpu
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+else
+  step "GPU" 20 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+  step "torch" 60 "$PYTHON" -c 'import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
+fi
 
 build() {
-  QPEFT_CUDA=1 cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$("$PYTHON" -c 'import sys; print(sys.executable)')" &&
-    cmake --build build/gpu && cmake --install build/gpu --prefix qpeft_ext
+  local python
+  python=$("$PYTHON" -c 'import sys; print(sys.executable)') || return 1
+  if [[ $DRY ]]; then
+    export QPEFT_CUDA=0
+  else  # for this GPU alone; 9.0 has instructions of its own
+    export QPEFT_CUDA=1 QPEFT_CUDA_ARCHS
+    QPEFT_CUDA_ARCHS=$("$PYTHON" -c 'import torch; a = "%d%d" % torch.cuda.get_device_capability(); print(("90a" if a == "90" else a) + "-real")')
+  fi
+  cmake -S . -B "build/gpu$DRY" -G Ninja -DPython_EXECUTABLE="$python" && cmake --build "build/gpu$DRY" &&
+    cmake --install "build/gpu$DRY" --prefix qpeft_ext
 }
+export DRY
 export -f build
-export PYTHON
-step "build" 150 bash -c build || { note "NOT RUN  everything else: the build failed"; rm -f "$OUT/step.txt"; exit 1; }
+step "build" 240 bash -c build || { note "NOT RUN  everything else: the build failed"; finish; }
 step "kernels live" 60 "$PYTHON" -c '
+import os
 from qpeft_ext import _library
 live = _library.kernels_live()
 print(*(f"{device}: {why}" for device, (_, why) in live.items()), sep="; ")
-assert all(ok for ok, _ in live.values())'
+assert all(ok for device, (ok, _) in live.items() if device == "cpu" or not os.environ["DRY"])'
 
-kernel_tests="python_tests/ops/test_cuda_*.py"
-if command -v compute-sanitizer >/dev/null; then
-  # without torch's caching allocator every tensor is an allocation of its own, so that reading past one is seen
-  for tool in memcheck racecheck; do
-    step "compute-sanitizer $tool" 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 \
-      "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda $kernel_tests
-  done
-else
-  note "NOT RUN  compute-sanitizer: it is not on PATH"
-fi
-step "tests on the GPU" 120 "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda python_tests --durations=5
-step "all tests" 200 "$PYTHON" -m pytest -q -p no:cacheprovider -m "not cuda" python_tests --durations=5
-
-mkdir -p benchmarks/results
-touch "$OUT/begin"
-for op in similarity_topk clue_attention token_log_likelihood; do
-  if [[ -f benchmarks/bench_$op.py ]]; then
-    step "bench $op" 90 "$PYTHON" benchmarks/bench_$op.py --device cuda
+pytest=("$PYTHON" -m pytest -q -p no:cacheprovider)
+if [[ $part == check ]]; then
+  kernel_tests=(python_tests/ops/test_cuda_*.py)
+  mark=(-m cuda)
+  if [[ $DRY ]]; then mark=(-m "not cuda" -k "token_log_likelihood"); fi
+  if command -v cuobjdump >/dev/null && [[ ! $DRY ]]; then
+    step "machine code" 60 "$PYTHON" benchmarks/sass_check.py qpeft_ext/_C.so
   else
-    note "NOT RUN  bench $op: benchmarks/bench_$op.py does not exist"
+    note "NOT RUN  machine code: cuobjdump is not on PATH, or there are no CUDA kernels (DRY)"
+  fi
+  step "tests on the GPU" 150 "${pytest[@]}" "${mark[@]}" python_tests/ops --durations=5
+  if ! command -v compute-sanitizer >/dev/null; then
+    note "NOT RUN  compute-sanitizer: it is not on PATH"
+  elif ! timeout 60 compute-sanitizer "$PYTHON" -c 'import torch; torch.zeros(1, device="cuda") + 1' >>"$OUT/log.txt" 2>&1; then
+    note "NOT RUN  compute-sanitizer: this host refuses it (log.txt)"
+  else
+    # without torch's caching allocator every tensor is an allocation of its own, so that reading past one is seen
+    for tool in memcheck racecheck synccheck; do
+      step "compute-sanitizer $tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 "${pytest[@]}" "${mark[@]}" "${kernel_tests[@]}"
+    done
+  fi
+  workers=()
+  if [[ ! $DRY ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 12); fi
+  if [[ $DRY ]]; then
+    step "all tests" 60 "${pytest[@]}" --collect-only python_tests
+  else
+    step "all tests" 240 "${pytest[@]}" "${workers[@]}" -m "not cuda" python_tests --durations=5
+  fi
+  finish
+fi
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+results=benchmarks/results/$("$PYTHON" -c "
+import sys, torch
+sys.path.insert(0, 'benchmarks')
+from common import result_name
+print(result_name(torch.device('$device'), 'ops'))") || { note "FAILED   the benchmarks' common part"; failed=1; finish; }
+tiny=()
+if [[ $DRY ]]; then
+  results=$OUT/dry_ops.json
+  rm -f "$results"
+  tiny=(--work tiny --out "$results" --skip torch_compile)
+fi
+for op in token_log_likelihood similarity_topk clue_attention; do
+  if [[ $part == ops ]]; then
+    step "bench $op" 160 "$PYTHON" benchmarks/bench_$op.py --device $device "${tiny[@]}"
+  else
+    step "bench $op, other models" 130 "$PYTHON" benchmarks/bench_$op.py --device $device --others "${tiny[@]}"
   fi
 done
-# at most three files with the three above: what this run measured
-find benchmarks/results -maxdepth 1 -name '*.json' -newer "$OUT/begin" | sort | head -n 5 | xargs -r cp -t "$OUT"
-rm -f "$OUT/step.txt" "$OUT/begin"
-echo
-cat "$OUT/summary.txt"
-exit $failed
+if [[ $part == models ]]; then
+  step "clue modules' share" 150 "$PYTHON" benchmarks/bench_clue_share.py --device $device ${DRY:+--out "$results"}
+fi
+if [[ -f $results ]]; then
+  step "roofline" 60 "$PYTHON" benchmarks/roofline.py "$results"
+  [[ $DRY ]] || cp "$results" "${results%.json}.png" "$OUT"
+fi
+finish

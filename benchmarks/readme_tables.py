@@ -32,20 +32,35 @@ def main() -> int:
 
 
 def table(name: str) -> str:
-    """Markdown of one result file: our time, the others' with the ratio, losses in bold."""
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    rows = result["rows"]
+    """Markdown of one result file: our time, the others' with the ratio, losses in bold. A file that is not there yet:
+    a line that says so. Of a file with several models (``work@model``) the rows of the first.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return f"**Not run yet**: there is no `benchmarks/results/{name}.json`.\n"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in result["rows"] if "@" not in row["work"]]
+    on_gpu = result["device"] != "cpu"
     names = list(dict.fromkeys(baseline for row in rows for baseline in row["baselines_ms"]))
-    lines = [f"| work | ours, ms | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    heads = ["work", "ours, ms", *(["of the bound", "ours, MB"] if on_gpu else []), *names]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        cells = [_against(row, baseline) for baseline in names]
-        lines.append(f"| `{row['work']}` | {_ms(row['ours_ms'])} | {' | '.join(cells)} |")
+        share = row["bound_share"]
+        extra = ["–" if share is None else f"{share:.0%}", f"{row['ours_peak_bytes'] / 1e6:,.0f}"] if on_gpu else []
+        cells = [_ms(row["ours_ms"]), *extra, *(_against(row, baseline) for baseline in names)]
+        lines.append(f"| `{row['work']}` | {' | '.join(cells)} |")
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    machine = result["machine"] if on_gpu else f"{result['machine']}, {result['threads']} threads"
     lines += [
         "",
-        f"{result['machine']}, {result['threads']} threads, {versions}; `{result['command']}`, {result['date'][:10]}. "
+        f"{machine}, {versions}; `{result['command']}`, {result['date'][:10]}. "
         "Each cell: milliseconds, and how many times ours (below 1, in bold, they are faster).",
     ]
+    missing = {baseline: why for row in rows for baseline, why in row.get("not_run", {}).items() if on_gpu}
+    if missing:
+        lines[-1] += " Not run: " + "; ".join(f"`{baseline}` ({why})" for baseline, why in missing.items()) + "."
+    if path.with_suffix(".png").is_file():
+        lines += ["", f"![roofline](benchmarks/results/{name}.png)"]
     return "\n".join(lines) + "\n"
 
 

@@ -130,7 +130,7 @@ def _whole_waves(rows: int, V: int, most: int, processors: int, cache_bytes: int
     """
     most = min(most, max(TILE_WORDS, cache_bytes // (8 * rows)))
     if most < TILE_WORDS or most >= V:
-        return most
+        return min(most, V)
     tall = -(-rows // TILE_ROWS)
 
     def waves(tiles: int) -> float:
