@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, machine, median, peak_bytes, show, synchronize, write
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
@@ -69,7 +69,7 @@ def make_model(shape: Shape, device, clues: str, dtype: torch.dtype) -> qpeft.QP
         tie_word_embeddings=True, initializer_range=0.05, max_position_embeddings=1024,
     )).to(device, dtype)
     config = qpeft.QPeftConfig(clues=clues, k=shape.query, num_heads=shape.heads, margin=0.5)
-    model = qpeft.get_qpeft_model(lm, config, _tokenizer(shape.vocabulary))
+    model = qpeft.get_qpeft_model(lm, config, make_tokenizer(shape.vocabulary))
     torch.manual_seed(1)
     for parameter in model.clues.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
@@ -77,9 +77,10 @@ def make_model(shape: Shape, device, clues: str, dtype: torch.dtype) -> qpeft.QP
     return model.train()
 
 
-def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     words = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 

@@ -1,0 +1,327 @@
+"""Reranking 50 queries with 100 candidates each: ours cold, warm and from disk, against three baselines (DESIGN 8).
+
+    python benchmarks/bench_reranking.py                      # 25 M Llama, 2 threads: half an hour
+    python benchmarks/bench_reranking.py --setting small      # a few minutes
+    python benchmarks/bench_reranking.py --work rerank_memory # a corpus of a million documents
+    python benchmarks/bench_reranking.py --work batch_drift   # what a batch does to one pair's score, in bf16
+
+The work: queries of 16 to 24 tokens; documents of log-normal length, 200 tokens on average with a spread of 0.4 of it
+(SQuAD 0.51, TREC DL 0.41, SciFact 0.41), cut at 320. Candidates are shared: each distinct document is a candidate of
+about two of the 50 queries, as with BM25's best 100 for 50 queries drawn from SQuAD (1.9), SciFact (1.7) or CoSQA
+(2.1); Cranfield has 4.0, MS MARCO 1.02, and whole test sets more (``--sharing``; 1 is the worst case).
+
+Baselines, same weights and, but for the last, same clues and scores:
+    plain             our plain path: whole prompts, sorted by length over all queries, the head on query tokens only
+    padded_unsorted   a UPR loop: query by query, 16 candidates at a time in the given order, padded to the longest
+    cross_encoder     sentence-transformers' CrossEncoder of the same LM, its own batching (32, sorted): the prompt
+                      without clues, the logit of one word at its last position
+
+The pairs are divided by document into parts. Each part is scored by every system in turn, and the sums over the parts
+are reported: so all of them did all the work once, a busy machine was busy for all of them, and ``part_ratios`` show the
+spread. Times include tokenisation. Wall time is ``ours_ms`` and ``baselines_ms``; process CPU time is beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_training import Shape, make_model
+from common import RESULTS, machine, median, peak_bytes, show, synchronize, write
+
+import qpeft_ext as qpeft
+
+TOLERANCE = 1e-4  # of mean log-likelihoods, nats per query token
+LONGEST_DOCUMENT = 320
+UPR_BATCH = 16
+WORKS = ("rerank_cold", "rerank_warm", "rerank_disk")
+
+
+@dataclass(frozen=True)
+class Setting:
+    shape: Shape
+    queries: int = 50
+    candidates: int = 100
+    parts: int = 5
+
+
+SETTINGS = {
+    "25m": Setting(Shape()),
+    "small": Setting(Shape(layers=4, width=256, inner=768, heads=4, vocabulary=4000)),
+    "tiny": Setting(Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=30, query=5), 4, 6, 2),
+}
+
+
+@dataclass
+class Pairs:
+    """queries, documents: texts.  pairs: (query, document) indices, in the order of the queries."""
+
+    queries: list[str]
+    documents: list[str]
+    pairs: list[tuple[int, int]]
+
+    def texts(self) -> list[tuple[str, str]]:
+        return [(self.queries[q], self.documents[d]) for q, d in self.pairs]
+
+    def part(self, r: int, parts: int) -> Pairs:
+        return Pairs(self.queries, self.documents, [(q, d) for q, d in self.pairs if d % parts == r])
+
+
+def make_pairs(setting: Setting, sharing: float, seed: int = 0) -> Pairs:
+    """Words follow Zipf's law; a few documents are candidates of many queries, most of one."""
+    shape, random = setting.shape, np.random.default_rng(seed)
+    frequencies = 1 / np.arange(1, shape.vocabulary - 9) ** 1.05
+    frequencies /= frequencies.sum()
+    names = random.permutation(np.arange(10, shape.vocabulary))
+
+    def text(length: int) -> str:
+        return " ".join(f"w{i}" for i in names[random.choice(len(names), length, p=frequencies)])
+
+    spread = 0.4
+    sigma = math.sqrt(math.log(1 + spread**2))
+    longest = LONGEST_DOCUMENT * shape.document // 200
+    count = max(setting.candidates, round(setting.queries * setting.candidates / sharing))
+    lengths = np.exp(random.normal(math.log(shape.document) - sigma**2 / 2, sigma, count)).round().clip(8, longest)
+    documents = [text(int(n)) for n in lengths]
+    queries = [text(n) for n in random.integers(shape.query, shape.query + 9, setting.queries)]
+    # the least popular documents, too, are a candidate of one query, or of none and then in nobody's way
+    popularity = random.pareto(3, count) + 0.5 if sharing > 1 else np.ones(count)
+    free, pairs = np.full(count, setting.queries if sharing > 1 else 1), []
+    for q in range(setting.queries):
+        weights = popularity * (free > 0)
+        chosen = random.choice(count, setting.candidates, replace=False, p=weights / weights.sum())
+        free[chosen] -= 1
+        pairs += [(q, int(d)) for d in chosen]
+    return Pairs(queries, documents, pairs)
+
+
+# -- the systems: each takes the pairs of a part and returns their scores, [B] float32 ---------------------------------
+
+
+class Systems:
+    def __init__(self, setting: Setting, device, dtype: torch.dtype, cache_bytes: int, folder: Path) -> None:
+        self.setting, self.device, self.folder = setting, torch.device(device), folder
+        self.model = make_model(replace(setting.shape, query=setting.shape.query + 8), device, "attention", dtype).eval()
+        self.model.prompt.max_document_tokens = LONGEST_DOCUMENT
+        self.cache_bytes = cache_bytes
+        self.cache = None
+        self.cross_encoder_model = self._load_cross_encoder()
+
+    def baselines(self) -> dict[str, Callable[[Pairs], np.ndarray]]:
+        systems = {"plain": self.plain, "padded_unsorted": self.padded_unsorted}
+        if self.cross_encoder_model:
+            systems["cross_encoder"] = self.cross_encoder
+        return systems
+
+    def ours_cold(self, part: Pairs) -> np.ndarray:
+        """An empty cache, filled on the way."""
+        self.cache = qpeft.DocumentCache(self.cache_bytes)
+        return self.ours_warm(part)
+
+    def ours_warm(self, part: Pairs) -> np.ndarray:
+        return qpeft.Reranker(self.model, cache=self.cache).predict(part.texts(), show_progress_bar=False)
+
+    def plain(self, part: Pairs) -> np.ndarray:
+        return qpeft.Reranker(self.model, path="plain").predict(part.texts(), show_progress_bar=False)
+
+    def padded_unsorted(self, part: Pairs) -> np.ndarray:
+        scores, texts = [], part.texts()
+        for start, stop in _groups_of_one_query(part.pairs, UPR_BATCH):
+            batch = self.model.score(texts[start:stop], path="plain", max_tokens_per_batch=1 << 30)
+            scores.append(batch.query_log_likelihood.float().cpu().numpy())
+        return np.concatenate(scores)
+
+    def cross_encoder(self, part: Pairs) -> np.ndarray:
+        return self.cross_encoder_model.predict(self._cross_encoder_texts(part), show_progress_bar=False)
+
+    def _cross_encoder_texts(self, part: Pairs) -> list[tuple[str, str]]:
+        head = f"<s> {self.model.qpeft_config.instruction} Passage:"
+        return [(f"{head} {document}", f"w6 w7 w8 w9 {query}") for query, document in part.texts()]
+
+    def _load_cross_encoder(self):
+        try:
+            from sentence_transformers import CrossEncoder
+            from sentence_transformers.base.modules import Transformer
+            from sentence_transformers.cross_encoder.modules import LogitScore
+        except ImportError as error:
+            print(f"cross_encoder is left out: sentence-transformers cannot be imported ({error})")
+            return None
+        self.model.lm.save_pretrained(self.folder / "lm")
+        self.model.tokenizer.pad_token = "</s>"
+        self.model.tokenizer.save_pretrained(self.folder / "lm")
+        dtype = {"dtype": self.model.engine.table.dtype}
+        lm = Transformer(str(self.folder / "lm"), transformer_task="text-generation", model_kwargs=dtype)
+        modules = [lm, LogitScore(true_token_id=10)]
+        return CrossEncoder(modules=modules, device=str(self.device), activation_fn=torch.nn.Identity())
+
+    @torch.no_grad()
+    def cross_encoder_oracle(self, part: Pairs) -> np.ndarray:
+        """The same numbers from the LM itself, a pair at a time."""
+        scores = []
+        for document, query in self._cross_encoder_texts(part):
+            ids = self.model.tokenizer([f"{document} {query}"], add_special_tokens=False, return_tensors="pt").input_ids
+            scores.append(float(self.model.lm(ids.to(self.device), logits_to_keep=1).logits[0, -1, 10]))
+        return np.array(scores, dtype=np.float32)
+
+
+def _groups_of_one_query(pairs: list[tuple[int, int]], size: int):
+    start = 0
+    for i in range(1, len(pairs) + 1):
+        if i == len(pairs) or pairs[i][0] != pairs[start][0] or i - start == size:
+            yield start, i
+            start = i
+
+
+# -- what each must compute --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tokens:
+    """True tokens through the LM, what they attend to, and rows through the head; padding is not counted."""
+
+    tokens: int = 0
+    attended: int = 0
+    head_rows: int = 0
+
+    def add(self, before: int, new: int, head_rows: int) -> None:
+        self.tokens += new
+        self.attended += new * before + new * (new + 1) // 2
+        self.head_rows += head_rows
+
+    def flops(self, shape: Shape) -> float:
+        """Multiply-adds twice; clue modules not counted (a few per cent)."""
+        layer = 4 * shape.width**2 + 3 * shape.width * shape.inner
+        linear = 2 * shape.layers * layer * self.tokens
+        return linear + 4 * shape.layers * shape.width * self.attended + 2 * shape.width * shape.vocabulary * self.head_rows
+
+
+def count_tokens(systems: Systems, data: Pairs) -> dict[str, Tokens]:
+    model, counts = systems.model, {name: Tokens() for name in ("cold", "warm", "plain", "cross_encoder")}
+    batch = model.encode(data.texts())
+    pieces = model.prompt.suffix
+    for document in batch.documents:
+        counts["cold"].add(0, len(document.ids), 0)
+    for q, d in batch.pairs:
+        prefix, query = len(batch.documents[d].ids), len(batch.queries[q])
+        suffix = len(pieces.hints) + query + len(pieces.question) + query
+        counts["cold"].add(prefix, suffix, query)
+        counts["warm"].add(prefix, suffix, query)
+        counts["plain"].add(0, prefix + suffix, query)
+        counts["cross_encoder"].add(0, prefix + len(pieces.bare_question) + query, 1)
+    counts["padded_unsorted"] = counts["plain"]
+    counts["disk"] = counts["warm"]
+    return counts
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def check(systems: Systems, part: Pairs) -> float:
+    """Largest difference of mean log-likelihoods between any two systems. Raises: ValueError above `TOLERANCE`."""
+    query_tokens = np.array([len(systems.model.prompt.queries([part.queries[q]])[0]) for q, _ in part.pairs])
+    expected = systems.plain(part) / query_tokens
+    largest = 0.0
+    for function in (systems.ours_cold, systems.ours_warm, systems.padded_unsorted):
+        error = float(np.abs(function(part) / query_tokens - expected).max())
+        largest = max(largest, error)
+        if not error <= TOLERANCE:
+            raise ValueError(f"{function.__name__}: scores differ from the plain path's by {error:.1e} per token")
+    if systems.cross_encoder_model:
+        few = Pairs(part.queries, part.documents, part.pairs[:: max(1, len(part.pairs) // 20)])
+        error = float(np.abs(systems.cross_encoder(few) - systems.cross_encoder_oracle(few)).max())
+        if not error <= 1e-3:
+            raise ValueError(f"cross_encoder: logits differ from the LM's own by {error:.1e}")
+    return largest
+
+
+def measure(systems: Systems, data: Pairs, baselines: list[str]) -> list[dict]:
+    """One row for each of the works."""
+    setting, device = systems.setting, systems.device
+    largest_error = check(systems, Pairs(data.queries, data.documents, data.pairs[:: max(1, len(data.pairs) // 100)]))
+    ours = {"cold": systems.ours_cold, "warm": systems.ours_warm}
+    against = {name: function for name, function in systems.baselines().items() if name in baselines}
+    wall, cpu = ({name: [] for name in (*ours, *against)} for _ in range(2))
+    for r in range(setting.parts):
+        part = data.part(r, setting.parts)
+        for name, function in {**ours, **against}.items():  # warm follows cold: it reads what cold left
+            gc.collect()
+            synchronize(device)
+            start, cpu_start = time.perf_counter(), time.process_time()
+            function(part)
+            synchronize(device)
+            wall[name].append((time.perf_counter() - start) * 1e3)
+            cpu[name].append((time.process_time() - cpu_start) * 1e3)
+        print(f"part {r + 1} of {setting.parts}, {len(part.pairs)} pairs: " + ", ".join(
+            f"{name} {1e3 * len(part.pairs) / wall[name][r]:.1f}" for name in wall) + " pairs/s", flush=True)
+    sample = Pairs(data.queries, data.documents, data.part(0, setting.parts).pairs[:200])
+    peaks = {name: peak_bytes(lambda f=function: f(sample), device) for name, function in {**ours, **against}.items()}
+    counts = count_tokens(systems, data)
+    rows = []
+    for name in ours:
+        ratio = {b: sum(wall[b]) / sum(wall[name]) for b in against}
+        bound = {b: counts[b].tokens / counts[name].tokens for b in against}
+        rows.append({
+            "work": f"rerank_{name}",
+            "ours_ms": sum(wall[name]),
+            "baselines_ms": {b: sum(wall[b]) for b in against},
+            "ratio": ratio,
+            "ours_peak_bytes": peaks[name],
+            "baselines_peak_bytes": {b: peaks[b] for b in against},
+            "bound_share": ratio["plain"] / bound["plain"] if "plain" in ratio else None,
+            "max_error": largest_error,
+            "token_bound": bound,
+            "part_ratios": {b: [x / y for x, y in zip(wall[b], wall[name], strict=True)] for b in against},
+            "ours_cpu_ms": sum(cpu[name]),
+            "baselines_cpu_ms": {b: sum(cpu[b]) for b in against},
+            "cpu_ratio": {b: sum(cpu[b]) / sum(cpu[name]) for b in against},
+            "pairs_per_second": {n: 1e3 * len(data.pairs) / sum(wall[n]) for n in (name, *against)},
+            "queries_per_petaflop": {n: setting.queries / counts[n].flops(setting.shape) * 1e15 for n in (name, *against)},
+            "shape": vars(setting.shape) | {
+                "queries": setting.queries, "candidates": setting.candidates,
+                "distinct_documents": len({d for _, d in data.pairs}),
+                "tokens": {n: counts[n].tokens for n in (name, *against)},
+                "parameters": sum(p.numel() for p in systems.model.lm.parameters()),
+                "dtype": str(systems.model.engine.table.dtype).removeprefix("torch."),
+            },
+        })
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time reranking against its baselines.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--setting", default="25m", choices=SETTINGS)
+    parser.add_argument("--queries", type=int)
+    parser.add_argument("--sharing", type=float, default=2.0, help="pairs per distinct document")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--baselines", nargs="*", default=["plain", "padded_unsorted", "cross_encoder"])
+    parser.add_argument("--cache-gb", type=float, default=6.0, help="memory for prefixes: of one part of the work")
+    parser.add_argument("--out", type=Path, help="default results/<machine>_reranking.json; no file for tiny")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    setting = SETTINGS[arguments.setting]
+    setting = replace(setting, queries=arguments.queries or setting.queries)
+    data = make_pairs(setting, arguments.sharing)
+    with tempfile.TemporaryDirectory() as folder:
+        systems = Systems(setting, arguments.device, getattr(torch, arguments.dtype), int(arguments.cache_gb * 1e9),
+                          Path(folder))
+        rows = measure(systems, data, arguments.baselines)
+    for row in rows:
+        show(row)
+        for name, bound in row["token_bound"].items():
+            print(f"    {name:22} {row['ratio'][name]:5.2f} x wall, {row['cpu_ratio'][name]:5.2f} x CPU, bound by tokens "
+                  f"{bound:.2f} x; {row['pairs_per_second'][name]:.1f} pairs/s, "
+                  f"{row['queries_per_petaflop'][name]:.0f} queries per PetaFLOP")
+
+
+if __name__ == "__main__":
+    main()
