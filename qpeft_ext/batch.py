@@ -108,12 +108,13 @@ class ClueInputs:
 
 @dataclass
 class Rows:
-    """B right-padded rows of LM input, L tokens wide.
+    """B right-padded rows of LM input, L tokens wide. The last query token is only a target: nobody reads its output.
 
     ids [B, L] int64, 0 at clue slots and padding; mask [B, L] int64; positions [B, L] int64.
     clue_slots: flat indices into [B·L] of the clue vectors, in the order of ``Clues.embeds[Clues.mask]``.
     before_query: flat indices of the slot *before* each query token, [N]; target_ids: those tokens, [N].
-    pair_of_target, place_of_target: pair and place in the query of each target, [N].
+    target_slots: flat indices into [B, T] of the targets, [N], where ``longest_query`` is T.
+    end: one more than the largest position of a token.
     """
 
     ids: Tensor
@@ -122,8 +123,14 @@ class Rows:
     clue_slots: Tensor
     before_query: Tensor
     target_ids: Tensor
-    pair_of_target: Tensor
-    place_of_target: Tensor
+    target_slots: Tensor
+    longest_query: int
+    end: int
+
+    def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
+        """Sums over the targets of each pair, [N] -> [B]; through a table [B, T], so that their order is fixed."""
+        table = of_targets.new_zeros(len(self.ids) * self.longest_query)
+        return table.index_copy(0, self.target_slots, of_targets).view(len(self.ids), -1).sum(1)
 
 
 def assemble_rows(
@@ -133,41 +140,36 @@ def assemble_rows(
 
     Only clues that exist take a slot: a gap inside a row would be counted by sliding windows.
     """
-    rows, starts, slots, before, targets, owners, places = [], [], [], [], [], [], []
-    for (query_index, document_index), count in zip(batch.pairs, clue_counts, strict=True):
-        prefix, query = batch.documents[document_index].ids, batch.queries[query_index]
-        row = list(prefix) if with_prefix else []
-        if count:
-            row += pieces.hints
-            slots.append((len(rows), len(row), count))
-            row += [0] * count
-            row += pieces.question
-        else:
-            row += pieces.bare_question
-        before.append((len(rows), len(row) - 1, len(query)))
-        row += query
-        targets += query
-        owners += [len(rows)] * len(query)
-        places += range(len(query))
-        rows.append(row)
-        starts.append(0 if with_prefix else len(prefix))
+    rows, queries = [], [batch.queries[q] for q, _ in batch.pairs]
+    for (_, document_index), query, count in zip(batch.pairs, queries, clue_counts, strict=True):
+        row = batch.documents[document_index].ids if with_prefix else ()
+        row += (*pieces.hints, *(0,) * count, *pieces.question) if count else pieces.bare_question
+        rows.append(row + query[:-1])
+    prefix_lengths = np.array([len(batch.documents[d].ids) for _, d in batch.pairs])
+    query_lengths = np.array([len(query) for query in queries])
+    lengths, counts = np.array([len(row) for row in rows]), np.array(clue_counts)
+    width, longest_query = int(lengths.max()), int(query_lengths.max())
+    first_slots = np.arange(len(rows)) * width
+    hints = first_slots + len(pieces.hints) + (prefix_lengths if with_prefix else 0)
+    starts = np.zeros_like(lengths) if with_prefix else prefix_lengths
     ids, mask = pad(rows, device)
-    width = ids.shape[1]
-
-    def flat(spans: list[tuple[int, int, int]]) -> Tensor:
-        return _long([row * width + place + i for row, place, count in spans for i in range(count)], device)
-
-    positions = _long(starts, device)[:, None] + torch.arange(width, device=device)
     return Rows(
         ids,
         mask.long(),
-        positions,
-        flat(slots),
-        flat(before),
-        _long(targets, device),
-        _long(owners, device),
-        _long(places, device),
+        to_device(starts[:, None] + np.arange(width), device),
+        to_device(_spans(hints, counts), device),
+        to_device(_spans(first_slots + lengths - query_lengths, query_lengths), device),
+        to_device(pack_ragged(queries)[0], device),
+        to_device(_spans(np.arange(len(rows)) * longest_query, query_lengths), device),
+        longest_query,
+        int((starts + lengths).max()),
     )
+
+
+def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, … for every span, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def pad(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
@@ -177,8 +179,10 @@ def pad(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     ids = np.zeros(mask.shape, dtype=np.int64)
     ids[mask] = values
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+    return to_device(ids, device), to_device(mask, device)
 
 
-def _long(values: list, device) -> Tensor:
-    return torch.tensor(values, dtype=torch.long, device=device)
+def to_device(array: np.ndarray, device) -> Tensor:
+    """A tensor of the array; through pinned memory to a GPU, so that the host need not wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)

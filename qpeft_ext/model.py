@@ -159,10 +159,7 @@ class QPeftModel(nn.Module):
             log_p = checkpoint(log_likelihood, self.engine, rows, vectors, prefix, prefix_rows, use_reentrant=False)
         else:
             log_p = log_likelihood(self.engine, rows, vectors, prefix, prefix_rows)
-        # a [B, T] table instead of index_add: the order of the sum is fixed
-        widest = max(len(batch.queries[q]) for q, _ in batch.pairs)
-        slots = rows.pair_of_target * widest + rows.place_of_target
-        return log_p.new_zeros(len(batch) * widest).index_copy(0, slots, log_p).view(-1, widest).sum(1)
+        return rows.sum_of_each_pair(log_p)
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[str, Document]], **options) -> Scores:
