@@ -5,9 +5,9 @@
     python benchmarks/bench_reranking.py --work rerank_memory # a corpus of a million documents
     python benchmarks/bench_reranking.py --work batch_drift   # what a batch does to one pair's score, in bf16
 
-The work: queries of 16 to 24 tokens; documents of log-normal length, 200 tokens on average with a spread of 0.4 of it
+The work: queries of 12 to 20 tokens; documents of log-normal length, 200 tokens on average with a spread of 0.4 of it
 (SQuAD 0.51, TREC DL 0.41, SciFact 0.41), cut at 320. Candidates are shared: each distinct document is a candidate of
-about two of the 50 queries, as with BM25's best 100 for 50 queries drawn from SQuAD (1.9), SciFact (1.7) or CoSQA
+two of the 50 queries on average, as with BM25's best 100 for 50 queries drawn from SQuAD (1.9), SciFact (1.7) or CoSQA
 (2.1); Cranfield has 4.0, MS MARCO 1.02, and whole test sets more (``--sharing``; 1 is the worst case).
 
 Baselines, same weights and, but for the last, same clues and scores:
@@ -16,9 +16,10 @@ Baselines, same weights and, but for the last, same clues and scores:
     cross_encoder     sentence-transformers' CrossEncoder of the same LM, its own batching (32, sorted): the prompt
                       without clues, the logit of one word at its last position
 
-The pairs are divided by document into parts. Each part is scored by every system in turn, and the sums over the parts
-are reported: so all of them did all the work once, a busy machine was busy for all of them, and ``part_ratios`` show the
-spread. Times include tokenisation. Wall time is ``ours_ms`` and ``baselines_ms``; process CPU time is beside it.
+The work is done in parts, in which all systems take turns, so that a busy machine is busy for all of them: a part is
+a fifth of the documents with all their queries (a fifth of the queries for padded_unsorted, which goes query by query).
+Reported are sums over the parts, so that every system has done the whole work once; ``part_ratios`` show the spread.
+Times include tokenisation. Process CPU time stands beside wall time.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_training import Shape, make_model
-from common import RESULTS, machine, median, peak_bytes, show, synchronize, write
+from common import peak_bytes, show, synchronize
 
 import qpeft_ext as qpeft
 
@@ -71,8 +72,12 @@ class Pairs:
     def texts(self) -> list[tuple[str, str]]:
         return [(self.queries[q], self.documents[d]) for q, d in self.pairs]
 
-    def part(self, r: int, parts: int) -> Pairs:
-        return Pairs(self.queries, self.documents, [(q, d) for q, d in self.pairs if d % parts == r])
+    def part(self, r: int, parts: int, by_query: bool = False) -> Pairs:
+        return replace(self, pairs=[(q, d) for q, d in self.pairs if (q if by_query else d) % parts == r])
+
+    def few(self, count: int) -> Pairs:
+        """About ``count`` of the pairs, from all over them."""
+        return replace(self, pairs=self.pairs[:: max(1, len(self.pairs) // count)])
 
 
 def make_pairs(setting: Setting, sharing: float, seed: int = 0) -> Pairs:
@@ -85,22 +90,31 @@ def make_pairs(setting: Setting, sharing: float, seed: int = 0) -> Pairs:
     def text(length: int) -> str:
         return " ".join(f"w{i}" for i in names[random.choice(len(names), length, p=frequencies)])
 
+    pairs = _shared_candidates(setting, sharing, random)
     spread = 0.4
     sigma = math.sqrt(math.log(1 + spread**2))
-    longest = LONGEST_DOCUMENT * shape.document // 200
-    count = max(setting.candidates, round(setting.queries * setting.candidates / sharing))
+    count, longest = 1 + max(d for _, d in pairs), LONGEST_DOCUMENT * shape.document // 200
     lengths = np.exp(random.normal(math.log(shape.document) - sigma**2 / 2, sigma, count)).round().clip(8, longest)
     documents = [text(int(n)) for n in lengths]
-    queries = [text(n) for n in random.integers(shape.query, shape.query + 9, setting.queries)]
-    # the least popular documents, too, are a candidate of one query, or of none and then in nobody's way
-    popularity = random.pareto(3, count) + 0.5 if sharing > 1 else np.ones(count)
-    free, pairs = np.full(count, setting.queries if sharing > 1 else 1), []
-    for q in range(setting.queries):
-        weights = popularity * (free > 0)
-        chosen = random.choice(count, setting.candidates, replace=False, p=weights / weights.sum())
-        free[chosen] -= 1
-        pairs += [(q, int(d)) for d in chosen]
+    queries = [text(n) for n in random.integers(shape.query - 4, shape.query + 5, setting.queries)]
     return Pairs(queries, documents, pairs)
+
+
+def _shared_candidates(setting: Setting, sharing: float, random: np.random.Generator) -> list[tuple[int, int]]:
+    """(query, document) for every query's candidates; a pool is enlarged until it gives enough distinct documents."""
+    total = setting.queries * setting.candidates
+    if sharing <= 1:
+        return [(i // setting.candidates, i) for i in range(total)]
+    pool, used = round(total / sharing), set()
+    while len(used) * sharing < total:
+        popularity = random.pareto(3, pool) + 0.5  # a few documents are candidates of many queries
+        popularity /= popularity.sum()
+        pairs = [(q, int(d)) for q in range(setting.queries)
+                 for d in random.choice(pool, setting.candidates, replace=False, p=popularity)]
+        used = {d for _, d in pairs}
+        pool = round(pool * 1.05)
+    place = {d: i for i, d in enumerate(sorted(used))}
+    return [(q, place[d]) for q, d in pairs]
 
 
 # -- the systems: each takes the pairs of a part and returns their scores, [B] float32 ---------------------------------
@@ -109,7 +123,7 @@ def make_pairs(setting: Setting, sharing: float, seed: int = 0) -> Pairs:
 class Systems:
     def __init__(self, setting: Setting, device, dtype: torch.dtype, cache_bytes: int, folder: Path) -> None:
         self.setting, self.device, self.folder = setting, torch.device(device), folder
-        self.model = make_model(replace(setting.shape, query=setting.shape.query + 8), device, "attention", dtype).eval()
+        self.model = make_model(setting.shape, device, "attention", dtype).eval()
         self.model.prompt.max_document_tokens = LONGEST_DOCUMENT
         self.cache_bytes = cache_bytes
         self.cache = None
@@ -200,7 +214,8 @@ class Tokens:
         """Multiply-adds twice; clue modules not counted (a few per cent)."""
         layer = 4 * shape.width**2 + 3 * shape.width * shape.inner
         linear = 2 * shape.layers * layer * self.tokens
-        return linear + 4 * shape.layers * shape.width * self.attended + 2 * shape.width * shape.vocabulary * self.head_rows
+        head = 2 * shape.width * shape.vocabulary * self.head_rows
+        return linear + 4 * shape.layers * shape.width * self.attended + head
 
 
 def count_tokens(systems: Systems, data: Pairs) -> dict[str, Tokens]:
@@ -211,7 +226,7 @@ def count_tokens(systems: Systems, data: Pairs) -> dict[str, Tokens]:
         counts["cold"].add(0, len(document.ids), 0)
     for q, d in batch.pairs:
         prefix, query = len(batch.documents[d].ids), len(batch.queries[q])
-        suffix = len(pieces.hints) + query + len(pieces.question) + query
+        suffix = len(pieces.hints) + query + len(pieces.question) + query - 1  # the last one is only a target
         counts["cold"].add(prefix, suffix, query)
         counts["warm"].add(prefix, suffix, query)
         counts["plain"].add(0, prefix + suffix, query)
@@ -235,7 +250,7 @@ def check(systems: Systems, part: Pairs) -> float:
         if not error <= TOLERANCE:
             raise ValueError(f"{function.__name__}: scores differ from the plain path's by {error:.1e} per token")
     if systems.cross_encoder_model:
-        few = Pairs(part.queries, part.documents, part.pairs[:: max(1, len(part.pairs) // 20)])
+        few = part.few(20)
         error = float(np.abs(systems.cross_encoder(few) - systems.cross_encoder_oracle(few)).max())
         if not error <= 1e-3:
             raise ValueError(f"cross_encoder: logits differ from the LM's own by {error:.1e}")
@@ -245,13 +260,13 @@ def check(systems: Systems, part: Pairs) -> float:
 def measure(systems: Systems, data: Pairs, baselines: list[str]) -> list[dict]:
     """One row for each of the works."""
     setting, device = systems.setting, systems.device
-    largest_error = check(systems, Pairs(data.queries, data.documents, data.pairs[:: max(1, len(data.pairs) // 100)]))
+    largest_error = check(systems, data.few(100))
     ours = {"cold": systems.ours_cold, "warm": systems.ours_warm}
     against = {name: function for name, function in systems.baselines().items() if name in baselines}
-    wall, cpu = ({name: [] for name in (*ours, *against)} for _ in range(2))
+    wall, cpu, pairs_per_second = ({name: [] for name in (*ours, *against)} for _ in range(3))
     for r in range(setting.parts):
-        part = data.part(r, setting.parts)
         for name, function in {**ours, **against}.items():  # warm follows cold: it reads what cold left
+            part = data.part(r, setting.parts, by_query=name == "padded_unsorted")
             gc.collect()
             synchronize(device)
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -259,9 +274,10 @@ def measure(systems: Systems, data: Pairs, baselines: list[str]) -> list[dict]:
             synchronize(device)
             wall[name].append((time.perf_counter() - start) * 1e3)
             cpu[name].append((time.process_time() - cpu_start) * 1e3)
-        print(f"part {r + 1} of {setting.parts}, {len(part.pairs)} pairs: " + ", ".join(
-            f"{name} {1e3 * len(part.pairs) / wall[name][r]:.1f}" for name in wall) + " pairs/s", flush=True)
-    sample = Pairs(data.queries, data.documents, data.part(0, setting.parts).pairs[:200])
+            pairs_per_second[name].append(1e3 * len(part.pairs) / wall[name][-1])
+        print(f"part {r + 1} of {setting.parts}, pairs/s: " + ", ".join(
+            f"{name} {rates[r]:.1f}" for name, rates in pairs_per_second.items()), flush=True)
+    sample = data.part(0, setting.parts).few(200)
     peaks = {name: peak_bytes(lambda f=function: f(sample), device) for name, function in {**ours, **against}.items()}
     counts = count_tokens(systems, data)
     rows = []
@@ -278,12 +294,14 @@ def measure(systems: Systems, data: Pairs, baselines: list[str]) -> list[dict]:
             "bound_share": ratio["plain"] / bound["plain"] if "plain" in ratio else None,
             "max_error": largest_error,
             "token_bound": bound,
-            "part_ratios": {b: [x / y for x, y in zip(wall[b], wall[name], strict=True)] for b in against},
+            "part_ratios": {b: [y / x for x, y in zip(pairs_per_second[b], pairs_per_second[name], strict=True)]
+                            for b in against},
             "ours_cpu_ms": sum(cpu[name]),
             "baselines_cpu_ms": {b: sum(cpu[b]) for b in against},
             "cpu_ratio": {b: sum(cpu[b]) / sum(cpu[name]) for b in against},
             "pairs_per_second": {n: 1e3 * len(data.pairs) / sum(wall[n]) for n in (name, *against)},
-            "queries_per_petaflop": {n: setting.queries / counts[n].flops(setting.shape) * 1e15 for n in (name, *against)},
+            "queries_per_petaflop": {n: 1e15 * setting.queries / counts[n].flops(setting.shape)
+                                     for n in (name, *against)},
             "shape": vars(setting.shape) | {
                 "queries": setting.queries, "candidates": setting.candidates,
                 "distinct_documents": len({d for _, d in data.pairs}),
@@ -318,8 +336,8 @@ def main() -> None:
     for row in rows:
         show(row)
         for name, bound in row["token_bound"].items():
-            print(f"    {name:22} {row['ratio'][name]:5.2f} x wall, {row['cpu_ratio'][name]:5.2f} x CPU, bound by tokens "
-                  f"{bound:.2f} x; {row['pairs_per_second'][name]:.1f} pairs/s, "
+            print(f"    {name:22} {row['ratio'][name]:5.2f} x wall, {row['cpu_ratio'][name]:5.2f} x CPU, bound by "
+                  f"tokens {bound:.2f} x; {row['pairs_per_second'][name]:.1f} pairs/s, "
                   f"{row['queries_per_petaflop'][name]:.0f} queries per PetaFLOP")
 
 

@@ -185,4 +185,6 @@ def pad(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
 def to_device(array: np.ndarray, device) -> Tensor:
     """A tensor of the array; through pinned memory to a GPU, so that the host need not wait for the copy."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 
@@ -14,6 +15,25 @@ from .cache import DocumentCache
 from .head import LikelihoodHead
 from .lm_state import LMState
 from .prefix_cache import Layout, PrefixKV
+from .prompt import DocumentPrefix
+
+
+class _PrefixIsStored(Exception):
+    pass
+
+
+class _PrefixCache(DynamicCache):
+    """Ends a prefix pass when the last layer has handed in its keys and values: the rest is not read."""
+
+    def __init__(self, last_layer: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.last_layer = last_layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self.last_layer:
+            raise _PrefixIsStored
+        return result
 
 
 class Engine:
@@ -24,6 +44,7 @@ class Engine:
         head: `LikelihoodHead`.
         why_plain: why prefixes cannot be shared ("" when they can).
         context: the longest prompt, in tokens (None: unlimited).
+        last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
         takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
     """
 
@@ -34,6 +55,7 @@ class Engine:
         self.decoder = lm.get_decoder()
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+        self.last_layer = -1  # unknown
         with torch.no_grad():
             self.scale = self._embedding_scale()
             self.head = LikelihoodHead(lm, self.decoder)
@@ -70,15 +92,19 @@ class Engine:
     def _why_plain(self) -> str:
         try:
             ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
-            self.layout = Layout.of(PrefixKV.from_cache(self._run_prefix(ids, None, None), [3]))
+            cache = self._run_prefix(ids, None, None)
+            self.layout = Layout.of(PrefixKV.from_cache(cache, [3]))
+            if not any(hasattr(module, "_hf_hook") for module in self.lm.modules()):  # a hook may count on the end
+                self.last_layer = max(i for i, layer in enumerate(cache.layers) if layer.is_initialized)
         except (TypeError, AttributeError, ValueError) as error:
             return f"its cache cannot be shared ({str(error).splitlines()[0]})"
         return ""
 
     def _run_prefix(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> DynamicCache:
-        cache = DynamicCache(config=self.lm.config)
+        cache = _PrefixCache(self.last_layer, config=self.lm.config)
         extra = {"position_ids": positions} if self.takes_positions and positions is not None else {}
-        self.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+        with contextlib.suppress(_PrefixIsStored):
+            self.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         return cache
 
     def expect_fits(self, tokens: int) -> None:
@@ -87,6 +113,10 @@ class Engine:
                 f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
                 "lower max_document_tokens or max_query_tokens"
             )
+
+    def prefix_bytes(self, prefixes: Sequence[DocumentPrefix]) -> int:
+        """Bytes of keys and values of prefixes, alone and unpadded."""
+        return sum(self.layout.nbytes(len(prefix.ids)) for prefix in prefixes)
 
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
         """One left-padded pass over document prefixes; with grad only where the LM itself is trained."""

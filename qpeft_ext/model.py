@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .batch import ClueInputs, PairBatch, assemble_rows
+from .batch import ClueInputs, PairBatch, assemble_rows, to_device
 from .cache import DocumentCache
 from .clues import Clues, build_clues
 from .config import QPeftConfig
 from .engine import Engine
 from .prefix_cache import PrefixKV
 from .prompt import Document, Prompt
-from .schedule import prefix_groups, suffix_groups
+from .schedule import READ_TOKENS_PER_TOKEN, default_tokens, prefix_groups, suffix_groups, tokens_worth_a_pass
 from .suffix_pass import log_likelihood
 
-DEFAULT_TOKENS_PER_BATCH = 8192
+CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of more pairs are computed pass by pass
 
 
 @dataclass
@@ -96,8 +97,9 @@ class QPeftModel(nn.Module):
         batch: PairBatch,
         path: str = "document_first",
         cache: DocumentCache | None = None,
-        max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+        max_tokens_per_batch: int | None = None,
         deterministic: bool = False,
+        prefilled: bool = False,
     ) -> Scores:
         """Score B pairs.
 
@@ -106,9 +108,10 @@ class QPeftModel(nn.Module):
             path: "document_first" (each distinct document's prefix once, then the suffixes), or "plain" (whole
                 prompts). Models whose cache cannot be shared take the plain path either way.
             cache: prefixes are read from it and put into it, where the LM is not trained.
-            max_tokens_per_batch: budget of tokens per pass.
+            max_tokens_per_batch: budget of tokens per pass; None: what suits the device (`schedule.default_tokens`).
             deterministic: every prefix, clue and suffix is computed alone and unpadded, so that a score is bit-equal
                 whatever else is in the batch or in the cache (same machine, same number of threads). Slower.
+            prefilled: the prefixes are in the cache already (`fill`): documents of different lengths may share a pass.
         """
         if path not in ("document_first", "plain"):
             raise ValueError(f"path must be document_first or plain, got {path!r}")
@@ -116,22 +119,45 @@ class QPeftModel(nn.Module):
             empty = torch.zeros(0, device=self.device)
             return Scores(empty, empty.long())
         shared = path == "document_first" and not self.engine.why_plain
+        max_tokens = max_tokens_per_batch or default_tokens(self.device)
+        pass_tokens = tokens_worth_a_pass(self.device)
         max_pairs = 1 if deterministic else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
         rows, parts = [], []
-        clues = None if deterministic else self.compute_clues(batch)
-        for documents in prefix_groups(batch, 1 if deterministic else max_tokens_per_batch):
+        of_list = self.qpeft_config.source == "candidates"  # dear for a pair by itself
+        at_once = torch.is_grad_enabled() or of_list or self._clue_bytes(batch) <= CLUE_BYTES
+        at_once = at_once and not deterministic
+        clues = self.compute_clues(batch) if at_once else None
+        counts = _counts(clues, len(batch))
+        prefix_padding = pass_tokens * (READ_TOKENS_PER_TOKEN if prefilled else 1)
+        for documents in prefix_groups(batch, 1 if deterministic else max_tokens, prefix_padding):
             prefix = None
             if shared:
                 ids = [batch.documents[d].ids for d in documents]
                 prefix = self.engine.cached_prefill(ids, cache, one_by_one=deterministic)
-            for group in suffix_groups(batch, documents, max_tokens_per_batch, max_pairs, shared):
+            per_token = self.qpeft_config.clues == "attention"
+            for group in suffix_groups(batch, documents, max_tokens, max_pairs, pass_tokens, shared, per_token):
+                part = batch.select(group)
+                if at_once:
+                    own, own_counts = clues and clues[group], [counts[i] for i in group]
+                else:
+                    own = self.compute_clues(part, alone=deterministic)
+                    own_counts = _counts(own, len(part))
                 rows += group
-                parts.append(self._score_group(batch.select(group), clues and clues[group], documents, prefix))
+                parts.append(self._score_group(part, own, own_counts, documents, prefix))
         total = torch.cat(parts)
         order = torch.empty(len(rows), dtype=torch.long)
         order[torch.tensor(rows)] = torch.arange(len(rows))
-        num_tokens = torch.tensor([len(batch.queries[q]) for q, _ in batch.pairs], device=total.device)
+        num_tokens = to_device(np.array([len(batch.queries[q]) for q, _ in batch.pairs]), total.device)
         return Scores(total[order.to(total.device)], num_tokens)
+
+    @torch.no_grad()
+    def fill(self, batch: PairBatch, cache: DocumentCache, max_tokens_per_batch: int, deterministic: bool) -> bool:
+        """Put the prefixes of a batch into the cache, if its memory holds all of them. Returns: whether it does."""
+        if self.engine.why_plain or self.engine.prefix_bytes(batch.documents) > cache.max_bytes:
+            return False
+        for documents in prefix_groups(batch, max_tokens_per_batch, tokens_worth_a_pass(self.device)):
+            self.engine.cached_prefill([batch.documents[d].ids for d in documents], cache, one_by_one=deterministic)
+        return True
 
     def compute_clues(self, batch: PairBatch, explain: bool = False, alone: bool = False) -> Clues | None:
         """Clues of every pair of the batch; None for ``clues="none"``. ``alone``: reuse nothing of other calls."""
@@ -140,21 +166,29 @@ class QPeftModel(nn.Module):
         inputs = ClueInputs.from_batch(batch, self.device, self.qpeft_config.source)
         return self.clues(inputs, self.engine.table, self.engine.scale, explain, alone)
 
+    def _clue_bytes(self, batch: PairBatch) -> int:
+        """Of the clue vectors of all pairs, padded."""
+        config = self.qpeft_config
+        of_each = {"attention": max(map(len, batch.queries)), "top_k": config.k, "none": 0}[config.clues]
+        return 4 * len(batch) * of_each * self.engine.table.shape[1]
+
     def _score_group(
-        self, batch: PairBatch, clues: Clues | None, documents: list[int], prefix: PrefixKV | None
+        self,
+        batch: PairBatch,
+        clues: Clues | None,
+        counts: Sequence[int],
+        documents: list[int],
+        prefix: PrefixKV | None,
     ) -> Tensor:
-        """Σ log p(query token) of the pairs of one suffix pass, [B]."""
-        if clues is None:
-            clues = self.compute_clues(batch, alone=True)
-        counts = [0] * len(batch) if clues is None else clues.mask.sum(1).tolist()
-        rows = assemble_rows(batch, self.prompt.suffix, counts, self.device, with_prefix=prefix is None)
+        """Σ log p(query token) of the pairs of one suffix pass, [B]; ``counts``: clues of each."""
         vectors = None if clues is None else clues.embeds[clues.mask]
+        rows = assemble_rows(batch, self.prompt.suffix, counts, self.device, with_prefix=prefix is None)
         prefix_rows = None
         if prefix is not None:
             place = {d: i for i, d in enumerate(documents)}
             order = [place[d] for _, d in batch.pairs]
             if order != list(range(len(prefix.lengths))):
-                prefix_rows = torch.tensor(order, device=self.device)
+                prefix_rows = to_device(np.array(order), self.device)
         if self.qpeft_config.suffix_micro_batch and torch.is_grad_enabled():
             log_p = checkpoint(log_likelihood, self.engine, rows, vectors, prefix, prefix_rows, use_reentrant=False)
         else:
@@ -217,3 +251,8 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
     model = QPeftModel(lm, config, tokenizer)
     model.qpeft_config = replace(model.qpeft_config, base_model=describe_lm(model.engine))
     return model
+
+
+def _counts(clues: Clues | None, pairs: int) -> list[int]:
+    """Clues of each pair. Asked once for many passes: on a GPU it waits for all that was begun before."""
+    return [0] * pairs if clues is None else clues.mask.sum(1).tolist()

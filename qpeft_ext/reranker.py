@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ from .batch import ClueInputs
 from .cache import DocumentCache
 from .clues import AttentionClues, allowed_ids
 from .explain import Explanation, explain_pair
-from .model import DEFAULT_TOKENS_PER_BATCH, QPeftModel
+from .model import QPeftModel
 from .ops import similarity_topk
 from .prompt import Document, document_text
-from .schedule import query_blocks
+from .schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
 
 logger = logging.getLogger(__name__)
 
-_PAIRS_PER_BLOCK = 1024  # clues of a block are held at once: 1024 x 16 x 4096 floats are 256 MiB
+_PAIRS_PER_BLOCK = 8192  # tokenised together and sorted together: about 60 MB of ids when no document is shared
+_PAIRS_PER_LIST_BLOCK = 1024  # with source="candidates", and for `similarity`: all of a block is held at once
+_PAIRS_PER_JOB = 256  # of a block, between two steps of the progress bar; scored again after an out-of-memory error
 
 
 class Reranker:
@@ -28,7 +31,8 @@ class Reranker:
 
     Args:
         model: a `QPeftModel`.
-        max_tokens_per_batch: token budget of a pass; halved and retried when the device runs out of memory.
+        max_tokens_per_batch: token budget of a pass, by default what suits the device; halved and retried when the
+            device runs out of memory.
         cache: a `DocumentCache`, to keep document prefixes between calls; it may be shared by rerankers of one LM.
         projected_bytes: budget for projected table rows that Q-PEFT-A reuses between calls (`AttentionClues`); 0: none.
         deterministic: bit-equal scores whatever else is scored; slower (see `QPeftModel.forward`).
@@ -40,16 +44,16 @@ class Reranker:
     def __init__(
         self,
         model: QPeftModel,
-        max_tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+        max_tokens_per_batch: int | None = None,
         cache: DocumentCache | None = None,
         projected_bytes: int = 256 << 20,
         deterministic: bool = False,
         path: str = "document_first",
     ) -> None:
-        if max_tokens_per_batch < 1:
+        if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
         self.model = model.eval()
-        self.max_tokens_per_batch = max_tokens_per_batch
+        self.max_tokens_per_batch = max_tokens_per_batch or default_tokens(model.device)
         self.cache = cache
         self.deterministic = deterministic
         if isinstance(model.clues, AttentionClues):
@@ -87,8 +91,7 @@ class Reranker:
         with _progress(len(pairs), show_progress_bar) as bar:
             for start in range(0, len(pairs), _PAIRS_PER_BLOCK):
                 block = pairs[start : start + _PAIRS_PER_BLOCK]
-                scores[start : start + len(block)] = self._score(block)
-                bar.update(len(block))
+                scores[start : start + len(block)] = self._score(block, bar)
         return float(scores[0]) if single else scores
 
     def rank(
@@ -115,17 +118,16 @@ class Reranker:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         results, source = [], self.model.qpeft_config.source
         with _progress(sum(map(len, candidates)), show_progress_bar) as bar:
-            for block in _blocks(candidates):
+            for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK if source == "candidates" else _PAIRS_PER_BLOCK):
                 pairs = [(queries[i], document) for i in block for document in candidates[i]]
                 # with this source the same query in two lists has two lists of clues
                 lists = [i for i in block for _ in candidates[i]] if source == "candidates" else None
-                scores, start = self._score(pairs, lists), 0
+                scores, start = self._score(pairs, bar, lists), 0
                 for i in block:
                     own = scores[start : start + len(candidates[i])]
                     start += len(own)
                     order = np.argsort(-own, kind="stable")[:top_k]
                     results.append([{"corpus_id": int(j), "score": float(own[j])} for j in order])
-                bar.update(len(pairs))
         return results
 
     def explain(
@@ -144,7 +146,7 @@ class Reranker:
         table = model.engine.table
         allowed = allowed_ids(model.tokenizer, len(table)).to(table.device)
         results = []
-        for block in _blocks(candidates):
+        for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK):
             batch = model.encode([(queries[i], document) for i in block for document in candidates[i]])
             if not len(batch):
                 results += [[] for _ in block]
@@ -163,14 +165,25 @@ class Reranker:
             results += [[next(sums) for _ in candidates[i]] for i in block]
         return results
 
-    def _score(self, pairs: list, lists: list[int] | None = None) -> np.ndarray:
+    def _score(self, pairs: list, bar, lists: list[int] | None = None) -> np.ndarray:
         if not pairs:
             return np.zeros(0, dtype=np.float32)
         if self.cache is not None and self.cache.index is not None:
             self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
         batch = self.model.encode(pairs, lists)
         self.truncated += sum(document.cut > 0 for document in batch.documents)
-        scores = self._score_within_memory(batch).float().cpu().numpy()
+        prefilled = self.path == "document_first" and self.cache is not None and self._within_memory(
+            lambda tokens: self.model.fill(batch, self.cache, tokens, self.deterministic))
+        rows, parts = [], []
+        pairs_per_job = _PAIRS_PER_JOB if self.model.qpeft_config.source == "document" else len(pairs)
+        for job in (suffix_jobs if prefilled else document_jobs)(batch, pairs_per_job):
+            parts.append(self._within_memory(lambda tokens, job=job: self.model(
+                batch.select(job), path=self.path, cache=self.cache, deterministic=self.deterministic,
+                max_tokens_per_batch=tokens, prefilled=prefilled).query_log_likelihood))  # fmt: skip
+            rows += job
+            bar.update(len(job))
+        scores = np.empty(len(pairs), dtype=np.float32)
+        scores[rows] = torch.cat(parts).float().cpu().numpy()
         if not np.isfinite(scores).all():
             query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
             raise ValueError(
@@ -180,26 +193,22 @@ class Reranker:
         return scores
 
     @torch.no_grad()
-    def _score_within_memory(self, batch):
+    def _within_memory(self, work: Callable[[int], Any]) -> Any:
+        """The result of ``work(max_tokens_per_batch)``, which is halved for good when the device runs out of memory."""
         while True:
             try:
-                return self.model(
-                    batch,
-                    path=self.path,
-                    cache=self.cache,
-                    deterministic=self.deterministic,
-                    max_tokens_per_batch=self.max_tokens_per_batch,
-                ).query_log_likelihood
+                return work(self.max_tokens_per_batch)
             except torch.OutOfMemoryError:
                 if self.max_tokens_per_batch == 1:  # every pass is one document or one pair already
                     raise
-                self.max_tokens_per_batch = max(1, self.max_tokens_per_batch // 2)
-                logger.warning("out of memory: retrying with max_tokens_per_batch=%d", self.max_tokens_per_batch)
+            # after the except clause: until then the error keeps the failed pass's tensors alive
+            self.max_tokens_per_batch //= 2
+            logger.warning("out of memory: retrying with max_tokens_per_batch=%d", self.max_tokens_per_batch)
 
 
-def _blocks(candidates: Sequence[Sequence]) -> Iterator[range]:
-    """Places of consecutive queries with about `_PAIRS_PER_BLOCK` pairs together."""
-    for block in query_blocks([len(documents) for documents in candidates], _PAIRS_PER_BLOCK):
+def _blocks(candidates: Sequence[Sequence], max_pairs: int) -> Iterator[range]:
+    """Places of consecutive queries with about ``max_pairs`` pairs together."""
+    for block in query_blocks([len(documents) for documents in candidates], max_pairs):
         yield range(block.start, block.stop)
 
 

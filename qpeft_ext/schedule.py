@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
 
 from .batch import PairBatch
+
+READ_TOKENS_PER_TOKEN = 8  # a prefix token that is only read from a cache takes about an eighth of one that is computed
+
+
+def default_tokens(device: torch.device) -> int:
+    """Token budget of a pass. On a CPU more is slower: layers' results no longer fit in its caches."""
+    return 8192 if device.type == "cuda" else 4096
+
+
+def tokens_worth_a_pass(device: torch.device) -> int:
+    """How much padding a pass of its own is worth: its fixed cost, in tokens."""
+    return 1024 if device.type == "cuda" else 64
 
 
 def query_blocks(candidates: Sequence[int], max_pairs: int) -> Iterator[slice]:
@@ -22,40 +36,75 @@ def query_blocks(candidates: Sequence[int], max_pairs: int) -> Iterator[slice]:
         yield slice(start, len(candidates))
 
 
-def prefix_groups(batch: PairBatch, max_tokens: int) -> Iterator[list[int]]:
+def document_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
+    """Pairs in lists of about ``max_pairs``: all pairs of a document together, the longest documents first.
+
+    The longest first, so that what does not fit in memory is known at once.
+    """
+    of_document: dict[int, list[int]] = {}
+    for i, (_, d) in enumerate(batch.pairs):
+        of_document.setdefault(d, []).append(i)
+    job: list[int] = []
+    for d in sorted(of_document, key=lambda d: -len(batch.documents[d].ids)):
+        if job and len(job) + len(of_document[d]) > max_pairs:
+            yield job
+            job = []
+        job += of_document[d]
+    if job:
+        yield job
+
+
+def suffix_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
+    """Pairs in lists of at most ``max_pairs``, queries of one length together: for prefixes that are all in a cache."""
+    def lengths(i: int) -> tuple[int, int]:
+        q, d = batch.pairs[i]
+        return -len(batch.queries[q]), -len(batch.documents[d].ids)
+
+    rows = sorted(range(len(batch)), key=lengths)
+    yield from (rows[start : start + max_pairs] for start in range(0, len(rows), max_pairs))
+
+
+def prefix_groups(batch: PairBatch, max_tokens: int, pass_tokens: int) -> Iterator[list[int]]:
     """Documents that occur in the pairs, in groups of at most ``max_tokens`` padded tokens (at least one document)."""
-    used = sorted({d for _, d in batch.pairs}, key=lambda d: len(batch.documents[d].ids))
-    group: list[int] = []
-    for d in used:  # ascending, so the newest one is the longest
-        if group and (len(group) + 1) * len(batch.documents[d].ids) > max_tokens:
-            yield group
-            group = []
-        group.append(d)
-    if group:
-        yield group
+    def length(d: int) -> int:
+        return len(batch.documents[d].ids)
+
+    yield from _groups({d for _, d in batch.pairs}, length, length, max_tokens, None, pass_tokens)
 
 
 def suffix_groups(
-    batch: PairBatch, documents: list[int], max_tokens: int, max_pairs: int | None, shared: bool
+    batch: PairBatch, documents: list[int], max_tokens: int, max_pairs: int | None, pass_tokens: int, shared: bool,
+    clue_per_token: bool,
 ) -> Iterator[list[int]]:
     """Pairs of the documents, in groups of at most ``max_tokens`` tokens and ``max_pairs`` pairs.
 
-    A pair counts with its query's tokens and an eighth of its prefix where that is only read from a cache, with
-    the whole prompt otherwise.
+    A pair counts with its query's tokens and an eighth of the group's longest prefix where that is only read from a
+    cache, with the whole prompt otherwise. ``clue_per_token``: each query token brings a clue.
     """
-    wanted = set(documents)
+    wanted, factor = set(documents), 2 if clue_per_token else 1
+    read = max(len(batch.documents[d].ids) for d in documents) // READ_TOKENS_PER_TOKEN if shared else 0
 
-    def tokens(i: int) -> int:
+    def length(i: int) -> int:
         q, d = batch.pairs[i]
-        prefix = len(batch.documents[d].ids)
-        return len(batch.queries[q]) + (prefix // 8 if shared else prefix)
+        return factor * len(batch.queries[q]) + (0 if shared else len(batch.documents[d].ids))
 
-    rows = sorted((i for i, (_, d) in enumerate(batch.pairs) if d in wanted), key=tokens)
+    rows = [i for i, (_, d) in enumerate(batch.pairs) if d in wanted]
+    yield from _groups(rows, length, lambda i: length(i) + read, max_tokens, max_pairs, pass_tokens)
+
+
+def _groups(
+    items, length: Callable[[int], int], tokens: Callable[[int], int], max_tokens: int, max_items: int | None,
+    pass_tokens: int,
+) -> Iterator[list[int]]:
+    """Items from the longest to the shortest; a group ends before it pads more than ``pass_tokens`` tokens."""
     group: list[int] = []
-    for i in rows:
-        if group and ((len(group) + 1) * tokens(i) > max_tokens or (max_pairs and len(group) == max_pairs)):
+    padding = 0
+    for i in sorted(items, key=lambda i: -length(i)):
+        padding += length(group[0]) - length(i) if group else 0
+        full = group and ((len(group) + 1) * tokens(group[0]) > max_tokens or len(group) == max_items)
+        if full or padding > pass_tokens:
             yield group
-            group = []
+            group, padding = [], 0
         group.append(i)
     if group:
         yield group
