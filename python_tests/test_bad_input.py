@@ -98,12 +98,12 @@ def example(**values):
 
 ROWS = {
     # missing, empty, truncated, undecodable files
-    "no data folder": (without("data"), RERANK, ["data: no such file or folder", "BEIR folder"]),
+    "no data folder": (without("data"), RERANK, ["data: no such file or folder", "corpus.jsonl (BEIR)"]),
     "no corpus": (without(CORPUS), RERANK, ["no BEIR folder with corpus.jsonl", "corpus.jsonl.gz"]),
     "no queries": (without(QUERIES), RERANK, ["no BEIR folder with queries.jsonl"]),
     "no run": (without(RUN), RERANK, ["run.trec: no such file", "TREC run"]),
-    "no such split": (nothing, RERANK + " --split dev", ["qrels/dev.tsv", "splits there: test, train"]),
-    "no training qrels": (without(TRAINING), TRAIN, ["qrels/train.tsv", "splits there: test"]),
+    "no such split": (nothing, RERANK + " --split dev", ["has no split 'dev'; there are: test, train"]),
+    "no training qrels": (without(TRAINING), TRAIN, ["has no split 'train'; there are: test"]),
     "no examples file": (nothing, TRAIN_FILE, ["train.jsonl: no such file"]),
     "empty corpus": (content(CORPUS, b""), RERANK, ["corpus.jsonl: the corpus is empty", '"_id", "title", "text"']),
     "empty queries": (content(QUERIES, b"\n\n"), RERANK, ["queries.jsonl: no queries"]),

@@ -5,9 +5,11 @@ import json
 
 import pytest
 from small_data import QUERIES, shared_data, write_folder, write_lines
+from tiny_job import save_lm
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
+from qpeft_ext.commands import train
 from qpeft_ext.first_stage import bm25_run
 from qpeft_ext.formats.answers import has_answer
 
@@ -103,6 +105,34 @@ def test_what_cannot_be_retrieved(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_rerank_takes_the_candidates_and_labels_of_the_collection(tmp_path, capsys):
+    """No BEIR folder anywhere: retriever output over psgs_w100.tsv, and candidates with texts."""
+    save_lm(tmp_path / "lm")
+    write_lines(tmp_path / "psgs_w100.tsv.gz", PASSAGES)
+    record = {"question": "who is round", "answers": ["moon"], "ctxs": [{"id": i, "score": -i} for i in (1, 2, 3)]}
+    (tmp_path / "nq-test.json").write_text(json.dumps([record]))
+    options = ["--base-model", tmp_path / "lm", "--upr", "--device", "cpu"]
+    out = run_command(capsys, "rerank", "--data", tmp_path / "nq-test.json", "--output", tmp_path / "run", "--top-k", 2,
+                      "--measures", "Success@2", *options)
+    assert "1 candidates beyond the 2 best" in out and "│candidates" in out and "1.0000" in out
+    assert {d for d, _ in formats.read_run(tmp_path / "run")["0"]} == {"1", "2"}
+    run_command(capsys, "convert", tmp_path / "nq-test.json", tmp_path / "c.jsonl", "--to", "rankllm")
+    out = run_command(capsys, "rerank", "--data", tmp_path / "c.jsonl", "--output", tmp_path / "again", "--top-k", 2,
+                      *options)
+    assert "has no judgements for these queries, so nothing is evaluated; its splits: none" in out
+    assert (tmp_path / "again").read_text() == (tmp_path / "run").read_text()
+
+
+def test_train_takes_the_examples_of_the_collection(tmp_path, capsys):
+    passage = {"title": "T", "text": "p", "passage_id": "1"}
+    (tmp_path / "nq-train.json").write_text(json.dumps([
+        {"question": "why", "answers": ["a"], "positive_ctxs": [passage], "hard_negative_ctxs": [passage]},
+        {"question": "who", "answers": [], "positive_ctxs": []}]))
+    examples, dev = train._read(str(tmp_path / "nq-train.json"), "train", None, None, None, 11, 40, 0)
+    assert [example["query"] for example in examples] == ["why"] and dev is None
+    assert capsys.readouterr().out == "1 training examples; 1 questions without a positive passage left out\n"
 
 
 def test_the_matching_rule_on_squad():

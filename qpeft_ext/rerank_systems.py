@@ -10,8 +10,7 @@ from pathlib import Path
 
 from .adapter_files import adapter_digest, local_folder
 from .config import QPeftConfig
-from .formats import Corpus
-from .formats.beir import find_file
+from .formats import open_collection
 from .formats.trec import Run
 from .loading import default_device, lm_digest, load_lm, load_tokenizer, quiet_transformers
 from .prompt import Prompt
@@ -25,7 +24,7 @@ class SystemsSpec:
     """What a process must know to rank: plain values, so that they can be sent to another process or machine.
 
     Args:
-        corpus: corpus file or BEIR folder.
+        data: what `formats.open_collection` finds the corpus in; a path is absolute.
         model: adapter folder or Hub id.  base_model: overrides the LM it names.
         upr, similarity_only: also rank without clues, and by similarities alone.
         dtype, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the defaults.
@@ -33,7 +32,7 @@ class SystemsSpec:
         index: folder of prefixes on disk, made by ``qpeft index``.
     """
 
-    corpus: Path
+    data: str
     model: str | None = None
     base_model: str | None = None
     upr: bool = False
@@ -80,7 +79,6 @@ class SystemsSpec:
         content = hashlib.sha256()
         for query_id, ranking in candidates.items():
             content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
-        status = find_file(self.corpus, "corpus.jsonl").stat()
         return {
             "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
             "base model": lm_digest(self.lm_name),
@@ -88,7 +86,7 @@ class SystemsSpec:
             "deterministic": self.deterministic,
             **self.limits,
             "queries and candidates": content.hexdigest()[:16],
-            "corpus": f"{status.st_size} bytes of {status.st_mtime_ns / 1e9:.6f}",
+            "corpus": open_collection(self.data).corpus.version(),
         }
 
     def about(self) -> dict[str, object]:
@@ -115,7 +113,7 @@ class Systems:
         device = default_device(device)
         quiet_transformers()
 
-        self.corpus = Corpus(spec.corpus)
+        self.corpus = open_collection(spec.data).corpus
         cached = spec.cache_bytes or spec.index is not None
         self.cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
         options = {"deterministic": spec.deterministic, "cache": self.cache}

@@ -1,4 +1,4 @@
-"""What several commands share: options, printing, and reading of a BEIR folder with its first stage."""
+"""What several commands share: options, printing, and reading of a collection with its first stage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import formats
-from ..formats import beir
-from ..formats.trec import Qrels, Run
+from ..formats.trec import Run
 
 Device = Annotated[str | None, typer.Option(help="For example cuda or cpu.  [default: cuda if there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="Of the LM: bfloat16, float16 or float32.  [default: as stored]")]
@@ -63,25 +62,21 @@ def asked_queries(data: formats.Collection, split: str | None) -> dict[str, str]
     return judged
 
 
-def read_split(data: Path, split: str | None) -> tuple[str, Qrels | None]:
-    """The qrels of ``split``; without one asked for, of "test" if there is one."""
-    if split is None and "test" not in beir.splits(data):
-        return "test", None
-    return split or "test", beir.read_qrels(data, split or "test")
-
-
-def first_stage(corpus: formats.Corpus, queries: dict[str, str], run: Path | None, k: int) -> tuple[Run, str]:
-    """The candidates and what to call them: ``run`` cut to ``k`` candidates per query, or BM25."""
-    if run is None:
+def first_stage(
+    data: formats.Collection, split: str | None, queries: dict[str, str], run: Path | None, k: int
+) -> tuple[Run, str]:
+    """The candidates, at most ``k`` per query, and what to call them: ``run``, else the collection's own, else
+    BM25."""
+    if run is None and not data.has("candidates", split):
         from ..first_stage import bm25_run
 
-        return bm25_run(corpus, queries, k), "BM25"
-    whole = formats.read_run(run)
+        return bm25_run(data.corpus, queries, k), "BM25"
+    whole = formats.read_run(run) if run else data.candidates(split)
     cut = {query_id: candidates[:k] for query_id, candidates in whole.items()}
     left_out = sum(len(candidates) for candidates in whole.values()) - sum(map(len, cut.values()))
     if left_out:
-        say(f"{run}: {left_out} candidates beyond the {k} best of their query are left out")
-    return cut, system_name(run)
+        say(f"{run or data.place}: {left_out} candidates beyond the {k} best of their query are left out")
+    return cut, system_name(run) if run else "candidates"
 
 
 def system_name(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +13,14 @@ from .common import Device, Dtype, Measures
 
 
 def command(
-    data: Annotated[Path, typer.Option(help="BEIR folder: corpus.jsonl, queries.jsonl, qrels/ (plain or .gz).")],
+    data: Annotated[str, typer.Option(help="Collection: a folder or file of any format, or an id (see README).")],
     output: Annotated[Path, typer.Option(help="TREC run to write; .gz by its name.")],
     model: Annotated[str | None, typer.Option(help="Adapter: a folder or a Hub id.")] = None,
     base_model: Annotated[str | None, typer.Option(help="LM.  [default: the one the adapter names]")] = None,
-    run: Annotated[Path | None, typer.Option(help="TREC run of the first stage.  [default: BM25]")] = None,
-    split: Annotated[str | None, typer.Option(help="Which qrels to use.  [default: test, if there]")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="TREC run of the first stage.  [default: the data's candidates, else BM25]")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Whose queries.  [default: test, or the only one]")] = None,
     top_k: Annotated[int, typer.Option(help="Candidates per query.")] = 100,
     upr: Annotated[bool, typer.Option("--upr", help="Also rerank without clues (UPR), for comparison.")] = False,
     similarity_only: Annotated[
@@ -52,15 +55,14 @@ def command(
     """Rerank the candidates of a first stage.
 
     --output is the ranking of the adapter. Without --model it is that of --upr, else that of --similarity-only, and
-    --base-model says which LM. If the folder has qrels, a table shows the measures before and after.
+    --base-model says which LM. If the collection judges, a table shows the measures before and after.
     """
     from .. import formats
     from ..evaluate import compare_table, parse_measures
-    from ..formats import beir
     from ..prefix_index import PrefixIndex
     from ..rerank_run import check_candidates, rerank_blocks
     from ..rerank_systems import SystemsSpec
-    from .common import Interrupted, first_stage, measure_names, read_split, say
+    from .common import Interrupted, asked_queries, first_stage, measure_names, say
 
     if not (model or upr or similarity_only):
         raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")
@@ -72,16 +74,17 @@ def command(
         if value is not None and value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")
     places = _devices(device, devices, engine)
-    split, qrels = read_split(data, split)
+    collection = formats.open_collection(data)
+    corpus, asked, queries = collection.corpus, asked_queries(collection, split), collection.queries(split)
     names = measure_names(measures)
-    if qrels:
+    if {"qrels", "answers"} & set(collection.parts):
         parse_measures(names)
-    corpus, queries = formats.Corpus(data), beir.read_queries(data)
-    asked = {query_id: queries[query_id] for query_id in qrels if query_id in queries} if qrels else queries
-    candidates, before = first_stage(corpus, asked, run, top_k)
+    candidates, before = first_stage(collection, split, asked, run, top_k)
     check_candidates(candidates, queries, corpus, run)
+    qrels = collection.judge(split, [candidates])
     spec = SystemsSpec(
-        corpus=corpus.path.absolute(), model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
+        data=os.path.abspath(data) if os.path.exists(data) else data,
+        model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
         dtype=dtype, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
         max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
         index=index.absolute() if index else None,
@@ -121,7 +124,8 @@ def command(
     if qrels:
         say(compare_table(runs, qrels, names).render())
     else:
-        say(f"{data} has no qrels/test.tsv, so nothing is evaluated; name another --split if there is one")
+        splits = ", ".join(collection.splits) or "none"
+        say(f"{data} has no judgements for these queries, so nothing is evaluated; its splits: {splits}")
 
 
 def _devices(device: str | None, devices: str | None, engine: str) -> list[str | None]:

@@ -16,11 +16,15 @@ CHECKPOINTS = "checkpoints"
 def command(
     base_model: Annotated[str, typer.Option(help="LM: a folder or a Hub id; it stays frozen.")],
     output: Annotated[Path, typer.Option(help="Folder for the adapter; checkpoints go to its folder checkpoints.")],
-    data: Annotated[Path | None, typer.Option(help="BEIR folder with qrels/train (or --split).")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Collection with training examples, or with qrels of --split (see README).")
+    ] = None,
     train: Annotated[Path | None, typer.Option(help="Examples, jsonl: query, positives, negatives.")] = None,
     dev: Annotated[Path | None, typer.Option(help="Examples for evaluation in training, jsonl.")] = None,
-    run: Annotated[Path | None, typer.Option(help="TREC run for the negatives of --data.  [default: BM25]")] = None,
-    split: Annotated[str, typer.Option(help="Which qrels of --data to train on.")] = "train",
+    run: Annotated[
+        Path | None, typer.Option(help="TREC run for the negatives of --data.  [default: its candidates, else BM25]")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of --data to train on, if it has any.")] = "train",
     num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 11,
     depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
     clues: Annotated[str, typer.Option(help="attention (Q-PEFT-A) or top_k (Q-PEFT-R).")] = "attention",
@@ -108,7 +112,6 @@ def command(
 def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[list, list | None]:
     """Training examples and, if asked for, those for evaluation."""
     from .. import formats
-    from ..formats import beir
     from .common import first_stage, say
 
     dev_examples = formats.read_examples(dev) if dev else None
@@ -116,11 +119,17 @@ def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[lis
         examples = formats.read_examples(train)
         say(f"{len(examples)} training examples")
         return examples, dev_examples
-    qrels = beir.read_qrels(data, split)
-    corpus, queries = formats.Corpus(data), beir.read_queries(data)
+    collection = formats.open_collection(data)
+    name = collection.choose_split(split) if collection.splits else None
+    if collection.has("examples", name):
+        examples = list(collection.examples(name))
+        left_out = "".join(f"; {count} {what} left out" for what, count in collection.left_out.items() if count)
+        say(f"{len(examples)} training examples{left_out}")
+        return examples, dev_examples
+    qrels, corpus, queries = collection.qrels(name), collection.corpus, collection.queries(name)
     asked = {query_id: queries[query_id] for query_id in qrels if query_id in queries}
     # as many candidates as are relevant may have to be passed over to find `depth` that are not
-    candidates, _ = first_stage(corpus, asked, run, depth + max(map(len, qrels.values())))
+    candidates, _ = first_stage(collection, name, asked, run, depth + max(map(len, qrels.values())))
     examples, counts = formats.training_examples(queries, qrels, candidates, corpus, num_negatives=num_negatives,
                                                  depth=depth, seed=seed)
     say(str(counts))

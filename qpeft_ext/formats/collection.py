@@ -33,6 +33,7 @@ class Collection:
 
     def __init__(self, place: AnyPath) -> None:
         self.place = os.fspath(place)
+        self.left_out: dict[str, int] = {}  # what reading left out, in words -> how many
 
     @classmethod
     def recognises(cls, glance: Glance) -> bool:

@@ -252,7 +252,7 @@ def _examples(source: Source, done: Conversion, num_negatives: int, seed: int) -
     """Those of the source or, from qrels, candidates and texts, as `training_examples` makes them."""
     if source.data.has("examples", source.split):
         yield from source.data.examples(source.split)
-        done.lost.update(getattr(source.data, "left_out", {}))
+        done.lost.update(source.data.left_out)
         return
     queries, qrels, corpus = source.need("a training example", "queries", "qrels", "corpus")
     examples, counts = training_examples(queries, qrels, source.run, corpus, num_negatives=num_negatives, seed=seed)

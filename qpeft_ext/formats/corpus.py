@@ -108,6 +108,11 @@ class Corpus(Mapping[str, Document]):
         self.path = state["path"]
         self._open()
 
+    def version(self) -> str:
+        """The same as long as the file is, wherever it lies."""
+        status = self.path.stat()
+        return f"{status.st_size} bytes of {status.st_mtime_ns / 1e9:.6f}"
+
     def fingerprint(self) -> str:
         """The same for the same file in the same place: path, size, modification time and format."""
         status = self.path.stat()

@@ -111,10 +111,6 @@ class TrainingFile(Collection):
     format = "dpr training"
     looks_for = 'json with "question" and "positive_ctxs" (DPR training)'
 
-    def __init__(self, place: AnyPath) -> None:
-        super().__init__(place)
-        self.left_out: dict[str, int] = {}
-
     @classmethod
     def recognises(cls, glance: Glance) -> bool:
         return glance.has(_POSITIVES)

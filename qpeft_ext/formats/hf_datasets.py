@@ -46,6 +46,9 @@ class Documents(Mapping[str, dict]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._ids)
 
+    def version(self) -> str:
+        return self.fingerprint()
+
     def fingerprint(self) -> str:
         return f"datasets-{self._rows._fingerprint}"
 

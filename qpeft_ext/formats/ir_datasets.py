@@ -44,6 +44,9 @@ class Documents(Mapping[str, dict]):
     def __iter__(self) -> Iterator[str]:
         return (document.doc_id for document in self.dataset.docs_iter())
 
+    def version(self) -> str:
+        return self.fingerprint()
+
     def fingerprint(self) -> str:
         return f"ir_datasets-{self.dataset.dataset_id().replace('/', '-')}"
 

@@ -148,7 +148,9 @@ class Folder(Collection):
         return self._file(split).candidates()
 
     def examples(self, split: str | None = None):
-        return self._file(split).examples()
+        file = self._file(split)
+        yield from file.examples()
+        self.left_out = file.left_out
 
     @cached_property
     def _files(self) -> dict[str, Path]:
