@@ -12,7 +12,12 @@ cudaError_t launch_clue_attention_products(GatheredRows<Row> gathered, const Row
                        gathered.stride, gathered.lists,   gathered.longest};
   const Table<Row> table{gathered.table, gathered.table_stride, gathered.V, gathered.D};
   const Dense<Row> by{dense, gathered.D, gathered.lists * columns, columns};
-  return launch_multiply_rows(lists, table, by, StoreProducts<Sum>{products, columns}, stream);
+  const StoreProducts<Sum> store{products, columns};
+  // A third of n rows or so exist, the rest is room. Where they give fewer wide tiles than there are multiprocessors, smaller ones.
+  const int64_t wide_tiles = blocks_for(gathered.n, WideTile::kRows) * blocks_for(columns, WideTile::kColumns);
+  if (columns > MiddleTile::kColumns && wide_tiles < resident_blocks(INT_MAX, 4) && gathered.D <= INT_MAX / 2)
+    return launch_tiles<MiddleTile>(lists, table, by, store, stream);
+  return launch_multiply_rows(lists, table, by, store, stream);
 }
 
 #define INSTANTIATE(Row, Sum)                                                                                         \

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inputs import poisoned
+from inputs import poisoned, to_float64
 from on_cuda import assert_close, cpu, poisoned_memory
-from test_clue_attention import gradients, make_inputs
+from test_clue_attention import assert_at_most_twice_torchs_error, gradients, make_inputs
+from test_projected_table import attend, make_projected
 
 import qpeft_ext.ops as ops
+from qpeft_ext import _library
 from qpeft_ext.ops import clue_attention_cuda as cuda
 from qpeft_ext.ops.clue_attention import reference
 
@@ -196,6 +198,22 @@ def test_operator(on_cuda_kernels, shape, H, dtype, table):
     check_against_definition(poisoned(x)._replace(query_embeds=x.query_embeds), weights, H, table=table)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_operator_in_half_precision(on_cuda_kernels, dtype):
+    def product(a, b):  # the CPU has no GEMM of halves with float32 results
+        return a.float() @ b.float()
+
+    on_cuda_kernels.setattr(cuda, "multiply", product)
+    on_cuda_kernels.setattr(cuda, "add_product", lambda total, a, b: total.add_(product(a, b)))
+    x, weights = make_inputs(dtype=dtype, D=64, B=20, Q=6)
+    theirs = gradients(x, weights, reference)
+    truth = gradients(x._make(to_float64(x)), to_float64(weights), reference)
+    result, ours = gradients(x, weights)
+    assert_at_most_twice_torchs_error(result, theirs[0], truth[0])
+    for a, b, c in zip(ours, theirs[1], truth[1], strict=True):
+        assert_at_most_twice_torchs_error(a, b, c)
+
+
 def test_operator_in_small_blocks(on_cuda_kernels):
     x, weights = make_inputs(B=11)
     pair = 23 * 20 * 16  # bytes: S, R, two scores and two weights
@@ -217,6 +235,22 @@ def test_operator_on_any_shape(on_cuda_kernels, Q, T, H, d, V, B, S, seed):
     check_against_definition(x, weights, H, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_projected_table(on_cuda_kernels, dtype, tolerance):
+    x, weights = make_inputs(dtype=dtype)
+    x = poisoned(x)
+    projected = make_projected(x, weights)
+    projected.all_at_once, projected.dtype = True, dtype
+    projected.keys, projected.values = projected.keys.to(dtype), projected.values.to(dtype)
+    truth = reference(
+        *to_float64(x._replace(query_embeds=x.query_embeds.nan_to_num())), *to_float64(weights), num_heads=4
+    )
+    for _ in range(2):  # with a pair at a time, and then some tokens of a query
+        torch.testing.assert_close(attend(projected, x, weights).double(), truth, rtol=tolerance, atol=tolerance)
+        assert projected.used_bytes == projected.row_bytes * len(x.table)
+        on_cuda_kernels.setattr(cuda, "SCORE_BYTES", 23 * 20 * 4)
+
+
 def test_operator_does_not_depend_on_the_order_of_threads(on_cuda_kernels):
     x, weights = make_inputs(B=9)
     results = []
@@ -225,3 +259,31 @@ def test_operator_does_not_depend_on_the_order_of_threads(on_cuda_kernels):
         results.append(gradients(x, weights))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_in_a_graph(dtype):
+    """Forward and backward wait for nothing, and a captured graph follows new ids."""
+    live, why = _library.kernels_live()["cuda"]
+    if not live:
+        pytest.skip(why)
+    x, weights = make_inputs(dtype=dtype, device="cuda")
+    other = make_inputs(dtype=dtype, device="cuda", seed=3)[0]
+    other = other._replace(table=x.table, query_embeds=x.query_embeds)
+    truth = [gradients(y, weights) for y in (x, other)]  # also the warm-up
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(x, weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result, found = gradients(x, weights)
+    for inputs, (expected, expected_gradients) in zip((x, other), truth, strict=True):
+        for name in ("document_ids", "document_mask", "query_mask", "query_index"):
+            getattr(x, name).copy_(getattr(inputs, name))
+        graph.replay()
+        assert torch.equal(result, expected)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected_gradients, strict=True))

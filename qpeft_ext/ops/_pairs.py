@@ -1,4 +1,4 @@
-"""Query-document pairs in the order of their queries, and the blocks in which attention works on them."""
+"""Query-document pairs in the order of their queries, and the blocks in which attention works on them on the CPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._common import block_dtype, blocks_of_rows, budget, check_ids, distinct_rows, rows_per_block, sum_dtype
+from ._common import blocks_of_rows, check_ids, distinct_rows, rows_per_block, sum_dtype
 
-# On the CPU; budget() gives a GPU more. 16 and 32 MB, 4 and 8 MB measure alike (48 documents, one thread).
+# 16 and 32 MB, 4 and 8 MB measure alike (48 documents, one thread)
 CONTEXT_BYTES = 16 << 20  # contexts [P, T, H, D] of one block of pairs; one GEMM with each head of W_v follows
 GATHER_BYTES = 4 << 20  # rows of documents gathered at a time inside a block
 
@@ -27,9 +27,9 @@ class Pairs:
         check_ids("clue_attention", "query_index", query_index, Q, "Q")
         self.table, self.T, self.H, self.R, self.D = table, T, H, T * H, table.shape[1]
         self.dtype = sum_dtype(table.dtype)
-        index = query_index.cpu()
-        self.order = None if (index[1:] >= index[:-1]).all() else index.argsort(stable=True).to(query_index.device)
-        self.queries: list[int] = index.sort().values.tolist()
+        ascending = (query_index[1:] >= query_index[:-1]).all()
+        self.order = None if ascending else query_index.argsort(stable=True)
+        self.queries: list[int] = self.sorted(query_index).tolist()
         documents = (self.sorted(x) for x in (document_ids, document_mask, query_index))
         self.documents = distinct_rows(*documents, Q, table.shape[0])
 
@@ -65,15 +65,15 @@ class Pairs:
     def new_contexts(self) -> Tensor:
         """A buffer [P, R, D] for the largest block."""
         P = min(self._pairs_per_block(), len(self.queries))
-        return self.table.new_empty(P, self.R, self.D, dtype=block_dtype(self.table))
+        return self.table.new_empty(P, self.R, self.D, dtype=self.dtype)
 
     def _pairs_per_block(self) -> int:
-        bytes_per_pair = max(self.R * self.D * block_dtype(self.table).itemsize, 1)
-        return max(1, budget(CONTEXT_BYTES, self.table) // bytes_per_pair)
+        bytes_per_pair = max(self.R * self.D * self.dtype.itemsize, 1)
+        return max(1, CONTEXT_BYTES // bytes_per_pair)
 
     def parts(self, block: slice) -> Iterator[tuple[int, slice, int]]:
         """(query, pairs, n): a block, cut where the query changes and where the gathered rows would be too many."""
-        most = rows_per_block(self.D, block_dtype(self.table), budget(GATHER_BYTES, self.table))
+        most = rows_per_block(self.D, self.dtype, GATHER_BYTES)
         first = block.start
         while first < block.stop:
             query, n, last = self.queries[first], self.documents.lengths[first], first + 1
@@ -89,7 +89,7 @@ class Pairs:
         """Rows of the distinct ids of some documents, [P, n, D], zeros behind the last; in a buffer that grows."""
         P = pairs.stop - pairs.start
         if not buffer or buffer[0].shape[0] < P * n:
-            buffer[:] = [self.table.new_empty(P * n, self.D, dtype=block_dtype(self.table))]
+            buffer[:] = [self.table.new_empty(P * n, self.D, dtype=self.dtype)]
         rows = buffer[0][: P * n]
         torch.ops.qpeft_ext.document_rows_gather(self.table, self.documents.ids[pairs, :n].reshape(-1), rows, None)
         return rows.view(P, n, self.D)

@@ -19,7 +19,7 @@ from ._common import add_product, exact_float32, implement, multiply, sum_dtype
 from ._pairs import shared_rows
 
 SCORE_BYTES = 64 << 20  # scores and weights of a block of pairs
-CONTEXT_BYTES = 64 << 20  # contexts [pairs, R, D] of a part of a block; a GEMM with W_v follows each
+CONTEXT_BYTES = 32 << 20  # contexts [pairs, R, D] of a part of a block, in L2 for the GEMM with W_v that follows
 ROW_BYTES = 64 << 20  # gradients of table rows
 
 
@@ -78,6 +78,11 @@ def weights_of(table: Tensor, columns: Tensor, block: Block, lse: Tensor, known:
     return weights
 
 
+def tokens_at_once(T: int, pair_bytes: int, context_bytes: int = 0) -> int:
+    """A pair that is too large alone is cut along the tokens of its query."""
+    return max(1, min(T, T * SCORE_BYTES // max(pair_bytes, 1), T * CONTEXT_BYTES // max(context_bytes, 1)))
+
+
 class _Sizes:
     """Letters of one call, and what a pair takes of the budgets."""
 
@@ -89,9 +94,7 @@ class _Sizes:
         self.pair_bytes = S * self.R * (2 * wide + 2 * narrow if backward else wide + narrow)
         context_bytes = max(self.R * self.D * narrow, 1)
         self.pairs = max(1, CONTEXT_BYTES // context_bytes)  # of a part
-        # a pair that is too large alone is cut along the query's tokens
-        at_once = min(SCORE_BYTES / max(self.pair_bytes, 1), CONTEXT_BYTES / context_bytes)
-        self.tokens = max(1, min(self.T, int(at_once * self.T)))
+        self.tokens = tokens_at_once(self.T, self.pair_bytes, context_bytes)
 
     def new_contexts(self, table: Tensor) -> Tensor:
         """[pairs, R, D] for the largest part."""
@@ -180,3 +183,26 @@ def _add_rows(grad_table: Tensor, ids: Tensor, weights: Tensor, columns: Tensor)
         rows = multiply(weights[:, places], columns).view(-1, D)
         order, offsets = shared_rows(ids[:, places], len(grad_table))
         torch.ops.qpeft_ext.clue_attention_sum_rows(rows, order, offsets, grad_table)
+
+
+def projected_heads(queries, keys, values, document_ids, document_mask, query_index) -> Tensor:
+    """Heads [B, T, D] from projected rows: queries [Q, H, T, D / H] with their scale, keys and values [V, D].
+
+    Each head of a query meets its slice of the keys alone: the other slices of its columns are 0, which costs what the
+    scores of `clue_attention` cost. Values are summed slice by slice.
+    """
+    Q, H, T, d = queries.shape
+    (B, S), (V, D), dtype = document_ids.shape, keys.shape, sum_dtype(keys.dtype)
+    pair_bytes = S * T * H * (dtype.itemsize + keys.dtype.itemsize)
+    tokens = tokens_at_once(T, pair_bytes)
+    documents = (document_ids, document_mask, query_index)
+    if tokens < T:
+        return torch.cat([projected_heads(x, keys, values, *documents) for x in queries.split(tokens, dim=2)], dim=1)
+    columns = queries.new_zeros(Q, H, T, H, d)
+    columns.diagonal(dim1=1, dim2=3).copy_(queries.permute(0, 2, 3, 1))
+    heads, lse = keys.new_empty(B, T, D), keys.new_empty(B, H * T, dtype=dtype)
+    for block in blocks_of_pairs(V, documents, Q, pair_bytes):
+        weights = weights_of(keys, columns.view(Q, H * T, D), block, lse)
+        block.weighted_sums(values, block.pairs, weights, heads[block.pairs], heads=H)
+        del weights  # before those of the next block
+    return heads
