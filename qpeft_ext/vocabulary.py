@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops._common import block_dtype, multiply, sum_dtype
+from .ops._common import block_dtype, budget, multiply, sum_dtype
 from .ops.similarity_topk import inverse_norms, round_scores
 
-CHUNK_BYTES = 4 << 20  # of similarities [rows, Q·T] at a time
-_MOST_ROWS = 8192  # of the table in a chunk: an upcast copy stays small, and a running topk is still cheap
+CHUNK_BYTES = 4 << 20  # of similarities [rows, Q·T] at a time; budget() gives a GPU more
+_MOST_ROWS = 2048  # of the table in a chunk on the CPU: a quarter faster than 8192, and an upcast copy stays small
 
 
 @torch.no_grad()
@@ -44,7 +44,8 @@ def vocabulary_topk(
     queries = query_embeds.to(block_dtype(table)).reshape(Q * T, D).T
     lists = Q * T if per_token else Q
     best = torch.full((lists, k), _NONE, device=table.device)
-    rows = max(1, min(_MOST_ROWS, CHUNK_BYTES // (4 * Q * T)))
+    most = _MOST_ROWS if table.device.type == "cpu" else V
+    rows = max(1, min(most, budget(CHUNK_BYTES, table) // (4 * Q * T)))
     for first in range(0, V, rows):
         here = slice(first, min(first + rows, V))
         similarity = multiply(table[here].to(block_dtype(table)), queries).float()  # [n, Q * T]
