@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qpeft_ext.clues import AttentionClues, TopKClues
 from qpeft_ext.config import QPeftConfig
+from qpeft_ext.generated_lora import GeneratedLora
 
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- trainable parameters -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -35,18 +36,22 @@ VARIANTS: tuple[dict, ...] = (
     {"clues": "top_k", "clue_embeddings": "low_rank"},
     {"clues": "top_k", "clue_embeddings": "low_rank", "rank": 64},
     {"clues": "top_k", "clue_embeddings": "low_rank", "score_gate": True},
+    {"clues": "attention", "generated_lora_rank": 16},
+    {"clues": "none", "generated_lora_rank": 16},
     {"clues": "top_k", "clue_embeddings": "full", "rank": None},
 )
 
 
-def count(options: dict) -> tuple[int, int]:
+def count(options: dict, lm: torch.nn.Module | None = None) -> tuple[int, int]:
     """Trained parameters of a variant, and the bytes that its adapter file holds (float32)."""
-    config = QPeftConfig(**options).resolve(D)
+    config, module = QPeftConfig(**options).resolve(D), torch.nn.ModuleList()
     with torch.device("meta"):
         if config.clues == "attention":
-            module = AttentionClues(config, D)
-        else:
-            module = TopKClues(config, torch.empty(V, D), torch.empty(V, dtype=torch.bool))
+            module.append(AttentionClues(config, D))
+        if config.clues == "top_k":
+            module.append(TopKClues(config, torch.empty(V, D), torch.empty(V, dtype=torch.bool)))
+        if config.generated_lora_rank:
+            module.append(GeneratedLora(lm, D, config.generated_lora_rank, config.target_modules))
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return trained, sum(tensor.nbytes for tensor in module.state_dict().values())
 
@@ -57,13 +62,14 @@ def table() -> str:
     frozen = sum(parameter.numel() for parameter in lm.parameters())
     lines = ["| variant | `rank` | trained | % of all | adapter file |", "|---|---|---|---|---|"]
     for options in VARIANTS:
-        trained, size = count(options)
+        trained, size = count(options, lm)
         config = QPeftConfig(**options).resolve(D)
         more = [f"{name}={value!r}" for name, value in options.items() if name not in ("clues", "rank")]
         words = ", ".join([f"`{config.clues}`", *(f"`{option}`" for option in more)])
         share = 100 * trained / (frozen + trained)
         default = " (default)" if "rank" not in options and not more else ""
-        lines.append(f"| {words}{default} | {config.rank} | {trained:,} | {share:.2f} | {size / 1e6:,.0f} MB |")
+        rank = "–" if config.clues == "none" else config.rank
+        lines.append(f"| {words}{default} | {rank} | {trained:,} | {share:.2f} | {size / 1e6:,.0f} MB |")
     return "\n".join(lines) + "\n"
 
 

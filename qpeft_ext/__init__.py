@@ -12,6 +12,7 @@ _PUBLIC = {
     "Clues": "clues",
     "DocumentCache": "cache",
     "Explanation": "explain",
+    "GeneratedLora": "generated_lora",
     "QPeftConfig": "config",
     "QPeftModel": "model",
     "QPeftTrainer": "train",

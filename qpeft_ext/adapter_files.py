@@ -23,16 +23,14 @@ _PROBES = 16  # embedding entries by which an LM is recognised
 
 
 def save_adapter(model, folder: str | Path) -> None:
-    """Save the clue module; each file appears whole or not at all, the config last.
+    """Save the trained modules; each file appears whole or not at all, the config last.
 
     Raises: ValueError if a weight is not finite; OSError if the folder cannot be written.
     """
     from . import __version__
 
     folder = Path(folder)
-    state = (
-        {} if model.clues is None else {k: v.detach().cpu().contiguous() for k, v in model.clues.state_dict().items()}
-    )
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(model).items()}
     _expect_finite(state, f"the adapter for {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,9 +69,9 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
         tokenizer = load_tokenizer(name)
     model = cls(lm, config, tokenizer)
     _expect_same_lm(folder, config, model)
-    _load_state(folder / WEIGHTS, model.clues, state)
-    if model.clues is not None:
-        model.clues.requires_grad_(is_trainable)
+    _load_state(folder / WEIGHTS, model, state)
+    for module in model.trained_modules.values():
+        module.requires_grad_(is_trainable)
     return model
 
 
@@ -83,7 +81,7 @@ def load_weights_into(model, folder: str | Path) -> None:
     Raises: as `load_adapter`.
     """
     folder = Path(folder)
-    _load_state(folder / WEIGHTS, model.clues, read_weights(folder / WEIGHTS))
+    _load_state(folder / WEIGHTS, model, read_weights(folder / WEIGHTS))
     if hasattr(model.lm, "peft_config"):
         from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -141,8 +139,13 @@ def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
         )
 
 
-def _load_state(path: Path, clues, state: dict) -> None:
-    own = {} if clues is None else clues.state_dict()
+def _state(model) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for prefix, module in model.trained_modules.items()
+            for name, tensor in module.state_dict().items()}
+
+
+def _load_state(path: Path, model, state: dict) -> None:
+    own = _state(model)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
         raise ValueError(
@@ -153,8 +156,8 @@ def _load_state(path: Path, clues, state: dict) -> None:
         if tensor.shape != own[name].shape:
             raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}, got {list(tensor.shape)}")
     _expect_finite(state, str(path))
-    if clues is not None:
-        clues.load_state_dict(state)
+    for prefix, module in model.trained_modules.items():
+        module.load_state_dict({name: state[prefix + name] for name in module.state_dict()})
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

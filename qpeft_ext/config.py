@@ -43,6 +43,10 @@ class QPeftConfig:
             (E + A·B of `rank`, trained) or "full" (a trained copy of E: 131 M parameters for Llama-2-7B).
         score_gate: trains the choice of "top_k" as well: a low-rank projection of the query's embeddings, whose scores
             weigh the clue vectors. Training then chooses 2k clues, scoring k.
+        generated_lora_rank: rank of a low-rank update of the LM that the query generates, in force on the query suffix
+            only (`GeneratedLora`); None for none. It combines with every kind of clues.
+        target_modules: which linear layers it updates, endings of their names as in `peft`; None: q_proj and v_proj, or
+            what the LM has in their place.
         instruction: text at the start of every prompt.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
@@ -73,6 +77,8 @@ class QPeftConfig:
     selection: str = "similarity"
     clue_embeddings: str = "frozen"
     score_gate: bool = False
+    generated_lora_rank: int | None = None
+    target_modules: tuple[str, ...] | None = None
     instruction: str = DEFAULT_INSTRUCTION
     max_document_tokens: int = 256
     max_query_tokens: int = 64
@@ -113,6 +119,13 @@ class QPeftConfig:
             raise ValueError(f"QPeftConfig: dropout must be in [0, 1), got {self.dropout!r}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"QPeftConfig: temperature must be above 0, got {self.temperature!r}")
+        if self.generated_lora_rank is not None:
+            _at_least("generated_lora_rank", self.generated_lora_rank, 1)
+        if self.target_modules is not None:
+            names = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
+            if not names or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(f"QPeftConfig: target_modules must be names of layers, got {self.target_modules!r}")
+            self.target_modules = names
         self._expect_compatible()
 
     def _expect_compatible(self) -> None:
@@ -121,6 +134,11 @@ class QPeftConfig:
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
+        if self.target_modules is not None and self.generated_lora_rank is None:
+            raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
+        if self.generated_lora_rank is not None and self.loss == "pointwise":
+            raise ValueError("QPeftConfig: loss='pointwise' alone would teach the generated LoRA the query itself, "
+                             "whatever the document; use pointwise_pairwise or another loss with negatives")
         if self.loss == "contrastive" and not (self.in_batch_negatives and self.queries_per_group > 1):
             raise ValueError("QPeftConfig: loss='contrastive' compares the queries and documents of a group; set "
                              "in_batch_negatives=True and queries_per_group to 2 or more")
@@ -151,7 +169,8 @@ class QPeftConfig:
         return dataclasses.replace(self, rank=rank)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"filters": list(self.filters)}
+        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, tuple)}
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QPeftConfig:

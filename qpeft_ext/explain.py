@@ -60,6 +60,7 @@ class Explanation:
     text: title and text as the LM read them.  clues: places in it, best first, then by place.
     text_start: where the document's own text begins in it, behind the title; negative if spaces before it were cut.
     tokens: the clues of "top_k" in the order of the prompt.  attention: of "attention".
+    gate_norms: of a generated LoRA, the norm of g(query) − 1 in each target layer: how far from the same for everyone.
     """
 
     query: str
@@ -68,6 +69,7 @@ class Explanation:
     text_start: int = 0
     tokens: list[ClueToken] = field(default_factory=list)
     attention: AttentionMap | None = None
+    gate_norms: dict[str, float] = field(default_factory=dict)
 
     def place_in_document(self, span: ClueSpan) -> tuple[int, int] | None:
         """(start, end) in the document as it was given, its ``"text"`` if it is a dict; None if it is in the title."""
@@ -92,7 +94,7 @@ def explain_pair(model, query: str, document: Document, candidates: Sequence[Doc
     clues = model.compute_clues(batch, explain=True)
     start = _text_start(document)
     if clues is None or not clues.mask[row].any():
-        return Explanation(query, text, [], start)
+        return Explanation(query, text, [], start, gate_norms=_gate_norms(model, batch.queries[0]))
     clues = clues[[row]]
     query_tokens = [model.tokenizer.decode([i]).strip() for i in batch.queries[0]]
     document_ids, offsets = batch.documents[batch.pairs[row][1]].document_ids, model.prompt.offsets(document)
@@ -113,7 +115,14 @@ def explain_pair(model, query: str, document: Document, candidates: Sequence[Doc
         if place < len(offsets) and offsets[place][0] < offsets[place][1]  # a space of ours has no place in the text
     ]
     spans.sort(key=lambda span: (-span.weight, span.start))
-    return Explanation(query, text, spans, start, tokens, attention)
+    return Explanation(query, text, spans, start, tokens, attention, _gate_norms(model, batch.queries[0]))
+
+
+def _gate_norms(model, query: tuple[int, ...]) -> dict[str, float]:
+    if model.generated_lora is None:
+        return {}
+    gates = model.generated_lora.gates([query], model.engine.table)[0]
+    return dict(zip(model.generated_lora.names, (gates - 1).norm(dim=1).tolist(), strict=True))
 
 
 def _clue_tokens(tokenizer, clues: Clues, query_tokens: list[str]) -> list[ClueToken]:

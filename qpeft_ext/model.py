@@ -15,6 +15,7 @@ from .cache import DocumentCache
 from .clues import Clues, build_clues
 from .config import QPeftConfig
 from .engine import Engine
+from .generated_lora import GeneratedLora
 from .prefix_cache import PrefixKV
 from .prompt import Document, Prompt
 from .schedule import READ_TOKENS_PER_TOKEN, default_tokens, prefix_groups, suffix_groups, tokens_worth_a_pass
@@ -62,13 +63,23 @@ class QPeftModel(nn.Module):
         with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, self.engine.table, tokenizer)
+            self.generated_lora = None
+            if config.generated_lora_rank:
+                width = self.engine.table.shape[1]
+                self.generated_lora = GeneratedLora(lm, width, config.generated_lora_rank, config.target_modules)
         self.to_device_of_lm()
         self.eval()
 
     def to_device_of_lm(self) -> None:
-        """Move the clue module to the device of the LM's embeddings."""
-        if self.clues is not None:
-            self.clues.to(self.engine.device)
+        """Move the trained modules to the device of the LM's embeddings."""
+        for module in self.trained_modules.values():
+            module.to(self.engine.device)
+
+    @property
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """What an adapter consists of, by the prefix of its keys in the adapter file."""
+        parts = {"": self.clues, "generated_lora.": self.generated_lora}
+        return {prefix: module for prefix, module in parts.items() if module is not None}
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +134,7 @@ class QPeftModel(nn.Module):
         pass_tokens = tokens_worth_a_pass(self.device)
         max_pairs = 1 if deterministic else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
         rows, parts = [], []
-        of_list = self.qpeft_config.source == "candidates"  # dear for a pair by itself
+        of_list = self.qpeft_config.source != "document"  # dear for a pair by itself
         at_once = torch.is_grad_enabled() or of_list or self._clue_bytes(batch) <= CLUE_BYTES
         at_once = at_once and not deterministic
         clues = self.compute_clues(batch) if at_once else None
@@ -189,11 +200,32 @@ class QPeftModel(nn.Module):
             order = [place[d] for _, d in batch.pairs]
             if order != list(range(len(prefix.lengths))):
                 prefix_rows = to_device(np.array(order), self.device)
+        run, arguments = log_likelihood, (self.engine, rows, vectors, prefix, prefix_rows)
+        if self.generated_lora is not None:
+            run, arguments = self._with_generated_lora, (batch, *arguments)
         if self.qpeft_config.suffix_micro_batch and torch.is_grad_enabled():
-            log_p = checkpoint(log_likelihood, self.engine, rows, vectors, prefix, prefix_rows, use_reentrant=False)
+            log_p = checkpoint(run, *arguments, use_reentrant=False)
         else:
-            log_p = log_likelihood(self.engine, rows, vectors, prefix, prefix_rows)
+            log_p = run(*arguments)
         return rows.sum_of_each_pair(log_p)
+
+    def _with_generated_lora(self, batch: PairBatch, engine: Engine, rows, vectors, prefix, prefix_rows) -> Tensor:
+        """`log_likelihood` with the update that each pair's query generates, on the suffixes only."""
+        suffix = None
+        if prefix is None:
+            lengths = to_device(np.array([len(batch.documents[d].ids) for _, d in batch.pairs]), self.device)
+            suffix = torch.arange(rows.ids.shape[1], device=self.device) >= lengths[:, None]
+        with self.generated_lora.active(self.generated_lora.gates_of_pairs(batch, engine.table), suffix):
+            return log_likelihood(engine, rows, vectors, prefix, prefix_rows)
+
+    def merge_for(self, query: str) -> dict[str, Tensor]:
+        """Weights of the LM's suffix passes for one query, by parameter name; prefixes keep the LM's own.
+
+        Raises: ValueError without a generated LoRA.
+        """
+        if self.generated_lora is None:
+            raise ValueError("merge_for: the model has no generated LoRA; set generated_lora_rank in QPeftConfig")
+        return self.generated_lora.merged(self.prompt.queries([query])[0], self.engine.table)
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[str, Document]], **options) -> Scores:

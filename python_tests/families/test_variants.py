@@ -13,6 +13,8 @@ from qpeft_ext.losses import pointwise_pairwise
 VARIANTS = {
     "attention, full matrices": {"clues": "attention", "rank": None},
     "attention, no biases, filtered": {"clues": "attention", "attention_bias": False, "filters": ("query_tokens",)},
+    "generated LoRA": {"clues": "none", "generated_lora_rank": 4},
+    "generated LoRA and attention": {"clues": "attention", "generated_lora_rank": 4},
     "candidates": {"source": "candidates"},
     "vocabulary": {"source": "vocabulary", "filters": ("query_tokens",)},
     "vocabulary_per_token": {"source": "vocabulary_per_token", "k": 2},
