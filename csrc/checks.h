@@ -75,6 +75,22 @@ inline void check_document_rows_gather(const Tensor& table, const Tensor& rows, 
   }
 }
 
+// Everything contiguous but the table, whose row stride is free.
+inline void check_similarity_topk(const Tensor& query_embeds, const Tensor& query_mask, const Tensor& table,
+                                  const Tensor& document_ids, const Tensor& document_mask, const Tensor& query_index,
+                                  int64_t k) {
+  constexpr auto op = "similarity_topk";
+  expect(op, "table", table, {-1, -1}, table.scalar_type(), /*free_row_stride=*/true);
+  expect(op, "query_embeds", query_embeds, {-1, -1, table.size(1)}, table.scalar_type());
+  expect(op, "query_mask", query_mask, {query_embeds.size(0), query_embeds.size(1)}, ScalarType::Bool);
+  check_document_rows_distinct(document_ids, document_mask, query_index, query_embeds.size(0), table.size(0));
+  expect_same_device(op, table, {&query_embeds, &query_mask, &document_ids});
+  STD_TORCH_CHECK(query_embeds.size(1) > 0, op, ": every query needs a token");
+  STD_TORCH_CHECK(query_embeds.size(0) > 0 || query_index.size(0) == 0, op, ": query_index points to no query");
+  STD_TORCH_CHECK(query_mask.numel() <= INT32_MAX && k <= INT32_MAX, op, ": sizes must fit in 31 bits");
+  STD_TORCH_CHECK(k >= 1, op, ": k must be at least 1, got ", k);
+}
+
 inline void check_similarity_topk_reduce(const Tensor& similarity, const std::optional<Tensor>& inverse_norms,
                                          const Tensor& query_mask, const Tensor& best, const Tensor& query_positions) {
   constexpr auto op = "similarity_topk_reduce";
@@ -91,10 +107,11 @@ inline void check_similarity_topk_reduce(const Tensor& similarity, const std::op
   }
 }
 
-// The values of best_row and slots are not checked here: they come from document_rows_distinct. Kernels treat slots outside
+// The values of best_row and slots are not checked here: they come from document_rows_distinct. The kernel treats slots outside
 // [0, U) and rows outside [0, M) as padding, so that a direct call cannot read out of bounds.
 inline void check_similarity_topk_select(const Tensor& best, const Tensor& best_positions, const Tensor& best_row,
-                                         const Tensor& ids, const Tensor& slots, int64_t k) {
+                                         const std::optional<Tensor>& inverse_norms, const Tensor& ids, const Tensor& slots,
+                                         int64_t k) {
   constexpr auto op = "similarity_topk_select";
   expect_sum_dtype(op, "best", best);
   expect(op, "best", best, {-1, -1}, best.scalar_type());
@@ -103,7 +120,22 @@ inline void check_similarity_topk_select(const Tensor& best, const Tensor& best_
   expect(op, "ids", ids, {best_row.size(0), -1}, ScalarType::Long);
   expect(op, "slots", slots, {best_row.size(0), ids.size(1)}, ScalarType::Int);
   expect_same_device(op, best, {&best_positions, &best_row, &ids, &slots});
+  if (inverse_norms) {
+    expect(op, "inverse_norms", *inverse_norms, {best.size(1)}, best.scalar_type());
+    expect_same_device(op, best, {&*inverse_norms});
+  }
   STD_TORCH_CHECK(k >= 1, op, ": k must be at least 1, got ", k);
+}
+
+// The values of rows and offsets: the CPU looks at them, CUDA traps at a row and trusts offsets.
+inline void check_weighted_rows(const Tensor& source, const Tensor& rows, const Tensor& weights, const Tensor& offsets) {
+  constexpr auto op = "weighted_rows";
+  expect(op, "source", source, {-1, -1}, source.scalar_type(), /*free_row_stride=*/true);
+  expect(op, "rows", rows, {-1}, ScalarType::Long);
+  expect(op, "weights", weights, {rows.size(0)}, sum_dtype(source.scalar_type()));
+  expect(op, "offsets", offsets, {-1}, ScalarType::Long);
+  expect_same_device(op, source, {&rows, &weights, &offsets});
+  STD_TORCH_CHECK(offsets.size(0) >= 1, op, ": offsets must have at least one element");
 }
 
 // As above: slots outside [first_slot, first_slot + U) are padding.

@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define QPEFT_HD __host__ __device__ __forceinline__
@@ -25,6 +26,25 @@ struct Candidate {
     return position < other.position;
   }
 };
+
+// Rounds to 17 of 23 mantissa bits (double: 44 of 52), to nearest: scores that are equal up to the order of a sum become equal.
+// round_scores in qpeft_ext/ops/similarity_topk.py is the same. A NaN stays one.
+QPEFT_HD float round_score(float score) {
+  if (score != score) return score;
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof(bits));
+  bits = (bits + 0x20u) & ~0x3Fu;
+  std::memcpy(&score, &bits, sizeof(bits));
+  return score;
+}
+QPEFT_HD double round_score(double score) {
+  if (score != score) return score;
+  uint64_t bits;
+  std::memcpy(&bits, &score, sizeof(bits));
+  bits = (bits + 0x80u) & ~uint64_t(0xFF);
+  std::memcpy(&score, &bits, sizeof(bits));
+  return score;
+}
 
 // z = cap * tanh(u / cap), and dz/du written with z alone, so that a backward needs no second tanh.
 template <typename T>

@@ -17,12 +17,15 @@
 
 STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   // ---- operators -------------------------------------------------------------------------------------------------------
+  // inverse_norms [B, k]: 1 / norm of the row of each clue (dot: 1; padding: any), so that a backward need not read it again.
+  // On CUDA this is one function of C++, without Python between its launches.
   m.def(
       "similarity_topk(Tensor query_embeds, Tensor query_mask, Tensor table, Tensor document_ids, Tensor document_mask, "
-      "Tensor query_index, SymInt k, str metric) -> (Tensor scores, Tensor clue_ids, Tensor query_positions)");
+      "Tensor query_index, SymInt k, str metric) "
+      "-> (Tensor scores, Tensor clue_ids, Tensor query_positions, Tensor inverse_norms)");
   m.def(
       "similarity_topk_backward(Tensor grad_scores, Tensor scores, Tensor clue_ids, Tensor query_positions, "
-      "Tensor query_embeds, Tensor table, Tensor query_index, str metric, bool want_table) "
+      "Tensor inverse_norms, Tensor query_embeds, Tensor table, Tensor query_index, str metric, bool want_table) "
       "-> (Tensor grad_query_embeds, Tensor grad_table)");
   m.def(
       "clue_attention(Tensor query_embeds, Tensor query_mask, Tensor table, Tensor document_ids, Tensor document_mask, "
@@ -66,23 +69,31 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   //   compute dtype on the CPU, the table's dtype on CUDA; inverse_norms [n] float32 (float64 for a float64 table)
   m.def("document_rows_gather(Tensor table, Tensor rows, Tensor(a!) block, Tensor(b!)? inverse_norms) -> ()");
 
-  // ---- primitives: similarity_topk --------------------------------------------------------------------------------------
+  // Sums of weighted rows: out[g, :] = sum over e in offsets[g] .. offsets[g + 1] of weights[e] * source[rows[e], :]
+  //   source [N, D], row stride free, last stride 1; rows [E] i64 in [0, N); weights [E] float32 (float64 for a float64
+  //   source); offsets [G + 1] i64, ascending, in [0, E] -> out [G, D], dtype of weights. Order of e fixed (deterministic).
+  // Entries outside all segments are not read. CUDA traps at a wrong row, and trusts offsets.
+  m.def("weighted_rows(Tensor source, Tensor rows, Tensor weights, Tensor offsets) -> Tensor");
+
+  // ---- primitives: similarity_topk, CPU only ----------------------------------------------------------------------------
   // Max over the tokens of each query. n rows of a block, M queries side by side:
   //   similarity [n, M * T] float32/float64 = block @ queries^T; inverse_norms [n] same dtype (cosine) or None (dot);
   //   query_mask [M, T] bool
   //   best[m, i] = max over t with query_mask[m, t] of similarity[i, m * T + t] * inverse_norms[i]; query_positions[m, i] =
   //   the smallest such t. best [M, n], query_positions [M, n] i32: views with a free row stride, last stride 1.
-  // NaN wins over every number, so that it is seen (the CPU orchestration raises, CUDA traps). A query without tokens: -inf, -1.
+  // NaN wins over every number, so that it is seen. A query without tokens: -inf, -1.
   m.def(
       "similarity_topk_reduce(Tensor similarity, Tensor? inverse_norms, Tensor query_mask, Tensor(a!) best, "
       "Tensor(b!) query_positions) -> ()");
   // The k best distinct ids of each document, larger score first, ties to the earlier place in `ids` (= first position).
   //   best [M, U] float32/float64, best_positions [M, U] i32, best_row [B] i64 in [0, M): the row of `best` of each pair;
   //   ids [B, S] i64 and slots [B, S] i32 as from document_rows_distinct (slots index columns of `best`)
-  //   -> scores [B, k] dtype of best, clue_ids [B, k] i64, query_positions [B, k] i64; padding -inf, -1, -1
+  //   inverse_norms [U] dtype of best, or None: 1 everywhere
+  //   -> scores [B, k] dtype of best, clue_ids [B, k] i64, query_positions [B, k] i64, inverse norms [B, k] dtype of best;
+  //   padding -inf, -1, -1, 0
   m.def(
-      "similarity_topk_select(Tensor best, Tensor best_positions, Tensor best_row, Tensor ids, Tensor slots, SymInt k) "
-      "-> (Tensor scores, Tensor clue_ids, Tensor query_positions)");
+      "similarity_topk_select(Tensor best, Tensor best_positions, Tensor best_row, Tensor? inverse_norms, Tensor ids, "
+      "Tensor slots, SymInt k) -> (Tensor scores, Tensor clue_ids, Tensor query_positions, Tensor chosen_norms)");
 
   // ---- primitives: clue_attention ---------------------------------------------------------------------------------------
   // Softmax over the distinct tokens of each document, an id that occurs c times counting c times.

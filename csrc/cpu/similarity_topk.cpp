@@ -44,14 +44,16 @@ void reduce(const Tensor similarity, std::optional<Tensor> inverse_norms, const 
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> select(const Tensor best, const Tensor best_positions, const Tensor best_row,
-                                          const Tensor ids, const Tensor slots, int64_t k) {
-  check_similarity_topk_select(best, best_positions, best_row, ids, slots, k);
+std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor best, const Tensor best_positions, const Tensor best_row,
+                                                  std::optional<Tensor> inverse_norms, const Tensor ids, const Tensor slots,
+                                                  int64_t k) {
+  check_similarity_topk_select(best, best_positions, best_row, inverse_norms, ids, slots, k);
   using torch::stable::new_empty;
   const int64_t B = ids.size(0), S = ids.size(1), M = best.size(0), U = best.size(1);
   const Tensor scores = new_empty(best, {B, k});
   const Tensor clue_ids = new_empty(ids, {B, k});
   const Tensor query_positions = new_empty(ids, {B, k});
+  const Tensor chosen_norms = new_empty(best, {B, k});
   const auto* position_at = static_cast<const int32_t*>(best_positions.const_data_ptr());
   const auto* row_of = static_cast<const int64_t*>(best_row.const_data_ptr());
   const auto* id_at = static_cast<const int64_t*>(ids.const_data_ptr());
@@ -61,7 +63,9 @@ std::tuple<Tensor, Tensor, Tensor> select(const Tensor best, const Tensor best_p
   dispatch_sum(best.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
     const auto* score_at = static_cast<const Sum*>(best.const_data_ptr());
+    const auto* norm_at = inverse_norms ? static_cast<const Sum*>(inverse_norms->const_data_ptr()) : nullptr;
     auto* out_scores = static_cast<Sum*>(scores.mutable_data_ptr());
+    auto* out_norms = static_cast<Sum*>(chosen_norms.mutable_data_ptr());
     parallel(B, 16384 / (S + 1), [&](int64_t begin, int64_t end) {
       std::vector<Candidate<Sum>> candidates;
       candidates.reserve(S);
@@ -81,11 +85,12 @@ std::tuple<Tensor, Tensor, Tensor> select(const Tensor best, const Tensor best_p
           out_scores[b * k + c] = padding ? -INFINITY : candidates[c].score;
           out_ids[b * k + c] = padding ? -1 : id_at[j];
           out_positions[b * k + c] = padding ? -1 : position_at[row * U + slot_at[j]];
+          out_norms[b * k + c] = padding ? Sum(0) : norm_at ? norm_at[slot_at[j]] : Sum(1);
         }
       }
     });
   });
-  return {scores, clue_ids, query_positions};
+  return {scores, clue_ids, query_positions, chosen_norms};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {

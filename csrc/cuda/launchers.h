@@ -36,16 +36,46 @@ cudaError_t launch_document_rows_gather(const Row* table, int64_t table_stride, 
                                         int64_t D, Row* block, int64_t block_stride, Sum* inverse_norms,
                                         cudaStream_t stream);
 
-// similarity_topk
+// similarity_topk, all of it. Groups of M queries share the distinct rows of their documents; M from queries_per_group.
+struct PairInputs {
+  const int64_t* document_ids;  // [B, S]
+  const bool* document_mask;    // [B, S]
+  const int64_t* query_index;   // [B]
+};
+template <typename Row>
+struct SimilarityInputs {
+  const Row* query_embeds;  // [Q, T, D]
+  const bool* query_mask;   // [Q, T]
+  const Row* table;         // [V, D]
+  int64_t table_stride, D, T, K;
+  bool cosine;
+};
 template <typename Sum>
-cudaError_t launch_similarity_topk_reduce(const Sum* similarity, const Sum* inverse_norms, const bool* query_mask, int64_t n,
-                                          int64_t M, int64_t T, Sum* best, int64_t best_stride, int32_t* query_positions,
-                                          int64_t positions_stride, cudaStream_t stream);
+struct SimilarityScratch {
+  Sum* query_scales;       // [Q, T]: 1 / norm
+  Sum* row_scales;         // [rows]
+  Sum* best;               // [rows, M]: the similarity of a row with each query of its group
+  int32_t* best_positions;  // [rows, M]
+  int32_t* first;          // [scratch_blocks, V]
+  void* keys;              // [scratch_blocks, S], 2 * sizeof(Sum) bytes each
+};
 template <typename Sum>
-cudaError_t launch_similarity_topk_select(const Sum* best, const int32_t* best_positions, int64_t M, int64_t U,
-                                          const int64_t* best_row, const int64_t* ids, const int32_t* slots, int64_t B,
-                                          int64_t S, int64_t k, Sum* scores, int64_t* clue_ids, int64_t* query_positions,
-                                          cudaStream_t stream);
+struct SimilarityResults {
+  Sum* scores;               // [B, K]
+  int64_t* clue_ids;         // [B, K]
+  int64_t* query_positions;  // [B, K]
+  Sum* inverse_norms;        // [B, K]
+};
+constexpr int64_t kMostOfLongDocument = 4096;  // clues of a document with more than kShortDocument tokens: they are sorted in shared memory
+int64_t queries_per_group(int64_t Q, int64_t T, bool is_double);
+template <typename Row, typename Sum>
+cudaError_t launch_similarity_topk(PairInputs pairs, SimilarityInputs<Row> inputs, DistinctSizes sizes, GroupedIds groups,
+                                   SimilarityScratch<Sum> scratch, SimilarityResults<Sum> results, cudaStream_t stream);
+
+// weighted_rows
+template <typename Row, typename Sum>
+cudaError_t launch_weighted_rows(const Row* source, int64_t source_stride, int64_t N, int64_t D, const int64_t* rows,
+                                 const Sum* weights, const int64_t* offsets, int64_t G, Sum* out, cudaStream_t stream);
 
 // clue_attention
 struct SoftmaxSizes {

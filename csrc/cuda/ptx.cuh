@@ -7,13 +7,14 @@
 // python_tests/ops/cuda_replica stands in for this file where kernels run on a CPU.
 #pragma once
 
-#ifdef QPEFT_CUDA_REPLICA
-#include <ptx_emulation.h>
-#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+#ifdef QPEFT_CUDA_REPLICA
+#include <ptx_emulation.h>
+#else
 
 namespace qpeft {
 

@@ -201,13 +201,23 @@ def with_value(x, at, value):
         (lambda x: {"document_mask": x.document_mask.long()}, TypeError, "document_mask must be bool, got int64"),
         (lambda x: {"k": 0}, ValueError, "k must be at least 1, got 0"),
         (lambda x: {"metric": "euclid"}, ValueError, "metric must be one of"),
-        (lambda x: {"query_mask": with_value(x.query_mask, 1, False)}, ValueError, "every query needs a token"),
+        (
+            lambda x: {"query_mask": x.query_mask[:, :0], "query_embeds": x.query_embeds[:, :0]},
+            ValueError,
+            "every query needs a token, got T = 0",
+        ),
     ],
 )
 def test_rejects(change, error, words, device):
     x = make_documents(device=device)
     with pytest.raises(error, match=f"similarity_topk: {words}"):
         similarity_topk(**{**x._asdict(), "k": 3, **change(x)})
+
+
+def test_rejects_a_query_without_tokens():
+    x = make_documents()
+    with pytest.raises(ValueError, match="similarity_topk: every query needs a token, a row of query_mask is"):
+        run(x._replace(query_mask=with_value(x.query_mask, 1, False)))
 
 
 @pytest.mark.parametrize("id", [-1, 29, 2**40])
@@ -228,6 +238,14 @@ def test_rejects_nan(metric):
             run(x._replace(**{name: with_value(getattr(x, name), at, torch.nan)}), metric=metric)
 
 
+def test_weighted_rows(device):
+    source, weights = torch.randn(9, 2500, device=device), torch.randn(7, device=device)
+    rows, offsets = torch.tensor([8, 0, 3, 3, 1, -1, 99], device=device), torch.tensor([1, 1, 3, 5], device=device)
+    out = torch.ops.qpeft_ext.weighted_rows(source, rows, weights, offsets)  # -1 and 99 are in no segment
+    truth = torch.stack([weights[a:b] @ source[rows[a:b]] for a, b in ((1, 1), (1, 3), (3, 5))])
+    torch.testing.assert_close(out, truth)
+
+
 def test_direct_calls_are_memory_safe():
     ops = torch.ops.qpeft_ext
     x = make_documents()
@@ -237,7 +255,11 @@ def test_direct_calls_are_memory_safe():
         ops.document_rows_gather(x.table, torch.tensor([29]), torch.empty(1, 16), None)
     with pytest.raises(RuntimeError, match="document_rows_gather: block must have size 1 in dimension 0"):
         ops.document_rows_gather(x.table, torch.tensor([2]), torch.empty(2, 16), None)
+    one = torch.ones(1)
+    for row, offsets in ((4, [0, 1]), (-1, [0, 1]), (0, [0, 2]), (0, [1, 0]), (0, [-1, 1])):
+        with pytest.raises(RuntimeError, match="weighted_rows: (rows|offsets)"):
+            ops.weighted_rows(torch.ones(4, 2), torch.tensor([row]), one, torch.tensor(offsets))
     best, positions = torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int32)
     ids, slots = torch.tensor([[7, 8, 9]]), torch.tensor([[99, -5, 1]], dtype=torch.int32)
-    _, clue_ids, _ = ops.similarity_topk_select(best, positions, torch.tensor([0]), ids, slots, 2)
+    _, clue_ids, *_ = ops.similarity_topk_select(best, positions, torch.tensor([0]), None, ids, slots, 2)
     assert clue_ids.tolist() == [[9, -1]]  # slots out of range are padding

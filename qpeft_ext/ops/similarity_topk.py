@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .._library import uses_reference
 from ._common import (
-    block_dtype,
     blocks_of_rows,
     check_documents,
     check_ids,
@@ -53,20 +52,20 @@ def similarity_topk(
         document_ids: rows of ``table``, ``[B, S]``, int64, in ``[0, V)``; never read where ``document_mask`` is False.
         document_mask: which tokens may become clues, ``[B, S]``, bool.
         query_index: the query of each pair, ``[B]``, int64 in ``[0, Q)``.
-        k: number of clues, at least 1.
+        k: number of clues, at least 1. On CUDA at most 4096 where S > 2048.
         metric: ``"cosine"`` (0 with a zero row) or ``"dot"``.
     Returns: ``scores`` float32 (float64 for float64 inputs), ``clue_ids``, ``query_positions``, each ``[B, k]``; a
         document with fewer distinct tokens is padded with -inf, -1, -1. The gradient of a score goes to the arg-max
         query token.
     Raises: ValueError for shapes, devices, a query without tokens, a NaN similarity; TypeError for a dtype; IndexError
-        for an id out of range. On CUDA ids and NaN cannot be looked at without waiting: the kernel traps.
+        for an id out of range. On CUDA masks, ids and NaN cannot be looked at without waiting: the kernel traps.
     Source: Q-PEFT-R, Peng et al. 2024, https://arxiv.org/abs/2404.04522.
     """
     check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
     inputs = (query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
     if uses_reference(table.device):
         return reference(*inputs)
-    return SimilarityTopK(*torch.ops.qpeft_ext.similarity_topk(*inputs))
+    return SimilarityTopK(*torch.ops.qpeft_ext.similarity_topk(*inputs)[:3])
 
 
 def check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric) -> None:
@@ -76,6 +75,8 @@ def check_similarity_topk(query_embeds, query_mask, table, document_ids, documen
         raise ValueError(f"{op}: k must be at least 1, got {k}")
     if metric not in METRICS:
         raise ValueError(f"{op}: metric must be one of {METRICS}, got {metric!r}")
+    if query_mask.shape[0] and not query_mask.shape[1]:
+        raise ValueError(f"{op}: every query needs a token, got T = 0")
 
 
 def reference(
@@ -126,10 +127,10 @@ def _unit(x: Tensor) -> Tensor:
     return x * inverse_norms(x)[..., None]
 
 
-# ---- the operator, for both devices: primitives and what they promise are in csrc/ops.cpp ----------------------------
+# ---- the operator: primitives are in csrc/ops.cpp; on CUDA the whole forward is one function of C++ ------------------
 
 
-@implement("similarity_topk")
+@implement("similarity_topk", "cpu")
 def _forward(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric):
     """Distinct ids once per query, one skinny GEMM per block of their rows, maximum over T; then k per document."""
     op, (Q, T, D), cosine = "similarity_topk", query_embeds.shape, metric == "cosine"
@@ -137,95 +138,100 @@ def _forward(query_embeds, query_mask, table, document_ids, document_mask, query
     check_ids(op, "query_index", query_index, Q, "Q")
     if not query_mask.any(1).all():
         raise ValueError(f"{op}: every query needs a token, a row of query_mask is all False")
-    # Side by side (M = Q) the queries take one GEMM over the union of their ids: each row is read once, and the GEMM is
-    # wide enough for tensor cores. On the CPU a row costs about as much to read as to multiply with one query, so
-    # queries that share few ids have their own.
+    # Side by side (M = Q) the queries take one GEMM over the union of their ids: each row is read once. But a row costs
+    # about as much to read as to multiply with one query, so queries that share few ids have their own.
     M, groups = Q, 1
     documents = distinct_rows(document_ids, document_mask, torch.zeros_like(query_index), 1, table.shape[0])
-    if Q > 1 and table.device.type == "cpu":
+    if Q > 1:
         apart = distinct_rows(document_ids, document_mask, query_index, Q, table.shape[0])
         if 2 * apart.offsets[-1] < (1 + Q) * documents.offsets[-1]:
             M, groups, documents = 1, Q, apart
     query_mask = query_mask.reshape(groups, M, T).contiguous()
     queries = query_embeds.to(sum_dtype(table.dtype))
     query_scales = inverse_norms(queries).reshape(groups, M * T) if cosine else None
-    queries = queries.to(block_dtype(table)).reshape(groups, M * T, D)
+    queries = queries.reshape(groups, M * T, D)
     best = table.new_empty(M, documents.offsets[-1], dtype=sum_dtype(table.dtype))
     positions = best.new_empty(best.shape, dtype=torch.int32)
+    row_norms = best.new_empty(best.shape[1]) if cosine else None
     for g in range(groups):
         blocks = blocks_of_rows(table, documents.rows, documents.offsets[g], documents.offsets[g + 1], norms=cosine)
         for here, block, norms in blocks:
             similarity = multiply(block, queries[g].mT)  # [n, M * T]
             if cosine:
                 similarity *= query_scales[g]
+                row_norms[here] = norms
             torch.ops.qpeft_ext.similarity_topk_reduce(
                 similarity, norms, query_mask[g], best[:, here], positions[:, here]
             )
-    if best.device.type == "cpu" and best.isnan().any():
+    if best.isnan().any():
         raise ValueError(f"{op}: a similarity is NaN, {_WHAT_TO_CHECK}")
-    best = round_scores(best)
     best_row = query_index.contiguous() if groups == 1 else torch.zeros_like(query_index)
-    return torch.ops.qpeft_ext.similarity_topk_select(best, positions, best_row, documents.ids, documents.slots, k)
+    return torch.ops.qpeft_ext.similarity_topk_select(
+        round_scores(best), positions, best_row, row_norms, documents.ids, documents.slots, k
+    )
 
 
 @fake("similarity_topk")
 def _(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric):
     B = document_ids.shape[0]
     scores = table.new_empty(B, k, dtype=sum_dtype(table.dtype))
-    return scores, document_ids.new_empty(B, k), document_ids.new_empty(B, k)
+    return scores, document_ids.new_empty(B, k), document_ids.new_empty(B, k), torch.empty_like(scores)
 
 
 @implement("similarity_topk_backward")
 def _backward(
-    grad_scores, scores, clue_ids, query_positions, query_embeds, table, query_index, metric, want_table
+    grad_scores, scores, clue_ids, query_positions, row_norms, query_embeds, table, query_index, metric, want_table
 ):
-    """A sparse matrix of gradients, [T, chosen rows] per query, times the rows: a GEMM again.
+    """Sums of rows, weighted by the gradients: over the clues of a query token, and over the tokens of a clue.
 
-    d cosine / d q = (unit(e) - cosine * unit(q)) / |q|, and the same with e and q exchanged.
+    d cosine / d q = (unit(e) - cosine * unit(q)) / |q|, and the same with e and q exchanged. All sizes are bounds that
+    do not depend on the data, so nothing waits for a GPU; what is padding sorts behind the last segment.
     """
-    (Q, T, _), cosine, dtype = query_embeds.shape, metric == "cosine", sum_dtype(table.dtype)
-    chosen = clue_ids >= 0
-    # clues of a document are distinct and padding comes last, so slots lie as clue_ids do
-    documents = distinct_rows(clue_ids, chosen, query_index, Q, table.shape[0])
-    U = documents.offsets[-1]
-    grad = grad_scores.to(dtype).where(chosen, 0)
-    token = (query_index[:, None] * T + query_positions).where(chosen, 0)
-    row = documents.slots.where(chosen, 0).long()
-    position = query_positions.where(chosen, 0)
+    (Q, T, D), V, cosine, dtype = query_embeds.shape, table.shape[0], metric == "cosine", sum_dtype(table.dtype)
+    weighted_rows = torch.ops.qpeft_ext.weighted_rows
+    chosen = (clue_ids >= 0).flatten()
+    token, ids = (query_index[:, None] * T + query_positions).flatten(), clue_ids.flatten()
+    grad, norms = grad_scores.to(dtype).flatten(), row_norms.flatten()  # 1 / norm
+    weights, along = grad * norms, grad * scores.flatten()  # along: what a token or a row must lose along itself
+    ones = torch.ones_like(grad)
 
-    def sums(index: Tensor, values: Tensor, size: int) -> Tensor:
-        return values.new_zeros(size).index_add_(0, index.flatten(), values.flatten())
-
-    gradients = sums(row * T + position, grad, max(U, 1) * T).view(-1, T)  # [U, T] of the query of each row
-    hit = sums(token, chosen.to(dtype), Q * T).view(Q, T, 1) > 0
-    queries = query_embeds.to(dtype).where(hit, 0)  # other tokens get no gradient, though they be NaN
-    grad_query = torch.zeros_like(queries)
-    grad_table = torch.zeros_like(table, dtype=dtype) if want_table else table.new_empty(0)
+    by_token, begins = _segments(token.where(chosen, Q * T), Q * T)
+    hit = begins[1:] > begins[:-1]
+    queries = query_embeds.reshape(Q * T, D).to(dtype).where(hit[:, None], 0)  # others may be NaN, and get no gradient
+    grad_query = weighted_rows(table, ids[by_token], weights[by_token], begins)
     if cosine:
-        scales = inverse_norms(queries)[..., None]
+        scales = inverse_norms(queries)[:, None]
         queries = queries * scales
-        along = grad * scores.where(chosen, 0)  # what a row or a token must lose along itself
-        along_query, along_row = sums(token, along, Q * T).view(Q, T, 1), sums(row, along, max(U, 1))
-    for g in range(Q):
-        for here, block, norms in blocks_of_rows(
-            table, documents.rows, documents.offsets[g], documents.offsets[g + 1], norms=cosine
-        ):
-            block, weights = block.to(dtype), gradients[here]
-            if cosine:
-                weights = weights * norms[:, None]
-            grad_query[g].addmm_(weights.T, block)
-            if want_table:
-                rows = weights @ queries[g]
-                if cosine:
-                    rows -= block * (along_row[here] * norms.square())[:, None]
-                grad_table.index_add_(0, documents.rows[here], rows)
+        grad_query = (grad_query - weighted_rows(along[:, None], by_token, ones, begins) * queries) * scales
+    grad_query = grad_query.view(Q, T, D).to(query_embeds.dtype)
+    if not want_table:
+        return grad_query, table.new_empty(0)
+
+    most = min(ids.shape[0], V)  # distinct clues
+    ordered, by_id = ids.where(chosen, V).sort(stable=True)
+    begin = torch.ones_like(ordered, dtype=torch.bool)
+    begin[1:] = ordered[1:] != ordered[:-1]
+    rank = (begin.cumsum(0) - 1).where(ordered < V, most)
+    begins = torch.searchsorted(rank, torch.arange(most + 1, device=ids.device))
+    rows = torch.cat((ordered, ordered.new_full((1,), V)))[begins[:-1]]  # the clue of each rank; V behind the last
+    grad_rows = weighted_rows(queries, token[by_id], weights[by_id], begins)
     if cosine:
-        grad_query = (grad_query - along_query * queries) * scales
-    return grad_query.to(query_embeds.dtype), grad_table.to(table.dtype)
+        loss = weighted_rows((along * norms.square())[:, None], by_id, ones, begins)
+        grad_rows -= loss * table[rows.clamp_max(max(V - 1, 0))].to(dtype).masked_fill_(rows[:, None] == V, 0)
+    grad_table = table.new_zeros(V + 1, D).index_copy_(0, rows, grad_rows.to(table.dtype))
+    return grad_query, grad_table[:V]
+
+
+def _segments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The order of ``keys`` [E] (stable), and where in it the keys 0 .. size - 1 begin and end, [size + 1]."""
+    ordered, order = keys.sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(size + 1, device=keys.device))
 
 
 @fake("similarity_topk_backward")
-def _(grad_scores, scores, clue_ids, query_positions, query_embeds, table, query_index, metric, want_table):
+def _(
+    grad_scores, scores, clue_ids, query_positions, row_norms, query_embeds, table, query_index, metric, want_table
+):
     return torch.empty_like(query_embeds), torch.empty_like(table) if want_table else table.new_empty(0)
 
 

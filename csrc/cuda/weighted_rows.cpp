@@ -1,0 +1,26 @@
+// Sums of weighted rows by segments: CUDA.
+#include "glue.h"
+
+namespace qpeft {
+namespace {
+
+Tensor weighted_rows(const Tensor source, const Tensor rows, const Tensor weights, const Tensor offsets) {
+  constexpr auto op = "weighted_rows";
+  check_weighted_rows(source, rows, weights, offsets);
+  const OnDevice on_device(source);
+  const int64_t G = offsets.size(0) - 1, D = source.size(1);
+  const Tensor out = torch::stable::new_empty(weights, {G, D});
+  dispatch_table<__half, __nv_bfloat16>(op, source.scalar_type(), [&](auto row_tag, auto sum_tag) {
+    using Row = decltype(row_tag);
+    using Sum = decltype(sum_tag);
+    check_cuda(op, launch_weighted_rows(const_data<Row>(source), source.stride(0), source.size(0), D, const_data<int64_t>(rows),
+                                        const_data<Sum>(weights), const_data<int64_t>(offsets), G, data<Sum>(out),
+                                        on_device.stream));
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CUDA, m) { m.impl("weighted_rows", TORCH_BOX(&weighted_rows)); }
+
+}  // namespace
+}  // namespace qpeft
