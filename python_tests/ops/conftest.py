@@ -1,4 +1,4 @@
-"""Fixtures of the tests of CUDA primitives; on_cuda.py says how they run."""
+"""Fixtures of the tests of operators; on_cuda.py says how CUDA primitives run."""
 
 import pytest
 from on_cuda import OnGPU, OnReplica, build_replica
@@ -18,3 +18,12 @@ def run(request):
         return OnReplica(request.getfixturevalue("replica"))
     live, why = _library.kernels_live()["cuda"]
     return OnGPU() if live else pytest.skip(why)
+
+
+@pytest.fixture
+def fresh_graphs():
+    """torch.compile without its cache, where a graph of an earlier build fits whatever the operators return by now."""
+    from torch._inductor import config
+
+    with config.patch(force_disable_caches=True):
+        yield

@@ -164,9 +164,7 @@ def test_opcheck(grad, device):
     torch.library.opcheck(torch.ops.qpeft_ext.clue_attention_heads, (absorbed, *documents, weights[2].detach()))
 
 
-def test_compiles_without_graph_breaks(device, monkeypatch):
-    # a graph of an earlier build would be taken whatever the operators return by now
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+def test_compiles_without_graph_breaks(device, fresh_graphs):
     x, weights = make_inputs(device=device)
 
     def function(*inputs, num_heads):

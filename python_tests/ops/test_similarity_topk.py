@@ -150,7 +150,7 @@ def test_opcheck(grad, metric, device):
     torch.library.opcheck(torch.ops.qpeft_ext.similarity_topk, (*x, 4, metric))
 
 
-def test_compiles_without_graph_breaks(device):
+def test_compiles_without_graph_breaks(device, fresh_graphs):
     x = make_documents(device=device)
     query, table = x.query_embeds.clone().requires_grad_(), x.table.clone().requires_grad_()
 

@@ -119,7 +119,7 @@ def test_opcheck(grad, device):
         )
 
 
-def test_compiles_without_graph_breaks(device):
+def test_compiles_without_graph_breaks(device, fresh_graphs):
     x = make_inputs(device=device)
 
     def function(*inputs, **settings):
