@@ -37,6 +37,23 @@ def test_a_beir_folder_becomes_an_adapter(job, tmp_path, clues, capsys):
     assert len(reranker.rank(QUERIES["q1"], ["the sea", "the moon"])) == 2
 
 
+def test_any_option_of_the_config(job, tmp_path, capsys):
+    options = ["score_gate=true", "source=candidates", "filters=query_tokens,stop_words", "rank=null",
+               "temperature=0.2", "generated_lora_rank=2", 'target_modules=["o_proj"]']
+    given = [word for option in options for word in ("--option", option)]
+    pytest.importorskip("bm25s")
+    assert train(job, tmp_path / "adapter", "--data", job / "data", "--clues", "top_k", *given) == 0
+    config = qpeft.QPeftConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.score_gate, config.source, config.rank, config.temperature) == (True, "candidates", None, 0.2)
+    assert config.filters == ("query_tokens", "stop_words") and config.target_modules == ("o_proj",)
+    capsys.readouterr()
+    for wrong, message in [("score_gate", "--option must be NAME=VALUE, got 'score_gate'"),
+                           ("scoregate=true", "unknown option 'scoregate'; did you mean 'score_gate'"),
+                           ("score_gate=yes", "score_gate must be True or False, got 'yes'")]:
+        assert train(job, tmp_path / "other", "--data", job / "data", "--clues", "top_k", "--option", wrong) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_resumed_after_a_kill(job, tmp_path):
     """The second run starts from what a kill between the steps 2 and 3 would have left."""
     examples, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"

@@ -31,6 +31,24 @@ class Clues:
         return Clues(self.embeds[rows], self.mask[rows], facts)
 
 
+class SharedClues(Clues):
+    """Clues of B pairs that share R lists: the vectors are repeated for those pairs only that are asked for.
+
+    Args:
+        lists: the clues of each list.  of_pair: the list of each pair, int64 [B].
+    """
+
+    def __init__(self, lists: Clues, of_pair: Tensor) -> None:
+        self.lists, self.of_pair = lists, of_pair
+
+    def __getitem__(self, rows) -> Clues:
+        return self.lists[self.of_pair[rows]]
+
+    embeds = property(lambda self: self.lists.embeds[self.of_pair])
+    mask = property(lambda self: self.lists.mask[self.of_pair])
+    explanation = property(lambda self: self[:].explanation)
+
+
 class ResidualMLP(nn.Module):
     """x + W₂·relu(W₁·x + b₁) + b₂ of inner width ``rank``: the identity at the start (W₂ = b₂ = 0)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,25 @@ class QPeftConfig:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def parse_options(given: Sequence[str]) -> dict[str, Any]:
+    """Options of `QPeftConfig` from texts NAME=VALUE; a value is JSON, or else a plain text ("a,b" where names go).
+
+    Raises: ValueError for a text without "=" or an unknown name.
+    """
+    fields, options = {field.name: field for field in dataclasses.fields(QPeftConfig)}, {}
+    for text in given:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
+        if name not in fields:
+            raise ValueError(f"QPeftConfig: unknown option {name!r}{_did_you_mean(name, fields)}")
+        try:
+            options[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            options[name] = tuple(value.split(",")) if str(fields[name].type).startswith("tuple") else value
+    return options
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

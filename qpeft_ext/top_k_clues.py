@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .batch import ClueInputs
 from .clue_filters import ClueFilter
-from .clue_layers import ClueEmbeddings, Clues, Projection, ResidualMLP
+from .clue_layers import ClueEmbeddings, Clues, Projection, ResidualMLP, SharedClues
 from .config import QPeftConfig
 from .ops import similarity_topk
 from .ops.similarity_topk import SimilarityTopK
@@ -109,7 +109,7 @@ class TopKClues(nn.Module):
             facts["gates"] = self._gates(selected.scores, mask)
             embeds = embeds * facts["gates"][..., None]
         clues = Clues(embeds, mask, facts if explain else None)
-        return clues if self.source == "document" else clues[inputs.query_index]
+        return clues if self.source == "document" else SharedClues(clues, inputs.query_index)
 
     def _gates(self, scores: Tensor, mask: Tensor) -> Tensor:
         """2·σ(a·(s − s̄) + b), [R, K]: 1 for a clue of average score."""

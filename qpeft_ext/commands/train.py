@@ -51,13 +51,14 @@ def command(
     dtype: Dtype = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and negatives.")] = 0,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any option of QPeftConfig; repeatable.")] = None,
 ) -> None:
     """Train an adapter: the LM stays frozen, only the module that makes the clues learns.
 
     On several GPUs: torchrun --nproc-per-node N -m qpeft_ext.cli train ...; each of them takes a group of queries, so a
     step has N times as many, and equals one of a single device with N times --gradient-accumulation-steps.
     """
-    if clues == "none":
+    if clues == "none" and not any(text.startswith("generated_lora_rank=") for text in option or []):
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr")
     if (data is None) == (train is None):
         raise ValueError("expected either --data FOLDER or --train FILE")
@@ -72,13 +73,14 @@ def command(
     if is_first_process():
         _check_output(output, replace=resume or overwrite)
 
-    from ..config import QPeftConfig
+    from ..config import QPeftConfig, parse_options
     from ..loading import default_device, load_lm, quiet_transformers
     from .common import say
 
-    config = QPeftConfig(clues=clues, k=k, num_heads=num_heads, rank="auto" if rank is None else rank, loss=loss,
-                         margin=margin, queries_per_group=queries_per_group, num_hard_negatives=num_negatives,
-                         max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, seed=seed)
+    settings = {"clues": clues, "k": k, "num_heads": num_heads, "rank": "auto" if rank is None else rank, "loss": loss,
+                "margin": margin, "queries_per_group": queries_per_group, "num_hard_negatives": num_negatives,
+                "max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens, "seed": seed}
+    config = QPeftConfig(**settings | parse_options(option or []))
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
     device = default_device(device)
     quiet_transformers()
@@ -92,7 +94,7 @@ def command(
         shutil.rmtree(checkpoints)  # a later --resume must not find the earlier run's
     arguments = TrainingArguments(
         output_dir=str(checkpoints), learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
-        per_device_train_batch_size=queries_per_group, gradient_accumulation_steps=gradient_accumulation_steps,
+        per_device_train_batch_size=config.queries_per_group, gradient_accumulation_steps=gradient_accumulation_steps,
         save_strategy="no" if save_steps is None else "steps", save_steps=save_steps or 500,
         save_total_limit=2, eval_strategy="no" if not dev_examples else "epoch" if save_steps is None else "steps",
         eval_steps=save_steps, load_best_model_at_end=bool(dev_examples and save_steps), report_to=report_to, seed=seed,
