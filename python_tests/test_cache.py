@@ -106,6 +106,14 @@ def test_prefixes_move_down_and_up(tmp_path):
     assert "device: 2 prefixes, 0.0 of 0.0 MiB, 0% hits; host: 2 prefixes" in text and "67% hits in all" in text
 
 
+def test_what_moves_up_from_the_disk_is_not_overwritten_by_what_is_read_next(tmp_path):
+    filled(tmp_path, 4)
+    cache = qpeft.DocumentCache(2 * 128, host_bytes=128, disk=tmp_path, disk_bytes=1 << 20)
+    for i in (0, 1, 2, 3, 1, 2, 3):
+        assert look(cache, i)
+    assert cache.tiers["disk"].hits == 4 and cache.tiers["device"].hits + cache.tiers["host"].hits == 3
+
+
 def test_a_prefix_too_large_for_a_tier_goes_to_the_next():
     cache = qpeft.DocumentCache(0, host_bytes=128)
     cache.put(key(0), prefix(0))
@@ -170,9 +178,10 @@ def test_half_precision_goes_to_the_disk_and_back_bit_by_bit(dtype, tmp_path):
     assert torch.equal(scores(lm, memory), scores(lm, disk)) and disk.hits == len(DOCUMENTS)
 
 
-def test_a_prefix_read_for_a_gradient_stays_as_it_was(tmp_path):
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_a_prefix_read_for_a_gradient_stays_as_it_was(micro_batch, tmp_path):
     """Files are read into memory that is used again; what a backward pass still needs must not lie there."""
-    attention = qpeft.QPeftConfig(clues="attention", num_heads=4, rank=8)
+    attention = qpeft.QPeftConfig(clues="attention", num_heads=4, rank=8, suffix_micro_batch=micro_batch)
     trained = qpeft.get_qpeft_model(tiny_lm("llama"), attention, tiny_tokenizer())
     disk = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 30)
 
