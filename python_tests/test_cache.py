@@ -138,7 +138,7 @@ def test_no_budget_is_ever_exceeded_and_no_wrong_prefix_comes_back(tmp_path_fact
         for tier in memory:
             assert tier.nbytes == sum(entry.nbytes for entry in tier._entries.values()) <= tier.max_bytes
         assert cache._disk.nbytes == sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 3000
-    os.close(cache._disk._lock)
+    cache._disk._lock.close()
 
 
 @pytest.mark.parametrize("options, message", [
@@ -167,6 +167,24 @@ def test_every_tier_gives_the_same_bits(family, tmp_path):
     small = qpeft.DocumentCache(20_000, host_bytes=20_000)  # some prefixes are computed again
     for _ in range(3):
         torch.testing.assert_close(scores(lm, small), cold, rtol=0, atol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_every_tier_gives_the_same_bits(tmp_path):
+    """Prefixes go down through pinned memory and come up again while passes run, many times over."""
+    lm = model(tiny_lm("llama").cuda())
+    memory = qpeft.DocumentCache()
+    cold, warm = scores(lm, memory), scores(lm, memory)
+    for budget in (0, 9_000, 20_000):
+        host = qpeft.DocumentCache(budget, host_bytes=1 << 30)
+        disk = qpeft.DocumentCache(budget, host_bytes=16_384, disk=tmp_path / str(budget), disk_bytes=1 << 30)
+        for cache in (host, disk):
+            assert torch.equal(scores(lm, cache), cold)
+            for _ in range(20):
+                assert torch.equal(scores(lm, cache), warm)
+            assert cache.misses == len(DOCUMENTS)
+        assert all(prefix.flat.is_pinned() for prefix in host._host._entries.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -320,25 +338,26 @@ def filled(folder: Path, count: int = 3) -> None:
     cache = qpeft.DocumentCache(0, disk=folder, disk_bytes=1 << 20)
     for i in range(count):
         cache.put(key(i), prefix(i))
-    os.close(cache._disk._lock)
+    cache._disk._lock.close()
 
 
 def test_files_are_found_again_and_the_oldest_leaves_first(tmp_path):
     filled(tmp_path)
     cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 20)
     assert look(cache, 0) and cache.tiers["disk"].hits == 1
-    os.close(cache._disk._lock)
+    cache._disk._lock.close()
     again = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=TWO_FILES)
     again.put(key(7), prefix(7))
     assert [look(again, i) for i in (0, 1, 7)] == [True, False, True]
     assert not look(again, 0, version=Version("another lm"))
 
 
-def test_a_folder_belongs_to_one_process(tmp_path):
+def test_a_folder_belongs_to_one_cache(tmp_path):
     cache = qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
     with pytest.raises(ValueError, match="in use by another process"):
         qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
-    assert cache is not None
+    del cache
+    qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
 
 
 def truncated(data: bytearray) -> bytearray:
@@ -381,7 +400,7 @@ def test_any_flipped_bit_is_found(tmp_path):
         cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 20)
         look(cache, 0)  # asserts that a hit is right
         assert place < len(whole) - 128 or cache.hits == 0
-        os.close(cache._disk._lock)
+        cache._disk._lock.close()
         file.write_bytes(whole)
 
 
@@ -429,7 +448,7 @@ def test_another_process_finds_the_files_of_the_same_lm_only(tmp_path):
     )
     cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 30)
     scores(model(), cache)
-    os.close(cache._disk._lock)
+    cache._disk._lock.close()
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path),
                            str(Path(__file__).parent / "families")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -9,7 +9,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,8 +129,8 @@ class DiskTier(Tier):
     process and are found by the next one with the same LM.
 
     Args:
-        folder: made if need be; one process at a time may use it.  max_bytes: budget for the files.
-    Raises: ValueError if another process uses the folder; OSError if it cannot be made.
+        folder: made if need be; one tier at a time may use it.  max_bytes: budget for the files.
+    Raises: ValueError if the folder is in use; OSError if it cannot be made.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
@@ -216,27 +216,29 @@ def _file_name(key: PrefixKey) -> str:
     return hashlib.sha256(content.encode() + key.digest).hexdigest()
 
 
-def lock_folder(folder: Path) -> int:
-    """Hold a folder for this process, until it ends or the returned descriptor is closed.
+def lock_folder(folder: Path) -> IO:
+    """Hold a folder until the file that is returned is closed, or its owner is gone.
 
-    Raises: ValueError if another process holds it.
+    Raises: ValueError if somebody else holds it.
     """
     import fcntl  # where there is none (Windows), prefixes cannot be kept on disk
 
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = open(folder / ".lock", "a")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"{folder} is in use by another process; wait for it, or name another folder") from None
-    return handle
+        lock.close()
+        raise ValueError(f"{folder} is in use by another process, or by another cache of this one; name another "
+                         f"folder") from None
+    return lock
 
 
 class Copies:
     """Copies of prefixes between one device and the host.
 
     On CUDA they are asynchronous, through pinned memory, on two streams of their own, so that they run beside the
-    passes: the CPU is usually a group of prefixes ahead of the device. Elsewhere there is nothing to copy.
+    passes: the CPU is usually a group of prefixes ahead of the device. Elsewhere there is nothing to copy. Only a GPU
+    can show that the streams wait for each other as they must; the test marked ``cuda`` has not run yet.
     """
 
     def __init__(self, device: torch.device) -> None:

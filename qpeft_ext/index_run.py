@@ -84,16 +84,16 @@ class IndexWriter:
         self._link = copies(model.engine.device)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
+        self._settings = self._check_settings()
         for file in self.folder.glob(".*.tmp"):  # of a process that was killed
             file.unlink(missing_ok=True)
-        self._settings = self._check_settings()
         self._shards = 0
         self._keys = np.zeros(0, dtype=np.int64)
         self._done = np.zeros(0, dtype=bool)
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        os.close(self._lock)
+        self._lock.close()
 
     def __enter__(self) -> IndexWriter:
         return self

@@ -11,7 +11,7 @@ from .common import Device, Dtype
 
 
 def command(
-    corpus: Annotated[Path, typer.Argument(help="BEIR folder, or its corpus.jsonl (plain or .gz).")],
+    corpus: Annotated[str, typer.Argument(help="Collection with a corpus, as for qpeft rerank --data.")],
     out: Annotated[Path, typer.Option(help="Folder for the index; an index there is gone on with.")],
     model: Annotated[str | None, typer.Option(help="Adapter: its LM and its prompt are used.")] = None,
     base_model: Annotated[str | None, typer.Option(help="LM.  [default: the one the adapter names]")] = None,
@@ -39,7 +39,7 @@ def command(
     from .. import formats
     from .common import Interrupted, say
 
-    documents = formats.Corpus(corpus)
+    documents = formats.open_collection(corpus).corpus
     from .. import QPeftConfig, QPeftModel, get_qpeft_model
     from ..index_run import IndexWriter, size
     from ..loading import default_device, load_lm, quiet_transformers
