@@ -20,8 +20,8 @@ class Inputs(NamedTuple):
     bias: Tensor | None  # [V]
 
 
-def make_inputs(N=13, D=16, V=37, bias=True, dtype=torch.float32, device="cpu") -> Inputs:
-    random = torch.Generator().manual_seed(3)
+def make_inputs(N=13, D=16, V=37, bias=True, dtype=torch.float32, device="cpu", seed=3) -> Inputs:
+    random = torch.Generator().manual_seed(seed)
     target_ids = torch.randint(V, (N,), generator=random)
     target_ids[-1:], target_ids[:1] = V - 1, 0  # both ends of the vocabulary
     tensors = [torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for shape in ((N, D), (V, D), (V,))]
@@ -153,6 +153,23 @@ def test_rejects_ids_out_of_range(id):
     x.target_ids[2] = id
     with pytest.raises(IndexError, match=rf"token_log_likelihood: target_ids\[2\] = {id} is outside \[0, V\)"):
         token_log_likelihood(*x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "wanted"), [(200, False), (200, True), (3000, True)])
+def test_memory_is_bounded_by_chunk_bytes(N, wanted, dtype):
+    x = make_inputs(N=N, D=64, V=20_000, bias=False, dtype=dtype)
+    x = x._replace(hidden=x.hidden.requires_grad_(wanted))
+    chunk_bytes = 1 << 20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = token_log_likelihood(*x, chunk_bytes=chunk_bytes)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    outputs = 2 * result.nbytes + 4 * x.hidden.numel() * wanted
+    assert 0.2 * chunk_bytes < peak < 1.1 * chunk_bytes + outputs  # of logits of 16 MB and 240 MB
 
 
 @pytest.mark.parametrize("setting", ["legacy", "medium", "own", "inherited", "none"])
