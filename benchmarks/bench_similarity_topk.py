@@ -101,9 +101,9 @@ def same_algorithm_torch(x: Documents, k) -> SimilarityTopK:
 
 def error(ours: SimilarityTopK, theirs: SimilarityTopK) -> float:
     """Largest difference of scores. Ids need not agree where scores tie, also after the official sigmoid."""
-    found = ours.scores > -torch.inf
-    assert torch.equal(found, theirs.scores > -torch.inf)
-    difference = (ours.scores - theirs.scores.to(ours.scores.device))[found].abs().max().item()
+    found, scores = ours.scores > -torch.inf, theirs.scores.to(ours.scores.device)
+    assert torch.equal(found, scores > -torch.inf)
+    difference = (ours.scores - scores)[found].abs().max().item()
     assert difference < 1e-4, f"scores differ by {difference}"
     return difference
 

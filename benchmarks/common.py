@@ -192,21 +192,18 @@ def time_in_turns(functions: dict[str, Callable], sets: list, device: torch.devi
 
 
 def time_on_gpu(function: Callable, sets: list, repeats: int) -> Timing:
-    """Replays of a CUDA graph that runs through all sets, for at least 2 ms; calls between events where a function
-    waits for the GPU and cannot be captured.
+    """Replays of a CUDA graph that runs through all sets, for at least 2 ms. Calls between events where a function
+    waits for the GPU and cannot be captured, or is so slow that launches do not matter.
     """
     stream = torch.cuda.Stream()  # where graphs are captured; warm it up with what allocates and compiles
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for x in sets:
-            function(x)
-        eager = [_between_events(lambda x=x: function(x)) for x in sets * 2]
+        function(sets[0])
+        eager = [_between_events(lambda x=x: function(x)) for x in (sets * repeats)[: max(repeats, len(sets))]]
     torch.cuda.current_stream().wait_stream(stream)
     eager_ms = median(eager)
-    if _waits(function, sets[0]):
-        more = max(0, min(repeats, int(3000 / max(eager_ms, 1e-3))) - len(eager))
-        eager += [_between_events(lambda i=i: function(sets[i % len(sets)])) for i in range(more)]
-        return Timing(median(eager), "events", median(eager))
+    if eager_ms > 100 or _waits(function, sets[0]):
+        return Timing(eager_ms, "events", eager_ms)
     rounds = max(1, min(50, round(2 / max(eager_ms * len(sets), 1e-3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -216,7 +213,6 @@ def time_on_gpu(function: Callable, sets: list, repeats: int) -> Timing:
     replay = _between_events(graph.replay)
     replays = max(5, min(4 * repeats, int(500 / max(replay, 1e-3))))
     ms = median(_between_events(graph.replay) for _ in range(replays)) / (rounds * len(sets))
-    del graph
     return Timing(ms, "graph", eager_ms)
 
 
@@ -243,6 +239,10 @@ def _waits(function: Callable, x) -> bool:
     return False
 
 
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:150]}".splitlines()[0]
+
+
 def measure(work: str, case: Case, device: torch.device, repeats: int, machine_rates: Rates) -> dict:
     """Checks every baseline against ours, then peak bytes, then times. On a GPU a baseline that fails is not run."""
     functions, errors, not_run = {"ours": case.ours}, {}, dict(case.not_run)
@@ -253,7 +253,7 @@ def measure(work: str, case: Case, device: torch.device, repeats: int, machine_r
         except Exception as error:  # out of memory, a compiler that gave up, a wrong result: the others are still run
             if device.type == "cpu" or name == "textbook":
                 raise
-            not_run[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
+            not_run[name] = reason(error)
     peaks = {name: peak_bytes(lambda f=f: f(case.sets[0]), device) for name, f in functions.items()}
     noise = None
     if device.type == "cuda":
@@ -261,7 +261,13 @@ def measure(work: str, case: Case, device: torch.device, repeats: int, machine_r
         for name, function in functions.items():
             gc.collect()
             torch.cuda.empty_cache()
-            timings[name] = time_on_gpu(function, case.sets, repeats)
+            try:
+                timings[name] = time_on_gpu(function, case.sets, repeats)
+            except Exception as error:
+                if name == "ours":
+                    raise
+                not_run[name] = reason(error)
+                del peaks[name]
         again = time_on_gpu(case.ours, case.sets, repeats)
         noise = abs(again.ms / timings["ours"].ms - 1)
     else:
@@ -301,12 +307,12 @@ def show(row: dict) -> None:
 # ---- the script and pytest -------------------------------------------------------------------------------------------
 
 
-def main(op: str, works: dict[str, Callable], cpu: tuple[str, ...]) -> None:
-    """``cpu``: works measured on the CPU when none is named; on a GPU those of the first model, or all ``--others``."""
+def main(op: str, works: dict[str, Callable], cpu: tuple[str, ...], targets: tuple[str, ...] = ()) -> None:
+    """Works when none is named: on the CPU ``cpu``; on a GPU the first model's and ``targets``, or all ``--others``."""
     parser = argparse.ArgumentParser(description=f"Time {op} against its baselines.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", nargs="*", choices=works, help="default: the works of DESIGN that suit the device")
-    parser.add_argument("--others", action="store_true", help=f"the shapes of all models but {FIRST}")
+    parser.add_argument("--others", action="store_true", help=f"a GPU's works of the models but {FIRST}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--skip", nargs="*", default=[], help="baselines to leave out")
@@ -316,7 +322,7 @@ def main(op: str, works: dict[str, Callable], cpu: tuple[str, ...]) -> None:
     torch.set_num_threads(arguments.threads)
     machine_rates = rates(device, arguments.work == ["tiny"])
     print(f"copy {machine_rates.copy / 1e9:.1f} GB/s, GEMM {machine_rates.gemm / 1e9:.0f} GFLOP/s")
-    others = [w for w in works if "@" in w]
+    others = [w for w in works if "@" in w and w not in targets]
     default = others if arguments.others else cpu if device.type == "cpu" else [w for w in works if w not in others]
     chosen, failed = arguments.work or [w for w in default if w != "tiny"], []
     path = arguments.out or RESULTS / result_name(device, op)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts of less than nine minutes each.
-# Needs torch (a CUDA build, >= 2.10), nvcc, cmake, ninja, pybind11, pytest and no network. Wheels in a folder .whl (liger-kernel,
-# cut-cross-entropy, ...) are unpacked for the run; nothing is installed.
+# Needs torch (a CUDA build, >= 2.10), nvcc, cmake, ninja, pybind11, pytest and no network. Wheels in a folder .whl (of
+# liger-kernel and cut-cross-entropy, for instance) are unpacked for the run; nothing is installed.
 #
-#   OUT=/tmp/results bash benchmarks/gpu_check.sh check     build, machine code, tests on the GPU, compute-sanitizer, all tests
+#   OUT=/tmp/results bash benchmarks/gpu_check.sh check     build, machine code, tests on the GPU, all tests, compute-sanitizer
 #   OUT=/tmp/results bash benchmarks/gpu_check.sh ops       build, the operators' benchmarks at Llama-2-7B's shape
 #   OUT=/tmp/results bash benchmarks/gpu_check.sh models    build, the other models' shapes; the clue modules' share of a step
 #   DRY=1 bash benchmarks/gpu_check.sh check|ops|models     the same on the CPU with tiny inputs: does the script work?
@@ -102,7 +102,14 @@ if [[ $part == check ]]; then
   else
     note "NOT RUN  machine code: cuobjdump is not on PATH, or there are no CUDA kernels (DRY)"
   fi
-  step "tests on the GPU" 150 "${pytest[@]}" "${mark[@]}" python_tests/ops --durations=5
+  step "tests on the GPU" 150 "${pytest[@]}" "${mark[@]}" python_tests --durations=5
+  if [[ $DRY ]]; then
+    step "all tests" 90 "${pytest[@]}" --collect-only python_tests
+  else
+    workers=()
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+    step "all tests" 200 env OMP_NUM_THREADS=2 "${pytest[@]}" "${workers[@]}" -m "not cuda" python_tests --durations=5
+  fi
   if ! command -v compute-sanitizer >/dev/null; then
     note "NOT RUN  compute-sanitizer: it is not on PATH"
   elif ! timeout 60 compute-sanitizer "$PYTHON" -c 'import torch; torch.zeros(1, device="cuda") + 1' >>"$OUT/log.txt" 2>&1; then
@@ -110,16 +117,10 @@ if [[ $part == check ]]; then
   else
     # without torch's caching allocator every tensor is an allocation of its own, so that reading past one is seen
     for tool in memcheck racecheck synccheck; do
-      step "compute-sanitizer $tool" 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 "${pytest[@]}" "${mark[@]}" "${kernel_tests[@]}"
+      step "compute-sanitizer $tool" 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool $tool --error-exitcode 9 --print-limit 5 \
+        "${pytest[@]}" "${mark[@]}" -k "not graph" "${kernel_tests[@]}"  # graphs need the caching allocator
     done
-  fi
-  workers=()
-  if [[ ! $DRY ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 12); fi
-  if [[ $DRY ]]; then
-    step "all tests" 60 "${pytest[@]}" --collect-only python_tests
-  else
-    step "all tests" 240 "${pytest[@]}" "${workers[@]}" -m "not cuda" python_tests --durations=5
   fi
   finish
 fi
@@ -138,7 +139,7 @@ if [[ $DRY ]]; then
 fi
 for op in token_log_likelihood similarity_topk clue_attention; do
   if [[ $part == ops ]]; then
-    step "bench $op" 160 "$PYTHON" benchmarks/bench_$op.py --device $device "${tiny[@]}"
+    step "bench $op" 200 "$PYTHON" benchmarks/bench_$op.py --device $device "${tiny[@]}"
   else
     step "bench $op, other models" 130 "$PYTHON" benchmarks/bench_$op.py --device $device --others "${tiny[@]}"
   fi

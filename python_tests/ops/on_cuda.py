@@ -7,6 +7,7 @@ every case also runs with threads and blocks in the opposite order and must give
 
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import shutil
@@ -34,9 +35,12 @@ def build_replica():
     build = ROOT / "build" / f"replica-{sys.implementation.cache_tag}"
     environment = {**os.environ, "PATH": path, "QPEFT_CUDA": "0"}
     configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-    for command in (configure, ["cmake", "--build", build, "--target", "cuda_replica"]):
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in several processes share the folder
+        for command in (configure, ["cmake", "--build", build, "--target", "cuda_replica"]):
+            ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert ran.returncode == 0, ran.stdout + ran.stderr
     torch.ops.load_library(build / "cuda_replica.so")
     return torch.ops.qpeft_cuda_replica
 
