@@ -41,7 +41,8 @@ def clue_attention(
     """``torch.nn.MultiheadAttention``: queries are the query's tokens, keys and values ``table[document_ids]``.
 
     q = x @ w_q.T + b_q; heads are consecutive slices of D; scale 1 / sqrt(D / H); result = concat @ w_o.T + b_o.
-    No dropout.
+    No dropout. float32 is not rounded to tf32 between the projections; those with w_q, w_k and w_o are GEMMs of torch's
+    autograd and follow torch's setting (off unless you turn it on).
 
     Args:
         query_embeds: ``[Q, T, D]``, floating.
