@@ -84,6 +84,40 @@ def test_a_damaged_cache_is_built_again(tmp_path, cache, ending):
             assert formats.Corpus(folder)["d2"]["title"] == "Moon"
 
 
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_killed_build_leaves_nothing_that_counts(tmp_path, cache, ending):
+    """SIGKILL in the middle; the next use builds anew and, an hour later, cleans up."""
+    folder = write_folder(tmp_path / "data", ending)
+    program = f"""
+import os, signal
+from qpeft_ext import formats
+parse = formats.Corpus.parse
+formats.Corpus.parse = lambda self, n, text: os.kill(os.getpid(), signal.SIGKILL) if n == 4 else parse(self, n, text)
+formats.Corpus({str(folder)!r})
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    left = list(cache.iterdir())
+    assert left and all(file.name.endswith(".tmp") for file in left)
+    corpus = formats.Corpus(folder)
+    assert len(corpus) == 6 and corpus["d6"]["text"] == "???" and set(left) <= set(cache.iterdir())  # may be in use
+    for file in left:
+        os.utime(file, (0, 0))
+    write_lines(folder / f"corpus.jsonl{ending}", ['{"_id": "new", "text": "n"}'])
+    assert list(formats.Corpus(folder)) == ["new"] and not set(left) & set(cache.iterdir())
+
+
+def test_many_processes_may_build_at_once(tmp_path):
+    """As the ranks of a training job do."""
+    write_lines(tmp_path / "corpus.jsonl.gz", (json.dumps({"_id": f"d{i}", "text": str(i)}) for i in range(20_000)))
+    program = f"""
+from qpeft_ext import formats
+corpus = formats.Corpus({str(tmp_path)!r})
+assert len(corpus) == 20_000 and all(corpus[f"d{{i}}"]["text"] == str(i) for i in range(0, 20_000, 37))
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+
+
 def test_a_change_under_our_feet_is_noticed(tmp_path):
     folder = write_folder(tmp_path / "data")
     corpus = formats.Corpus(folder)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from .formats.corpus import drop_leftovers
 from .formats.io import cache_folder, sync_folder
 from .formats.trec import Run
 
@@ -103,6 +104,7 @@ class BM25:
 
     def _save(self, name: str) -> None:
         """Keep the index as a whole or not at all, and drop those of the corpus as it was before."""
+        drop_leftovers("bm25-")
         folder = cache_folder() / name
         for other in cache_folder().glob(f"{'-'.join(name.split('-')[:3])}-*"):
             if name.split("-k1=")[0] != other.name.split("-k1=")[0] and not other.name.endswith(".tmp"):

@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -167,8 +169,17 @@ def json_document(
     return {"id": doc_id, "title": title, "text": require_text(path, number, record, text_key, empty=True)}
 
 
+def drop_leftovers(prefix: str) -> None:
+    """Remove what killed processes left in the cache folder: temporary names that nobody has written to for an hour."""
+    for left in cache_folder().glob(f"{prefix}*.tmp"):
+        with contextlib.suppress(OSError):  # gone already
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def _build_index(corpus: Corpus, index: Path, copy: Path | None) -> None:
     """Read the whole corpus once: check every document and write the index, and the copy where there is one."""
+    drop_leftovers("corpus-")
     mark = f".{os.urandom(6).hex()}.tmp"
     new_index = index.with_name(index.name + mark)
     new_copy = copy.with_name(copy.name + mark) if copy else None

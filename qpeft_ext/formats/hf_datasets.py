@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .collection import Collection, Example, Glance
+from .io import AnyPath
 from .trec import Qrels
 
 PREFIX = "hf:"
@@ -58,6 +59,10 @@ class Dataset(Collection):
 
     format = "datasets"
     looks_for = f"{PREFIX}owner/name (a data set of the Hub), or a folder with {_MARKS[0]} (datasets)"
+
+    def __init__(self, place: AnyPath) -> None:
+        super().__init__(place)
+        self._loaded: dict[str | None, dict[str, Any]] = {}
 
     @classmethod
     def recognises(cls, glance: Glance) -> bool:
@@ -137,13 +142,14 @@ class Dataset(Collection):
 
     def _load(self, configuration: str | None) -> dict[str, Any]:
         """Split → rows. One that was saved without splits is "train", as `load_dataset` would call it."""
-        library = _library()
-        folder = Path(self.place)
-        if folder.is_dir():
-            rows = library.load_from_disk(str(folder / configuration if configuration else folder))
-        else:
-            rows = library.load_dataset(self.place.removeprefix(PREFIX), configuration)
-        return rows if isinstance(rows, dict) else {"train": rows}
+        if configuration not in self._loaded:
+            library, folder = _library(), Path(self.place)
+            if folder.is_dir():
+                rows = library.load_from_disk(str(folder / configuration if configuration else folder))
+            else:
+                rows = library.load_dataset(self.place.removeprefix(PREFIX), configuration)
+            self._loaded[configuration] = rows if isinstance(rows, dict) else {"train": rows}
+        return self._loaded[configuration]
 
     def _only(self, configuration: str) -> Any:
         """The rows of a configuration that is one set, whatever its split is called."""
