@@ -96,6 +96,15 @@ def test_what_does_not_belong_together_is_counted(source, tmp_path):
     assert data.parts == ("corpus", "queries", "qrels", "candidates")
 
 
+def test_queries_of_other_splits_stay_out(source, tmp_path):
+    """BEIR keeps the queries of all splits in one file; in a file of one split they would count as unanswered."""
+    source.run = {"q1": RUN["q1"]}
+    (tmp_path / "data" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\td3\t1\n")
+    for target, name in (("upr", "a.json"), ("rankllm", "a.jsonl"), ("msmarco", "folder")):
+        data, done = there_and_back(source, tmp_path / name, target)
+        assert list(data.queries()) == ["q1", "q2"] and done.lost["queries of other splits"] == 1, target
+
+
 def test_one_format_after_the_other(source, tmp_path):
     """beir → rankllm → upr → rankllm → beir: queries, candidates and their texts arrive."""
     for place, target in enumerate(["rankllm", "upr", "rankllm", "beir"]):

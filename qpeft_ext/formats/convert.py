@@ -81,6 +81,15 @@ class Source:
     def qrels(self) -> Qrels | None:
         return self.data.qrels(self.split) if self._has("qrels") else None
 
+    def asked(self, done: Conversion) -> dict[str, str] | None:
+        """The queries of this split: judged, or with candidates. Some formats keep those of all splits in one file."""
+        queries, qrels = self.queries, self.qrels
+        if queries is None or (qrels is None and self.run is None):
+            return queries
+        asked = {q: text for q, text in queries.items() if q in (qrels or {}) or q in (self.run or {})}
+        done.lost["queries of other splits"] = len(queries) - len(asked)
+        return asked
+
     def need(self, target: str, *parts: str) -> list[Any]:
         """The parts, all of which ``target`` is made of."""
         values = []
@@ -133,7 +142,8 @@ def _write_beir(source: Source, output: AnyPath, done: Conversion) -> None:
 
 
 def _write_msmarco(source: Source, output: AnyPath, done: Conversion) -> None:
-    corpus, queries = source.need("msmarco", "corpus", "queries")
+    corpus, _ = source.need("msmarco", "corpus", "queries")
+    queries = source.asked(done)
     flat = _Flat(done)
     with _new_folder(output) as folder:
         def passages() -> Iterator[str]:
@@ -172,7 +182,8 @@ def _write_trec(source: Source, output: AnyPath, done: Conversion) -> None:
 
 
 def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
-    queries, run = source.need("upr", "queries", "candidates")
+    _, run = source.need("upr", "queries", "candidates")
+    queries = source.asked(done)
     corpus, answers, qrels = source.corpus, source.answers or {}, source.qrels or {}
     held = 0
 
@@ -207,7 +218,8 @@ def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
 
 
 def _write_rankllm(source: Source, output: AnyPath, done: Conversion) -> None:
-    queries, corpus, run = source.need("rankllm", "queries", "corpus", "candidates")
+    _, corpus, run = source.need("rankllm", "queries", "corpus", "candidates")
+    queries = source.asked(done)
 
     def lines() -> Iterator[str]:
         for query_id, ranking in _per_query(run, queries, done):
