@@ -21,6 +21,7 @@ from qpeft_ext.cli import main
 from qpeft_ext.engine import Engine
 from qpeft_ext.formats.io import AtomicWriter
 from qpeft_ext.index_run import IndexWriter
+from qpeft_ext.prefix_cache import PrefixKV
 from qpeft_ext.prefix_index import PrefixIndex, shard_paths
 
 
@@ -151,6 +152,14 @@ def test_rerank_with_an_index(job, tmp_path, capsys, monkeypatch):
     said = error(capsys, *arguments, "--base-model", mine / "lm", "--dtype", "bfloat16")
     assert "was made with the LM in float32, this one is in bfloat16; say --dtype float32" in said
     assert "is no index" in error(capsys, *arguments[:-1], tmp_path)
+
+
+def test_what_an_index_does_not_have_is_not_copied_for_nothing(tmp_path, monkeypatch):
+    lm = model()
+    make(tmp_path, lm, corpus({"other": ("", "another text")}))
+    expected = scores(lm)
+    monkeypatch.setattr(PrefixKV, "split", lambda _: pytest.fail("prefixes that nothing stores were copied"))
+    assert torch.equal(scores(lm, qpeft.DocumentCache(0, index=tmp_path)), expected)
 
 
 def test_equal_texts_are_stored_once(tmp_path):

@@ -142,6 +142,11 @@ class DocumentCache:
         return {tier.name: tier for tier in (*self._stores, *([self.index] if self.index is not None else ()))}
 
     @property
+    def stores(self) -> bool:
+        """Whether `put` has a place to put something."""
+        return any(tier.max_bytes for tier in self._stores)
+
+    @property
     def hits(self) -> int:
         return sum(tier.hits for tier in self.tiers.values())
 

@@ -146,7 +146,7 @@ class Engine:
         groups = [[i] for i in missing] if one_by_one else [missing] if missing else []
         for group in groups:
             fresh = self.prefill([prefixes[i] for i in group])
-            if cache is None and len(group) == len(prefixes):
+            if len(group) == len(prefixes) and (cache is None or not cache.stores):
                 return fresh
             for i, entry in zip(group, fresh.split(), strict=True):
                 stored[i] = entry
