@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 from small_data import DOCUMENTS, QUERIES, shared_data, write_folder
@@ -9,6 +10,7 @@ from small_data import DOCUMENTS, QUERIES, shared_data, write_folder
 from qpeft_ext import formats
 from qpeft_ext.evaluate import evaluate
 from qpeft_ext.first_stage import BM25, bm25_run
+from qpeft_ext.formats.ir_datasets import Documents
 
 CORPUS = {i: {"id": i, "title": title, "text": text} for i, (title, text) in DOCUMENTS.items()}
 
@@ -86,6 +88,20 @@ def test_the_index_is_kept_and_gives_the_same_run(kept, monkeypatch):
     changed = bm25_run(formats.Corpus(folder), {"q": "fortnight", "r": "month"})
     assert [doc_id for doc_id, _ in changed["q"]] == ["d2"] and changed["r"] == []
     assert len(indexes()) == 1  # those of the corpus as it was are gone
+
+
+def test_the_index_of_one_collection_does_not_replace_that_of_another(kept):
+    _, indexes = kept
+
+    class Collected(dict):
+        def fingerprint(self):
+            return Documents(SimpleNamespace(dataset_id=lambda: self.name)).fingerprint()
+
+    for name in ("beir/scifact/test", "beir/nfcorpus/test", "beir-scifact/dev"):
+        corpus = Collected(CORPUS)
+        corpus.name = name
+        bm25_run(corpus, QUERIES)
+    assert len(indexes()) == 3
 
 
 def test_a_damaged_index_is_built_again(kept):

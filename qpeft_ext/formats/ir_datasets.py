@@ -48,7 +48,8 @@ class Documents(Mapping[str, dict]):
         return self.fingerprint()
 
     def fingerprint(self) -> str:
-        return f"ir_datasets-{self.dataset.dataset_id().replace('/', '-')}"
+        # no hyphen within the id: what follows the second one tells versions of a corpus apart, and replaces them
+        return f"ir_datasets-{self.dataset.dataset_id().replace('/', '.').replace('-', '_')}"
 
 
 class Dataset(Collection):
