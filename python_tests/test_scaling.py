@@ -51,11 +51,8 @@ def lengths(model):
     queries = {len(query) for query in prompt.queries(QUERIES)}
     assert len(prefixes) == len(queries) == 1
     query = queries.pop()
-    # one clue per query token; the last query token is predicted, and nothing follows it
-    return prefixes.pop(), len(prompt.suffix.hints) + query + len(prompt.suffix.question) + query - UNREAD
-
-
-UNREAD = 0
+    # one clue per query token; the last query token is predicted, but nothing follows it, so it is not read
+    return prefixes.pop(), len(prompt.suffix.hints) + query + len(prompt.suffix.question) + query - 1
 
 
 @pytest.mark.parametrize("documents", [DOCUMENTS, DOCUMENTS[:1]])
