@@ -2,8 +2,6 @@
 
     python benchmarks/bench_reranking.py                      # 25 M Llama, 2 threads: half an hour
     python benchmarks/bench_reranking.py --setting small      # a few minutes
-    python benchmarks/bench_reranking.py --work rerank_memory # a corpus of a million documents
-    python benchmarks/bench_reranking.py --work batch_drift   # what a batch does to one pair's score, in bf16
 
 The work: queries of 12 to 20 tokens; documents of log-normal length, 200 tokens on average with a spread of 0.4 of it
 (SQuAD 0.51, TREC DL 0.41, SciFact 0.41), cut at 320. Candidates are shared: each distinct document is a candidate of
@@ -27,6 +25,8 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,14 +36,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_training import Shape, make_model
-from common import peak_bytes, show, synchronize
+from common import RESULTS, machine, peak_bytes, show, synchronize, write
 
 import qpeft_ext as qpeft
 
 TOLERANCE = 1e-4  # of mean log-likelihoods, nats per query token
 LONGEST_DOCUMENT = 320
 UPR_BATCH = 16
-WORKS = ("rerank_cold", "rerank_warm", "rerank_disk")
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,14 @@ class Setting:
     queries: int = 50
     candidates: int = 100
     parts: int = 5
+    suffix: str = ""  # of the works' names; the fixed ones belong to the 25 M Llama
 
 
 SETTINGS = {
     "25m": Setting(Shape()),
-    "small": Setting(Shape(layers=4, width=256, inner=768, heads=4, vocabulary=4000)),
-    "tiny": Setting(Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=30, query=5), 4, 6, 2),
+    "small": Setting(Shape(layers=4, width=256, inner=768, heads=4, vocabulary=4000), suffix="/small"),
+    "tiny": Setting(Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=30, query=5),
+                    queries=4, candidates=6, parts=2, suffix="/tiny"),
 }
 
 
@@ -126,7 +127,7 @@ class Systems:
         self.model = make_model(setting.shape, device, "attention", dtype).eval()
         self.model.prompt.max_document_tokens = LONGEST_DOCUMENT
         self.cache_bytes = cache_bytes
-        self.cache = None
+        self.cache = self.disk_cache = None
         self.cross_encoder_model = self._load_cross_encoder()
 
     def baselines(self) -> dict[str, Callable[[Pairs], np.ndarray]]:
@@ -142,6 +143,27 @@ class Systems:
 
     def ours_warm(self, part: Pairs) -> np.ndarray:
         return qpeft.Reranker(self.model, cache=self.cache).predict(part.texts(), show_progress_bar=False)
+
+    def ours_disk(self, part: Pairs) -> np.ndarray:
+        """Prefixes of an earlier process: read from files, then kept."""
+        return qpeft.Reranker(self.model, cache=self.disk_cache).predict(part.texts(), show_progress_bar=False)
+
+    @torch.no_grad()
+    def write_files(self, part: Pairs) -> None:
+        """What `ours_disk` reads; nothing of it stays in the page cache."""
+        folder = self.folder / "prefixes"
+        if self.disk_cache is not None:
+            os.close(self.disk_cache.tiers["disk"]._lock)  # as the end of a process would
+            shutil.rmtree(folder)
+        writer = qpeft.DocumentCache(0, disk=folder, disk_bytes=self.cache_bytes)
+        for prefix in self.model.encode(part.texts()).documents:
+            self.model.engine.cached_prefill([prefix.ids], writer)
+        os.close(writer.tiers["disk"]._lock)
+        for file in folder.glob("*.safetensors"):
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self.disk_cache = qpeft.DocumentCache(self.cache_bytes, disk=folder, disk_bytes=self.cache_bytes)
 
     def plain(self, part: Pairs) -> np.ndarray:
         return qpeft.Reranker(self.model, path="plain").predict(part.texts(), show_progress_bar=False)
@@ -244,7 +266,8 @@ def check(systems: Systems, part: Pairs) -> float:
     query_tokens = np.array([len(systems.model.prompt.queries([part.queries[q]])[0]) for q, _ in part.pairs])
     expected = systems.plain(part) / query_tokens
     largest = 0.0
-    for function in (systems.ours_cold, systems.ours_warm, systems.padded_unsorted):
+    systems.write_files(part)
+    for function in (systems.ours_cold, systems.ours_warm, systems.ours_disk, systems.padded_unsorted):
         error = float(np.abs(function(part) / query_tokens - expected).max())
         largest = max(largest, error)
         if not error <= TOLERANCE:
@@ -257,14 +280,15 @@ def check(systems: Systems, part: Pairs) -> float:
     return largest
 
 
-def measure(systems: Systems, data: Pairs, baselines: list[str]) -> list[dict]:
-    """One row for each of the works."""
+def measure(systems: Systems, data: Pairs, baselines: list[str], only: int | None = None) -> list[dict]:
+    """One row for each of the works. ``only``: so many parts of the work."""
     setting, device = systems.setting, systems.device
     largest_error = check(systems, data.few(100))
-    ours = {"cold": systems.ours_cold, "warm": systems.ours_warm}
+    ours = {"cold": systems.ours_cold, "warm": systems.ours_warm, "disk": systems.ours_disk}
     against = {name: function for name, function in systems.baselines().items() if name in baselines}
     wall, cpu, pairs_per_second = ({name: [] for name in (*ours, *against)} for _ in range(3))
-    for r in range(setting.parts):
+    for r in range(only or setting.parts):
+        systems.write_files(data.part(r, setting.parts))
         for name, function in {**ours, **against}.items():  # warm follows cold: it reads what cold left
             part = data.part(r, setting.parts, by_query=name == "padded_unsorted")
             gc.collect()
@@ -278,6 +302,7 @@ def measure(systems: Systems, data: Pairs, baselines: list[str]) -> list[dict]:
         print(f"part {r + 1} of {setting.parts}, pairs/s: " + ", ".join(
             f"{name} {rates[r]:.1f}" for name, rates in pairs_per_second.items()), flush=True)
     sample = data.part(0, setting.parts).few(200)
+    systems.write_files(sample)
     peaks = {name: peak_bytes(lambda f=function: f(sample), device) for name, function in {**ours, **against}.items()}
     counts = count_tokens(systems, data)
     rows = []
@@ -285,7 +310,7 @@ def measure(systems: Systems, data: Pairs, baselines: list[str]) -> list[dict]:
         ratio = {b: sum(wall[b]) / sum(wall[name]) for b in against}
         bound = {b: counts[b].tokens / counts[name].tokens for b in against}
         rows.append({
-            "work": f"rerank_{name}",
+            "work": f"rerank_{name}{setting.suffix}",
             "ours_ms": sum(wall[name]),
             "baselines_ms": {b: sum(wall[b]) for b in against},
             "ratio": ratio,
@@ -299,7 +324,8 @@ def measure(systems: Systems, data: Pairs, baselines: list[str]) -> list[dict]:
             "ours_cpu_ms": sum(cpu[name]),
             "baselines_cpu_ms": {b: sum(cpu[b]) for b in against},
             "cpu_ratio": {b: sum(cpu[b]) / sum(cpu[name]) for b in against},
-            "pairs_per_second": {n: 1e3 * len(data.pairs) / sum(wall[n]) for n in (name, *against)},
+            "pairs_per_second": {n: len(wall[n]) / sum(1 / x for x in pairs_per_second[n]) for n in (name, *against)},
+            "parts": len(wall[name]),
             "queries_per_petaflop": {n: 1e15 * setting.queries / counts[n].flops(setting.shape)
                                      for n in (name, *against)},
             "shape": vars(setting.shape) | {
@@ -319,6 +345,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--setting", default="25m", choices=SETTINGS)
     parser.add_argument("--queries", type=int)
+    parser.add_argument("--parts", type=int, help="the work is done in so many parts, at least 5 for a median")
+    parser.add_argument("--only", type=int, help="stop after so many parts: a quick look")
     parser.add_argument("--sharing", type=float, default=2.0, help="pairs per distinct document")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--baselines", nargs="*", default=["plain", "padded_unsorted", "cross_encoder"])
@@ -327,12 +355,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting = SETTINGS[arguments.setting]
-    setting = replace(setting, queries=arguments.queries or setting.queries)
+    setting = replace(setting, queries=arguments.queries or setting.queries, parts=arguments.parts or setting.parts)
     data = make_pairs(setting, arguments.sharing)
     with tempfile.TemporaryDirectory() as folder:
         systems = Systems(setting, arguments.device, getattr(torch, arguments.dtype), int(arguments.cache_gb * 1e9),
                           Path(folder))
-        rows = measure(systems, data, arguments.baselines)
+        rows = measure(systems, data, arguments.baselines, arguments.only)
+        if arguments.out or arguments.setting != "tiny":
+            print("wrote", write(arguments.out or RESULTS / f"{machine(systems.device)}_reranking.json",
+                                 systems.device, rows))
     for row in rows:
         show(row)
         for name, bound in row["token_bound"].items():
