@@ -6,7 +6,9 @@ import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
+from qpeft_ext.memory import FIXED_BYTES, bytes_per_token, plan_memory
 from qpeft_ext.prompt import document_text
+from qpeft_ext.schedule import document_jobs, prefix_groups, suffix_groups, suffix_jobs
 
 
 @pytest.fixture(scope="module", params=["attention", "top_k", "none"])
@@ -68,6 +70,84 @@ def test_out_of_memory_halves_the_batch_and_no_other_error_does(model, monkeypat
     monkeypatch.setattr(type(model), "forward", lambda *a, **o: (_ for _ in ()).throw(RuntimeError("other")))
     with pytest.raises(RuntimeError, match="other"):
         reranker.predict(PAIRS)
+
+
+@pytest.mark.parametrize("cache_bytes", [None, 20_000, 1 << 20])
+def test_out_of_memory_in_a_prefix_pass_halves_the_passes(model, monkeypatch, caplog, cache_bytes):
+    expected, prefill = qpeft.Reranker(model).predict(PAIRS), model.engine.prefill
+
+    def failing(prefixes):
+        if len(prefixes) > 1:
+            raise torch.OutOfMemoryError("pretended")
+        return prefill(prefixes)
+
+    monkeypatch.setattr(model.engine, "prefill", failing)
+    cache = None if cache_bytes is None else qpeft.DocumentCache(cache_bytes)
+    reranker = qpeft.Reranker(model, max_tokens_per_batch=256, cache=cache)
+    np.testing.assert_allclose(reranker.predict(PAIRS), expected, atol=1e-4)
+    assert reranker.max_tokens_per_batch < 256
+    assert f"retrying with max_tokens_per_batch={reranker.max_tokens_per_batch}" in caplog.text
+
+
+def test_a_memory_budget_is_divided(model):
+    attention = model.qpeft_config.clues == "attention"
+    budget = FIXED_BYTES + (64 << 20)
+    plan = plan_memory(model.engine, budget, attention)
+    assert plan.max_tokens_per_batch == 4096 and (plan.projected_bytes > 0) == attention
+    passes = plan.max_tokens_per_batch * bytes_per_token(model.engine)
+    assert FIXED_BYTES + passes + plan.cache_bytes + plan.projected_bytes == budget
+    small = plan_memory(model.engine, FIXED_BYTES + 600 * bytes_per_token(model.engine), attention)
+    assert small.max_tokens_per_batch == 300
+    reranker = qpeft.Reranker(model, max_memory=budget)
+    assert (reranker.max_tokens_per_batch, reranker.cache.max_bytes) == (4096, plan.cache_bytes)
+    np.testing.assert_allclose(reranker.predict(PAIRS), qpeft.Reranker(model).predict(PAIRS), atol=1e-4)
+    for wrong, message in ((FIXED_BYTES, "at least 19"), ("free", "only a CUDA device"), (1.5, "whole number")):
+        with pytest.raises(ValueError, match=message):
+            qpeft.Reranker(model, max_memory=wrong)
+
+
+def test_compiled_suffix_passes_give_the_same_scores():
+    model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(clues="top_k", k=3, rank=8), tiny_tokenizer())
+    expected = qpeft.Reranker(model).predict(PAIRS)
+    model.engine.compile(backend="eager")  # the graph is what we answer for; inductor takes minutes
+    torch._dynamo.utils.counters.clear()
+    np.testing.assert_allclose(qpeft.Reranker(model, compile=True).predict(PAIRS), expected, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("max_pairs", [1, 3, 100])
+def test_every_pair_is_in_one_pass_and_padding_is_bounded(model, max_pairs):
+    queries = ["a" * n for n in (3, 9, 4, 9, 5)]
+    documents = ["b" * n for n in range(5, 60, 6)]
+    batch = model.encode([(query, document) for query in queries for document in documents])
+    for jobs in (document_jobs(batch, max_pairs), suffix_jobs(batch, max_pairs)):
+        assert sorted(i for job in jobs for i in job) == list(range(len(batch)))
+    for job in document_jobs(batch, max_pairs):
+        assert {batch.pairs[i][1] for i in job}.isdisjoint(
+            {batch.pairs[i][1] for i in range(len(batch)) if i not in job})
+    seen = []
+    for group in prefix_groups(batch, 150, 10):
+        lengths = [len(batch.documents[d].ids) for d in group]
+        assert len(group) == 1 or len(group) * max(lengths) <= 150
+        assert sum(max(lengths) - n for n in lengths) <= 10
+        for rows in suffix_groups(batch, group, 100, None, 6, True, False):
+            lengths = [len(batch.queries[batch.pairs[i][0]]) for i in rows]
+            assert sum(max(lengths) - n for n in lengths) <= 6
+            seen += rows
+    assert sorted(seen) == list(range(len(batch)))
+
+
+def test_a_prefix_pass_ends_with_the_last_keys(model):
+    calls = []
+    hooks = [layer.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
+             for i, layer in enumerate(model.engine.decoder.layers)]
+    try:
+        model.engine.prefill([[1, 2, 3]])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert calls == [0]
 
 
 def test_truncated_documents_are_counted(model):

@@ -278,6 +278,46 @@ def test_micro_batches_and_deterministic_give_the_same_step(tmp_path):
     assert_close(one_step(tmp_path, EXAMPLES[:4], cache_bytes=1 << 20)[0], expected, 1e-5)
 
 
+@pytest.mark.parametrize("where", ["in the prefix pass", "in the backward pass"])
+def test_a_step_that_does_not_fit_is_taken_in_parts(tmp_path, monkeypatch, caplog, where):
+    def weights_after(folder, model):
+        trained = trainer(folder, model, gradient_accumulation_steps=2, optim="sgd")
+        trained.train()
+        return weights(model), trained
+
+    expected, _ = weights_after(tmp_path / "whole", tiny_model())
+    model, failures = tiny_model(), []
+    if where == "in the prefix pass":
+        prefill = model.engine.prefill
+
+        def failing(prefixes):
+            if sum(map(len, prefixes)) > 150:
+                failures.append(len(prefixes))
+                raise torch.OutOfMemoryError("pretended")
+            return prefill(prefixes)
+
+        monkeypatch.setattr(model.engine, "prefill", failing)
+    else:
+        backward = torch.Tensor.backward
+
+        def failing(loss, *args, **kwargs):
+            backward(loss, *args, **kwargs)
+            if len(failures) < 3 and len(failures) != 1:  # the first try, and one with a gradient from before
+                failures.append(loss)
+                raise torch.OutOfMemoryError("pretended")
+            failures.append(None)
+
+        monkeypatch.setattr(torch.Tensor, "backward", failing)
+    found, trained = weights_after(tmp_path / "parts", model)
+    assert failures and "out of memory: retrying the step with suffix_micro_batch=" in caplog.text
+    assert_close(found, expected, 1e-5)
+    assert trained.documents_read == 32  # not counted twice
+    monkeypatch.setattr(model.engine, "prefill", lambda p: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    with pytest.raises(torch.OutOfMemoryError):
+        trained.train()
+    assert model.qpeft_config.suffix_micro_batch == 1
+
+
 @pytest.mark.parametrize("clues", ["attention", "top_k"])
 @pytest.mark.parametrize("loss", ["pointwise_pairwise", "listwise", "contrastive"])
 def test_the_loss_falls_on_a_fixed_set(tmp_path, clues, loss):

@@ -44,6 +44,7 @@ class Engine:
         head: `LikelihoodHead`.
         why_plain: why prefixes cannot be shared ("" when they can).
         context: the longest prompt, in tokens (None: unlimited).
+        suffix_decoder: what suffix passes run: the decoder, compiled or not.
         last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
         takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
     """
@@ -52,7 +53,7 @@ class Engine:
         if getattr(lm.config, "is_encoder_decoder", False):
             raise ValueError(f"{type(lm).__name__} is an encoder–decoder; a causal LM is expected")
         self.lm = lm
-        self.decoder = lm.get_decoder()
+        self.decoder = self.suffix_decoder = lm.get_decoder()
         self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         self.last_layer = -1  # unknown
@@ -60,6 +61,11 @@ class Engine:
             self.scale = self._embedding_scale()
             self.head = LikelihoodHead(lm, self.decoder)
             self.why_plain = self._why_plain()
+
+    def compile(self, backend: str = "inductor") -> None:
+        """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
+        if self.suffix_decoder is self.decoder:
+            self.suffix_decoder = torch.compile(self.decoder, dynamic=True, backend=backend)
 
     @property
     def table(self) -> Tensor:

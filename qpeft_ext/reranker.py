@@ -14,6 +14,7 @@ from .batch import ClueInputs
 from .cache import DocumentCache
 from .clues import AttentionClues, allowed_ids
 from .explain import Explanation, explain_pair
+from .memory import plan_memory
 from .model import QPeftModel
 from .ops import similarity_topk
 from .prompt import Document, document_text
@@ -34,9 +35,13 @@ class Reranker:
         max_tokens_per_batch: token budget of a pass, by default what suits the device; halved and retried when the
             device runs out of memory.
         cache: a `DocumentCache`, to keep document prefixes between calls; it may be shared by rerankers of one LM.
-        projected_bytes: budget for projected table rows that Q-PEFT-A reuses between calls (`AttentionClues`); 0: none.
+        projected_bytes: budget for projected table rows that Q-PEFT-A reuses between calls (`AttentionClues`), 256 MiB
+            if None; 0: none.
         deterministic: bit-equal scores whatever else is scored; slower (see `QPeftModel.forward`).
         path: "document_first" or "plain".
+        max_memory: bytes besides the weights, or "free" on a CUDA device (`memory.plan_memory` has the formula): gives
+            max_tokens_per_batch, projected_bytes and a cache, where they are not given.
+        compile: `torch.compile` the suffix passes; the first passes then take minutes. For large models on a GPU.
 
     Attributes: truncated: documents cut so far (``max_document_tokens``).
     """
@@ -46,18 +51,28 @@ class Reranker:
         model: QPeftModel,
         max_tokens_per_batch: int | None = None,
         cache: DocumentCache | None = None,
-        projected_bytes: int = 256 << 20,
+        projected_bytes: int | None = None,
         deterministic: bool = False,
         path: str = "document_first",
+        max_memory: int | str | None = None,
+        compile: bool = False,
     ) -> None:
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
+        attention = isinstance(model.clues, AttentionClues)
+        if max_memory is not None:
+            plan = plan_memory(model.engine, max_memory, attention)
+            max_tokens_per_batch = max_tokens_per_batch or plan.max_tokens_per_batch
+            projected_bytes = plan.projected_bytes if projected_bytes is None else projected_bytes
+            cache = DocumentCache(plan.cache_bytes) if cache is None else cache
+        if compile:
+            model.engine.compile()
         self.model = model.eval()
         self.max_tokens_per_batch = max_tokens_per_batch or default_tokens(model.device)
         self.cache = cache
         self.deterministic = deterministic
-        if isinstance(model.clues, AttentionClues):
-            model.clues.projected_bytes = projected_bytes
+        if attention:
+            model.clues.projected_bytes = 256 << 20 if projected_bytes is None else projected_bytes
         self.path = path
         self.truncated = 0
 

@@ -53,7 +53,8 @@ def log_likelihood(
     if engine.takes_positions:
         arguments["position_ids"] = positions
     if engine.head.fused:
-        hidden = engine.decoder(**arguments).last_hidden_state
+        decoder = engine.decoder if prefix is None else engine.suffix_decoder
+        hidden = decoder(**arguments).last_hidden_state
         return engine.head(hidden.reshape(B * L, -1)[rows.before_query], rows.target_ids)
     keep = torch.zeros(B * L, dtype=torch.bool, device=embeds.device)
     keep[rows.before_query] = True
@@ -85,7 +86,8 @@ class _ReadOnly:
         """The stored slots of each pair's document, then the new ones: [B, heads, P + L, head width]."""
         if self.rows is None:
             return torch.cat([stored, new], dim=-2)
-        if torch.is_grad_enabled() and (stored.requires_grad or new.requires_grad):
+        with_grad = torch.is_grad_enabled() and (stored.requires_grad or new.requires_grad)
+        if with_grad or torch.compiler.is_compiling():  # which knows no ``out`` that is a part of a tensor
             return torch.cat([stored.index_select(0, self.rows), new], dim=-2)
         P = stored.shape[-2]  # one copy instead of two: 1.6 times faster
         both = new.new_empty(*new.shape[:-2], P + new.shape[-2], new.shape[-1])

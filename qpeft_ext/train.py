@@ -28,6 +28,7 @@ from .examples import (
 )
 from .losses import configured_loss
 from .model import QPeftModel
+from .schedule import default_tokens
 from .train_arguments import checked_arguments
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class QPeftTrainer(Trainer):
                              "set dataloader_num_workers=0")
         self.cache = DocumentCache(cache_bytes) if cache_bytes else None
         self.deterministic = deterministic
+        self._max_tokens_per_batch = default_tokens(model.device)
         self.documents_read = self.documents_cut = 0
         needs_scores = config.loss == "margin_mse"
         self._collators = {
@@ -166,12 +168,43 @@ class QPeftTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """As of `Trainer`; the loss it returns, which is what the trainer reports, is that of all ranks."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self._step_within_memory(model, inputs, num_items_in_batch)
         return self.accelerator.reduce(loss, "mean") if self.args.world_size > 1 else loss
+
+    def _step_within_memory(self, model, inputs, num_items_in_batch) -> Tensor:
+        """A step of the trainer; when the device runs out of memory it is tried again with half of it at a time.
+
+        The gradient is the same: suffixes then are computed twice, in micro-batches (``suffix_micro_batch``). Not with
+        several processes, which would wait for each other.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        accumulated = [None if p.grad is None else p.grad.clone() for p in parameters]
+        counts = self.documents_read, self.documents_cut
+        while True:
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError:
+                if self.args.world_size > 1 or not self._use_less_memory(len(inputs["pairs"])):
+                    raise
+            for parameter, gradient in zip(parameters, accumulated, strict=True):  # a part may have been added
+                parameter.grad = None if gradient is None else gradient.clone()
+            self.documents_read, self.documents_cut = counts
+
+    def _use_less_memory(self, pairs: int) -> bool:
+        """Halve micro-batches and passes for good; False if they are of one pair already."""
+        config, before = self.model.qpeft_config, min(self.model.qpeft_config.suffix_micro_batch or pairs, pairs)
+        if before == 1:
+            return False
+        config.suffix_micro_batch = before // 2
+        self._max_tokens_per_batch = max(1, self._max_tokens_per_batch // 2)
+        logger.warning("out of memory: retrying the step with suffix_micro_batch=%d and passes of %d tokens",
+                       config.suffix_micro_batch, self._max_tokens_per_batch)
+        return True
 
     def _likelihood_table(self, model, inputs) -> Tensor:
         """ℓ, the mean log-likelihood per query token, of every query and document, [Q, M] float32."""
-        scores = model(inputs["pairs"], cache=self.cache, deterministic=self.deterministic)
+        scores = model(inputs["pairs"], cache=self.cache, deterministic=self.deterministic,
+                       max_tokens_per_batch=self._max_tokens_per_batch)
         return scores.mean_query_log_likelihood[inputs["pair"]]
 
     # -- evaluation ----------------------------------------------------------------------------------------------
