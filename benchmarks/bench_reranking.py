@@ -153,12 +153,12 @@ class Systems:
         """What `ours_disk` reads; nothing of it stays in the page cache."""
         folder = self.folder / "prefixes"
         if self.disk_cache is not None:
-            os.close(self.disk_cache.tiers["disk"]._lock)  # as the end of a process would
+            self.disk_cache.tiers["disk"]._lock.close()  # as the end of a process would
             shutil.rmtree(folder)
         writer = qpeft.DocumentCache(0, disk=folder, disk_bytes=self.cache_bytes)
         for prefix in self.model.encode(part.texts()).documents:
             self.model.engine.cached_prefill([prefix.ids], writer)
-        os.close(writer.tiers["disk"]._lock)
+        writer.tiers["disk"]._lock.close()
         for file in folder.glob("*.safetensors"):
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())

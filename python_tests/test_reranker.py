@@ -93,13 +93,13 @@ def test_a_memory_budget_is_divided(model):
     attention = model.qpeft_config.clues == "attention"
     budget = FIXED_BYTES + (64 << 20)
     plan = plan_memory(model.engine, budget, attention)
-    assert plan.max_tokens_per_batch == 4096 and (plan.projected_bytes > 0) == attention
+    assert plan.max_tokens_per_batch == 2048 and (plan.projected_bytes > 0) == attention
     passes = plan.max_tokens_per_batch * bytes_per_token(model.engine)
     assert FIXED_BYTES + passes + plan.cache_bytes + plan.projected_bytes == budget
     small = plan_memory(model.engine, FIXED_BYTES + 600 * bytes_per_token(model.engine), attention)
     assert small.max_tokens_per_batch == 300
     reranker = qpeft.Reranker(model, max_memory=budget)
-    assert (reranker.max_tokens_per_batch, reranker.cache.max_bytes) == (4096, plan.cache_bytes)
+    assert (reranker.max_tokens_per_batch, reranker.cache.max_bytes) == (2048, plan.cache_bytes)
     np.testing.assert_allclose(reranker.predict(PAIRS), qpeft.Reranker(model).predict(PAIRS), atol=1e-4)
     for wrong, message in ((FIXED_BYTES, "at least 19"), ("free", "only a CUDA device"), (1.5, "whole number")):
         with pytest.raises(ValueError, match=message):

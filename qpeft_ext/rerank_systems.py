@@ -29,6 +29,7 @@ class SystemsSpec:
         upr, similarity_only: also rank without clues, and by similarities alone.
         dtype, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the defaults.
         cache_bytes: of a `DocumentCache` per process; 0: none.
+        max_memory: of `Reranker`, instead of cache_bytes.
         index: folder of prefixes on disk, made by ``qpeft index``.
     """
 
@@ -43,6 +44,7 @@ class SystemsSpec:
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None
     cache_bytes: int = 0
+    max_memory: int | str | None = None
     index: Path | None = None
 
     @cached_property
@@ -116,7 +118,7 @@ class Systems:
         self.corpus = open_collection(spec.data).corpus
         cached = spec.cache_bytes or spec.index is not None
         self.cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
-        options = {"deterministic": spec.deterministic, "cache": self.cache}
+        options = {"deterministic": spec.deterministic, "cache": self.cache, "max_memory": spec.max_memory}
         if spec.max_tokens_per_batch is not None:
             options["max_tokens_per_batch"] = spec.max_tokens_per_batch
         self.rerankers = {}
@@ -126,6 +128,7 @@ class Systems:
             adapter = Reranker.from_pretrained(folder, spec.base_model, device=device, dtype=spec.dtype, **options)
             self.rerankers[spec.names[0]] = adapter
             lm, tokenizer = adapter.model.lm, adapter.model.tokenizer
+            self.cache = options["cache"] = adapter.cache
         if spec.upr or spec.similarity_only:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device)
             same = {name: getattr(spec.config, name)
@@ -133,6 +136,7 @@ class Systems:
             plain = get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer)
             for name in (UPR,) * spec.upr + (SIMILARITY,) * spec.similarity_only:
                 self.rerankers[name] = Reranker(plain, **options)
+                self.cache = options["cache"] = self.rerankers[name].cache  # one for all
         for reranker in self.rerankers.values():
             for name, limit in spec.limits.items():
                 setattr(reranker.model.prompt, name, limit)

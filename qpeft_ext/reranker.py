@@ -30,6 +30,10 @@ _PAIRS_PER_JOB = 256  # of a block, between two steps of the progress bar; score
 class Reranker:
     """Scores documents by the log-likelihood of the query: Σ log p(query token), nats, larger is better.
 
+    Passes are formed over all pairs of a call, sorted by length. A score hangs on the batch by rounding only: 1e-5 nats
+    per query token in float32; in bfloat16 4e-3 at most and 7e-4 in the median with the demo's LM on a CPU, where
+    scores spread by 1 (``benchmarks/bench_reranking_limits.py --work batch_drift``).
+
     Args:
         model: a `QPeftModel`.
         max_tokens_per_batch: token budget of a pass, by default what suits the device; halved and retried when the

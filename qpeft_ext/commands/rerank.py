@@ -40,6 +40,10 @@ def command(
     cache_bytes: Annotated[
         int, typer.Option(help="Memory per device for documents' prefixes, kept from query to query.")
     ] = 0,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Bytes per device besides the weights, or free (CUDA): gives token budget and "
+                                      "caches, instead of --cache-bytes.")
+    ] = None,
     index: Annotated[
         Path | None, typer.Option(help="Folder made by qpeft index: documents' prefixes are read from there.")
     ] = None,
@@ -73,6 +77,9 @@ def command(
                                  ("--max-tokens-per-batch", max_tokens_per_batch, 1)):
         if value is not None and value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")
+    if max_memory is not None and (cache_bytes or not (max_memory == "free" or max_memory.isdigit())):
+        raise ValueError("--max-memory and --cache-bytes exclude each other" if cache_bytes else
+                         f"--max-memory must be a number of bytes or free, got {max_memory!r}")
     places = _devices(device, devices, engine)
     collection = formats.open_collection(data)
     corpus, asked, queries = collection.corpus, asked_queries(collection, split), collection.queries(split)
@@ -87,6 +94,7 @@ def command(
         model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
         dtype=dtype, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
         max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
+        max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
         index=index.absolute() if index else None,
     )
 
