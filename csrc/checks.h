@@ -128,14 +128,19 @@ inline void check_similarity_topk_select(const Tensor& best, const Tensor& best_
 }
 
 // The values of rows and offsets: the CPU looks at them, CUDA traps at a row and trusts offsets.
-inline void check_weighted_rows(const Tensor& source, const Tensor& rows, const Tensor& weights, const Tensor& offsets) {
+inline void check_weighted_rows(const Tensor& source, const Tensor& rows, const std::optional<Tensor>& weights,
+                                const Tensor& offsets, const Tensor& out) {
   constexpr auto op = "weighted_rows";
   expect(op, "source", source, {-1, -1}, source.scalar_type(), /*free_row_stride=*/true);
   expect(op, "rows", rows, {-1}, ScalarType::Long);
-  expect(op, "weights", weights, {rows.size(0)}, sum_dtype(source.scalar_type()));
   expect(op, "offsets", offsets, {-1}, ScalarType::Long);
-  expect_same_device(op, source, {&rows, &weights, &offsets});
   STD_TORCH_CHECK(offsets.size(0) >= 1, op, ": offsets must have at least one element");
+  expect(op, "out", out, {offsets.size(0) - 1, source.size(1)}, sum_dtype(source.scalar_type()));
+  expect_same_device(op, source, {&rows, &offsets, &out});
+  if (weights) {
+    expect(op, "weights", *weights, {rows.size(0)}, sum_dtype(source.scalar_type()));
+    expect_same_device(op, source, {&*weights});
+  }
 }
 
 // As above: slots outside [first_slot, first_slot + U) are padding.
@@ -165,18 +170,6 @@ inline void check_clue_attention_softmax_backward(const Tensor& weights, const T
   expect(op, "weights", weights, {slots.size(0), slots.size(1), -1}, weights_dtype);
   expect(op, "grad_weights", grad_weights, {slots.size(0), slots.size(1), weights.size(2)}, grad_weights.scalar_type());
   expect_same_device(op, weights, {&grad_weights, &slots});
-}
-
-// The values of order and offsets are not checked here: kernels skip what lies outside source and order.
-inline void check_clue_attention_sum_rows(const Tensor& source, const Tensor& order, const Tensor& offsets,
-                                          const Tensor& out) {
-  constexpr auto op = "clue_attention_sum_rows";
-  expect_sum_dtype(op, "source", source);
-  expect(op, "source", source, {-1, -1}, source.scalar_type());
-  expect(op, "order", order, {-1}, ScalarType::Long);
-  expect(op, "offsets", offsets, {out.size(0) + 1}, ScalarType::Long);
-  expect(op, "out", out, {-1, source.size(1)}, source.scalar_type());
-  expect_same_device(op, source, {&order, &offsets, &out});
 }
 
 inline void expect_sums_of(const char* op, const char* name, const Tensor& x, const char* of_name, const Tensor& of) {

@@ -69,11 +69,12 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   //   compute dtype on the CPU, the table's dtype on CUDA; inverse_norms [n] float32 (float64 for a float64 table)
   m.def("document_rows_gather(Tensor table, Tensor rows, Tensor(a!) block, Tensor(b!)? inverse_norms) -> ()");
 
-  // Sums of weighted rows: out[g, :] = sum over e in offsets[g] .. offsets[g + 1] of weights[e] * source[rows[e], :]
+  // Sums of weighted rows: out[g, :] = (accumulate: +=) sum over e in offsets[g] .. offsets[g + 1] of weights[e] * source[rows[e], :]
   //   source [N, D], row stride free, last stride 1; rows [E] i64 in [0, N); weights [E] float32 (float64 for a float64
-  //   source); offsets [G + 1] i64, ascending, in [0, E] -> out [G, D], dtype of weights. Order of e fixed (deterministic).
+  //   source), or None: 1; offsets [G + 1] i64, ascending, in [0, E]; out [G, D], dtype of weights. Each sum has one fixed order.
   // Entries outside all segments are not read. CUDA traps at a wrong row, and trusts offsets.
-  m.def("weighted_rows(Tensor source, Tensor rows, Tensor weights, Tensor offsets) -> Tensor");
+  m.def(
+      "weighted_rows(Tensor source, Tensor rows, Tensor? weights, Tensor offsets, bool accumulate, Tensor(a!) out) -> ()");
 
   // ---- primitives: similarity_topk, CPU only ----------------------------------------------------------------------------
   // Max over the tokens of each query. n rows of a block, M queries side by side:
@@ -110,9 +111,6 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   //   weights[p, j, r] * (grad_weights[p, j, r] - sum over i of weights[p, i, r] * grad_weights[p, i, r]).
   // 0 at padding, where grad_weights is not read.
   m.def("clue_attention_softmax_backward(Tensor weights, Tensor slots, Tensor(a!) grad_weights) -> ()");
-  // Sums over documents that share a row: out[i] += source[order[e]] over offsets[i] <= e < offsets[i + 1], in this order.
-  //   source [E, C] float32/float64; order i64 in [0, E); offsets [n + 1] i64; out [n, C], dtype of source
-  m.def("clue_attention_sum_rows(Tensor source, Tensor order, Tensor offsets, Tensor(a!) out) -> ()");
 
   // Gathered products, CUDA only (on the CPU a GEMM of torch over gathered rows is faster than what could be written by hand).
   //   table [V, D], row stride free; rows [n] i64 in [0, V): lists of rows. Either end to end, offsets [lists + 1] i64, or each

@@ -1,7 +1,7 @@
 // Softmax of attention scores over the distinct tokens of each document, and its backward.
 //   lse[p, r] = log sum_j counts[p, j] exp(s[slot(p, j), r]);   weights[p, j, r] = counts[p, j] exp(s - lse)
-//   ds = weights * (grad_weights - sum of weights * grad_weights), then summed over the documents that share a row
-//   Parallel over   documents x stripes of columns; the sum over documents: rows
+//   ds = weights * (grad_weights - sum of weights * grad_weights)
+//   Parallel over   documents x stripes of columns
 //   Memory traffic  a few passes over [n, stripe], out of the cache
 //   Precision       the dtype of sums
 //   Deterministic   yes: each sum has one fixed order
@@ -118,31 +118,10 @@ void softmax_backward(const Tensor weights, const Tensor slots, Tensor grad_weig
   });
 }
 
-void sum_rows(const Tensor source, const Tensor order, const Tensor offsets, Tensor out) {
-  check_clue_attention_sum_rows(source, order, offsets, out);
-  const int64_t E = source.size(0), C = source.size(1), L = order.size(0), n = out.size(0);
-  const auto* order_at = static_cast<const int64_t*>(order.const_data_ptr());
-  const auto* offset_at = static_cast<const int64_t*>(offsets.const_data_ptr());
-  dispatch_sum(source.scalar_type(), [&](auto tag) {
-    using Sum = decltype(tag);
-    const auto* from = static_cast<const Sum*>(source.const_data_ptr());
-    auto* to = static_cast<Sum*>(out.mutable_data_ptr());
-    parallel(n, 16384 / std::max<int64_t>(C, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t e = std::max<int64_t>(offset_at[i], 0); e < std::min(offset_at[i + 1], L); ++e) {
-          if (order_at[e] < 0 || order_at[e] >= E) continue;
-          const Sum* row = from + order_at[e] * C;
-          for (int64_t c = 0; c < C; ++c) to[i * C + c] += row[c];
-        }
-    });
-  });
-}
-
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {
   m.impl("clue_attention_lse", TORCH_BOX(&log_sum_exp));
   m.impl("clue_attention_weights", TORCH_BOX(&weigh));
   m.impl("clue_attention_softmax_backward", TORCH_BOX(&softmax_backward));
-  m.impl("clue_attention_sum_rows", TORCH_BOX(&sum_rows));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Sums of weighted rows by segments: the backward of a gather.
+// Sums of weighted rows by segments: the backward of a gather, written or added to out.
 //   out[g, :] = sum over e in offsets[g] .. offsets[g + 1] of weights[e] * source[rows[e], :]
 //   Parallel over   (segment, part of a row)
 //   Memory traffic  each row that is named once; a part of the result stays in the nearest cache
@@ -9,11 +9,11 @@
 namespace qpeft {
 namespace {
 
-Tensor weighted_rows(const Tensor source, const Tensor rows, const Tensor weights, const Tensor offsets) {
+void weighted_rows(const Tensor source, const Tensor rows, std::optional<Tensor> weights, const Tensor offsets, bool accumulate,
+                   Tensor out) {
   constexpr auto op = "weighted_rows";
-  check_weighted_rows(source, rows, weights, offsets);
+  check_weighted_rows(source, rows, weights, offsets, out);
   const int64_t G = offsets.size(0) - 1, N = source.size(0), D = source.size(1), E = rows.size(0), stride = source.stride(0);
-  const Tensor out = torch::stable::new_empty(weights, {G, D});
   const auto* row_at = static_cast<const int64_t*>(rows.const_data_ptr());
   const auto* offset_at = static_cast<const int64_t*>(offsets.const_data_ptr());
   for (int64_t g = 0; g < G; ++g)
@@ -25,7 +25,7 @@ Tensor weighted_rows(const Tensor source, const Tensor rows, const Tensor weight
     using Row = decltype(row_tag);
     using Sum = decltype(sum_tag);
     const auto* from = static_cast<const Row*>(source.const_data_ptr());
-    const auto* weight_at = static_cast<const Sum*>(weights.const_data_ptr());
+    const auto* weight_at = weights ? static_cast<const Sum*>(weights->const_data_ptr()) : nullptr;
     auto* to = static_cast<Sum*>(out.mutable_data_ptr());
     constexpr int64_t kPart = 2048;
     const int64_t parts = (D + kPart - 1) / kPart;
@@ -33,16 +33,15 @@ Tensor weighted_rows(const Tensor source, const Tensor rows, const Tensor weight
       for (int64_t at = first; at < last; ++at) {
         const int64_t g = at / parts, begin = at % parts * kPart, n = std::min(kPart, D - begin);
         Sum* sum = to + g * D + begin;
-        std::fill(sum, sum + n, Sum(0));
+        if (!accumulate) std::fill(sum, sum + n, Sum(0));
         for (int64_t e = offset_at[g]; e < offset_at[g + 1]; ++e) {
           const Row* row = from + row_at[e] * stride + begin;
-          const Sum weight = weight_at[e];
+          const Sum weight = weight_at ? weight_at[e] : Sum(1);
           for (int64_t d = 0; d < n; ++d) sum[d] += weight * static_cast<Sum>(row[d]);
         }
       }
     });
   });
-  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) { m.impl("weighted_rows", TORCH_BOX(&weighted_rows)); }

@@ -50,18 +50,6 @@ void softmax_backward(const Tensor weights, const Tensor slots, Tensor grad_weig
   });
 }
 
-void sum_rows(const Tensor source, const Tensor order, const Tensor offsets, Tensor out) {
-  constexpr auto op = "clue_attention_sum_rows";
-  check_clue_attention_sum_rows(source, order, offsets, out);
-  const SumRowsSizes sizes{source.size(0), source.size(1), order.size(0), out.size(0)};
-  const OnDevice on_device(source);
-  dispatch_sum(source.scalar_type(), [&](auto tag) {
-    using Sum = decltype(tag);
-    check_cuda(op, launch_clue_attention_sum_rows(const_data<Sum>(source), const_data<int64_t>(order),
-                                                  const_data<int64_t>(offsets), sizes, data<Sum>(out), on_device.stream));
-  });
-}
-
 template <typename Row>
 GatheredRows<Row> gathered_rows(const Tensor& table, const Tensor& rows, const std::optional<Tensor>& offsets,
                                 const std::optional<Tensor>& lengths) {
@@ -105,7 +93,6 @@ STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CUDA, m) {
   m.impl("clue_attention_lse", TORCH_BOX(&log_sum_exp));
   m.impl("clue_attention_weights", TORCH_BOX(&weigh));
   m.impl("clue_attention_softmax_backward", TORCH_BOX(&softmax_backward));
-  m.impl("clue_attention_sum_rows", TORCH_BOX(&sum_rows));
   m.impl("clue_attention_products", TORCH_BOX(&products));
   m.impl("clue_attention_weighted_sums", TORCH_BOX(&weighted_sums));
 }

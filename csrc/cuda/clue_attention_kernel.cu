@@ -1,9 +1,9 @@
 // Softmax of attention scores over the distinct tokens of each document, and its backward.
 //   lse[p, r] = log sum_j counts[p, j] exp(s[slot(p, j), r]);   weights[p, j, r] = counts[p, j] exp(s - lse)
-//   ds = weights * (grad_weights - sum of weights * grad_weights);   sum_rows: out[i] += sum of source[order[e]] over segment i
-//   Parallel over   blocks of one document x 32 columns, eight threads a column; sum_rows: one thread per (row, column)
+//   ds = weights * (grad_weights - sum of weights * grad_weights)
+//   Parallel over   blocks of one document x 32 columns, eight threads a column
 //   Global memory   lse reads the scores of a document twice, weights once (L2: rows are shared by documents); backward reads
-//                   weights and grad_weights twice and writes once; sum_rows reads each source row once
+//                   weights and grad_weights twice and writes once
 //   Precision       float (double for double); weights are rounded to the table's dtype as they are written
 //   Deterministic   yes: each sum has one fixed order, no atomics
 #include <cuda_bf16.h>
@@ -88,22 +88,6 @@ __global__ void softmax_backward_kernel(const Weight* weights, const int32_t* sl
   }
 }
 
-template <typename Sum>
-__global__ void sum_rows_kernel(const Sum* source, const int64_t* order, const int64_t* offsets, SumRowsSizes sizes, Sum* out) {
-  const int64_t at = global_thread();
-  if (at >= sizes.n * sizes.C) return;
-  const int64_t i = at / sizes.C, c = at % sizes.C;
-  const int64_t begin = offsets[i] > 0 ? offsets[i] : 0, end = offsets[i + 1] < sizes.L ? offsets[i + 1] : sizes.L;
-  if (begin >= end) return;
-  Sum sum = out[at];
-#pragma unroll 8
-  for (int64_t e = begin; e < end; ++e) {  // a frequent token stands in many documents: loads must not wait for each other
-    const int64_t row = order[e];
-    if (row >= 0 && row < sizes.E) sum += source[row * sizes.C + c];
-  }
-  out[at] = sum;
-}
-
 int64_t tiles(SoftmaxSizes sizes) { return sizes.P * blocks_for(sizes.R, kColumns); }
 
 }  // namespace
@@ -126,17 +110,8 @@ cudaError_t launch_clue_attention_softmax_backward(const Weight* weights, const 
   return launch(softmax_backward_kernel<Sum, Weight>, tiles(sizes), stream, weights, slots, sizes, grad_weights);
 }
 
-template <typename Sum>
-cudaError_t launch_clue_attention_sum_rows(const Sum* source, const int64_t* order, const int64_t* offsets, SumRowsSizes sizes,
-                                           Sum* out, cudaStream_t stream) {
-  return launch(sum_rows_kernel<Sum>, blocks_for(sizes.n * sizes.C), stream, source, order, offsets, sizes, out);
-}
-
 #define INSTANTIATE(Sum)                                                                                                \
-  template cudaError_t launch_clue_attention_lse(const Sum*, const int32_t*, const int32_t*, SoftmaxSizes, Sum*,        \
-                                                 cudaStream_t);                                                         \
-  template cudaError_t launch_clue_attention_sum_rows(const Sum*, const int64_t*, const int64_t*, SumRowsSizes, Sum*,   \
-                                                      cudaStream_t);
+  template cudaError_t launch_clue_attention_lse(const Sum*, const int32_t*, const int32_t*, SoftmaxSizes, Sum*, cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

@@ -72,10 +72,11 @@ template <typename Row, typename Sum>
 cudaError_t launch_similarity_topk(PairInputs pairs, SimilarityInputs<Row> inputs, DistinctSizes sizes, GroupedIds groups,
                                    SimilarityScratch<Sum> scratch, SimilarityResults<Sum> results, cudaStream_t stream);
 
-// weighted_rows
+// weighted_rows; weights null: 1
 template <typename Row, typename Sum>
 cudaError_t launch_weighted_rows(const Row* source, int64_t source_stride, int64_t N, int64_t D, const int64_t* rows,
-                                 const Sum* weights, const int64_t* offsets, int64_t G, Sum* out, cudaStream_t stream);
+                                 const Sum* weights, const int64_t* offsets, int64_t G, bool accumulate, Sum* out,
+                                 cudaStream_t stream);
 
 // clue_attention
 struct SoftmaxSizes {
@@ -90,12 +91,6 @@ cudaError_t launch_clue_attention_weights(const Sum* scores, const int32_t* slot
 template <typename Sum, typename Weight>
 cudaError_t launch_clue_attention_softmax_backward(const Weight* weights, const int32_t* slots, SoftmaxSizes sizes,
                                                    Sum* grad_weights, cudaStream_t stream);
-struct SumRowsSizes {
-  int64_t E, C, L, n;  // rows and columns of source; of order; rows of out
-};
-template <typename Sum>
-cudaError_t launch_clue_attention_sum_rows(const Sum* source, const int64_t* order, const int64_t* offsets, SumRowsSizes sizes,
-                                           Sum* out, cudaStream_t stream);
 // Lists of rows of a table: end to end (offsets) or one every `stride` places (lengths); the other pointer is null.
 template <typename Row>
 struct GatheredRows {

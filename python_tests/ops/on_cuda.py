@@ -101,6 +101,36 @@ class OnGPU:
         return [x.cpu() for x in [copies[i] for i in outputs] or as_list(returned)]
 
 
+def check_in_a_graph(step, inputs, other):
+    """``step(*inputs)``, a sequence of tensors, waits for nothing, and its captured graph follows new inputs.
+
+    inputs, other: tensors of equal shapes and dtypes, copied to the GPU. Replays must give the bits of direct calls.
+    """
+    live, why = _library.kernels_live()["cuda"]
+    if not live:
+        pytest.skip(why)
+    inputs, other = ([x.cuda() for x in tensors] for tensors in (inputs, other))
+    first = [x.clone() for x in inputs]
+    truth = [[y.clone() for y in step(*version)] for version in (first, other)]  # also the warm-up
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*inputs)
+    for version, expected in zip((other, first), reversed(truth), strict=True):
+        for old, new in zip(inputs, version, strict=True):
+            old.copy_(new)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
 def as_list(returned):
     return [returned] if isinstance(returned, torch.Tensor) else list(returned)
 

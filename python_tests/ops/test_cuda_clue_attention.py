@@ -5,12 +5,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import poisoned, to_float64
-from on_cuda import assert_close, cpu, poisoned_memory
+from on_cuda import assert_close, check_in_a_graph, cpu, poisoned_memory
 from test_clue_attention import assert_at_most_twice_torchs_error, gradients, make_inputs
 from test_projected_table import attend, make_projected
 
 import qpeft_ext.ops as ops
-from qpeft_ext import _library
 from qpeft_ext.ops import clue_attention_cuda as cuda
 from qpeft_ext.ops.clue_attention import reference
 
@@ -53,23 +52,6 @@ def test_softmax(run, P, n, R, dtype):
     (ours,) = run("clue_attention_softmax_backward", weights.to(dtype), slots, grad_weights, outputs=(2,))
     cpu.clue_attention_softmax_backward(weights.to(dtype).to(weights.dtype), slots, grad_weights)
     assert_close([ours], [grad_weights])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("E", "n", "C"), [(1, 1, 1), (40, 7, 5), (300, 30, 64)])
-def test_sum_rows(run, E, n, C, dtype):
-    slots = torch.randint(-1, n, (E,), dtype=torch.int32)  # some of no row
-    ascending, order = slots.sort(stable=True)
-    offsets = torch.searchsorted(ascending, torch.arange(n + 1, dtype=torch.int32))
-    source, out = torch.randn(E, C, dtype=dtype), torch.randn(n, C, dtype=dtype)
-    truth = out.double()
-    for e, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            truth[slot] += source[e]
-    (ours,) = run("clue_attention_sum_rows", source, order, offsets, out, outputs=(3,))
-    cpu.clue_attention_sum_rows(source, order, offsets, out)
-    assert_near(ours, truth, dtype)
-    assert torch.equal(ours, out)  # one order of sums on both devices
 
 
 def lists(L, most, end_to_end, V=50, seed=0):
@@ -163,8 +145,8 @@ class _Heads(torch.autograd.Function):
 @pytest.fixture
 def on_cuda_kernels(replica, monkeypatch):
     """CPU tensors take the way of CUDA tensors, over poisoned memory."""
-    primitives = ("lse", "weights", "softmax_backward", "sum_rows", "products", "weighted_sums")
-    for name in ("document_rows_distinct", *(f"clue_attention_{name}" for name in primitives)):
+    primitives = ("lse", "weights", "softmax_backward", "products", "weighted_sums")
+    for name in ("document_rows_distinct", "weighted_rows", *(f"clue_attention_{name}" for name in primitives)):
         monkeypatch.setattr(cpu, name, getattr(replica, name))
     monkeypatch.setattr(cpu, "clue_attention_heads", _Heads.apply)
     with poisoned_memory():
@@ -264,26 +246,9 @@ def test_operator_does_not_depend_on_the_order_of_threads(on_cuda_kernels):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operator_in_a_graph(dtype):
-    """Forward and backward wait for nothing, and a captured graph follows new ids."""
-    live, why = _library.kernels_live()["cuda"]
-    if not live:
-        pytest.skip(why)
-    x, weights = make_inputs(dtype=dtype, device="cuda")
-    other = make_inputs(dtype=dtype, device="cuda", seed=3)[0]
-    other = other._replace(table=x.table, query_embeds=x.query_embeds)
-    truth = [gradients(y, weights) for y in (x, other)]  # also the warm-up
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        gradients(x, weights)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result, found = gradients(x, weights)
-    for inputs, (expected, expected_gradients) in zip((x, other), truth, strict=True):
-        for name in ("document_ids", "document_mask", "query_mask", "query_index"):
-            getattr(x, name).copy_(getattr(inputs, name))
-        graph.replay()
-        assert torch.equal(result, expected)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected_gradients, strict=True))
+    def step(*tensors):
+        result, grads = gradients(type(x)(*tensors[: len(x)]), tensors[len(x) :])
+        return result, *grads
+
+    (x, weights), (other, other_weights) = (make_inputs(dtype=dtype, seed=seed) for seed in (0, 3))
+    check_in_a_graph(step, (*x, *weights), (*other, *other_weights))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import make_documents, poisoned, to_float64
-from on_cuda import assert_close, cpu, same_bits
+from on_cuda import assert_close, check_in_a_graph, cpu, same_bits
 from test_similarity_topk import assert_scores_belong_to_clues
 
 import qpeft_ext.ops as ops
@@ -117,21 +117,27 @@ def test_strides(replica):
     assert_close(ours, replica.similarity_topk(*(y.contiguous() for y in x), 4, "cosine"), 1e-6)
 
 
+@pytest.mark.parametrize(("weighted", "accumulate"), [(True, False), (False, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("D", "padding"), [(1, 0), (37, 0), (300, 0), (37, 3), (2500, 4)])
-def test_weighted_rows(run, replica, D, padding, dtype):
+def test_weighted_rows(run, replica, D, padding, dtype, weighted, accumulate):
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     source, weights = torch.randn(11, D + padding).to(dtype)[:, :D], torch.randn(60, dtype=sums)
-    rows = torch.randint(0, 11, (60,))
+    rows, out = torch.randint(0, 11, (60,)), torch.randn(4, D, dtype=sums)
     rows[[0, -1]] = torch.tensor([-1, 99])  # in no segment
-    offsets = torch.tensor([1, 1, 2, 40, 59])
-    arguments = source, rows, weights, offsets
-    segments = [(weights[a:b, None] * source[rows[a:b]]).sum(0) for a, b in ((1, 1), (1, 2), (2, 40), (40, 59))]
-    truth = torch.stack(segments)
-    for out in (run("weighted_rows", *arguments)[0], cpu.weighted_rows(*arguments), replica.weighted_rows(*arguments)):
-        torch.testing.assert_close(out, truth.to(sums), rtol=1e-5, atol=1e-5)
+    bounds = (1, 1), (1, 2), (2, 40), (40, 59)
+    factors = weights if weighted else torch.ones_like(weights)
+    truth = torch.stack([(factors[a:b, None] * source[rows[a:b]]).sum(0) for a, b in bounds])
+    truth = truth + (out if accumulate else 0)
+    arguments = source, rows, weights if weighted else None, torch.tensor([1, 1, 2, 40, 59]), accumulate
+    (found,) = run("weighted_rows", *arguments, out if accumulate else out * torch.nan, outputs=(5,))
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+    for ops_of_device in (cpu, replica):  # with the strides of source
+        found = out.clone() if accumulate else out * torch.nan
+        ops_of_device.weighted_rows(*arguments, found)
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="trap"):
-        replica.weighted_rows(source, rows, weights, torch.tensor([0, 1]))
+        replica.weighted_rows(source, rows, None, torch.tensor([0, 1]), False, out[:1])
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
@@ -158,5 +164,19 @@ def test_gradients(replica, monkeypatch, metric):
 
 
 def gradients(result, *inputs):
-    weight = torch.linspace(-1, 1, result.scores.numel()).view_as(result.scores)
+    weight = torch.linspace(-1, 1, result.scores.numel(), device=result.scores.device).view_as(result.scores)
     return torch.autograd.grad((result.scores.masked_fill(result.clue_ids < 0, 0) * weight).sum(), inputs)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_in_a_graph(dtype, metric):
+    def step(*x):
+        x = type(documents)(*x)
+        query, table = x.query_embeds.clone().requires_grad_(), x.table.clone().requires_grad_()
+        result = ops.similarity_topk(*x._replace(query_embeds=query, table=table), 4, metric)
+        return *result, *gradients(result, query, table)
+
+    documents, other = (make_documents(dtype=dtype, D=64, seed=seed) for seed in (0, 3))
+    check_in_a_graph(step, documents, other)

@@ -238,12 +238,17 @@ def test_rejects_nan(metric):
             run(x._replace(**{name: with_value(getattr(x, name), at, torch.nan)}), metric=metric)
 
 
-def test_weighted_rows(device):
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_weighted_rows(device, weighted, accumulate):
     source, weights = torch.randn(9, 2500, device=device), torch.randn(7, device=device)
     rows, offsets = torch.tensor([8, 0, 3, 3, 1, -1, 99], device=device), torch.tensor([1, 1, 3, 5], device=device)
-    out = torch.ops.qpeft_ext.weighted_rows(source, rows, weights, offsets)  # -1 and 99 are in no segment
-    truth = torch.stack([weights[a:b] @ source[rows[a:b]] for a, b in ((1, 1), (1, 3), (3, 5))])
-    torch.testing.assert_close(out, truth)
+    before = torch.randn(3, 2500, device=device) if accumulate else torch.full((3, 2500), torch.nan, device=device)
+    out = before.clone()  # -1 and 99 are in no segment
+    torch.ops.qpeft_ext.weighted_rows(source, rows, weights if weighted else None, offsets, accumulate, out)
+    factors = weights if weighted else torch.ones_like(weights)
+    truth = torch.stack([factors[a:b] @ source[rows[a:b]] for a, b in ((1, 1), (1, 3), (3, 5))])
+    torch.testing.assert_close(out, truth + before if accumulate else truth)
 
 
 def test_direct_calls_are_memory_safe():
@@ -258,7 +263,10 @@ def test_direct_calls_are_memory_safe():
     one = torch.ones(1)
     for row, offsets in ((4, [0, 1]), (-1, [0, 1]), (0, [0, 2]), (0, [1, 0]), (0, [-1, 1])):
         with pytest.raises(RuntimeError, match="weighted_rows: (rows|offsets)"):
-            ops.weighted_rows(torch.ones(4, 2), torch.tensor([row]), one, torch.tensor(offsets))
+            rows, offsets = torch.tensor([row]), torch.tensor(offsets)
+            ops.weighted_rows(torch.ones(4, 2), rows, one, offsets, False, torch.empty(1, 2))
+    with pytest.raises(RuntimeError, match="out must have size 2 in dimension 1, got 3"):
+        ops.weighted_rows(torch.ones(4, 2), torch.tensor([0]), None, torch.tensor([0, 1]), False, torch.empty(1, 3))
     best, positions = torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int32)
     ids, slots = torch.tensor([[7, 8, 9]]), torch.tensor([[99, -5, 1]], dtype=torch.int32)
     _, clue_ids, *_ = ops.similarity_topk_select(best, positions, torch.tensor([0]), None, ids, slots, 2)

@@ -112,7 +112,7 @@ class Pairs:
 def shared_rows(slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """For each of ``rows`` rows, which places of ``slots`` (any shape, flattened) hold it: (order, offsets [rows + 1]).
 
-    Places are ascending within a row, whatever the device: `clue_attention_sum_rows` then has one order of its sums.
+    Places are ascending within a row, whatever the device: `weighted_rows` then has one order of its sums.
     """
     ascending, order = slots.flatten().sort(stable=True)
     return order, torch.searchsorted(ascending, torch.arange(rows + 1, dtype=slots.dtype, device=slots.device))

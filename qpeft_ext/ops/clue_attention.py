@@ -246,7 +246,7 @@ def _heads_backward(grad_heads, lse, absorbed, table, document_ids, document_mas
             slots, _, first = pairs.slots(query, part, n)
             torch.ops.qpeft_ext.clue_attention_softmax_backward(weights, slots, grad_weights)
             order, offsets = shared_rows(slots - first, scores.shape[0])
-            torch.ops.qpeft_ext.clue_attention_sum_rows(grad_weights.flatten(0, 1), order, offsets, grad_scores)
+            torch.ops.qpeft_ext.weighted_rows(grad_weights.flatten(0, 1), order, None, offsets, True, grad_scores)
             if want_table:
                 ids = pairs.documents.ids[part, :n].reshape(-1)
                 grad_rows = (weights @ grad_context[inside]).view(-1, D)

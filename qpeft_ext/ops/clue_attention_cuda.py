@@ -158,9 +158,9 @@ def backward(grad_heads, lse, absorbed, table, document_ids, document_mask, quer
             if want_table:
                 _add_rows(grad_table, block.ids[block.within(part)], weights[block.within(part)], grad_context)
         torch.ops.qpeft_ext.clue_attention_softmax_backward(weights, block.slots, grad_weights)
-        grad_scores = grad_weights.new_zeros(block.rows.shape[0], R)
-        addends = grad_weights.flatten(0, 1)
-        torch.ops.qpeft_ext.clue_attention_sum_rows(addends, *shared_rows(block.slots, len(grad_scores)), grad_scores)
+        grad_scores = grad_weights.new_empty(block.rows.shape[0], R)
+        order, offsets = shared_rows(block.slots, len(grad_scores))
+        torch.ops.qpeft_ext.weighted_rows(grad_weights.flatten(0, 1), order, None, offsets, False, grad_scores)
         torch.ops.qpeft_ext.clue_attention_weighted_sums(
             table, block.rows, block.offsets, None, grad_scores.to(table.dtype), 1, True, grad_columns
         )
@@ -182,7 +182,7 @@ def _add_rows(grad_table: Tensor, ids: Tensor, weights: Tensor, columns: Tensor)
     for places in ranges(slice(0, ids.shape[1]), ROW_BYTES // (P * D * grad_table.dtype.itemsize)):
         rows = multiply(weights[:, places], columns).view(-1, D)
         order, offsets = shared_rows(ids[:, places], len(grad_table))
-        torch.ops.qpeft_ext.clue_attention_sum_rows(rows, order, offsets, grad_table)
+        torch.ops.qpeft_ext.weighted_rows(rows, order, None, offsets, True, grad_table)
 
 
 def projected_heads(queries, keys, values, document_ids, document_mask, query_index) -> Tensor:

@@ -188,21 +188,19 @@ def _backward(
     do not depend on the data, so nothing waits for a GPU; what is padding sorts behind the last segment.
     """
     (Q, T, D), V, cosine, dtype = query_embeds.shape, table.shape[0], metric == "cosine", sum_dtype(table.dtype)
-    weighted_rows = torch.ops.qpeft_ext.weighted_rows
     chosen = (clue_ids >= 0).flatten()
     token, ids = (query_index[:, None] * T + query_positions).flatten(), clue_ids.flatten()
     grad, norms = grad_scores.to(dtype).flatten(), row_norms.flatten()  # 1 / norm
     weights, along = grad * norms, grad * scores.flatten()  # along: what a token or a row must lose along itself
-    ones = torch.ones_like(grad)
 
     by_token, begins = _segments(token.where(chosen, Q * T), Q * T)
     hit = begins[1:] > begins[:-1]
     queries = query_embeds.reshape(Q * T, D).to(dtype).where(hit[:, None], 0)  # others may be NaN, and get no gradient
-    grad_query = weighted_rows(table, ids[by_token], weights[by_token], begins)
+    grad_query = _weighted_rows(table, ids[by_token], weights[by_token], begins)
     if cosine:
         scales = inverse_norms(queries)[:, None]
         queries = queries * scales
-        grad_query = (grad_query - weighted_rows(along[:, None], by_token, ones, begins) * queries) * scales
+        grad_query = (grad_query - _weighted_rows(along[:, None], by_token, None, begins) * queries) * scales
     grad_query = grad_query.view(Q, T, D).to(query_embeds.dtype)
     if not want_table:
         return grad_query, table.new_empty(0)
@@ -214,12 +212,19 @@ def _backward(
     rank = (begin.cumsum(0) - 1).where(ordered < V, most)
     begins = torch.searchsorted(rank, torch.arange(most + 1, device=ids.device))
     rows = torch.cat((ordered, ordered.new_full((1,), V)))[begins[:-1]]  # the clue of each rank; V behind the last
-    grad_rows = weighted_rows(queries, token[by_id], weights[by_id], begins)
+    grad_rows = _weighted_rows(queries, token[by_id], weights[by_id], begins)
     if cosine:
-        loss = weighted_rows((along * norms.square())[:, None], by_id, ones, begins)
+        loss = _weighted_rows((along * norms.square())[:, None], by_id, None, begins)
         grad_rows -= loss * table[rows.clamp_max(max(V - 1, 0))].to(dtype).masked_fill_(rows[:, None] == V, 0)
     grad_table = table.new_zeros(V + 1, D).index_copy_(0, rows, grad_rows.to(table.dtype))
     return grad_query, grad_table[:V]
+
+
+def _weighted_rows(source: Tensor, rows: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
+    """Sums [segments, columns of source] of source[rows[e]] * weights[e] over each segment; weights None: 1."""
+    sums = source.new_empty(len(offsets) - 1, source.shape[1], dtype=sum_dtype(source.dtype))
+    torch.ops.qpeft_ext.weighted_rows(source, rows, weights, offsets, False, sums)
+    return sums
 
 
 def _segments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
