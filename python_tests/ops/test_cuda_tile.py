@@ -44,7 +44,8 @@ def check(replica, dtype, lengths, columns, D, V=50, end_to_end=True, squares=Fa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 16, 17, 64, 65, 128, 200])  # on both sides of every shape, and several tiles
 def test_shapes(replica, columns, dtype):
-    check(replica, dtype, [0, 37, 1, 130], columns, 72, missing=min(5, columns - 1))
+    # 256: full tiles of every shape, to the last row
+    check(replica, dtype, [0, 37, 1, 130, 256], columns, 72, missing=min(5, columns - 1))
     check(replica, dtype, [40, 0, 3], columns, 600, end_to_end=False, squares=True)  # more stages than fit at once
 
 
