@@ -73,7 +73,8 @@ def test_ties(run, seed, S, k, tiny):
     assert_close(run("similarity_topk", *x, k, "dot")[:3], reference(*x, k, "dot"), 0)
 
 
-@pytest.mark.parametrize(("S", "k"), [(2048, 512), (2049, 1), (20_000, 512)])  # sorted whole; selected, then sorted
+# sorted whole; selected, then sorted
+@pytest.mark.parametrize(("S", "k"), [(2048, 512), (2049, 1), (20_000, 512), (300_000, 512)])
 def test_long_documents(run, S, k):
     x = make_documents(Q=2, T=3, D=8, V=6000, B=4, S=S)
     x = x._replace(table=(9 * x.table).round(), query_embeds=(9 * x.query_embeds).round())  # sums are exact, many ties
