@@ -16,6 +16,7 @@ from .head import LikelihoodHead
 from .lm_state import LMState
 from .prefix_cache import Layout, PrefixKV
 from .prompt import DocumentPrefix
+from .row_wise import RowWiseModules, find_row_wise
 
 
 class _PrefixIsStored(Exception):
@@ -23,16 +24,18 @@ class _PrefixIsStored(Exception):
 
 
 class _PrefixCache(DynamicCache):
-    """Ends a prefix pass when the last layer has handed in its keys and values: the rest is not read."""
+    """Knows when the last layer has handed in its keys and values; ``ends`` the pass there: the rest is not read."""
 
-    def __init__(self, last_layer: int, **kwargs) -> None:
+    def __init__(self, last_layer: int, ends: bool = True, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.last_layer = last_layer
+        self.last_layer, self.ends, self.complete = last_layer, ends, False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         result = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == self.last_layer:
-            raise _PrefixIsStored
+            self.complete = True
+            if self.ends:
+                raise _PrefixIsStored
         return result
 
 
@@ -46,7 +49,9 @@ class Engine:
         context: the longest prompt, in tokens (None: unlimited).
         suffix_decoder: what suffix passes run: the decoder, compiled or not.
         last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
+        row_wise: what follows its attention; suffix passes run it on the rows that the head reads.
         takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
+        cache_argument: what the decoder calls the cache.
     """
 
     def __init__(self, lm) -> None:
@@ -54,18 +59,24 @@ class Engine:
             raise ValueError(f"{type(lm).__name__} is an encoder–decoder; a causal LM is expected")
         self.lm = lm
         self.decoder = self.suffix_decoder = lm.get_decoder()
-        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        parameters = inspect.signature(self.decoder.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5.24
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         self.last_layer = -1  # unknown
+        self.row_wise = RowWiseModules()
         with torch.no_grad():
             self.scale = self._embedding_scale()
             self.head = LikelihoodHead(lm, self.decoder)
             self.why_plain = self._why_plain()
+            if self.last_layer >= 0:
+                self.row_wise = self._row_wise()
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
         if self.suffix_decoder is self.decoder:
             self.suffix_decoder = torch.compile(self.decoder, dynamic=True, backend=backend)
+            self.row_wise = RowWiseModules()  # hooks that come and go would compile it again
 
     @property
     def table(self) -> Tensor:
@@ -106,11 +117,29 @@ class Engine:
             return f"its cache cannot be shared ({str(error).splitlines()[0]})"
         return ""
 
+    def _row_wise(self) -> RowWiseModules:
+        """Checked on three tokens, of which one is read."""
+        ids, row = torch.arange(3, device=self.device)[None], torch.tensor([1], device=self.device)
+        cache = _PrefixCache(self.last_layer, ends=False, config=self.lm.config)
+
+        def run(cache: DynamicCache | None = None) -> Tensor:
+            given = {} if cache is None else {self.cache_argument: cache}
+            return self.decoder(input_ids=ids, use_cache=cache is not None, **given).last_hidden_state
+
+        found = find_row_wise(self.decoder, lambda: run(cache), lambda: cache.complete)
+        expected = run()[0, 1]
+        with found.only(row, (1, 3)):
+            got = run()[0, 1]
+        error, size = (got - expected).float().abs().max(), expected.float().abs().max()
+        return found if error <= 1e-2 * size else RowWiseModules()
+
     def _run_prefix(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> DynamicCache:
         cache = _PrefixCache(self.last_layer, config=self.lm.config)
-        extra = {"position_ids": positions} if self.takes_positions and positions is not None else {}
+        extra = {self.cache_argument: cache}
+        if self.takes_positions and positions is not None:
+            extra["position_ids"] = positions
         with contextlib.suppress(_PrefixIsStored):
-            self.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+            self.decoder(input_ids=ids, attention_mask=mask, use_cache=True, **extra)
         return cache
 
     def expect_fits(self, tokens: int) -> None:

@@ -41,7 +41,7 @@ class GeneratedLora(nn.Module):
                 raise ValueError(f"QPeftConfig: generated_lora_rank must be at most {min(both)}, the smaller side of "
                                  f"{name}, got {rank}")
         self.rank, self.names = rank, list(targets)
-        self._targets = list(targets.values())  # a list of modules is no sub-module: they belong to the LM
+        self.targets = list(targets.values())  # a list of modules is no sub-module: they belong to the LM
         self.pool = nn.Linear(width, _BOTTLENECK)
         self.generate = nn.Linear(_BOTTLENECK, len(targets) * rank)
         nn.init.zeros_(self.generate.weight)
@@ -73,7 +73,7 @@ class GeneratedLora(nn.Module):
         """
         handles = []
         try:
-            for layer, module in enumerate(self._targets):
+            for layer, module in enumerate(self.targets):
                 handles.append(module.register_forward_hook(self._hook(layer, gates[:, layer], suffix)))
             yield
         finally:
@@ -102,7 +102,7 @@ class GeneratedLora(nn.Module):
         They are not those of the prefixes. A `peft` adapter on a target is not merged; it adds its part as before.
         """
         gates, weights = self.gates([query], table)[0], {}
-        for layer, (name, module) in enumerate(zip(self.names, self._targets, strict=True)):
+        for layer, (name, module) in enumerate(zip(self.names, self.targets, strict=True)):
             base = getattr(module, "base_layer", module)
             update = (self.b[layer] * gates[layer]) @ self.a[layer]
             if _is_transposed(base):

@@ -67,6 +67,8 @@ class QPeftModel(nn.Module):
             if config.generated_lora_rank:
                 width = self.engine.table.shape[1]
                 self.generated_lora = GeneratedLora(lm, width, config.generated_lora_rank, config.target_modules)
+                # which tells rows by their place
+                self.engine.row_wise = self.engine.row_wise.without(self.generated_lora.targets)
         self.to_device_of_lm()
         self.eval()
 

@@ -47,18 +47,24 @@ def log_likelihood(
             prefix_mask = prefix_mask[prefix_rows]
         arguments |= {
             "attention_mask": torch.cat([prefix_mask, rows.mask], dim=1),
-            "past_key_values": shared_cache(prefix, prefix_rows),
+            engine.cache_argument: shared_cache(prefix, prefix_rows),
             "use_cache": True,
         }
     if engine.takes_positions:
         arguments["position_ids"] = positions
+    if prefix is None:
+        return _run(engine, engine.decoder, arguments, rows)
+    with engine.row_wise.only(rows.before_query, (B, L)):
+        return _run(engine, engine.suffix_decoder, arguments, rows)
+
+
+def _run(engine: Engine, decoder, arguments: dict, rows: Rows) -> Tensor:
     if engine.head.fused:
-        decoder = engine.decoder if prefix is None else engine.suffix_decoder
         hidden = decoder(**arguments).last_hidden_state
-        return engine.head(hidden.reshape(B * L, -1)[rows.before_query], rows.target_ids)
-    keep = torch.zeros(B * L, dtype=torch.bool, device=embeds.device)
+        return engine.head(hidden.flatten(0, 1)[rows.before_query], rows.target_ids)
+    keep = torch.zeros(rows.ids.numel(), dtype=torch.bool, device=rows.ids.device)
     keep[rows.before_query] = True
-    logits = engine.lm(**arguments, logits_to_keep=keep.view(B, L)).logits
+    logits = engine.lm(**arguments, logits_to_keep=keep.view_as(rows.ids)).logits
     return log_likelihood_of_logits(logits.reshape(-1, logits.shape[-1]), rows.target_ids)
 
 

@@ -1,0 +1,58 @@
+"""After the last attention only the rows that the head reads are computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_families import assert_same, scores_and_gradients
+from tiny import FAMILIES, PAIRS, tiny_lm, tiny_tokenizer
+
+import qpeft_ext as qpeft
+from qpeft_ext.engine import Engine
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_leaves_out_the_rows_that_nobody_reads(family):
+    model = qpeft.get_qpeft_model(tiny_lm(family), qpeft.QPeftConfig(num_heads=4), tiny_tokenizer())
+    modules = model.engine.row_wise.modules
+    assert len(modules) >= (1 if family == "bloom" else 2)  # its feed-forward takes the residual too
+    computed = {module: 0 for module in modules}
+
+    def count(module, inputs, output):
+        computed[module] += inputs[0].shape[:-1].numel()
+
+    # a prefix pass ends before these modules
+    handles = [module.register_forward_hook(count, prepend=True) for module in modules]
+    model.score(PAIRS)
+    for handle in handles:
+        handle.remove()
+    tokens = sum(len(query) for query in model.prompt.queries([query for query, _ in PAIRS]))
+    assert set(computed.values()) == {tokens}
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+
+
+class MixesRows(torch.nn.Module):
+    """A feed-forward that looks at the other tokens as well."""
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x + x.mean(1, keepdim=True))
+
+
+def test_a_module_that_mixes_rows_is_noticed():
+    lm = tiny_lm("llama")
+    lm.model.layers[-1].mlp = MixesRows(lm.model.layers[-1].mlp)
+    assert Engine(lm).row_wise.modules == []
+
+
+def test_an_update_that_tells_rows_apart_keeps_all_of_them():
+    config = qpeft.QPeftConfig(clues="none", generated_lora_rank=4, target_modules=("down_proj", "o_proj"))
+    model = qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer())
+    assert model.engine.row_wise.modules == []
+    with torch.no_grad():
+        for b in model.generated_lora.b:
+            b.normal_(0, 0.1)
+    assert_same(scores_and_gradients(model, "document_first"), scores_and_gradients(model, "plain"))

@@ -1,0 +1,84 @@
+"""What follows the last attention, on the rows that are read only.
+
+The head reads the rows before query tokens, 16 of the 40 of a usual suffix. What an LM runs after it has stored the
+keys of its last layer (output projection, feed-forward) makes each row from that row alone; the others are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+class RowWiseModules:
+    """Modules that read one tensor [B, L, n] or [B·L, n] and treat every row by itself."""
+
+    def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
+        self.modules = list(modules)
+
+    def without(self, parts: Sequence[nn.Module]) -> RowWiseModules:
+        """Those that have none of ``parts`` inside."""
+        unwanted = set(parts)
+        return RowWiseModules([module for module in self.modules if unwanted.isdisjoint(module.modules())])
+
+    @contextmanager
+    def only(self, rows: Tensor, shape: tuple[int, int]) -> Iterator[None]:
+        """While this is entered, the modules compute ``rows``; the others come out as zeros.
+
+        rows: flat indices into [B·L], int64 [N], each once.  shape: (B, L).
+        """
+
+        def pick(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            x = inputs[0]
+            picked = x.reshape(-1, x.shape[-1]).index_select(0, rows.to(x.device))
+            return (picked.view(*(1,) * (x.dim() - 2), *picked.shape),)
+
+        def put_back(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            width = output.shape[-1]
+            whole = output.new_zeros(shape[0] * shape[1], width)
+            whole = whole.index_copy(0, rows.to(output.device), output.reshape(-1, width))
+            return whole.view(*shape, width) if inputs[0].dim() == 3 else whole
+
+        handles = []
+        try:
+            for module in self.modules:
+                handles.append(module.register_forward_pre_hook(pick))
+                handles.append(module.register_forward_hook(put_back))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def find_row_wise(decoder: nn.Module, run: Callable[[], object], after: Callable[[], bool]) -> RowWiseModules:
+    """The outermost modules with matrices that ``decoder`` enters, in ``run()``, when ``after()`` is true.
+
+    Only those that take one tensor and return one with as many rows. That they treat rows by themselves is not known
+    yet: compare a pass with and without them.
+    """
+    found: list[nn.Module] = []
+    inside: list[nn.Module] = []
+
+    def enter(module: nn.Module, inputs: tuple, named: dict) -> None:
+        if after() and not inside and any(parameter.dim() > 1 for parameter in module.parameters()):
+            inside.append(module)
+
+    def leave(module: nn.Module, inputs: tuple, named: dict, output: object) -> None:
+        if inside and inside[-1] is module:
+            inside.pop()
+            one = len(inputs) == 1 and not named and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
+            if one and inputs[0].dim() in (2, 3) and inputs[0].shape[:-1] == output.shape[:-1]:
+                found.append(module)
+
+    handles = []
+    try:
+        for module in decoder.modules():
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return RowWiseModules(found)
