@@ -169,6 +169,35 @@ def test_every_tier_gives_the_same_bits(family, tmp_path):
         torch.testing.assert_close(scores(lm, small), cold, rtol=0, atol=1e-4)
 
 
+def test_a_reranker_has_files_read_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr("qpeft_ext.reranker._PAIRS_PER_READ", 2)
+    lm, asked = model(), []
+    disk = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 30)
+    expected = qpeft.Reranker(lm, cache=disk).predict(PAIRS)
+    disk.tiers["disk"]._lock.close()  # as the end of a process would
+    monkeypatch.setattr("qpeft_ext.cache_tiers.prefetch", lambda path, *span: asked.append(path.name))
+    cache = qpeft.DocumentCache(1 << 20, disk=tmp_path, disk_bytes=1 << 30)
+    reranker = qpeft.Reranker(lm, cache=cache)
+    torch.testing.assert_close(reranker.predict(PAIRS), expected, rtol=0, atol=1e-4)
+    assert set(asked) == {file.name for file in tmp_path.glob("*.safetensors")}
+    assert (cache.tiers["disk"].hits, cache.misses) == (len(DOCUMENTS), 0)
+    asked.clear()
+    reranker.predict(PAIRS)  # from memory
+    assert not asked
+
+
+def test_only_what_is_in_files_alone_is_announced(tmp_path):
+    lm = model()
+    batch = lm.encode(PAIRS)
+    cache = qpeft.DocumentCache(1 << 20, disk=tmp_path, disk_bytes=1 << 30)
+    assert not lm.announce(batch, cache, False)  # nowhere
+    scores(lm, cache)
+    assert not lm.announce(batch, cache, False)  # in memory
+    below = qpeft.DocumentCache(0, disk=tmp_path / "2", disk_bytes=1 << 30)
+    scores(lm, below)
+    assert lm.announce(batch, below, False) and not lm.announce(batch, below, True)  # computed in a batch
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda_every_tier_gives_the_same_bits(tmp_path):

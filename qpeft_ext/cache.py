@@ -82,6 +82,11 @@ class DocumentCache:
         self.misses += sum(prefix is None for prefix in found)
         return found
 
+    def announce(self, keys: Sequence[PrefixKey]) -> bool:
+        """Have the system read what `fetch` will want from files, without waiting. Returns: whether it wants any."""
+        missing = [key for key in keys if not any(key in memory for memory in self._memory)]
+        return any([tier.prefetch(key) for tier in self._files for key in missing])
+
     def put(self, key: PrefixKey, prefix: PrefixKV) -> None:
         """Store one unpadded prefix; the least recently used ones move down, and out of the lowest tier."""
         self._store(key, prefix, 0)
@@ -114,22 +119,23 @@ class DocumentCache:
                     tier.count(False)
                 else:
                     places[i] = tier, place
-                    prefetch(place)
-        staging, start = link.staging(sum(place.nbytes for _, place in places.values())), 0
+                    prefetch(place.path, place.offset, place.nbytes)
+        kept = {i for i, (_, place) in places.items() if any(place.nbytes <= m.max_bytes for m in self._memory)}
+        # on the CPU what is kept is read to where it stays, and a pass over one prefix reads it where it lies
+        own = set() if link.cuda else kept if len(keys) > 1 else set(places)
+        staging = link.staging(sum(place.nbytes for i, (_, place) in places.items() if i not in own))
         for i, (tier, place) in places.items():
-            buffer = staging[start : start + place.nbytes]
-            start += place.nbytes
+            if i in own:
+                buffer = torch.empty(place.nbytes, dtype=torch.uint8)
+            else:
+                buffer, staging = staging[: place.nbytes], staging[place.nbytes :]
             try:
                 read_prefix(place, buffer)
             except (Damaged, OSError) as error:
                 tier.drop(keys[i], error)
             else:
-                kept = any(place.nbytes <= memory.max_bytes for memory in self._memory)
-                flat = buffer.view(layout.dtype)
-                if not link.cuda and (kept or len(keys) == 1):  # a pass over one prefix reads it where it lies
-                    flat = flat.clone()
-                found[i] = link.to_device(layout.unpack(flat, keys[i].length))
-                if kept:
+                found[i] = link.to_device(layout.unpack(buffer.view(layout.dtype), keys[i].length))
+                if i in kept:
                     self._store(keys[i], found[i], 0)
             tier.count(found[i] is not None)
         if places:

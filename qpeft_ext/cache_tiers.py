@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .lm_state import LMVersion
 from .prefix_cache import Layout, PrefixKV
-from .prefix_files import Damaged, Place, read_contents, write_prefixes
+from .prefix_files import Damaged, Place, prefetch, read_contents, write_prefixes
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,13 @@ class DiskTier(Tier):
             return None
         self._sizes.move_to_end(name)
         return place
+
+    def prefetch(self, key: PrefixKey) -> bool:
+        """Have the system read the file of the prefix. Returns: whether there is one."""
+        name = _file_name(key)
+        if name in self._sizes:
+            prefetch(self._path(name))
+        return name in self._sizes
 
     def put(self, key: PrefixKey, prefix: PrefixKV) -> list:
         """Write a prefix, unless it is there. It never moves further down, so the list is empty."""

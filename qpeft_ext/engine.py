@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from .batch import pad
 from .cache import DocumentCache
+from .cache_tiers import PrefixKey
 from .head import LikelihoodHead
 from .lm_state import LMState
 from .prefix_cache import Layout, PrefixKV
@@ -165,6 +166,10 @@ class Engine:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_is_trained):
             return PrefixKV.from_cache(self._run_prefix(ids, (slots >= starts[:, None]).long(), positions), lengths)
 
+    def cache_keys(self, prefixes: Sequence[Sequence[int]], one_by_one: bool = False) -> list[PrefixKey]:
+        version = LMState.of(self.lm).version()
+        return [DocumentCache.key(version, prefix, one_by_one) for prefix in prefixes]
+
     def cached_prefill(
         self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, one_by_one: bool = False
     ) -> PrefixKV:
@@ -174,8 +179,7 @@ class Engine:
             return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
         if with_grad or (cache is None and not one_by_one):
             return self.prefill(prefixes)
-        version = LMState.of(self.lm).version()
-        keys = [DocumentCache.key(version, prefix, one_by_one) for prefix in prefixes]
+        keys = self.cache_keys(prefixes, one_by_one)
         stored = [None] * len(keys) if cache is None else cache.fetch(keys, self.layout, self.device)
         missing = [i for i, entry in enumerate(stored) if entry is None]
         groups = [[i] for i in missing] if one_by_one else [missing] if missing else []

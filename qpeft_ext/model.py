@@ -163,6 +163,11 @@ class QPeftModel(nn.Module):
         num_tokens = to_device(np.array([len(batch.queries[q]) for q, _ in batch.pairs]), total.device)
         return Scores(total[order.to(total.device)], num_tokens)
 
+    def announce(self, batch: PairBatch, cache: DocumentCache, deterministic: bool) -> bool:
+        """Have the prefixes of a batch read ahead from files (`DocumentCache.announce`)."""
+        prefixes = [batch.documents[d].ids for d in {d for _, d in batch.pairs}]
+        return not self.engine.why_plain and cache.announce(self.engine.cache_keys(prefixes, deterministic))
+
     @torch.no_grad()
     def fill(self, batch: PairBatch, cache: DocumentCache, max_tokens_per_batch: int, deterministic: bool) -> bool:
         """Put the prefixes of a batch into the cache, if its memory holds all of them. Returns: whether it does."""

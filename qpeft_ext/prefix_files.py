@@ -124,11 +124,11 @@ def read_prefix(place: Place, into: Tensor) -> None:
         raise Damaged("wrong checksum")
 
 
-def prefetch(place: Place) -> None:
-    """Ask the system to read a prefix into its page cache, without waiting."""
+def prefetch(path: Path, offset: int = 0, nbytes: int = 0) -> None:
+    """Ask the system to read a part of a file into its page cache, without waiting; 0 bytes: to its end."""
     if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError), open(place.path, "rb", buffering=0) as file:  # reading it will say why
-            os.posix_fadvise(file.fileno(), place.offset, place.nbytes, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # reading it will say why
+            os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def checksum(data) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
 from .cache_tiers import PrefixKey, Tier
-from .prefix_files import Damaged, Place, read_contents
+from .prefix_files import Damaged, Place, prefetch, read_contents
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,13 @@ class PrefixIndex(Tier):
         if row is None:
             return None
         return Place(self._paths[row["shard"]], int(row["offset"]), int(row["nbytes"]), int(row["checksum"]))
+
+    def prefetch(self, key: PrefixKey) -> bool:
+        """Have the system read the prefix from its shard. Returns: whether the index has it. Raises: as `locate`."""
+        place = self.locate(key)
+        if place is not None:
+            prefetch(place.path, place.offset, place.nbytes)
+        return place is not None
 
     def drop(self, key: PrefixKey, reason: object) -> None:
         """Say once for each shard that something in it is damaged; nothing is changed."""

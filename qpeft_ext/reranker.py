@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .batch import ClueInputs
+from .batch import ClueInputs, PairBatch
 from .cache import DocumentCache
 from .clues import AttentionClues, allowed_ids
 from .explain import Explanation, explain_pair
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _PAIRS_PER_BLOCK = 8192  # tokenised together and sorted together: about 60 MB of ids when no document is shared
 _PAIRS_PER_LIST_BLOCK = 1024  # with source="candidates", and for `similarity`: all of a block is held at once
+_PAIRS_PER_READ = 64  # whose prefixes are read from files while as many are scored
 _PAIRS_PER_JOB = 256  # of a block, between two steps of the progress bar; scored again after an out-of-memory error
 
 
@@ -191,11 +193,9 @@ class Reranker:
             self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
         batch = self.model.encode(pairs, lists)
         self.truncated += sum(document.cut > 0 for document in batch.documents)
-        prefilled = self.path == "document_first" and self.cache is not None and self._within_memory(
-            lambda tokens: self.model.fill(batch, self.cache, tokens, self.deterministic))
+        jobs, prefilled = self._jobs(batch)
         rows, parts = [], []
-        pairs_per_job = _PAIRS_PER_JOB if self.model.qpeft_config.source == "document" else len(pairs)
-        for job in (suffix_jobs if prefilled else document_jobs)(batch, pairs_per_job):
+        for job in jobs:
             parts.append(self._within_memory(lambda tokens, job=job: self.model(
                 batch.select(job), path=self.path, cache=self.cache, deterministic=self.deterministic,
                 max_tokens_per_batch=tokens, prefilled=prefilled).query_log_likelihood))  # fmt: skip
@@ -210,6 +210,24 @@ class Reranker:
                 "or its dtype overflows (try bfloat16 or float32)"
             )
         return scores
+
+    def _jobs(self, batch: PairBatch) -> tuple[Iterator[list[int]], bool]:
+        """Lists of pairs to score one after the other, and whether all prefixes are in the cache's memory by then."""
+        size = _PAIRS_PER_JOB if self.model.qpeft_config.source == "document" else len(batch)
+        if self.path != "document_first" or self.cache is None:
+            return document_jobs(batch, size), False
+        jobs = list(document_jobs(batch, min(size, _PAIRS_PER_READ)))
+        if self.model.announce(batch.select(jobs[0]), self.cache, self.deterministic):
+            return self._read_ahead(batch, jobs), False
+        filled = self._within_memory(
+            lambda tokens: self.model.fill(batch, self.cache, tokens, self.deterministic))
+        return (suffix_jobs if filled else document_jobs)(batch, size), filled
+
+    def _read_ahead(self, batch: PairBatch, jobs: list[list[int]]) -> Iterator[list[int]]:
+        """The jobs; while one is scored, the system reads the files of the next one."""
+        for job, following in zip_longest(jobs, jobs[1:], fillvalue=()):
+            self.model.announce(batch.select(following), self.cache, self.deterministic)
+            yield job
 
     @torch.no_grad()
     def _within_memory(self, work: Callable[[int], Any]) -> Any:
