@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qpeft_ext.clues import AttentionClues, TopKClues
 from qpeft_ext.config import QPeftConfig
 from qpeft_ext.generated_lora import GeneratedLora
+from qpeft_ext.soft_prompt import SoftPrompt
 
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- trainable parameters -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,6 +39,9 @@ VARIANTS: tuple[dict, ...] = (
     {"clues": "top_k", "clue_embeddings": "low_rank", "score_gate": True},
     {"clues": "attention", "generated_lora_rank": 16},
     {"clues": "none", "generated_lora_rank": 16},
+    {"clues": "none", "num_virtual_tokens": 20},
+    {"clues": "none", "num_virtual_tokens": 20, "soft_prompt_mlp": 256},
+    {"clues": "attention", "num_virtual_tokens": 20},
     {"clues": "top_k", "clue_embeddings": "full", "rank": None},
 )
 
@@ -52,6 +56,8 @@ def count(options: dict, lm: torch.nn.Module | None = None) -> tuple[int, int]:
             module.append(TopKClues(config, torch.empty(V, D), torch.empty(V, dtype=torch.bool)))
         if config.generated_lora_rank:
             module.append(GeneratedLora(lm, D, config.generated_lora_rank, config.target_modules))
+        if config.num_virtual_tokens:
+            module.append(SoftPrompt(torch.empty(config.num_virtual_tokens, D), 1.0, 1, config.soft_prompt_mlp))
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return trained, sum(tensor.nbytes for tensor in module.state_dict().values())
 
@@ -67,9 +73,11 @@ def table() -> str:
         more = [f"{name}={value!r}" for name, value in options.items() if name not in ("clues", "rank")]
         words = ", ".join([f"`{config.clues}`", *(f"`{option}`" for option in more)])
         share = 100 * trained / (frozen + trained)
+        share, megabytes = (f"{x:,.{digits if x >= least else digits + 1}f}"
+                            for x, digits, least in ((share, 2, 0.005), (size / 1e6, 0, 1)))  # never a bare zero
         default = " (default)" if "rank" not in options and not more else ""
         rank = "–" if config.clues == "none" else config.rank
-        lines.append(f"| {words}{default} | {rank} | {trained:,} | {share:.2f} | {size / 1e6:,.0f} MB |")
+        lines.append(f"| {words}{default} | {rank} | {trained:,} | {share} | {megabytes} MB |")
     return "\n".join(lines) + "\n"
 
 

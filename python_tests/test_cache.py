@@ -359,6 +359,19 @@ def test_with_a_trained_lora_prefixes_get_gradients_and_are_not_cached():
     assert len(cache) == 0 and cache.misses == 0
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_of_a_trained_lora_makes_another_lm(fused):
+    """Fused optimizers do not count their writes (torch 2.13)."""
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trained, cache = model(peft.get_peft_model(tiny_lm("llama"), lora)), qpeft.DocumentCache()
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    stale = scores(trained, cache)
+    trained(trained.encode(PAIRS)).query_log_likelihood.sum().backward()
+    optimizer.step()
+    fresh = scores(trained, cache)
+    assert cache.hits == 0 and torch.equal(fresh, scores(trained)) and not torch.allclose(fresh, stale, atol=1e-3)
+
+
 # -- files ----------------------------------------------------------------------------------------------------------
 
 

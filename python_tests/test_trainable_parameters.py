@@ -37,9 +37,13 @@ def test_counts_worked_out_by_hand(script):
     official = {"clues": "top_k", "clue_embeddings": "full", "rank": None}
     assert script["count"](official)[0] == V * D + 2 * D * D + 2 * D  # the official Q-PEFT-R: 164.6 M
     assert script["count"]({"clues": "top_k", "score_gate": True})[0] == mlp + 2 * D * r + 2
+    soft = {"clues": "none", "num_virtual_tokens": 20}
+    assert script["count"](soft) == (20 * D, 4 * 20 * D)
+    assert script["count"](soft | {"soft_prompt_mlp": r})[0] == 20 * D + mlp
 
 
-@pytest.mark.parametrize("options", [{"clues": "attention"}, {"clues": "top_k", "score_gate": True}])
+@pytest.mark.parametrize("options", [{"clues": "attention"}, {"clues": "top_k", "score_gate": True},
+                                     {"clues": "none", "num_virtual_tokens": 20, "soft_prompt_mlp": 4}])
 def test_a_saved_adapter_has_the_size_of_its_parameters(options, tmp_path):
     model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(**options), tiny_tokenizer())
     model.save_pretrained(tmp_path)

@@ -16,6 +16,7 @@ SIMILARITIES = ("cosine", "dot")
 SELECTIONS = ("similarity", "random")
 SOURCES = ("document", "candidates", "vocabulary", "vocabulary_per_token")
 CLUE_EMBEDDINGS = ("frozen", "low_rank", "full")
+SOFT_PROMPT_INITS = ("text", "random")
 LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise", "contrastive", "margin_mse")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
@@ -49,6 +50,11 @@ class QPeftConfig:
         target_modules: which linear layers it updates, endings of their names as in `peft`; None: q_proj and v_proj, or
             what the LM has in their place.
         instruction: text at the start of every prompt.
+        num_virtual_tokens: P of a soft prompt, trained virtual tokens that stand in every prompt where the instruction
+            would; None for none. It combines with every kind of clues; with "none" it is prompt tuning.
+        soft_prompt_init: what they are at the start: "text" (the tokens of the instruction, repeated or cut to P) or
+            "random" (tokens of the vocabulary, drawn with `seed`).
+        soft_prompt_mlp: inner width of an MLP that re-parameterises them, the identity at the start; None for none.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
         queries_per_group: queries that share their documents as in-batch negatives.
@@ -81,6 +87,9 @@ class QPeftConfig:
     generated_lora_rank: int | None = None
     target_modules: tuple[str, ...] | None = None
     instruction: str = DEFAULT_INSTRUCTION
+    num_virtual_tokens: int | None = None
+    soft_prompt_init: str = "text"
+    soft_prompt_mlp: int | None = None
     max_document_tokens: int = 256
     max_query_tokens: int = 64
     queries_per_group: int = 4
@@ -106,22 +115,22 @@ class QPeftConfig:
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("loss", self.loss, LOSSES)
+        _one_of("soft_prompt_init", self.soft_prompt_init, SOFT_PROMPT_INITS)
         for name in self.filters:
             _one_of("filters", name, FILTERS)
         for name in ("k", "num_heads", "max_document_tokens", "max_query_tokens", "queries_per_group"):
             _at_least(name, getattr(self, name), 1)
         for name in ("num_hard_negatives", "num_random_negatives"):
             _at_least(name, getattr(self, name), 0)
-        if self.suffix_micro_batch is not None:
-            _at_least("suffix_micro_batch", self.suffix_micro_batch, 1)
+        for name in ("suffix_micro_batch", "generated_lora_rank", "num_virtual_tokens", "soft_prompt_mlp"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         if self.rank is not None and self.rank != "auto":
             _at_least("rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"QPeftConfig: dropout must be in [0, 1), got {self.dropout!r}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"QPeftConfig: temperature must be above 0, got {self.temperature!r}")
-        if self.generated_lora_rank is not None:
-            _at_least("generated_lora_rank", self.generated_lora_rank, 1)
         if self.target_modules is not None:
             names = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
             if not names or not all(isinstance(name, str) and name for name in names):
@@ -135,6 +144,10 @@ class QPeftConfig:
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
+        for name, default in (("soft_prompt_init", "text"), ("soft_prompt_mlp", None)):
+            if self.num_virtual_tokens is None and getattr(self, name) != default:
+                raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} is of a soft prompt; set "
+                                 "num_virtual_tokens")
         if self.target_modules is not None and self.generated_lora_rank is None:
             raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
         if self.generated_lora_rank is not None and self.loss == "pointwise":

@@ -14,7 +14,7 @@ from .batch import pad
 from .cache import DocumentCache
 from .cache_tiers import PrefixKey
 from .head import LikelihoodHead
-from .lm_state import LMState
+from .lm_state import LMState, LMVersion
 from .prefix_cache import Layout, PrefixKV
 from .prompt import DocumentPrefix
 from .row_wise import RowWiseModules, find_row_wise
@@ -46,6 +46,7 @@ class Engine:
     Attributes:
         table: input embeddings [V, D].  scale: what the embedding module multiplies a row with.
         head: `LikelihoodHead`.
+        soft_prompt: trained virtual tokens in every prefix (`SoftPrompt`), or None.
         why_plain: why prefixes cannot be shared ("" when they can).
         context: the longest prompt, in tokens (None: unlimited).
         suffix_decoder: what suffix passes run: the decoder, compiled or not.
@@ -66,6 +67,7 @@ class Engine:
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
         self.last_layer = -1  # unknown
         self.row_wise = RowWiseModules()
+        self.soft_prompt = None
         with torch.no_grad():
             self.scale = self._embedding_scale()
             self.head = LikelihoodHead(lm, self.decoder)
@@ -88,8 +90,23 @@ class Engine:
         return self.table.device
 
     @property
-    def lm_is_trained(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.lm.parameters())
+    def prefix_is_trained(self) -> bool:
+        """Whether prefixes get gradients: of an adapter in the LM, or of a soft prompt."""
+        modules = (module for module in (self.soft_prompt, self.lm) if module is not None)
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+    def version(self) -> LMVersion:
+        """What prefixes are computed with: the LM and the soft prompt, as they are now."""
+        return LMState.of(self.lm, self.soft_prompt).version()
+
+    def embed(self, ids: Tensor, prefix_starts: Tensor | None = None) -> Tensor:
+        """``inputs_embeds`` of ids [B, L]; with the soft prompt if rows hold prefixes, that of row i from slot
+        ``prefix_starts[i]`` on.
+        """
+        embeds = self.lm.get_input_embeddings()(ids)
+        if prefix_starts is None or self.soft_prompt is None:
+            return embeds
+        return self.soft_prompt.put_into(embeds, prefix_starts)
 
     def _embedding_scale(self) -> float:
         module, table = self.lm.get_input_embeddings(), self.table
@@ -110,7 +127,7 @@ class Engine:
     def _why_plain(self) -> str:
         try:
             ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
-            cache = self._run_prefix(ids, None, None)
+            cache = self._run_prefix(self.embed(ids), None, None)
             self.layout = Layout.of(PrefixKV.from_cache(cache, [3]))
             if not any(hasattr(module, "_hf_hook") for module in self.lm.modules()):  # a hook may count on the end
                 self.last_layer = max(i for i, layer in enumerate(cache.layers) if layer.is_initialized)
@@ -134,20 +151,21 @@ class Engine:
         error, size = (got - expected).float().abs().max(), expected.float().abs().max()
         return found if error <= 1e-2 * size else RowWiseModules()
 
-    def _run_prefix(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> DynamicCache:
+    def _run_prefix(self, embeds: Tensor, mask: Tensor | None, positions: Tensor | None) -> DynamicCache:
         cache = _PrefixCache(self.last_layer, config=self.lm.config)
         extra = {self.cache_argument: cache}
         if self.takes_positions and positions is not None:
             extra["position_ids"] = positions
         with contextlib.suppress(_PrefixIsStored):
-            self.decoder(input_ids=ids, attention_mask=mask, use_cache=True, **extra)
+            self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **extra)
         return cache
 
     def expect_fits(self, tokens: int) -> None:
         if self.context and tokens > self.context:
             raise ValueError(
                 f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
-                "lower max_document_tokens or max_query_tokens"
+                f"lower max_document_tokens{'' if self.soft_prompt is None else ', num_virtual_tokens'} or "
+                "max_query_tokens"
             )
 
     def prefix_bytes(self, prefixes: Sequence[DocumentPrefix]) -> int:
@@ -155,7 +173,7 @@ class Engine:
         return sum(self.layout.nbytes(len(prefix.ids)) for prefix in prefixes)
 
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
-        """One left-padded pass over document prefixes; with grad only where the LM itself is trained."""
+        """One left-padded pass over document prefixes; with grad only where `prefix_is_trained`."""
         lengths = [len(ids) for ids in prefixes]
         width = max(lengths)
         self.expect_fits(width)
@@ -163,18 +181,19 @@ class Engine:
         starts = width - torch.tensor(lengths, device=self.device)
         slots = torch.arange(width, device=self.device)
         positions = (slots - starts[:, None]).clamp_min(0)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_is_trained):
-            return PrefixKV.from_cache(self._run_prefix(ids, (slots >= starts[:, None]).long(), positions), lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.prefix_is_trained):
+            embeds = self.embed(ids, starts)
+            return PrefixKV.from_cache(self._run_prefix(embeds, (slots >= starts[:, None]).long(), positions), lengths)
 
     def cache_keys(self, prefixes: Sequence[Sequence[int]], one_by_one: bool = False) -> list[PrefixKey]:
-        version = LMState.of(self.lm).version()
+        version = self.version()
         return [DocumentCache.key(version, prefix, one_by_one) for prefix in prefixes]
 
     def cached_prefill(
         self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, one_by_one: bool = False
     ) -> PrefixKV:
         """`prefill`, reading and filling the cache. ``one_by_one``: each prefix alone, unpadded."""
-        with_grad = torch.is_grad_enabled() and self.lm_is_trained
+        with_grad = torch.is_grad_enabled() and self.prefix_is_trained
         if with_grad and one_by_one:
             return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
         if with_grad or (cache is None and not one_by_one):

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from .cache import prefix_digest
 from .cache_tiers import copies, lock_folder
 from .formats.io import write_text
-from .lm_state import LMState
 from .prefix_cache import PrefixKV
 from .prefix_files import Damaged, header_bytes, read_contents, write_prefixes
 from .prefix_index import (
@@ -66,7 +65,7 @@ class IndexWriter:
     with ``alone``, which `QPeftModel.forward` needs for ``deterministic=True``.
 
     Args:
-        model: a `QPeftModel`; its LM and its prompt are used, not its clues.
+        model: a `QPeftModel`; its LM, prompt and soft prompt are used, not its clues.
         corpus: documents by id.
         folder: of the index.
         alone: compute each prefix alone and unpadded.
@@ -214,7 +213,7 @@ class IndexWriter:
     def _check_settings(self) -> dict:
         """This run's settings; those of an index that is there already must be the same."""
         engine = self.model.engine
-        settings = {"format": FORMAT, "model": LMState.of(engine.lm).version().fingerprint(),
+        settings = {"format": FORMAT, "model": engine.version().fingerprint(),
                     "prompt": prompt_settings(self.model.prompt), "alone": self.alone}
         if not (self.folder / MANIFEST).exists():
             if others := [file.name for file in self.folder.iterdir() if not file.name.startswith(".")]:

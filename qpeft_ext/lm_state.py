@@ -1,13 +1,15 @@
-"""Which LM is it, exactly? Versions of an LM in memory, and a fingerprint of its content for files."""
+"""Which LM is it, exactly? Versions of an LM (and a soft prompt) in memory, a fingerprint of the content for files."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # say nothing about what the LM computes, or differ between two loads of the same LM
 _NOT_CONTENT = {"_name_or_path", "name_or_path", "transformers_version", "use_cache", "architectures", "dtype",
@@ -40,51 +42,62 @@ class LMVersion:
             tracker = self._tracker()
             if tracker is None or tracker.version() is not self:
                 raise RuntimeError("the LM is no longer in the state that is asked for")
-            self._fingerprint = fingerprint_of(tracker.lm)
+            self._fingerprint = tracker.fingerprint()
         return self._fingerprint
 
 
 class LMState:
     """Tells the versions of an LM apart: a parameter that is replaced or written to in place makes a new one, and so
-    do other active adapters and another attention implementation.
+    do other active adapters and another attention implementation. With a soft prompt, versions of the two together.
 
     A write through ``parameter.data`` leaves no trace in torch; call `DocumentCache.clear` after one.
     """
 
-    _of_lm: weakref.WeakKeyDictionary[nn.Module, LMState] = weakref.WeakKeyDictionary()
+    _of_module: weakref.WeakKeyDictionary[nn.Module, LMState] = weakref.WeakKeyDictionary()
 
-    def __init__(self, lm: nn.Module) -> None:
-        self._lm = weakref.ref(lm)
+    def __init__(self, lm: nn.Module, soft_prompt: nn.Module | None = None) -> None:
+        self._modules = [weakref.ref(module) for module in (lm, soft_prompt) if module is not None]
         self._state: tuple | None = None
         self._held: list[Tensor] = []
         self.seen: LMVersion | None = None
 
     @classmethod
-    def of(cls, lm: nn.Module) -> LMState:
-        """The one of this LM: engines of one LM share prefixes."""
-        if lm not in cls._of_lm:
-            cls._of_lm[lm] = cls(lm)
-        return cls._of_lm[lm]
+    def of(cls, lm: nn.Module, soft_prompt: nn.Module | None = None) -> LMState:
+        """The one of this LM: engines of one LM share prefixes. A soft prompt belongs to one LM and has its own."""
+        owner = lm if soft_prompt is None else soft_prompt
+        if owner not in cls._of_module:
+            _count_optimizer_steps()
+            cls._of_module[owner] = cls(lm, soft_prompt)
+        return cls._of_module[owner]
 
     @classmethod
     def look_again(cls) -> None:
         """Every LM gets a new version, changed or not."""
-        for tracker in cls._of_lm.values():
+        for tracker in cls._of_module.values():
             tracker._state = None
 
     @property
     def lm(self) -> nn.Module:
-        return self._lm()
+        return self._modules[0]()
 
     def version(self) -> LMVersion:
         """The LM's version now. Cheap: addresses and write counts, no content."""
-        parameters = list(self.lm.parameters())
+        parameters = [parameter for module in self._modules for parameter in module().parameters()]
         state = (*((p.data_ptr(), p._version, p.dtype) for p in parameters), _attention(self.lm), *_adapters(self.lm))
         if state != self._state:
             self._state, self.seen = state, LMVersion(self)
             # kept until the next change, so that no other tensor can take an address of this state
             self._held = [p.detach() for p in parameters]
         return self.seen
+
+    def fingerprint(self) -> dict[str, str]:
+        """`fingerprint_of` the LM, and with a soft prompt "soft_prompt", a SHA-256 over it."""
+        if len(self._modules) == 1:
+            return fingerprint_of(self.lm)
+        digest = hashlib.sha256()
+        for name, tensor in self._modules[1]().state_dict().items():
+            _hash_tensor(digest, name, tensor)
+        return LMState.of(self.lm).version().fingerprint() | {"soft_prompt": digest.hexdigest()}
 
 
 def fingerprint_of(lm: nn.Module) -> dict[str, str]:
@@ -111,6 +124,16 @@ def fingerprint_of(lm: nn.Module) -> dict[str, str]:
         "weights": weights.hexdigest(),
         "adapter": "" if adapters == "[]" else adapter.hexdigest(),
     }
+
+
+@functools.cache
+def _count_optimizer_steps() -> None:
+    """From now on a step of an optimizer counts as a write to its parameters: fused ones write without counting."""
+
+    def count(optimizer: torch.optim.Optimizer, *_) -> None:
+        torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
+
+    register_optimizer_step_post_hook(count)
 
 
 def _attention(lm: nn.Module) -> str:

@@ -19,6 +19,7 @@ from .generated_lora import GeneratedLora
 from .prefix_cache import PrefixKV
 from .prompt import Document, Prompt
 from .schedule import READ_TOKENS_PER_TOKEN, default_tokens, prefix_groups, suffix_groups, tokens_worth_a_pass
+from .soft_prompt import build_soft_prompt
 from .suffix_pass import log_likelihood
 
 CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of more pairs are computed pass by pass
@@ -41,9 +42,9 @@ class Scores:
 
 
 class QPeftModel(nn.Module):
-    """Composes an LM (any causal LM of transformers, or a `peft` model) with a clue module; patches neither.
+    """Composes an LM (any causal LM of transformers, or a `peft` model) with trained modules; patches neither.
 
-    The LM stays in eval mode and in its dtype; the clue module has float32 weights. Build it with
+    The LM stays in eval mode and in its dtype; the trained modules have float32 weights. Build it with
     `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
 
     Args:
@@ -69,6 +70,7 @@ class QPeftModel(nn.Module):
                 self.generated_lora = GeneratedLora(lm, width, config.generated_lora_rank, config.target_modules)
                 # which tells rows by their place
                 self.engine.row_wise = self.engine.row_wise.without(self.generated_lora.targets)
+            self.soft_prompt = self.engine.soft_prompt = build_soft_prompt(config, self.prompt, self.engine)
         self.to_device_of_lm()
         self.eval()
 
@@ -80,7 +82,7 @@ class QPeftModel(nn.Module):
     @property
     def trained_modules(self) -> dict[str, nn.Module]:
         """What an adapter consists of, by the prefix of its keys in the adapter file."""
-        parts = {"": self.clues, "generated_lora.": self.generated_lora}
+        parts = {"": self.clues, "generated_lora.": self.generated_lora, "soft_prompt.": self.soft_prompt}
         return {prefix: module for prefix, module in parts.items() if module is not None}
 
     @property
@@ -120,7 +122,8 @@ class QPeftModel(nn.Module):
             batch: from `encode`.
             path: "document_first" (each distinct document's prefix once, then the suffixes), or "plain" (whole
                 prompts). Models whose cache cannot be shared take the plain path either way.
-            cache: prefixes are read from it and put into it, where the LM is not trained.
+            cache: prefixes are read from it and put into it, unless they need a gradient (a soft prompt or the LM
+                is trained).
             max_tokens_per_batch: budget of tokens per pass; None: what suits the device (`schedule.default_tokens`).
             deterministic: every prefix, clue and suffix is computed alone and unpadded, so that a score is bit-equal
                 whatever else is in the batch or in the cache (same machine, same number of threads). Slower.

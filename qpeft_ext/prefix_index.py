@@ -139,11 +139,12 @@ _LM_DIFFERENCES = {
     "config": "another configuration of the LM (config.json)",
     "weights": "an LM with other weights than this one",
     "adapter": "another adapter in the LM (LoRA), or with none where this LM has one, or the reverse",
+    "soft_prompt": "another soft prompt, or with none where this adapter has one, or the reverse",
 }
 _PROMPT_DIFFERENCES = {
     "max_document_tokens": "max_document_tokens {0}, here it is {1}",
     "tokenizer": "another tokenizer",
-    "template": "another template (instruction)",
+    "template": "another template (instruction, num_virtual_tokens)",
 }
 
 
@@ -159,6 +160,7 @@ def expect_same_prompt(folder: Path, manifest: dict, settings: dict) -> None:
 
 def _expect_equal(folder: Path, expected: dict, got: dict, words: dict[str, str]) -> None:
     for name, difference in words.items():
-        if expected.get(name) != got[name]:
-            raise ValueError(f"the index {folder} was made with {difference.format(expected.get(name), got[name])}; "
+        then, now = expected.get(name), got.get(name)
+        if then != now:
+            raise ValueError(f"the index {folder} was made with {difference.format(then, now)}; "
                              f"use what it was made with, or make another one with qpeft index")

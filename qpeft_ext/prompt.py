@@ -2,6 +2,7 @@
 
     <bos> {instruction} Passage: {title} {text}\\n  |  hints: <clue vectors>\\nQuestion: {query}
 
+With `num_virtual_tokens` a trained soft prompt stands in the place of the instruction.
 The pieces are tokenised separately, so the ids of a prefix depend on its document alone, and every span is known
 as a number: nothing is ever searched by token id.
 """
@@ -20,7 +21,8 @@ Document = str | dict
 class DocumentPrefix:
     """Token ids of one document prefix.
 
-    ids: the whole prefix.  start, end: the span of title and text in it.  cut: tokens lost to truncation.
+    ids: the whole prefix, with 0 for each token of a soft prompt.  start, end: the span of title and text in it.
+    cut: tokens lost to truncation.
     """
 
     ids: tuple[int, ...]
@@ -47,7 +49,11 @@ class Prompt:
 
     Args:
         tokenizer: a transformers tokenizer; a pad token is not needed.
-        config: `QPeftConfig` (instruction and the two length limits are used).
+        config: `QPeftConfig` (instruction, num_virtual_tokens and the two length limits are used).
+
+    Attributes:
+        soft_prompt_start: where in every prefix the soft prompt stands, if there is one.
+        instruction_ids: the tokens that it replaces; () without one.
     """
 
     def __init__(self, tokenizer, config: QPeftConfig) -> None:
@@ -57,9 +63,15 @@ class Prompt:
         # SentencePiece tokenizers put a space before each piece by themselves; byte-level ones need it in the text.
         first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"][:1])
         self._adds_space = bool(first) and first[0].startswith("▁")
-        instruction = f"{config.instruction.strip()} Passage:" if config.instruction.strip() else "Passage:"
         bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-        self._head = (*bos, *self._encode([instruction])[0])
+        self.soft_prompt_start, self.instruction_ids = len(bos), ()
+        instruction = config.instruction.strip()
+        if config.num_virtual_tokens is None:
+            self._head = (*bos, *self._encode([f"{instruction} Passage:" if instruction else "Passage:"])[0])
+        else:
+            words, passage = self._encode([instruction, self._spaced("Passage:")])
+            self.instruction_ids = tuple(words)
+            self._head = (*bos, *(0,) * config.num_virtual_tokens, *passage)
         self._newline = tuple(self._encode(["\n"])[0])
         hints, question, bare = self._encode(["hints:", "\nQuestion:", "Question:"])
         self.suffix = SuffixPieces(tuple(hints), tuple(question), tuple(bare))
@@ -72,6 +84,11 @@ class Prompt:
 
     def _spaced(self, text: str) -> str:
         return text if self._adds_space or not text else f" {text}"
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that the LM reads of a prompt with an empty document, no clue and a query of one token."""
+        return len(self._head) + len(self._newline) + len(self.suffix.bare_question)
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
         """Prefixes of the documents; only a document's own text is ever truncated, at its end."""

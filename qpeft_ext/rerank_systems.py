@@ -63,7 +63,8 @@ class SystemsSpec:
     @property
     def names(self) -> list[str]:
         """The systems, the main one first."""
-        method = {"top_k": "Q-PEFT-R", "attention": "Q-PEFT-A"}.get(self.config.clues, "UPR adapter")
+        without = "UPR adapter" if self.config.num_virtual_tokens is None else "prompt tuning"
+        method = {"top_k": "Q-PEFT-R", "attention": "Q-PEFT-A"}.get(self.config.clues, without)
         return [method] * bool(self.model) + [UPR] * self.upr + [SIMILARITY] * self.similarity_only
 
     @property
@@ -117,8 +118,8 @@ class Systems:
 
         self.corpus = open_collection(spec.data).corpus
         cached = spec.cache_bytes or spec.index is not None
-        self.cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
-        options = {"deterministic": spec.deterministic, "cache": self.cache, "max_memory": spec.max_memory}
+        cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
+        options = {"deterministic": spec.deterministic, "cache": cache, "max_memory": spec.max_memory}
         if spec.max_tokens_per_batch is not None:
             options["max_tokens_per_batch"] = spec.max_tokens_per_batch
         self.rerankers = {}
@@ -128,15 +129,17 @@ class Systems:
             adapter = Reranker.from_pretrained(folder, spec.base_model, device=device, dtype=spec.dtype, **options)
             self.rerankers[spec.names[0]] = adapter
             lm, tokenizer = adapter.model.lm, adapter.model.tokenizer
-            self.cache = options["cache"] = adapter.cache
+            options["cache"] = adapter.cache
         if spec.upr or spec.similarity_only:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device)
             same = {name: getattr(spec.config, name)
                     for name in ("instruction", "max_document_tokens", "max_query_tokens", "k")}
             plain = get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer)
+            if spec.index is not None and spec.config.num_virtual_tokens is not None:
+                options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
             for name in (UPR,) * spec.upr + (SIMILARITY,) * spec.similarity_only:
                 self.rerankers[name] = Reranker(plain, **options)
-                self.cache = options["cache"] = self.rerankers[name].cache  # one for all
+                options["cache"] = self.rerankers[name].cache  # one for all
         for reranker in self.rerankers.values():
             for name, limit in spec.limits.items():
                 setattr(reranker.model.prompt, name, limit)
@@ -152,5 +155,6 @@ class Systems:
         return RankedBlock(rankings, *(now - then for now, then in zip(after, before, strict=True)))
 
     def _counts(self, name: str) -> tuple[int, int, int]:
-        hits, misses = (0, 0) if self.cache is None else (self.cache.hits, self.cache.misses)
-        return self.rerankers[name].truncated, hits, misses
+        reranker = self.rerankers[name]
+        hits, misses = (0, 0) if reranker.cache is None else (reranker.cache.hits, reranker.cache.misses)
+        return reranker.truncated, hits, misses

@@ -34,7 +34,7 @@ def log_likelihood(
     """
     B, L = rows.ids.shape
     engine.expect_fits(rows.end)
-    embeds = engine.lm.get_input_embeddings()(rows.ids)
+    embeds = engine.embed(rows.ids, rows.ids.new_zeros(B) if prefix is None else None)
     if clue_embeds is not None and len(clue_embeds):
         flat = embeds.reshape(B * L, -1).index_copy(0, rows.clue_slots, clue_embeds.to(embeds.dtype))
         embeds = flat.view_as(embeds)

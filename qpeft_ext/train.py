@@ -60,7 +60,8 @@ class QPeftTrainer(Trainer):
             dict of them.
         callbacks, optimizers: as in `Trainer`.
         cache_bytes: budget of a `DocumentCache` that keeps the prefixes of documents from epoch to epoch; 0 (the
-            default) keeps none. Only a frozen LM's prefixes are kept.
+            default) keeps none. Only prefixes without gradient are kept: while a soft prompt or an adapter in the LM is
+            trained, those of an evaluation and none of the training.
         deterministic: every prefix, clue and suffix alone and unpadded, so that a resumed run ends bit-equal on the
             CPU (same machine and threads). Slower.
 

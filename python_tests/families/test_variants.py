@@ -15,6 +15,8 @@ VARIANTS = {
     "attention, no biases, filtered": {"clues": "attention", "attention_bias": False, "filters": ("query_tokens",)},
     "generated LoRA": {"clues": "none", "generated_lora_rank": 4},
     "generated LoRA and attention": {"clues": "attention", "generated_lora_rank": 4},
+    "soft prompt": {"clues": "none", "num_virtual_tokens": 6},
+    "soft prompt with MLP and attention": {"clues": "attention", "num_virtual_tokens": 4, "soft_prompt_mlp": 8},
     "candidates": {"source": "candidates"},
     "vocabulary": {"source": "vocabulary", "filters": ("query_tokens",)},
     "vocabulary_per_token": {"source": "vocabulary_per_token", "k": 2},

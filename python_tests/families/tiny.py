@@ -49,9 +49,13 @@ PLAIN_ONLY: dict[str, tuple[str, dict]] = {
 }
 
 
-def tiny_lm(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """A random LM whose attention matters: weights of N(0, 0.25), so that the document moves the score."""
+def tiny_lm(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **more):
+    """A random LM whose attention matters: weights of N(0, 0.25), so that the document moves the score.
+
+    more: settings of its config, instead of those of the family.
+    """
     model_type, overrides = (FAMILIES | PLAIN_ONLY)[family]
+    overrides = overrides | more
     settings = {"vocab_size": VOCABULARY, **overrides} if model_type == "gpt2" else {**_COMMON, **overrides}
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)

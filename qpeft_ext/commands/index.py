@@ -27,8 +27,8 @@ def command(
 ) -> None:
     """Read every document of a corpus once and keep what the LM needs of it on disk.
 
-    The index belongs to one LM, template and length limit. A run that was stopped goes on when it is started again,
-    and so does one whose corpus has grown.
+    The index belongs to one LM, template, soft prompt and length limit. A run that was stopped goes on when it is
+    started again, and so does one whose corpus has grown.
     """
     if not (model or base_model):
         raise ValueError("expected --model ADAPTER or --base-model LM")

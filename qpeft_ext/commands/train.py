@@ -27,7 +27,7 @@ def command(
     split: Annotated[str, typer.Option(help="Which split of --data to train on, if it has any.")] = "train",
     num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 11,
     depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
-    clues: Annotated[str, typer.Option(help="attention (Q-PEFT-A) or top_k (Q-PEFT-R).")] = "attention",
+    clues: Annotated[str, typer.Option(help="attention (Q-PEFT-A), top_k (Q-PEFT-R) or none.")] = "attention",
     k: Annotated[int, typer.Option(help="Clues per document, for top_k.")] = 10,
     num_heads: Annotated[int, typer.Option(help="Attention heads, for attention.")] = 8,
     rank: Annotated[int | None, typer.Option(help="Inner width of the clue module.  [default: 256 at most]")] = None,
@@ -58,8 +58,6 @@ def command(
     On several GPUs: torchrun --nproc-per-node N -m qpeft_ext.cli train ...; each of them takes a group of queries, so a
     step has N times as many, and equals one of a single device with N times --gradient-accumulation-steps.
     """
-    if clues == "none" and not any(text.startswith("generated_lora_rank=") for text in option or []):
-        raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr")
     if (data is None) == (train is None):
         raise ValueError("expected either --data FOLDER or --train FILE")
     if not learning_rate > 0 or not epochs > 0:
@@ -81,6 +79,9 @@ def command(
                 "margin": margin, "queries_per_group": queries_per_group, "num_hard_negatives": num_negatives,
                 "max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens, "seed": seed}
     config = QPeftConfig(**settings | parse_options(option or []))
+    if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
+        raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
+                         "a soft prompt: --option num_virtual_tokens=20")
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
     device = default_device(device)
     quiet_transformers()
