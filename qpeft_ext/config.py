@@ -17,6 +17,7 @@ SELECTIONS = ("similarity", "random")
 SOURCES = ("document", "candidates", "vocabulary", "vocabulary_per_token")
 CLUE_EMBEDDINGS = ("frozen", "low_rank", "full")
 LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise", "contrastive", "margin_mse")
+LAYOUTS = ("document_first", "clues_first")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
 
@@ -48,6 +49,8 @@ class QPeftConfig:
             only (`GeneratedLora`); None for none. It combines with every kind of clues.
         target_modules: which linear layers it updates, endings of their names as in `peft`; None: q_proj and v_proj, or
             what the LM has in their place.
+        layout: "document_first", or "clues_first" for comparison: clues before the passage, so that no prefix can be
+            shared between queries and every pair is read whole. A generated LoRA is then in force behind the passage.
         instruction: text at the start of every prompt.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
@@ -80,6 +83,7 @@ class QPeftConfig:
     score_gate: bool = False
     generated_lora_rank: int | None = None
     target_modules: tuple[str, ...] | None = None
+    layout: str = "document_first"
     instruction: str = DEFAULT_INSTRUCTION
     max_document_tokens: int = 256
     max_query_tokens: int = 64
@@ -106,6 +110,7 @@ class QPeftConfig:
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("loss", self.loss, LOSSES)
+        _one_of("layout", self.layout, LAYOUTS)
         for name in self.filters:
             _one_of("filters", name, FILTERS)
         for name in ("k", "num_heads", "max_document_tokens", "max_query_tokens", "queries_per_group"):
@@ -135,6 +140,9 @@ class QPeftConfig:
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
+        if self.layout == "clues_first" and self.clues == "none":
+            raise ValueError("QPeftConfig: layout='clues_first' says where the clues go, but clues='none' has none; "
+                             "leave layout out")
         if self.target_modules is not None and self.generated_lora_rank is None:
             raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
         if self.generated_lora_rank is not None and self.loss == "pointwise":

@@ -21,6 +21,7 @@ from .prompt import Document, Prompt
 from .schedule import READ_TOKENS_PER_TOKEN, default_tokens, prefix_groups, suffix_groups, tokens_worth_a_pass
 from .suffix_pass import log_likelihood
 
+CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which hang on the query, before the document"
 CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of more pairs are computed pass by pass
 
 
@@ -57,7 +58,7 @@ class QPeftModel(nn.Module):
             lm.requires_grad_(False)
         self.lm = lm
         self.tokenizer = tokenizer
-        self.engine = Engine(lm)
+        self.engine = Engine(lm, CLUES_FIRST_IS_PLAIN if config.layout == "clues_first" else "")
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = Prompt(tokenizer, config)
         with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
@@ -117,7 +118,8 @@ class QPeftModel(nn.Module):
         Args:
             batch: from `encode`.
             path: "document_first" (each distinct document's prefix once, then the suffixes), or "plain" (whole
-                prompts). Models whose cache cannot be shared take the plain path either way.
+                prompts). Models whose cache cannot be shared take the plain path either way, and so does
+                ``layout="clues_first"``.
             cache: prefixes are read from it and put into it, where the LM is not trained.
             max_tokens_per_batch: budget of tokens per pass; None: what suits the device (`schedule.default_tokens`).
             deterministic: every prefix, clue and suffix is computed alone and unpadded, so that a score is bit-equal
@@ -213,8 +215,8 @@ class QPeftModel(nn.Module):
         """`log_likelihood` with the update that each pair's query generates, on the suffixes only."""
         suffix = None
         if prefix is None:
-            lengths = to_device(np.array([len(batch.documents[d].ids) for _, d in batch.pairs]), self.device)
-            suffix = torch.arange(rows.ids.shape[1], device=self.device) >= lengths[:, None]
+            starts = to_device(rows.suffix_starts, self.device)
+            suffix = torch.arange(rows.ids.shape[1], device=self.device) >= starts[:, None]
         with self.generated_lora.active(self.generated_lora.gates_of_pairs(batch, engine.table), suffix):
             return log_likelihood(engine, rows, vectors, prefix, prefix_rows)
 
