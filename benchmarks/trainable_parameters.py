@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qpeft_ext.clues import AttentionClues, TopKClues
 from qpeft_ext.config import QPeftConfig
 from qpeft_ext.generated_lora import GeneratedLora
+from qpeft_ext.official.clues import OfficialAttentionClues, OfficialTopKClues
+from qpeft_ext.official.prompt import OfficialTokens
 
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- trainable parameters -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,7 +40,8 @@ VARIANTS: tuple[dict, ...] = (
     {"clues": "top_k", "clue_embeddings": "low_rank", "score_gate": True},
     {"clues": "attention", "generated_lora_rank": 16},
     {"clues": "none", "generated_lora_rank": 16},
-    {"clues": "top_k", "clue_embeddings": "full", "rank": None},
+    {"clues": "top_k", "compat": "official"},
+    {"clues": "attention", "compat": "official"},
 )
 
 
@@ -46,10 +49,14 @@ def count(options: dict, lm: torch.nn.Module | None = None) -> tuple[int, int]:
     """Trained parameters of a variant, and the bytes that its adapter file holds (float32)."""
     config, module = QPeftConfig(**options).resolve(D), torch.nn.ModuleList()
     with torch.device("meta"):
-        if config.clues == "attention":
+        table, allowed = torch.empty(V, D), torch.empty(V, dtype=torch.bool)
+        if config.compat == "official":
+            kind = OfficialTopKClues if config.clues == "top_k" else OfficialAttentionClues
+            module.append(kind(config, table, OfficialTokens((), (), ()), allowed, decode=None))
+        elif config.clues == "attention":
             module.append(AttentionClues(config, D))
-        if config.clues == "top_k":
-            module.append(TopKClues(config, torch.empty(V, D), torch.empty(V, dtype=torch.bool)))
+        elif config.clues == "top_k":
+            module.append(TopKClues(config, table, allowed))
         if config.generated_lora_rank:
             module.append(GeneratedLora(lm, D, config.generated_lora_rank, config.target_modules))
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

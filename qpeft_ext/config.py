@@ -18,6 +18,11 @@ SOURCES = ("document", "candidates", "vocabulary", "vocabulary_per_token")
 CLUE_EMBEDDINGS = ("frozen", "low_rank", "full")
 LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise", "contrastive", "margin_mse")
 LAYOUTS = ("document_first", "clues_first")
+COMPAT = ("none", "official")
+OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the input passage"
+# what compat="official" has no choice in: an option that is left at its default takes this value
+OFFICIAL = {"rank": None, "clue_embeddings": "full", "attention_bias": True, "source": "document",
+            "selection": "similarity", "score_gate": False, "generated_lora_rank": None}
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
 
@@ -51,6 +56,8 @@ class QPeftConfig:
             what the LM has in their place.
         layout: "document_first", or "clues_first" for comparison: clues before the passage, so that no prefix can be
             shared between queries and every pair is read whole. A generated LoRA is then in force behind the passage.
+        compat: "official" composes prompt, clues and score as the official code does, faults included (`official` says
+            which), for Llama's tokenizer only; "none" does not.
         instruction: text at the start of every prompt.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
@@ -84,6 +91,7 @@ class QPeftConfig:
     generated_lora_rank: int | None = None
     target_modules: tuple[str, ...] | None = None
     layout: str = "document_first"
+    compat: str = "none"
     instruction: str = DEFAULT_INSTRUCTION
     max_document_tokens: int = 256
     max_query_tokens: int = 64
@@ -111,6 +119,7 @@ class QPeftConfig:
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("loss", self.loss, LOSSES)
         _one_of("layout", self.layout, LAYOUTS)
+        _one_of("compat", self.compat, COMPAT)
         for name in self.filters:
             _one_of("filters", name, FILTERS)
         for name in ("k", "num_heads", "max_document_tokens", "max_query_tokens", "queries_per_group"):
@@ -132,11 +141,26 @@ class QPeftConfig:
             if not names or not all(isinstance(name, str) and name for name in names):
                 raise ValueError(f"QPeftConfig: target_modules must be names of layers, got {self.target_modules!r}")
             self.target_modules = names
+        if self.compat == "official":
+            self._take_official_values()
         self._expect_compatible()
+
+    def _take_official_values(self) -> None:
+        """Raises: ValueError for an option that the official code does not have."""
+        if self.instruction == DEFAULT_INSTRUCTION:
+            self.instruction = OFFICIAL_INSTRUCTION
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in OFFICIAL.items():
+            if (got := getattr(self, name)) not in (defaults[name], value):
+                raise ValueError(f"QPeftConfig: compat='official' has {name}={value!r} and nothing else, got {got!r}; "
+                                 f"leave {name} out")
+            setattr(self, name, value)
+        _at_least("max_document_tokens of compat='official', which counts its template,", self.max_document_tokens, 5)
 
     def _expect_compatible(self) -> None:
         """An option that does nothing beside the others must not be set in vain."""
-        for name, default in (("source", "document"), ("clue_embeddings", "frozen"), ("score_gate", False)):
+        table = OFFICIAL["clue_embeddings"] if self.compat == "official" else "frozen"
+        for name, default in (("source", "document"), ("clue_embeddings", table), ("score_gate", False)):
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")

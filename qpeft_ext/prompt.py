@@ -166,6 +166,15 @@ class Prompt:
         return [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]
 
 
+def build_prompt(tokenizer, config: QPeftConfig) -> Prompt:
+    """The prompt of a config: `Prompt`, or `official.prompt.OfficialPrompt`."""
+    if config.compat == "official":
+        from .official.prompt import OfficialPrompt
+
+        return OfficialPrompt(tokenizer, config)
+    return Prompt(tokenizer, config)
+
+
 def document_text(document: Document) -> str:
     """Title and text of a document as one string, title first.
 
