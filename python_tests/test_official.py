@@ -142,6 +142,16 @@ def test_the_clues_are_those_of_the_restatement(letters, similarity):
             assert clue_ids(model, query, document) == expected_ids(model, query, document)
 
 
+def test_all_that_could_be_clues_are_in_order():
+    """Those that are unlike every query token too, before the query's own."""
+    model = official_model()
+    oracle = restated(model)
+    for query, document in [("boats", "sea"), ("the", "dull"), *PAIRS]:
+        expected = oracle.survivors(oracle.ids(query), oracle.document_part(text_of(document)))
+        model.clues.k = len(expected)
+        assert clue_ids(model, query, document) == expected
+
+
 def test_pairs_together_have_the_clues_of_pairs_alone():
     model = official_model(k=8)
     found = model.compute_clues(model.encode(PAIRS), explain=True).explanation["clue_ids"]
@@ -196,6 +206,8 @@ def test_without_survivors_no_filter_is_in_force():
     assert chosen == expected_ids(model, query, "sea")
     asked = model.prompt.queries([query])[0]
     assert set(chosen) <= set(asked) and len(set(chosen)) < 9  # the filter would leave none; tokens repeat
+    long = official_model(k=90, filters=("query_tokens",))  # more than there are of the document: without <s> and </s>
+    assert clue_ids(long, query, "sea") == expected_ids(long, query, "sea")
 
 
 def test_filters_have_their_faults():
