@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from qpeft_ext.clues import AttentionClues, TopKClues
 from qpeft_ext.config import QPeftConfig
 from qpeft_ext.generated_lora import GeneratedLora
+from qpeft_ext.official.clues import OfficialAttentionClues, OfficialTopKClues
+from qpeft_ext.official.prompt import OfficialTokens
 from qpeft_ext.soft_prompt import SoftPrompt
 
 README = Path(__file__).parent.parent / "README.md"
@@ -42,7 +44,8 @@ VARIANTS: tuple[dict, ...] = (
     {"clues": "none", "num_virtual_tokens": 20},
     {"clues": "none", "num_virtual_tokens": 20, "soft_prompt_mlp": 256},
     {"clues": "attention", "num_virtual_tokens": 20},
-    {"clues": "top_k", "clue_embeddings": "full", "rank": None},
+    {"clues": "top_k", "compat": "official"},
+    {"clues": "attention", "compat": "official"},
 )
 
 
@@ -50,10 +53,14 @@ def count(options: dict, lm: torch.nn.Module | None = None) -> tuple[int, int]:
     """Trained parameters of a variant, and the bytes that its adapter file holds (float32)."""
     config, module = QPeftConfig(**options).resolve(D), torch.nn.ModuleList()
     with torch.device("meta"):
-        if config.clues == "attention":
+        table, allowed = torch.empty(V, D), torch.empty(V, dtype=torch.bool)
+        if config.compat == "official":
+            kind = OfficialTopKClues if config.clues == "top_k" else OfficialAttentionClues
+            module.append(kind(config, table, OfficialTokens((), (), ()), allowed, decode=None))
+        elif config.clues == "attention":
             module.append(AttentionClues(config, D))
-        if config.clues == "top_k":
-            module.append(TopKClues(config, torch.empty(V, D), torch.empty(V, dtype=torch.bool)))
+        elif config.clues == "top_k":
+            module.append(TopKClues(config, table, allowed))
         if config.generated_lora_rank:
             module.append(GeneratedLora(lm, D, config.generated_lora_rank, config.target_modules))
         if config.num_virtual_tokens:

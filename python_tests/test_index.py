@@ -365,7 +365,7 @@ def test_what_is_no_index(job, tmp_path, capsys):
         (tmp_path / "full" / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match="not a readable manifest"):
             PrefixIndex(tmp_path / "full")
-    with pytest.raises(ValueError, match="an index is of no use to this LM: its cache cannot be shared"):
+    with pytest.raises(ValueError, match="an index is of no use to this model: its cache cannot be shared"):
         make(tmp_path / "index", model(tiny_lm("mamba")))
     assert "--model ADAPTER or --base-model LM" in error(capsys, "index", job / "data", "--out", tmp_path / "x")
     with IndexWriter(model(), corpus(), tmp_path / "index"):

@@ -34,8 +34,11 @@ def test_counts_worked_out_by_hand(script):
     mlp = 2 * D * r + r + D
     assert script["count"]({"clues": "attention"}) == (4 * (2 * D * r + D) + mlp, 4 * (4 * (2 * D * r + D) + mlp))
     assert script["count"]({"clues": "top_k"})[0] == mlp
-    official = {"clues": "top_k", "clue_embeddings": "full", "rank": None}
-    assert script["count"](official)[0] == V * D + 2 * D * D + 2 * D  # the official Q-PEFT-R: 164.6 M
+    official = V * D + 2 * D * D + 2 * D
+    assert script["count"]({"clues": "top_k", "compat": "official"})[0] == official == 164_634_624
+    attention = 4 * D * D + 4 * D
+    assert script["count"]({"clues": "attention", "compat": "official"})[0] == official + attention == 231_759_872
+    assert script["count"]({"clues": "top_k", "clue_embeddings": "full", "rank": None})[0] == official
     assert script["count"]({"clues": "top_k", "score_gate": True})[0] == mlp + 2 * D * r + 2
     soft = {"clues": "none", "num_virtual_tokens": 20}
     assert script["count"](soft) == (20 * D, 4 * 20 * D)

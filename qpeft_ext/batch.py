@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .prompt import Document, DocumentPrefix, Prompt, SuffixPieces, document_text
+from .prompt import CluesFirstPieces, Document, DocumentPrefix, Prompt, SuffixPieces, document_text
 
 try:
     from ._host import pack_ragged
@@ -115,6 +115,7 @@ class Rows:
     before_query: flat indices of the slot *before* each query token, [N]; target_ids: those tokens, [N].
     target_slots: flat indices into [B, T] of the targets, [N], where ``longest_query`` is T.
     end: one more than the largest position of a token.
+    suffix_starts: where in each row what follows the document begins, [B]; on the host.
     """
 
     ids: Tensor
@@ -126,6 +127,7 @@ class Rows:
     target_slots: Tensor
     longest_query: int
     end: int
+    suffix_starts: np.ndarray
 
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
         """Sums over the targets of each pair, [N] -> [B]; through a table [B, T], so that their order is fixed."""
@@ -134,35 +136,38 @@ class Rows:
 
 
 def assemble_rows(
-    batch: PairBatch, pieces: SuffixPieces, clue_counts: Sequence[int], device, with_prefix: bool
+    batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], device, with_prefix: bool
 ) -> Rows:
     """Lay out the suffixes of the pairs, or with ``with_prefix`` their whole prompts (the plain path).
 
     Only clues that exist take a slot: a gap inside a row would be counted by sliding windows.
     """
-    rows, queries = [], [batch.queries[q] for q, _ in batch.pairs]
+    queries = [pieces.scored(batch.queries[q]) for q, _ in batch.pairs]
+    rows, clue_starts, suffix_starts = [], [], []
     for (_, document_index), query, count in zip(batch.pairs, queries, clue_counts, strict=True):
-        row = batch.documents[document_index].ids if with_prefix else ()
-        row += (*pieces.hints, *(0,) * count, *pieces.question) if count else pieces.bare_question
+        document = batch.documents[document_index].ids if with_prefix else ()
+        row, clue_start, suffix_start = pieces.lay_out(document, count)
         rows.append(row + query[:-1])
+        clue_starts.append(clue_start)
+        suffix_starts.append(suffix_start)
     prefix_lengths = np.array([len(batch.documents[d].ids) for _, d in batch.pairs])
     query_lengths = np.array([len(query) for query in queries])
     lengths, counts = np.array([len(row) for row in rows]), np.array(clue_counts)
     width, longest_query = int(lengths.max()), int(query_lengths.max())
     first_slots = np.arange(len(rows)) * width
-    hints = first_slots + len(pieces.hints) + (prefix_lengths if with_prefix else 0)
     starts = np.zeros_like(lengths) if with_prefix else prefix_lengths
     ids, mask = pad(rows, device)
     return Rows(
         ids,
         mask.long(),
         to_device(starts[:, None] + np.arange(width), device),
-        to_device(_spans(hints, counts), device),
+        to_device(_spans(first_slots + np.array(clue_starts), counts), device),
         to_device(_spans(first_slots + lengths - query_lengths, query_lengths), device),
         to_device(pack_ragged(queries)[0], device),
         to_device(_spans(np.arange(len(rows)) * longest_query, query_lengths), device),
         longest_query,
         int((starts + lengths).max()),
+        np.array(suffix_starts),
     )
 
 

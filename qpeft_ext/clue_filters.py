@@ -45,16 +45,17 @@ def allowed_ids(tokenizer, vocabulary: int, filters: tuple[str, ...] = ()) -> Te
     allowed[[i for i in tokenizer.all_special_ids if i < vocabulary]] = False
     words = [name for name in filters if name in ("stop_words", "non_alphabetic")]
     if words:
-        stop_words = _stop_words() if "stop_words" in words else frozenset()
+        stopped = stop_words() if "stop_words" in words else frozenset()
         pieces = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
         for i, piece in enumerate(pieces):
             word = piece.strip().casefold()
-            if word in stop_words or ("non_alphabetic" in words and not any(c.isalnum() for c in word)):
+            if word in stopped or ("non_alphabetic" in words and not any(c.isalnum() for c in word)):
                 allowed[i] = False
     return allowed
 
 
-def _stop_words() -> frozenset[str]:
+def stop_words() -> frozenset[str]:
+    """The English list of bm25s."""
     try:
         from bm25s.stopwords import STOPWORDS_EN_PLUS as words
     except ImportError:

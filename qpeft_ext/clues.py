@@ -13,6 +13,7 @@ from .attention_clues import AttentionClues
 from .clue_filters import allowed_ids
 from .clue_layers import Clues
 from .config import QPeftConfig
+from .official.clues import build_official_clues
 from .top_k_clues import TopKClues
 
 __all__ = ["AttentionClues", "Clues", "TopKClues", "allowed_ids", "build_clues"]
@@ -22,6 +23,8 @@ def build_clues(config: QPeftConfig, table: Tensor, tokenizer) -> nn.Module | No
     """The clue module of a resolved config over an embedding table [V, D]; None for ``clues="none"`` (UPR)."""
     if config.clues == "none":
         return None
+    if config.compat == "official":
+        return build_official_clues(config, table, tokenizer)
     if config.clues == "attention" and not config.filters:
         return AttentionClues(config, table.shape[1])
     allowed = allowed_ids(tokenizer, len(table), config.filters)

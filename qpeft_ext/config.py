@@ -18,6 +18,13 @@ SOURCES = ("document", "candidates", "vocabulary", "vocabulary_per_token")
 CLUE_EMBEDDINGS = ("frozen", "low_rank", "full")
 SOFT_PROMPT_INITS = ("text", "random")
 LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise", "contrastive", "margin_mse")
+LAYOUTS = ("document_first", "clues_first")
+COMPAT = ("none", "official")
+OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the input passage"
+# what compat="official" has no choice in: an option that is left at its default takes this value
+OFFICIAL = {"rank": None, "clue_embeddings": "full", "attention_bias": True, "source": "document",
+            "selection": "similarity", "score_gate": False, "generated_lora_rank": None,
+            "num_virtual_tokens": None}
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
 
@@ -49,6 +56,10 @@ class QPeftConfig:
             only (`GeneratedLora`); None for none. It combines with every kind of clues.
         target_modules: which linear layers it updates, endings of their names as in `peft`; None: q_proj and v_proj, or
             what the LM has in their place.
+        layout: "document_first", or "clues_first" for comparison: clues before the passage, so that no prefix can be
+            shared between queries and every pair is read whole. A generated LoRA is then in force behind the passage.
+        compat: "official" composes prompt, clues and score as the official code does, faults included (`official` says
+            which), for Llama's tokenizer only; "none" does not.
         instruction: text at the start of every prompt.
         num_virtual_tokens: P of a soft prompt, trained virtual tokens that stand in every prompt where the instruction
             would; None for none. It combines with every kind of clues; with "none" it is prompt tuning.
@@ -86,6 +97,8 @@ class QPeftConfig:
     score_gate: bool = False
     generated_lora_rank: int | None = None
     target_modules: tuple[str, ...] | None = None
+    layout: str = "document_first"
+    compat: str = "none"
     instruction: str = DEFAULT_INSTRUCTION
     num_virtual_tokens: int | None = None
     soft_prompt_init: str = "text"
@@ -116,6 +129,8 @@ class QPeftConfig:
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("loss", self.loss, LOSSES)
         _one_of("soft_prompt_init", self.soft_prompt_init, SOFT_PROMPT_INITS)
+        _one_of("layout", self.layout, LAYOUTS)
+        _one_of("compat", self.compat, COMPAT)
         for name in self.filters:
             _one_of("filters", name, FILTERS)
         for name in ("k", "num_heads", "max_document_tokens", "max_query_tokens", "queries_per_group"):
@@ -136,11 +151,26 @@ class QPeftConfig:
             if not names or not all(isinstance(name, str) and name for name in names):
                 raise ValueError(f"QPeftConfig: target_modules must be names of layers, got {self.target_modules!r}")
             self.target_modules = names
+        if self.compat == "official":
+            self._take_official_values()
         self._expect_compatible()
+
+    def _take_official_values(self) -> None:
+        """Raises: ValueError for an option that the official code does not have."""
+        if self.instruction == DEFAULT_INSTRUCTION:
+            self.instruction = OFFICIAL_INSTRUCTION
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in OFFICIAL.items():
+            if (got := getattr(self, name)) not in (defaults[name], value):
+                raise ValueError(f"QPeftConfig: compat='official' has {name}={value!r} and nothing else, got {got!r}; "
+                                 f"leave {name} out")
+            setattr(self, name, value)
+        _at_least("max_document_tokens of compat='official', which counts its template,", self.max_document_tokens, 5)
 
     def _expect_compatible(self) -> None:
         """An option that does nothing beside the others must not be set in vain."""
-        for name, default in (("source", "document"), ("clue_embeddings", "frozen"), ("score_gate", False)):
+        table = OFFICIAL["clue_embeddings"] if self.compat == "official" else "frozen"
+        for name, default in (("source", "document"), ("clue_embeddings", table), ("score_gate", False)):
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
@@ -148,6 +178,12 @@ class QPeftConfig:
             if self.num_virtual_tokens is None and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} is of a soft prompt; set "
                                  "num_virtual_tokens")
+        if self.layout == "clues_first" and self.clues == "none":
+            raise ValueError("QPeftConfig: layout='clues_first' says where the clues go, but clues='none' has none; "
+                             "leave layout out")
+        if self.layout == "clues_first" and self.num_virtual_tokens is not None:
+            raise ValueError("QPeftConfig: layout='clues_first' has its instruction as text; leave num_virtual_tokens "
+                             "out")
         if self.target_modules is not None and self.generated_lora_rank is None:
             raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
         if self.generated_lora_rank is not None and self.loss == "pointwise":

@@ -43,6 +43,8 @@ class _PrefixCache(DynamicCache):
 class Engine:
     """Runs a frozen causal LM on prefixes and suffixes.
 
+    Args:
+        lm: the model.  why_plain: a reason not to share prefixes that is known beforehand.
     Attributes:
         table: input embeddings [V, D].  scale: what the embedding module multiplies a row with.
         head: `LikelihoodHead`.
@@ -56,7 +58,7 @@ class Engine:
         cache_argument: what the decoder calls the cache.
     """
 
-    def __init__(self, lm) -> None:
+    def __init__(self, lm, why_plain: str = "") -> None:
         if getattr(lm.config, "is_encoder_decoder", False):
             raise ValueError(f"{type(lm).__name__} is an encoder–decoder; a causal LM is expected")
         self.lm = lm
@@ -71,7 +73,7 @@ class Engine:
         with torch.no_grad():
             self.scale = self._embedding_scale()
             self.head = LikelihoodHead(lm, self.decoder)
-            self.why_plain = self._why_plain()
+            self.why_plain = why_plain or self._why_plain()
             if self.last_layer >= 0:
                 self.row_wise = self._row_wise()
 

@@ -107,7 +107,8 @@ def explain_pair(model, query: str, document: Document, candidates: Sequence[Doc
         places = [(place, weight, token) for place, (weight, token) in enumerate(found)]
     else:
         places, tokens = [], _clue_tokens(model.tokenizer, clues, query_tokens)
-        for clue_id, clue in zip(clues.explanation["clue_ids"][clues.mask].tolist(), tokens, strict=True):
+        clue_ids = clues.explanation["clue_ids"]
+        for clue_id, clue in zip(clue_ids[clue_ids >= 0].tolist(), tokens, strict=True):
             places += [(s, clue.weight, clue.query_token) for s, i in enumerate(document_ids) if i == clue_id]
     spans = [
         ClueSpan(*offsets[place], text[slice(*offsets[place])], weight, query_token)
@@ -127,7 +128,8 @@ def _gate_norms(model, query: tuple[int, ...]) -> dict[str, float]:
 
 def _clue_tokens(tokenizer, clues: Clues, query_tokens: list[str]) -> list[ClueToken]:
     """The clues of one pair in their order."""
-    facts = {name: fact[clues.mask].tolist() for name, fact in clues.explanation.items()}
+    chosen = clues.explanation["clue_ids"] >= 0
+    facts = {name: fact[chosen].tolist() for name, fact in clues.explanation.items()}
     gates = facts.get("gates", [1.0] * len(facts["clue_ids"]))
     rows = zip(facts["clue_ids"], facts["scores"], facts["query_positions"], gates, strict=True)
     return [ClueToken(tokenizer.decode([i]).strip(), score, query_tokens[t] if t >= 0 else "", gate)

@@ -77,7 +77,7 @@ class IndexWriter:
     def __init__(self, model, corpus: Mapping[str, dict], folder: str | os.PathLike, *, alone: bool = False,
                  max_tokens_per_batch: int = 8192, shard_bytes: int = SHARD_BYTES) -> None:
         if model.engine.why_plain:
-            raise ValueError(f"an index is of no use to this LM: {model.engine.why_plain}")
+            raise ValueError(f"an index is of no use to this model: {model.engine.why_plain}")
         self.model, self.corpus, self.folder, self.alone = model, corpus, Path(folder), alone
         self.max_tokens_per_batch, self.shard_bytes = max_tokens_per_batch, shard_bytes
         self._link = copies(model.engine.device)

@@ -16,12 +16,14 @@ from .clues import Clues, build_clues
 from .config import QPeftConfig
 from .engine import Engine
 from .generated_lora import GeneratedLora
+from .official.likelihood import counted_tokens
 from .prefix_cache import PrefixKV
-from .prompt import Document, Prompt
+from .prompt import Document, build_prompt
 from .schedule import READ_TOKENS_PER_TOKEN, default_tokens, prefix_groups, suffix_groups, tokens_worth_a_pass
 from .soft_prompt import build_soft_prompt
 from .suffix_pass import log_likelihood
 
+CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which hang on the query, before the document"
 CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of more pairs are computed pass by pass
 
 
@@ -30,6 +32,7 @@ class Scores:
     """Scores of B pairs.
 
     query_log_likelihood: Σ log p(query token), nats, float32 [B]; larger is better.  num_tokens: query tokens [B].
+    With ``compat="official"`` BOS and EOS count as query tokens, and of all of them those with log p other than 0.
     """
 
     query_log_likelihood: Tensor
@@ -58,9 +61,9 @@ class QPeftModel(nn.Module):
             lm.requires_grad_(False)
         self.lm = lm
         self.tokenizer = tokenizer
-        self.engine = Engine(lm)
+        self.engine = Engine(lm, CLUES_FIRST_IS_PLAIN if config.layout == "clues_first" else "")
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
-        self.prompt = Prompt(tokenizer, config)
+        self.prompt = build_prompt(tokenizer, config)
         with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, self.engine.table, tokenizer)
@@ -121,7 +124,8 @@ class QPeftModel(nn.Module):
         Args:
             batch: from `encode`.
             path: "document_first" (each distinct document's prefix once, then the suffixes), or "plain" (whole
-                prompts). Models whose cache cannot be shared take the plain path either way.
+                prompts). Models whose cache cannot be shared take the plain path either way, and so does
+                ``layout="clues_first"``.
             cache: prefixes are read from it and put into it, unless they need a gradient (a soft prompt or the LM
                 is trained).
             max_tokens_per_batch: budget of tokens per pass; None: what suits the device (`schedule.default_tokens`).
@@ -160,11 +164,13 @@ class QPeftModel(nn.Module):
                     own_counts = _counts(own, len(part))
                 rows += group
                 parts.append(self._score_group(part, own, own_counts, documents, prefix))
-        total = torch.cat(parts)
         order = torch.empty(len(rows), dtype=torch.long)
         order[torch.tensor(rows)] = torch.arange(len(rows))
-        num_tokens = to_device(np.array([len(batch.queries[q]) for q, _ in batch.pairs]), total.device)
-        return Scores(total[order.to(total.device)], num_tokens)
+        order = order.to(parts[0].num_tokens.device)
+        return Scores(
+            torch.cat([part.query_log_likelihood for part in parts])[order],
+            torch.cat([part.num_tokens for part in parts])[order],
+        )
 
     def announce(self, batch: PairBatch, cache: DocumentCache, deterministic: bool) -> bool:
         """Have the prefixes of a batch read ahead from files (`DocumentCache.announce`)."""
@@ -200,8 +206,8 @@ class QPeftModel(nn.Module):
         counts: Sequence[int],
         documents: list[int],
         prefix: PrefixKV | None,
-    ) -> Tensor:
-        """Σ log p(query token) of the pairs of one suffix pass, [B]; ``counts``: clues of each."""
+    ) -> Scores:
+        """Scores of the pairs of one suffix pass; ``counts``: clues of each."""
         vectors = None if clues is None else clues.embeds[clues.mask]
         rows = assemble_rows(batch, self.prompt.suffix, counts, self.device, with_prefix=prefix is None)
         prefix_rows = None
@@ -217,14 +223,18 @@ class QPeftModel(nn.Module):
             log_p = checkpoint(run, *arguments, use_reentrant=False)
         else:
             log_p = run(*arguments)
-        return rows.sum_of_each_pair(log_p)
+        if self.qpeft_config.compat == "official":
+            num_tokens = counted_tokens(log_p, rows, batch, self.tokenizer.decode)
+        else:
+            num_tokens = rows.sum_of_each_pair(torch.ones_like(rows.target_ids))
+        return Scores(rows.sum_of_each_pair(log_p), num_tokens)
 
     def _with_generated_lora(self, batch: PairBatch, engine: Engine, rows, vectors, prefix, prefix_rows) -> Tensor:
         """`log_likelihood` with the update that each pair's query generates, on the suffixes only."""
         suffix = None
         if prefix is None:
-            lengths = to_device(np.array([len(batch.documents[d].ids) for _, d in batch.pairs]), self.device)
-            suffix = torch.arange(rows.ids.shape[1], device=self.device) >= lengths[:, None]
+            starts = to_device(rows.suffix_starts, self.device)
+            suffix = torch.arange(rows.ids.shape[1], device=self.device) >= starts[:, None]
         with self.generated_lora.active(self.generated_lora.gates_of_pairs(batch, engine.table), suffix):
             return log_likelihood(engine, rows, vectors, prefix, prefix_rows)
 

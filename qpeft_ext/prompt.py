@@ -3,6 +3,10 @@
     <bos> {instruction} Passage: {title} {text}\\n  |  hints: <clue vectors>\\nQuestion: {query}
 
 With `num_virtual_tokens` a trained soft prompt stands in the place of the instruction.
+With ``layout="clues_first"`` the clues stand before the document, and nothing can be shared:
+
+    <bos> {instruction} hints: <clue vectors>\\n Passage: {title} {text}\\nQuestion: {query}
+
 The pieces are tokenised separately, so the ids of a prefix depend on its document alone, and every span is known
 as a number: nothing is ever searched by token id.
 """
@@ -19,10 +23,10 @@ Document = str | dict
 
 @dataclass(frozen=True)
 class DocumentPrefix:
-    """Token ids of one document prefix.
+    """Token ids of one document prefix; with ``layout="clues_first"`` of the piece that stands after the clues.
 
-    ids: the whole prefix, with 0 for each token of a soft prompt.  start, end: the span of title and text in it.
-    cut: tokens lost to truncation.
+    ids: the whole prefix, with 0 for each token of a soft prompt.  start, end: the span that clues come from, title
+    and text.  cut: tokens lost to truncation.
     """
 
     ids: tuple[int, ...]
@@ -42,6 +46,40 @@ class SuffixPieces:
     hints: tuple[int, ...]
     question: tuple[int, ...]
     bare_question: tuple[int, ...]
+
+    def lay_out(self, document: tuple[int, ...], clues: int) -> tuple[tuple[int, ...], int, int]:
+        """A prompt up to its query.
+
+        Returns: the ids, 0 in each of the ``clues`` slots; where the slots begin; where what follows the document does.
+        """
+        if not clues:
+            return document + self.bare_question, len(document), len(document)
+        ids = (*document, *self.hints, *(0,) * clues, *self.question)
+        return ids, len(document) + len(self.hints), len(document)
+
+    def scored(self, query: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens whose likelihood is the score."""
+        return query
+
+
+@dataclass(frozen=True)
+class CluesFirstPieces:
+    """Those of ``layout="clues_first"``: ``head`` + ``hints`` + clues + ``newline`` + document + ``question``.
+
+    Without a clue there are neither ``hints`` nor ``newline``. The methods are as in `SuffixPieces`.
+    """
+
+    head: tuple[int, ...]
+    hints: tuple[int, ...]
+    newline: tuple[int, ...]
+    question: tuple[int, ...]
+
+    def lay_out(self, document: tuple[int, ...], clues: int) -> tuple[tuple[int, ...], int, int]:
+        framed = (*self.hints, *(0,) * clues, *self.newline) if clues else ()
+        ids = (*self.head, *framed, *document, *self.question)
+        return ids, len(self.head) + len(self.hints), len(ids) - len(self.question)
+
+    scored = SuffixPieces.scored
 
 
 class Prompt:
@@ -66,15 +104,21 @@ class Prompt:
         bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
         self.soft_prompt_start, self.instruction_ids = len(bos), ()
         instruction = config.instruction.strip()
-        if config.num_virtual_tokens is None:
-            self._head = (*bos, *self._encode([f"{instruction} Passage:" if instruction else "Passage:"])[0])
-        else:
-            words, passage = self._encode([instruction, self._spaced("Passage:")])
-            self.instruction_ids = tuple(words)
-            self._head = (*bos, *(0,) * config.num_virtual_tokens, *passage)
         self._newline = tuple(self._encode(["\n"])[0])
-        hints, question, bare = self._encode(["hints:", "\nQuestion:", "Question:"])
-        self.suffix = SuffixPieces(tuple(hints), tuple(question), tuple(bare))
+        self.suffix: SuffixPieces | CluesFirstPieces
+        if config.layout == "clues_first":
+            texts = [instruction, self._spaced("hints:"), "Question:", self._spaced("Passage:")]
+            head, hints, question, self._head = (tuple(ids) for ids in self._encode(texts))
+            self.suffix = CluesFirstPieces(bos + head, hints, self._newline, question)
+        else:
+            texts = [f"{instruction} Passage:".strip(), "hints:", "\nQuestion:", "Question:"]
+            head, hints, question, bare = (tuple(ids) for ids in self._encode(texts))
+            if config.num_virtual_tokens is not None:
+                words, passage = self._encode([instruction, self._spaced("Passage:")])
+                self.instruction_ids = tuple(words)
+                head = (*(0,) * config.num_virtual_tokens, *passage)
+            self._head = bos + head
+            self.suffix = SuffixPieces(hints, question, bare)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -136,6 +180,15 @@ class Prompt:
         spans = self.tokenizer(spaced, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = spans["offset_mapping"][: self.max_document_tokens]
         return [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]
+
+
+def build_prompt(tokenizer, config: QPeftConfig) -> Prompt:
+    """The prompt of a config: `Prompt`, or `official.prompt.OfficialPrompt`."""
+    if config.compat == "official":
+        from .official.prompt import OfficialPrompt
+
+        return OfficialPrompt(tokenizer, config)
+    return Prompt(tokenizer, config)
 
 
 def document_text(document: Document) -> str:

@@ -13,7 +13,7 @@ from .config import QPeftConfig
 from .formats import open_collection
 from .formats.trec import Run
 from .loading import default_device, lm_digest, load_lm, load_tokenizer, quiet_transformers
-from .prompt import Prompt
+from .prompt import Prompt, build_prompt
 from .rerank_run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_documents
 
 UPR, SIMILARITY = "UPR", "similarity only"
@@ -75,7 +75,7 @@ class SystemsSpec:
 
     def prompt(self) -> Prompt:
         """The `Prompt`, without loading the LM."""
-        return Prompt(load_tokenizer(self.lm_name), replace(self.config, **self.limits))
+        return build_prompt(load_tokenizer(self.lm_name), replace(self.config, **self.limits))
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
         """What the scores of the job depend on, beyond rounding; see `PartialRun`."""
@@ -133,7 +133,7 @@ class Systems:
         if spec.upr or spec.similarity_only:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device)
             same = {name: getattr(spec.config, name)
-                    for name in ("instruction", "max_document_tokens", "max_query_tokens", "k")}
+                    for name in ("compat", "instruction", "max_document_tokens", "max_query_tokens", "k")}
             plain = get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer)
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction

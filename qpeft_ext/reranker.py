@@ -32,6 +32,8 @@ _PAIRS_PER_JOB = 256  # of a block, between two steps of the progress bar; score
 class Reranker:
     """Scores documents by the log-likelihood of the query: Σ log p(query token), nats, larger is better.
 
+    With ``compat="official"`` the score is the mean instead, as in the official code.
+
     Passes are formed over all pairs of a call, sorted by length. A score hangs on the batch by rounding only: 1e-5 nats
     per query token in float32; in bfloat16 4e-3 at most and 7e-4 in the median with the demo's LM on a CPU, where
     scores spread by 1 (``benchmarks/bench_reranking_limits.py --work batch_drift``).
@@ -65,6 +67,8 @@ class Reranker:
     ) -> None:
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
+        if cache is not None and cache.index is not None and model.engine.why_plain:
+            raise ValueError(f"Reranker: an index is of no use to this model: {model.engine.why_plain}")
         attention = isinstance(model.clues, AttentionClues)
         if max_memory is not None:
             plan = plan_memory(model.engine, max_memory, attention)
@@ -198,10 +202,12 @@ class Reranker:
         for job in jobs:
             parts.append(self._within_memory(lambda tokens, job=job: self.model(
                 batch.select(job), path=self.path, cache=self.cache, deterministic=self.deterministic,
-                max_tokens_per_batch=tokens, prefilled=prefilled).query_log_likelihood))  # fmt: skip
+                max_tokens_per_batch=tokens, prefilled=prefilled)))  # fmt: skip
             rows += job
             bar.update(len(job))
         scores = np.empty(len(pairs), dtype=np.float32)
+        official = self.model.qpeft_config.compat == "official"
+        parts = [part.mean_query_log_likelihood if official else part.query_log_likelihood for part in parts]
         scores[rows] = torch.cat(parts).float().cpu().numpy()
         if not np.isfinite(scores).all():
             query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]

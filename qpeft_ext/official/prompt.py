@@ -1,0 +1,124 @@
+"""The official prompt, for Llama's tokenizer.
+
+    <s> {instruction} Passage: {title} {text} \\n  |  hints: <clue vectors> \\n  Question: \\n <s> {query} </s>
+
+With ``layout="clues_first"`` the hints stand before "Passage:". The clue module makes the vectors of the words around
+the clues as well, so they are slots like clues, and the prompt has no piece for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import QPeftConfig
+from ..prompt import CluesFirstPieces, Document, DocumentPrefix, Prompt, SuffixPieces, document_text
+
+BOS, EOS = 1, 2  # fixed in the official code
+_BEFORE = "Passage: "
+QUESTION = 4  # tokens of " Question: \n"; the hints are put so far before the end of the document part
+
+
+@dataclass(frozen=True)
+class OfficialTokens:
+    """Template words that the clue modules read: around the clues, and behind the document, which give clues too."""
+
+    hints: tuple[int, ...]
+    newline: tuple[int, ...]
+    question: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer) -> OfficialTokens:
+        """Raises: ValueError for another kind of tokenizer than Llama's, where the official code would go astray."""
+        found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        if found != (BOS, EOS):
+            raise ValueError(f"compat='official' needs a Llama tokenizer with <s> = {BOS} and </s> = {EOS}, got "
+                             f"bos_token_id {found[0]} and eos_token_id {found[1]}; use compat='none'")
+        part, hints, newline = tokenizer([_document_part("a"), "hints: ", "\n"], add_special_tokens=False)["input_ids"]
+        pieces = tokenizer.convert_ids_to_tokens(part[-QUESTION:])
+        if pieces[:3] != ["▁Question", ":", "▁"]:
+            raise ValueError("compat='official' needs a Llama tokenizer, whose document part ends with four pieces for "
+                             f"'Question: \\n', got {pieces}; use compat='none'")
+        return cls(tuple(hints), tuple(newline), tuple(part[-QUESTION:]))
+
+
+@dataclass(frozen=True)
+class OfficialSuffix(SuffixPieces):
+    """`SuffixPieces` that score BOS, query and EOS."""
+
+    def scored(self, query: tuple[int, ...]) -> tuple[int, ...]:
+        return (BOS, *query, EOS)
+
+
+@dataclass(frozen=True)
+class OfficialCluesFirst(CluesFirstPieces):
+    """`CluesFirstPieces` that score BOS, query and EOS."""
+
+    scored = OfficialSuffix.scored
+
+
+class OfficialPrompt(Prompt):
+    """`Prompt` with the official template.
+
+    ``max_document_tokens`` counts the tokens of "Passage: {title} {text} \\n Question: \\n". Of a longer one the first
+    piece and the end are kept: the title and the beginning of the text are lost. (The official limit of 300 is one of
+    document part, BOS, query and EOS together; here it does not depend on the query, so that prefixes can be shared.)
+    The span of a `DocumentPrefix` is all of that but "Question: \\n": its template words may become clues.
+
+    Raises: ValueError for a tokenizer that is not Llama's.
+    """
+
+    def __init__(self, tokenizer, config: QPeftConfig) -> None:
+        super().__init__(tokenizer, config)
+        self.tokens = OfficialTokens.of(tokenizer)
+        head = (BOS, *self._encode([config.instruction])[0])
+        if config.layout == "clues_first":
+            self._head = ()
+            self.suffix = OfficialCluesFirst(head, hints=(), newline=(), question=self.tokens.question)
+        else:
+            self._head = head
+            self.suffix = OfficialSuffix(hints=(), question=self.tokens.question, bare_question=self.tokens.question)
+
+    def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
+        """Prefixes of the documents, or what stands after the hints.
+
+        Raises: ValueError for a document with the text of a token "<s>", which the official code takes for the
+            beginning of the query.
+        """
+        texts = [document_text(document) for document in documents]
+        prefixes = []
+        for text, ids in zip(texts, self._encode([_document_part(text) for text in texts]), strict=True):
+            self._expect_no_bos("document", text, ids)
+            kept = self._cut(ids)[:-QUESTION]
+            start = len(self._head)
+            whole = (*self._head, *kept)
+            prefixes.append(DocumentPrefix(whole, start, len(whole), len(ids) - QUESTION - len(kept)))
+        return prefixes
+
+    def queries(self, queries: Sequence[str]) -> list[tuple[int, ...]]:
+        """As `Prompt.queries`. Raises also: ValueError for a query with the text of a token "<s>"."""
+        encoded = super().queries(queries)
+        for query, ids in zip(queries, encoded, strict=True):
+            self._expect_no_bos("query", query, ids)
+        return encoded
+
+    def offsets(self, document: Document) -> list[tuple[int, int]]:
+        """As `Prompt.offsets`; words of the template have empty spans."""
+        text = document_text(document)
+        spans = self.tokenizer(_document_part(text), add_special_tokens=False, return_offsets_mapping=True,
+                               verbose=False)["offset_mapping"]
+        return [tuple(min(max(0, place - len(_BEFORE)), len(text)) for place in span)
+                for span in self._cut(spans)[:-QUESTION]]
+
+    def _cut(self, part: list) -> list:
+        excess = len(part) - self.max_document_tokens
+        return part if excess <= 0 else part[:1] + part[1 + excess :]
+
+    def _expect_no_bos(self, what: str, text: str, ids: Sequence[int]) -> None:
+        if BOS in ids:
+            raise ValueError(f"{what} {text[:60]!r} has the token <s> in its text, where the official code would split "
+                             "the prompt; take it out, or use compat='none'")
+
+
+def _document_part(text: str) -> str:
+    return f"{_BEFORE}{text} \n Question: \n"
