@@ -115,6 +115,7 @@ class Rows:
     before_query: flat indices of the slot *before* each query token, [N]; target_ids: those tokens, [N].
     target_slots: flat indices into [B, T] of the targets, [N], where ``longest_query`` is T.
     end: one more than the largest position of a token.
+    suffix: bool [B, L], which slots of a whole prompt belong to its suffix; None where the rows are suffixes only.
     """
 
     ids: Tensor
@@ -126,6 +127,7 @@ class Rows:
     target_slots: Tensor
     longest_query: int
     end: int
+    suffix: Tensor | None = None
 
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
         """Sums over the targets of each pair, [N] -> [B]; through a table [B, T], so that their order is fixed."""
@@ -152,6 +154,7 @@ def assemble_rows(
     first_slots = np.arange(len(rows)) * width
     hints = first_slots + len(pieces.hints) + (prefix_lengths if with_prefix else 0)
     starts = np.zeros_like(lengths) if with_prefix else prefix_lengths
+    suffix = to_device(np.arange(width) >= prefix_lengths[:, None], device) if with_prefix else None
     ids, mask = pad(rows, device)
     return Rows(
         ids,
@@ -163,6 +166,7 @@ def assemble_rows(
         to_device(_spans(np.arange(len(rows)) * longest_query, query_lengths), device),
         longest_query,
         int((starts + lengths).max()),
+        suffix,
     )
 
 

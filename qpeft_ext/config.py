@@ -17,6 +17,7 @@ SELECTIONS = ("similarity", "random")
 SOURCES = ("document", "candidates", "vocabulary", "vocabulary_per_token")
 CLUE_EMBEDDINGS = ("frozen", "low_rank", "full")
 LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise", "contrastive", "margin_mse")
+TEMPLATES = ("qpeft", "upr")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
 
@@ -48,7 +49,10 @@ class QPeftConfig:
             only (`GeneratedLora`); None for none. It combines with every kind of clues.
         target_modules: which linear layers it updates, endings of their names as in `peft`; None: q_proj and v_proj, or
             what the LM has in their place.
-        instruction: text at the start of every prompt.
+        template: "qpeft", or "upr": UPR's prompt, ``Passage: {title} {text}. Please write a question based on this
+            passage.``, and UPR's score, to which of an encoder–decoder LM everything belongs that its tokenizer makes
+            of the query, ``</s>`` too. Clues stand before the full stop.
+        instruction: text at the start of every prompt of the template "qpeft".
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
         queries_per_group: queries that share their documents as in-batch negatives.
@@ -80,6 +84,7 @@ class QPeftConfig:
     score_gate: bool = False
     generated_lora_rank: int | None = None
     target_modules: tuple[str, ...] | None = None
+    template: str = "qpeft"
     instruction: str = DEFAULT_INSTRUCTION
     max_document_tokens: int = 256
     max_query_tokens: int = 64
@@ -106,6 +111,7 @@ class QPeftConfig:
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("loss", self.loss, LOSSES)
+        _one_of("template", self.template, TEMPLATES)
         for name in self.filters:
             _one_of("filters", name, FILTERS)
         for name in ("k", "num_heads", "max_document_tokens", "max_query_tokens", "queries_per_group"):
@@ -135,6 +141,9 @@ class QPeftConfig:
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
+        if self.template == "upr" and self.instruction != DEFAULT_INSTRUCTION:
+            raise ValueError("QPeftConfig: template='upr' has an instruction of its own; leave instruction out, or set "
+                             "template='qpeft'")
         if self.target_modules is not None and self.generated_lora_rank is None:
             raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
         if self.generated_lora_rank is not None and self.loss == "pointwise":

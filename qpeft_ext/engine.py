@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .batch import pad
+from .batch import PairBatch, Rows, assemble_rows, pad
 from .cache import DocumentCache
 from .head import LikelihoodHead
 from .lm_state import LMState
 from .prefix_cache import Layout, PrefixKV
-from .prompt import DocumentPrefix
+from .prompt import DocumentPrefix, SuffixPieces
+from .suffix_pass import log_likelihood
 
 
 class _PrefixIsStored(Exception):
@@ -36,31 +37,23 @@ class _PrefixCache(DynamicCache):
         return result
 
 
-class Engine:
-    """Runs a frozen causal LM on prefixes and suffixes.
+class BaseEngine:
+    """What is known of a frozen LM of any kind; see `Engine` and `encoder_decoder.EncoderDecoderEngine`.
 
     Attributes:
         table: input embeddings [V, D].  scale: what the embedding module multiplies a row with.
         head: `LikelihoodHead`.
-        why_plain: why prefixes cannot be shared ("" when they can).
+        why_plain: why keys and values of prefixes cannot be shared ("" when they can).
         context: the longest prompt, in tokens (None: unlimited).
         suffix_decoder: what suffix passes run: the decoder, compiled or not.
-        last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
-        takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
     """
 
+    is_encoder_decoder = False
+
     def __init__(self, lm) -> None:
-        if getattr(lm.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(lm).__name__} is an encoder–decoder; a causal LM is expected")
         self.lm = lm
         self.decoder = self.suffix_decoder = lm.get_decoder()
-        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-        self.last_layer = -1  # unknown
-        with torch.no_grad():
-            self.scale = self._embedding_scale()
-            self.head = LikelihoodHead(lm, self.decoder)
-            self.why_plain = self._why_plain()
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
@@ -68,8 +61,13 @@ class Engine:
             self.suffix_decoder = torch.compile(self.decoder, dynamic=True, backend=backend)
 
     @property
+    def embeddings(self):
+        """The module that embeds document and clue tokens."""
+        return self.lm.get_input_embeddings()
+
+    @property
     def table(self) -> Tensor:
-        return self.lm.get_input_embeddings().weight
+        return self.embeddings.weight
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +78,7 @@ class Engine:
         return any(parameter.requires_grad for parameter in self.lm.parameters())
 
     def _embedding_scale(self) -> float:
-        module, table = self.lm.get_input_embeddings(), self.table
+        module, table = self.embeddings, self.table
         if not table.is_floating_point() or table.dim() != 2:
             raise ValueError(
                 f"the input embeddings must be a floating [V, D] table, got {table.dtype} {list(table.shape)}"
@@ -94,6 +92,36 @@ class Engine:
         if not torch.allclose(rows * scale, embedded, rtol=2e-2, atol=1e-6):
             raise ValueError("the input embeddings are not a scaled table (an adapter on them?); clues need the table")
         return 1.0 if abs(scale - 1) < 1e-6 else scale
+
+    def expect_fits(self, tokens: int) -> None:
+        if self.context and tokens > self.context:
+            raise ValueError(
+                f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
+                "lower max_document_tokens or max_query_tokens"
+            )
+
+
+class Engine(BaseEngine):
+    """Runs a frozen causal LM on prefixes and suffixes.
+
+    Attributes (and those of `BaseEngine`):
+        last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
+        takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
+    """
+
+    def __init__(self, lm) -> None:
+        super().__init__(lm)
+        self.takes_positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        self.last_layer = -1  # unknown
+        with torch.no_grad():
+            self.scale = self._embedding_scale()
+            self.head = LikelihoodHead(lm, self._probe)
+            self.why_plain = self._why_plain()
+
+    def _probe(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The LM's own logits and the decoder's final hidden states of ids [1, L]."""
+        return (self.lm(input_ids=ids, use_cache=False).logits,
+                self.decoder(input_ids=ids, use_cache=False).last_hidden_state)
 
     def _why_plain(self) -> str:
         try:
@@ -113,12 +141,24 @@ class Engine:
             self.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         return cache
 
-    def expect_fits(self, tokens: int) -> None:
-        if self.context and tokens > self.context:
-            raise ValueError(
-                f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
-                "lower max_document_tokens or max_query_tokens"
-            )
+    def shares_prefixes(self, with_clues: bool) -> bool:
+        """Whether a document is read once for all its queries; ``with_clues``: whether clues follow it."""
+        return not self.why_plain
+
+    def assemble(self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Sequence[int], with_prefix: bool) -> Rows:
+        """The rows of a pass; see `assemble_rows`."""
+        return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix)
+
+    def log_likelihood(self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None,
+                       prefix_rows: Tensor | None = None) -> Tensor:  # fmt: skip
+        """log p of every query token of the rows, [N]; see `suffix_pass.log_likelihood`."""
+        return log_likelihood(self, rows, clue_embeds, prefix, prefix_rows)
+
+    def token_bytes(self) -> tuple[int, float]:
+        """Bytes of a prefix token that are kept for its queries, and bytes that a pass takes to read it in a layer."""
+        kept = 0 if self.why_plain else self.layout.nbytes(1)
+        layers = max(1, getattr(self.lm.config.get_text_config(), "num_hidden_layers", 1))
+        return kept, 2 * kept / layers  # gathered, and joined with the suffix's
 
     def prefix_bytes(self, prefixes: Sequence[DocumentPrefix]) -> int:
         """Bytes of keys and values of prefixes, alone and unpadded."""

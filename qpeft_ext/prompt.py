@@ -2,6 +2,13 @@
 
     <bos> {instruction} Passage: {title} {text}\\n  |  hints: <clue vectors>\\nQuestion: {query}
 
+or, with ``template="upr"``,
+
+    <bos> Passage: {title} {text}  |  hints: <clue vectors>. Please write a question based on this passage. {query}
+
+The encoder of an encoder–decoder LM reads all but the query, between the special tokens that the tokenizer puts around
+a text (T5: ``</s>`` at the end); the query is its decoder's.
+
 The pieces are tokenised separately, so the ids of a prefix depend on its document alone, and every span is known
 as a number: nothing is ever searched by token id.
 """
@@ -14,6 +21,7 @@ from dataclasses import dataclass
 from .config import QPeftConfig
 
 Document = str | dict
+UPR_INSTRUCTION = ". Please write a question based on this passage."  # Sachan et al. 2022, arXiv 2204.07496
 
 
 @dataclass(frozen=True)
@@ -35,11 +43,23 @@ class DocumentPrefix:
 
 @dataclass(frozen=True)
 class SuffixPieces:
-    """The fixed pieces of the suffix: ``hints`` + clues + ``question``, or ``bare_question`` when there is no clue."""
+    """The fixed pieces of the suffix: ``hints`` + clues + ``question``, or ``bare_question`` when there is no clue.
+
+    Of an encoder–decoder LM also what its decoder reads before the query (``given``), and the tokens around the query
+    that are scored with it.
+    """
 
     hints: tuple[int, ...]
     question: tuple[int, ...]
     bare_question: tuple[int, ...]
+    given: tuple[int, ...] = ()
+    scored_before: tuple[int, ...] = ()
+    scored_after: tuple[int, ...] = ()
+
+    @property
+    def scored_besides(self) -> int:
+        """How many tokens are scored besides the query's."""
+        return len(self.scored_before) + len(self.scored_after)
 
 
 class Prompt:
@@ -47,22 +67,50 @@ class Prompt:
 
     Args:
         tokenizer: a transformers tokenizer; a pad token is not needed.
-        config: `QPeftConfig` (instruction and the two length limits are used).
+        config: `QPeftConfig` (template, instruction, the two length limits, and whether there are clues).
+        encoder_decoder: whether the LM is one.
     """
 
-    def __init__(self, tokenizer, config: QPeftConfig) -> None:
+    def __init__(self, tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.encoder_decoder = encoder_decoder
         self.max_document_tokens = config.max_document_tokens
         self.max_query_tokens = config.max_query_tokens
         # SentencePiece tokenizers put a space before each piece by themselves; byte-level ones need it in the text.
         first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"][:1])
         self._adds_space = bool(first) and first[0].startswith("▁")
-        instruction = f"{config.instruction.strip()} Passage:" if config.instruction.strip() else "Passage:"
-        bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-        self._head = (*bos, *self._encode([instruction])[0])
-        self._newline = tuple(self._encode(["\n"])[0])
-        hints, question, bare = self._encode(["hints:", "\nQuestion:", "Question:"])
-        self.suffix = SuffixPieces(tuple(hints), tuple(question), tuple(bare))
+        if upr := config.template == "upr":
+            head, hints = self._encode(["Passage:", self._spaced("hints:")])
+            tail, question = [], self._continued(UPR_INSTRUCTION)
+            bare = question
+        else:
+            head, tail, hints, question, bare = self._encode(
+                [f"{config.instruction.strip()} Passage:".strip(), "\n", "hints:", "\nQuestion:", "Question:"]
+            )
+        if not encoder_decoder:
+            bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+            self.suffix = SuffixPieces(tuple(hints), tuple(question), tuple(bare))
+        else:
+            bos, eos = self._around()
+            question, bare = (*question, *eos), (*bare, *eos)
+            if config.clues == "none":  # then all that the encoder reads is the document's
+                tail, bare = (*tail, *bare), ()
+            around = {"scored_before": bos, "scored_after": eos} if upr else {"given": bos}
+            self.suffix = SuffixPieces(tuple(hints), tuple(question), tuple(bare), **around)
+        self._head, self._tail = (*bos, *head), tuple(tail)
+
+    def _continued(self, text: str) -> list[int]:
+        """Token ids of a text that goes on where a word ends."""
+        word, both = self._encode(["a", f"a{text}"])
+        return both[len(word) :] if both[: len(word)] == word else self._encode([text])[0]
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens that the tokenizer puts before and after a text."""
+        text, whole = self._encode(["a"])[0], self.tokenizer("a")["input_ids"]
+        for start in range(len(whole) - len(text) + 1):
+            if whole[start : start + len(text)] == text:
+                return tuple(whole[:start]), tuple(whole[start + len(text) :])
+        return (), ()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -79,7 +127,7 @@ class Prompt:
         for ids in self._encode([self._spaced(document_text(document)) for document in documents]):
             kept = ids[: self.max_document_tokens]
             start = len(self._head)
-            whole = (*self._head, *kept, *self._newline)
+            whole = (*self._head, *kept, *self._tail)
             prefixes.append(DocumentPrefix(whole, start, start + len(kept), len(ids) - len(kept)))
         return prefixes
 
@@ -91,7 +139,7 @@ class Prompt:
         for query in queries:
             if not isinstance(query, str):
                 raise TypeError(f"a query must be a string, got {type(query).__name__}: {_short(query)}")
-        encoded = self._encode([self._spaced(query.strip()) for query in queries])
+        encoded = self._encode([self._query_text(query) for query in queries])
         for query, ids in zip(queries, encoded, strict=True):
             if not query.strip() or not ids:
                 raise ValueError(f"a query must have at least one token, got {query!r}")
@@ -104,7 +152,11 @@ class Prompt:
 
     def fits(self, query: str) -> bool:
         """Whether `queries` takes it."""
-        return 0 < len(self._encode([self._spaced(query.strip())])[0]) <= self.max_query_tokens
+        return 0 < len(self._encode([self._query_text(query)])[0]) <= self.max_query_tokens
+
+    def _query_text(self, query: str) -> str:
+        """As it is tokenised: behind a prompt, or at the beginning of what a decoder writes."""
+        return query.strip() if self.encoder_decoder else self._spaced(query.strip())
 
     def offsets(self, document: Document) -> list[tuple[int, int]]:
         """Character spans of the document tokens in `document_text`, in the order of ``document_ids``.

@@ -1,4 +1,4 @@
-"""Every variant of the clue module on three families: trains, equals the plain path, is saved and reranks."""
+"""Every variant of the clue module on four families: trains, equals the plain path, is saved and reranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = [(query, document) for query in QUERIES for document in DOCUMENTS]
 POSITIVE = torch.tensor([[True, False, False, False], [False, False, False, True]])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "t5"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_trains_is_saved_and_reranks(variant, family, tmp_path):
     options = {"clues": "top_k", "k": 4, "rank": 8, "num_heads": 4} | VARIANTS[variant]
