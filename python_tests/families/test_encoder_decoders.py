@@ -107,16 +107,16 @@ def test_without_clues_each_document_is_encoded_once(lm, family, template):
     assert sum(rows) == len(PAIRS) and expected.std() > 0.05
 
 
-def test_a_trained_lora_gets_its_gradient(family):
-    for clues in ("attention", "none"):
-        lora = peft.LoraConfig(r=2, target_modules=r".*\.(q|v|k_proj|out_proj)", task_type="SEQ_2_SEQ_LM",
-                               init_lora_weights=False)  # fmt: skip
-        model = trained_model(peft.get_peft_model(tiny_lm(family), lora), clues)
-        expected = oracle(model)
-        for part in ("encoder", "decoder"):
-            assert any("lora_" in name and f"{part}." in name for name in expected[1])
-        assert_same(scores_and_gradients(model, "document_first"), expected)
-        assert_same(scores_and_gradients(model, "plain"), expected)
+@pytest.mark.parametrize("family, clues", [("t5", "attention"), ("t5", "none"), ("bart", "none")])
+def test_a_trained_lora_gets_its_gradient(family, clues):
+    lora = peft.LoraConfig(r=2, target_modules=r".*\.(q|v|k_proj|out_proj)", task_type="SEQ_2_SEQ_LM",
+                           init_lora_weights=False)  # fmt: skip
+    model = trained_model(peft.get_peft_model(tiny_lm(family), lora), clues)
+    expected = oracle(model)
+    for part in ("encoder", "decoder"):
+        assert any("lora_" in name and f"{part}." in name for name in expected[1])
+    assert_same(scores_and_gradients(model, "document_first"), expected)
+    assert_same(scores_and_gradients(model, "plain"), expected)
 
 
 def test_identity_clues_are_the_tokens_themselves(lm):
@@ -135,8 +135,9 @@ def test_identity_clues_are_the_tokens_themselves(lm):
 
 
 @pytest.mark.parametrize("clues", ["attention", "none"])
-def test_deterministic_scores_are_bit_equal(lm, clues):
-    model, cache = trained_model(lm, clues), qpeft.DocumentCache(1 << 24)
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_deterministic_scores_are_bit_equal(family, clues):
+    model, cache = trained_model(tiny_lm(family), clues), qpeft.DocumentCache(1 << 24)
     together = model.score(PAIRS, deterministic=True).query_log_likelihood
     alone = torch.cat([model.score([pair], deterministic=True).query_log_likelihood for pair in PAIRS])
     backwards = model.score(PAIRS[::-1], deterministic=True, cache=cache).query_log_likelihood.flip(0)
@@ -196,6 +197,7 @@ def test_an_encoder_prompt_with_clues(lm):
         assert prompt.tokenizer.decode(ids) == expected  # the document alone is cut
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
 def test_a_head_that_the_formula_does_not_describe_is_left_to_the_model(family):
     lm = tiny_lm(family)
     expected = trained_model(lm, "top_k").score(PAIRS).mean_query_log_likelihood
@@ -240,7 +242,7 @@ def test_the_generated_lora_is_in_the_decoder_alone(lm, family):
                           target_modules=("encoder.block.0.layer.0.SelfAttention.q",))  # fmt: skip
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("family, wrapped", [("t5", True), ("flan_t5", False), ("bart", True)])
 def test_an_adapter_is_saved_and_loaded_with_its_lm(family, wrapped, tmp_path):
     tiny_lm(family).save_pretrained(tmp_path / "lm")
     tiny_tokenizer(AROUND[family]).save_pretrained(tmp_path / "lm")
@@ -260,6 +262,7 @@ def test_an_adapter_is_saved_and_loaded_with_its_lm(family, wrapped, tmp_path):
     assert reranker.explain(*PAIRS[0]).clues
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
 def test_half_precision_and_a_budget_of_memory(family):
     model = trained_model(tiny_lm(family, dtype=torch.bfloat16), "attention")
     exact = trained_model(tiny_lm(family), "attention").score(PAIRS).mean_query_log_likelihood

@@ -44,7 +44,7 @@ def test_a_variant_trains_is_saved_and_reranks(variant, family, tmp_path):
         before = float(loss())
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     model.train()
-    for _ in range(12):
+    for _ in range(16):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
