@@ -318,3 +318,11 @@ def test_a_decoder_start_token_is_needed():
     lm.config.decoder_start_token_id = lm.generation_config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="must have a decoder_start_token_id"):
         trained_model(lm, "none")
+
+
+def test_compiled_decoders_score_the_same():
+    model = trained_model(tiny_lm("t5"), "top_k")
+    expected = model.score(PAIRS).mean_query_log_likelihood
+    model.engine.compile(backend="eager")
+    torch.testing.assert_close(model.score(PAIRS).mean_query_log_likelihood, expected, rtol=0, atol=1e-5)
+    assert model.engine.suffix_decoder is not model.engine.decoder
