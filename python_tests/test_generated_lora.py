@@ -130,7 +130,7 @@ def test_training_raises_the_margin_over_a_shuffled_document_on_held_out_queries
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"target_modules": ("q_porj",)}, "target module 'q_porj' is not a linear layer of this LM; did you mean 'q_pro"),
+    ({"target_modules": ("q_porj",)}, "target module 'q_porj' is not a linear layer of this LM's decoder; did you"),
     ({"generated_lora_rank": 17}, "generated_lora_rank must be at most 16, the smaller side of model.layers.0."),
     ({"generated_lora_rank": 0}, "generated_lora_rank must be at least 1, got 0"),
     ({"loss": "pointwise"}, "loss='pointwise' alone would teach the generated LoRA the query itself"),

@@ -115,7 +115,7 @@ class Rows:
     before_query: flat indices of the slot *before* each query token, [N]; target_ids: those tokens, [N].
     target_slots: flat indices into [B, T] of the targets, [N], where ``longest_query`` is T.
     end: one more than the largest position of a token.
-    suffix_starts: where in each row what follows the document begins, [B]; on the host.
+    suffix: bool [B, L], which slots of a whole prompt belong to its suffix; None where the rows are suffixes only.
     """
 
     ids: Tensor
@@ -127,7 +127,7 @@ class Rows:
     target_slots: Tensor
     longest_query: int
     end: int
-    suffix_starts: np.ndarray
+    suffix: Tensor | None = None
 
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
         """Sums over the targets of each pair, [N] -> [B]; through a table [B, T], so that their order is fixed."""
@@ -156,6 +156,7 @@ def assemble_rows(
     width, longest_query = int(lengths.max()), int(query_lengths.max())
     first_slots = np.arange(len(rows)) * width
     starts = np.zeros_like(lengths) if with_prefix else prefix_lengths
+    suffix = to_device(np.arange(width) >= np.array(suffix_starts)[:, None], device) if with_prefix else None
     ids, mask = pad(rows, device)
     return Rows(
         ids,
@@ -167,7 +168,7 @@ def assemble_rows(
         to_device(_spans(np.arange(len(rows)) * longest_query, query_lengths), device),
         longest_query,
         int((starts + lengths).max()),
-        np.array(suffix_starts),
+        suffix,
     )
 
 

@@ -24,7 +24,8 @@ OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the inpu
 # what compat="official" has no choice in: an option that is left at its default takes this value
 OFFICIAL = {"rank": None, "clue_embeddings": "full", "attention_bias": True, "source": "document",
             "selection": "similarity", "score_gate": False, "generated_lora_rank": None,
-            "num_virtual_tokens": None}
+            "num_virtual_tokens": None, "template": "qpeft"}
+TEMPLATES = ("qpeft", "upr")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
 
@@ -60,7 +61,10 @@ class QPeftConfig:
             shared between queries and every pair is read whole. A generated LoRA is then in force behind the passage.
         compat: "official" composes prompt, clues and score as the official code does, faults included (`official` says
             which), for Llama's tokenizer only; "none" does not.
-        instruction: text at the start of every prompt.
+        template: "qpeft", or "upr": UPR's prompt, ``Passage: {title} {text}. Please write a question based on this
+            passage.``, and UPR's score, to which of an encoder–decoder LM everything belongs that its tokenizer makes
+            of the query, ``</s>`` too. Clues stand before the full stop.
+        instruction: text at the start of every prompt of the template "qpeft".
         num_virtual_tokens: P of a soft prompt, trained virtual tokens that stand in every prompt where the instruction
             would; None for none. It combines with every kind of clues; with "none" it is prompt tuning.
         soft_prompt_init: what they are at the start: "text" (the tokens of the instruction, repeated or cut to P) or
@@ -99,6 +103,7 @@ class QPeftConfig:
     target_modules: tuple[str, ...] | None = None
     layout: str = "document_first"
     compat: str = "none"
+    template: str = "qpeft"
     instruction: str = DEFAULT_INSTRUCTION
     num_virtual_tokens: int | None = None
     soft_prompt_init: str = "text"
@@ -131,6 +136,7 @@ class QPeftConfig:
         _one_of("soft_prompt_init", self.soft_prompt_init, SOFT_PROMPT_INITS)
         _one_of("layout", self.layout, LAYOUTS)
         _one_of("compat", self.compat, COMPAT)
+        _one_of("template", self.template, TEMPLATES)
         for name in self.filters:
             _one_of("filters", name, FILTERS)
         for name in ("k", "num_heads", "max_document_tokens", "max_query_tokens", "queries_per_group"):
@@ -184,6 +190,13 @@ class QPeftConfig:
         if self.layout == "clues_first" and self.num_virtual_tokens is not None:
             raise ValueError("QPeftConfig: layout='clues_first' has its instruction as text; leave num_virtual_tokens "
                              "out")
+        if self.template == "upr" and self.instruction != DEFAULT_INSTRUCTION:
+            raise ValueError("QPeftConfig: template='upr' has an instruction of its own; leave instruction out, or set "
+                             "template='qpeft'")
+        for name, value in (("num_virtual_tokens", None), ("layout", "document_first")):
+            if self.template == "upr" and getattr(self, name) != value:
+                raise ValueError("QPeftConfig: template='upr' has its instruction behind the passage; leave "
+                                 f"{name} out")
         if self.target_modules is not None and self.generated_lora_rank is None:
             raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
         if self.generated_lora_rank is not None and self.loss == "pointwise":

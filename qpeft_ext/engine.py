@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .batch import pad
+from .batch import PairBatch, Rows, assemble_rows, pad
 from .cache import DocumentCache
 from .cache_tiers import PrefixKey
 from .head import LikelihoodHead
 from .lm_state import LMState, LMVersion
 from .prefix_cache import Layout, PrefixKV
-from .prompt import DocumentPrefix
+from .prompt import DocumentPrefix, SuffixPieces
 from .row_wise import RowWiseModules, find_row_wise
+from .suffix_pass import log_likelihood
 
 
 class _PrefixIsStored(Exception):
@@ -40,42 +41,27 @@ class _PrefixCache(DynamicCache):
         return result
 
 
-class Engine:
-    """Runs a frozen causal LM on prefixes and suffixes.
+class BaseEngine:
+    """What is known of a frozen LM of any kind; see `Engine` and `encoder_decoder.EncoderDecoderEngine`.
 
-    Args:
-        lm: the model.  why_plain: a reason not to share prefixes that is known beforehand.
     Attributes:
         table: input embeddings [V, D].  scale: what the embedding module multiplies a row with.
         head: `LikelihoodHead`.
         soft_prompt: trained virtual tokens in every prefix (`SoftPrompt`), or None.
-        why_plain: why prefixes cannot be shared ("" when they can).
+        why_plain: why keys and values of prefixes cannot be shared ("" when they can).
         context: the longest prompt, in tokens (None: unlimited).
         suffix_decoder: what suffix passes run: the decoder, compiled or not.
-        last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
-        row_wise: what follows its attention; suffix passes run it on the rows that the head reads.
-        takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
-        cache_argument: what the decoder calls the cache.
+        row_wise: what follows the last attention; suffix passes run it on the rows that the head reads.
     """
 
-    def __init__(self, lm, why_plain: str = "") -> None:
-        if getattr(lm.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(lm).__name__} is an encoder–decoder; a causal LM is expected")
+    is_encoder_decoder = False
+
+    def __init__(self, lm) -> None:
         self.lm = lm
         self.decoder = self.suffix_decoder = lm.get_decoder()
-        parameters = inspect.signature(self.decoder.forward).parameters
-        self.takes_positions = "position_ids" in parameters
-        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5.24
-        self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-        self.last_layer = -1  # unknown
-        self.row_wise = RowWiseModules()
         self.soft_prompt = None
-        with torch.no_grad():
-            self.scale = self._embedding_scale()
-            self.head = LikelihoodHead(lm, self.decoder)
-            self.why_plain = why_plain or self._why_plain()
-            if self.last_layer >= 0:
-                self.row_wise = self._row_wise()
+        self.row_wise = RowWiseModules()
+        self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
@@ -84,8 +70,13 @@ class Engine:
             self.row_wise = RowWiseModules()  # hooks that come and go would compile it again
 
     @property
+    def embeddings(self):
+        """The module that embeds document and clue tokens."""
+        return self.lm.get_input_embeddings()
+
+    @property
     def table(self) -> Tensor:
-        return self.lm.get_input_embeddings().weight
+        return self.embeddings.weight
 
     @property
     def device(self) -> torch.device:
@@ -105,13 +96,16 @@ class Engine:
         """``inputs_embeds`` of ids [B, L]; with the soft prompt if rows hold prefixes, that of row i from slot
         ``prefix_starts[i]`` on.
         """
-        embeds = self.lm.get_input_embeddings()(ids)
+        embeds = self._embed_tokens(ids)
         if prefix_starts is None or self.soft_prompt is None:
             return embeds
         return self.soft_prompt.put_into(embeds, prefix_starts)
 
+    def _embed_tokens(self, ids: Tensor) -> Tensor:
+        return self.embeddings(ids)
+
     def _embedding_scale(self) -> float:
-        module, table = self.lm.get_input_embeddings(), self.table
+        module, table = self.embeddings, self.table
         if not table.is_floating_point() or table.dim() != 2:
             raise ValueError(
                 f"the input embeddings must be a floating [V, D] table, got {table.dtype} {list(table.shape)}"
@@ -125,6 +119,44 @@ class Engine:
         if not torch.allclose(rows * scale, embedded, rtol=2e-2, atol=1e-6):
             raise ValueError("the input embeddings are not a scaled table (an adapter on them?); clues need the table")
         return 1.0 if abs(scale - 1) < 1e-6 else scale
+
+    def expect_fits(self, tokens: int) -> None:
+        if self.context and tokens > self.context:
+            raise ValueError(
+                f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
+                f"lower max_document_tokens{'' if self.soft_prompt is None else ', num_virtual_tokens'} or "
+                "max_query_tokens"
+            )
+
+
+class Engine(BaseEngine):
+    """Runs a frozen causal LM on prefixes and suffixes.
+
+    Args:
+        lm: the model.  why_plain: a reason not to share prefixes that is known beforehand.
+    Attributes (and those of `BaseEngine`):
+        last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
+        takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
+        cache_argument: what the decoder calls the cache.
+    """
+
+    def __init__(self, lm, why_plain: str = "") -> None:
+        super().__init__(lm)
+        parameters = inspect.signature(self.decoder.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5.24
+        self.last_layer = -1  # unknown
+        with torch.no_grad():
+            self.scale = self._embedding_scale()
+            self.head = LikelihoodHead(lm, self._probe)
+            self.why_plain = why_plain or self._why_plain()
+            if self.last_layer >= 0:
+                self.row_wise = self._row_wise()
+
+    def _probe(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The LM's own logits and the decoder's final hidden states of ids [1, L]."""
+        return (self.lm(input_ids=ids, use_cache=False).logits,
+                self.decoder(input_ids=ids, use_cache=False).last_hidden_state)
 
     def _why_plain(self) -> str:
         try:
@@ -162,13 +194,24 @@ class Engine:
             self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **extra)
         return cache
 
-    def expect_fits(self, tokens: int) -> None:
-        if self.context and tokens > self.context:
-            raise ValueError(
-                f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
-                f"lower max_document_tokens{'' if self.soft_prompt is None else ', num_virtual_tokens'} or "
-                "max_query_tokens"
-            )
+    def shares_prefixes(self, with_clues: bool) -> bool:
+        """Whether a document is read once for all its queries; ``with_clues``: whether clues follow it."""
+        return not self.why_plain
+
+    def assemble(self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Sequence[int], with_prefix: bool) -> Rows:
+        """The rows of a pass; see `assemble_rows`."""
+        return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix)
+
+    def log_likelihood(self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None,
+                       prefix_rows: Tensor | None = None) -> Tensor:  # fmt: skip
+        """log p of every query token of the rows, [N]; see `suffix_pass.log_likelihood`."""
+        return log_likelihood(self, rows, clue_embeds, prefix, prefix_rows)
+
+    def token_bytes(self) -> tuple[int, float]:
+        """Bytes of a prefix token that are kept for its queries, and bytes that a pass takes to read it in a layer."""
+        kept = 0 if self.why_plain else self.layout.nbytes(1)
+        layers = max(1, getattr(self.lm.config.get_text_config(), "num_hidden_layers", 1))
+        return kept, 2 * kept / layers  # gathered, and joined with the suffix's
 
     def prefix_bytes(self, prefixes: Sequence[DocumentPrefix]) -> int:
         """Bytes of keys and values of prefixes, alone and unpadded."""

@@ -1,7 +1,8 @@
 """A low-rank update of the LM that the query generates: W + B·diag(g(q))·A, on the query suffix only.
 
-Document prefixes are read with W itself, so they stay shared between queries. Nothing is patched: forward hooks are
-there during a suffix pass and gone afterwards.
+Document prefixes are read with W itself, so they stay shared between queries. The suffix of an encoder–decoder LM is
+all that its decoder does, with its attention to the encoder's states; the encoder keeps W. Nothing is patched: forward
+hooks are there during a suffix pass and gone afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .batch import PairBatch, pad
 
-DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",))  # the first that is there
+DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("q", "v"))  # first there
 _BOTTLENECK = 64  # between the pooled query and the gates of all layers
 
 
@@ -113,9 +114,12 @@ class GeneratedLora(nn.Module):
 
 
 def find_targets(lm: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Module]:
-    """Linear layers whose name ends with one of ``target_modules``, in the order of the LM."""
-    head = lm.get_output_embeddings()  # the likelihood reads its weight without calling it
-    modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and module is not head}
+    """Linear layers whose name ends with one of ``target_modules``, in the order of the LM.
+
+    Only those of the decoder: an encoder reads the document, and the head's weight is read without calling the head.
+    """
+    decoder = {id(module) for module in lm.get_decoder().modules()}
+    modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in decoder}
     for wanted in DEFAULT_TARGETS if target_modules is None else (target_modules,):
         found = {name: module for name, module in modules.items() if any(_ends(name, ending) for ending in wanted)}
         if target_modules is None and not found:
@@ -136,7 +140,7 @@ def _unknown(ending: str, modules: dict[str, nn.Module]) -> str:
     endings = sorted({name.rpartition(".")[2] for name in modules})
     close = difflib.get_close_matches(ending, endings, n=1, cutoff=0.4)
     nearest = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(endings)}"
-    return f"QPeftConfig: target module {ending!r} is not a linear layer of this LM{nearest}"
+    return f"QPeftConfig: target module {ending!r} is not a linear layer of this LM's decoder{nearest}"
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,23 +14,40 @@ class LikelihoodHead:
     """log p of given tokens from final hidden states: z = cap·tanh((scale·h·Wᵀ + bias)/cap), then log-softmax.
 
     The three settings come from the LM's config (``final_logit_softcapping``, ``logit_scale``,
-    ``logits_scaling``). Names differ between families, so a probe compares the formula with the model's logits.
+    ``logits_scaling``) or from the caller; the bias is the layer's, and the LM's own where it has one (BART). Names
+    differ between families, so a probe compares the formula with the model's logits.
+
+    Args:
+        lm: the language model.
+        probe: gives the LM's own logits [1, L, V] and the final hidden states [1, L, D] of ids [1, L].
+        logit_scale: None takes the config's.
 
     Attributes:
         fused: True when the formula agrees; False when the model's own logits must be used.
         reason: why not, in words ("" when fused).
     """
 
-    def __init__(self, lm, decoder) -> None:
+    def __init__(self, lm, probe: Callable[[Tensor], tuple[Tensor, Tensor]], logit_scale: float | None = None) -> None:
+        self.lm = lm
         self.module = lm.get_output_embeddings()
         config = lm.config.get_text_config()
         scaling = getattr(config, "logits_scaling", None)
-        self.logit_scale = float(getattr(config, "logit_scale", None) or (1.0 / scaling if scaling else 1.0))
+        of_config = getattr(config, "logit_scale", None) or (1.0 / scaling if scaling else 1.0)
+        self.logit_scale = float(of_config if logit_scale is None else logit_scale)
         self.soft_cap = getattr(config, "final_logit_softcapping", None)
-        self.reason = self._why_not_fused(lm, decoder)
+        self.reason = self._why_not_fused(probe)
         self.fused = not self.reason
 
-    def _why_not_fused(self, lm, decoder) -> str:
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], or None. Asked for again each time: a buffer is another tensor after the LM has moved."""
+        of_layer, of_lm = self.module.bias, getattr(self.lm, "final_logits_bias", None)
+        if of_lm is None:
+            return of_layer
+        of_lm = of_lm[0].to(self.module.weight.dtype)
+        return of_lm if of_layer is None else of_layer + of_lm
+
+    def _why_not_fused(self, probe) -> str:
         if type(self.module) is not nn.Linear:  # quantised, or a LoRA layer whose product is not yet zero
             return f"the LM head is a {type(self.module).__name__}, not a plain Linear layer"
         if not self.module.weight.is_floating_point():
@@ -36,9 +55,8 @@ class LikelihoodHead:
         device = self.module.weight.device
         ids = torch.arange(4, device=device)[None] % self.module.weight.shape[0]
         with torch.no_grad():
-            own = lm(input_ids=ids, use_cache=False).logits[0].float()
-            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-            ours = self._logits(hidden).float()
+            own, hidden = (result[0] for result in probe(ids))
+            own, ours = own.float(), self._logits(hidden).float()
         if not own.isfinite().all():
             raise ValueError(
                 "the LM's logits are not finite: its weights are broken, or its dtype overflows "
@@ -52,15 +70,15 @@ class LikelihoodHead:
         return ""
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.module(hidden.to(self.module.weight.dtype))
-        logits = logits * self.logit_scale
+        logits = self.logit_scale * nn.functional.linear(hidden.to(self.module.weight.dtype), self.module.weight)
+        logits = logits if self.bias is None else logits + self.bias
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def __call__(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
         """log p of ``target_ids`` [N] given ``hidden`` [N, D]; float32 [N], nats. Only when `fused`."""
         weight = self.module.weight
         return token_log_likelihood(
-            hidden.to(weight.dtype), weight, target_ids, self.module.bias, self.soft_cap, self.logit_scale
+            hidden.to(weight.dtype), weight, target_ids, self.bias, self.soft_cap, self.logit_scale
         )
 
 

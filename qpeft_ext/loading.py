@@ -11,26 +11,52 @@ import torch
 
 
 def load_lm(name_or_path: str | Path, dtype: str | torch.dtype | None = None, device: str | None = None, **kwargs):
-    """An `AutoModelForCausalLM` in eval mode; safetensors only, no remote code.
+    """An `AutoModelForCausalLM`, or an `AutoModelForSeq2SeqLM` where the config says that the LM is an encoder–decoder.
+
+    In eval mode; safetensors only, no remote code.
 
     Args:
         name_or_path: Hub id or folder.
         dtype: e.g. "bfloat16"; None takes the checkpoint's own.
         device: e.g. "cuda"; None leaves it to transformers (the CPU, unless ``device_map`` is given).
         kwargs: go to ``from_pretrained`` (``device_map``, ``quantization_config``, ``attn_implementation``, …).
-    Raises: OSError or ValueError with one line that names the model.
+    Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+    )
 
     if isinstance(dtype, str):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         dtype = getattr(torch, dtype)
+    config = kwargs.get("config") or load_config(name_or_path, **kwargs)
+    auto, mapping = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+    if is_encoder_decoder(config):
+        auto, mapping = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     with _one_line(f"cannot load the base LM {str(name_or_path)!r}"):
-        lm = AutoModelForCausalLM.from_pretrained(
-            _existing(name_or_path), dtype=dtype or "auto", use_safetensors=True, **kwargs
-        )
+        if type(config) not in mapping:
+            raise ValueError(f"expected a causal or an encoder–decoder LM, got model_type {config.model_type!r}, which "
+                             "is neither")
+        lm = auto.from_pretrained(_existing(name_or_path), dtype=dtype or "auto", use_safetensors=True, **kwargs)
         return (lm.to(device) if device else lm).eval()
+
+
+def load_config(name_or_path: str | Path, **kwargs):
+    """The `AutoConfig` of a model; of ``kwargs``, those that say where it is are used."""
+    from transformers import AutoConfig
+
+    where = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+    with _one_line(f"cannot load the base LM {str(name_or_path)!r}"):
+        return AutoConfig.from_pretrained(_existing(name_or_path), **{k: kwargs[k] for k in where if k in kwargs})
+
+
+def is_encoder_decoder(config) -> bool:
+    """Whether a config is that of an encoder–decoder."""
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def load_tokenizer(name_or_path: str | Path):

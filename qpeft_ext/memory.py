@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .engine import Engine
+from .engine import BaseEngine
 from .schedule import READ_TOKENS_PER_TOKEN, default_tokens
 
 FIXED_BYTES = 192 << 20  # chunk of the head (64 MiB), clue vectors (32), the clue operators' blocks, token ids
@@ -22,22 +22,22 @@ class MemoryPlan:
     projected_bytes: int
 
 
-def bytes_per_token(engine: Engine) -> int:
+def bytes_per_token(engine: BaseEngine) -> int:
     """What a token of the budget takes at most in a pass, in bytes.
 
-    Its keys and values; those of a layer twice more for each of the 8 prefix tokens that a suffix token's share of the
-    budget may read (gathered, and joined with the suffix's); and a layer's results: 8 vectors of the hidden size and 3
-    of the MLP's inner size.
+    What is kept of it for later passes (its keys and values, or its encoder state); what a layer holds of the 8 prefix
+    tokens that a suffix token's share of the budget may read; and a layer's results: 8 vectors of the hidden size and
+    3 of the MLP's inner size.
     """
     config = engine.lm.config.get_text_config()
     width, itemsize = engine.table.shape[1], engine.table.element_size()
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
-    keys = 0 if engine.why_plain else engine.layout.nbytes(1)
-    layers = max(1, getattr(config, "num_hidden_layers", 1))
-    return keys + 2 * READ_TOKENS_PER_TOKEN * keys // layers + itemsize * (8 * width + 3 * inner)
+    names = ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim")
+    inner = next((size for name in names if (size := getattr(config, name, None))), 4 * width)
+    kept, read = engine.token_bytes()
+    return kept + int(READ_TOKENS_PER_TOKEN * read) + itemsize * (8 * width + 3 * inner)
 
 
-def plan_memory(engine: Engine, max_memory: int | str, attention_clues: bool) -> MemoryPlan:
+def plan_memory(engine: BaseEngine, max_memory: int | str, attention_clues: bool) -> MemoryPlan:
     """Split ``max_memory`` bytes, which do not include the weights.
 
     192 MiB are set aside. Half of the rest is for passes, as many tokens as `bytes_per_token` allows, but not more than

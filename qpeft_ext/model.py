@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .batch import ClueInputs, PairBatch, assemble_rows, to_device
+from .batch import ClueInputs, PairBatch, to_device
 from .cache import DocumentCache
 from .clues import Clues, build_clues
 from .config import QPeftConfig
-from .engine import Engine
+from .encoder_decoder import EncoderStates, make_engine
 from .generated_lora import GeneratedLora
 from .official.likelihood import counted_tokens
 from .prefix_cache import PrefixKV
 from .prompt import Document, build_prompt
 from .schedule import READ_TOKENS_PER_TOKEN, default_tokens, prefix_groups, suffix_groups, tokens_worth_a_pass
 from .soft_prompt import build_soft_prompt
-from .suffix_pass import log_likelihood
 
 CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which hang on the query, before the document"
 CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of more pairs are computed pass by pass
@@ -31,7 +30,8 @@ CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of mo
 class Scores:
     """Scores of B pairs.
 
-    query_log_likelihood: Σ log p(query token), nats, float32 [B]; larger is better.  num_tokens: query tokens [B].
+    query_log_likelihood: Σ log p(query token), nats, float32 [B]; larger is better.
+    num_tokens: tokens in the sum, [B]: those of the query (and its ``</s>`` where the template scores it).
     With ``compat="official"`` BOS and EOS count as query tokens, and of all of them those with log p other than 0.
     """
 
@@ -40,12 +40,12 @@ class Scores:
 
     @property
     def mean_query_log_likelihood(self) -> Tensor:
-        """The sum ÷ the number of query tokens, [B]: ranks as the sum does, comparable between queries."""
+        """The sum ÷ the number of its tokens, [B]: ranks as the sum does, comparable between queries."""
         return self.query_log_likelihood / self.num_tokens
 
 
 class QPeftModel(nn.Module):
-    """Composes an LM (any causal LM of transformers, or a `peft` model) with trained modules; patches neither.
+    """Composes an LM (of transformers, causal or encoder–decoder, or a `peft` model) with trained modules.
 
     The LM stays in eval mode and in its dtype; the trained modules have float32 weights. Build it with
     `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
@@ -61,9 +61,9 @@ class QPeftModel(nn.Module):
             lm.requires_grad_(False)
         self.lm = lm
         self.tokenizer = tokenizer
-        self.engine = Engine(lm, CLUES_FIRST_IS_PLAIN if config.layout == "clues_first" else "")
+        self.engine = make_engine(lm, CLUES_FIRST_IS_PLAIN if config.layout == "clues_first" else "")
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
-        self.prompt = build_prompt(tokenizer, config)
+        self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder)
         with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, self.engine.table, tokenizer)
@@ -138,7 +138,7 @@ class QPeftModel(nn.Module):
         if not len(batch):
             empty = torch.zeros(0, device=self.device)
             return Scores(empty, empty.long())
-        shared = path == "document_first" and not self.engine.why_plain
+        shared = path == "document_first" and self.engine.shares_prefixes(self.clues is not None)
         max_tokens = max_tokens_per_batch or default_tokens(self.device)
         pass_tokens = tokens_worth_a_pass(self.device)
         max_pairs = 1 if deterministic else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
@@ -205,18 +205,18 @@ class QPeftModel(nn.Module):
         clues: Clues | None,
         counts: Sequence[int],
         documents: list[int],
-        prefix: PrefixKV | None,
+        prefix: PrefixKV | EncoderStates | None,
     ) -> Scores:
         """Scores of the pairs of one suffix pass; ``counts``: clues of each."""
         vectors = None if clues is None else clues.embeds[clues.mask]
-        rows = assemble_rows(batch, self.prompt.suffix, counts, self.device, with_prefix=prefix is None)
+        rows = self.engine.assemble(batch, self.prompt.suffix, counts, with_prefix=prefix is None)
         prefix_rows = None
         if prefix is not None:
             place = {d: i for i, d in enumerate(documents)}
             order = [place[d] for _, d in batch.pairs]
             if order != list(range(len(prefix.lengths))):
                 prefix_rows = to_device(np.array(order), self.device)
-        run, arguments = log_likelihood, (self.engine, rows, vectors, prefix, prefix_rows)
+        run, arguments = self.engine.log_likelihood, (rows, vectors, prefix, prefix_rows)
         if self.generated_lora is not None:
             run, arguments = self._with_generated_lora, (batch, *arguments)
         if self.qpeft_config.suffix_micro_batch and torch.is_grad_enabled():
@@ -229,14 +229,11 @@ class QPeftModel(nn.Module):
             num_tokens = rows.sum_of_each_pair(torch.ones_like(rows.target_ids))
         return Scores(rows.sum_of_each_pair(log_p), num_tokens)
 
-    def _with_generated_lora(self, batch: PairBatch, engine: Engine, rows, vectors, prefix, prefix_rows) -> Tensor:
+    def _with_generated_lora(self, batch: PairBatch, rows, vectors, prefix, prefix_rows) -> Tensor:
         """`log_likelihood` with the update that each pair's query generates, on the suffixes only."""
-        suffix = None
-        if prefix is None:
-            starts = to_device(rows.suffix_starts, self.device)
-            suffix = torch.arange(rows.ids.shape[1], device=self.device) >= starts[:, None]
-        with self.generated_lora.active(self.generated_lora.gates_of_pairs(batch, engine.table), suffix):
-            return log_likelihood(engine, rows, vectors, prefix, prefix_rows)
+        gates = self.generated_lora.gates_of_pairs(batch, self.engine.table)
+        with self.generated_lora.active(gates, rows.suffix):
+            return self.engine.log_likelihood(rows, vectors, prefix, prefix_rows)
 
     def merge_for(self, query: str) -> dict[str, Tensor]:
         """Weights of the LM's suffix passes for one query, by parameter name; prefixes keep the LM's own.
@@ -284,12 +281,13 @@ class QPeftModel(nn.Module):
 
 
 def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
-    """Wrap a causal LM, or a `peft` model of one, for Q-PEFT.
+    """Wrap a causal or an encoder–decoder LM, or a `peft` model of one, for Q-PEFT.
 
     Args:
         lm: the model; its own parameters are frozen (an adapter's stay as they are).
         config: `QPeftConfig`.
         tokenizer: loaded from ``lm.name_or_path`` if None.
+    Raises: ValueError for an LM that is neither (encoder-only, or without a head).
     """
     from .adapter_files import describe_lm
     from .loading import load_tokenizer

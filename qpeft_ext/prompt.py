@@ -2,10 +2,16 @@
 
     <bos> {instruction} Passage: {title} {text}\\n  |  hints: <clue vectors>\\nQuestion: {query}
 
-With `num_virtual_tokens` a trained soft prompt stands in the place of the instruction.
+With `num_virtual_tokens` a trained soft prompt stands in the place of the instruction. With ``template="upr"``:
+
+    <bos> Passage: {title} {text}  |  hints: <clue vectors>. Please write a question based on this passage. {query}
+
 With ``layout="clues_first"`` the clues stand before the document, and nothing can be shared:
 
     <bos> {instruction} hints: <clue vectors>\\n Passage: {title} {text}\\nQuestion: {query}
+
+The encoder of an encoder–decoder LM reads all but the query, between the special tokens that the tokenizer puts around
+a text (T5: ``</s>`` at the end); the query is its decoder's.
 
 The pieces are tokenised separately, so the ids of a prefix depend on its document alone, and every span is known
 as a number: nothing is ever searched by token id.
@@ -19,6 +25,7 @@ from dataclasses import dataclass
 from .config import QPeftConfig
 
 Document = str | dict
+UPR_INSTRUCTION = ". Please write a question based on this passage."  # Sachan et al. 2022, arXiv 2204.07496
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,22 @@ class DocumentPrefix:
         return self.ids[self.start : self.end]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _AroundTheQuery:
+    """Tokens that are scored with the query, before and after it; of an encoder–decoder LM also what its decoder reads
+    before them (``given``)."""
+
+    given: tuple[int, ...] = ()
+    scored_before: tuple[int, ...] = ()
+    scored_after: tuple[int, ...] = ()
+
+    def scored(self, query: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens whose likelihood is the score."""
+        return (*self.scored_before, *query, *self.scored_after)
+
+
 @dataclass(frozen=True)
-class SuffixPieces:
+class SuffixPieces(_AroundTheQuery):
     """The fixed pieces of the suffix: ``hints`` + clues + ``question``, or ``bare_question`` when there is no clue."""
 
     hints: tuple[int, ...]
@@ -57,16 +78,12 @@ class SuffixPieces:
         ids = (*document, *self.hints, *(0,) * clues, *self.question)
         return ids, len(document) + len(self.hints), len(document)
 
-    def scored(self, query: tuple[int, ...]) -> tuple[int, ...]:
-        """The tokens whose likelihood is the score."""
-        return query
-
 
 @dataclass(frozen=True)
-class CluesFirstPieces:
+class CluesFirstPieces(_AroundTheQuery):
     """Those of ``layout="clues_first"``: ``head`` + ``hints`` + clues + ``newline`` + document + ``question``.
 
-    Without a clue there are neither ``hints`` nor ``newline``. The methods are as in `SuffixPieces`.
+    Without a clue there are neither ``hints`` nor ``newline``. `lay_out` is as in `SuffixPieces`.
     """
 
     head: tuple[int, ...]
@@ -79,46 +96,78 @@ class CluesFirstPieces:
         ids = (*self.head, *framed, *document, *self.question)
         return ids, len(self.head) + len(self.hints), len(ids) - len(self.question)
 
-    scored = SuffixPieces.scored
-
 
 class Prompt:
     """Turns documents and queries into token ids.
 
     Args:
         tokenizer: a transformers tokenizer; a pad token is not needed.
-        config: `QPeftConfig` (instruction, num_virtual_tokens and the two length limits are used).
+        config: `QPeftConfig` (template, layout, instruction, num_virtual_tokens, the two length limits, and whether
+            there are clues).
+        encoder_decoder: whether the LM is one.
 
     Attributes:
         soft_prompt_start: where in every prefix the soft prompt stands, if there is one.
         instruction_ids: the tokens that it replaces; () without one.
     """
 
-    def __init__(self, tokenizer, config: QPeftConfig) -> None:
+    def __init__(self, tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.encoder_decoder = encoder_decoder
         self.max_document_tokens = config.max_document_tokens
         self.max_query_tokens = config.max_query_tokens
         # SentencePiece tokenizers put a space before each piece by themselves; byte-level ones need it in the text.
         first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"][:1])
         self._adds_space = bool(first) and first[0].startswith("▁")
-        bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+        if encoder_decoder:
+            bos, eos = self._around()
+        else:
+            bos, eos = (() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)), ()
         self.soft_prompt_start, self.instruction_ids = len(bos), ()
-        instruction = config.instruction.strip()
-        self._newline = tuple(self._encode(["\n"])[0])
         self.suffix: SuffixPieces | CluesFirstPieces
         if config.layout == "clues_first":
-            texts = [instruction, self._spaced("hints:"), "Question:", self._spaced("Passage:")]
-            head, hints, question, self._head = (tuple(ids) for ids in self._encode(texts))
-            self.suffix = CluesFirstPieces(bos + head, hints, self._newline, question)
+            texts = [config.instruction.strip(), "\n", self._spaced("hints:"), "Question:", self._spaced("Passage:")]
+            head, self._tail, hints, question, self._head = (tuple(ids) for ids in self._encode(texts))
+            self.suffix = CluesFirstPieces(bos + head, hints, self._tail, question)
+            return
+        head, tail, hints, question, bare = self._pieces(config)
+        around = {}
+        if encoder_decoder:
+            question, bare = question + eos, bare + eos
+            if config.clues == "none":  # then all that the encoder reads is the document's
+                tail, bare = tail + bare, ()
+            upr = config.template == "upr"
+            around = {"scored_before": bos, "scored_after": eos} if upr else {"given": bos}
+        self.suffix = SuffixPieces(hints, question, bare, **around)
+        self._head, self._tail = bos + head, tail
+
+    def _pieces(self, config: QPeftConfig) -> tuple[tuple[int, ...], ...]:
+        """Before the text, after it, before the clues, after them, and in their place if there is none."""
+        if config.template == "upr":
+            head, hints = self._encode(["Passage:", self._spaced("hints:")])
+            tail, question = [], self._continued(UPR_INSTRUCTION)
+            pieces = head, tail, hints, question, question
         else:
-            texts = [f"{instruction} Passage:".strip(), "hints:", "\nQuestion:", "Question:"]
-            head, hints, question, bare = (tuple(ids) for ids in self._encode(texts))
+            instruction = config.instruction.strip()
+            pieces = self._encode([f"{instruction} Passage:".strip(), "\n", "hints:", "\nQuestion:", "Question:"])
             if config.num_virtual_tokens is not None:
                 words, passage = self._encode([instruction, self._spaced("Passage:")])
                 self.instruction_ids = tuple(words)
-                head = (*(0,) * config.num_virtual_tokens, *passage)
-            self._head = bos + head
-            self.suffix = SuffixPieces(hints, question, bare)
+                pieces[0] = [0] * config.num_virtual_tokens + passage
+        return tuple(tuple(ids) for ids in pieces)
+
+    def _continued(self, text: str) -> list[int]:
+        """Token ids of a text that goes on where a word ends."""
+        word, both = self._encode(["a", f"a{text}"])
+        return both[len(word) :] if both[: len(word)] == word else self._encode([text])[0]
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The special tokens that the tokenizer puts before and after a text."""
+        text, whole = self._encode(["a"])[0], self.tokenizer("a")["input_ids"]
+        for start in range(len(whole) - len(text) + 1):
+            if whole[start : start + len(text)] == text:
+                return tuple(whole[:start]), tuple(whole[start + len(text) :])
+        return (), ()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -132,7 +181,7 @@ class Prompt:
     @property
     def least_tokens(self) -> int:
         """Tokens that the LM reads of a prompt with an empty document, no clue and a query of one token."""
-        return len(self._head) + len(self._newline) + len(self.suffix.bare_question)
+        return len(self._head) + len(self._tail) + len(self.suffix.bare_question)
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
         """Prefixes of the documents; only a document's own text is ever truncated, at its end."""
@@ -140,7 +189,7 @@ class Prompt:
         for ids in self._encode([self._spaced(document_text(document)) for document in documents]):
             kept = ids[: self.max_document_tokens]
             start = len(self._head)
-            whole = (*self._head, *kept, *self._newline)
+            whole = (*self._head, *kept, *self._tail)
             prefixes.append(DocumentPrefix(whole, start, start + len(kept), len(ids) - len(kept)))
         return prefixes
 
@@ -152,7 +201,7 @@ class Prompt:
         for query in queries:
             if not isinstance(query, str):
                 raise TypeError(f"a query must be a string, got {type(query).__name__}: {_short(query)}")
-        encoded = self._encode([self._spaced(query.strip()) for query in queries])
+        encoded = self._encode([self._query_text(query) for query in queries])
         for query, ids in zip(queries, encoded, strict=True):
             if not query.strip() or not ids:
                 raise ValueError(f"a query must have at least one token, got {query!r}")
@@ -165,7 +214,11 @@ class Prompt:
 
     def fits(self, query: str) -> bool:
         """Whether `queries` takes it."""
-        return 0 < len(self._encode([self._spaced(query.strip())])[0]) <= self.max_query_tokens
+        return 0 < len(self._encode([self._query_text(query)])[0]) <= self.max_query_tokens
+
+    def _query_text(self, query: str) -> str:
+        """As it is tokenised: behind a prompt, or at the beginning of what a decoder writes."""
+        return query.strip() if self.encoder_decoder else self._spaced(query.strip())
 
     def offsets(self, document: Document) -> list[tuple[int, int]]:
         """Character spans of the document tokens in `document_text`, in the order of ``document_ids``.
@@ -182,13 +235,21 @@ class Prompt:
         return [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]
 
 
-def build_prompt(tokenizer, config: QPeftConfig) -> Prompt:
-    """The prompt of a config: `Prompt`, or `official.prompt.OfficialPrompt`."""
+def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> Prompt:
+    """The prompt of a config: `Prompt`, or `official.prompt.OfficialPrompt`.
+
+    encoder_decoder: whether the LM is one.
+    Raises: ValueError for an option that such an LM does not have.
+    """
+    for name, value in (("layout", "document_first"), ("compat", "none")):
+        if encoder_decoder and getattr(config, name) != value:
+            raise ValueError(f"QPeftConfig: {name}={getattr(config, name)!r} is for causal LMs, this one is an "
+                             f"encoder–decoder; leave {name} out")
     if config.compat == "official":
         from .official.prompt import OfficialPrompt
 
         return OfficialPrompt(tokenizer, config)
-    return Prompt(tokenizer, config)
+    return Prompt(tokenizer, config, encoder_decoder)
 
 
 def document_text(document: Document) -> str:

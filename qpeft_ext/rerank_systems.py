@@ -12,7 +12,15 @@ from .adapter_files import adapter_digest, local_folder
 from .config import QPeftConfig
 from .formats import open_collection
 from .formats.trec import Run
-from .loading import default_device, lm_digest, load_lm, load_tokenizer, quiet_transformers
+from .loading import (
+    default_device,
+    is_encoder_decoder,
+    lm_digest,
+    load_config,
+    load_lm,
+    load_tokenizer,
+    quiet_transformers,
+)
 from .prompt import Prompt, build_prompt
 from .rerank_run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_documents
 
@@ -28,6 +36,7 @@ class SystemsSpec:
         model: adapter folder or Hub id.  base_model: overrides the LM it names.
         upr, similarity_only: also rank without clues, and by similarities alone.
         dtype, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the defaults.
+        template: of the prompt, where there is no adapter that says it.
         cache_bytes: of a `DocumentCache` per process; 0: none.
         max_memory: of `Reranker`, instead of cache_bytes.
         index: folder of prefixes on disk, made by ``qpeft index``.
@@ -46,11 +55,21 @@ class SystemsSpec:
     cache_bytes: int = 0
     max_memory: int | str | None = None
     index: Path | None = None
+    template: str | None = None
 
     @cached_property
     def config(self) -> QPeftConfig:
-        """Of the adapter; the defaults without one."""
-        return QPeftConfig.from_pretrained(local_folder(self.model)) if self.model else QPeftConfig()
+        """Of the adapter; the defaults without one.
+
+        Raises: ValueError if ``template`` is not the adapter's.
+        """
+        if not self.model:
+            return QPeftConfig(template=self.template or "qpeft")
+        config = QPeftConfig.from_pretrained(local_folder(self.model))
+        if self.template not in (None, config.template):
+            raise ValueError(f"{self.model}: the adapter was trained with template {config.template!r}, got "
+                             f"{self.template!r}; leave --template out")
+        return config
 
     @property
     def lm_name(self) -> str:
@@ -75,7 +94,8 @@ class SystemsSpec:
 
     def prompt(self) -> Prompt:
         """The `Prompt`, without loading the LM."""
-        return build_prompt(load_tokenizer(self.lm_name), replace(self.config, **self.limits))
+        config, encoder_decoder = replace(self.config, **self.limits), is_encoder_decoder(load_config(self.lm_name))
+        return build_prompt(load_tokenizer(self.lm_name), config, encoder_decoder)
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
         """What the scores of the job depend on, beyond rounding; see `PartialRun`."""
@@ -86,6 +106,7 @@ class SystemsSpec:
             "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
             "base model": lm_digest(self.lm_name),
             "dtype": self.dtype,
+            "template": self.config.template,
             "deterministic": self.deterministic,
             **self.limits,
             "queries and candidates": content.hexdigest()[:16],
@@ -133,7 +154,7 @@ class Systems:
         if spec.upr or spec.similarity_only:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device)
             same = {name: getattr(spec.config, name)
-                    for name in ("compat", "instruction", "max_document_tokens", "max_query_tokens", "k")}
+                    for name in ("compat", "template", "instruction", "max_document_tokens", "max_query_tokens", "k")}
             plain = get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer)
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction

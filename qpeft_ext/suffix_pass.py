@@ -6,14 +6,18 @@ cannot be shared, and is the oracle that the document-first path is tested again
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .batch import Rows
-from .engine import Engine
 from .head import log_likelihood_of_logits
 from .prefix_cache import LayerKV, PrefixKV
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 def log_likelihood(
@@ -35,9 +39,7 @@ def log_likelihood(
     B, L = rows.ids.shape
     engine.expect_fits(rows.end)
     embeds = engine.embed(rows.ids, rows.ids.new_zeros(B) if prefix is None else None)
-    if clue_embeds is not None and len(clue_embeds):
-        flat = embeds.reshape(B * L, -1).index_copy(0, rows.clue_slots, clue_embeds.to(embeds.dtype))
-        embeds = flat.view_as(embeds)
+    embeds = with_clues(embeds, rows, clue_embeds)
     arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
     # padding positions may lie past a learned position table
     positions = rows.positions if not engine.context else rows.positions.clamp_max(engine.context - 1)
@@ -66,6 +68,13 @@ def _run(engine: Engine, decoder, arguments: dict, rows: Rows) -> Tensor:
     keep[rows.before_query] = True
     logits = engine.lm(**arguments, logits_to_keep=keep.view_as(rows.ids)).logits
     return log_likelihood_of_logits(logits.reshape(-1, logits.shape[-1]), rows.target_ids)
+
+
+def with_clues(embeds: Tensor, rows: Rows, clue_embeds: Tensor | None) -> Tensor:
+    """Embeddings of the rows, [B, L, D], with the clue vectors in their slots."""
+    if clue_embeds is None or not len(clue_embeds):
+        return embeds
+    return embeds.flatten(0, 1).index_copy(0, rows.clue_slots, clue_embeds.to(embeds.dtype)).view_as(embeds)
 
 
 def shared_cache(prefix: PrefixKV, rows: Tensor | None) -> Cache:

@@ -188,7 +188,7 @@ def prompt_rows(
     Returns: ids, segments (0 the prefix, i the i-th suffix), positions (each suffix continues the prefix), and
         is_query (whether the token belongs to a query, so that it is scored), each [S].
     """
-    prefix = np.concatenate([prompt._head, document, prompt._newline]).astype(np.int64)
+    prefix = np.concatenate([prompt._head, document, prompt._tail]).astype(np.int64)
     rows, segments, positions = [prefix], [np.zeros(len(prefix), np.int64)], [np.arange(len(prefix))]
     is_query = [np.zeros(len(prefix), bool)]
     for number, (query, clues) in enumerate(queries, 1):

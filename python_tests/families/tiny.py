@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 VOCABULARY = 260
 _COMMON = {
@@ -48,34 +48,56 @@ PLAIN_ONLY: dict[str, tuple[str, dict]] = {
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8,
+       "relative_attention_max_distance": 20, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+_BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "scale_embedding": True,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 512,
+         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 259, "decoder_start_token_id": 1}
+
+# T5 scales its decoder's output, FLAN-T5 has a head of its own; BART a bias; Pegasus scales embeddings in its encoder.
+ENCODER_DECODERS: dict[str, tuple[str, dict]] = {
+    "t5": ("t5", {**_T5, "feed_forward_proj": "relu"}),
+    "flan_t5": ("t5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart": ("bart", _BART),
+    "pegasus": ("pegasus", _BART),
+}
+
 
 def tiny_lm(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **more):
     """A random LM whose attention matters: weights of N(0, 0.25), so that the document moves the score.
 
     more: settings of its config, instead of those of the family.
     """
-    model_type, overrides = (FAMILIES | PLAIN_ONLY)[family]
+    model_type, overrides = (FAMILIES | PLAIN_ONLY | ENCODER_DECODERS)[family]
     overrides = overrides | more
-    settings = {"vocab_size": VOCABULARY, **overrides} if model_type == "gpt2" else {**_COMMON, **overrides}
+    alone = model_type == "gpt2" or family in ENCODER_DECODERS
+    settings = {"vocab_size": VOCABULARY, **overrides} if alone else {**_COMMON, **overrides}
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
+    lm = auto.from_config(config, dtype=dtype)
+    if family == "flan_t5":  # transformers ties the heads of all T5s that are not loaded
+        lm.lm_head.weight = torch.nn.Parameter(torch.empty_like(lm.lm_head.weight))
     with torch.no_grad():
+        if hasattr(lm, "final_logits_bias"):
+            lm.final_logits_bias.normal_(0, 0.25)
         for name, parameter in lm.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.25)
+                # the logits of the first T5 are scaled down by the square root of the width
+                parameter.normal_(0, 1 if family == "t5" and name == "shared.weight" else 0.25)
             elif "bias" in name:
                 parameter.normal_(0, 0.05)
     return lm.eval()
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, plus <s> and </s>; no pad token."""
+def tiny_tokenizer(around: str = "$A") -> PreTrainedTokenizerFast:
+    """One token per byte, plus <s> and </s>; no pad token. ``around``: "$A </s>" ends every text as that of T5 does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(around, special_tokens=[("<s>", 0), ("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 

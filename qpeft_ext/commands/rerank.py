@@ -49,6 +49,10 @@ def command(
     ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal scores; slower.")] = False,
     max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a pass.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt of --upr without an adapter: qpeft, or upr as published.  [default: the "
+                                      "adapter's, or qpeft]")
+    ] = None,
     max_query_tokens: Annotated[
         int | None, typer.Option(help="A longer query is an error.  [default: the adapter's, or 64]")
     ] = None,
@@ -96,6 +100,7 @@ def command(
         max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
         max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
         index=index.absolute() if index else None,
+        template=template,
     )
 
     with contextlib.ExitStack() as stack:

@@ -76,7 +76,7 @@ def main(
         queries: test queries, sampled by ``seed``.
     """
     from .. import DocumentCache, Reranker, get_qpeft_model
-    from ..loading import load_lm, load_tokenizer, quiet_transformers
+    from ..loading import is_encoder_decoder, load_lm, load_tokenizer, quiet_transformers
 
     started, settings, output = time.perf_counter(), settings or Settings(), Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def main(
     logging.getLogger("qpeft_ext").setLevel(logging.WARNING)
     name = model or BASE_LM
     lm, tokenizer = load_lm(name, dtype="float32" if model is None else None), load_tokenizer(name)
-    prompt = Prompt(tokenizer, settings.config("none"))
+    prompt = Prompt(tokenizer, settings.config("none"), is_encoder_decoder(lm.config))
     collections = load_demo_data(data, queries, settings.train_queries, seed, prompt.fits)
     say(collections.describe())
 

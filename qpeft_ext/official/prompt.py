@@ -42,21 +42,6 @@ class OfficialTokens:
         return cls(tuple(hints), tuple(newline), tuple(part[-QUESTION:]))
 
 
-@dataclass(frozen=True)
-class OfficialSuffix(SuffixPieces):
-    """`SuffixPieces` that score BOS, query and EOS."""
-
-    def scored(self, query: tuple[int, ...]) -> tuple[int, ...]:
-        return (BOS, *query, EOS)
-
-
-@dataclass(frozen=True)
-class OfficialCluesFirst(CluesFirstPieces):
-    """`CluesFirstPieces` that score BOS, query and EOS."""
-
-    scored = OfficialSuffix.scored
-
-
 class OfficialPrompt(Prompt):
     """`Prompt` with the official template.
 
@@ -72,12 +57,13 @@ class OfficialPrompt(Prompt):
         super().__init__(tokenizer, config)
         self.tokens = OfficialTokens.of(tokenizer)
         head = (BOS, *self._encode([config.instruction])[0])
+        scored = {"scored_before": (BOS,), "scored_after": (EOS,)}
         if config.layout == "clues_first":
             self._head = ()
-            self.suffix = OfficialCluesFirst(head, hints=(), newline=(), question=self.tokens.question)
+            self.suffix = CluesFirstPieces(head, (), (), self.tokens.question, **scored)
         else:
             self._head = head
-            self.suffix = OfficialSuffix(hints=(), question=self.tokens.question, bare_question=self.tokens.question)
+            self.suffix = SuffixPieces((), self.tokens.question, self.tokens.question, **scored)
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
         """Prefixes of the documents, or what stands after the hints.
