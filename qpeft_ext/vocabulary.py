@@ -105,7 +105,7 @@ def _has_onednn() -> bool:
 
 def row_scales(table: Tensor) -> Tensor:
     """1 / norm of every row, 0 for a zero row; ``[V]`` float32."""
-    return torch.cat([inverse_norms(rows.float()) for rows in table.split(_MOST_ROWS)])
+    return torch.cat([inverse_norms(rows.float()) for rows in table.split(_MOST_UPCAST_ROWS)])
 
 
 _LOW = (1 << 32) - 1
