@@ -60,19 +60,20 @@ class Shape:
 TINY = Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=38, query=4)
 
 
-def make_model(shape: Shape, device, clues: str, dtype: torch.dtype) -> qpeft.QPeftModel:
-    """A Llama with random weights and a clue module that has left the identity."""
+def make_model(shape: Shape, device, clues: str, dtype: torch.dtype, **options) -> qpeft.QPeftModel:
+    """A Llama with random weights and trained modules that have left the identity; ``options`` of `QPeftConfig`."""
     torch.manual_seed(0)
     lm = LlamaForCausalLM(LlamaConfig(
         hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers, bos_token_id=0,
         num_attention_heads=shape.heads, num_key_value_heads=shape.heads, vocab_size=shape.vocabulary, eos_token_id=1,
         tie_word_embeddings=True, initializer_range=0.05, max_position_embeddings=1024,
     )).to(device, dtype)
-    config = qpeft.QPeftConfig(clues=clues, k=shape.query, num_heads=shape.heads, margin=0.5)
+    config = qpeft.QPeftConfig(clues=clues, k=shape.query, num_heads=shape.heads, margin=0.5, **options)
     model = qpeft.get_qpeft_model(lm, config, make_tokenizer(shape.vocabulary))
     torch.manual_seed(1)
-    for parameter in model.clues.parameters():
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    for module in model.trained_modules.values():
+        for parameter in module.parameters():
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
     model.prompt.suffix = SuffixPieces(hints=(2, 3, 4), question=(5, 6, 7, 8, 9), bare_question=(6, 7, 8, 9))
     return model.train()
 

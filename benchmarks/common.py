@@ -282,7 +282,7 @@ def measure(work: str, case: Case, device: torch.device, repeats: int, machine_r
         "ratio": {name: value / ours_ms for name, value in ms.items()},
         "ours_peak_bytes": ours_peak,
         "baselines_peak_bytes": peaks,
-        "bound_share": max(by_copy, by_gemm) / ours_ms,
+        "bound_share": max(by_copy, by_gemm) / ours_ms or None,  # None: the case states no bound
         "max_error": max(errors.values(), default=None),
         "bound": {"bytes": case.bound_bytes, "flops": case.bound_flops, "by": "copy" if by_copy > by_gemm else "gemm"},
         "timing": {name: timing.how for name, timing in timings.items()},
@@ -294,8 +294,8 @@ def measure(work: str, case: Case, device: torch.device, repeats: int, machine_r
 
 def show(row: dict) -> None:
     error = "" if row["max_error"] is None else f", largest error {row['max_error']:.1e}"
-    print(f"{row['work']}: ours {row['ours_ms']:.3f} ms, {row['ours_peak_bytes'] / 1e6:.0f} MB, ", end="")
-    print(f"{row['bound_share']:.0%} of the bound{error}")
+    bound = "" if row["bound_share"] is None else f", {row['bound_share']:.0%} of the bound"
+    print(f"{row['work']}: ours {row['ours_ms']:.3f} ms, {row['ours_peak_bytes'] / 1e6:.0f} MB{bound}{error}")
     for name, ms in row["baselines_ms"].items():
         ratio, peak = row["ratio"][name], row["baselines_peak_bytes"][name]
         print(f"    {name:22} {ms:10.3f} ms  {ratio:7.2f} x  {peak / 1e6:8.0f} MB{'' if ratio >= 1 else '  SLOWER'}")

@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from small_data import QUERIES, RUN, write_folder
+from small_data import DOCUMENTS, QUERIES, RUN, write_folder
 from tiny_job import copy_job, make_job, save_adapter
 
 import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
+from qpeft_ext.rerank_systems import Systems, SystemsSpec
 
 COMMANDS = ["info", "retrieve", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
 
@@ -98,6 +99,23 @@ def test_rerank(job, tmp_path, capsys):
         assert f"│{system}" in out
     assert "Q-PEFT-R: 3 queries, 9 pairs in" in out and "pairs/s" in out and "wrote 9 lines to" in out
     assert "3 queries; difference to run" in out
+
+
+@pytest.mark.parametrize("options", [
+    {"clues": "top_k", "k": 2, "filters": ("query_tokens",), "similarity": "dot"},
+    {"clues": "attention", "k": 3, "num_heads": 2, "filters": ("query_tokens",)},
+])  # fmt: skip
+def test_similarity_only_is_that_of_the_adapters_clues(job, tmp_path, options):
+    save_adapter(tmp_path / "adapter", job / "lm", **options)
+    spec = SystemsSpec(str(job / "data"), str(tmp_path / "adapter"), upr=True, similarity_only=True)
+    systems = Systems(spec, "cpu")
+    queries, texts = list(QUERIES.values()), [f"{title} {text}" for title, text in DOCUMENTS.values()]
+    documents = [texts] * len(queries)
+    expected = qpeft.Reranker.from_pretrained(tmp_path / "adapter").similarity(queries, documents)
+    ranked = systems.ranker("similarity only")(queries, documents)
+    assert [sorted(row) for row in ranked] == [list(enumerate(scores)) for scores in expected]
+    default = Systems(SystemsSpec(str(job / "data"), base_model=str(job / "lm"), similarity_only=True), "cpu")
+    assert default.ranker("similarity only")(queries, documents) != ranked
 
 
 def test_rerank_with_bm25_and_without_qrels(job, tmp_path, capsys):

@@ -179,6 +179,18 @@ def test_similarity_needs_no_language_model_pass(model, monkeypatch):
     scores = qpeft.Reranker(model).similarity(QUERIES, [DOCUMENTS, DOCUMENTS[:1]])
     assert [len(row) for row in scores] == [4, 1]
     assert scores[0][2] == 0  # an empty document has no similar token
+    assert qpeft.Reranker(model).similarity([QUERIES[0]] * 2, [[], DOCUMENTS[:1]]) == [[], scores[0][:1]]
+
+
+def test_similarity_knows_which_list_a_document_is_in(monkeypatch):
+    monkeypatch.setattr("qpeft_ext.reranker._PAIRS_PER_LIST_BLOCK", 5)
+    config = qpeft.QPeftConfig(clues="top_k", k=12, rank=8, source="candidates")
+    reranker = qpeft.Reranker(qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer()))
+    lists = [DOCUMENTS[2:], DOCUMENTS[:2], DOCUMENTS, []]
+    together = reranker.similarity([QUERIES[0]] * 4, lists)
+    assert [len(row) for row in together] == [2, 2, 4, 0]
+    assert together == [reranker.similarity([QUERIES[0]], [documents])[0] for documents in lists]
+    assert len({row[0] for row in together[:3]}) > 1
 
 
 def test_a_nan_in_the_language_model_is_an_error():

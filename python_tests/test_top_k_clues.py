@@ -78,9 +78,10 @@ def test_a_score_that_depends_on_the_list_is_no_pairs_own():
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), metric=st.sampled_from(["cosine", "dot"]), per_token=st.booleans(),
-       k=st.integers(1, 12), rows=st.sampled_from([1, 3, 50]), own_masks=st.booleans())
-def test_vocabulary_topk_equals_a_full_sort(monkeypatch_rows, seed, metric, per_token, k, rows, own_masks):
-    monkeypatch_rows(rows)
+       k=st.integers(1, 12), rows=st.sampled_from([1, 3, 50]), own_masks=st.booleans(), onednn=st.booleans(),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_vocabulary_topk_equals_a_full_sort(set_up, seed, metric, per_token, k, rows, own_masks, onednn, dtype):
+    set_up(rows, onednn)
     generator = torch.Generator().manual_seed(seed)
     Q, T, V, D = 2, 3, 9, 4
     # whole numbers: ties, and zero rows
@@ -88,7 +89,8 @@ def test_vocabulary_topk_equals_a_full_sort(monkeypatch_rows, seed, metric, per_
     queries = torch.randint(-1, 2, (Q, T, D), generator=generator).float()
     mask = torch.tensor([[True, True, False], [True, False, False]])
     allowed = torch.rand(Q if own_masks else 1, V, generator=generator) < 0.7
-    found = vocabulary_topk(queries, mask, table, allowed, k, metric, per_token)
+    garbage = queries.masked_fill(~mask[..., None], torch.nan)
+    found = vocabulary_topk(garbage.to(dtype), mask, table.to(dtype), allowed, k, metric, per_token)
     if metric == "cosine":
         table, queries = (torch.nn.functional.normalize(x, dim=-1, eps=1e-30) for x in (table, queries))
     similarity = round_scores((queries @ table.T).contiguous()) + 0.0  # [Q, T, V]
@@ -103,10 +105,25 @@ def test_vocabulary_topk_equals_a_full_sort(monkeypatch_rows, seed, metric, per_
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_rows():
-    kept = vocabulary._MOST_ROWS
-    yield lambda rows: setattr(vocabulary, "_MOST_ROWS", rows)
-    vocabulary._MOST_ROWS = kept
+def set_up():
+    """Rows of a chunk, and whether oneDNN multiplies them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+
+        def change(rows: int, onednn: bool) -> None:
+            monkeypatch.setattr(vocabulary, "_MOST_ROWS", rows)
+            monkeypatch.setattr(vocabulary, "_MOST_UPCAST_ROWS", rows)
+            monkeypatch.setattr(vocabulary, "_has_onednn", lambda: onednn and torch.backends.mkldnn.is_available())
+
+        yield change
+
+
+@pytest.mark.parametrize("source", ["vocabulary", "vocabulary_per_token"])
+def test_a_nan_in_the_table_is_an_error(source):
+    model = model_with(source=source)
+    with torch.no_grad():
+        model.engine.table[77, 3] = torch.nan
+    with pytest.raises(ValueError, match="a similarity is NaN"):
+        clues_of(model, [("ab", "xyz")])
 
 
 def test_the_whole_vocabulary_is_expansion_without_a_document():

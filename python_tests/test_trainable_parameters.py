@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 from pathlib import Path
@@ -25,8 +26,8 @@ def test_the_readme_shows_the_counts(script):
 
 
 def test_the_defaults_train_at_most_one_percent(script):
-    rows = [line for line in script["table"]().splitlines() if "(default)" in line]
-    assert len(rows) == 2 and all(float(row.split("|")[4]) <= 1 for row in rows)
+    rows = [line for line in script["table"]().splitlines() if "(default)" in line or "generated_lora_rank" in line]
+    assert len(rows) == 4 and all(float(row.split("|")[4]) <= 1 for row in rows)
 
 
 def test_counts_worked_out_by_hand(script):
@@ -43,6 +44,12 @@ def test_counts_worked_out_by_hand(script):
     soft = {"clues": "none", "num_virtual_tokens": 20}
     assert script["count"](soft) == (20 * D, 4 * 20 * D)
     assert script["count"](soft | {"soft_prompt_mlp": r})[0] == 20 * D + mlp
+
+
+def test_the_generated_lora_of_default_rank_is_in_the_table(script):
+    D, r = 4096, inspect.signature(qpeft.GeneratedLora).parameters["rank"].default
+    generator = 64 * D + 64 + 64 * 64 * r + 64 * r  # 64 between the query and the gates of 2 targets in 32 layers
+    assert f"| `none`, `generated_lora_rank={r}` | – | {64 * 2 * D * r + generator:,} | 0.13 |" in script["table"]()
 
 
 @pytest.mark.parametrize("options", [{"clues": "attention"}, {"clues": "top_k", "score_gate": True},

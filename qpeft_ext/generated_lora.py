@@ -33,7 +33,7 @@ class GeneratedLora(nn.Module):
     Raises: ValueError for a target that is not there, is no linear layer, or has fewer than ``rank`` inputs or outputs.
     """
 
-    def __init__(self, lm: nn.Module, width: int, rank: int, target_modules: Sequence[str] | None = None) -> None:
+    def __init__(self, lm: nn.Module, width: int, rank: int = 16, target_modules: Sequence[str] | None = None) -> None:
         super().__init__()
         targets = find_targets(lm, target_modules)
         sizes = {name: _sizes(name, module) for name, module in targets.items()}

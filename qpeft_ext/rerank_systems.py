@@ -34,7 +34,8 @@ class SystemsSpec:
     Args:
         data: what `formats.open_collection` finds the corpus in; a path is absolute.
         model: adapter folder or Hub id.  base_model: overrides the LM it names.
-        upr, similarity_only: also rank without clues, and by similarities alone.
+        upr, similarity_only: also rank without clues, and by the similarities of the clues alone (the adapter's
+            clues, or the defaults without one).
         dtype, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the defaults.
         template: of the prompt, where there is no adapter that says it.
         cache_bytes: of a `DocumentCache` per process; 0: none.
@@ -148,19 +149,18 @@ class Systems:
         if spec.model:
             folder = local_folder(spec.model)
             adapter = Reranker.from_pretrained(folder, spec.base_model, device=device, dtype=spec.dtype, **options)
-            self.rerankers[spec.names[0]] = adapter
+            self.rerankers = {name: adapter for name in spec.names if name != UPR}  # its clues' similarities, too
             lm, tokenizer = adapter.model.lm, adapter.model.tokenizer
             options["cache"] = adapter.cache
-        if spec.upr or spec.similarity_only:  # the adapter's prompt and limits, so that only the clues differ
+        plain = [name for name in spec.names if name not in self.rerankers]
+        if plain:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device)
             same = {name: getattr(spec.config, name)
-                    for name in ("compat", "template", "instruction", "max_document_tokens", "max_query_tokens", "k")}
-            plain = get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer)
+                    for name in ("compat", "template", "instruction", "max_document_tokens", "max_query_tokens")}
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
-            for name in (UPR,) * spec.upr + (SIMILARITY,) * spec.similarity_only:
-                self.rerankers[name] = Reranker(plain, **options)
-                options["cache"] = self.rerankers[name].cache  # one for all
+            reranker = Reranker(get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer), **options)
+            self.rerankers |= dict.fromkeys(plain, reranker)
         for reranker in self.rerankers.values():
             for name, limit in spec.limits.items():
                 setattr(reranker.model.prompt, name, limit)

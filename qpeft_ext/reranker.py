@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -11,13 +12,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .batch import ClueInputs, PairBatch
+from .batch import PairBatch
 from .cache import DocumentCache
-from .clues import AttentionClues, allowed_ids
+from .clue_similarity import ClueSimilarity
+from .clues import AttentionClues
 from .explain import Explanation, explain_pair
 from .memory import plan_memory
 from .model import QPeftModel
-from .ops import similarity_topk
 from .prompt import Document, document_text
 from .schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
 
@@ -147,9 +148,7 @@ class Reranker:
         with _progress(sum(map(len, candidates)), show_progress_bar) as bar:
             for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK if source == "candidates" else _PAIRS_PER_BLOCK):
                 pairs = [(queries[i], document) for i in block for document in candidates[i]]
-                # with this source the same query in two lists has two lists of clues
-                lists = [i for i in block for _ in candidates[i]] if source == "candidates" else None
-                scores, start = self._score(pairs, bar, lists), 0
+                scores, start = self._score(pairs, bar, self._lists(block, candidates)), 0
                 for i in block:
                     own = scores[start : start + len(candidates[i])]
                     start += len(own)
@@ -166,31 +165,30 @@ class Reranker:
         """
         return explain_pair(self.model, query, document, candidates)
 
-    @torch.no_grad()
     def similarity(self, queries: Sequence[str], candidates: Sequence[Sequence[Document]]) -> list[list[float]]:
-        """Baseline without an LM: the sum of the `similarity_topk` scores of each pair."""
-        model = self.model
-        table = model.engine.table
-        allowed = allowed_ids(model.tokenizer, len(table)).to(table.device)
+        """Baseline without an LM: the sum of the scores of each pair's clues; 0 for a pair without clues.
+
+        Of "top_k" these are the clues that the model chooses, with its source, filters and trained projection (their
+        weights in `explain`); other models are given the k document tokens most similar to a query token, by the
+        filters and the similarity of their config. With a source "vocabulary…" a query's documents are all equal.
+        """
         results = []
         for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK):
-            batch = model.encode([(queries[i], document) for i in block for document in candidates[i]])
-            if not len(batch):
-                results += [[] for _ in block]
-                continue
-            inputs = ClueInputs.from_batch(batch, model.device)
-            scores = similarity_topk(
-                table[inputs.query_ids],
-                inputs.query_mask,
-                table,
-                inputs.document_ids,
-                inputs.document_mask & allowed[inputs.document_ids],
-                inputs.query_index,
-                model.qpeft_config.k,
-            ).scores
-            sums = iter(scores.masked_fill(scores.isinf(), 0).sum(1).tolist())
+            pairs = [(queries[i], document) for i in block for document in candidates[i]]
+            batch = self.model.encode(pairs, self._lists(block, candidates))
+            sums = iter(self._clue_similarity(batch).tolist() if pairs else ())
             results += [[next(sums) for _ in candidates[i]] for i in block]
         return results
+
+    @cached_property
+    def _clue_similarity(self) -> ClueSimilarity:
+        return ClueSimilarity(self.model)
+
+    def _lists(self, block: range, candidates: Sequence[Sequence]) -> list[int] | None:
+        """The list of each pair of the block: with this source the same query in two lists has two lists of clues."""
+        if self.model.qpeft_config.source != "candidates":
+            return None
+        return [i for i in block for _ in candidates[i]]
 
     def _score(self, pairs: list, bar, lists: list[int] | None = None) -> np.ndarray:
         if not pairs:

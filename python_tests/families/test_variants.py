@@ -1,4 +1,6 @@
-"""Every variant of the clue module on four families: trains, equals the plain path, is saved and reranks."""
+"""Every variant of the clue module on four families: trains, equals the plain path, is saved and reranks, and what
+its clues say without the LM.
+"""
 
 from __future__ import annotations
 
@@ -62,3 +64,23 @@ def test_a_variant_trains_is_saved_and_reranks(variant, family, tmp_path):
     ranked = qpeft.Reranker(loaded).rank(QUERIES[0], DOCUMENTS)
     assert sorted(row["corpus_id"] for row in ranked) == [0, 1, 2, 3]
     assert ranked[0]["score"] > ranked[-1]["score"]
+
+    reranker = qpeft.Reranker(loaded)
+    similarities = reranker.similarity(QUERIES, [DOCUMENTS] * 2)
+    expected = [[similarity_alone(reranker, query, document) for document in DOCUMENTS] for query in QUERIES]
+    torch.testing.assert_close(torch.tensor(similarities), torch.tensor(expected), rtol=0, atol=1e-4)
+    assert (torch.tensor(similarities).unique().numel() > 2) == (variant != "random" and "source" not in options)
+
+
+def similarity_alone(reranker: qpeft.Reranker, query: str, document) -> float:
+    """The sum over the clues that `explain` shows; without clue tokens, over the k most similar of the document."""
+    model = reranker.model
+    config = model.qpeft_config
+    if config.clues == "top_k":
+        return sum(token.weight for token in reranker.explain(query, document, DOCUMENTS).tokens)
+    batch = model.encode([(query, document)])
+    dropped = {*model.tokenizer.all_special_ids, *(batch.queries[0] if "query_tokens" in config.filters else ())}
+    ids = sorted(set(batch.documents[0].document_ids) - dropped)
+    unit = torch.nn.functional.normalize(model.engine.table, dim=-1)
+    similarity = unit[ids] @ unit[list(batch.queries[0])].T
+    return float(similarity.amax(1).sort(descending=True).values[: config.k].sum())
