@@ -102,9 +102,13 @@ class Prompt:
                 )
         return [tuple(ids) for ids in encoded]
 
+    def count(self, query: str) -> int:
+        """Tokens of a query of any length, also of none."""
+        return len(self._encode([self._spaced(query.strip())])[0])
+
     def fits(self, query: str) -> bool:
         """Whether `queries` takes it."""
-        return 0 < len(self._encode([self._spaced(query.strip())])[0]) <= self.max_query_tokens
+        return 0 < self.count(query) <= self.max_query_tokens
 
     def offsets(self, document: Document) -> list[tuple[int, int]]:
         """Character spans of the document tokens in `document_text`, in the order of ``document_ids``.
