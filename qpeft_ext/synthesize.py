@@ -187,9 +187,9 @@ def select(
 ) -> list[KeptQuery]:
     """The filters that look at a query, its document and its likelihood; what fails is counted in ``dropped``.
 
-    In this order: empty, undecodable, unfinished, too short, repetitive, longer than ``max_query_tokens``, copied from
-    the document, below ``min_log_likelihood``, the same as another of the document, the same as one of another document
-    (of those none is kept: no document is *the* answer to it), not among the likeliest.
+    In this order: without a word, undecodable, unfinished, too short, repetitive, longer than ``max_query_tokens``,
+    copied from the document, below ``min_log_likelihood``, the same as another of the document, the same as one of
+    another document (of those none is kept: no document is *the* answer to it), not among the likeliest.
     """
     said_of: dict[str, set[str]] = {}  # words of a query -> documents it was generated for
     kept = []
@@ -198,7 +198,7 @@ def select(
             dropped["documents have no text"] += 1
             continue
         for number, query in enumerate(generated[doc_id]):
-            words = answer_tokens(query.text)
+            words = _words(query.text)
             same = " ".join(words)
             if why := _why_dropped(query, words, corpus[doc_id], filters):
                 dropped[why] += 1
@@ -215,9 +215,14 @@ def select(
     return [single[i] for i in sorted(likely)]
 
 
+def _words(text: str) -> list[str]:
+    """Lower-cased, without punctuation."""
+    return [token for token in answer_tokens(text) if any(map(str.isalnum, token))]
+
+
 def _why_dropped(query: GeneratedQuery, words: list[str], document: dict, filters: Filters) -> str | None:
     if not words:
-        return "are empty"
+        return "have no word"
     if "\ufffd" in query.text:
         return "hold undecodable bytes"
     if not (query.ended or filters.keep_unfinished):
@@ -228,7 +233,7 @@ def _why_dropped(query: GeneratedQuery, words: list[str], document: dict, filter
         return "repeat themselves (fewer than half of the words differ)"
     if query.log_likelihood is None:
         return "are longer than max_query_tokens"
-    if len(words) >= COPIED_WORDS and has_answer(document_text(document), [query.text]):
+    if len(words) >= COPIED_WORDS and has_answer(" ".join(_words(document_text(document))), [" ".join(words)]):
         return "are copied from their document"
     if filters.min_log_likelihood is not None and query.log_likelihood < filters.min_log_likelihood:
         return f"have a mean log-likelihood below {filters.min_log_likelihood:g}"
