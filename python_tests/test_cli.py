@@ -14,7 +14,7 @@ import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 
-COMMANDS = ["info", "retrieve", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
+COMMANDS = ["info", "retrieve", "synthesize", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
 
 
 @pytest.fixture(scope="module")

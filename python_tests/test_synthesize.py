@@ -114,6 +114,14 @@ def test_the_lms_own_settings_do_not_matter():
     assert generator(lm=lm)(KEYS, DOCUMENTS) == generator()(KEYS, DOCUMENTS)
 
 
+def test_several_end_tokens():
+    lm = tiny_lm("llama")
+    lm.generation_config.eos_token_id = [1, 77]
+    write = generator(lm=lm)
+    assert write.has_end and write._ends[[1, 77]].all() and not write._ends[78]
+    assert write._query([70, 71, 77]) == write._query([70, 71, 1]) != write._query([70, 71, 78])
+
+
 def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
     write = generator()
     expected, whole, seen = write(KEYS, DOCUMENTS), QueryGenerator._continue, []
@@ -429,7 +437,7 @@ def test_what_is_refused(job, tmp_path, capsys):
     folder = tmp_path / "data"
     write_lines(folder / "queries.jsonl", ['{"_id": "q", "text": "x"}'])
     for options, message in [
-        (["--base-model", tmp_path / "t5"], "cannot load the base LM"), (["--documents", 0], "--documents must be at"),
+        (["--base-model", tmp_path / "t5"], "T5"), (["--documents", 0], "--documents must be at"),
         (["--round-trip-top", 0], "--round-trip-top must be at least 1, got 0"), (["--top-p", 2], "top_p must be"),
         (["--keep-fraction", 0], "keep_fraction must be above 0"), (["--data", folder], "no BEIR folder with corpus"),
         (["--output", tmp_path], "is a folder"), (["--max-query-tokens", 0], "max_query_tokens must be at least 1"),

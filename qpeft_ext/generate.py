@@ -91,9 +91,14 @@ class QueryGenerator:
         sampling: `Sampling`.
         max_tokens_per_batch: token budget of a batch, new tokens included; None: what suits the device. A batch that
             does not fit in memory is halved.
+
+    Attributes: has_end: whether the tokenizer has a line end or an end token; without one no query ends by itself.
+    Raises: ValueError for an LM that is no causal one.
     """
 
     def __init__(self, model: QPeftModel, sampling: Sampling, max_tokens_per_batch: int | None = None) -> None:
+        if getattr(model.lm.config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(model.lm).__name__} is an encoder–decoder; queries are written by a causal LM")
         self.model, self.sampling = model.eval(), sampling
         self.max_tokens_per_batch = max_tokens_per_batch or 4 * default_tokens(model.device)  # decoding: 1 token a row
         self._scorer = Reranker(model)

@@ -124,7 +124,7 @@ class PartialQueries(PartialFile):
     def add(self, batch: Batch) -> None:
         """Append the queries of a batch of documents."""
         rows = {doc_id: list(map(astuple, queries)) for doc_id, queries in batch.items()}
-        self.append(json.dumps(rows, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
+        self.append(json.dumps(rows, ensure_ascii=False).encode("utf-8") + b"\n")
         self.batches.append(batch)
 
     def __str__(self) -> str:
