@@ -22,9 +22,12 @@ PIECES = st.sampled_from([
     b"query-id\tcorpus-id\tscore\n", b"id\ttext\ttitle\n",
     b'{"_id": "d1", "text": "x"}\n', b'"has_answer": 2, ', b'"ctxs": [{}], ', b'"text": 3, ', b'"qid": {}, ',
 ]) | st.binary(min_size=1, max_size=4)
-# (kind, where: a share of the file or of its lines, what)
-CHANGES = st.lists(st.tuples(st.sampled_from(["insert", "delete", "flip", "line out", "line twice", "line in", "cut"]),
-                             st.floats(0, 1), PIECES), min_size=1, max_size=4)
+VALUES = st.sampled_from([None, True, 3, -0.5, float("nan"), 10**400, "", "x", "\ud800", [], {}, [None], [[]], ["x"],
+                          {"a": 1}, "gone"])
+BYTES = st.tuples(st.sampled_from(["insert", "delete", "flip", "line out", "line twice", "line in", "cut", "column"]),
+                  st.floats(0, 1), PIECES)
+# (kind, where: a share of the file, of its lines or of the values in a JSON text, what)
+CHANGES = st.lists(BYTES | st.tuples(st.just("value"), st.floats(0, 1), VALUES), min_size=1, max_size=4)
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +38,47 @@ def cache(tmp_path, monkeypatch):
 
 def damaged(content: bytes, changes) -> bytes:
     for kind, where, piece in changes:
-        if kind.startswith("line"):
-            rows = content.split(b"\n")
-            i = round(where * (len(rows) - 1))
-            rows[i : i + 1] = {"line out": [], "line twice": [rows[i]] * 2, "line in": [piece, rows[i]]}[kind]
+        rows = content.split(b"\n")
+        row = round(where * (len(rows) - 1))
+        if kind == "value":
+            content = with_value(content, where, piece)
+        elif kind == "column":
+            columns = rows[row].split(b"\t")
+            columns[len(piece) % len(columns)] = piece
+            content = b"\n".join([*rows[:row], b"\t".join(columns), *rows[row + 1 :]])
+        elif kind.startswith("line"):
+            rows[row : row + 1] = {"line out": [], "line twice": [rows[row]] * 2, "line in": [piece, rows[row]]}[kind]
             content = b"\n".join(rows)
-            continue
-        i = round(where * len(content))
-        content = content[:i] + {
-            "insert": piece + content[i:], "delete": content[i + len(piece) :], "cut": b"",
-            "flip": bytes(a ^ 1 << b % 8 for a, b in zip(content[i:], piece, strict=False)) + content[i + len(piece) :],
-        }[kind]
+        else:
+            i = round(where * len(content))
+            flipped = bytes(a ^ 1 << b % 8 for a, b in zip(content[i:], piece, strict=False))
+            content = content[:i] + {"insert": piece + content[i:], "delete": content[i + len(piece) :], "cut": b"",
+                                     "flip": flipped + content[i + len(piece) :]}[kind]
     return content
+
+
+def with_value(content: bytes, where: float, value) -> bytes:
+    """One value anywhere in a JSON text, or in JSON lines, is another one; "gone": its key or place goes too."""
+    try:
+        whole = [json.loads(content)]
+    except (ValueError, RecursionError):
+        try:
+            whole = [json.loads(row) for row in content.splitlines()]
+        except (ValueError, RecursionError):
+            return content
+    places = [(whole, i) for i in range(len(whole))]
+    for parent, key in places:  # it grows as it is walked through
+        child = parent[key]
+        if isinstance(child, (list, dict)):
+            places += [(child, key) for key in (child if isinstance(child, dict) else range(len(child)))]
+    if not places:
+        return content
+    parent, key = places[round(where * (len(places) - 1))]
+    if value == "gone":
+        del parent[key]
+    else:
+        parent[key] = value
+    return "".join(f"{json.dumps(record)}\n" for record in whole).encode()
 
 
 def write_damaged(path, content, changes, compressed):
@@ -77,7 +109,7 @@ def test_the_undamaged_file_is_read(tmp_path, name, i):
 
 
 @pytest.mark.parametrize("name", VALID)
-@settings(FUZZ, max_examples=100)
+@settings(FUZZ, max_examples=120)
 @given(which=st.integers(0, 50), changes=CHANGES, compressed=st.sampled_from([0, 0, 1, 2]))
 def test_any_damage_gives_a_result_or_one_line(tmp_path, name, which, changes, compressed):
     path = write_damaged(tmp_path / "file", VALID[name][which % len(VALID[name])], changes, compressed)
@@ -139,7 +171,7 @@ FOLDERS = {"beir": lambda folder: write_folder(folder), "msmarco": msmarco_folde
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-@settings(FUZZ, max_examples=60)
+@settings(FUZZ, max_examples=80)
 @given(which=st.integers(0, 50), changes=CHANGES)
 def test_a_damaged_file_in_a_folder(tmp_path_factory, name, which, changes):
     """The error names that file, or another one that does not belong to it any more."""
