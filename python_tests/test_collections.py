@@ -483,6 +483,7 @@ MALFORMED = {
         (retrieved([{"score": 1}]), "expected a passage with an 'id', got the keys"),
         (retrieved([{"id": 1}]), "finite number under 'score', got no such key"),
         (retrieved([{"id": 1, "score": "nan"}]), "under 'score', got 'nan'"),
+        (retrieved([{"id": 1, "score": 10**400}]), "finite number under 'score', got 1000"),
         (retrieved([{"id": 1, "score": 1}] * 2), "passage '1' occurs twice"),
         (record({"question": "q", "ctxs": []}), "expected a list of texts as answers, got 'no such key'"),
         (retrieved([{"id": 1, "score": 1, "has_answer": "yes"}]), "true or false"),
