@@ -452,6 +452,7 @@ MALFORMED = {
         (b"q\tp\tn\n\xff", "line 2: expected UTF-8")],
     "msmarco triples of ids": [
         (b"1\t2\t3\n9\t2\t3", "line 2: query '9' is not in the queries"), (b"", "no triples"),
+        (b"9" * 5000 + b"\t2\t3", "line 1: query '" + "9" * 592 + "…"),
         (b"1\t8\t3", "line 1: passage '8' is not in the collection"), (b"1\t2\t7", "line 1: passage '7' is not"),
         (b"1\t2", "line 1: expected 3 columns")],
     "dpr passages": [
