@@ -15,7 +15,7 @@ from qpeft_ext import formats
 from qpeft_ext.cli import main
 from qpeft_ext.rerank_systems import Systems, SystemsSpec
 
-COMMANDS = ["info", "retrieve", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
+COMMANDS = ["info", "retrieve", "synthesize", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
 
 
 @pytest.fixture(scope="module")

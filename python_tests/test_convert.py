@@ -179,6 +179,25 @@ def test_what_cannot_be_converted(tmp_path, capsys, arguments, message):
     assert {path.name for path in tmp_path.iterdir()} <= {"data", "cache"}
 
 
+@pytest.mark.parametrize("target", ["beir", "msmarco", "trec", "upr", "rankllm"])
+def test_what_a_target_does_not_hold_is_read_first(tmp_path, target):
+    """A passage with two texts, of which TREC files hold neither; answers that nobody but UPR's json holds."""
+    top = tmp_path / "top1000.dev"
+    top.write_text("1\t2\twhy\tsea\n3\t2\twho\tmoon\n")
+    with pytest.raises(ValueError, match="top1000.dev, line 2: document '2' has another text than on line 1"):
+        convert(Source(open_collection(top)), tmp_path / "out", target)
+
+    class Unanswered(formats.beir.Folder):
+        parts = ("corpus", "queries", "qrels", "answers")
+
+        def answers(self, split=None):
+            raise ValueError("answers that cannot be read")
+
+    with pytest.raises(ValueError, match="answers that cannot be read"):
+        convert(Source(Unanswered(write_folder(tmp_path / "data")), run=RUN), tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_bad_document_leaves_nothing(tmp_path, target):
     """The error comes in the middle of writing."""

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from small_data import QUERIES, shared_data, write_folder, write_lines
@@ -10,6 +11,7 @@ from tiny_job import save_lm
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 from qpeft_ext.commands import train
+from qpeft_ext.evaluate import evaluate
 from qpeft_ext.first_stage import bm25_run
 from qpeft_ext.formats.answers import has_answer
 
@@ -60,6 +62,45 @@ def test_question_sets_are_judged_by_their_answers(tmp_path, capsys):
     assert [d for d, _ in retrieved["0"]] == ["3", "1"] and retrieved["1"][0][0] in "23"
     again = run_command(capsys, "evaluate", "--qrels", questions, tmp_path / "run", "--measures", "Success@2")
     assert "1.0000" in again and "2 queries" in again
+
+
+# each in the way its files are written: bare, csv with doubled quotation marks, one-element lists, numbers and names
+QUESTION_SETS = {
+    "nq": [("who rounded the sea first", ["Wilhelm R\u00f6ntgen", "1984"]), ("what is round", ["the Moon"])],
+    "trivia": [('Which "sea" rose?', ["Sea Tides", "the '84 sea", 'a "sea"']), ("what is round?", ["MOON"])],
+    "webq": [("what year did the sea rise?", ["1984"]), ("what is round?", ["moon", "sea"])],
+    "squad1": [("When did the sea's level rise?", ["1984", "in 1984", "19845"]), ("What's round?", ["moon is"])],
+}
+
+
+@pytest.mark.parametrize("name", QUESTION_SETS)
+@pytest.mark.parametrize("quoted", [False, True])
+def test_the_papers_question_sets(tmp_path, capsys, name, quoted):
+    """Questions with BM25 over psgs_w100, and the same candidates as a retriever's output, without labels: top-k
+    accuracy by hand, by the qa.csv and by the json."""
+    def column(text):
+        return '"' + text.replace('"', '""') + '"' if quoted or '"' in text else text
+
+    write_lines(tmp_path / "psgs_w100.tsv", PASSAGES)
+    texts = {columns[0]: columns[1] for columns in (row.split("\t") for row in PASSAGES[1:])}
+    questions = write_lines(tmp_path / f"{name}-test.qa.csv", (
+        f"{column(question)}\t{column(repr(answers))}" for question, answers in QUESTION_SETS[name]))
+    data = formats.open_collection(questions)
+    assert list(data.queries().values()) == [question for question, _ in QUESTION_SETS[name]]
+    assert list(data.answers().values()) == [answers for _, answers in QUESTION_SETS[name]]
+    run_command(capsys, "retrieve", "--data", questions, "--output", tmp_path / "run", "--measures", "Success@1")
+    run = formats.read_run(tmp_path / "run")
+    (tmp_path / "out.json").write_text(json.dumps([
+        {"question": question, "answers": answers, "ctxs": [{"id": d, "score": str(s)} for d, s in run.get(str(i), [])]}
+        for i, (question, answers) in enumerate(QUESTION_SETS[name])]))
+    for k in (1, 2, 3):
+        hits = [any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", texts[d], re.IGNORECASE)
+                    for answer in answers for d, _ in run.get(str(i), [])[:k])
+                for i, (_, answers) in enumerate(QUESTION_SETS[name])]
+        for judge in (questions, tmp_path / "out.json"):
+            result = evaluate(run, formats.read_judgements(judge, None, [run]), [f"Success@{k}"])
+            assert result.means[f"Success@{k}"] == sum(hits) / 2, (k, judge)
+    assert True in hits
 
 
 def test_labels_of_the_file_win_over_the_rule(tmp_path, capsys):

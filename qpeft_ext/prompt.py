@@ -212,9 +212,13 @@ class Prompt:
                 )
         return [tuple(ids) for ids in encoded]
 
+    def count(self, query: str) -> int:
+        """Tokens of a query of any length, also of none."""
+        return len(self._encode([self._query_text(query)])[0])
+
     def fits(self, query: str) -> bool:
         """Whether `queries` takes it."""
-        return 0 < len(self._encode([self._query_text(query)])[0]) <= self.max_query_tokens
+        return 0 < self.count(query) <= self.max_query_tokens
 
     def _query_text(self, query: str) -> str:
         """As it is tokenised: behind a prompt, or at the beginning of what a decoder writes."""

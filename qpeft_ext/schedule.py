@@ -92,6 +92,15 @@ def suffix_groups(
     yield from _groups(rows, length, lambda i: length(i) + read, max_tokens, max_pairs, pass_tokens)
 
 
+def generation_groups(lengths: Sequence[int], new_tokens: int, max_tokens: int) -> Iterator[list[int]]:
+    """Prompts that are gone on with for ``new_tokens``, in groups of at most ``max_tokens`` (at least one prompt).
+
+    A pass of its own costs as many steps as there are new tokens, so padding never ends a group.
+    """
+    yield from _groups(range(len(lengths)), lengths.__getitem__, lambda i: lengths[i] + new_tokens, max_tokens, None,
+                       max_tokens)
+
+
 def _groups(
     items, length: Callable[[int], int], tokens: Callable[[int], int], max_tokens: int, max_items: int | None,
     pass_tokens: int,

@@ -2,7 +2,7 @@
 
 Targets: ``beir`` (folder), ``msmarco`` (folder), ``trec`` (folder with ``qrels.<split>.txt`` and ``run.<split>.trec``),
 ``upr`` (json), ``rankllm`` (jsonl), ``dpr`` (training json) and ``jsonl`` (training examples). Each appears under its
-name when it is complete, or never.
+name when it is complete, or never; so what a target does not hold is read, and may fail, before anything is written.
 """
 
 from __future__ import annotations
@@ -125,6 +125,8 @@ def convert(source: Source, output: AnyPath, target: str, *, num_negatives: int 
 
 def _write_beir(source: Source, output: AnyPath, done: Conversion) -> None:
     corpus, queries = source.need("beir", "corpus", "queries")
+    done.lost["queries' answers"] = len(source.answers or ())
+    done.lost["candidates"] = _size(source.run)
     with _new_folder(output) as folder:
         done.written["documents"] = _lines(folder / "corpus.jsonl", (
             _json({"_id": i, "title": document["title"], "text": document["text"]}) for i, document in corpus.items()))
@@ -137,13 +139,12 @@ def _write_beir(source: Source, output: AnyPath, done: Conversion) -> None:
                     for query_id, judged in qrels.items() for doc_id, grade in judged.items())
             done.written["judgements"] = _lines(folder / "qrels" / f"{source.name}.tsv",
                                                 chain(["query-id\tcorpus-id\tscore"], rows)) - 1
-    done.lost["queries' answers"] = len(source.answers or ())
-    done.lost["candidates"] = _size(source.run)
 
 
 def _write_msmarco(source: Source, output: AnyPath, done: Conversion) -> None:
     corpus, _ = source.need("msmarco", "corpus", "queries")
     queries = source.asked(done)
+    done.lost["queries' answers"] = len(source.answers or ())
     flat = _Flat(done)
     with _new_folder(output) as folder:
         def passages() -> Iterator[str]:
@@ -161,13 +162,15 @@ def _write_msmarco(source: Source, output: AnyPath, done: Conversion) -> None:
             done.written["candidates"] = _lines(folder / f"top1000.{source.name}.tsv", (
                 f"{q}\t{d}\t{flat.quiet(queries[q])}\t{flat.quiet(corpus[d]['text'])}" for q, d, _ in known))
             done.lost["scores of candidates (their order is kept)"] = done.written["candidates"]
-    done.lost["queries' answers"] = len(source.answers or ())
 
 
 def _write_trec(source: Source, output: AnyPath, done: Conversion) -> None:
     if source.run is None and source.qrels is None:
         raise ValueError(f"trec is made of qrels or candidates, but {source.data.place} ({source.data.format}) holds "
                          f"{', '.join(source.data.parts) or 'nothing'}; give a run")
+    done.lost["texts of documents"] = len(source.corpus or ())
+    done.lost["texts of queries"] = len(source.queries or ())
+    done.lost["queries' answers"] = len(source.answers or ())
     with _new_folder(output) as folder:
         if (qrels := source.qrels) is not None:
             done.written["judgements"] = _write_qrels(folder / f"qrels.{source.name}.txt", qrels)
@@ -176,9 +179,6 @@ def _write_trec(source: Source, output: AnyPath, done: Conversion) -> None:
                 for query_id, ranking in source.run.items():
                     writer.add(query_id, ranking)
             done.written["candidates"] = writer.num_lines
-    done.lost["texts of documents"] = len(source.corpus or ())
-    done.lost["texts of queries"] = len(source.queries or ())
-    done.lost["queries' answers"] = len(source.answers or ())
 
 
 def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
@@ -220,6 +220,9 @@ def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
 def _write_rankllm(source: Source, output: AnyPath, done: Conversion) -> None:
     _, corpus, run = source.need("rankllm", "queries", "corpus", "candidates")
     queries = source.asked(done)
+    done.lost["judgements"] = _size(source.qrels)
+    done.lost["queries' answers"] = len(source.answers or ())
+    done.lost["documents that are no candidates"] = _not_candidates(corpus, run)
 
     def lines() -> Iterator[str]:
         for query_id, ranking in _per_query(run, queries, done):
@@ -234,9 +237,6 @@ def _write_rankllm(source: Source, output: AnyPath, done: Conversion) -> None:
             yield _json({"query": {"text": queries[query_id], "qid": query_id}, "candidates": rows})
 
     done.written["queries"] = _lines(output, lines())
-    done.lost["judgements"] = _size(source.qrels)
-    done.lost["queries' answers"] = len(source.answers or ())
-    done.lost["documents that are no candidates"] = _not_candidates(corpus, run)
 
 
 def _write_dpr(source: Source, output: AnyPath, done: Conversion, num_negatives: int, seed: int) -> None:

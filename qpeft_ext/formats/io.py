@@ -21,7 +21,8 @@ def shorten(value: object, width: int = 60) -> str:
 
 
 def line_error(path: AnyPath, number: int, message: str) -> ValueError:
-    """The error for a bad line: always "file, line n: …"."""
+    """The error for a bad line: always "file, line n: …"; an id of thousands of characters does not make it longer."""
+    message = message if len(message) <= 600 else f"{message[:599]}…"
     return ValueError(f"{os.fspath(path)}, line {number}: {message}")
 
 

@@ -80,15 +80,25 @@ class RetrieverFile(Collection):
         return self._content[1]
 
     def qrels(self, split: str | None = None) -> Qrels:
-        """The labels of the file; a passage without one is labelled by DPR's matching rule."""
+        """The labels of the file; a passage without one is labelled by DPR's matching rule.
+
+        Raises: ValueError for such a passage that ``psgs_w100.tsv`` does not hold.
+        """
         qrels = {}
         for query_id, labels in self._content[2].items():
             answers = self._content[0][query_id][1]
             qrels[query_id] = {
-                doc_id: int(has_answer(self.corpus[doc_id]["text"], answers) if label is None else label)
+                doc_id: int(has_answer(self._text(query_id, doc_id), answers) if label is None else label)
                 for doc_id, label in labels.items()
             }
         return qrels
+
+    def _text(self, query_id: str, doc_id: str) -> str:
+        """Of a candidate without a label."""
+        if doc_id not in self.corpus:
+            raise ValueError(f"{self.place}: passage {doc_id!r} of query {query_id!r} is not in {self.corpus.path}; "
+                             f"the files do not belong together")
+        return self.corpus[doc_id]["text"]
 
     def judge(self, split: str | None, runs: Sequence[Run]) -> Qrels:
         """The labels; passages of ``runs`` that the file does not label go by the matching rule, if there are texts."""
