@@ -435,6 +435,7 @@ def test_what_is_refused(job, tmp_path, capsys):
         vocab_size=24, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0)
     ).save_pretrained(tmp_path / "t5")
     word_tokenizer().save_pretrained(tmp_path / "t5")
+    capsys.readouterr()
     folder = tmp_path / "data"
     write_lines(folder / "queries.jsonl", ['{"_id": "q", "text": "x"}'])
     for options, message in [
