@@ -101,6 +101,25 @@ def test_rerank(job, tmp_path, capsys):
     assert "3 queries; difference to run" in out
 
 
+def test_the_attention_of_the_lm_can_be_chosen(job, tmp_path, capsys, monkeypatch):
+    chosen = []
+    forward = qpeft.QPeftModel.forward
+
+    def spy(model, *args, **options):
+        chosen.append(model.lm.config._attn_implementation)
+        return forward(model, *args, **options)
+
+    monkeypatch.setattr(qpeft.QPeftModel, "forward", spy)
+    command = ["rerank", "--model", job / "adapter", "--data", job / "data", "--upr"]
+    for name in ("eager", "sdpa"):
+        run_command(capsys, *command, "--output", tmp_path / f"{name}.trec", "--attention", name)
+    assert chosen == ["eager"] * (len(chosen) // 2) + ["sdpa"] * (len(chosen) // 2)
+    eager, sdpa = (formats.read_run(tmp_path / f"{name}.trec")["q1"] for name in ("eager", "sdpa"))
+    assert dict(eager) == pytest.approx(dict(sdpa), abs=1e-4)
+    assert main([*map(str, command), "--output", str(tmp_path / "x"), "--attention", "flush"]) == 2
+    assert "cannot load the base LM" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [
     {"clues": "top_k", "k": 2, "filters": ("query_tokens",), "similarity": "dot"},
     {"clues": "attention", "k": 3, "num_heads": 2, "filters": ("query_tokens",)},

@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 
 
-def load_lm(name_or_path: str | Path, dtype: str | torch.dtype | None = None, device: str | None = None, **kwargs):
+def load_lm(
+    name_or_path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    attention: str | None = None,
+    **kwargs,
+):
     """An `AutoModelForCausalLM`, or an `AutoModelForSeq2SeqLM` where the config says that the LM is an encoder–decoder.
 
     In eval mode; safetensors only, no remote code.
@@ -19,7 +25,9 @@ def load_lm(name_or_path: str | Path, dtype: str | torch.dtype | None = None, de
         name_or_path: Hub id or folder.
         dtype: e.g. "bfloat16"; None takes the checkpoint's own.
         device: e.g. "cuda"; None leaves it to transformers (the CPU, unless ``device_map`` is given).
-        kwargs: go to ``from_pretrained`` (``device_map``, ``quantization_config``, ``attn_implementation``, …).
+        attention: transformers' ``attn_implementation``, e.g. "flash_attention_2"; None leaves it to transformers
+            ("sdpa" where the LM has it).
+        kwargs: go to ``from_pretrained`` (``device_map``, ``quantization_config``, …).
     Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither.
     """
     from transformers import (
@@ -33,6 +41,8 @@ def load_lm(name_or_path: str | Path, dtype: str | torch.dtype | None = None, de
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         dtype = getattr(torch, dtype)
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
     config = kwargs.get("config") or load_config(name_or_path, **kwargs)
     auto, mapping = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
     if is_encoder_decoder(config):

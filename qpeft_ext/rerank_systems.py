@@ -36,7 +36,8 @@ class SystemsSpec:
         model: adapter folder or Hub id.  base_model: overrides the LM it names.
         upr, similarity_only: also rank without clues, and by the similarities of the clues alone (the adapter's
             clues, or the defaults without one).
-        dtype, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the defaults.
+        dtype, attention, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the
+            defaults.
         template: of the prompt, where there is no adapter that says it.
         cache_bytes: of a `DocumentCache` per process; 0: none.
         max_memory: of `Reranker`, instead of cache_bytes.
@@ -49,6 +50,7 @@ class SystemsSpec:
     upr: bool = False
     similarity_only: bool = False
     dtype: str | None = None
+    attention: str | None = None
     deterministic: bool = False
     max_tokens_per_batch: int | None = None
     max_query_tokens: int | None = None
@@ -107,6 +109,7 @@ class SystemsSpec:
             "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
             "base model": lm_digest(self.lm_name),
             "dtype": self.dtype,
+            "attention": self.attention,
             "template": self.config.template,
             "deterministic": self.deterministic,
             **self.limits,
@@ -148,13 +151,14 @@ class Systems:
         lm, tokenizer = None, None
         if spec.model:
             folder = local_folder(spec.model)
-            adapter = Reranker.from_pretrained(folder, spec.base_model, device=device, dtype=spec.dtype, **options)
+            adapter = Reranker.from_pretrained(folder, spec.base_model, device=device, dtype=spec.dtype,
+                                               lm_kwargs={"attention": spec.attention}, **options)
             self.rerankers = {name: adapter for name in spec.names if name != UPR}  # its clues' similarities, too
             lm, tokenizer = adapter.model.lm, adapter.model.tokenizer
             options["cache"] = adapter.cache
         plain = [name for name in spec.names if name not in self.rerankers]
         if plain:  # the adapter's prompt and limits, so that only the clues differ
-            lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device)
+            lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention)
             same = {name: getattr(spec.config, name)
                     for name in ("compat", "template", "instruction", "max_document_tokens", "max_query_tokens")}
             if spec.index is not None and spec.config.num_virtual_tokens is not None:

@@ -14,6 +14,11 @@ from ..formats.trec import Run
 
 Device = Annotated[str | None, typer.Option(help="For example cuda or cpu.  [default: cuda if there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="Of the LM: bfloat16, float16 or float32.  [default: as stored]")]
+Attention = Annotated[
+    str | None,
+    typer.Option(help="Of the LM, one of transformers': sdpa, flash_attention_2, flex_attention, eager, …  [default: "
+                      "sdpa where the LM has it]"),
+]
 Measures = Annotated[
     list[str] | None,
     typer.Option(help="Names of ir_measures.  [default: nDCG@10 RR@10 Success@{1,5,20}]"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype
+from .common import Attention, Device, Dtype
 
 
 def command(
@@ -23,6 +23,7 @@ def command(
     ] = False,
     max_tokens_per_batch: Annotated[int, typer.Option(help="Token budget of a pass.")] = 8192,
     dtype: Dtype = None,
+    attention: Attention = None,
     device: Device = None,
 ) -> None:
     """Read every document of a corpus once and keep what the LM needs of it on disk.
@@ -47,9 +48,10 @@ def command(
     device = default_device(device)
     quiet_transformers()
     if model:
-        qpeft = QPeftModel.from_pretrained(model, base_model, device=device, dtype=dtype)
+        qpeft = QPeftModel.from_pretrained(model, base_model, device=device, dtype=dtype, attention=attention)
     else:
-        qpeft = get_qpeft_model(load_lm(base_model, dtype=dtype, device=device), QPeftConfig(clues="none"))
+        lm = load_lm(base_model, dtype=dtype, device=device, attention=attention)
+        qpeft = get_qpeft_model(lm, QPeftConfig(clues="none"))
     qpeft.prompt.max_document_tokens = max_document_tokens or qpeft.prompt.max_document_tokens
     with IndexWriter(qpeft, documents, out, alone=deterministic, max_tokens_per_batch=max_tokens_per_batch) as writer:
         plan = writer.plan()

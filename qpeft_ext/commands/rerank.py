@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype, Measures
+from .common import Attention, Device, Dtype, Measures
 
 
 def command(
@@ -28,6 +28,7 @@ def command(
     ] = False,
     measures: Measures = None,
     dtype: Dtype = None,
+    attention: Attention = None,
     device: Device = None,
     devices: Annotated[
         str | None, typer.Option(help="One process with its own model for each, such as cuda:0,cuda:1 or cpu,cpu.")
@@ -96,7 +97,7 @@ def command(
     spec = SystemsSpec(
         data=os.path.abspath(data) if os.path.exists(data) else data,
         model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
-        dtype=dtype, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
+        dtype=dtype, attention=attention, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
         max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
         max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
         index=index.absolute() if index else None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, Dtype, is_first_process
+from .common import Attention, Device, Dtype, is_first_process
 
 CHECKPOINTS = "checkpoints"
 
@@ -49,6 +49,7 @@ def command(
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Resumed runs end bit-equal; slower.")] = False,
     report_to: Annotated[str, typer.Option(help="tensorboard, wandb, ... or none.")] = "none",
     dtype: Dtype = None,
+    attention: Attention = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and negatives.")] = 0,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any option of QPeftConfig; repeatable.")] = None,
@@ -101,7 +102,7 @@ def command(
         eval_steps=save_steps, load_best_model_at_end=bool(dev_examples and save_steps), report_to=report_to, seed=seed,
         use_cpu=device == "cpu", logging_steps=10,
     )
-    model = get_qpeft_model(load_lm(base_model, dtype=dtype, device=device), config)
+    model = get_qpeft_model(load_lm(base_model, dtype=dtype, device=device, attention=attention), config)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
     trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples,
