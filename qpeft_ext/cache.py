@@ -74,7 +74,6 @@ class DocumentCache:
     def fetch(self, keys: Sequence[PrefixKey], layout: Layout, device: torch.device) -> list[PrefixKV | None]:
         """The prefixes that are stored, on the device; None for those that are not.
 
-        They are for one pass: where nothing else keeps them, the next call may use their memory again.
         """
         link = copies(device)
         found = [self._in_memory(key, link) for key in keys]
@@ -120,22 +119,20 @@ class DocumentCache:
                 else:
                     places[i] = tier, place
                     prefetch(place.path, place.offset, place.nbytes)
-        kept = {i for i, (_, place) in places.items() if any(place.nbytes <= m.max_bytes for m in self._memory)}
-        # on the CPU what is kept is read to where it stays, and a pass over one prefix reads it where it lies
-        own = set() if link.cuda else kept if len(keys) > 1 else set(places)
-        staging = link.staging(sum(place.nbytes for i, (_, place) in places.items() if i not in own))
+        # a GPU's copies start from pinned memory; on the CPU passes read the prefixes where they lie
+        staging = link.staging(sum(place.nbytes for _, place in places.values()) if link.cuda else 0)
         for i, (tier, place) in places.items():
-            if i in own:
-                buffer = torch.empty(place.nbytes, dtype=torch.uint8)
-            else:
+            if link.cuda:
                 buffer, staging = staging[: place.nbytes], staging[place.nbytes :]
+            else:
+                buffer = torch.empty(place.nbytes, dtype=torch.uint8)
             try:
                 read_prefix(place, buffer)
             except (Damaged, OSError) as error:
                 tier.drop(keys[i], error)
             else:
                 found[i] = link.to_device(layout.unpack(buffer.view(layout.dtype), keys[i].length))
-                if i in kept:
+                if any(place.nbytes <= memory.max_bytes for memory in self._memory):
                     self._store(keys[i], found[i], 0)
             tier.count(found[i] is not None)
         if places:

@@ -257,4 +257,6 @@ class Engine(BaseEngine):
                     cache.put(keys[i], entry)
             if cache is not None and len(group) == len(prefixes) and not one_by_one:
                 return fresh  # a cold cache costs one copy, not two
-        return PrefixKV.collate(stored)
+        # a GPU would make a launch of every copy, and a compiled pass a graph of every number of prefixes
+        one_by_one_copies = self.device.type == "cpu" and self.suffix_decoder is self.decoder
+        return (PrefixKV.side_by_side if one_by_one_copies else PrefixKV.collate)(stored)

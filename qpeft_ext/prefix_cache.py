@@ -12,10 +12,13 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 @dataclass
 class LayerKV:
-    """Keys and values of one layer, [N, heads, P, head width]; ``window`` is the sliding window, if any."""
+    """Keys and values of one layer, [N, heads, P, head width]; ``window`` is the sliding window, if any.
 
-    keys: Tensor
-    values: Tensor
+    Or N prefixes that lie by themselves, lists of [1, heads, P_i, head width]: see `PrefixKV.side_by_side`.
+    """
+
+    keys: Tensor | list[Tensor]
+    values: Tensor | list[Tensor]
     window: int | None
 
 
@@ -84,8 +87,17 @@ class PrefixKV:
             if kvs[0] is None:
                 layers.append(None)
                 continue
-            keys, values = (_left_pad([getattr(kv, name) for kv in kvs]) for name in ("keys", "values"))
+            keys, values = (left_pad([getattr(kv, name) for kv in kvs]) for name in ("keys", "values"))
             layers.append(LayerKV(keys, values, kvs[0].window))
+        return cls(layers, [length for prefix in prefixes for length in prefix.lengths])
+
+    @classmethod
+    def side_by_side(cls, prefixes: Sequence[PrefixKV]) -> PrefixKV:
+        """As `collate`, but nothing is copied until a layer is read: then each pair's keys are put together at once."""
+        if len(prefixes) == 1:
+            return prefixes[0]
+        layers = [kvs[0] and LayerKV([kv.keys for kv in kvs], [kv.values for kv in kvs], kvs[0].window)
+                  for kvs in zip(*(prefix.layers for prefix in prefixes), strict=True)]
         return cls(layers, [length for prefix in prefixes for length in prefix.lengths])
 
     def mask(self, device) -> Tensor:
@@ -151,11 +163,16 @@ def _tail(tensor: Tensor, length: int) -> Tensor:
     return tensor[..., tensor.shape[-2] - kept :, :]
 
 
-def _left_pad(tensors: list[Tensor]) -> Tensor:
-    first, length = tensors[0], max(t.shape[-2] for t in tensors)
-    padded = first.new_empty(len(tensors), first.shape[1], length, first.shape[-1])
+def left_pad(tensors: Sequence[Tensor], length: int | None = None, room: int = 0) -> Tensor:
+    """Tensors [1, heads, P_i, width] as one of [N, heads, length + room, width]; ``room`` slots at the end stay empty.
+
+    length: None: the longest P_i.
+    """
+    first = tensors[0]
+    length = max(t.shape[-2] for t in tensors) if length is None else length
+    padded = first.new_empty(len(tensors), first.shape[1], length + room, first.shape[-1])
     for row, tensor in zip(padded, tensors, strict=True):
         gap = length - tensor.shape[-2]
         row[:, :gap] = 0  # masked, but NaN times zero would still be NaN
-        row[:, gap:] = tensor[0]
+        row[:, gap:length] = tensor[0]
     return padded

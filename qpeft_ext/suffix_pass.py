@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from .batch import Rows
 from .head import log_likelihood_of_logits
-from .prefix_cache import LayerKV, PrefixKV
+from .prefix_cache import LayerKV, PrefixKV, left_pad
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -92,13 +92,20 @@ class _ReadOnly:
     forward may run twice.
     """
 
+    kv: LayerKV
     rows: Tensor | None
+    slots: int  # P
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return self._joined(self.keys, key_states), self._joined(self.values, value_states)
+        return self._joined(self.kv.keys, key_states), self._joined(self.kv.values, value_states)
 
-    def _joined(self, stored: Tensor, new: Tensor) -> Tensor:
+    def _joined(self, stored: Tensor | list[Tensor], new: Tensor) -> Tensor:
         """The stored slots of each pair's document, then the new ones: [B, heads, P + L, head width]."""
+        if isinstance(stored, list):
+            own = stored if self.rows is None else [stored[row] for row in self.rows.tolist()]
+            both = left_pad(own, self.slots, room=new.shape[-2])
+            both[..., self.slots :, :] = new
+            return both
         if self.rows is None:
             return torch.cat([stored, new], dim=-2)
         with_grad = torch.is_grad_enabled() and (stored.requires_grad or new.requires_grad)
@@ -112,7 +119,8 @@ class _ReadOnly:
 
 
 class _ReadOnlyLayer(_ReadOnly, DynamicLayer):
-    pass
+    def get_seq_length(self) -> int:
+        return self.slots
 
 
 class _ReadOnlySlidingLayer(_ReadOnly, DynamicSlidingWindowLayer):
@@ -123,8 +131,10 @@ def _shared_layer(kv: LayerKV | None, rows: Tensor | None, length: int) -> Dynam
     if kv is None:
         return DynamicLayer()
     layer = _ReadOnlyLayer() if kv.window is None else _ReadOnlySlidingLayer(kv.window)
-    layer.lazy_initialization(kv.keys, kv.values)
-    layer.keys, layer.values, layer.rows = kv.keys, kv.values, rows
+    some = kv.keys[0] if isinstance(kv.keys, list) else kv.keys
+    layer.lazy_initialization(some, some)
+    layer.kv, layer.rows, layer.slots = kv, rows, length
     if kv.window is not None:
         layer.cumulative_length = length  # tokens seen, of which the layer kept the last window - 1
+        layer.slots = min(length, kv.window - 1)
     return layer
