@@ -7,12 +7,11 @@ nothing of size [T, V] is ever stored.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from .ops._common import block_dtype, budget, multiply, sum_dtype
+from .ops._common import block_dtype, budget, multiply_rows, sum_dtype
 from .ops.similarity_topk import inverse_norms, round_scores
 
 CHUNK_BYTES = 4 << 20  # of similarities [rows, Q·T] at a time; budget() gives a GPU more
@@ -55,7 +54,7 @@ def vocabulary_topk(
     floor = torch.where(there, -torch.inf, torch.inf)  # what is above it enters a list, as does NaN: an error later
     for first, rows in _chunks(table, queries):
         here = slice(first, first + len(rows))
-        scores = _tall_product(rows, queries).float().view(-1, Q, T)
+        scores = multiply_rows(rows, queries).float().view(-1, Q, T)
         if not per_token:
             scores = scores.amax(2, keepdim=True)
         if metric == "cosine":
@@ -84,23 +83,6 @@ def _chunks(table: Tensor, queries: Tensor) -> Iterator[tuple[int, Tensor]]:
     for first in range(0, len(table), most):
         rows = table[first : first + most]
         yield first, buffer[: len(rows)].copy_(rows) if upcast else rows
-
-
-def _tall_product(rows: Tensor, queries: Tensor) -> Tensor:
-    """rows [n, D] times queries [N, D] transposed, n much larger than N.
-
-    oneDNN multiplies the rows where they lie; the sgemm of MKL, which `torch.mm` takes, copies them into panels first:
-    180 ms against 106 ms for 128,256 rows of 4096 and 16 queries, 2 threads, where one read of the rows takes 68 ms.
-    """
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(rows, queries, None, "none", [], "")
-    return multiply(rows, queries.T)
-
-
-@cache
-def _has_onednn() -> bool:
-    """Whether this torch has oneDNN, and the product that torch.compile takes for linear layers."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def row_scales(table: Tensor) -> Tensor:

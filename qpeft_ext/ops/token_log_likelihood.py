@@ -22,7 +22,7 @@ from ._common import (
     expect_shape,
     fake,
     implement,
-    multiply,
+    multiply_rows,
     sum_dtype,
 )
 
@@ -142,14 +142,16 @@ def _whole_waves(rows: int, V: int, most: int, processors: int, cache_bytes: int
 
 
 class Chunks:
-    """Logits of chunks of the vocabulary, in one buffer."""
+    """Logits of chunks of the vocabulary: in one buffer, but on the CPU, where the product brings its own memory."""
 
     def __init__(self, lm_head: Tensor, bias: Tensor | None, sizes: Sizes) -> None:
         self.lm_head, self.words = lm_head, sizes.words
         self.dtype, self.sum_dtype = block_dtype(lm_head), sum_dtype(lm_head.dtype)
         self.bias = None if bias is None else bias.to(self.sum_dtype)
-        aligned = -(-sizes.words // 16) * 16  # rows begin at multiples of 64 bytes
-        self.logits = lm_head.new_empty(sizes.rows, aligned, dtype=self.sum_dtype)
+        self.logits = None
+        if lm_head.device.type != "cpu" or self.dtype != self.sum_dtype:
+            aligned = -(-sizes.words // 16) * 16  # rows begin at multiples of 64 bytes
+            self.logits = lm_head.new_empty(sizes.rows, aligned, dtype=self.sum_dtype)
         upcast = (sizes.words, lm_head.shape[1]) if self.dtype != lm_head.dtype else (0,)
         self.upcast = lm_head.new_empty(upcast, dtype=self.dtype)
 
@@ -161,8 +163,8 @@ class Chunks:
             rows = self.lm_head[here]
             if rows.dtype != self.dtype:
                 rows = self.upcast[: len(rows)].copy_(rows)
-            logits = multiply(hidden, rows.T, out=self.logits[: len(hidden), : len(rows)])
-            yield here, rows, logits, None if self.bias is None else self.bias[here]
+            out = None if self.logits is None else self.logits[: len(hidden), : len(rows)]
+            yield here, rows, multiply_rows(hidden, rows, out), None if self.bias is None else self.bias[here]
 
     def kept(self, logits: Tensor) -> Tensor:
         """What a primitive has left in place of ``logits``, in the GEMM's dtype: the beginning of each row's memory."""
@@ -196,6 +198,7 @@ def _forward(hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_byt
                 )
                 if want_expectation:
                     add_product(sums, chunks.kept(logits), rows)
+                del logits  # before the next chunk's
             ops.token_log_likelihood_finish(
                 running, lm_head, targets, logit_scale, soft_cap, log_p[block], lse[block], sums
             )
@@ -231,6 +234,7 @@ def _backward(grad_log_p, lse, hidden, lm_head, target_ids, bias, soft_cap, logi
                 grad.copy_(logit_scale * (grad_logits.T @ hidden))
             if bias is not None:
                 grad_bias[here] = grad_logits.sum(0, dtype=dtype)
+            del logits, grad_logits
     return grad_lm_head, lm_head.new_empty(0) if bias is None else grad_bias
 
 
