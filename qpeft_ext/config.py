@@ -48,6 +48,8 @@ class QPeftConfig:
             only (`GeneratedLora`); None for none. It combines with every kind of clues.
         target_modules: which linear layers it updates, endings of their names as in `peft`; None: q_proj and v_proj, or
             what the LM has in their place.
+        train_lm: full fine-tuning, for comparison: every weight of the LM is trained along and saved (as large as the
+            LM itself). Needs clues="none"; load the LM in float32.
         instruction: text at the start of every prompt.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
@@ -80,6 +82,7 @@ class QPeftConfig:
     score_gate: bool = False
     generated_lora_rank: int | None = None
     target_modules: tuple[str, ...] | None = None
+    train_lm: bool = False
     instruction: str = DEFAULT_INSTRUCTION
     max_document_tokens: int = 256
     max_query_tokens: int = 64
@@ -101,7 +104,7 @@ class QPeftConfig:
         _one_of("clues", self.clues, CLUES)
         _one_of("source", self.source, SOURCES)
         _one_of("clue_embeddings", self.clue_embeddings, CLUE_EMBEDDINGS)
-        for name in ("score_gate", "attention_bias"):
+        for name in ("score_gate", "attention_bias", "train_lm"):
             _boolean(name, getattr(self, name))
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
@@ -135,6 +138,9 @@ class QPeftConfig:
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
+        if self.train_lm and (self.clues != "none" or self.generated_lora_rank is not None):
+            raise ValueError("QPeftConfig: train_lm=True needs clues='none' and no generated LoRA: both read an "
+                             "embedding table and weights that are frozen")
         if self.target_modules is not None and self.generated_lora_rank is None:
             raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
         if self.generated_lora_rank is not None and self.loss == "pointwise":

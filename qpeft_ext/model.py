@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .batch import ClueInputs, PairBatch, assemble_rows, to_device
+from .batch import ClueInputs, PairBatch, Rows, assemble_rows, to_device
 from .cache import DocumentCache
 from .clues import Clues, build_clues
 from .config import QPeftConfig
@@ -43,7 +43,7 @@ class Scores:
 class QPeftModel(nn.Module):
     """Composes an LM (any causal LM of transformers, or a `peft` model) with a clue module; patches neither.
 
-    The LM stays in eval mode and in its dtype; the clue module has float32 weights. Build it with
+    The LM is frozen (unless ``train_lm``), stays in eval mode and in its dtype; the clue module has float32 weights. Build it with
     `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
 
     Args:
@@ -53,8 +53,10 @@ class QPeftModel(nn.Module):
     def __init__(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         super().__init__()
         lm.eval()
+        if config.train_lm and hasattr(lm, "peft_config"):
+            raise ValueError("QPeftModel: train_lm=True trains the whole LM; give it without its peft adapter")
         if not hasattr(lm, "peft_config"):
-            lm.requires_grad_(False)
+            lm.requires_grad_(config.train_lm)
         self.lm = lm
         self.tokenizer = tokenizer
         self.engine = Engine(lm)
@@ -193,7 +195,7 @@ class QPeftModel(nn.Module):
     ) -> Tensor:
         """Σ log p(query token) of the pairs of one suffix pass, [B]; ``counts``: clues of each."""
         vectors = None if clues is None else clues.embeds[clues.mask]
-        rows = assemble_rows(batch, self.prompt.suffix, counts, self.device, with_prefix=prefix is None)
+        rows = self._rows(batch, counts, with_prefix=prefix is None)
         prefix_rows = None
         if prefix is not None:
             place = {d: i for i, d in enumerate(documents)}
@@ -208,6 +210,10 @@ class QPeftModel(nn.Module):
         else:
             log_p = run(*arguments)
         return rows.sum_of_each_pair(log_p)
+
+    def _rows(self, batch: PairBatch, counts: Sequence[int], with_prefix: bool) -> Rows:
+        """What the LM reads of each pair, and what it is asked for."""
+        return assemble_rows(batch, self.prompt.suffix, counts, self.device, with_prefix)
 
     def _with_generated_lora(self, batch: PairBatch, engine: Engine, rows, vectors, prefix, prefix_rows) -> Tensor:
         """`log_likelihood` with the update that each pair's query generates, on the suffixes only."""
@@ -267,7 +273,7 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
     """Wrap a causal LM, or a `peft` model of one, for Q-PEFT.
 
     Args:
-        lm: the model; its own parameters are frozen (an adapter's stay as they are).
+        lm: the model; its own parameters are frozen, or trained with ``train_lm`` (an adapter's stay as they are).
         config: `QPeftConfig`.
         tokenizer: loaded from ``lm.name_or_path`` if None.
     """
