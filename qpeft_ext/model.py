@@ -43,8 +43,8 @@ class Scores:
 class QPeftModel(nn.Module):
     """Composes an LM (any causal LM of transformers, or a `peft` model) with a clue module; patches neither.
 
-    The LM is frozen (unless ``train_lm``), stays in eval mode and in its dtype; the clue module has float32 weights. Build it with
-    `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
+    The LM is frozen (unless ``train_lm``), stays in eval mode and in its dtype; the clue module has float32 weights.
+    Build it with `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
 
     Args:
         lm: the language model.  config: `QPeftConfig`.  tokenizer: the LM's tokenizer.

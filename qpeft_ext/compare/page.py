@@ -125,19 +125,38 @@ def _draw_costs(table: CollectionTable) -> str:
         for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             points = [(number, row.cost[name], row.means[measure])
                       for number, row in enumerate(table.rows, start=1) if row.cost[name] is not None]
-            log = any(x > 0 for _, x, _ in points)
-            axes.set_xscale("symlog", linthresh=min(x for _, x, _ in points if x > 0)) if log else None
+            log = _use_log_scale(axes, [x for _, x, _ in points])
             axes.scatter([x for _, x, _ in points], [y for *_, y in points], s=22, color=_METHOD, zorder=3)
             for (number, x, y), (dx, dy) in zip(points, _label_places(points), strict=True):
                 axes.annotate(str(number), (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=9)
             axes.margins(x=0.12, y=0.12)
-            axes.set_xlabel(f"{COSTS[name][0]} (logarithmic)", fontsize=9)
+            axes.set_xlabel(COSTS[name][0] + (", logarithmic" if log else ""), fontsize=9)
             axes.tick_params(labelsize=8)
             axes.grid(True, color=_BASELINE, alpha=0.25, linewidth=0.6)
         figure.axes[0].set_ylabel(measure)
 
     label = f"{measure} against {', '.join(COSTS[name][0] for name in panels)}, on {table.collection}"
-    return draw_svg(draw, (3.2 * len(panels) + 0.4, 3.0), label)
+    return draw_svg(draw, (3.1 * max(2, len(panels)), 3.0), label)
+
+
+def _use_log_scale(axes, values: Sequence[float]) -> bool:
+    """A logarithmic axis where the values span more than a factor of 5, with 0 at its left end if it occurs."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
+    positive = [x for x in values if x > 0]
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if max(positive) < 5 * min(positive) and len(positive) == len(values):
+        axes.locator_params(axis="x", nbins=5)
+        return False
+    if len(positive) == len(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if max(positive) < 100 * min(positive) else (1,)))
+    else:
+        axes.set_xscale("symlog", linthresh=min(positive))
+        axes.set_xticks([0, *(10.0**e for e in range(0, 13) if min(positive) <= 10.0**e <= max(positive))])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.minorticks_off()
+    return True
 
 
 def _label_places(points: Sequence[tuple[int, float, float]]) -> list[tuple[float, float]]:
@@ -146,7 +165,8 @@ def _label_places(points: Sequence[tuple[int, float, float]]) -> list[tuple[floa
     spread = max((y for *_, y in points), default=0) - min((y for *_, y in points), default=0) or 1.0
     places = []
     for i, (_, x, y) in enumerate(points):
-        close = sum(abs(y - other_y) < 0.06 * spread and _ratio(x, other_x) < 1.25 for _, other_x, other_y in points[:i])
+        close = sum(abs(y - earlier_y) < 0.06 * spread and _ratio(x, earlier_x) < 1.25
+                    for _, earlier_x, earlier_y in points[:i])
         places.append(around[close % len(around)])
     return places
 
@@ -192,7 +212,7 @@ def _draw_varied(plan: Plan, table: CollectionTable) -> list[str]:
             for text in legend.get_texts():
                 text.set_color(INK)
 
-        figures.append(draw_svg(draw, (8, 3.2), f"{measure} against {option} on {table.collection}"))
+        figures.append(draw_svg(draw, (9, 3.2), f"{measure} against {option} on {table.collection}"))
     return figures
 
 

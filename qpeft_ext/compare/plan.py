@@ -13,9 +13,10 @@ from typing import Any, get_type_hints
 
 from ..config import QPeftConfig
 from .measures import check_measures
-from .methods import PRESETS, peft_options
+from .methods import FIRST_STAGE, PRESETS, peft_options
 
 PACKAGED = "packaged"  # the name of the LM that the demo comes with
+BASELINE_NAME = "first stage"  # of its row, where the plan gives it no other
 SAME_FOR_ALL = ("max_document_tokens", "max_query_tokens")  # or methods would not see the same tokens
 SET_BY_THE_PLAN = {"seed": "seeds", "num_hard_negatives": "training.negatives",
                    "queries_per_group": "training.queries_per_step"}
@@ -71,8 +72,8 @@ class Training:
 class Method:
     """One row of the tables.
 
-    method: a name of `methods.PRESETS`.  options: of `QPeftConfig`.  peft: of the peft config.  learning_rate: the peak.
-    examples: "train" or "synthetic", a part of the collection.  of: the method that a fusion takes.
+    method: a name of `methods.PRESETS`.  options: of `QPeftConfig`.  peft: of the peft config.  learning_rate: at the
+    peak of the schedule.  examples: "train" or "synthetic", a part of the collection.  of: what a fusion takes.
     varied: (name of the method, option, value) where ``vary`` made it.
     """
 
@@ -120,8 +121,8 @@ class Plan:
     def config(self, method: Method, seed: int) -> QPeftConfig:
         """The method's `QPeftConfig`: options of the plan, then of the preset, then its own."""
         options = self.options | method.preset.options | method.options
-        return QPeftConfig(**options, seed=seed, num_hard_negatives=method.training.negatives,
-                           queries_per_group=method.training.queries_per_step)
+        return QPeftConfig.from_dict(options | {"seed": seed, "num_hard_negatives": method.training.negatives,
+                                                "queries_per_group": method.training.queries_per_step})
 
     def seeds_of(self, method: Method) -> tuple[int, ...]:
         """All seeds for what is trained; the first for the rest, which does not depend on one."""
@@ -235,6 +236,11 @@ class _Reader:
             vary = value.pop("vary", {}) if isinstance(value, dict) else {}
             base = self.read(f"{key}.{name}", Method, value, name=name,
                              training=lambda where, given: self._checked_overrides(where, given))
+            if base.method not in PRESETS:
+                raise self.error(f"{key}.{name}.method", f"unknown method {base.method!r}"
+                                 f"{_did_you_mean(base.method, PRESETS)}; known: {', '.join(PRESETS)}")
+            if name == BASELINE_NAME and base.method != FIRST_STAGE:
+                raise self.error(f"{key}.{name}", "is the name of the first stage's own row; choose another")
             for method in [base, *self._variants(f"{key}.{name}.vary", base, vary)]:
                 for other in found:
                     if file_name(other) == file_name(method.name):
@@ -268,7 +274,7 @@ class _Reader:
                 where, text = f"{key}.{option}", "+".join(map(str, value)) if isinstance(value, list) else value
                 part, _, inner = str(option).rpartition(".")
                 if part == "training":
-                    self.read(where, Training, {inner: value})
+                    self.read(where.rpartition(".")[0], Training, {inner: value})
                     changed: dict[str, Any] = {"training": dict(_given(base.training)) | {inner: value}}
                 elif option == "learning_rate":
                     changed = {"learning_rate": self._value(where, "float", value)}
@@ -317,7 +323,7 @@ class _Reader:
         if (method.method == "fusion") != (method.of is not None):
             raise self.error(where, "the key 'of', the method to fuse with the first stage, belongs to method: fusion"
                              + (" and is missing" if method.of is None else ""))
-        if method.of and (method.of not in plan.methods or plan.methods[method.of].of):
+        if method.of and getattr(plan.methods.get(method.of), "method", "fusion") in ("fusion", FIRST_STAGE):
             raise self.error(f"{where}.of", f"expected another method of the plan that is no fusion, got {method.of!r}"
                                             f"{_did_you_mean(method.of, plan.methods)}")
         if method.peft and method.preset.peft is None:
@@ -327,7 +333,7 @@ class _Reader:
             if method.preset.peft:
                 peft_options(method.preset, method.peft)
         except (TypeError, ValueError) as error:
-            raise self.error(where, str(error).replace("QPeftConfig.__init__()", "QPeftConfig")) from None
+            raise self.error(where, error) from None
 
 
 def file_name(name: str) -> str:

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from ..formats.trec import Run
 from .data import CollectionData, Ranked, digest
 from .measures import per_query
 from .methods import FIRST_STAGE, peft_options
-from .plan import SAME_FOR_ALL, Method, Plan, file_name
+from .plan import BASELINE_NAME, SAME_FOR_ALL, Method, Plan, file_name
 
 SETTINGS, RESULT, RUN = "settings.json", "result.json", "run.trec.gz"
 ADAPTER, TRAINED, CHECKPOINTS = "adapter", "trained.json", "checkpoints"
 NOT_TRAINED_ON = ("test",)  # the setting that an adapter does not depend on
 FORMAT = 1  # of the settings: a change of what a method computes makes old results void
-BASELINE_NAME = "first stage"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Cell:
 
 def cells(plan: Plan, output: Path) -> Iterator[Cell]:
     """All results of a plan, in the order in which they are made; fusions after what they fuse."""
-    methods = {BASELINE_NAME: first_stage_method(plan)} | plan.methods
+    first = first_stage_method(plan)
+    methods = {first.name: first} | plan.methods
     ordered = sorted(methods.values(), key=lambda method: method.of is not None)
     for collection in plan.collections:
         for method in ordered:
@@ -99,7 +99,7 @@ class Comparison:
         return lm_digest(self.plan.lm_name)
 
     def run(self) -> None:
-        """Every result that is not there yet. Raises: ValueError at the end, if a method failed; the others are made."""
+        """Make every result that is not there yet. Raises: ValueError at the end, if a method failed."""
         failed = []
         for cell in cells(self.plan, self.output):
             try:
@@ -155,8 +155,9 @@ class Comparison:
         settings["config"] = json.loads(json.dumps(self.plan.config(method, cell.seed).to_dict()))
         if method.preset.trained:
             examples = self.data(cell.collection).examples(method.examples, method.training, cell.seed)
+            peft = peft_options(method.preset, method.peft) if method.preset.peft else None
             settings["training"] = asdict(method.training) | {
-                "peft": peft_options(method.preset, method.peft) if method.preset.peft else None, "learning_rate": method.learning_rate, "examples": digest(examples)}
+                "learning_rate": method.learning_rate, "examples": digest(examples), "peft": peft}
         return settings
 
     def _fused(self, cell: Cell) -> Cell:
@@ -260,6 +261,7 @@ def differences(then: dict, now: dict, but: Collection[str] = (), prefix: str = 
     return found
 
 
+@cache
 def provenance() -> dict[str, Any]:
     """Versions, commit, machine and date: what a result was made with."""
     from ..commands.info import machine, versions

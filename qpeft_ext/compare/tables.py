@@ -91,16 +91,17 @@ COSTS: dict[str, tuple[str, tuple[str, str], str]] = {
     "trainable": ("trainable parameters", ("parameters", "trainable"), ",.0f"),
     "trainable_percent": ("% of all", ("parameters", "percent"), ".2f"),
     "training_seconds": ("training, s", ("training", "seconds"), ".1f"),
-    "training_megabytes": ("peak memory of training, MB", ("training", "megabytes"), ",.0f"),
-    "ranking_megabytes": ("peak memory of ranking, MB", ("ranking", "megabytes"), ",.0f"),
-    "documents_per_second": ("documents/s", ("ranking", "documents_per_second"), ",.0f"),
-    "queries_per_petaflop": ("queries/PetaFLOP", ("ranking", "queries_per_petaflop"), ",.0f"),
+    "training_megabytes": ("training, peak MB", ("training", "megabytes"), ",.0f"),
+    "ranking_megabytes": ("ranking, peak MB", ("ranking", "megabytes"), ",.0f"),
+    "documents_per_second": ("documents per s", ("ranking", "documents_per_second"), ",.0f"),
+    "queries_per_petaflop": ("queries per PetaFLOP", ("ranking", "queries_per_petaflop"), ",.0f"),
 }
 COST_NOTES = (
     "Peak memory is what the work needed beyond what was held before it: on a CPU resident memory of the process "
-    "(Linux's high-water mark), on CUDA the allocator's. Ranking keeps document prefixes, up to the plan's cache_bytes.",
-    "documents/s: wall time of ranking on this machine with nothing computed before, reading included. "
-    "queries/PetaFLOP (E2R-FLOPs, arXiv 2507.06223): queries with all their candidates per 10¹⁵ floating-point "
+    "(Linux's high-water mark), on CUDA the allocator's. That of ranking holds the kept document prefixes, up to the "
+    "plan's cache_bytes.",
+    "Documents per s: wall time of ranking on this machine with nothing computed before, reading included. "
+    "Queries per PetaFLOP (E2R-FLOPs, arXiv 2507.06223): queries with all their candidates per 10¹⁵ floating-point "
     "operations of the LM, from the tokens that it read; clue modules are not counted.",
 )
 
@@ -239,12 +240,24 @@ def markdown(plan: Plan, tables: Sequence[CollectionTable]) -> str:
     lines = [f"# {plan.title or 'Comparison'}", ""]
     for table in tables:
         lines += [f"## {table.collection}", ""]
-        for heading, columns, rows, notes in sections(table):
-            lines += [f"### {heading}", "", f"| {' | '.join(columns)} |",
-                      f"|{'|'.join(['---', *['---:'] * (len(columns) - 1)])}|"]
-            lines += [f"| {' | '.join(map(_escaped, row))} |" for row in rows]
-            lines += ["", *(f"{note}  " for note in notes), ""]
+        for part in sections(table):
+            lines += _markdown_section(*part)
     lines += ["## Methods", "", *(f"- **{name}**: {about}" for name, about in describe_methods(plan)), ""]
+    return "\n".join(lines)
+
+
+def _markdown_section(heading: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> list[str]:
+    lines = [f"### {heading}", "", f"| {' | '.join(columns)} |",
+             f"|{'|'.join(['---', *['---:'] * (len(columns) - 1)])}|"]
+    lines += [f"| {' | '.join(map(_escaped, row))} |" for row in rows]
+    return [*lines, "", *(f"{note}  " for note in notes), ""]
+
+
+def summary(tables: Sequence[CollectionTable]) -> str:
+    """The tables of quality alone, for a terminal."""
+    lines = []
+    for table in tables:
+        lines += [f"## {table.collection}", "", *_markdown_section(*sections(table)[0])]
     return "\n".join(lines)
 
 
@@ -261,8 +274,9 @@ def describe_methods(plan: Plan) -> list[tuple[str, str]]:
         facts += [f"{option} {value}" for option, value in (method.options | method.peft).items()]
         if method.preset.trained:
             training = method.training
-            facts.append(f"{training.queries} {'synthetic ' if method.examples == 'synthetic' else ''}queries with "
-                         f"{training.negatives} negatives, {training.epochs:g} epochs, learning rate "
+            kind = "synthetic queries" if method.examples == "synthetic" else "queries"
+            epochs = "1 epoch" if training.epochs == 1 else f"{training.epochs:g} epochs"
+            facts.append(f"{training.queries} {kind} with {training.negatives} negatives, {epochs}, learning rate "
                          f"{method.learning_rate:g}")
         found.append((name, "; ".join(facts)))
     return found
