@@ -91,8 +91,8 @@ class Work:
         embeddings = {id(p) for module in decoder.modules() if isinstance(module, nn.Embedding)
                       for p in module.parameters()}
         N = sum(p.numel() for p in decoder.parameters() if id(p) not in embeddings)
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads = getattr(config, "num_attention_heads", 0)  # none where the LM has recurrent state instead
+        width = heads and heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         V, D = self.engine.table.shape
         attention = 4 * config.num_hidden_layers * width * self.attended
         return 2.0 * N * self.tokens + attention + 2.0 * D * V * head_rows
