@@ -50,15 +50,13 @@ def command(
 
 
 def _write(plan, output: Path) -> None:
-    from rich.markdown import Markdown
-
     from ..compare.page import html
-    from ..compare.tables import build_tables, csv_text, markdown, summary
+    from ..compare.tables import build_tables, csv_text, markdown, render
     from ..formats.io import write_text
 
     tables = build_tables(plan, output)
     for name, content in (("comparison.md", markdown(plan, tables)), ("comparison.csv", csv_text(tables)),
                           ("comparison.html", html(plan, tables))):
         write_text(output / name, content)
-    say(Markdown(summary(tables)))
+    say(render(tables))
     say(f"wrote comparison.md, comparison.csv and comparison.html to {output}/")

@@ -71,7 +71,7 @@ def _setting(plan: Plan, tables: Sequence[CollectionTable]) -> list[tuple[str, s
 
 
 def _section(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
+    head = "".join(f"<th scope=col>{escape(column).replace('Recall', '<wbr>Recall')}</th>" for column in columns)
     body = "\n".join(f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{_cell(c)}</td>' for c in cells)}</tr>"
                      for name, *cells in rows)
     below = "".join(f"<p class=note>{escape(note)}</p>\n" for note in notes)

@@ -253,12 +253,22 @@ def _markdown_section(heading: str, columns: list[str], rows: list[list[str]], n
     return [*lines, "", *(f"{note}  " for note in notes), ""]
 
 
-def summary(tables: Sequence[CollectionTable]) -> str:
-    """The tables of quality alone, for a terminal."""
-    lines = []
+def render(tables: Sequence[CollectionTable]):
+    """The tables of quality alone, for rich to print."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts = []
     for table in tables:
-        lines += [f"## {table.collection}", "", *_markdown_section(*sections(table)[0])]
-    return "\n".join(lines)
+        _, columns, rows, notes = sections(table)[0]
+        shown = Table(title=table.collection, title_justify="left", pad_edge=False)
+        for place, column in enumerate(columns):
+            shown.add_column(column.replace("Recall", " Recall"), justify="right" if place else "left")
+        for row in rows:
+            shown.add_row(*(Text(cell.replace("*", ""), style="bold" if "**" in cell else "") for cell in row))
+        parts += [shown, *map(Text, notes), Text()]
+    return Group(*parts)
 
 
 def _escaped(cell: str) -> str:
