@@ -53,7 +53,7 @@ class CollectionData:
         self.collection, self._root, self._prompt = collection, root, prompt
         self._examples = cache(self._read_examples)
         c = collection
-        self.test = self._ranked(Part(c.data, c.split, c.run, c.queries), c.candidates, SAMPLE_SEED, {})
+        self.test = self._ranked(Part(c.data, c.split, c.run, c.queries), c.candidates, SAMPLE_SEED, set())
 
     @cached_property
     def dev(self) -> Ranked:
@@ -73,7 +73,7 @@ class CollectionData:
         if part.examples:
             path = self._root / part.examples
             found = [example for example in formats.read_examples(path)
-                     if self._prompt.fits(example["query"]) and example.get("query_id") not in taken]
+                     if self._prompt.fits(example["query"]) and example["query"] not in taken]
             chosen = sorted(_sample(range(len(found)), count, seed))
             examples = [found[i] for i in chosen]
             place = str(path)
@@ -90,12 +90,11 @@ class CollectionData:
                              "judged, fit the prompt and are no test or dev queries")
         return examples
 
-    def _taken(self, dev: bool) -> dict[str, str]:
-        """Test queries, and dev queries too: their ids and texts are not trained on."""
-        taken = dict(self.test.queries)
-        return taken | (self.dev.queries if dev and self.collection.dev else {})
+    def _taken(self, dev: bool) -> set[str]:
+        """The texts of the test queries, and of the dev queries too: whatever their ids, they are not trained on."""
+        return {*self.test.queries.values(), *(self.dev.queries.values() if dev and self.collection.dev else ())}
 
-    def _sampled(self, part: Part, count: int | None, seed: int, taken: Mapping[str, str], with_relevant=False):
+    def _sampled(self, part: Part, count: int | None, seed: int, taken: set[str], with_relevant=False):
         """Collection, queries and qrels of a part; the number of queries that are too long.
 
         with_relevant: only queries with a relevant document.
@@ -103,15 +102,14 @@ class CollectionData:
         data = formats.open_collection(_place(self._root, part.data))
         split = data.choose_split(part.split) if data.splits else None
         judged = data.qrels(split)
-        texts = set(taken.values())
-        asked = {q: text for q, text in asked_queries(data, split).items() if q in judged and q not in taken
-                 and text not in texts and (not with_relevant or max(judged[q].values()) > 0)}
+        asked = {q: text for q, text in asked_queries(data, split).items() if q in judged and text not in taken
+                 and (not with_relevant or max(judged[q].values()) > 0)}
         fitting = {q: text for q, text in asked.items() if self._prompt.fits(text)}
         chosen = sorted(_sample(sorted(fitting), count, seed))
         queries = {q: fitting[q] for q in chosen}
         return data, queries, {q: judged[q] for q in queries}, len(asked) - len(fitting)
 
-    def _ranked(self, part: Part, candidates: int, seed: int, taken: Mapping[str, str]) -> Ranked:
+    def _ranked(self, part: Part, candidates: int, seed: int, taken: set[str]) -> Ranked:
         data, queries, qrels, left_out = self._sampled(part, part.queries, seed, taken)
         if not queries:
             raise ValueError(f"{data.place}, split {part.split}: no judged query is left")
