@@ -226,12 +226,15 @@ def test_changed_settings_redo_what_they_concern(done, job, tmp_path, capsys):
 
 def test_a_method_that_fails_does_not_stop_the_others(job, tmp_path, capsys):
     bad = "odd LoRA: {method: lora, learning_rate: 1e-2, peft: {target_modules: [nowhere]}}"
-    plan = write_plan(tmp_path / "plan.yaml", job, [bad, "UPR: {method: upr}"], **{"seeds: [0, 1]": "seeds: [0]"})
+    others = ["UPR: {method: upr}", "sim: {method: similarity}", "sim + BM25: {method: fusion, of: sim}"]
+    plan = write_plan(tmp_path / "plan.yaml", job, [bad, *others], **{"seeds: [0, 1]": "seeds: [0]"})
     assert compare(plan, job, tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "1 results could not be made; the first: tiny, odd LoRA" in captured.err
     assert "nowhere" in captured.err and "UPR" in (tmp_path / "out" / "comparison.md").read_text()
     assert compare(plan, job, tmp_path / "out", "--method", "UPR") == 0
+    dev = formats.read_run(tmp_path / "out" / "tiny" / "sim-+-BM25" / "seed-0" / "dev.trec.gz")
+    assert all(0 < score <= 10 for ranking in dev.values() for _, score in ranking)  # cosines, not likelihoods
 
 
 def test_nothing_is_trained_on_test_or_dev_queries(done, job):

@@ -76,6 +76,8 @@ def test_prefix_tuning_through_a_cache():
 
 
 def test_prefix_tuning_refuses():
+    with pytest.raises(ValueError, match="virtual tokens .* would not be read"):  # without its own engine
+        qpeft.get_qpeft_model(prefix_tuned("llama").lm, PLAIN, tiny_tokenizer())
     with pytest.raises(ValueError, match="sliding windows is not supported"):
         prefix_tuned("mistral")
     with pytest.raises(ValueError, match="the path document_first only, got 'plain'"):

@@ -55,6 +55,9 @@ class QPeftModel(nn.Module):
         lm.eval()
         if config.train_lm and hasattr(lm, "peft_config"):
             raise ValueError("QPeftModel: train_lm=True trains the whole LM; give it without its peft adapter")
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(lm, "peft_config", {}).values()):
+            raise ValueError("QPeftModel: a peft adapter of virtual tokens (prompt tuning, prefix tuning) would not be "
+                             "read; give the LM without it")
         if not hasattr(lm, "peft_config"):
             lm.requires_grad_(config.train_lm)
         self.lm = lm

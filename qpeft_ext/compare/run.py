@@ -22,7 +22,7 @@ from .measures import per_query
 from .methods import FIRST_STAGE, peft_options
 from .plan import BASELINE_NAME, SAME_FOR_ALL, Method, Plan, file_name
 
-SETTINGS, RESULT, RUN = "settings.json", "result.json", "run.trec.gz"
+SETTINGS, RESULT, RUN, DEV_RUN = "settings.json", "result.json", "run.trec.gz", "dev.trec.gz"
 ADAPTER, TRAINED, CHECKPOINTS = "adapter", "trained.json", "checkpoints"
 NOT_TRAINED_ON = ("test",)  # the setting that an adapter does not depend on
 FORMAT = 1  # of the settings: a change of what a method computes makes old results void
@@ -179,10 +179,10 @@ class Comparison:
         from .train import trained_model
 
         model, facts = trained_model(self, cell)
-        run, more = self._rank(cell, model, test, settings)
+        run, more = self._rank(method, model, test, cell.folder / RUN, settings)
         return run, facts | more
 
-    def _rank(self, cell: Cell, model, ranked: Ranked, settings: dict, name: str = RUN) -> tuple[Run, dict[str, Any]]:
+    def _rank(self, method: Method, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
         """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
         from .. import DocumentCache, Reranker
         from ..rerank_run import by_likelihood, by_similarity, rerank_run
@@ -190,11 +190,11 @@ class Comparison:
 
         cache = DocumentCache(self.plan.cache_bytes) if self.plan.cache_bytes else None
         reranker = Reranker(model, cache=cache)
-        rank = (by_likelihood if cell.method.preset.lm else by_similarity)(reranker)
-        partial = formats.PartialRun(cell.folder / name, ranked.candidates, settings, tag=file_name(cell.method.name))
+        rank = (by_likelihood if method.preset.lm else by_similarity)(reranker)
+        partial = formats.PartialRun(path, ranked.candidates, settings, tag=file_name(method.name))
         try:
             with Work(model.engine) as work, PeakMemory(model.device) as peak:
-                result = rerank_run(rank, ranked.queries, ranked.corpus, ranked.candidates, name=cell.name,
+                result = rerank_run(rank, ranked.queries, ranked.corpus, ranked.candidates, name=method.name,
                                     partial=partial)
             there = partial.num_resumed
             fresh = list(ranked.candidates)[there:]
@@ -206,14 +206,14 @@ class Comparison:
             "documents_per_second": result.num_pairs / result.seconds if fresh else None,
             "peak_bytes": peak.bytes, "truncated": reranker.truncated,
         }}  # fmt: skip
-        if cell.method.preset.lm and fresh:
+        if method.preset.lm and fresh:
             of_pair = {q: len(model.prompt.queries([ranked.queries[q]])[0]) for q in fresh}
             answers = getattr(model, "answers", None)
             head_rows = sum((len(answers) if answers else of_pair[q]) * len(ranked.candidates[q]) for q in fresh)
             flops = work.flops(head_rows)
             facts["ranking"] |= {"lm_tokens": work.tokens, "flops": flops,
                                  "queries_per_petaflop": len(fresh) / flops * PETA}
-        return formats.read_run(cell.folder / name), facts
+        return formats.read_run(path), facts
 
     def _fuse(self, cell: Cell, test: Ranked) -> tuple[Run, dict[str, Any]]:
         """Scores of a method and the first stage, weights chosen on dev queries."""
@@ -224,7 +224,7 @@ class Comparison:
         if source.read() is None:
             raise ValueError(f"there is no result of {source.method.name!r}, which it takes")
         model, _ = trained_model(self, source)
-        dev_run, _ = self._rank(cell, model, dev, self.settings(cell), "dev.trec.gz")
+        dev_run, _ = self._rank(source.method, model, dev, cell.folder / DEV_RUN, self.settings(cell))
         reranked = formats.read_run(source.folder / RUN)
         weights, value = choose_weights([dev_run, dev.candidates], dev.qrels)
         run = fuse([reranked, test.candidates], weights)

@@ -23,6 +23,8 @@ class YesNoModel(QPeftModel):
     takes the place of the query's log-likelihood, with one token, so that the losses read it as it is; "listwise" with
     temperature 1 is the softmax cross-entropy over an example's documents.
 
+    An adapter that it saves says nothing of yes and no: only this class ranks with it (`load_weights_into`).
+
     Args: as `QPeftModel`; ``clues="none"``.
     Raises: ValueError if the tokenizer begins both answers with the same token.
     """
