@@ -1,6 +1,7 @@
 """Adapters on disk, with PEFT's file names: adapter_config.json, adapter_model.safetensors, README.md.
 
-An LM that is itself a `peft` model is saved by `peft` in the sub-folder ``lm_adapter``.
+An LM that is itself a `peft` model is saved by `peft` in the sub-folder ``lm_adapter``, one that was trained itself
+(``train_lm``) as a whole in ``lm``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from .config import QPeftConfig
 from .loading import files_digest, load_lm, load_tokenizer
 
-WEIGHTS, CONFIG, CARD, LM_ADAPTER = "adapter_model.safetensors", "adapter_config.json", "README.md", "lm_adapter"
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+LM_ADAPTER, TRAINED_LM = "lm_adapter", "lm"
 _PROBES = 16  # embedding entries by which an LM is recognised
 
 
@@ -38,6 +40,9 @@ def save_adapter(model, folder: str | Path) -> None:
         raise ValueError(f"cannot save an adapter to {folder}: it is not a folder") from None
     if hasattr(model.lm, "peft_config"):
         model.lm.save_pretrained(folder / LM_ADAPTER)
+    if model.qpeft_config.train_lm:
+        _expect_finite(model.lm.state_dict(), f"the LM for {folder}")
+        model.lm.save_pretrained(folder / TRAINED_LM)
     config = model.qpeft_config.to_dict() | {"qpeft_version": __version__}
     _replace(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     _replace(folder / CARD, lambda path: Path(path).write_text(_model_card(model, __version__), encoding="utf-8"))
@@ -53,7 +58,12 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     folder = local_folder(folder)
     config = QPeftConfig.from_pretrained(folder)
     state = read_weights(folder / WEIGHTS)
-    if lm is None or isinstance(lm, (str, os.PathLike)):
+    if config.train_lm:
+        if lm is not None:
+            raise ValueError(f"{folder} holds a whole LM, trained with train_lm=True; do not pass another")
+        lm = load_lm(folder / TRAINED_LM, **lm_kwargs)
+        tokenizer = tokenizer or load_tokenizer(config.base_model_name_or_path)
+    elif lm is None or isinstance(lm, (str, os.PathLike)):
         name = lm or config.base_model_name_or_path
         if not name:
             raise ValueError(f"{folder}: the adapter does not name its base LM; pass one")
@@ -70,7 +80,7 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     model = cls(lm, config, tokenizer)
     _expect_same_lm(folder, config, model)
     _load_state(folder / WEIGHTS, model, state)
-    for module in model.trained_modules.values():
+    for module in (*model.trained_modules.values(), *([model.lm] if config.train_lm else ())):
         module.requires_grad_(is_trainable)
     return model
 
@@ -82,6 +92,9 @@ def load_weights_into(model, folder: str | Path) -> None:
     """
     folder = Path(folder)
     _load_state(folder / WEIGHTS, model, read_weights(folder / WEIGHTS))
+    if model.qpeft_config.train_lm:
+        trained = load_lm(folder / TRAINED_LM, dtype=model.engine.table.dtype)
+        model.lm.load_state_dict(trained.state_dict())
     if hasattr(model.lm, "peft_config"):
         from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -117,12 +130,12 @@ def describe_lm(engine) -> dict:
 
 def adapter_digest(folder: Path) -> str:
     """A short fingerprint of an adapter's files."""
-    return files_digest([*folder.glob("*"), *folder.glob(f"{LM_ADAPTER}/*")])
+    return files_digest([*folder.glob("*"), *folder.glob(f"{LM_ADAPTER}/*"), *folder.glob(f"{TRAINED_LM}/*")])
 
 
 def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
     expected, got = config.base_model, describe_lm(model.engine)
-    if expected is None:
+    if expected is None or config.train_lm:  # then the LM came from the adapter's own folder
         return
     for name in ("model_type", "vocab_size", "hidden_size"):
         if expected.get(name) != got[name]:

@@ -129,6 +129,11 @@ class Rows:
     end: int
     suffix: Tensor | None = None
 
+    @property
+    def read(self) -> Tensor:
+        """Flat indices of the slots whose output is read, each once."""
+        return self.before_query
+
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
         """Sums over the targets of each pair, [N] -> [B]; through a table [B, T], so that their order is fixed."""
         table = of_targets.new_zeros(len(self.ids) * self.longest_query)

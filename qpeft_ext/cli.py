@@ -1,4 +1,4 @@
-"""The command ``qpeft``: info, retrieve, synthesize, train, index, rerank, evaluate, fuse, convert, demo.
+"""The command ``qpeft``: info, retrieve, synthesize, train, index, rerank, evaluate, compare, fuse, convert, demo.
 
 The commands are in ``commands/``, one file each. They import torch when they run, so that ``--help`` is quick.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import convert, demo, evaluate, fuse, index, info, rerank, retrieve, synthesize, train
+from .commands import compare, convert, demo, evaluate, fuse, index, info, rerank, retrieve, synthesize, train
 from .commands.common import Interrupted
 
 # the base of every complaint about arguments; typer has no public name for it
@@ -23,7 +23,7 @@ app = typer.Typer(
     help="Rerank text with a frozen language model and a few trained clues (Q-PEFT).",
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )
-for module in (info, retrieve, synthesize, train, index, rerank, evaluate, fuse, convert, demo):
+for module in (info, retrieve, synthesize, train, index, rerank, evaluate, compare, fuse, convert, demo):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 
 

@@ -70,6 +70,8 @@ class QPeftConfig:
         soft_prompt_init: what they are at the start: "text" (the tokens of the instruction, repeated or cut to P) or
             "random" (tokens of the vocabulary, drawn with `seed`).
         soft_prompt_mlp: inner width of an MLP that re-parameterises them, the identity at the start; None for none.
+        train_lm: full fine-tuning, for comparison: every weight of the LM is trained along and saved (as large as the
+            LM itself). Needs clues="none"; load the LM in float32.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
         queries_per_group: queries that share their documents as in-batch negatives.
@@ -104,6 +106,7 @@ class QPeftConfig:
     layout: str = "document_first"
     compat: str = "none"
     template: str = "qpeft"
+    train_lm: bool = False
     instruction: str = DEFAULT_INSTRUCTION
     num_virtual_tokens: int | None = None
     soft_prompt_init: str = "text"
@@ -128,7 +131,7 @@ class QPeftConfig:
         _one_of("clues", self.clues, CLUES)
         _one_of("source", self.source, SOURCES)
         _one_of("clue_embeddings", self.clue_embeddings, CLUE_EMBEDDINGS)
-        for name in ("score_gate", "attention_bias"):
+        for name in ("score_gate", "attention_bias", "train_lm"):
             _boolean(name, getattr(self, name))
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
@@ -197,6 +200,9 @@ class QPeftConfig:
             if self.template == "upr" and getattr(self, name) != value:
                 raise ValueError("QPeftConfig: template='upr' has its instruction behind the passage; leave "
                                  f"{name} out")
+        if self.train_lm and (self.clues != "none" or self.generated_lora_rank is not None):
+            raise ValueError("QPeftConfig: train_lm=True needs clues='none' and no generated LoRA: both read an "
+                             "embedding table and weights that are frozen")
         if self.target_modules is not None and self.generated_lora_rank is None:
             raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
         if self.generated_lora_rank is not None and self.loss == "pointwise":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .batch import ClueInputs, PairBatch, to_device
+from .batch import ClueInputs, PairBatch, Rows, to_device
 from .cache import DocumentCache
 from .clues import Clues, build_clues
 from .config import QPeftConfig
@@ -47,8 +47,8 @@ class Scores:
 class QPeftModel(nn.Module):
     """Composes an LM (of transformers, causal or encoder–decoder, or a `peft` model) with trained modules.
 
-    The LM stays in eval mode and in its dtype; the trained modules have float32 weights. Build it with
-    `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
+    The LM is frozen (unless ``train_lm``), stays in eval mode and in its dtype; the trained modules have float32
+    weights. Build it with `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
 
     Args:
         lm: the language model.  config: `QPeftConfig`.  tokenizer: the LM's tokenizer.
@@ -57,8 +57,13 @@ class QPeftModel(nn.Module):
     def __init__(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         super().__init__()
         lm.eval()
+        if config.train_lm and hasattr(lm, "peft_config"):
+            raise ValueError("QPeftModel: train_lm=True trains the whole LM; give it without its peft adapter")
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(lm, "peft_config", {}).values()):
+            raise ValueError("QPeftModel: a peft adapter of virtual tokens (prompt tuning, prefix tuning) would not be "
+                             "read; give the LM without it")
         if not hasattr(lm, "peft_config"):
-            lm.requires_grad_(False)
+            lm.requires_grad_(config.train_lm)
         self.lm = lm
         self.tokenizer = tokenizer
         self.engine = make_engine(lm, CLUES_FIRST_IS_PLAIN if config.layout == "clues_first" else "")
@@ -209,7 +214,7 @@ class QPeftModel(nn.Module):
     ) -> Scores:
         """Scores of the pairs of one suffix pass; ``counts``: clues of each."""
         vectors = None if clues is None else clues.embeds[clues.mask]
-        rows = self.engine.assemble(batch, self.prompt.suffix, counts, with_prefix=prefix is None)
+        rows = self._rows(batch, counts, with_prefix=prefix is None)
         prefix_rows = None
         if prefix is not None:
             place = {d: i for i, d in enumerate(documents)}
@@ -228,6 +233,10 @@ class QPeftModel(nn.Module):
         else:
             num_tokens = rows.sum_of_each_pair(torch.ones_like(rows.target_ids))
         return Scores(rows.sum_of_each_pair(log_p), num_tokens)
+
+    def _rows(self, batch: PairBatch, counts: Sequence[int], with_prefix: bool) -> Rows:
+        """What the LM reads of each pair, and what it is asked for."""
+        return self.engine.assemble(batch, self.prompt.suffix, counts, with_prefix)
 
     def _with_generated_lora(self, batch: PairBatch, rows, vectors, prefix, prefix_rows) -> Tensor:
         """`log_likelihood` with the update that each pair's query generates, on the suffixes only."""
@@ -284,7 +293,7 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
     """Wrap a causal or an encoder–decoder LM, or a `peft` model of one, for Q-PEFT.
 
     Args:
-        lm: the model; its own parameters are frozen (an adapter's stay as they are).
+        lm: the model; its own parameters are frozen, or trained with ``train_lm`` (an adapter's stay as they are).
         config: `QPeftConfig`.
         tokenizer: loaded from ``lm.name_or_path`` if None.
     Raises: ValueError for an LM that is neither (encoder-only, or without a head).

@@ -5,8 +5,6 @@ Everything is a function of a `Report`, which holds plain values. The HTML needs
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -16,8 +14,8 @@ import numpy as np
 
 from .evaluate import ComparisonTable, System, format_p
 from .formats.io import AnyPath, write_text
+from .html_page import INK, draw_svg, page, plain
 
-_INK = "#123456"  # drawn by matplotlib, then replaced by the page's text colour, which depends on light and dark
 _TERMINAL_CHARACTERS = 700
 
 
@@ -89,7 +87,7 @@ def html(report: Report) -> str:
     rows = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>\n"
                    for name, value in report.setting.items())
     parts += [f"<h2>Setting</h2>\n<div class=wide><table class=setting>\n{rows}</table></div>"]
-    return _PAGE.format(title=escape(report.title), style=_STYLE, body="\n".join(parts))
+    return page(report.title, "\n".join(parts))
 
 
 def render(report: Report):
@@ -109,26 +107,13 @@ def render(report: Report):
 
 def plot(report: Report) -> str:
     """SVG of two panels: the mean of every system with its interval, and the differences query by query."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("the report's plot needs the package matplotlib: pip install qpeft_ext[plot]") from None
-    style = {"svg.fonttype": "none", "svg.hashsalt": "qpeft", "font.family": "sans-serif", "font.size": 10,
-             "axes.spines.top": False, "axes.spines.right": False}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9, max(2.8, 1.2 + 0.38 * len(report.per_query))), layout="constrained")
+    def draw(figure) -> None:
         means, differences = figure.subplots(1, 2, width_ratios=(3, 2))
         _plot_means(means, report)
         _plot_differences(differences, report)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg"):].replace(_INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+
     label = f"Left: mean {report.measure} of each system. Right: difference to {report.table.baseline} for each query."
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return draw_svg(draw, (9, max(2.8, 1.2 + 0.38 * len(report.per_query))), label)
 
 
 def mean_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
@@ -214,10 +199,10 @@ def _plot_means(axes, report: Report) -> None:
               [high - m for m, (_, high) in zip(means, bounds, strict=True)]]
     colors = ["#8a93a0" if name == report.table.baseline else "#3f7fd0" for name in names]
     axes.barh(range(len(names)), means, xerr=np.maximum(errors, 0), color=colors, height=0.62,
-              error_kw={"ecolor": _INK, "capsize": 3, "elinewidth": 1})
+              error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1})
     for place, (mean, (_, high)) in enumerate(zip(means, bounds, strict=True)):
         axes.annotate(f"{mean:.3f}", (high, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+    axes.set_yticks(range(len(names)), [plain(name) for name in names])
     axes.invert_yaxis()
     axes.set_xlim(0, max(high for _, high in bounds) * 1.15 + 1e-6)
     axes.set_xlabel(f"{report.measure}: mean of {len(values[0])} queries, 95 % interval")
@@ -234,16 +219,12 @@ def _plot_differences(axes, report: Report) -> None:
     differences = np.array(sorted((report.per_query[best][q] - base[q] for q in base), reverse=True))
     axes.bar(range(len(differences)), differences, width=1.0,
              color=["#3f7fd0" if d > 0 else "#d0673f" for d in differences])
-    axes.axhline(0, color=_INK, linewidth=0.8)
+    axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlabel("queries, largest gain first")
     axes.set_ylabel(f"difference in {report.measure}")
     counts = [int(which.sum()) for which in (differences > 0, differences == 0, differences < 0)]
-    axes.set_title(_plain(f"{best} against {report.table.baseline}") + "\n{} gain, {} equal, {} lose".format(*counts),
-                   fontsize=10, color=_INK)
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # or matplotlib would typeset what stands between two of them
+    axes.set_title(plain(f"{best} against {report.table.baseline}") + "\n{} gain, {} equal, {} lose".format(*counts),
+                   fontsize=10, color=INK)
 
 
 def _seconds(value: float) -> str:
@@ -275,42 +256,3 @@ def _marked_text(example: Example):
 def _clue_list(example: Example, count: int = 10) -> str:
     heaviest = sorted(example.clues, key=lambda clue: (-clue.weight, clue.start))[:count]
     return ", ".join(f"{example.text[c.start:c.end].strip()!r} {c.weight:.2g}" for c in heaviest) or "none"
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-_STYLE = """:root { color-scheme: light dark; --ink: #1c2126; --soft: #5b6570; --line: #d5dae0; --paper: #ffffff;
-  --card: #f6f7f9; --clue: 255 176 32; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ea; --soft: #a3adb8; --line: #3a424b; --paper: #15181c; --card: #1e2329; --clue: 190 120 0; } }
-body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.2rem; font-size: 1.25rem; }
-h3 { margin: 0; font-size: 1rem; }
-.lead { font-size: 1.05rem; } .note { margin: .2rem 0; color: var(--soft); font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; }
-.measures td, .measures thead th + th { text-align: right; padding-left: .6rem; }
-td small { display: block; color: var(--soft); white-space: nowrap; }
-.setting td { overflow-wrap: anywhere; }
-figure { margin: 1.5rem 0; } figure svg { width: 100%; height: auto; }
-section { margin: 1.2rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 6px; background: var(--card); }
-.document { margin-top: .6rem; font: 13.5px/1.6 ui-monospace, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-mark { background: rgb(var(--clue) / var(--w)); color: inherit; border-radius: 2px; }
-"""

@@ -1,0 +1,109 @@
+"""The methods that can be compared: what is set for each, and the model it makes of an LM.
+
+Nearly all are options of `QPeftConfig` over the LM or over a `peft` model of it; they are trained by `QPeftTrainer` and
+rank through `Reranker`, as any adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+FIRST_STAGE, UPR = "first_stage", "upr"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method with its defaults.
+
+    about: one line for the report.  trained: whether it has a module to train.  lm: whether an LM runs when it ranks.
+    options: of `QPeftConfig`.  peft: name of the peft config class.  peft_defaults: its options.
+    model: the class of its model, where it is another than `QPeftModel`.
+    """
+
+    about: str
+    trained: bool = True
+    lm: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    peft: str | None = None
+    peft_defaults: dict[str, Any] = field(default_factory=dict)
+    model: str = "QPeftModel"
+
+
+_PLAIN = {"clues": "none"}
+_LORA = {"r": 8, "lora_alpha": 16}
+
+PRESETS: dict[str, Preset] = {
+    FIRST_STAGE: Preset("the candidates as they come", False, lm=False, options=_PLAIN),
+    "similarity": Preset("sum of the k largest cosines between query and document tokens in the LM's embedding table; "
+                         "no LM runs", False, lm=False, options=_PLAIN),
+    UPR: Preset("log-likelihood of the query, frozen LM, no clues", False, options=_PLAIN),
+    "hard_clues": Preset("the k most similar document tokens repeated as text: the clue module of Q-PEFT-R before "
+                         "training is the identity, so that its clues are the tokens' own embeddings", False,
+                         options={"clues": "top_k"}),
+    "soft_prompt": Preset("prompt tuning: trained virtual tokens in place of the instruction, pads leftmost",
+                          options={"clues": "none", "num_virtual_tokens": 20}),
+    "prefix_tuning": Preset("trained keys and values in every layer (peft), likelihood objective", options=_PLAIN,
+                            peft="PrefixTuningConfig", peft_defaults={"num_virtual_tokens": 20, "init_weights": "zero"},
+                            model="PrefixTuningModel"),
+    "lora": Preset("LoRA (peft), likelihood objective", options=_PLAIN, peft="LoraConfig", peft_defaults=_LORA),
+    "dora": Preset("DoRA (peft), likelihood objective", options=_PLAIN, peft="LoraConfig",
+                   peft_defaults=_LORA | {"use_dora": True}),
+    "ia3": Preset("IA³ (peft), likelihood objective", options=_PLAIN, peft="IA3Config"),
+    "yes_no": Preset("logit(yes) − logit(no) after document and query, LoRA (peft), softmax over the documents of a "
+                     "query", options={"clues": "none", "loss": "listwise", "temperature": 1.0},
+                     peft="LoraConfig", peft_defaults=_LORA, model="YesNoModel"),
+    "full": Preset("full fine-tuning, likelihood objective", options={"clues": "none", "train_lm": True}),
+    "q_peft_r": Preset("Q-PEFT-R: the k most similar document tokens, re-embedded", options={"clues": "top_k"}),
+    "q_peft_a": Preset("Q-PEFT-A: the query attends over the document tokens", options={"clues": "attention"}),
+    "q_peft_r_lora": Preset("Q-PEFT-R over a LoRA, trained together", options={"clues": "top_k"}, peft="LoraConfig",
+                            peft_defaults=_LORA),
+    "q_peft_a_lora": Preset("Q-PEFT-A over a LoRA, trained together", options={"clues": "attention"},
+                            peft="LoraConfig", peft_defaults=_LORA),
+    "fusion": Preset("min-max scores of a method and of the first stage, weights chosen on dev", False, options=_PLAIN),
+}  # fmt: skip
+
+
+def peft_options(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the preset's peft config. Raises: ValueError for an unknown one; ImportError without peft."""
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("this method needs the package peft: pip install qpeft_ext[train]") from None
+    known = [f.name for f in dataclasses.fields(getattr(peft, preset.peft))]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{preset.peft}: unknown option {name!r}{hint}")
+    return preset.peft_defaults | given
+
+
+def build_model(plan, method, seed: int, device: str):
+    """The model of a method before it is trained: a freshly loaded LM, a `peft` adapter on it if it has one.
+
+    The same seed gives the same initial weights. Raises: ValueError where peft does not know the LM's layers.
+    """
+    import torch
+
+    from ..adapter_files import describe_lm
+    from ..loading import load_lm, load_tokenizer
+    from ..model import QPeftModel
+    from .prefix_tuning import PrefixTuningModel
+    from .yes_no import YesNoModel
+
+    classes = {kind.__name__: kind for kind in (QPeftModel, PrefixTuningModel, YesNoModel)}
+    lm, preset = load_lm(plan.lm_name, dtype=plan.dtype, device=device), method.preset
+    if preset.peft:
+        import peft
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = getattr(peft, preset.peft)(task_type="CAUSAL_LM", **peft_options(preset, method.peft))
+            lm = peft.get_peft_model(lm, config)
+    config = dataclasses.replace(plan.config(method, seed), base_model_name_or_path=plan.lm_name)
+    model = classes[preset.model](lm, config, load_tokenizer(plan.lm_name))
+    model.qpeft_config = dataclasses.replace(model.qpeft_config, base_model=describe_lm(model.engine))
+    return model

@@ -1,0 +1,286 @@
+"""The loop over collections, methods and seeds: one folder for each result, made once, found again by the next run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from .. import formats
+from ..commands.common import say
+from ..formats.io import write_text
+from ..formats.trec import Run
+from .data import CollectionData, Ranked, digest
+from .measures import per_query
+from .methods import FIRST_STAGE, peft_options
+from .plan import BASELINE_NAME, SAME_FOR_ALL, Method, Plan, file_name
+
+SETTINGS, RESULT, RUN, DEV_RUN = "settings.json", "result.json", "run.trec.gz", "dev.trec.gz"
+ADAPTER, TRAINED, CHECKPOINTS = "adapter", "trained.json", "checkpoints"
+NOT_TRAINED_ON = ("test",)  # the setting that an adapter does not depend on
+FORMAT = 1  # of the settings: a change of what a method computes makes old results void
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result: a method on a collection with a seed."""
+
+    output: Path
+    collection: str
+    method: Method
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.collection}, {self.method.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.output / file_name(self.collection) / file_name(self.method.name) / f"seed-{self.seed}"
+
+    def read(self, name: str = RESULT) -> dict[str, Any] | None:
+        """A JSON file of the cell; None if it is not there or not whole."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+
+def cells(plan: Plan, output: Path) -> Iterator[Cell]:
+    """All results of a plan, in the order in which they are made; fusions after what they fuse."""
+    first = first_stage_method(plan)
+    methods = {first.name: first} | plan.methods
+    ordered = sorted(methods.values(), key=lambda method: method.of is not None)
+    for collection in plan.collections:
+        for method in ordered:
+            for seed in plan.seeds_of(method):
+                yield Cell(output, collection, method, seed)
+
+
+def first_stage_method(plan: Plan) -> Method:
+    """The first stage is a row of every table; the plan may give it a name of its own."""
+    named = [method for method in plan.methods.values() if method.method == FIRST_STAGE]
+    return named[0] if named else Method(FIRST_STAGE, BASELINE_NAME)
+
+
+class Comparison:
+    """Makes the results of a plan.
+
+    Args:
+        root: folder that paths of the plan are below.  output: folder for the results.  device: of the LM.
+    """
+
+    def __init__(self, plan: Plan, root: Path, output: Path, device: str) -> None:
+        from ..config import QPeftConfig
+        from ..loading import load_tokenizer
+        from ..prompt import Prompt
+
+        self.plan, self.root, self.output, self.device = plan, root, output, device
+        limits = {name: plan.options[name] for name in SAME_FOR_ALL if name in plan.options}
+        self._prompt = Prompt(load_tokenizer(plan.lm_name), QPeftConfig(clues="none", **limits))
+        self._data: dict[str, CollectionData] = {}
+
+    def data(self, collection: str) -> CollectionData:
+        if collection not in self._data:
+            self._data[collection] = CollectionData(self.plan.collections[collection], self.root, self._prompt)
+        return self._data[collection]
+
+    @cached_property
+    def lm_digest(self) -> str:
+        from ..loading import lm_digest
+
+        return lm_digest(self.plan.lm_name)
+
+    def run(self) -> None:
+        """Make every result that is not there yet. Raises: ValueError at the end, if a method failed."""
+        for collection in self.plan.collections:  # a mistake in the data is known before hours of training
+            self.data(collection)
+        failed = []
+        for cell in cells(self.plan, self.output):
+            try:
+                self.ensure(cell)
+            except (ValueError, TypeError, ImportError) as error:  # of one method; the others go on
+                failed.append(f"{cell.name}: {' '.join(str(error).split())}")
+                say(f"failed: {failed[-1]}")
+        if failed:
+            raise ValueError(f"{len(failed)} results could not be made; the first: {failed[0]}")
+
+    def ensure(self, cell: Cell) -> None:
+        """Make a result, unless it is there with the same settings; one with other settings is made anew."""
+        settings, there = self.settings(cell), cell.read()
+        if there and there["settings"] == settings:
+            if set(self.plan.measures) - set(there["per_query"]):
+                run = formats.read_run(cell.folder / RUN)
+                self._write(cell, there | {"per_query": self._per_query(cell, run)})
+            say(f"{cell.name}: there already")
+            return
+        self._prepare(cell, settings)
+        started = time.perf_counter()
+        run, facts = self._make(cell, settings)
+        self._write(cell, {
+            "collection": cell.collection, "method": cell.method.name, "seed": cell.seed, "settings": settings,
+            **facts, "per_query": self._per_query(cell, run), "seconds": time.perf_counter() - started,
+            **provenance(),
+        })  # fmt: skip
+        say(f"{cell.name}: {self._summary(cell)}")
+
+    def _prepare(self, cell: Cell, settings: dict) -> None:
+        """A folder that holds nothing but what an earlier run made with the same settings."""
+        earlier = cell.read(SETTINGS) or {}
+        if changed := differences(earlier, settings):
+            if earlier:
+                say(f"{cell.name}: made anew, since {', '.join(changed)} changed")
+            keep = {ADAPTER, TRAINED} if not differences(earlier, settings, but=NOT_TRAINED_ON) else set()
+            for path in cell.folder.glob("*"):
+                if path.name not in keep:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            write_text(cell.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """What a result depends on, in plain values. Versions and commit are kept beside it and do not void it."""
+        method, test = cell.method, self.data(cell.collection).test
+        settings: dict[str, Any] = {"format": FORMAT, "method": method.method, "test": test.digest}
+        if method.method == FIRST_STAGE:
+            return settings
+        settings |= {"lm": self.lm_digest, "dtype": self.plan.dtype}
+        if method.of:
+            dev = self.data(cell.collection).dev
+            return settings | {"of": self.settings(self._fused(cell)), "dev": dev.digest}
+        settings["config"] = json.loads(json.dumps(self.plan.config(method, cell.seed).to_dict()))
+        if method.preset.trained:
+            examples = self.data(cell.collection).examples(method.examples, method.training, cell.seed)
+            peft = peft_options(method.preset, method.peft) if method.preset.peft else None
+            settings["training"] = asdict(method.training) | {
+                "learning_rate": method.learning_rate, "examples": digest(examples), "peft": peft}
+        return settings
+
+    def _fused(self, cell: Cell) -> Cell:
+        """The cell that a fusion takes; what is not trained has one seed only."""
+        method = self.plan.methods[cell.method.of]
+        seeds = self.plan.seeds_of(method)
+        return Cell(self.output, cell.collection, method, cell.seed if cell.seed in seeds else seeds[0])
+
+    def _make(self, cell: Cell, settings: dict) -> tuple[Run, dict[str, Any]]:
+        """The run of a cell, written, and the facts about making it."""
+        test, method = self.data(cell.collection).test, cell.method
+        if method.method == FIRST_STAGE:
+            formats.write_run(cell.folder / RUN, test.candidates, tag=file_name(test.first_stage))
+            return test.candidates, {"first_stage": test.first_stage}
+        if method.of:
+            return self._fuse(cell, test)
+        from .train import trained_model
+
+        model, facts = trained_model(self, cell)
+        run, more = self._rank(method, model, test, cell.folder / RUN, settings)
+        return run, facts | more
+
+    def _rank(self, method: Method, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
+        """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
+        from .. import DocumentCache, Reranker
+        from ..rerank_run import by_likelihood, by_similarity, rerank_run
+        from .cost import PETA, PeakMemory, Work
+
+        cache = DocumentCache(self.plan.cache_bytes) if self.plan.cache_bytes else None
+        reranker = Reranker(model, cache=cache)
+        rank = (by_likelihood if method.preset.lm else by_similarity)(reranker)
+        partial = formats.PartialRun(path, ranked.candidates, settings, tag=file_name(method.name))
+        try:
+            with Work(model.engine) as work, PeakMemory(model.device) as peak:
+                result = rerank_run(rank, ranked.queries, ranked.corpus, ranked.candidates, name=method.name,
+                                    partial=partial)
+            there = partial.num_resumed
+            fresh = list(ranked.candidates)[there:]
+            partial.finish()
+        finally:
+            partial.close()
+        facts: dict[str, Any] = {"ranking": {
+            "pairs": result.num_pairs, "seconds": result.seconds, "resumed_queries": there,
+            "documents_per_second": result.num_pairs / result.seconds if fresh else None,
+            "peak_bytes": peak.bytes, "truncated": reranker.truncated,
+        }}  # fmt: skip
+        if method.preset.lm and fresh:
+            of_pair = {q: len(model.prompt.queries([ranked.queries[q]])[0]) for q in fresh}
+            answers = getattr(model, "answers", None)
+            head_rows = sum((len(answers) if answers else of_pair[q]) * len(ranked.candidates[q]) for q in fresh)
+            flops = work.flops(head_rows)
+            facts["ranking"] |= {"lm_tokens": work.tokens, "flops": flops,
+                                 "queries_per_petaflop": len(fresh) / flops * PETA}
+        return formats.read_run(path), facts
+
+    def _fuse(self, cell: Cell, test: Ranked) -> tuple[Run, dict[str, Any]]:
+        """Scores of a method and the first stage, weights chosen on dev queries."""
+        from ..fusion import choose_weights, fuse
+        from .train import trained_model
+
+        source, dev = self._fused(cell), self.data(cell.collection).dev
+        if source.read() is None:
+            raise ValueError(f"there is no result of {source.method.name!r}, which it takes")
+        model, _ = trained_model(self, source)
+        dev_run, _ = self._rank(source.method, model, dev, cell.folder / DEV_RUN, self.settings(cell))
+        reranked = formats.read_run(source.folder / RUN)
+        weights, value = choose_weights([dev_run, dev.candidates], dev.qrels)
+        run = fuse([reranked, test.candidates], weights)
+        formats.write_run(cell.folder / RUN, run, tag=file_name(cell.method.name))
+        return run, {"fusion": {"weights": weights, "dev_nDCG@10": value, "dev_queries": len(dev.queries)}}
+
+    def _per_query(self, cell: Cell, run: Run) -> dict[str, dict[str, float]]:
+        return per_query(run, self.data(cell.collection).test.qrels, self.plan.measures)
+
+    def _write(self, cell: Cell, result: dict) -> None:
+        write_text(cell.folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+    def _summary(self, cell: Cell) -> str:
+        from statistics import fmean
+
+        result, measure = cell.read(), self.plan.measures[0]
+        values = result["per_query"][measure].values()
+        text = f"{measure} {fmean(values) if values else 0:.4f}"
+        if "training" in result:
+            text += f", trained in {result['training']['seconds']:.0f} s"
+        if "ranking" in result:
+            text += f", ranked {result['ranking']['pairs']} pairs in {result['ranking']['seconds']:.0f} s"
+        return text
+
+
+def differences(then: dict, now: dict, but: Collection[str] = (), prefix: str = "") -> list[str]:
+    """Names of the settings that differ, other than ``but``."""
+    found = []
+    for name in {**then, **now}:
+        if name in but or (name in then and name in now and then[name] == now[name]):
+            continue
+        if isinstance(then.get(name), dict) and isinstance(now.get(name), dict):
+            found += differences(then[name], now[name], prefix=f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+@cache
+def provenance() -> dict[str, Any]:
+    """Versions, commit, machine and date: what a result was made with."""
+    from ..commands.info import machine, versions
+
+    return {"versions": versions(), "commit": _commit(), "machine": machine(),
+            "date": datetime.date.today().isoformat()}
+
+
+def _commit() -> str | None:
+    """Of the source tree that the package runs from; None for an installed one."""
+    place = Path(__file__).resolve().parents[2]
+    if not (place / ".git").exists():
+        return None
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, timeout=10)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=place, capture_output=True, text=True,
+                                 timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return git.stdout.strip() + (" with changes" if changed.stdout.strip() else "") or None

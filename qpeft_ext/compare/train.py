@@ -1,0 +1,68 @@
+"""Training of one cell: the model that a method ranks with, trained now or by an earlier run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..formats.io import write_text
+from .methods import build_model
+
+if TYPE_CHECKING:
+    from .run import Cell, Comparison
+
+
+def trained_model(comparison: Comparison, cell: Cell) -> tuple[Any, dict[str, Any]]:
+    """The model of a cell, trained, and the facts about it: trained parameters, seconds, peak memory.
+
+    An adapter that is there whole is loaded: `Comparison` leaves none with other settings.
+    """
+    from ..adapter_files import load_weights_into
+    from .run import ADAPTER, CHECKPOINTS, TRAINED
+
+    model = build_model(comparison.plan, cell.method, cell.seed, comparison.device)
+    trainable, total = model.get_nb_trainable_parameters()
+    facts: dict[str, Any] = {"parameters": {"trainable": trainable, "all": total}}
+    if not cell.method.preset.trained:
+        facts["parameters"]["trainable"] = 0  # hard clues have a module that is never trained
+        return model, facts
+    adapter, there = cell.folder / ADAPTER, cell.read(TRAINED)
+    if there:
+        load_weights_into(model, adapter)
+        return model.eval(), facts | {"training": there}
+    shutil.rmtree(adapter, ignore_errors=True)
+    examples = comparison.data(cell.collection).examples(cell.method.examples, cell.method.training, cell.seed)
+    facts["training"] = _train(model, cell, examples, comparison.device, cell.folder / CHECKPOINTS)
+    shutil.rmtree(cell.folder / CHECKPOINTS, ignore_errors=True)
+    model.save_pretrained(adapter)
+    write_text(cell.folder / TRAINED, json.dumps(facts["training"], indent=1) + "\n")  # last: the adapter is whole
+    return model, facts
+
+
+def _train(model, cell: Cell, examples: list[dict], device: str, folder) -> dict[str, Any]:
+    """Train in place; linear schedule, a tenth of the steps warms up."""
+    from transformers import TrainingArguments
+
+    from ..demo.progress import TrainingBar
+    from ..train import QPeftTrainer
+    from .cost import PeakMemory
+
+    method = cell.method
+    size = method.training.queries_per_step
+    steps = max(1, round(len(examples) * method.training.epochs / size))
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=size, max_steps=steps, warmup_steps=steps // 10,
+        learning_rate=method.learning_rate, lr_scheduler_type="linear", save_strategy="no", report_to="none",
+        logging_steps=max(1, steps // 20), seed=cell.seed, use_cpu=device == "cpu",
+    )  # fmt: skip
+    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples)
+    TrainingBar.install(trainer, cell.name, "loss")
+    started = time.perf_counter()
+    with PeakMemory(model.device) as peak:
+        trainer.train()
+    seconds = time.perf_counter() - started
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": steps, "queries": len(examples), "seconds": seconds, "peak_bytes": peak.bytes,
+            "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None}
