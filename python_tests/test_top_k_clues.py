@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import qpeft_ext as qpeft
 from qpeft_ext import vocabulary
 from qpeft_ext.batch import ClueInputs
+from qpeft_ext.ops import _common
 from qpeft_ext.ops.similarity_topk import round_scores
 from qpeft_ext.vocabulary import vocabulary_topk
 
@@ -112,7 +113,7 @@ def set_up():
         def change(rows: int, onednn: bool) -> None:
             monkeypatch.setattr(vocabulary, "_MOST_ROWS", rows)
             monkeypatch.setattr(vocabulary, "_MOST_UPCAST_ROWS", rows)
-            monkeypatch.setattr(vocabulary, "_has_onednn", lambda: onednn and torch.backends.mkldnn.is_available())
+            monkeypatch.setattr(_common, "_has_onednn", lambda: onednn and torch.backends.mkldnn.is_available())
 
         yield change
 
