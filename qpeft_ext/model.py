@@ -153,8 +153,9 @@ class QPeftModel(nn.Module):
         at_once = at_once and not deterministic
         clues = self.compute_clues(batch) if at_once else None
         counts = _counts(clues, len(batch))
-        prefix_padding = pass_tokens * (READ_TOKENS_PER_TOKEN if prefilled else 1)
-        for documents in prefix_groups(batch, 1 if deterministic else max_tokens, prefix_padding):
+        read_only = READ_TOKENS_PER_TOKEN if prefilled else 1  # a prefix that is in memory counts an eighth
+        prefix_tokens = 1 if deterministic else max_tokens * read_only
+        for documents in prefix_groups(batch, prefix_tokens, pass_tokens * read_only):
             prefix = None
             if shared:
                 ids = [batch.documents[d].ids for d in documents]
