@@ -46,8 +46,8 @@ class QPeftConfig:
             weigh the clue vectors. Training then chooses 2k clues, scoring k.
         generated_lora_rank: rank of a low-rank update of the LM that the query generates, in force on the query suffix
             only (`GeneratedLora`); None for none. It combines with every kind of clues.
-        target_modules: which linear layers it updates, endings of their names as in `peft`; None: q_proj and v_proj, or
-            what the LM has in their place.
+        target_modules: which linear layers it updates, endings of their names as in `peft`, or "all-linear"; None:
+            q_proj and v_proj, or what the LM has in their place.
         instruction: text at the start of every prompt.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
