@@ -1,6 +1,7 @@
 """One experiment on the ranking: train an adapter, rank the dev queries, compare with UPR query by query.
 
-    python benchmarks/quality/experiment.py --name attention --option clues=attention --lr 1e-3 --steps 300
+    python benchmarks/quality/experiment.py --name attention --option clues=attention --lr 1e-3 --steps 150
+    python benchmarks/quality/experiment.py --name attention --split test      # scores the adapter of that name
 
 A line for each experiment is added to build/quality/results.jsonl; NOTES.md beside this file tells what came out.
 """
@@ -19,7 +20,7 @@ from collection import Split, load_split, ndcg
 from scipy import stats
 from transformers import TrainerCallback, TrainingArguments
 
-from qpeft_ext import DocumentCache, QPeftConfig, QPeftTrainer, Reranker, get_qpeft_model
+from qpeft_ext import DocumentCache, QPeftConfig, QPeftModel, QPeftTrainer, Reranker, get_qpeft_model
 from qpeft_ext.config import parse_options
 from qpeft_ext.demo.run import BASE_LM, MAX_QUERY_TOKENS
 from qpeft_ext.loading import load_lm, load_tokenizer
@@ -103,7 +104,7 @@ def train(model, train_split: Split, stop_split: Split, cache: DocumentCache, o)
     )  # fmt: skip
     log = Log()
     trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=stop, callbacks=[log])
-    trainer.cache = None if o.lora else cache
+    trainer.cache = cache
     trainer.train()
     return log.rows
 
@@ -112,7 +113,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True)
     parser.add_argument("--option", action="append", default=[], help="NAME=VALUE of QPeftConfig")
-    parser.add_argument("--lora", type=int, default=0, help="rank of a peft LoRA in the LM, as a yardstick")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--schedule", default="linear")
     parser.add_argument("--weight-decay", type=float, default=0.0)
@@ -135,21 +135,21 @@ def main() -> None:
     cache = DocumentCache(5 << 30)
     split = load_split(o.split, FOLDER, fits)
     baseline = upr(o.split, split, lm, tokenizer, cache)
-    if o.lora:
-        from peft import LoraConfig, get_peft_model
-
-        lm = get_peft_model(lm, LoraConfig(r=o.lora, lora_alpha=2 * o.lora, target_modules="all-linear"))
-    model = get_qpeft_model(lm, config, tokenizer)
-    log = []
-    if o.steps:
-        log = train(model, load_split("train", FOLDER, fits, o.train_packages), load_split("stop", FOLDER, fits),
-                    cache, o)
-        model.save_pretrained(FOLDER / "adapters" / o.name)
+    log, adapter = [], FOLDER / "adapters" / o.name
+    if o.split == "test":
+        model = QPeftModel.from_pretrained(adapter, lm, tokenizer)
+    else:
+        model = get_qpeft_model(lm, config, tokenizer)
+        if o.steps:
+            train_split = load_split("train", FOLDER, fits, o.train_packages)
+            log = train(model, train_split, load_split("stop", FOLDER, fits), cache, o)
+            model.save_pretrained(adapter)
     trained = time.perf_counter()
     scores = mean_likelihoods(model.eval(), split, cache)
     np.savez(FOLDER / f"scores-{o.split}-{o.name}.npz", values=np.concatenate(scores))
     result = compare(scores, baseline, split)
-    row = {"name": o.name, "command": " ".join(sys.argv[1:])} | {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in result.items()}
+    row = {"name": o.name, "split": o.split, "command": " ".join(sys.argv[1:])}
+    row |= {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in result.items()}
     row |= {"trained": model.get_nb_trainable_parameters()[0], "seconds_training": round(trained - started),
             "seconds_ranking": round(time.perf_counter() - trained), "log": log}  # fmt: skip
     with open(FOLDER / "results.jsonl", "a") as file:
