@@ -185,16 +185,14 @@ def test_standard_library_module():
 
 
 def test_train_dev_and_test_packages_do_not_overlap():
-    lists = (module.TRAIN_PACKAGES, module.UNREAD_PACKAGES, module.DEV_PACKAGES, module.TEST_PACKAGES)
-    sides = [set(packages) for packages in lists]
+    sides = [set(module.TRAIN_PACKAGES), set(module.DEV_PACKAGES), set(module.TEST_PACKAGES)]
     assert len(set.union(*sides)) == sum(map(len, sides))
     assert "qpeft_ext" not in set.union(*sides)
 
 
 def test_demo_collection_holds_out_copies(packages, monkeypatch):
     monkeypatch.syspath_prepend(packages[0])
-    monkeypatch.setattr(module, "UNREAD_PACKAGES", ("beta",))
-    monkeypatch.setattr(module, "TRAIN_PACKAGES", ())
+    monkeypatch.setattr(module, "TRAIN_PACKAGES", ("beta",))
     monkeypatch.setattr(module, "DEV_PACKAGES", ("gamma",))
     monkeypatch.setattr(module, "TEST_PACKAGES", ("alpha",))
     demo = module.demo_collection(seed=1, test_queries=2, show_progress_bar=False)
@@ -202,17 +200,6 @@ def test_demo_collection_holds_out_copies(packages, monkeypatch):
     assert "beta.MistralShape" not in demo.train.documents
     assert demo.train.counts["also_in_held_out_packages"] == 2
     assert module.demo_collection(seed=1, test_queries=2, show_progress_bar=False).test.queries == demo.test.queries
-
-
-@pytest.mark.parametrize("least, expected", [(1, ["alpha"]), (10**6, ["alpha", "beta"])])
-def test_read_packages_are_trained_on_only_where_others_are_too_few(packages, monkeypatch, least, expected):
-    monkeypatch.syspath_prepend(packages[0])
-    monkeypatch.setattr(module, "LEAST_TRAIN_QUERIES", least)
-    for name, value in (("UNREAD", "alpha"), ("TRAIN", "beta"), ("DEV", "gamma"), ("TEST", "gamma")):
-        monkeypatch.setattr(module, f"{name}_PACKAGES", (value,))
-    train = module.demo_collection(show_progress_bar=False).train
-    assert sorted({doc_id.partition(".")[0] for doc_id in train.documents}) == expected
-    assert sorted(train.versions) == expected
 
 
 def test_write_beir(packages, tmp_path):

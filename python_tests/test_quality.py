@@ -71,7 +71,7 @@ def test_listwise_loss_is_that_of_training():
 
 
 def test_splits_do_not_overlap(monkeypatch, tmp_path):
-    names = {"dev": harvest.DEV_PACKAGES, "train": harvest.UNREAD_PACKAGES, "test": harvest.TEST_PACKAGES}
+    names = {"dev": harvest.DEV_PACKAGES, "train": collection.UNREAD_PACKAGES, "test": harvest.TEST_PACKAGES}
 
     def read(packages, show_progress_bar):
         part = next(part for part, expected in names.items() if packages == expected)
@@ -84,6 +84,8 @@ def test_splits_do_not_overlap(monkeypatch, tmp_path):
         monkeypatch.setattr(collection, name, count)
     splits = {n: collection.load_split(n, tmp_path, lambda text: "d0" not in text) for n in collection.DEPTH}
     assert {n: len(s.queries) for n, s in splits.items()} == {"train": 39, "stop": 5, "dev": 20, "test": 7}
+    others = {*harvest.TRAIN_PACKAGES, *harvest.DEV_PACKAGES, *harvest.TEST_PACKAGES}
+    assert others.isdisjoint(collection.UNREAD_PACKAGES)
     assert len(set().union(*(s.queries for s in splits.values()))) == 39 + 5 + 20 + 7
     again = collection.load_split("dev", tmp_path, None)  # kept
     assert again.queries == splits["dev"].queries

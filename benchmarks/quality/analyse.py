@@ -1,6 +1,6 @@
-"""What the stored dev scores say, without running the LM: temperature, fusion with BM25, where adapters help and hurt.
+"""What stored scores say, without running the LM: temperature, fusion with BM25, where adapters help and hurt.
 
-    python benchmarks/quality/analyse.py attention generated      # names of experiments; UPR is always there
+    python benchmarks/quality/analyse.py dev attention generated      # a split and names of experiments
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import sys
 
 import numpy as np
-from collection import Split
+from collection import Split, ndcg
 from experiment import FOLDER, compare, places
 
 
@@ -22,13 +22,13 @@ def listwise_loss(scores: list[np.ndarray], where: list[int], temperature: float
     return float(np.mean([np.logaddexp.reduce(row) - row[i] for row, i in zip(logits, where, strict=True)]))
 
 
-def main(names: list[str]) -> None:
-    split = Split(**json.loads((FOLDER / "dev.json").read_text()))
+def main(part: str, names: list[str]) -> None:
+    split = Split(**json.loads((FOLDER / f"{part}.json").read_text()))
     ids, where = split.found(), places(split)
-    upr = per_query(FOLDER / "upr-dev.npz", split)
+    upr = per_query(FOLDER / f"upr-{part}.npz", split)
     bm25 = [np.array([score for _, score in split.run[q]]) for q in ids]
     length = [np.array([np.log(1 + len(split.documents[d]["text"])) for d, _ in split.run[q]]) for q in ids]
-    systems = {name: per_query(FOLDER / f"scores-dev-{name}.npz", split) for name in names}
+    systems = {name: per_query(FOLDER / f"scores-{part}-{name}.npz", split) for name in names}
 
     def show(what: str, scores: list[np.ndarray], baseline: list[np.ndarray]) -> None:
         r = compare(scores, baseline, split)
@@ -54,6 +54,11 @@ def main(names: list[str]) -> None:
             what: round(float(np.corrcoef(change, centred(rows))[0, 1]), 2)
             for what, rows in (("UPR", upr), ("BM25", bm25), ("log length", length))
         })  # fmt: skip
+        package, difference = np.array([q.partition(".")[0] for q in ids]), ndcg(scores, where) - ndcg(upr, where)
+        for own in np.unique(package):
+            values = difference[package == own]
+            error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            print(f"  {own}: {len(values)} found queries, difference {values.mean():+.3f} ± {error:.3f}")
         before, after = (
             np.array([(row >= row[i]).sum() for row, i in zip(rows, where, strict=True)]) for rows in (upr, scores)
         )
@@ -66,4 +71,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -36,16 +36,9 @@ TRAIN_PACKAGES = (
     "jinja2", "markdown_it", "fsspec", "filelock", "packaging", "click", "typer", "dateutil", "PIL",
     "safetensors", "tokenizers", "regex", "contourpy", "psutil", "httpx", "anyio",
 )  # fmt: skip
-# Not read by the packaged LM: adapters trained on these meet the likelihoods that they meet in the search.
-UNREAD_PACKAGES = (
-    "_pytest", "build", "cpuinfo", "functorch", "h11", "httpcore2", "httpx2", "hypothesis", "idna", "pluggy",
-    "pybind11", "pydantic", "pydantic_core", "pyproject_hooks", "pytest_benchmark", "sortedcontainers", "torchgen",
-    "truststore", "typing_inspection", "yaml",
-)  # fmt: skip
 DEV_PACKAGES = ("mpmath", "huggingface_hub", "pygments", "pyparsing")  # for choosing; nothing is trained on them
 TEST_PACKAGES = ("networkx", "matplotlib", "mpl_toolkits", "accelerate", "rich", "tqdm", "bm25s", "ir_measures")
 TEST_QUERIES, DEV_QUERIES = 100, 100
-LEAST_TRAIN_QUERIES = 1000  # with fewer unread ones installed, the packages that the LM has read are trained on as well
 
 # Tests, and copies of other packages (pip vendors rich, which is a test package).
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "vendor", "vendored", "extern", "externals", "site-packages",
@@ -112,23 +105,18 @@ def demo_collection(
 ) -> DemoCollection:
     """The demo's fixed split by package, with `DEV_QUERIES` and ``test_queries`` queries sampled by ``seed``.
 
-    Adapters train on `UNREAD_PACKAGES`. A definition that the test or dev packages contain too is no training document.
+    A definition that the test or dev packages contain too is no training document.
     """
     held_out: set[bytes] = set()
-
-    def side(packages: Sequence[str], wanted: int | None) -> Collection:
+    sides = []
+    for packages, wanted in ((TEST_PACKAGES, test_queries), (DEV_PACKAGES, DEV_QUERIES), (TRAIN_PACKAGES, None)):
         counts: Counter[str] = Counter()
         definitions = list(iter_definitions(packages, counts, None, show_progress_bar))
         own = [definition for definition in definitions if definition.digest not in held_out]
         counts["also_in_held_out_packages"] = len(definitions) - len(own)
-        if wanted is not None:
-            held_out.update(definition.digest for definition in definitions)
-        return _sample(collect(own, package_versions(packages), counts), wanted, seed)
-
-    test, dev = side(TEST_PACKAGES, test_queries), side(DEV_PACKAGES, DEV_QUERIES)
-    train = side(UNREAD_PACKAGES, None)
-    if len(train.queries) < LEAST_TRAIN_QUERIES:
-        train = side(UNREAD_PACKAGES + TRAIN_PACKAGES, None)
+        held_out.update(definition.digest for definition in definitions)
+        sides.append(_sample(collect(own, package_versions(packages), counts), wanted, seed))
+    test, dev, train = sides
     return DemoCollection(train, dev, test)
 
 
