@@ -91,6 +91,17 @@ def test_merged_weights_give_the_same_suffixes(family):
     torch.testing.assert_close(log_p.view(4, -1).sum(1), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_all_linear_updates_every_layer_but_the_head(family):
+    model = model_with(tiny_lm(family), target_modules="all-linear")
+    head = {name for name, module in model.lm.named_modules() if module is model.lm.get_output_embeddings()}
+    linear = {name for name, module in model.lm.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
+    assert set(model.generated_lora.names) == linear - head and head
+    moved = scores(model)
+    torch.testing.assert_close(scores(model, path="plain"), moved, rtol=0, atol=1e-4)
+    assert (moved - scores(model_with(tiny_lm(family)))).abs().max() > 1e-3  # than with the default targets
+
+
 def test_explanations_name_the_layers():
     norms = qpeft.Reranker(model_with(clues="top_k")).explain(*PAIRS[0]).gate_norms
     layers = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"]

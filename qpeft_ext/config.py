@@ -55,8 +55,8 @@ class QPeftConfig:
             weigh the clue vectors. Training then chooses 2k clues, scoring k.
         generated_lora_rank: rank of a low-rank update of the LM that the query generates, in force on the query suffix
             only (`GeneratedLora`); None for none. It combines with every kind of clues.
-        target_modules: which linear layers it updates, endings of their names as in `peft`; None: q_proj and v_proj, or
-            what the LM has in their place.
+        target_modules: which linear layers it updates, endings of their names as in `peft`, or "all-linear"; None:
+            q_proj and v_proj, or what the LM has in their place.
         layout: "document_first", or "clues_first" for comparison: clues before the passage, so that no prefix can be
             shared between queries and every pair is read whole. A generated LoRA is then in force behind the passage.
         compat: "official" composes prompt, clues and score as the official code does, faults included (`official` says

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .batch import PairBatch, pad
 
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("q", "v"))  # first there
+ALL_LINEAR = "all-linear"  # peft's word
 _BOTTLENECK = 64  # between the pooled query and the gates of all layers
 
 
@@ -29,7 +30,8 @@ class GeneratedLora(nn.Module):
     Args:
         lm: the language model, or a `peft` model of it, whose own adapters stay in force.
         width: D, of the embeddings.  rank: of the update.
-        target_modules: endings of module names, as in `peft`; None takes the first of `DEFAULT_TARGETS` that is there.
+        target_modules: endings of module names, as in `peft`, or "all-linear", every linear layer but the head; None
+            takes the first of `DEFAULT_TARGETS` that is there.
     Raises: ValueError for a target that is not there, is no linear layer, or has fewer than ``rank`` inputs or outputs.
     """
 
@@ -114,12 +116,14 @@ class GeneratedLora(nn.Module):
 
 
 def find_targets(lm: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Module]:
-    """Linear layers whose name ends with one of ``target_modules``, in the order of the LM.
+    """Linear layers whose name ends with one of ``target_modules`` (or all), in the order of the LM.
 
     Only those of the decoder: an encoder reads the document, and the head's weight is read without calling the head.
     """
     decoder = {id(module) for module in lm.get_decoder().modules()}
     modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in decoder}
+    if target_modules is not None and list(target_modules) == [ALL_LINEAR]:
+        return modules
     for wanted in DEFAULT_TARGETS if target_modules is None else (target_modules,):
         found = {name: module for name, module in modules.items() if any(_ends(name, ending) for ending in wanted)}
         if target_modules is None and not found:
