@@ -113,7 +113,7 @@ def test_an_adapter_of_a_t5_is_trained_and_reranks(job, tmp_path, capsys):
 def test_prefixes_of_an_encoder_decoder_are_not_indexed(job, tmp_path, capsys):
     assert main(["index", str(job / "data"), "--out", str(tmp_path / "index"), "--base-model", str(job / "t5")]) == 2
     assert capsys.readouterr().err == (
-        "qpeft index: error: an index is of no use to this LM: an encoder–decoder LM has no keys and values of a "
+        "qpeft index: error: an index is of no use to this model: an encoder–decoder LM has no keys and values of a "
         "document alone: its encoder reads in both directions\n"
     )
     assert not (tmp_path / "index").exists()

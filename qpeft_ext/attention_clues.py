@@ -33,7 +33,7 @@ class AttentionClues(nn.Module):
         self.filter = None if allowed is None else ClueFilter(allowed, "query_tokens" in config.filters)
         self.q, self.k, self.v, self.o = (Projection(width, config.rank, config.attention_bias) for _ in range(4))
         self.dropout = nn.Dropout(config.dropout)
-        self.mlp = ResidualMLP(width, config.rank)
+        self.mlp = ResidualMLP(width, config.rank, config.residual)
         self.projected_bytes = 0
         self._projected: tuple[tuple, ProjectedTable] | None = None
 

@@ -50,17 +50,23 @@ class SharedClues(Clues):
 
 
 class ResidualMLP(nn.Module):
-    """x + W₂·relu(W₁·x + b₁) + b₂ of inner width ``rank``: the identity at the start (W₂ = b₂ = 0)."""
+    """x + W₂·relu(W₁·x + b₁) + b₂ of inner width ``rank``: the identity at the start (W₂ = b₂ = 0).
 
-    def __init__(self, width: int, rank: int | None) -> None:
+    ``residual`` False, for comparison: without the x, random at the start.
+    """
+
+    def __init__(self, width: int, rank: int | None, residual: bool = True) -> None:
         super().__init__()
+        self.residual = residual
         self.up = nn.Linear(width, rank or width)
         self.down = nn.Linear(rank or width, width)
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
+        if residual:
+            nn.init.zeros_(self.down.weight)
+            nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
+        change = self.down(torch.relu(self.up(x)))
+        return x + change if self.residual else change
 
 
 class Projection(nn.Module):

@@ -22,7 +22,7 @@ LAYOUTS = ("document_first", "clues_first")
 COMPAT = ("none", "official")
 OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the input passage"
 # what compat="official" has no choice in: an option that is left at its default takes this value
-OFFICIAL = {"rank": None, "clue_embeddings": "full", "attention_bias": True, "source": "document",
+OFFICIAL = {"rank": None, "residual": False, "clue_embeddings": "full", "attention_bias": True, "source": "document",
             "selection": "similarity", "score_gate": False, "generated_lora_rank": None,
             "num_virtual_tokens": None, "template": "qpeft"}
 TEMPLATES = ("qpeft", "upr")
@@ -39,6 +39,8 @@ class QPeftConfig:
         num_heads: attention heads for "attention"; divides the embedding width D.
         rank: inner width of the clue MLP and of the low-rank projections; "auto" is min(256, D), None means
             full matrices.
+        residual: whether the clue MLP has a residual path, so that training starts at the clue tokens themselves;
+            without it (for comparison) it starts at random vectors.
         attention_bias: whether the four projections of "attention" have biases.
         dropout: on the output of the clue attention, in training.
         filters: document tokens that never become clues, or are not attended to: any of "query_tokens", "stop_words",
@@ -93,6 +95,7 @@ class QPeftConfig:
     k: int = 10
     num_heads: int = 8
     rank: int | str | None = "auto"
+    residual: bool = True
     attention_bias: bool = True
     dropout: float = 0.0
     filters: tuple[str, ...] = ()
@@ -131,7 +134,7 @@ class QPeftConfig:
         _one_of("clues", self.clues, CLUES)
         _one_of("source", self.source, SOURCES)
         _one_of("clue_embeddings", self.clue_embeddings, CLUE_EMBEDDINGS)
-        for name in ("score_gate", "attention_bias", "train_lm"):
+        for name in ("score_gate", "attention_bias", "residual", "train_lm"):
             _boolean(name, getattr(self, name))
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
@@ -183,6 +186,8 @@ class QPeftConfig:
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
+        if self.clues == "none" and not self.residual and self.compat == "none":
+            raise ValueError("QPeftConfig: residual=False is of the clue MLP, but clues='none' has none; leave it out")
         for name, default in (("soft_prompt_init", "text"), ("soft_prompt_mlp", None)):
             if self.num_virtual_tokens is None and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} is of a soft prompt; set "

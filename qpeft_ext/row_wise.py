@@ -2,6 +2,7 @@
 
 The head reads the rows before query tokens, 16 of the 40 of a usual suffix. What an LM runs after it has stored the
 keys of its last layer (output projection, feed-forward) makes each row from that row alone; the others are left out.
+So are the last layer's queries, where they have a projection of their own.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class RowWiseModules:
 
 
 def find_row_wise(decoder: nn.Module, run: Callable[[], object], after: Callable[[], bool]) -> RowWiseModules:
-    """The outermost modules with matrices that ``decoder`` enters, in ``run()``, when ``after()`` is true.
+    """The outermost modules with matrices that ``decoder`` enters, in ``run()``, when ``after()`` is true; and the
+    query projection beside one of them.
 
     Only those that take one tensor and return one with as many rows. That they treat rows by themselves is not known
     yet: compare a pass with and without them.
@@ -72,13 +74,15 @@ def find_row_wise(decoder: nn.Module, run: Callable[[], object], after: Callable
             if one and inputs[0].dim() in (2, 3) and inputs[0].shape[:-1] == output.shape[:-1]:
                 found.append(module)
 
+    modules = dict(decoder.named_modules())
     handles = []
     try:
-        for module in decoder.modules():
+        for module in modules.values():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return RowWiseModules(found)
+    names = [name.rpartition(".")[0] + ".q_proj" for name, module in modules.items() if module in found]
+    return RowWiseModules([*found, *(modules[name] for name in dict.fromkeys(names) if name in modules)])

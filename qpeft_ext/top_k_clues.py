@@ -39,7 +39,7 @@ class TopKClues(nn.Module):
         self.random_seed = config.seed if config.selection == "random" else None
         self.filter = ClueFilter(allowed, "query_tokens" in config.filters)
         self.embeddings = ClueEmbeddings(config.clue_embeddings, table, config.rank)
-        self.mlp = ResidualMLP(width, config.rank)
+        self.mlp = ResidualMLP(width, config.rank, config.residual)
         self.query_projection = Projection(width, config.rank, bias=False) if config.score_gate else None
         if config.score_gate:
             self.gate = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, b

@@ -13,6 +13,8 @@ import qpeft_ext as qpeft
 from qpeft_ext.losses import pointwise_pairwise
 
 VARIANTS = {
+    "attention, no residual": {"clues": "attention", "residual": False},
+    "top_k, no residual": {"residual": False},
     "attention, full matrices": {"clues": "attention", "rank": None},
     "attention, no biases, filtered": {"clues": "attention", "attention_bias": False, "filters": ("query_tokens",)},
     "generated LoRA": {"clues": "none", "generated_lora_rank": 4},
