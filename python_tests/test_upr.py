@@ -119,7 +119,7 @@ def test_prefixes_of_an_encoder_decoder_are_not_indexed(job, tmp_path, capsys):
     assert not (tmp_path / "index").exists()
     assert main(["index", str(job / "data"), "--out", str(tmp_path / "index"), "--base-model", str(job / "llama")]) == 0
     model = qpeft.get_qpeft_model(qpeft.load_lm(job / "t5"), qpeft.QPeftConfig(clues="none"))
-    with pytest.raises(ValueError, match="^Reranker: an index is of no use to this LM: an encoder–decoder"):
+    with pytest.raises(ValueError, match="^Reranker: an index is of no use to this model: an encoder–decoder"):
         qpeft.Reranker(model, cache=qpeft.DocumentCache(0, index=tmp_path / "index"))
 
 

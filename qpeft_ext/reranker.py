@@ -76,8 +76,6 @@ class Reranker:
             max_tokens_per_batch = max_tokens_per_batch or plan.max_tokens_per_batch
             projected_bytes = plan.projected_bytes if projected_bytes is None else projected_bytes
             cache = DocumentCache(plan.cache_bytes) if cache is None else cache
-        if cache is not None and cache.index is not None and model.engine.why_plain:
-            raise ValueError(f"Reranker: an index is of no use to this LM: {model.engine.why_plain}")
         if compile:
             model.engine.compile()
         self.model = model.eval()
