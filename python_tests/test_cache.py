@@ -196,6 +196,10 @@ def test_only_what_is_in_files_alone_is_announced(tmp_path):
     below = qpeft.DocumentCache(0, disk=tmp_path / "2", disk_bytes=1 << 30)
     scores(lm, below)
     assert lm.announce(batch, below, False) and not lm.announce(batch, below, True)  # computed in a batch
+    below.tiers["disk"]._lock.close()
+    both = qpeft.DocumentCache(1 << 20, disk=tmp_path / "2", disk_bytes=1 << 30)
+    scores(lm, both)
+    assert not lm.announce(batch, both, False)  # in a file, and in memory
 
 
 @pytest.mark.cuda

@@ -207,3 +207,14 @@ def test_projected_rows_give_the_same_clues_and_notice_new_weights():
                 torch.testing.assert_close(model.compute_clues(batch).embeds, expected, rtol=1e-5, atol=1e-5)
             assert 0 < model.clues.projected_bytes_used <= 1 << 20
             model.clues.v.a.add_(0.3)  # the rows projected so far are stale now
+
+
+@pytest.mark.parametrize("clues", ["top_k", "attention"])
+def test_the_clue_mlp_without_its_residual_path(clues):
+    config = qpeft.QPeftConfig(clues=clues, num_heads=4, residual=False)
+    mlp = qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer()).clues.mlp
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(mlp(x), mlp.down(torch.relu(mlp.up(x))))
+    assert mlp.down.weight.abs().min() > 0  # zeros would give the same clue for every token
+    with pytest.raises(ValueError, match="residual=False is of the clue MLP"):
+        qpeft.QPeftConfig(clues="none", residual=False)
