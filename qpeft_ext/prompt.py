@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from .config import QPeftConfig
 
 Document = str | dict
+_TEXTS_AT_ONCE = 256  # a fast tokenizer keeps a hundred bytes a token until all texts of a call are done
 UPR_INSTRUCTION = ". Please write a question based on this passage."  # Sachan et al. 2022, arXiv 2204.07496
 
 
@@ -170,10 +171,12 @@ class Prompt:
         return (), ()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: a long document is cut by us, so the tokenizer's length warning would be noise
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            # verbose=False: a long document is cut by us, so the tokenizer's length warning would be noise
+            ids += self.tokenizer(texts[start : start + _TEXTS_AT_ONCE], add_special_tokens=False, verbose=False,
+                                  return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        return ids
 
     def _spaced(self, text: str) -> str:
         return text if self._adds_space or not text else f" {text}"
