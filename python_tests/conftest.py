@@ -14,3 +14,12 @@ def device(request) -> torch.device:
         if not live:
             pytest.skip(why)
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As in the processes that a module starts, whose files are compared byte by byte with those made here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

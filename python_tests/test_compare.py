@@ -9,7 +9,6 @@ import statistics
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-import torch
 from compare_job import make_compare_job, write_plan
 from long_job import Process
 from test_report import Tags
@@ -35,12 +34,7 @@ METHODS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

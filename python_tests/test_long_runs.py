@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from long_job import CANDIDATES, QUERIES, Process, children, command, make_long_job
 
 from qpeft_ext import formats
@@ -21,13 +20,7 @@ from qpeft_ext.cli import main
 LINES = QUERIES * CANDIDATES
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes that are compared with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

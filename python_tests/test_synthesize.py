@@ -27,6 +27,9 @@ pytest.importorskip("bm25s", reason="the extra qpeft_ext[bm25] is not installed"
 KEYS = ["a", "b", "c", "d"]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
