@@ -14,6 +14,7 @@ from .batch import PairBatch, Rows, assemble_rows, pad
 from .cache import DocumentCache
 from .cache_tiers import PrefixKey
 from .head import LikelihoodHead
+from .heap import return_freed_memory
 from .lm_state import LMState, LMVersion
 from .prefix_cache import Layout, PrefixKV
 from .prompt import DocumentPrefix, SuffixPieces
@@ -222,6 +223,8 @@ class Engine(BaseEngine):
         lengths = [len(ids) for ids in prefixes]
         width = max(lengths)
         self.expect_fits(width)
+        if self.device.type == "cpu":
+            return_freed_memory()
         ids, _ = pad([[0] * (width - len(row)) + list(row) for row in prefixes], self.device)
         starts = width - torch.tensor(lengths, device=self.device)
         slots = torch.arange(width, device=self.device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from ..heap import return_freed_memory
 
 PETA = 1e15
 
@@ -30,8 +30,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return self
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # or pages that an earlier method freed would hide what this one takes
+        return_freed_memory(0)  # or pages that an earlier method freed would hide what this one takes
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self._before = _status("VmRSS")
