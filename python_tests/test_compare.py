@@ -8,6 +8,7 @@ import signal
 import statistics
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 from compare_job import make_compare_job, write_plan
 from long_job import Process
@@ -351,3 +352,16 @@ def test_other_bad_input(done, job, tmp_path, capsys):
         assert main(["compare", *arguments, "--output", str(tmp_path / "out")]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1, err
+
+
+def test_labels_cover_neither_each_other_nor_points():
+    from qpeft_ext.compare.label_places import _POINT, _around, _shared, label_places
+
+    rng = np.random.default_rng(0)
+    crowd = np.concatenate([rng.normal((100, 100), 8, (12, 2)), rng.uniform(20, 180, (8, 2))])
+    sizes, within = [(12.0, 9.0)] * len(crowd), (0.0, 0.0, 200.0, 200.0)
+    labels = [_around(place, 12, 9) for place in label_places(crowd, sizes, within)]
+    for i, label in enumerate(labels):
+        assert label[0] >= 0 and label[1] >= 0 and label[2] <= 200 and label[3] <= 200
+        assert all(_shared(label, other) == 0 for other in labels[i + 1 :])
+        assert all(_shared(label, _around(point, 2 * _POINT, 2 * _POINT)) == 0 for point in crowd)

@@ -26,8 +26,8 @@ TEACHER = torch.tensor([[5.0, 2.0, math.nan, 7.0], [9.0, 8.0, math.nan, 1.0]])
 
 
 def total(loss: str, likelihood, positive=POSITIVE, mask=MASK):
-    """The loss as training calls it, with default options."""
-    config = QPeftConfig(loss=loss, in_batch_negatives=loss != "margin_mse")
+    """The loss as training calls it."""
+    config = QPeftConfig(loss=loss, in_batch_negatives=loss != "margin_mse", temperature=0.1)
     return configured_loss(config, likelihood, positive, mask, DOCUMENT, TEACHER)
 
 
@@ -112,7 +112,8 @@ def test_the_config_gives_the_options():
     ({"loss": "contrastive", "in_batch_negatives": False}, "loss='contrastive' compares the queries and documents of"),
     ({"loss": "contrastive", "queries_per_group": 1}, "set in_batch_negatives=True and queries_per_group to 2 or more"),
     ({"loss": "margin_mse"}, "set in_batch_negatives=False and num_random_negatives=0"),
-    ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ({"temperature": 0.0}, "temperature must be 'auto' or above 0, got 0.0"),
+    ({"temperature": "automatic"}, "temperature must be 'auto' or above 0, got 'automatic'"),
     ({"num_random_negatives": -1}, "num_random_negatives must be at least 0, got -1"),
 ])  # fmt: skip
 def test_options_that_contradict_each_other(options, message):

@@ -83,7 +83,8 @@ class QPeftConfig:
         loss: "pointwise_pairwise" (the paper), "pointwise", "pairwise", "listwise", "contrastive" (in both directions,
             within a group) or "margin_mse" (distillation; examples carry teacher scores).
         margin: of the pairwise loss, in nats per query token.
-        temperature: nats per query token that count as one in "listwise", "contrastive" and "margin_mse".
+        temperature: nats per query token that count as one in "listwise", "contrastive" and "margin_mse"; "auto": what
+            suits the LM before training (`temperature`), found by `QPeftTrainer` and then written here.
         suffix_micro_batch: pairs whose suffix activations are held at once in training (the rest is recomputed in
             the backward pass); None holds all of them.
         base_model_name_or_path, base_model: the LM that the adapter belongs to; filled in by `get_qpeft_model`.
@@ -122,7 +123,7 @@ class QPeftConfig:
     in_batch_negatives: bool = True
     loss: str = "pointwise_pairwise"
     margin: float = 0.0
-    temperature: float = 0.1
+    temperature: float | str = "auto"
     suffix_micro_batch: int | None = None
     seed: int = 0
     base_model_name_or_path: str | None = None
@@ -156,8 +157,10 @@ class QPeftConfig:
             _at_least("rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"QPeftConfig: dropout must be in [0, 1), got {self.dropout!r}")
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"QPeftConfig: temperature must be above 0, got {self.temperature!r}")
+        if self.temperature != "auto" and not (
+            isinstance(self.temperature, (int, float)) and 0 < self.temperature < float("inf")
+        ):
+            raise ValueError(f"QPeftConfig: temperature must be 'auto' or above 0, got {self.temperature!r}")
         if self.target_modules is not None:
             names = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
             if not names or not all(isinstance(name, str) and name for name in names):

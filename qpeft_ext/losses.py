@@ -2,7 +2,7 @@
 
 Each takes ℓ of every candidate in a [Q, M] table, which of them are ``positive`` [Q, M] bool, and which are real
 (``mask`` [Q, M] bool). A query without negatives adds nothing to a pairwise loss; one without positives is an error.
-The ``temperature`` is what differences of ℓ, tenths of a nat, are divided by.
+The ``temperature`` is what differences of ℓ, tenths of a nat, are divided by; `best_temperature` finds one for an LM.
 """
 
 from __future__ import annotations
@@ -33,8 +33,15 @@ def configured_loss(
     options = {"margin": config.margin, "temperature": config.temperature, "document": document,
                "teacher_scores": teacher_scores}  # fmt: skip
     loss = LOSSES[config.loss]
+    if config.temperature == "auto" and needs_temperature(config):
+        raise ValueError(f"loss={config.loss!r} needs a number for its temperature: 'auto' is for QPeftTrainer, which "
+                         "finds one before it trains")
     named = {name: options[name] for name in inspect.signature(loss).parameters if name in options}
     return loss(likelihood, positive, mask, **named)
+
+
+def needs_temperature(config: QPeftConfig) -> bool:
+    return "temperature" in inspect.signature(LOSSES[config.loss]).parameters
 
 
 def pointwise(likelihood: Tensor, positive: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,13 +27,15 @@ from .examples import (
     TrainingExamples,
     check_example,
 )
-from .losses import configured_loss
+from .losses import configured_loss, needs_temperature
 from .model import QPeftModel
 from .schedule import default_tokens
+from .temperature import AUTO, best_temperature
 from .train_arguments import checked_arguments
 
 logger = logging.getLogger(__name__)
 
+_QUERIES_FOR_TEMPERATURE = 64
 _LOSS_TABLES = ("positive", "mask", "document", "teacher_scores")  # of `GroupCollator`, in the order of the loss
 
 
@@ -47,6 +50,9 @@ class QPeftTrainer(Trainer):
 
     Under torchrun every rank reads its own groups, and a step is the one that a single device would make of the same
     queries: the loss and its gradient are means over the queries of all ranks, uneven last batches included.
+
+    ``config.temperature="auto"`` is replaced by a number before the first step (or evaluation): the one that gives the
+    lowest loss on 64 training queries, as the model is then; `temperature` says why.
 
     Precision is that of the LM: load it with ``dtype="bfloat16"`` to train in bf16. The clue module has float32
     weights and is never autocast; ``args.bf16`` and ``args.fp16`` may be set, but must agree with the LM. A float16 LM
@@ -216,6 +222,7 @@ class QPeftTrainer(Trainer):
         """Means over the queries of the loss and, where there are negatives, of accuracy and reciprocal rank."""
         training = self.model.training
         self.model.eval()
+        self._settle_temperature(self.eval_dataset if self.train_dataset is None else self.train_dataset)
         self.callback_handler.eval_dataloader = dataloader
         rows = []
         for inputs in dataloader:
@@ -271,6 +278,7 @@ class QPeftTrainer(Trainer):
         elif reason := why_incomplete(resume_from_checkpoint):
             raise ValueError(f"cannot resume from {resume_from_checkpoint}: {reason}; pass True to take the last "
                              "complete checkpoint")
+        self._settle_temperature(self.train_dataset, resume_from_checkpoint)
         self.documents_read = self.documents_cut = 0
         set_seed(self.args.seed)  # dropout then depends on nothing that was drawn since the trainer was made
         result = super().train(resume_from_checkpoint, **kwargs)
@@ -280,6 +288,38 @@ class QPeftTrainer(Trainer):
             logger.warning("%d of the %d documents read in training were cut to max_document_tokens=%d",
                            self.documents_cut, self.documents_read, self.model.qpeft_config.max_document_tokens)
         return result
+
+    @torch.no_grad()
+    def _settle_temperature(self, dataset, checkpoint: str | None = None) -> None:
+        """Replace "auto" by a number, the same on all ranks: that of the checkpoint, or a fitted one."""
+        config = self.model.qpeft_config
+        if config.temperature != AUTO or not needs_temperature(config) or dataset is None:
+            return
+        if checkpoint is not None:
+            config.temperature = QPeftConfig.from_pretrained(checkpoint).temperature
+            return
+        training = self.model.training
+        self.model.eval()
+        collate, tables = self._collators[True], []
+        members = self._first_members(dataset)
+        for start in range(0, len(members), config.queries_per_group):
+            inputs = self._prepare_inputs(collate(members[start : start + config.queries_per_group]))
+            tables.append((self._likelihood_table(self.model, inputs), *(inputs[name] for name in _LOSS_TABLES)))
+        config.temperature = best_temperature(config, tables)
+        self.model.train(training)
+        logger.info("temperature of the loss: %g, fitted on %d queries", config.temperature, len(members))
+
+    def _first_members(self, dataset) -> list:
+        """The queries, with their documents, that training begins with."""
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        config, seed = self.model.qpeft_config, self._data_seed
+        if not _is_sized(dataset):
+            stream = StreamedTrainingExamples(dataset, config.num_hard_negatives, seed)
+            return list(islice(stream, _QUERIES_FOR_TEMPERATURE))
+        examples = TrainingExamples(dataset, config.num_hard_negatives, seed, config.num_random_negatives)
+        order = EpochOrder(len(dataset), seed, self.args.train_sampling_strategy == "random")
+        return [examples[key] for key in islice(order, _QUERIES_FOR_TEMPERATURE)]
 
     def _last_complete(self) -> str | None:
         folder, skipped = last_complete(self.args.output_dir)

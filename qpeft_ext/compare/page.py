@@ -10,6 +10,7 @@ import numpy as np
 
 from ..html_page import INK, draw_svg, page, plain
 from ..report import mean_interval
+from .label_places import label_places
 from .plan import Plan
 from .tables import COSTS, CollectionTable, Row, describe_methods, sections
 
@@ -122,21 +123,24 @@ def _draw_costs(table: CollectionTable) -> str:
         return ""
 
     def draw(figure) -> None:
+        drawn = []
         for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             points = [(number, row.cost[name], row.means[measure])
                       for number, row in enumerate(table.rows, start=1) if row.cost[name] is not None]
             log = _use_log_scale(axes, [x for _, x, _ in points])
             axes.scatter([x for _, x, _ in points], [y for *_, y in points], s=22, color=_METHOD, zorder=3)
-            for (number, x, y), (dx, dy) in zip(points, _label_places(points), strict=True):
-                axes.annotate(str(number), (x, y), xytext=(dx, dy), textcoords="offset points", fontsize=9)
             axes.margins(x=0.12, y=0.12)
             axes.set_xlabel(COSTS[name][0] + (", logarithmic" if log else ""), fontsize=9)
             axes.tick_params(labelsize=8)
             axes.grid(True, color=_BASELINE, alpha=0.25, linewidth=0.6)
+            drawn.append((axes, points))
         figure.axes[0].set_ylabel(measure)
+        figure.draw_without_rendering()  # settles the layout, on which places of the numbers depend
+        for axes, points in drawn:
+            _number_points(axes, points)
 
     label = f"{measure} against {', '.join(COSTS[name][0] for name in panels)}, on {table.collection}"
-    return draw_svg(draw, (3.1 * max(2, len(panels)), 3.0), label)
+    return draw_svg(draw, (3.3 * max(2, len(panels)), 3.6), label)
 
 
 def _use_log_scale(axes, values: Sequence[float]) -> bool:
@@ -159,21 +163,17 @@ def _use_log_scale(axes, values: Sequence[float]) -> bool:
     return True
 
 
-def _label_places(points: Sequence[tuple[int, float, float]]) -> list[tuple[float, float]]:
-    """Where the number of each point stands, in points from it: around it in turns where points are close."""
-    around = [(5, 4), (-13, 4), (5, -11), (-13, -11), (-4, 8), (-4, -15)]
-    spread = max((y for *_, y in points), default=0) - min((y for *_, y in points), default=0) or 1.0
-    places = []
-    for i, (_, x, y) in enumerate(points):
-        close = sum(abs(y - earlier_y) < 0.06 * spread and _ratio(x, earlier_x) < 1.25
-                    for _, earlier_x, earlier_y in points[:i])
-        places.append(around[close % len(around)])
-    return places
-
-
-def _ratio(x: float, y: float) -> float:
-    small, large = sorted((x, y))
-    return 1.0 if small == large else large / small if small > 0 else np.inf
+def _number_points(axes, points: Sequence[tuple[int, float, float]]) -> None:
+    """The number of each point beside it, with a line to it where it stands farther away."""
+    points_per_pixel = 72 / axes.figure.dpi
+    at = axes.transData.transform([(x, y) for _, x, y in points]) * points_per_pixel
+    left, bottom, right, top = axes.bbox.extents * points_per_pixel
+    sizes = [(5.5 * len(str(number)) + 1, 9.0) for number, *_ in points]
+    for (number, x, y), (px, py), (lx, ly) in zip(points, at, label_places(at, sizes, (left, bottom, right, top)),
+                                                  strict=True):
+        line = {"arrowstyle": "-", "color": _BASELINE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(str(number), (x, y), xytext=(lx - px, ly - py), textcoords="offset points", fontsize=9,
+                      ha="center", va="center", arrowprops=line if np.hypot(lx - px, ly - py) > 12 else None)
 
 
 def _draw_varied(plan: Plan, table: CollectionTable) -> list[str]:
