@@ -19,7 +19,14 @@ from .generated_lora import GeneratedLora
 from .official.likelihood import counted_tokens
 from .prefix_cache import PrefixKV
 from .prompt import Document, build_prompt
-from .schedule import READ_TOKENS_PER_TOKEN, default_tokens, prefix_groups, suffix_groups, tokens_worth_a_pass
+from .schedule import (
+    READ_TOKENS_PER_TOKEN,
+    default_tokens,
+    prefix_groups,
+    prefix_tokens,
+    suffix_groups,
+    tokens_worth_a_pass,
+)
 from .soft_prompt import build_soft_prompt
 
 CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which hang on the query, before the document"
@@ -153,9 +160,9 @@ class QPeftModel(nn.Module):
         at_once = at_once and not deterministic
         clues = self.compute_clues(batch) if at_once else None
         counts = _counts(clues, len(batch))
-        read_only = READ_TOKENS_PER_TOKEN if prefilled else 1  # a prefix that is in memory counts an eighth
-        prefix_tokens = 1 if deterministic else max_tokens * read_only
-        for documents in prefix_groups(batch, prefix_tokens, pass_tokens * read_only):
+        held = max_tokens if torch.is_grad_enabled() else prefix_tokens(max_tokens, self.device, prefilled)
+        padding = pass_tokens * (READ_TOKENS_PER_TOKEN if prefilled else 1)
+        for documents in prefix_groups(batch, 1 if deterministic else held, padding):
             prefix = None
             if shared:
                 ids = [batch.documents[d].ids for d in documents]
@@ -188,7 +195,8 @@ class QPeftModel(nn.Module):
         """Put the prefixes of a batch into the cache, if its memory holds all of them. Returns: whether it does."""
         if self.engine.why_plain or self.engine.prefix_bytes(batch.documents) > cache.max_bytes:
             return False
-        for documents in prefix_groups(batch, max_tokens_per_batch, tokens_worth_a_pass(self.device)):
+        held = prefix_tokens(max_tokens_per_batch, self.device, prefilled=False)
+        for documents in prefix_groups(batch, held, tokens_worth_a_pass(self.device)):
             self.engine.cached_prefill([batch.documents[d].ids for d in documents], cache, one_by_one=deterministic)
         return True
 

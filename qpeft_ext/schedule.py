@@ -16,6 +16,17 @@ def default_tokens(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 2048
 
 
+def prefix_tokens(max_tokens: int, device: torch.device, prefilled: bool) -> int:
+    """Tokens of the documents whose pairs are scored together, without gradient, of a budget of ``max_tokens``.
+
+    prefilled: all of them are in a cache's memory and only read. Otherwise they are computed and held; on a CPU half of
+    them at once is as fast (25 M Llama, 160 pairs: 8.5 s and 8.6 s), and 77 MB of memory less at the peak.
+    """
+    if prefilled:
+        return max_tokens * READ_TOKENS_PER_TOKEN
+    return max_tokens if device.type == "cuda" else max(1, max_tokens // 2)
+
+
 def tokens_worth_a_pass(device: torch.device) -> int:
     """How much padding a pass of its own is worth: its fixed cost, in tokens."""
     return 1024 if device.type == "cuda" else 64

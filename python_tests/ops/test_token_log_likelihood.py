@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from qpeft_ext.ops import token_log_likelihood
-from qpeft_ext.ops._common import exact_float32
+from qpeft_ext.ops._common import _few_heights, exact_float32, multiply_rows
 from qpeft_ext.ops.token_log_likelihood import reference
 
 SETTINGS = [{}, {"soft_cap": 3.0}, {"logit_scale": 0.3}, {"soft_cap": 2.0, "logit_scale": 1.7}]
@@ -207,3 +207,12 @@ def test_tf32_is_off_inside_and_the_setting_returns(setting):
         torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = "none"
+
+
+def test_products_of_ragged_heights_have_few_shapes():
+    heights = {_few_heights(height) for height in range(1, 2049)}
+    assert len(heights) <= 31 + 16 * 6 + 1
+    assert all(height <= _few_heights(height) <= 1.0625 * height for height in range(1, 2049))
+    for height in (1, 31, 33, 100, 517):
+        a, rows = torch.randn(height, 24, dtype=torch.float32), torch.randn(50, 24)
+        torch.testing.assert_close(multiply_rows(a, rows), a @ rows.T)
