@@ -130,6 +130,11 @@ def test_figures_are_those_of_evaluate(done, job):
             deviation = row[f"{measure} deviation"]
             assert float(deviation) == pytest.approx(statistics.stdev(means)) if len(means) > 1 else deviation == ""
         assert row["nDCG@10 queries"] == "8"
+    (table,) = json.loads((done / "out/comparison.json").read_text())
+    assert {row["method"]: row["means"]["nDCG@10"] for row in table["rows"]} == pytest.approx(
+        {name: float(row["nDCG@10"]) for name, row in rows.items()})
+    assert len(table["results"]) == 12 and all(result["commit"] for result in table["results"] if "settings" in result)
+    assert not any("per_query" in result for result in table["results"])
     base = statistics.fmean(means["nDCG@10"] for means in of_files["UPR"])
     lora = statistics.fmean(means["nDCG@10"] for means in of_files["LoRA"])
     assert float(rows["LoRA"]["nDCG@10 difference to upr"]) == pytest.approx(lora - base)

@@ -1,5 +1,6 @@
 """The quality experiments: their splits do not overlap, and their figures are those of the package."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ collection = pytest.importorskip("collection")
 experiment = pytest.importorskip("experiment")
 analyse = pytest.importorskip("analyse")
 
+from small_data import write_lines  # noqa: E402
+
+from qpeft_ext import formats  # noqa: E402
 from qpeft_ext.demo import harvest  # noqa: E402
 from qpeft_ext.evaluate import evaluate, paired_test  # noqa: E402
 from qpeft_ext.losses import listwise  # noqa: E402
@@ -89,3 +93,25 @@ def test_splits_do_not_overlap(monkeypatch, tmp_path):
     assert len(set().union(*(s.queries for s in splits.values()))) == 39 + 5 + 20 + 7
     again = collection.load_split("dev", tmp_path, None)  # kept
     assert again.queries == splits["dev"].queries
+
+
+def test_halves_have_about_as_many_queries():
+    make = pytest.importorskip("make_collections")
+    a, b = make.halves(list("edcba"), {"a": 10, "b": 6, "c": 5, "d": 1, "e": 1})
+    assert (a, b) == (["a", "d", "e"], ["b", "c"])
+
+
+def test_articles_are_kept_back_whole(tmp_path):
+    make = pytest.importorskip("make_collections")
+    source, folder = tmp_path / "squad", tmp_path / "choose"
+    corpus = [json.dumps({"_id": f"p{i}", "title": f"article {i // 3}", "text": f"text {i}"}) for i in range(30)]
+    write_lines(source / "corpus.jsonl.gz", corpus)
+    write_lines(source / "queries.jsonl.gz", [json.dumps({"_id": f"q{i}", "text": f"what {i}"}) for i in range(60)])
+    rows = [f"q{i}\tp{i // 2}\t1" for i in range(40)]  # the last ten paragraphs have no training question
+    write_lines(source / "qrels" / "train.tsv.gz", ["query-id\tcorpus-id\tscore", *rows])
+    make.write_squad(source, folder)
+    found = {split: (folder / "qrels" / f"{split}.tsv").read_text().splitlines()[1:] for split in ("train", "dev")}
+    assert sorted(found["train"] + found["dev"]) == sorted(rows)
+    articles = {split: {int(row.split("\t")[1][1:]) // 3 for row in part} for split, part in found.items()}
+    assert not articles["train"] & articles["dev"] and len(articles["dev"]) == 6
+    assert formats.Corpus(folder)["p7"]["text"] == "text 7"

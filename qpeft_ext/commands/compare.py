@@ -24,7 +24,7 @@ def command(
 
     Every result (method, collection, seed) has a folder with its settings, adapter, run file, values per query,
     versions and commit. After a kill the same command goes on; a result is made again only when its settings changed.
-    Writes comparison.md, comparison.csv and comparison.html. Plans: benchmarks/compare/.
+    Writes comparison.md, .csv, .json and .html. Plans: benchmarks/compare/.
     """
     from ..compare.plan import read_plan
 
@@ -51,12 +51,12 @@ def command(
 
 def _write(plan, output: Path) -> None:
     from ..compare.page import html
-    from ..compare.tables import build_tables, csv_text, markdown, render
+    from ..compare.tables import build_tables, csv_text, json_text, markdown, render
     from ..formats.io import write_text
 
     tables = build_tables(plan, output)
     for name, content in (("comparison.md", markdown(plan, tables)), ("comparison.csv", csv_text(tables)),
-                          ("comparison.html", html(plan, tables))):
+                          ("comparison.json", json_text(tables)), ("comparison.html", html(plan, tables))):
         write_text(output / name, content)
     say(render(tables))
-    say(f"wrote comparison.md, comparison.csv and comparison.html to {output}/")
+    say(f"wrote comparison.md, .csv, .json and .html to {output}/")

@@ -1,9 +1,10 @@
-"""Results → rows: means over queries and seeds, paired tests with Holm's correction, costs; Markdown and CSV."""
+"""Results → rows: means over queries and seeds, paired tests with Holm's correction, costs; Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def _mean(values) -> float:
     return statistics.fmean(values) if values else float("nan")
 
 
-# -- what the three forms show ---------------------------------------------------------------------------------------
+# -- what the forms show ---------------------------------------------------------------------------------------
 
 
 def quality_cell(row: Row, measure: str) -> tuple[str, str]:
@@ -290,6 +291,19 @@ def describe_methods(plan: Plan) -> list[tuple[str, str]]:
                          f"{method.learning_rate:g}")
         found.append((name, "; ".join(facts)))
     return found
+
+
+def json_text(tables: Sequence[CollectionTable]) -> str:
+    """The rows with every number unrounded, and of each result all but its values per query: settings, facts, versions,
+    commit and machine."""
+    content = []
+    for table in tables:
+        rows = [{"method": row.name, "seeds": row.seeds, "means": row.means, "deviations": row.deviations,
+                 "against": {kind: vars(against) for kind, against in row.against.items()}, "cost": row.cost}
+                for row in table.rows]
+        results = [{name: value for name, value in result.items() if name != "per_query"} for result in table.results]
+        content.append({"collection": table.collection, "queries": table.num_queries, "rows": rows, "results": results})
+    return json.dumps(content, indent=1) + "\n"
 
 
 def csv_text(tables: Sequence[CollectionTable]) -> str:
