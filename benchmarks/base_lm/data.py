@@ -94,6 +94,7 @@ class TokenisedTexts:
     documents: token ids of title and text.  sentences: docstring sentences, first one first.
     first_sentence: [documents + 1]; the sentences of document i are rows first_sentence[i] : first_sentence[i + 1].
     is_word: [V], whether a token is made of letters.  frequency: [V], tokens counted over the documents.
+    first_passage: documents from this one on are passages, not definitions.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -103,13 +104,15 @@ class TokenisedTexts:
     first_sentence: np.ndarray
     is_word: np.ndarray
     frequency: np.ndarray
+    first_passage: int
 
 
-def prepare(folder: Path, vocabulary: int, max_document_tokens: int, max_query_tokens: int, seed: int):
-    """`TokenisedTexts`, built once and kept in ``folder``."""
+def prepare(folder: Path, vocabulary: int, max_document_tokens: int, max_query_tokens: int, seed: int,
+            passages: Path | None = None):  # fmt: skip
+    """`TokenisedTexts`, built once and kept in ``folder``; ``passages``: see `passages.passage_texts`."""
     done = folder / "texts.npz"
     if not done.exists():
-        _build(folder, vocabulary, max_document_tokens, max_query_tokens, seed)
+        _build(folder, vocabulary, max_document_tokens, max_query_tokens, seed, passages)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     arrays = np.load(done)  # plain arrays: pickled ones are refused by default
     documents = Ragged(arrays["document_ids"], arrays["document_starts"])
@@ -122,12 +125,19 @@ def prepare(folder: Path, vocabulary: int, max_document_tokens: int, max_query_t
         arrays["first_sentence"],
         np.array([piece.isascii() and piece.isalpha() for piece in pieces]),
         np.bincount(documents.ids, minlength=len(tokenizer)),
+        int(arrays["first_passage"]) if "first_passage" in arrays else len(documents),
     )
 
 
-def _build(folder: Path, vocabulary: int, max_document_tokens: int, max_query_tokens: int, seed: int) -> None:
+def _build(folder: Path, vocabulary: int, max_document_tokens: int, max_query_tokens: int, seed: int,
+           passages: Path | None) -> None:  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     texts = training_texts()
+    first_passage = len(texts)
+    if passages is not None:
+        from passages import passage_texts
+
+        texts += passage_texts(passages)
     tokenizer = train_tokenizer(texts, vocabulary, seed)
     tokenizer.save_pretrained(folder)
     prompt = Prompt(tokenizer, QPeftConfig(max_document_tokens=max_document_tokens, max_query_tokens=max_query_tokens))
@@ -146,6 +156,7 @@ def _build(folder: Path, vocabulary: int, max_document_tokens: int, max_query_to
         sentence_ids=sentences.ids,
         sentence_starts=sentences.starts,
         first_sentence=np.array(first_sentence),
+        first_passage=np.array(first_passage),
     )
     unfinished.rename(folder / "texts.npz")
 

@@ -51,6 +51,8 @@ class Recipe:
     # stage 2: queries of documents
     steps: int = 6000
     batch: int = 16  # documents; each carries about four queries
+    passages: float = 0.0  # share of documents that are passages (--passages-from), not definitions
+    asked: float = 0.3  # share of passages that have a question
     documented: float = 0.7  # share of documents that have a docstring; 0.95 during the decay
     decay: float = 0.3  # share of the steps, at the end, over which the learning rate falls to zero
     warmup: int = 100
@@ -93,16 +95,21 @@ def copy_batch(recipe: Recipe, step: int) -> torch.Tensor:
 def query_batches(recipe: Recipe, texts: TokenisedTexts, group: int, decaying: bool) -> list[list]:
     """Eight batches of about equal row lengths each, in random order."""
     rng = np.random.default_rng([recipe.seed, 2, group])
-    sentences = np.diff(texts.first_sentence)
-    with_docstring, without = np.flatnonzero(sentences > 0), np.flatnonzero(sentences == 0)
+    has_sentence = np.diff(texts.first_sentence) > 0
+    is_passage = np.arange(len(texts.documents)) >= texts.first_passage
+    pools = {(passage, documented): np.flatnonzero((is_passage == passage) & (has_sentence == documented))
+             for passage in (False, True) for documented in (False, True)}
     rows = []
     for _ in range(8 * recipe.batch):
-        is_documented = rng.random() < (0.95 if decaying else recipe.documented)
-        index = int(rng.choice(with_docstring if is_documented else without))
+        passage = recipe.passages > 0 and rng.random() < recipe.passages
+        is_documented = rng.random() < (recipe.asked if passage else 0.95 if decaying else recipe.documented)
+        index = int(rng.choice(pools[passage, is_documented]))
         document = texts.documents[index]
         queries = []
         if is_documented:
             first, stop = texts.first_sentence[index], texts.first_sentence[index + 1]
+            if passage:  # its questions are equals; of a docstring the first sentence is the one that matters
+                first = int(rng.integers(first, stop))
             queries.append((texts.sentences[first], False))
             if rng.random() < 0.5:
                 queries.append((texts.sentences[first], True))
@@ -206,8 +213,9 @@ class Run:
         return True
 
 
-def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int) -> Run:
-    texts = prepare(folder, recipe.vocabulary, recipe.max_document_tokens, recipe.max_query_tokens, recipe.seed)
+def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, passages: Path | None) -> Run:
+    texts = prepare(folder, recipe.vocabulary, recipe.max_document_tokens, recipe.max_query_tokens, recipe.seed,
+                    passages)  # fmt: skip
     dev = DevSet(texts.prompt, recipe.seed)
     run = Run(recipe, folder)
     run.resume()
@@ -276,12 +284,15 @@ def package(run: Run, target: Path) -> None:
         "dev": {"packages": harvest.DEV_PACKAGES, **numbers},
         "log": [row for row in run.log if row["step"] % 500 == 0 or "upr" in row],
         "trained_on": packages,
-        "definitions": len(texts.documents),
+        "definitions": texts.first_passage,
+        "passages": len(texts.documents) - texts.first_passage,
         "docstring_sentences": len(texts.sentences),
         "not_trained_on": harvest.DEV_PACKAGES + harvest.TEST_PACKAGES,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__},
-        "licence": "The weights are released with qpeft_ext under Apache-2.0. They were learned from source and "
+        "licence": "Not for distribution: learned from passages of collections for research (MS MARCO and others)."
+                   if recipe.passages else
+                   "The weights are released with qpeft_ext under Apache-2.0. They were learned from source and "
                    "docstrings of the packages in trained_on, which keep their own open-source licences (PSF, BSD, "
                    "MIT, Apache-2.0 and the like); no text of them is in this folder, only word pieces.",
     }  # fmt: skip
@@ -293,6 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints, the log and tokenised text")
     parser.add_argument("--package", type=Path, help="only write the last checkpoint to this folder")
+    parser.add_argument("--passages-from", type=Path, help="folder with collections; see passages.py. With --passages")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--evaluate-every", type=int, default=500)
@@ -301,8 +313,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = Recipe(**{option.name: getattr(options, option.name) for option in dataclasses.fields(Recipe)})
+    if (recipe.passages > 0) != (options.passages_from is not None) and options.package is None:
+        parser.error("--passages SHARE and --passages-from FOLDER go together")
     if options.package is None:
-        train(recipe, options.folder, options.save_every, options.evaluate_every)
+        train(recipe, options.folder, options.save_every, options.evaluate_every, options.passages_from)
         return
     run = Run(recipe, options.folder)
     if not run.resume():

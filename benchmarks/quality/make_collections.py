@@ -6,7 +6,8 @@ docstrings-a, docstrings-b: functions and docstrings of the packages that the pa
     package, so that a choice is made twice: trained on the one half, measured on the other.
 docstrings-train: both halves.  docstrings-test: the demo's test packages, without the 1,000 queries that earlier
     experiments have scored (NOTES.md).
-squad-choose: SQuAD's training questions; six articles are kept back (split "dev") to choose by.
+squad-choose: SQuAD's training questions; six articles are kept back (split "dev") to choose by; the others ("train")
+    are split in two by article: "lm", which a base LM may have read, and "adapter".
 """
 
 from __future__ import annotations
@@ -73,9 +74,11 @@ def write_squad(source: Path, folder: Path) -> None:
     with gzip.open(source / "qrels" / "train.tsv.gz", "rt") as file:
         header, *rows = file.read().splitlines()
     titles = sorted({article[row.split("\t")[1]] for row in rows})
-    kept_back = set(random.Random(0).sample(titles, KEPT_BACK_ARTICLES))
-    for split in ("train", "dev"):
-        chosen = [row for row in rows if (article[row.split("\t")[1]] in kept_back) == (split == "dev")]
+    kept_back = random.Random(0).sample(titles, KEPT_BACK_ARTICLES)
+    others = [title for title in titles if title not in kept_back]
+    splits = {"train": others, "dev": kept_back, "lm": others[::2], "adapter": others[1::2]}
+    for split, wanted in splits.items():
+        chosen = [row for row in rows if article[row.split("\t")[1]] in wanted]
         write_text(folder / "qrels" / f"{split}.tsv", "".join(f"{row}\n" for row in (header, *chosen)))
         print(f"{folder}, {split}: {len(chosen)} questions")
     print("kept back:", ", ".join(sorted(kept_back)))
