@@ -240,6 +240,7 @@ def test_a_method_that_fails_does_not_stop_the_others(job, tmp_path, capsys):
 def test_nothing_is_trained_on_test_or_dev_queries(done, job):
     from qpeft_ext.compare.run import Comparison
 
+    assert list(read_plan(done / "plan.yaml", collections=["tiny"]).collections) == ["tiny"]
     plan = read_plan(write_plan(done / "one_split.yaml", job, METHODS, **{
         "split: test\n    candidates": "split: train\n    queries: 3\n    candidates",
         "split: dev": "split: train, queries: 4"}))
@@ -351,6 +352,7 @@ def test_other_bad_input(done, job, tmp_path, capsys):
     for arguments, message in (
         (["nowhere.yaml"], "No such file"),
         ([str(done / "plan.yaml"), "--method", "LORA"], "there is no method 'LORA'; did you mean 'LoRA'?"),
+        ([str(done / "plan.yaml"), "--collection", "tinny"], "there is no collection 'tinny'; did you mean 'tiny'?"),
         ([str(done / "plan.yaml"), "--table-only"], "there is no result of this plan yet"),
         ([str(done / "plan.yaml"), "--data-root", "nowhere"], "data: no such file or folder"),
     ):

@@ -17,6 +17,7 @@ def command(
         Path, typer.Option(envvar="QPEFT_DATA", help="Folder that the plan's data paths are below.")
     ] = Path("."),
     method: Annotated[list[str] | None, typer.Option(help="Only this method of the plan; repeatable.")] = None,
+    collection: Annotated[list[str] | None, typer.Option(help="Only this collection of the plan; repeatable.")] = None,
     table_only: Annotated[bool, typer.Option("--table-only", help="Tables and page of what is there.")] = False,
     device: Device = None,
 ) -> None:
@@ -28,7 +29,7 @@ def command(
     """
     from ..compare.plan import read_plan
 
-    asked = read_plan(plan, method or ())
+    asked = read_plan(plan, method or (), collection or ())
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; expected a folder for the results")
     if table_only:

@@ -130,10 +130,12 @@ class Plan:
         return self.seeds if trained else self.seeds[:1]
 
 
-def read_plan(path: Path, only: Iterable[str] = ()) -> Plan:
+def read_plan(path: Path, only: Iterable[str] = (), collections: Iterable[str] = ()) -> Plan:
     """Read and check a plan.
 
-    Args: only: names of methods (those that ``vary`` makes have the name of the one it stands at); () takes all.
+    Args:
+        only: names of methods (those that ``vary`` makes have the name of the one it stands at); () takes all.
+        collections: names of collections; () takes all.
     Raises: ValueError or OSError, one line.
     """
     given = _load(path)
@@ -149,6 +151,11 @@ def read_plan(path: Path, only: Iterable[str] = ()) -> Plan:
     for name in only:
         if name not in plan.methods and all((m.varied or ("",))[0] != name for m in plan.methods.values()):
             raise ValueError(f"{path}: there is no method {name!r}{_did_you_mean(name, plan.methods)}")
+    for name in collections:
+        if name not in plan.collections:
+            raise ValueError(f"{path}: there is no collection {name!r}{_did_you_mean(name, plan.collections)}")
+    if collections:
+        plan = replace(plan, collections={name: c for name, c in plan.collections.items() if name in collections})
     for name in [method.of for method in chosen.values() if method.of]:  # a fusion needs the method that it takes
         if name in plan.methods:
             chosen.setdefault(name, plan.methods[name])
