@@ -32,6 +32,7 @@ def test_a_beir_folder_becomes_an_adapter(job, tmp_path, clues, capsys):
     assert train(job, tmp_path / "adapter", "--data", job / "data", "--clues", clues, "--cache-bytes", 1 << 20) == 0
     out = capsys.readouterr().out
     assert "3 training examples" in out and "parameters are trained" in out and "wrote the adapter to" in out
+    assert "(its loss has the temperature 0." in out
     reranker = qpeft.Reranker.from_pretrained(tmp_path / "adapter")
     assert reranker.model.qpeft_config.clues == clues
     assert len(reranker.rank(QUERIES["q1"], ["the sea", "the moon"])) == 2

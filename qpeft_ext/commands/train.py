@@ -110,7 +110,9 @@ def command(
     trainer.train(resume_from_checkpoint=True if resume else None)
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
-    say(f"wrote the adapter to {output}")
+    fitted = config.temperature == "auto" and model.qpeft_config.temperature != "auto"
+    note = f" (its loss has the temperature {model.qpeft_config.temperature:g}, which fits the LM)" if fitted else ""
+    say(f"wrote the adapter to {output}{note}")
 
 
 def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[list, list | None]:
