@@ -7,8 +7,8 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -17,57 +17,15 @@ from .. import formats
 from ..commands.common import say
 from ..formats.io import write_text
 from ..formats.trec import Run
+from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
 from .data import CollectionData, Ranked, digest
 from .measures import per_query
 from .methods import FIRST_STAGE, peft_options
-from .plan import BASELINE_NAME, SAME_FOR_ALL, Method, Plan, file_name
+from .plan import SAME_FOR_ALL, Method, Plan, file_name
+from .train import trained_model
 
-SETTINGS, RESULT, RUN, DEV_RUN = "settings.json", "result.json", "run.trec.gz", "dev.trec.gz"
-ADAPTER, TRAINED, CHECKPOINTS = "adapter", "trained.json", "checkpoints"
 NOT_TRAINED_ON = ("test",)  # the setting that an adapter does not depend on
 FORMAT = 1  # of the settings: a change of what a method computes makes old results void
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One result: a method on a collection with a seed."""
-
-    output: Path
-    collection: str
-    method: Method
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.collection}, {self.method.name}, seed {self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        return self.output / file_name(self.collection) / file_name(self.method.name) / f"seed-{self.seed}"
-
-    def read(self, name: str = RESULT) -> dict[str, Any] | None:
-        """A JSON file of the cell; None if it is not there or not whole."""
-        try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-
-
-def cells(plan: Plan, output: Path) -> Iterator[Cell]:
-    """All results of a plan, in the order in which they are made; fusions after what they fuse."""
-    first = first_stage_method(plan)
-    methods = {first.name: first} | plan.methods
-    ordered = sorted(methods.values(), key=lambda method: method.of is not None)
-    for collection in plan.collections:
-        for method in ordered:
-            for seed in plan.seeds_of(method):
-                yield Cell(output, collection, method, seed)
-
-
-def first_stage_method(plan: Plan) -> Method:
-    """The first stage is a row of every table; the plan may give it a name of its own."""
-    named = [method for method in plan.methods.values() if method.method == FIRST_STAGE]
-    return named[0] if named else Method(FIRST_STAGE, BASELINE_NAME)
 
 
 class Comparison:
@@ -176,11 +134,12 @@ class Comparison:
             return test.candidates, {"first_stage": test.first_stage}
         if method.of:
             return self._fuse(cell, test)
-        from .train import trained_model
-
-        model, facts = trained_model(self, cell)
+        model, facts = self._trained(cell)
         run, more = self._rank(method, model, test, cell.folder / RUN, settings)
         return run, facts | more
+
+    def _trained(self, cell: Cell) -> tuple[Any, dict[str, Any]]:
+        return trained_model(self.plan, cell, self.data(cell.collection), self.device)
 
     def _rank(self, method: Method, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
         """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
@@ -218,12 +177,11 @@ class Comparison:
     def _fuse(self, cell: Cell, test: Ranked) -> tuple[Run, dict[str, Any]]:
         """Scores of a method and the first stage, weights chosen on dev queries."""
         from ..fusion import choose_weights, fuse
-        from .train import trained_model
 
         source, dev = self._fused(cell), self.data(cell.collection).dev
         if source.read() is None:
             raise ValueError(f"there is no result of {source.method.name!r}, which it takes")
-        model, _ = trained_model(self, source)
+        model, _ = self._trained(source)
         dev_run, _ = self._rank(source.method, model, dev, cell.folder / DEV_RUN, self.settings(cell))
         reranked = formats.read_run(source.folder / RUN)
         weights, value = choose_weights([dev_run, dev.candidates], dev.qrels)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluate import format_p, holm, paired_test
+from .cells import cells
 from .methods import FIRST_STAGE, UPR
 from .plan import Method, Plan
-from .run import cells
 
 SIGNIFICANT = 0.05
 AGAINST = (FIRST_STAGE, UPR)  # the baselines, by what they are; a table names them as the plan does

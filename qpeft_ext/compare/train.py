@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..formats.io import write_text
+from .cells import ADAPTER, CHECKPOINTS, TRAINED, Cell
+from .data import CollectionData
 from .methods import build_model
-
-if TYPE_CHECKING:
-    from .run import Cell, Comparison
+from .plan import Plan
 
 
-def trained_model(comparison: Comparison, cell: Cell) -> tuple[Any, dict[str, Any]]:
+def trained_model(plan: Plan, cell: Cell, data: CollectionData, device: str) -> tuple[Any, dict[str, Any]]:
     """The model of a cell, trained, and the facts about it: trained parameters, seconds, peak memory.
 
-    An adapter that is there whole is loaded: `Comparison` leaves none with other settings.
+    Args: data: of the cell's collection.
+    An adapter that is there whole is loaded: its folder holds none with other settings.
     """
     from ..adapter_files import load_weights_into
-    from .run import ADAPTER, CHECKPOINTS, TRAINED
 
-    model = build_model(comparison.plan, cell.method, cell.seed, comparison.device)
+    model = build_model(plan, cell.method, cell.seed, device)
     trainable, total = model.get_nb_trainable_parameters()
     facts: dict[str, Any] = {"parameters": {"trainable": trainable, "all": total}}
     if not cell.method.preset.trained:
@@ -33,8 +33,8 @@ def trained_model(comparison: Comparison, cell: Cell) -> tuple[Any, dict[str, An
         load_weights_into(model, adapter)
         return model.eval(), facts | {"training": there}
     shutil.rmtree(adapter, ignore_errors=True)
-    examples = comparison.data(cell.collection).examples(cell.method.examples, cell.method.training, cell.seed)
-    facts["training"] = _train(model, cell, examples, comparison.device, cell.folder / CHECKPOINTS)
+    examples = data.examples(cell.method.examples, cell.method.training, cell.seed)
+    facts["training"] = _train(model, cell, examples, device, cell.folder / CHECKPOINTS)
     shutil.rmtree(cell.folder / CHECKPOINTS, ignore_errors=True)
     model.save_pretrained(adapter)
     write_text(cell.folder / TRAINED, json.dumps(facts["training"], indent=1) + "\n")  # last: the adapter is whole

@@ -1,0 +1,57 @@
+"""The results of a plan, one folder each: where they are and what lies in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .methods import FIRST_STAGE
+from .plan import BASELINE_NAME, Method, Plan, file_name
+
+SETTINGS, RESULT, RUN, DEV_RUN = "settings.json", "result.json", "run.trec.gz", "dev.trec.gz"
+ADAPTER, TRAINED, CHECKPOINTS = "adapter", "trained.json", "checkpoints"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result: a method on a collection with a seed."""
+
+    output: Path
+    collection: str
+    method: Method
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.collection}, {self.method.name}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.output / file_name(self.collection) / file_name(self.method.name) / f"seed-{self.seed}"
+
+    def read(self, name: str = RESULT) -> dict[str, Any] | None:
+        """A JSON file of the cell; None if it is not there or not whole."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+
+def cells(plan: Plan, output: Path) -> Iterator[Cell]:
+    """All results of a plan, in the order in which they are made; fusions after what they fuse."""
+    first = first_stage_method(plan)
+    methods = {first.name: first} | plan.methods
+    ordered = sorted(methods.values(), key=lambda method: method.of is not None)
+    for collection in plan.collections:
+        for method in ordered:
+            for seed in plan.seeds_of(method):
+                yield Cell(output, collection, method, seed)
+
+
+def first_stage_method(plan: Plan) -> Method:
+    """The first stage is a row of every table; the plan may give it a name of its own."""
+    named = [method for method in plan.methods.values() if method.method == FIRST_STAGE]
+    return named[0] if named else Method(FIRST_STAGE, BASELINE_NAME)
