@@ -72,7 +72,7 @@ h3 { margin: 0; font-size: 1rem; } .part { margin: 1.6rem 0 .4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; }
-.measures td, .measures thead th + th { text-align: right; padding: .35rem .45rem; }
+.measures td, .measures thead th + th { text-align: right; padding: .35rem .3rem; }
 .measures thead th { white-space: normal; vertical-align: bottom; max-width: 9rem; }
 td small { display: block; color: var(--soft); white-space: nowrap; }
 .setting td { overflow-wrap: anywhere; }

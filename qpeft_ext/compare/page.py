@@ -124,12 +124,20 @@ def _draw_costs(table: CollectionTable) -> str:
 
     def draw(figure) -> None:
         drawn = []
+        floor = 0.5 * float(np.median([row.means[measure] for row in table.rows]))  # below: at the edge of the plot
         for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             points = [(number, row.cost[name], row.means[measure])
                       for number, row in enumerate(table.rows, start=1) if row.cost[name] is not None]
             log = _use_log_scale(axes, [x for _, x, _ in points])
-            axes.scatter([x for _, x, _ in points], [y for *_, y in points], s=22, color=_METHOD, zorder=3)
+            inside, far = ([p for p in points if (p[2] < floor) == low] for low in (False, True))
+            axes.scatter([x for _, x, _ in inside], [y for *_, y in inside], s=22, color=_METHOD, zorder=3)
             axes.margins(x=0.12, y=0.12)
+            bottom = axes.get_ylim()[0]
+            axes.scatter([x for _, x, _ in far], [bottom] * len(far), s=22, color=_METHOD, zorder=3, marker="v",
+                         clip_on=False)
+            axes.set_ylim(bottom=bottom)
+            points = [(str(number), x, y) for number, x, y in inside]
+            points += [(f"{number} ({y:.2f})", x, bottom) for number, x, y in far]
             axes.set_xlabel(COSTS[name][0] + (", logarithmic" if log else ""), fontsize=9)
             axes.tick_params(labelsize=8)
             axes.grid(True, color=_BASELINE, alpha=0.25, linewidth=0.6)
@@ -163,16 +171,16 @@ def _use_log_scale(axes, values: Sequence[float]) -> bool:
     return True
 
 
-def _number_points(axes, points: Sequence[tuple[int, float, float]]) -> None:
-    """The number of each point beside it, with a line to it where it stands farther away."""
+def _number_points(axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """The label of each point beside it, with a line to it where it stands farther away."""
     points_per_pixel = 72 / axes.figure.dpi
     at = axes.transData.transform([(x, y) for _, x, y in points]) * points_per_pixel
     left, bottom, right, top = axes.bbox.extents * points_per_pixel
-    sizes = [(5.5 * len(str(number)) + 1, 9.0) for number, *_ in points]
-    for (number, x, y), (px, py), (lx, ly) in zip(points, at, label_places(at, sizes, (left, bottom, right, top)),
+    sizes = [(5.5 * len(label) + 1, 9.0) for label, *_ in points]
+    for (label, x, y), (px, py), (lx, ly) in zip(points, at, label_places(at, sizes, (left, bottom, right, top)),
                                                   strict=True):
         line = {"arrowstyle": "-", "color": _BASELINE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
-        axes.annotate(str(number), (x, y), xytext=(lx - px, ly - py), textcoords="offset points", fontsize=9,
+        axes.annotate(label, (x, y), xytext=(lx - px, ly - py), textcoords="offset points", fontsize=9,
                       ha="center", va="center", arrowprops=line if np.hypot(lx - px, ly - py) > 12 else None)
 
 
