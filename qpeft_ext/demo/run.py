@@ -1,4 +1,4 @@
-"""``qpeft demo``: train Q-PEFT-R and Q-PEFT-A on a frozen LM, rerank unseen queries, and say what changed."""
+"""``qpeft demo``: train Q-PEFT-R and Q-PEFT-A (with a generated LoRA), rerank unseen queries, and say what changed."""
 
 from __future__ import annotations
 
@@ -24,47 +24,58 @@ from .examples import report_examples
 from .progress import TrainingBar
 
 BASE_LM = Path(__file__).parent / "base_lm"
+QUERIES = 800
 MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 MEASURE = "nDCG@10"  # decides on dev, and is plotted
 MAX_QUERY_TOKENS = 64  # longer first sentences are left out, whatever the tokenizer
-FIRST, SIMILARITY, UPR, R, A = "BM25", "similarity only", "UPR", "Q-PEFT-R", "Q-PEFT-A"
+FIRST, SIMILARITY, UPR, R, A = "BM25", "similarity only", "UPR", "Q-PEFT-R", "Q-PEFT-A + generated LoRA"
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the demo does, sized for two cores and ten minutes."""
 
-    candidates: int = 100
-    dev_candidates: int = 50
-    num_negatives: int = 11  # of BM25's top 40: with the positive, lists of 12
-    queries_per_step: int = 4
-    train_queries: int = 480
-    # best of three tries on the dev queries: 3e-4 moves attention too little, and hurts top_k
+    candidates: int = 20
+    num_negatives: int = 7  # of BM25's top 40: with the positive, lists of 8
+    queries_per_step: int = 8
+    train_queries: int = 1200
+    train_queries_top_k: int = 320  # of them, so that both trainings fit into the time
     learning_rate_top_k: float = 1e-4
-    learning_rate_attention: float = 1e-3
-    evaluations: int = 4
+    learning_rate_attention: float = 1e-3  # as in benchmarks/quality/choose.yaml
+    evaluations: int = 3
     dev_examples: int = 100
     cache_bytes: int = 6 << 30
     fusion_weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the reranker; BM25 the rest
 
     def config(self, clues: str) -> QPeftConfig:
+        own = {
+            "none": {},
+            "top_k": {"filters": ("non_alphabetic", "stop_words")},
+            "attention": {"generated_lora_rank": 16, "target_modules": ("all-linear",)},
+        }
         return QPeftConfig(
             clues=clues,
             loss="listwise",
             num_hard_negatives=self.num_negatives,
             in_batch_negatives=False,
-            filters=("non_alphabetic", "stop_words"),
             queries_per_group=self.queries_per_step,
             max_document_tokens=160,  # as the packaged LM was trained
             max_query_tokens=MAX_QUERY_TOKENS,
+            **own[clues],
         )
+
+    def training_of(self, clues: str) -> tuple[int, float]:
+        """How many training queries, and the learning rate."""
+        if clues == "top_k":
+            return min(self.train_queries, self.train_queries_top_k), self.learning_rate_top_k
+        return self.train_queries, self.learning_rate_attention
 
 
 def main(
     model: str | None = None,
     data: str | Path | None = None,
     output: str | Path = "demo",
-    queries: int = 100,
+    queries: int = QUERIES,
     seed: int = 0,
     settings: Settings | None = None,
 ) -> Report:
@@ -93,7 +104,7 @@ def main(
         part: bm25_run(c.documents, c.queries, k)
         for part, c, k in (
             ("train", train, 40),
-            ("dev", dev, settings.dev_candidates),
+            ("dev", dev, settings.candidates),
             ("test", test, settings.candidates),
         )
     }
@@ -170,6 +181,8 @@ def _train(system: str, model, examples: list, dev_examples: list, output: Path,
 
     from ..train import QPeftTrainer
 
+    count, learning_rate = settings.training_of(model.qpeft_config.clues)
+    examples = examples[:count]
     steps = max(1, len(examples) // settings.queries_per_step)
     every = max(1, steps // settings.evaluations)
     arguments = TrainingArguments(
@@ -177,9 +190,7 @@ def _train(system: str, model, examples: list, dev_examples: list, output: Path,
         per_device_train_batch_size=settings.queries_per_step,
         per_device_eval_batch_size=settings.queries_per_step,
         max_steps=steps,
-        learning_rate=settings.learning_rate_top_k
-        if model.qpeft_config.clues == "top_k"
-        else settings.learning_rate_attention,
+        learning_rate=learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=steps // 10,
         eval_strategy="steps",
@@ -240,8 +251,10 @@ def _setting(collections: DemoData, rerankers, settings: Settings, seed: int, na
     return {
         "language model": f"{name}, {total / 1e6:.1f} M parameters, frozen",
         "collection": collections.name,
-        "training": f"{len(collections.train.queries)} queries, listwise over {settings.num_negatives + 1} documents, "
-        f"learning rate {settings.learning_rate_top_k} ({R}), {settings.learning_rate_attention} ({A})",
+        "training": f"listwise over {settings.num_negatives + 1} documents; " + "; ".join(
+            f"{system}: {min(count, len(collections.train.queries))} queries, learning rate {rate}"
+            for system, (count, rate) in ((R, settings.training_of("top_k")), (A, settings.training_of("attention")))
+        ),
         "dev": f"{len(collections.dev.queries)} queries",
         "seed": str(seed),
         "threads": str(torch.get_num_threads()),
