@@ -4,8 +4,8 @@
 
 docstrings-a, docstrings-b: functions and docstrings of the packages that the packaged LM has not read, split in two by
     package, so that a choice is made twice: trained on the one half, measured on the other.
-docstrings-train: both halves.  docstrings-test: the demo's test packages, without the 1,000 queries that earlier
-    experiments have scored (NOTES.md).
+docstrings-train: both halves.  docstrings-read: the demo's training packages, which the LM has read.
+docstrings-test: the demo's test packages, without the 1,000 queries that earlier experiments have scored (NOTES.md).
 squad-choose: SQuAD's training questions; six articles are kept back (split "dev") to choose by; the others ("train")
     are split in two by article: "lm", which a base LM may have read, and "adapter".
 """
@@ -49,6 +49,8 @@ def write_docstrings(root: Path) -> None:
         folder = harvest.write_beir(collection, root / f"docstrings-{name}")
         largest = ", ".join(sorted(part, key=lambda p: -sizes[p])[:4])
         print(f"{folder}: {len(collection.queries)} queries, {len(part)} packages, the largest: {largest}")
+    read = harvest.demo_collection(show_progress_bar=False).train
+    print(f"{harvest.write_beir(read, root / 'docstrings-read')}: {len(read.queries)} queries")
     write_test(root)
 
 
