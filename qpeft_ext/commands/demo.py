@@ -12,7 +12,7 @@ def command(
     model: Annotated[str | None, typer.Option(help="Base LM.  [default: the small one that comes along]")] = None,
     data: Annotated[Path | None, typer.Option(help="BEIR folder.  [default: harvested from your packages]")] = None,
     output: Annotated[Path, typer.Option(help="Folder for report.html and the adapters.")] = Path("demo"),
-    queries: Annotated[int, typer.Option(help="How many test queries.")] = 800,
+    queries: Annotated[int, typer.Option(help="How many test queries.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of training and sampling.")] = 0,
 ) -> None:
     """Search in your own Python environment: train adapters, rerank, compare, write a report."""
