@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qpeft_ext import QPeftConfig, Reranker, get_qpeft_model, load_lm
+from qpeft_ext import QPeftConfig, QPeftModel, Reranker, get_qpeft_model, load_lm
 from qpeft_ext.demo import harvest
-from qpeft_ext.demo.run import BASE_LM
+from qpeft_ext.demo.run import ADAPTER, BASE_LM
 
 ROUTE = {"title": "maps.shortest_path", "text": "def shortest_path(graph, a, b):\n    return walk(graph, a)[b]"}
 OTHERS = [
@@ -24,7 +24,7 @@ def reranker():
 
 
 def test_it_is_small_and_says_where_it_comes_from():
-    assert sum(path.stat().st_size for path in BASE_LM.iterdir()) <= 8_000_000
+    assert sum(path.stat().st_size for folder in (BASE_LM, ADAPTER) for path in folder.iterdir()) <= 8_000_000
     recipe = json.loads((BASE_LM / "recipe.json").read_text())
     assert not set(recipe["trained_on"]) & set(harvest.TEST_PACKAGES + harvest.DEV_PACKAGES)
     assert {"recipe", "dev", "versions", "licence", "minutes"} <= set(recipe)
@@ -54,3 +54,14 @@ def test_any_text_has_ids():
 def test_weights_are_finite():
     lm = load_lm(BASE_LM)
     assert all(torch.isfinite(parameter).all() for parameter in lm.parameters())
+
+
+def test_its_adapter_belongs_to_it_and_changes_scores(reranker):
+    config = QPeftConfig.from_pretrained(ADAPTER)
+    assert (config.clues, config.generated_lora_rank) == ("attention", 16)
+    assert config.base_model_name_or_path == BASE_LM.name  # no path of the machine that trained it
+    adapted = Reranker(QPeftModel.from_pretrained(ADAPTER, load_lm(BASE_LM)))
+    query = "Compute the shortest path between two nodes"
+    assert adapted.rank(query, [*OTHERS, ROUTE])[0]["corpus_id"] == len(OTHERS)
+    pairs = [(query, document) for document in OTHERS]
+    assert abs(adapted.predict(pairs) - reranker.predict(pairs)).max() > 0.1

@@ -223,7 +223,7 @@ def _plot_differences(axes, report: Report) -> None:
     axes.set_xlabel("queries, largest gain first")
     axes.set_ylabel(f"difference in {report.measure}")
     counts = [int(which.sum()) for which in (differences > 0, differences == 0, differences < 0)]
-    axes.set_title(plain(f"{best} against {report.table.baseline}") + "\n{} gain, {} equal, {} lose".format(*counts),
+    axes.set_title(plain(f"{best}\nagainst {report.table.baseline}") + "\n{} gain, {} equal, {} lose".format(*counts),
                    fontsize=10, color=INK)
 
 
