@@ -217,8 +217,9 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
     """Ctrl-C with the first system finished and the second one under way: one line, and no worker is left."""
     out, part = tmp_path / "run", tmp_path / "run.UPR.part"
     process = Process(command(job, out, "--upr", "--devices", "cpu,cpu"))
-    process.wait_for_size(part, 10_000)
+    process.wait_for_size(tmp_path / "run.part", 1)  # the same workers make both systems
     workers = workers_of(process.popen.pid)
+    process.wait_for_size(part, 1)
     os.killpg(process.popen.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     code, _, err = process.end()
     assert code == 130 and len(workers) == 2
