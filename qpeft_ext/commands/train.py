@@ -113,6 +113,7 @@ def command(
     fitted = config.temperature == "auto" and model.qpeft_config.temperature != "auto"
     note = f" (its loss has the temperature {model.qpeft_config.temperature:g}, which fits the LM)" if fitted else ""
     say(f"wrote the adapter to {output}{note}")
+    trainer.accelerator.end_training()  # a process group that is left to the interpreter's exit can abort the process
 
 
 def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[list, list | None]:
