@@ -8,7 +8,7 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 import qpeft_ext as qpeft
 from qpeft_ext.memory import FIXED_BYTES, bytes_per_token, plan_memory
 from qpeft_ext.prompt import document_text
-from qpeft_ext.schedule import document_jobs, prefix_groups, suffix_groups, suffix_jobs
+from qpeft_ext.schedule import document_jobs, prefix_groups, prefix_tokens, suffix_groups, suffix_jobs
 
 
 @pytest.fixture(scope="module", params=["attention", "top_k", "none"])
@@ -215,3 +215,10 @@ def test_a_prompt_longer_than_the_context_is_an_error():
 def test_predict_wants_pairs(model, bad):
     with pytest.raises(ValueError, match="pairs"):
         qpeft.Reranker(model).predict(bad)
+
+
+def test_fewer_prefixes_are_held_on_a_cpu_unless_they_are_in_memory_anyway():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [prefix_tokens(2048, device, False) for device in (cpu, cuda)] == [1024, 2048]
+    assert [prefix_tokens(2048, device, True) for device in (cpu, cuda)] == [16384, 16384]
+    assert prefix_tokens(1, cpu, False) == 1  # after halving for want of memory

@@ -95,7 +95,6 @@ def main(
     from ..loading import is_encoder_decoder, load_lm, load_tokenizer, quiet_transformers
 
     started, settings, output = time.perf_counter(), settings or Settings(), Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     quiet_transformers()
     logging.getLogger("qpeft_ext").setLevel(logging.WARNING)
     packaged = model is None and data is None  # the LM and the collection that the packaged adapter is for
@@ -103,6 +102,7 @@ def main(
     lm, tokenizer = load_lm(name, dtype="float32" if model is None else None), load_tokenizer(name)
     prompt = Prompt(tokenizer, settings.config("none"), is_encoder_decoder(lm.config))
     collections = load_demo_data(data, queries, settings.train_queries, seed, prompt.fits)
+    output.mkdir(parents=True, exist_ok=True)
     say(collections.describe())
 
     train, dev, test = collections.train, collections.dev, collections.test
