@@ -253,6 +253,12 @@ def test_nothing_is_trained_on_test_or_dev_queries(done, job):
     assert not {e["query_id"] for e in more} & (test | dev)
     with pytest.raises(ValueError, match="6 training queries were asked for, there are 5"):
         data.examples("train", training.__class__(6, 2, 8, 2), 0)
+    capped = read_plan(write_plan(done / "capped.yaml", job, METHODS, **{
+        "split: test\n    candidates": "split: train\n    queries: 3\n    candidates",
+        "train: {data: data, split: train}": "train: {data: data, split: train, queries: 5}",
+        "split: dev": "split: train, queries: 4"}))
+    assert Comparison(capped, job, done / "out", "cpu").data("tiny").examples(
+        "train", training.__class__(6, 2, 8, 2), 0) == more
 
 
 # -- tables, by hand -------------------------------------------------------------------------------------------------

@@ -46,6 +46,8 @@ class Recipe:
     max_query_tokens: int = 48
     # stage 1: plain repetitions
     copy_batch: int = 32
+    copy_ids: int = 4096  # of the most frequent ids only: copying what is rare follows
+    copy_learning_rate: float = 2e-3  # at a width of 512 nothing is copied after 2,700 steps; 5e-4 does it
     copy_accuracy: float = 0.95
     copy_most_steps: int = 3000
     # stage 2: queries of documents
@@ -86,9 +88,9 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
 def copy_batch(recipe: Recipe, step: int) -> torch.Tensor:
     """``p p`` with 6 to 20 ids, [B, 2 L]; Zipf-distributed over the vocabulary, which is sorted by frequency."""
     rng = np.random.default_rng([recipe.seed, 1, step])
-    length = int(rng.integers(6, 21))
-    zipf = 1 / np.arange(1, recipe.vocabulary)
-    ids = 1 + rng.choice(recipe.vocabulary - 1, (recipe.copy_batch, length), p=zipf / zipf.sum())
+    length, count = int(rng.integers(6, 21)), min(recipe.vocabulary, recipe.copy_ids) - 1
+    zipf = 1 / np.arange(1, count + 1)
+    ids = 1 + rng.choice(count, (recipe.copy_batch, length), p=zipf / zipf.sum())
     return torch.from_numpy(np.concatenate([ids, ids], axis=1))
 
 
@@ -163,11 +165,11 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
         self.stage, self.step, self.seconds, self.log = "copy", 0, 0.0, []
 
-    def update(self, loss: torch.Tensor, share: float) -> None:
+    def update(self, loss: torch.Tensor, learning_rate: float) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * share
+            group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -213,6 +215,11 @@ class Run:
         return True
 
 
+def _decay_start(recipe: Recipe) -> int:
+    """The step from which on the learning rate falls; a multiple of 8, so that a group of batches is of one kind."""
+    return math.ceil((1 - recipe.decay) * recipe.steps / 8) * 8
+
+
 def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, passages: Path | None) -> Run:
     texts = prepare(folder, recipe.vocabulary, recipe.max_document_tokens, recipe.max_query_tokens, recipe.seed,
                     passages)  # fmt: skip
@@ -234,7 +241,7 @@ def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, pa
     while run.stage == "copy":
         with autocast:
             loss, accuracy = copy_loss(run.model, copy_batch(recipe, run.step))
-        run.update(loss, min(1.0, (run.step + 1) / recipe.warmup))
+        run.update(loss, recipe.copy_learning_rate * min(1.0, (run.step + 1) / recipe.warmup))
         accuracies = [*accuracies[-19:], accuracy]
         learned = len(accuracies) == 20 and np.mean(accuracies) > recipe.copy_accuracy
         if run.step % 100 == 0 or learned:
@@ -245,14 +252,14 @@ def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, pa
 
     losses: list[float] = []
     while run.step < recipe.steps:
-        decay_start = math.ceil((1 - recipe.decay) * recipe.steps / 8) * 8
+        decay_start = _decay_start(recipe)
         group, within = divmod(run.step, 8)
         if within == 0 or not losses:
             batches = query_batches(recipe, texts, group, run.step >= decay_start)
         share = min(1.0, (run.step + 1) / recipe.warmup, (recipe.steps - run.step) / (recipe.steps - decay_start))
         with autocast:
             loss, query_nll = query_loss(run.model, batches[within], recipe, run.step)
-        run.update(loss, share)
+        run.update(loss, recipe.learning_rate * share)
         losses.append(query_nll)
         if run.step % 100 == 0:
             log(loss=round(float(np.mean(losses[-100:])), 3))
@@ -261,6 +268,15 @@ def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, pa
         if run.step % save_every == 0 or run.step == recipe.steps:
             run.save()
     return run
+
+
+def tokens_seen(recipe: Recipe, texts: TokenisedTexts, copy_steps: int, query_steps: int) -> dict[str, int]:
+    """Tokens that the LM has read, by stage; padding is none."""
+    groups = [query_batches(recipe, texts, group, group * 8 >= _decay_start(recipe))
+              for group in range(math.ceil(query_steps / 8))]  # fmt: skip
+    batches = [batch for group in groups for batch in group][:query_steps]
+    return {"copy": sum(copy_batch(recipe, step).numel() for step in range(copy_steps)),
+            "query": sum(len(row[0]) for batch in batches for row in batch)}
 
 
 def package(run: Run, target: Path) -> None:
@@ -274,12 +290,16 @@ def package(run: Run, target: Path) -> None:
     (target / "model.safetensors").chmod(0o644)
     numbers = DevSet(texts.prompt, recipe.seed, queries=300).evaluate(model.float())  # bfloat16 values, float32 sums
     packages = harvest.package_versions(harvest.TRAIN_PACKAGES)
+    steps_done = run.step if run.stage == "query" else 0
+    copy_steps = max((row["step"] for row in run.log if row["stage"] == "copy"), default=0)
     written = {
         "what": "Base LM of qpeft_ext's demo: ranks by the likelihood of a query given Python source. No chat model.",
         "trained_by": "benchmarks/base_lm/train.py",
         "recipe": dataclasses.asdict(recipe),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "query_steps_done": run.step if run.stage == "query" else 0,
+        "copy_steps_done": copy_steps,
+        "query_steps_done": steps_done,
+        "tokens_seen": tokens_seen(recipe, texts, copy_steps, steps_done),
         "minutes": round(run.seconds / 60, 1),
         "dev": {"packages": harvest.DEV_PACKAGES, **numbers},
         "log": [row for row in run.log if row["step"] % 500 == 0 or "upr" in row],

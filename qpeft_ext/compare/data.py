@@ -69,6 +69,7 @@ class CollectionData:
 
     def _read_examples(self, which: str, count: int, negatives: int, depth: int, seed: int) -> list[dict]:
         part: Part = getattr(self.collection, which)
+        count = min(count, part.queries or count)
         taken = self._taken(dev=True)
         if part.examples:
             path = self._root / part.examples
@@ -87,7 +88,8 @@ class CollectionData:
             place = f"{data.place}, split {part.split}"
         if len(examples) < count:
             raise ValueError(f"{place}: {count} training queries were asked for, there are {len(examples)} that are "
-                             "judged, fit the prompt and are no test or dev queries")
+                             f"judged, fit the prompt and are no test or dev queries; {which}.queries of the collection "
+                             "says how many it has at most")
         return examples
 
     def _taken(self, dev: bool) -> set[str]:

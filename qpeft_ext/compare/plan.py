@@ -27,7 +27,8 @@ class Part:
     """Where training examples or dev queries come from.
 
     data: collection, below the data root.  split: of it.  run: TREC run with candidates; None: the collection's own,
-    else BM25's.  queries: at most so many (dev).  examples: jsonl with training examples, instead of data.
+    else BM25's.  queries: at most so many: of dev a sample, of training what a small collection has where methods ask
+    for more.  examples: jsonl with training examples, instead of data.
     """
 
     data: str | None = None
