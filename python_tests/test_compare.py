@@ -300,7 +300,9 @@ def test_holm_and_deviations_by_hand(job, tmp_path):
         largest = max(largest, min(1.0, factor * p))
         assert rows[name].against["first_stage"].p_holm["RR@10"] == pytest.approx(largest)
     assert "first_stage" not in rows["first stage"].against and "upr" not in rows["first stage"].against
+    assert rows["R"].against["upr"].gain["RR@10"] == 2 and rows["R"].against["upr"].lose["RR@10"] == 1
     text = markdown(plan, [table])
+    assert "| 4. R | +0.1750 (p=" in text and ", 2:1) |" in text
     assert "| 3. A | **0.7250 ± 0.0354**†‡ |" in text, text
     assert csv_text([table]).splitlines()[3].startswith("tiny,A,2,0.725,0.0353")
 

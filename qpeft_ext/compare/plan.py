@@ -98,7 +98,7 @@ class Plan:
     """A comparison.
 
     lm: a folder, a Hub id or "packaged".  options: of `QPeftConfig`, for all methods.  cache_bytes: memory for document
-    prefixes while a method ranks.  measures: the first one is plotted.
+    prefixes while a method is trained, and while it ranks.  measures: the first one is plotted.
     """
 
     path: Path

@@ -23,10 +23,13 @@ MARKS = {FIRST_STAGE: "†", UPR: "‡"}
 
 @dataclass
 class Against:
-    """Difference to a baseline, and the two-sided p-value of the paired t-test, Holm-corrected; by measure."""
+    """Difference to a baseline, the two-sided p-value of the paired t-test, Holm-corrected, and how many queries gain
+    and how many lose; by measure."""
 
-    difference: dict[str, float]
-    p_holm: dict[str, float]
+    difference: dict[str, float] = field(default_factory=dict)
+    p_holm: dict[str, float] = field(default_factory=dict)
+    gain: dict[str, int] = field(default_factory=dict)
+    lose: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -171,15 +174,23 @@ def _table(collection: str, measures: list[str], rows: list[Row], results: list[
         baselines[kind] = base.name
         others = [row for row in rows if row is not base and not (kind == UPR and row.method.method == FIRST_STAGE)]
         for row in others:
-            row.against[kind] = Against({}, {})
+            row.against[kind] = Against()
         for measure in measures:
             # the same queries for all: candidates, and so the queries with a relevant one, are the same
             p_values = [paired_test(row.per_query[measure], base.per_query[measure]) for row in others]
             for row, p in zip(others, holm(p_values), strict=True):
-                row.against[kind].difference[measure] = row.means[measure] - base.means[measure]
-                row.against[kind].p_holm[measure] = p
+                against, change = row.against[kind], _changes(row.per_query[measure], base.per_query[measure])
+                against.difference[measure] = row.means[measure] - base.means[measure]
+                against.p_holm[measure] = p
+                against.gain[measure] = sum(value > 0 for value in change)
+                against.lose[measure] = sum(value < 0 for value in change)
     num_queries = {measure: len(rows[0].per_query[measure]) for measure in measures}
     return CollectionTable(collection, measures, rows, baselines, num_queries, results)
+
+
+def _changes(values: Mapping[str, float], base: Mapping[str, float]) -> list[float]:
+    """Of each query; rounded, since a mean over seeds may miss an equal value by the last bit."""
+    return [round(values[query] - base[query], 12) for query in base]
 
 
 def _mean(values) -> float:
@@ -199,11 +210,12 @@ def quality_cell(row: Row, measure: str) -> tuple[str, str]:
 
 
 def difference_cell(row: Row, kind: str, measure: str) -> str:
-    """Difference to a baseline with its p-value; "–" for itself."""
+    """Difference to a baseline with its p-value, and queries that gain : lose; "–" for itself."""
     if kind not in row.against:
         return "–"
     against = row.against[kind]
-    return f"{against.difference[measure]:+.4f} ({format_p(against.p_holm[measure])})"
+    counts = f"{against.gain[measure]}:{against.lose[measure]}"
+    return f"{against.difference[measure]:+.4f} ({format_p(against.p_holm[measure])}, {counts})"
 
 
 def cost_cell(row: Row, name: str) -> str:
@@ -229,7 +241,8 @@ def sections(table: CollectionTable) -> list[tuple[str, list[str], list[list[str
         parts.append((f"Differences in {' and '.join(table.measures[:2])}", ["method", *heads],
                       [[name, *(difference_cell(row, kind, m) for m in table.measures[:2] for kind in table.baselines)]
                        for name, row in zip(numbered, table.rows, strict=True)],
-                      [f"Difference of means and two-sided p-value (Holm-corrected); {plotted} decides."]))
+                      ["Difference of means, two-sided p-value (Holm-corrected), queries that gain : queries that lose; "
+                       f"{plotted} decides."]))
     parts.append(("Cost", ["method", *(heading for heading, _, _ in COSTS.values())],
                   [[name, *(cost_cell(row, cost) for cost in COSTS)]
                    for name, row in zip(numbered, table.rows, strict=True)], list(COST_NOTES)))

@@ -34,15 +34,15 @@ def trained_model(plan: Plan, cell: Cell, data: CollectionData, device: str) -> 
         return model.eval(), facts | {"training": there}
     shutil.rmtree(adapter, ignore_errors=True)
     examples = data.examples(cell.method.examples, cell.method.training, cell.seed)
-    facts["training"] = _train(model, cell, examples, device, cell.folder / CHECKPOINTS)
+    facts["training"] = _train(model, cell, examples, device, cell.folder / CHECKPOINTS, plan.cache_bytes)
     shutil.rmtree(cell.folder / CHECKPOINTS, ignore_errors=True)
     model.save_pretrained(adapter)
     write_text(cell.folder / TRAINED, json.dumps(facts["training"], indent=1) + "\n")  # last: the adapter is whole
     return model, facts
 
 
-def _train(model, cell: Cell, examples: list[dict], device: str, folder) -> dict[str, Any]:
-    """Train in place; linear schedule, a tenth of the steps warms up."""
+def _train(model, cell: Cell, examples: list[dict], device: str, folder, cache_bytes: int) -> dict[str, Any]:
+    """Train in place; linear schedule, a tenth of the steps warms up. Prefixes are read again from ``cache_bytes``."""
     from transformers import TrainingArguments
 
     from ..demo.progress import TrainingBar
@@ -57,7 +57,7 @@ def _train(model, cell: Cell, examples: list[dict], device: str, folder) -> dict
         learning_rate=method.learning_rate, lr_scheduler_type="linear", save_strategy="no", report_to="none",
         logging_steps=max(1, steps // 20), seed=cell.seed, use_cpu=device == "cpu",
     )  # fmt: skip
-    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples)
+    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, cache_bytes=cache_bytes)
     TrainingBar.install(trainer, cell.name, "loss")
     started = time.perf_counter()
     with PeakMemory(model.device) as peak:
