@@ -279,7 +279,7 @@ def tokens_seen(recipe: Recipe, texts: TokenisedTexts, copy_steps: int, query_st
             "query": sum(len(row[0]) for batch in batches for row in batch)}
 
 
-def package(run: Run, target: Path) -> None:
+def package(run: Run, target: Path, dev_queries: int) -> None:
     """Write the LM in bfloat16 with its tokenizer, and recipe.json with the numbers of the packaged weights."""
     recipe = run.recipe
     texts = prepare(run.folder, recipe.vocabulary, recipe.max_document_tokens, recipe.max_query_tokens, recipe.seed)
@@ -288,12 +288,13 @@ def package(run: Run, target: Path) -> None:
     texts.tokenizer.save_pretrained(target)
     (target / "generation_config.json").unlink(missing_ok=True)
     (target / "model.safetensors").chmod(0o644)
-    numbers = DevSet(texts.prompt, recipe.seed, queries=300).evaluate(model.float())  # bfloat16 values, float32 sums
+    numbers = DevSet(texts.prompt, recipe.seed, dev_queries).evaluate(model.float())  # bfloat16 values, float32 sums
     packages = harvest.package_versions(harvest.TRAIN_PACKAGES)
     steps_done = run.step if run.stage == "query" else 0
     copy_steps = max((row["step"] for row in run.log if row["stage"] == "copy"), default=0)
     written = {
-        "what": "Base LM of qpeft_ext's demo: ranks by the likelihood of a query given Python source. No chat model.",
+        "what": f"Base LM of qpeft_ext's {'experiments' if recipe.passages else 'demo'}: ranks by the likelihood of a "
+                f"query given {'a passage or ' * (recipe.passages > 0)}Python source. No chat model.",
         "trained_by": "benchmarks/base_lm/train.py",
         "recipe": dataclasses.asdict(recipe),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -324,6 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints, the log and tokenised text")
     parser.add_argument("--package", type=Path, help="only write the last checkpoint to this folder")
+    parser.add_argument("--dev-queries", type=int, default=300, help="that --package ranks for recipe.json")
     parser.add_argument("--passages-from", type=Path, help="folder with collections; see passages.py. With --passages")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--save-every", type=int, default=250)
@@ -341,7 +343,7 @@ def main() -> None:
     run = Run(recipe, options.folder)
     if not run.resume():
         parser.error(f"{options.folder} has no complete checkpoint; train first")
-    package(run, options.package)
+    package(run, options.package, options.dev_queries)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from qpeft_ext.formats.io import write_text
 from qpeft_ext.loading import load_tokenizer
 from qpeft_ext.prompt import Prompt
 
-# Installed beside torch and the tests, and in none of the demo's lists: neither the packaged LM nor the demo knows them.
+# Installed beside torch and the tests, and in none of the demo's lists: the packaged LM has not read them.
 UNREAD_PACKAGES = (
     "_pytest", "build", "cpuinfo", "functorch", "h11", "httpcore2", "httpx2", "hypothesis", "idna", "pluggy",
     "pybind11", "pydantic", "pydantic_core", "pyproject_hooks", "pytest_benchmark", "sortedcontainers", "torchgen",

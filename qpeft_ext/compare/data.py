@@ -88,8 +88,8 @@ class CollectionData:
             place = f"{data.place}, split {part.split}"
         if len(examples) < count:
             raise ValueError(f"{place}: {count} training queries were asked for, there are {len(examples)} that are "
-                             f"judged, fit the prompt and are no test or dev queries; {which}.queries of the collection "
-                             "says how many it has at most")
+                             f"judged, fit the prompt and are no test or dev queries; {which}.queries of the "
+                             "collection can say how many it has")
         return examples
 
     def _taken(self, dev: bool) -> set[str]:

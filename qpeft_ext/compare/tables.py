@@ -241,8 +241,8 @@ def sections(table: CollectionTable) -> list[tuple[str, list[str], list[list[str
         parts.append((f"Differences in {' and '.join(table.measures[:2])}", ["method", *heads],
                       [[name, *(difference_cell(row, kind, m) for m in table.measures[:2] for kind in table.baselines)]
                        for name, row in zip(numbered, table.rows, strict=True)],
-                      ["Difference of means, two-sided p-value (Holm-corrected), queries that gain : queries that lose; "
-                       f"{plotted} decides."]))
+                      ["Difference of means, two-sided p-value (Holm-corrected), queries that gain : queries that "
+                       f"lose; {plotted} decides."]))
     parts.append(("Cost", ["method", *(heading for heading, _, _ in COSTS.values())],
                   [[name, *(cost_cell(row, cost) for cost in COSTS)]
                    for name, row in zip(numbered, table.rows, strict=True)], list(COST_NOTES)))
