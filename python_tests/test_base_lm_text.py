@@ -58,3 +58,24 @@ def test_batches_have_the_share_of_passages(root, monkeypatch):
         found = np.mean([document.tobytes() in of_passages for document in drawn])
         assert found == pytest.approx(share, abs=0.1)
     assert json.loads((root / "made" / "tokenizer.json").read_text())
+    recipe = train.Recipe(batch=32, passages=0.75, steps=8, copy_batch=4, copy_ids=50)
+    ids = [train.copy_batch(recipe, step) for step in range(3)]
+    assert all(row.shape[1] % 2 == 0 and 1 <= row.min() and row.max() < 50 for row in ids)
+    read = train.query_batches(recipe, texts, 0, decaying=False)
+    assert train.tokens_seen(recipe, texts, 3, 5) == {
+        "copy": sum(row.numel() for row in ids), "query": sum(len(row[0]) for batch in read[:5] for row in batch)}
+
+
+def test_each_stage_has_its_learning_rate(root, monkeypatch):
+    definitions = [data.Text(f"m.f{i}", f"def f{i}(x):\n    return x + {i}", [f"Add {i} to a number"])
+                   for i in range(20)] + [data.Text(f"m.g{i}", f"def g{i}(): {i}", []) for i in range(9)]
+    monkeypatch.setattr(data, "training_texts", lambda: definitions)
+    monkeypatch.setattr(train, "DevSet", lambda *args: type("Dev", (), {"evaluate": lambda self, model: {}})())
+    rates, update = [], train.Run.update
+    monkeypatch.setattr(train.Run, "update",
+                        lambda self, loss, rate: (rates.append((self.stage, rate)), update(self, loss, rate)))
+    recipe = train.Recipe(vocabulary=300, layers=1, width=16, inner_width=16, heads=2, key_value_heads=1, warmup=1,
+                          copy_most_steps=2, copy_batch=2, steps=8, batch=2, decay=0.01, copy_learning_rate=5e-4,
+                          learning_rate=1e-3, max_document_tokens=40, max_query_tokens=20, document_loss_tokens=2)
+    train.train(recipe, root / "run", 100, 100, None)
+    assert rates[:3] == [("copy", 5e-4), ("copy", 5e-4), ("query", 1e-3)] and len(rates) == 10

@@ -224,6 +224,21 @@ def test_changed_settings_redo_what_they_concern(done, job, tmp_path, capsys):
     assert "CandidateRecall@3" in results(out)["Q-PEFT-A", 0]["per_query"]
 
 
+def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):
+    from qpeft_ext import train
+
+    budgets, init = [], train.QPeftTrainer.__init__
+
+    def spy(self, *args, cache_bytes=0, **options):
+        budgets.append(cache_bytes)
+        init(self, *args, cache_bytes=cache_bytes, **options)
+
+    monkeypatch.setattr(train.QPeftTrainer, "__init__", spy)
+    plan = write_plan(tmp_path / "plan.yaml", job, ["A: {method: q_peft_a, learning_rate: 1e-2}"],
+                      **{"seeds: [0, 1]": "seeds: [0]"})
+    assert compare(plan, job, tmp_path / "out") == 0 and budgets == [1_000_000]
+
+
 def test_a_method_that_fails_does_not_stop_the_others(job, tmp_path, capsys):
     bad = "odd LoRA: {method: lora, learning_rate: 1e-2, peft: {target_modules: [nowhere]}}"
     others = ["UPR: {method: upr}", "sim: {method: similarity}", "sim + BM25: {method: fusion, of: sim}"]
@@ -305,6 +320,9 @@ def test_holm_and_deviations_by_hand(job, tmp_path):
     assert "| 4. R | +0.1750 (p=" in text and ", 2:1) |" in text
     assert "| 3. A | **0.7250 ± 0.0354**†‡ |" in text, text
     assert csv_text([table]).splitlines()[3].startswith("tiny,A,2,0.725,0.0353")
+    table.results[-1]["training"] = {"queries": 3}  # of the 4 that the plan asks for
+    assert "R: trained on 3 queries, all that the collection gives." in table.notes()
+    assert not any(note.startswith("A: trained on") for note in table.notes())
 
 
 def test_candidate_recall_by_hand():

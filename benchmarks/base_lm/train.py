@@ -256,7 +256,7 @@ def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, pa
         group, within = divmod(run.step, 8)
         if within == 0 or not losses:
             batches = query_batches(recipe, texts, group, run.step >= decay_start)
-        share = min(1.0, (run.step + 1) / recipe.warmup, (recipe.steps - run.step) / (recipe.steps - decay_start))
+        share = min(1.0, (run.step + 1) / recipe.warmup, (recipe.steps - run.step) / max(1, recipe.steps - decay_start))
         with autocast:
             loss, query_nll = query_loss(run.model, batches[within], recipe, run.step)
         run.update(loss, recipe.learning_rate * share)

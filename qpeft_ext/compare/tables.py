@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,9 @@ class CollectionTable:
                          f"p < {SIGNIFICANT}, Holm-corrected for {tested} methods.")
         lines += [f"{row.name}: {row.seeds} of {row.expected} seeds have a result." for row in self.rows
                   if row.seeds < row.expected]
+        short = {row.name: n for row in self.rows for r in self.results if r["method"] == row.name
+                 and (n := r.get("training", {}).get("queries", math.inf)) < row.method.training.queries}
+        lines += [f"{name}: trained on {n} queries, all that the collection gives." for name, n in short.items()]
         fused = [f"{r['method']} (seed {r['seed']}): {', '.join(f'{w:.2f}' for w in r['fusion']['weights'])} on "
                  f"{r['fusion']['dev_queries']} dev queries" for r in self.results if "fusion" in r]
         return lines + ([f"Weights of the method and of the first stage: {'; '.join(fused)}."] if fused else [])
