@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -222,6 +223,24 @@ def test_changed_settings_redo_what_they_concern(done, job, tmp_path, capsys):
     assert trained == {path: path.stat().st_mtime_ns for path in out.rglob("trained.json")}  # nothing trained again
     assert made_anew(*some, **fewer, **{"CandidateRecall@2]": "CandidateRecall@3]"}) == {}  # from the run files
     assert "CandidateRecall@3" in results(out)["Q-PEFT-A", 0]["per_query"]
+
+
+def test_copied_data_is_the_same_data_and_a_changed_document_is_not(done, job, tmp_path, capsys):
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    shutil.copytree(done / "out", out)
+    shutil.copytree(job, copy)
+    corpus = next(copy.rglob("corpus.jsonl"))
+    documents = [json.loads(line) for line in corpus.read_text().splitlines()]
+
+    def made_anew() -> int:
+        capsys.readouterr()
+        assert compare(done / "plan.yaml", copy, out, "--method", "UPR") == 0
+        return sum("made anew, since test changed" in line for line in capsys.readouterr().out.splitlines())
+
+    os.utime(corpus, (1, 1))
+    assert made_anew() == 0
+    corpus.write_text("".join(json.dumps(d | {"text": d["text"].upper()}) + "\n" for d in documents))
+    assert made_anew() == 2  # the first stage and UPR; BM25 does not mind capitals
 
 
 def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):

@@ -34,10 +34,16 @@ class Ranked:
 
     @cached_property
     def digest(self) -> str:
-        """A short fingerprint of all that a method's ranking, and its evaluation, depends on."""
+        """A short fingerprint of all that a method's ranking, and its evaluation, depends on.
+
+        The texts themselves count, not the file: a copy of the data is the same data.
+        """
         content = [[q, text, self.qrels[q], [d for d, _ in self.candidates.get(q, ())]]
                    for q, text in self.queries.items()]
-        return digest([content, self.corpus.version() if hasattr(self.corpus, "version") else None])
+        texts = hashlib.sha256()
+        for doc_id in sorted({d for found in self.candidates.values() for d, _ in found}):
+            texts.update(digest(self.corpus[doc_id]).encode())
+        return digest([content, texts.hexdigest()])
 
 
 class CollectionData:
