@@ -41,6 +41,7 @@ VARIANTS: tuple[dict, ...] = (
     {"clues": "top_k", "clue_embeddings": "low_rank", "score_gate": True},
     {"clues": "attention", "generated_lora_rank": 16},
     {"clues": "none", "generated_lora_rank": 16},
+    {"clues": "top_k", "generated_lora_rank": 16, "target_modules": ("all-linear",)},
     {"clues": "none", "num_virtual_tokens": 20},
     {"clues": "none", "num_virtual_tokens": 20, "soft_prompt_mlp": 256},
     {"clues": "attention", "num_virtual_tokens": 20},

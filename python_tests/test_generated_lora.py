@@ -9,6 +9,7 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 from qpeft_ext.batch import assemble_rows
+from qpeft_ext.generated_lora import find_targets
 from qpeft_ext.losses import pairwise
 from qpeft_ext.suffix_pass import log_likelihood
 
@@ -100,6 +101,19 @@ def test_all_linear_updates_every_layer_but_the_head(family):
     moved = scores(model)
     torch.testing.assert_close(scores(model, path="plain"), moved, rtol=0, atol=1e-4)
     assert (moved - scores(model_with(tiny_lm(family)))).abs().max() > 1e-3  # than with the default targets
+
+
+def test_all_linear_leaves_out_gates_of_one_output():
+    """Of a mixture of experts with a shared expert: an update of rank 16 has no room in one number."""
+    from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+    config = Qwen2MoeConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_experts=2,
+                            num_attention_heads=2, num_key_value_heads=2, shared_expert_intermediate_size=8)
+    lm = AutoModelForCausalLM.from_config(config)
+    gate = lm.model.layers[0].mlp.shared_expert_gate
+    found = find_targets(lm, ["all-linear"])
+    assert gate.out_features == 1 and gate not in found.values()
+    assert lm.model.layers[0].mlp.shared_expert.up_proj in found.values()
 
 
 def test_explanations_name_the_layers():

@@ -34,8 +34,37 @@ def test_a_beir_folder_becomes_an_adapter(job, tmp_path, clues, capsys):
     assert "3 training examples" in out and "parameters are trained" in out and "wrote the adapter to" in out
     assert "(its loss has the temperature 0." in out
     reranker = qpeft.Reranker.from_pretrained(tmp_path / "adapter")
-    assert reranker.model.qpeft_config.clues == clues
+    config = reranker.model.qpeft_config
+    assert (config.clues, config.generated_lora_rank, config.target_modules) == (clues, 16, ("all-linear",))
     assert len(reranker.rank(QUERIES["q1"], ["the sea", "the moon"])) == 2
+
+
+@pytest.mark.parametrize(("given", "rank"), [
+    ((), 16),
+    (("--generated-lora-rank", 0), None),
+    (("--generated-lora-rank", 4), 4),
+    (("--option", "generated_lora_rank=null"), None),
+    (("--generated-lora-rank", 4, "--option", "generated_lora_rank=2"), 2),
+    (("--loss", "pointwise"), None),
+    (("--clues", "none", "--option", "num_virtual_tokens=2"), None),
+    (("--clues", "none", "--generated-lora-rank", 4), 4),
+    (("--option", "compat=official", "--option", "temperature=0.2"), None),
+])
+def test_clues_come_with_a_generated_lora(job, tmp_path, monkeypatch, given, rank):
+    """Unless something is asked for that has none."""
+    from qpeft_ext import model
+
+    class Asked(Exception):
+        pass
+
+    def stop(lm, config):
+        raise Asked(config)
+
+    monkeypatch.setattr(model, "get_qpeft_model", stop)
+    with pytest.raises(Asked) as asked:
+        qpeft.cli.app(["train", "--base-model", str(job / "lm"), "--output", str(tmp_path / "adapter"), "--device",
+                       "cpu", "--data", str(job / "data"), *map(str, given)], standalone_mode=False)
+    assert asked.value.args[0].generated_lora_rank == rank
 
 
 def test_any_option_of_the_config(job, tmp_path, capsys):

@@ -30,8 +30,8 @@ class GeneratedLora(nn.Module):
     Args:
         lm: the language model, or a `peft` model of it, whose own adapters stay in force.
         width: D, of the embeddings.  rank: of the update.
-        target_modules: endings of module names, as in `peft`, or "all-linear", every linear layer but the head; None
-            takes the first of `DEFAULT_TARGETS` that is there.
+        target_modules: endings of module names, as in `peft`, or "all-linear", every linear layer but the head and
+            gates of one output; None takes the first of `DEFAULT_TARGETS` that is there.
     Raises: ValueError for a target that is not there, is no linear layer, or has fewer than ``rank`` inputs or outputs.
     """
 
@@ -89,7 +89,7 @@ class GeneratedLora(nn.Module):
             if x.dim() != 3 or len(x) != len(gate):
                 raise ValueError(f"QPeftConfig: target module {self.names[layer]} reads {list(x.shape)}, expected "
                                  f"[{len(gate)}, L, D]: what does not see the rows apart, as in a mixture of experts, "
-                                 "cannot be updated per query")
+                                 "cannot be updated per query; leave it out of target_modules")
             a, b = (weight[layer].to(x.device, x.dtype) for weight in (self.a, self.b))
             inner = (x @ a.T) * gate[:, None].to(x.device, x.dtype)
             if suffix is not None:
@@ -123,7 +123,7 @@ def find_targets(lm: nn.Module, target_modules: Sequence[str] | None) -> dict[st
     decoder = {id(module) for module in lm.get_decoder().modules()}
     modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in decoder}
     if target_modules is not None and list(target_modules) == [ALL_LINEAR]:
-        return modules
+        return {name: module for name, module in modules.items() if _sizes(name, module)[1] > 1}  # no gates
     for wanted in DEFAULT_TARGETS if target_modules is None else (target_modules,):
         found = {name: module for name, module in modules.items() if any(_ends(name, ending) for ending in wanted)}
         if target_modules is None and not found:

@@ -27,13 +27,17 @@ def command(
     split: Annotated[str, typer.Option(help="Which split of --data to train on, if it has any.")] = "train",
     num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 11,
     depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
-    clues: Annotated[str, typer.Option(help="attention (Q-PEFT-A), top_k (Q-PEFT-R) or none.")] = "attention",
+    clues: Annotated[str, typer.Option(help="top_k (Q-PEFT-R), attention (Q-PEFT-A) or none.")] = "top_k",
     k: Annotated[int, typer.Option(help="Clues per document, for top_k.")] = 10,
     num_heads: Annotated[int, typer.Option(help="Attention heads, for attention.")] = 8,
     rank: Annotated[int | None, typer.Option(help="Inner width of the clue module.  [default: 256 at most]")] = None,
+    generated_lora_rank: Annotated[
+        int | None, typer.Option(help="Of the update of the LM that the query generates; 0: none.  [default: 16 with "
+                                      "clues]")
+    ] = None,
     loss: Annotated[str, typer.Option(help="pointwise_pairwise, listwise, contrastive, ...")] = "listwise",
     margin: Annotated[float, typer.Option(help="Of the pairwise loss, in nats per query token.")] = 0.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 1e-3,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
     max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,
@@ -79,7 +83,8 @@ def command(
     settings = {"clues": clues, "k": k, "num_heads": num_heads, "rank": "auto" if rank is None else rank, "loss": loss,
                 "margin": margin, "queries_per_group": queries_per_group, "num_hard_negatives": num_negatives,
                 "max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens, "seed": seed}
-    config = QPeftConfig(**settings | parse_options(option or []))
+    given = parse_options(option or [])
+    config = QPeftConfig(**settings | _generated_lora(generated_lora_rank, settings | given) | given)
     if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
                          "a soft prompt: --option num_virtual_tokens=20")
@@ -114,6 +119,16 @@ def command(
     note = f" (its loss has the temperature {model.qpeft_config.temperature:g}, which fits the LM)" if fitted else ""
     say(f"wrote the adapter to {output}{note}")
     trainer.accelerator.end_training()  # a process group that is left to the interpreter's exit can abort the process
+
+
+def _generated_lora(rank: int | None, settings: dict) -> dict:
+    """Beside clues it is the default, since both together rank best (`benchmarks/quality/NOTES.md`)."""
+    if "generated_lora_rank" in settings:  # an --option
+        return {}
+    if rank is None:
+        alone = settings["clues"] == "none" or settings["loss"] == "pointwise" or settings.get("compat") == "official"
+        rank = 0 if alone else 16
+    return {"generated_lora_rank": rank, "target_modules": ("all-linear",)} if rank else {}
 
 
 def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[list, list | None]:
