@@ -87,7 +87,7 @@ def command(
     config = QPeftConfig(**settings | _generated_lora(generated_lora_rank, settings | given) | given)
     if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
-                         "a soft prompt: --option num_virtual_tokens=20")
+                         "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20")
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
     device = default_device(device)
     quiet_transformers()
