@@ -349,7 +349,7 @@ def test_from_documents_to_an_adapter(job, expected, tmp_path, capsys):
         assert len(row["negatives"]) == min(11, len(others)) and {d["id"] for d in row["negatives"]} <= others
     assert formats.read_examples(expected) == rows
     assert main(["train", "--base-model", str(job / "lm"), "--train", str(expected), "--output", str(tmp_path / "a"),
-                 "--num-heads", "4", "--rank", "8", "--max-steps", "2", "--device", "cpu"]) == 0
+                 "--rank", "8", "--max-steps", "2", "--device", "cpu"]) == 0
     assert f"{len(rows)} training examples" in capsys.readouterr().out
 
 

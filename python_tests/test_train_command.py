@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def train(job, output, *options) -> int:
-    return main(["train", "--base-model", str(job / "lm"), "--output", str(output), "--num-heads", "4", "--rank", "8",
+    return main(["train", "--base-model", str(job / "lm"), "--output", str(output), "--option", "num_heads=4", "--rank", "8",
                  "--max-steps", "3", "--deterministic", "--device", "cpu", *map(str, options)])
 
 

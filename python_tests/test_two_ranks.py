@@ -75,7 +75,7 @@ def test_the_command(job, tmp_path, monkeypatch):
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
     output = tmp_path / "adapter"
     options = ["-m", "qpeft_ext.cli", "train", "--base-model", job / "lm", "--data", job / "data", "--output", output,
-               "--num-heads", 4, "--rank", 8, "--max-steps", 3, "--device", "cpu", "--queries-per-group", 2,
+               "--rank", 8, "--max-steps", 3, "--device", "cpu", "--queries-per-group", 2,
                "--save-steps", 1, "--run", job / "data" / "run.trec"]
     first, second = finish(on_ranks(2, *options))
     assert "wrote the adapter to" in first and second == ""

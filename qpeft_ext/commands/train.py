@@ -28,8 +28,8 @@ def command(
     num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 11,
     depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
     clues: Annotated[str, typer.Option(help="top_k (Q-PEFT-R), attention (Q-PEFT-A) or none.")] = "top_k",
-    k: Annotated[int, typer.Option(help="Clues per document, for top_k.")] = 10,
-    num_heads: Annotated[int, typer.Option(help="Attention heads, for attention.")] = 8,
+    k: Annotated[int | None, typer.Option(help="Clues per document, for top_k.  [default: 10]")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads, for attention.  [default: 8]")] = None,
     rank: Annotated[int | None, typer.Option(help="Inner width of the clue module.  [default: 256 at most]")] = None,
     generated_lora_rank: Annotated[
         int | None, typer.Option(help="Of the update of the LM that the query generates; 0: none.  [default: 16 with "
@@ -80,10 +80,11 @@ def command(
     from ..loading import default_device, load_lm, quiet_transformers
     from .common import say
 
-    settings = {"clues": clues, "k": k, "num_heads": num_heads, "rank": "auto" if rank is None else rank, "loss": loss,
-                "margin": margin, "queries_per_group": queries_per_group, "num_hard_negatives": num_negatives,
+    settings = {"clues": clues, "rank": "auto" if rank is None else rank, "loss": loss, "margin": margin,
+                "queries_per_group": queries_per_group, "num_hard_negatives": num_negatives,
                 "max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens, "seed": seed}
     given = parse_options(option or [])
+    settings |= _of_the_clues((settings | given)["clues"], k, num_heads)
     config = QPeftConfig(**settings | _generated_lora(generated_lora_rank, settings | given) | given)
     if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
@@ -119,6 +120,20 @@ def command(
     note = f" (its loss has the temperature {model.qpeft_config.temperature:g}, which fits the LM)" if fitted else ""
     say(f"wrote the adapter to {output}{note}")
     trainer.accelerator.end_training()  # a process group that is left to the interpreter's exit can abort the process
+
+
+def _of_the_clues(clues: str, k: int | None, num_heads: int | None) -> dict[str, int]:
+    """Raises: ValueError for an option of another kind of clues, which would do nothing."""
+    from ..config import CLUES
+
+    options = {}
+    for flag, name, value, kind in (("--k", "k", k, "top_k"), ("--num-heads", "num_heads", num_heads, "attention")):
+        if value is not None and clues in CLUES and clues != kind:  # a typo is the config's to name
+            raise ValueError(f"{flag} {value} is of --clues {kind} and does nothing with {clues}; leave it out, or "
+                             f"train with --clues {kind}")
+        if value is not None:
+            options[name] = value
+    return options
 
 
 def _generated_lora(rank: int | None, settings: dict) -> dict:
