@@ -282,6 +282,8 @@ def test_training_corrects_a_choice_that_the_frozen_embeddings_get_wrong():
     ({"clues": "attention", "source": "candidates"}, "source='candidates' needs clues='top_k', got clues='attention'"),
     ({"clues": "none", "score_gate": True}, "score_gate=True needs clues='top_k'"),
     ({"clues": "attention", "clue_embeddings": "full"}, "clue_embeddings='full' needs clues='top_k'"),
+    ({"clues": "attention", "selection": "random"}, "selection='random' needs clues='top_k'"),
+    ({"clues": "none", "similarity": "dot"}, "similarity='dot' needs clues='top_k'"),
     ({"selection": "random", "source": "vocabulary"}, "selection='random' needs source='document' or 'candidates'"),
     ({"selection": "random", "score_gate": True}, "no scores that score_gate=True could train"),
 ])  # fmt: skip

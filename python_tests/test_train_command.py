@@ -23,8 +23,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def train(job, output, *options) -> int:
-    return main(["train", "--base-model", str(job / "lm"), "--output", str(output), "--option", "num_heads=4", "--rank", "8",
-                 "--max-steps", "3", "--deterministic", "--device", "cpu", *map(str, options)])
+    return main(["train", "--base-model", str(job / "lm"), "--output", str(output), "--option", "num_heads=4", "--rank",
+                 "8", "--max-steps", "3", "--deterministic", "--device", "cpu", *map(str, options)])
 
 
 @pytest.mark.parametrize("clues", ["attention", "top_k"])

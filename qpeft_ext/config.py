@@ -188,7 +188,8 @@ class QPeftConfig:
     def _expect_compatible(self) -> None:
         """An option that does nothing beside the others must not be set in vain."""
         table = OFFICIAL["clue_embeddings"] if self.compat == "official" else "frozen"
-        for name, default in (("source", "document"), ("clue_embeddings", table), ("score_gate", False)):
+        for name, default in (("source", "document"), ("clue_embeddings", table), ("score_gate", False),
+                              ("similarity", "cosine"), ("selection", "similarity")):
             if self.clues != "top_k" and getattr(self, name) != default:
                 raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
                                  f"{self.clues!r}")
