@@ -79,3 +79,30 @@ def test_each_stage_has_its_learning_rate(root, monkeypatch):
                           learning_rate=1e-3, max_document_tokens=40, max_query_tokens=20, document_loss_tokens=2)
     train.train(recipe, root / "run", 100, 100, None)
     assert rates[:3] == [("copy", 5e-4), ("copy", 5e-4), ("query", 1e-3)] and len(rates) == 10
+
+
+def test_likelihoods_and_validation_loss_are_the_rerankers(monkeypatch):
+    """`Reranker` is another way to the same numbers."""
+    import evaluate
+
+    import qpeft_ext as qpeft
+    from qpeft_ext.demo import harvest
+    from qpeft_ext.demo.run import BASE_LM
+
+    texts = ["def add(x, y): return x + y", "def area(r): return 3.14 * r ** 2", "class Stack: pop = push = None"]
+    documents = {f"d{i}": {"id": f"d{i}", "title": f"m.f{i}", "text": text} for i, text in enumerate(texts)}
+    queries = {"q0": "Add two numbers", "q1": "the area of a circle, given its radius", "q2": "last in first out"}
+    qrels = {"q0": {"d2": 1}, "q1": {"d1": 1}, "q2": {"d0": 1}}
+    monkeypatch.setattr(harvest, "harvest",
+                        lambda *args, **options: harvest.Collection(documents, queries, qrels, {}, {}))
+    lm = qpeft.load_lm(str(BASE_LM), dtype="float32")
+    model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none"))
+    dev = evaluate.DevSet(model.prompt, 0, candidates=3)
+    pairs = [(q, d) for q in range(3) for d in range(3)]
+    sums = qpeft.Reranker(model).predict([(queries[f"q{q}"], documents[f"d{d}"]) for q, d in pairs])
+    found = dev.log_likelihoods(lm, pairs)
+    np.testing.assert_allclose([tokens.sum().item() for tokens in found], sums, atol=1e-3)
+    measured, relevant = dev.evaluate(lm), sums[[2, 4, 6]].sum()
+    assert measured["loss"] == pytest.approx(-relevant / sum(map(len, dev.queries)), abs=2e-4)
+    characters = sum(len(text.replace(" ", "")) for text in queries.values())
+    assert measured["loss_per_character"] == pytest.approx(-relevant / characters, abs=2e-4)

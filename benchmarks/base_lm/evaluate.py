@@ -1,7 +1,12 @@
-"""Ranking quality of a base LM on the demo's dev packages: UPR over BM25's candidates."""
+"""Ranking quality and validation loss of base LMs on the demo's dev packages: UPR over BM25's candidates.
+
+    python benchmarks/base_lm/evaluate.py qpeft_ext/demo/base_lm build/base_lm_again
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 
 import bm25s
@@ -10,7 +15,9 @@ import torch
 from data import prompt_rows
 from likelihood import hidden_states, log_likelihoods
 
+from qpeft_ext import QPeftConfig
 from qpeft_ext.demo import harvest
+from qpeft_ext.loading import load_lm, load_tokenizer
 from qpeft_ext.prompt import Prompt
 
 HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -40,27 +47,27 @@ class DevSet:
         self.candidates = np.asarray(found)
         numbers = {id: number for number, id in enumerate(self.ids)}
         self.relevant = np.array([numbers[next(iter(collection.qrels[query]))] for query in collection.queries])
-        self.queries = prompt.queries(list(collection.queries.values()))
+        self.query_texts = list(collection.queries.values())
+        self.queries = prompt.queries(self.query_texts)
         self.documents = prompt.documents(documents)
         self.random = np.random.default_rng(seed).random(self.candidates.shape)
 
     @torch.no_grad()
-    def scores(self, model) -> np.ndarray:
-        """Mean log-likelihood of each query given each of its candidates, [Q, candidates]."""
-        pairs: dict[int, list[tuple[int, int]]] = {}  # document -> its (query, rank) pairs: one prefix for all
-        for query, row in enumerate(self.candidates):
-            for rank, document in enumerate(row):
-                pairs.setdefault(int(document), []).append((query, rank))
-        jobs = [(doc, wanted[at : at + 8]) for doc, wanted in pairs.items() for at in range(0, len(wanted), 8)]
+    def log_likelihoods(self, model, pairs: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """log p of each token of a query given a document, for pairs of a query and a document (their numbers)."""
+        of_document: dict[int, list[int]] = {}  # document -> its pairs, which share a prefix
+        for number, (_, document) in enumerate(pairs):
+            of_document.setdefault(document, []).append(number)
+        jobs = [(doc, wanted[at : at + 8]) for doc, wanted in of_document.items() for at in range(0, len(wanted), 8)]
         rows = [
             prompt_rows(
                 np.array(self.documents[doc].document_ids, np.int64),
-                [(np.array(self.queries[query]), None) for query, _ in wanted],
+                [(np.array(self.queries[pairs[number][0]]), None) for number in wanted],
                 self.prompt,
             )
             for doc, wanted in jobs
         ]
-        scores = np.zeros(self.candidates.shape)
+        found: list[torch.Tensor] = [torch.empty(0)] * len(pairs)
         order = sorted(range(len(rows)), key=lambda job: len(rows[job][0]))
         for start in range(0, len(order), 16):
             batch = order[start : start + 16]
@@ -68,20 +75,35 @@ class DevSet:
             log_p = log_likelihoods(model, hidden, ids, is_query).split(is_query.sum(1).tolist())
             for job, values in zip(batch, log_p, strict=True):
                 wanted = jobs[job][1]
-                lengths = [len(self.queries[query]) for query, _ in wanted]
-                for (query, rank), tokens in zip(wanted, values.split(lengths), strict=True):
-                    scores[query, rank] = tokens.mean().item()
-        return scores
+                lengths = [len(self.queries[pairs[number][0]]) for number in wanted]
+                for number, tokens in zip(wanted, values.split(lengths), strict=True):
+                    found[number] = tokens
+        return found
+
+    def scores(self, model) -> np.ndarray:
+        """Mean log-likelihood of each query given each of its candidates, [Q, candidates]."""
+        pairs = [(query, int(document)) for query, row in enumerate(self.candidates) for document in row]
+        means = [tokens.mean().item() for tokens in self.log_likelihoods(model, pairs)]
+        return np.array(means).reshape(self.candidates.shape)
+
+    def loss(self, model) -> dict[str, float]:
+        """Validation loss: nats per token of the queries, each given its document; and per character that is no white
+        space, which LMs with other tokenizers have the same number of."""
+        found = torch.cat(self.log_likelihoods(model, list(enumerate(self.relevant.tolist()))))
+        characters = sum(len("".join(text.split())) for text in self.query_texts)
+        loss, total = -found.mean().item(), -found.sum().item()
+        return {"loss": round(loss, 4), "loss_per_character": round(total / characters, 4)}
 
     def evaluate(self, model) -> dict[str, float]:
-        """nDCG@10 of random order, BM25, UPR, and the sum of BM25 and UPR after standardising both per query."""
+        """nDCG@10 of random order, BM25, UPR, and the sum of BM25 and UPR, both standardised per query; and `loss`."""
         was_training = model.training
         model.eval()
-        upr = self.scores(model)
+        upr, loss = self.scores(model), self.loss(model)
         model.train(was_training)
         fused = _standardised(self.bm25) + _standardised(upr)
         ways = {"random": self.random, "bm25": self.bm25, "upr": upr, "fused": fused}
-        return {name: round(self.ndcg(scores), 4) for name, scores in ways.items()} | {"queries": len(self.queries)}
+        measured = {name: round(self.ndcg(scores), 4) for name, scores in ways.items()}
+        return measured | loss | {"queries": len(self.queries)}
 
     def ndcg(self, scores: np.ndarray) -> float:
         """nDCG@10 with one relevant document per query; a query whose document BM25 missed counts 0."""
@@ -92,3 +114,20 @@ class DevSet:
 
 def _standardised(scores: np.ndarray) -> np.ndarray:
     return (scores - scores.mean(1, keepdims=True)) / (scores.std(1, keepdims=True) + 1e-9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lm", nargs="+", help="folders of LMs")
+    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--max-document-tokens", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    config = QPeftConfig(clues="none", max_document_tokens=options.max_document_tokens, max_query_tokens=48)
+    for folder in options.lm:
+        dev = DevSet(Prompt(load_tokenizer(folder), config), options.seed, options.queries)
+        print(json.dumps({"lm": folder} | dev.evaluate(load_lm(folder, dtype="float32"))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
