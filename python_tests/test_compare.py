@@ -153,6 +153,7 @@ def test_the_page(done):
         assert text in page or text == "8 queries"
     text = (done / "out" / "comparison.md").read_text()
     assert "| 6. Q-PEFT-A |" in text and "### Cost" in text and "## Methods" in text
+    assert "4 queries with 2 negatives, 2 a step, 1 epoch, learning rate " in text
 
 
 def test_again_and_table_only(done, job, capsys):
