@@ -304,8 +304,8 @@ def describe_methods(plan: Plan) -> list[tuple[str, str]]:
             training = method.training
             kind = "synthetic queries" if method.examples == "synthetic" else "queries"
             epochs = "1 epoch" if training.epochs == 1 else f"{training.epochs:g} epochs"
-            facts.append(f"{training.queries} {kind} with {training.negatives} negatives, {training.queries_per_step} a "
-                         f"step, {epochs}, learning rate {method.learning_rate:g}")
+            facts.append(f"{training.queries} {kind} with {training.negatives} negatives, "
+                         f"{training.queries_per_step} a step, {epochs}, learning rate {method.learning_rate:g}")
         found.append((name, "; ".join(facts)))
     return found
 
