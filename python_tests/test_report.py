@@ -151,6 +151,14 @@ def test_terminal():
     assert "s per query" in text and "Example 3: long" in text and "'bfs' 0.91" in text and "…" in text
 
 
+def test_a_token_in_several_places_is_listed_once():
+    report = make_report()
+    report.examples = [Example("q", "d", "sea tide sea", [Clue(0, 3, 0.5), Clue(9, 12, 0.75), Clue(4, 8, 0.25)], 1, 1)]
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console.print(render(report))
+    assert "clues: 'sea' 0.75, 'tide' 0.25" in (line.strip() for line in console.export_text().splitlines())
+
+
 def test_one_system_and_one_query():
     """No baseline to compare with and no variance: still a page."""
     report = make_report(num_queries=1, num_systems=1)

@@ -254,5 +254,8 @@ def _marked_text(example: Example):
 
 
 def _clue_list(example: Example, count: int = 10) -> str:
-    heaviest = sorted(example.clues, key=lambda clue: (-clue.weight, clue.start))[:count]
-    return ", ".join(f"{example.text[c.start:c.end].strip()!r} {c.weight:.2g}" for c in heaviest) or "none"
+    """The heaviest clues; a token that stands in several places is one of them, with its largest weight."""
+    weights: dict[str, float] = {}
+    for clue in sorted(example.clues, key=lambda clue: (-clue.weight, clue.start)):
+        weights.setdefault(example.text[clue.start : clue.end].strip(), clue.weight)
+    return ", ".join(f"{token!r} {weight:.2g}" for token, weight in list(weights.items())[:count]) or "none"
