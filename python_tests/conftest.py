@@ -1,7 +1,14 @@
 """Fixtures of all tests."""
 
+import contextlib
+
 import pytest
 import torch
+
+from qpeft_ext.without_jax import import_bm25s
+
+with contextlib.suppress(ImportError):
+    import_bm25s()  # before a test does it, and JAX with it
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

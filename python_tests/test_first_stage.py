@@ -1,6 +1,7 @@
 """BM25: a hand-computed score, odd queries and documents, and known figures on real data."""
 
 import math
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -129,6 +130,30 @@ def test_without_bm25s(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(ImportError, match=r"pip install qpeft_ext\[bm25\]"):
         bm25_run(CORPUS, QUERIES)
+
+
+def test_bm25s_without_jax(tmp_path):
+    """Importing bm25s would run an operation of JAX, which takes most of a GPU's memory. Other packages may have it."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").touch()
+    (tmp_path / "jax" / "lax.py").write_text("def top_k(*arguments): raise SystemExit('an operation of JAX has run')")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from qpeft_ext.clue_filters import stop_words
+from qpeft_ext.first_stage import BM25
+assert "the" in stop_words()
+assert BM25({{"d": {{"text": "red fox"}}}}).search("fox", 1)[0][0] == "d"
+assert "jax" not in sys.modules
+import jax
+from qpeft_ext.without_jax import import_bm25s
+import_bm25s()
+assert sys.modules["jax"] is jax
+import bm25s.selection
+assert not bm25s.selection.JAX_IS_AVAILABLE
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("name, split, figure", [

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 import transformers
-from bm25s.stopwords import STOPWORDS_EN_PLUS
 from families.tiny import tiny_lm, tiny_tokenizer
 from families.tiny_llama import tiny_llama, tiny_llama_tokenizer
 from official_restatement import Official, Refused
@@ -16,6 +15,7 @@ import qpeft_ext as qpeft
 from qpeft_ext.batch import assemble_rows
 from qpeft_ext.official.filters import allowed_pieces
 from qpeft_ext.official.likelihood import counted_tokens
+from qpeft_ext.without_jax import import_bm25s
 
 QUERIES = ["why is the tide high?", "boats", "the moon"]
 DOCUMENTS = [
@@ -54,7 +54,8 @@ def restated(model: qpeft.QPeftModel) -> Official:
         model.lm, model.tokenizer, weights, {"none": 0, "top_k": 3, "attention": 4}[config.clues], config.k,
         config.num_heads, "d" + "".join(letter for letter, name in LETTERS.items() if name in config.filters),
         {"document_first": "suffix", "clues_first": "prefix"}[config.layout], config.similarity == "cosine",
-        config.max_document_tokens, frozenset(STOPWORDS_EN_PLUS), config.instruction)  # fmt: skip
+        config.max_document_tokens, frozenset(import_bm25s("bm25s.stopwords").STOPWORDS_EN_PLUS),
+        config.instruction)  # fmt: skip
 
 
 def clue_ids(model, query: str, document) -> list[int]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import ClueInputs
+from .without_jax import import_bm25s
 
 
 class ClueFilter(nn.Module):
@@ -57,7 +58,7 @@ def allowed_ids(tokenizer, vocabulary: int, filters: tuple[str, ...] = ()) -> Te
 def stop_words() -> frozenset[str]:
     """The English list of bm25s."""
     try:
-        from bm25s.stopwords import STOPWORDS_EN_PLUS as words
+        words = import_bm25s("bm25s.stopwords").STOPWORDS_EN_PLUS
     except ImportError:
         raise ImportError("the stop_words filter takes its list from bm25s; pip install 'qpeft_ext[bm25]'") from None
     return frozenset(words)

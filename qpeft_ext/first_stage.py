@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .formats.corpus import drop_leftovers
 from .formats.io import cache_folder, sync_folder
 from .formats.trec import Run
+from .without_jax import import_bm25s
 
 _WORD = r"(?u)[^\W_]+"
 _INDEX_VERSION = 1  # of how tokens are made
@@ -40,7 +41,7 @@ class BM25:
         self, corpus: Mapping[str, dict], *, k1: float = 0.9, b: float = 0.4, show_progress_bar: bool | None = None
     ) -> None:
         try:
-            import bm25s
+            bm25s = import_bm25s()
         except ImportError:
             raise ImportError("BM25 needs the package bm25s: pip install qpeft_ext[bm25]") from None
         if not (math.isfinite(k1) and k1 >= 0 and 0 <= b <= 1):
@@ -66,8 +67,7 @@ class BM25:
 
     def _build(self, corpus: Mapping[str, dict]) -> Any:
         """The index of bm25s; None where no document holds a word."""
-        import bm25s
-
+        bm25s = import_bm25s()
         # one text at a time, so that the corpus is never held as text; int32 takes an eighth of a list of ints
         ids = tqdm(self.doc_ids, "BM25: reading", unit=" documents", delay=1, disable=self._hidden)
         texts = (f"{document.get('title') or ''} {document['text']}" for document in map(corpus.__getitem__, ids))
@@ -87,8 +87,7 @@ class BM25:
 
     def _load(self, name: str) -> Any:
         """The kept index, or None if there is none that can be read."""
-        import bm25s
-
+        bm25s = import_bm25s()
         folder = cache_folder() / name
         if not folder.is_dir():
             return None

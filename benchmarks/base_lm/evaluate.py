@@ -9,7 +9,6 @@ import argparse
 import json
 import re
 
-import bm25s
 import numpy as np
 import torch
 from data import prompt_rows
@@ -19,7 +18,9 @@ from qpeft_ext import QPeftConfig
 from qpeft_ext.demo import harvest
 from qpeft_ext.loading import load_lm, load_tokenizer
 from qpeft_ext.prompt import Prompt
+from qpeft_ext.without_jax import import_bm25s
 
+bm25s = import_bm25s()
 HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 

@@ -23,7 +23,7 @@ cudaError_t launch_with_memory(void (*kernel)(Parameters...), int64_t blocks, si
                                Arguments... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > (48 << 10)) {  // beyond what every kernel may use without asking
+  if (shared_bytes > (32 << 10)) {  // every kernel may use 48 KiB without asking, its static memory included
     const auto bytes = static_cast<int>(shared_bytes);
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (status != cudaSuccess) return status;

@@ -1,0 +1,25 @@
+"""bm25s without JAX, of which it uses nothing here.
+
+Where JAX is installed too, ``import bm25s`` runs one of its operations. JAX then takes three quarters of the GPU's
+memory, and on an H200 with JAX 0.11 the process crashed when an operator raised an error later.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+
+def import_bm25s(name: str = "bm25s") -> ModuleType:
+    """Module ``name`` of bm25s. Raises: ImportError where it is not installed."""
+    missing = object()
+    jax = sys.modules.get("jax", missing)
+    sys.modules["jax"] = None  # type: ignore[assignment]  # `import jax` fails, as where it is not installed
+    try:
+        return importlib.import_module(name)
+    finally:
+        if jax is missing:
+            del sys.modules["jax"]
+        else:
+            sys.modules["jax"] = jax  # type: ignore[assignment]
