@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from .attention_backend import without_cudnn_attention
 from .batch import PairBatch, Rows, assemble_rows, pack_ragged, pad, to_device
 from .engine import BaseEngine, Engine
 from .head import LikelihoodHead, log_likelihood_of_logits
@@ -107,6 +108,7 @@ class EncoderDecoderEngine(BaseEngine):
         state = self.table.shape[1] * self.table.element_size()
         return state, 5 * state  # the state gathered, its keys and values, and those once more, transposed
 
+    @without_cudnn_attention()
     def cached_prefill(self, prefixes: Sequence[Sequence[int]], cache=None, one_by_one: bool = False) -> EncoderStates:
         """One right-padded pass of the encoder; with grad only where the LM itself is trained.
 
@@ -141,6 +143,7 @@ class EncoderDecoderEngine(BaseEngine):
         target_ids, _ = pack_ragged(targets)
         return EncoderDecoderRows(encoder, ids, to_device(slots, self.device), to_device(target_ids, self.device))
 
+    @without_cudnn_attention()
     def log_likelihood(
         self,
         rows: EncoderDecoderRows,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .attention_backend import without_cudnn_attention
 from .batch import PairBatch, Rows, assemble_rows, pad
 from .cache import DocumentCache
 from .cache_tiers import PrefixKey
@@ -203,6 +204,7 @@ class Engine(BaseEngine):
         """The rows of a pass; see `assemble_rows`."""
         return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix)
 
+    @without_cudnn_attention()
     def log_likelihood(self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None,
                        prefix_rows: Tensor | None = None) -> Tensor:  # fmt: skip
         """log p of every query token of the rows, [N]; see `suffix_pass.log_likelihood`."""
@@ -218,6 +220,7 @@ class Engine(BaseEngine):
         """Bytes of keys and values of prefixes, alone and unpadded."""
         return sum(self.layout.nbytes(len(prefix.ids)) for prefix in prefixes)
 
+    @without_cudnn_attention()
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
         """One left-padded pass over document prefixes; with grad only where `prefix_is_trained`."""
         lengths = [len(ids) for ids in prefixes]

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..attention_backend import without_cudnn_attention
 from ..batch import pad
 from ..config import QPeftConfig
 from ..engine import Engine, _PrefixCache, _PrefixIsStored
@@ -72,6 +73,7 @@ class PrefixTuningEngine(Engine):
         self.lm = lm  # its parameters, the prefix encoder's among them, tell versions of cached prefixes apart
         self.num_virtual_tokens = lm.active_peft_config.num_virtual_tokens
 
+    @without_cudnn_attention()
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
         """As `Engine.prefill`; the first P ids of a prefix are slots for the virtual tokens."""
         P, N = self.num_virtual_tokens, len(prefixes)
