@@ -161,6 +161,13 @@ def test_library_needs_only_the_stable_abi():
     assert [name for name in symbols if re.match(r"_ZN?K?(3c10|2at|5torch)|_?Py[A-Z_]", name)] == []
 
 
+@needs_library
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm is missing")
+def test_library_exports_nothing():
+    """Above all no part of a libstdc++ that the compiler linked statically: see csrc/no_exports.map."""
+    assert subprocess.run(["nm", "-D", "--defined-only", _library.LIBRARY], capture_output=True, text=True).stdout == ""
+
+
 def test_package_is_typed_and_holds_no_pickles():
     package = Path(_library.__file__).parent
     assert (package / "py.typed").is_file()

@@ -16,7 +16,8 @@ def without_cudnn_attention() -> Iterator[None]:
     lengths (pytorch/pytorch issue 196678), and rows that attend to nothing, which left padding makes, may be NaN. With
     them a soft prompt or LoRA, whose gradient goes through left-padded prefixes, was NaN after 5 to 44 steps.
 
-    A setting of the process, as torch has no other; also a decorator.
+    The backward pass takes the kernel that belongs to the forward's. It is a setting of the process, as torch has no
+    other; also a decorator.
     """
     setting = torch.backends.cuda
     before = setting.cudnn_sdp_enabled()

@@ -15,7 +15,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapter_files import load_weights_into
-from .attention_backend import without_cudnn_attention
 from .cache import DocumentCache
 from .checkpoints import last_complete, mark_complete, rotate, why_incomplete
 from .config import QPeftConfig
@@ -190,8 +189,7 @@ class QPeftTrainer(Trainer):
         counts = self.documents_read, self.documents_cut
         while True:
             try:
-                with without_cudnn_attention():  # the backward pass too, which may run layers again
-                    return super().training_step(model, inputs, num_items_in_batch)
+                return super().training_step(model, inputs, num_items_in_batch)
             except torch.OutOfMemoryError:
                 if self.args.world_size > 1 or not self._use_less_memory(len(inputs["pairs"])):
                     raise
