@@ -106,12 +106,12 @@ if [[ $part == check ]]; then
   else
     note "NOT RUN  machine code: cuobjdump is not on PATH, or there are no CUDA kernels (DRY)"
   fi
-  step "tests on the GPU" 150 "${pytest[@]}" "${mark[@]}" "${gpu_tests[@]}" --durations=5
+  workers=()
+  if [[ ! $DRY ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+  step "tests on the GPU" 150 "${pytest[@]}" "${workers[@]}" "${mark[@]}" "${gpu_tests[@]}" --durations=5
   if [[ $DRY ]]; then
     step "all tests" 90 "${pytest[@]}" --collect-only python_tests
   else
-    workers=()
-    if "$PYTHON" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
     step "all tests" 200 env OMP_NUM_THREADS=2 "${pytest[@]}" "${workers[@]}" -m "not cuda" python_tests --durations=5
   fi
   if ! command -v compute-sanitizer >/dev/null; then
@@ -140,6 +140,11 @@ if [[ $DRY ]]; then
   results=$OUT/dry_ops.json
   rm -f "$results"
   tiny=(--work tiny --out "$results" --skip torch_compile)
+fi
+if [[ $part == ops && ! $DRY ]]; then # torch.compile's search takes longer than everything else
+  for op in token_log_likelihood similarity_topk clue_attention; do
+    step "bench $op, without torch_compile" 90 "$PYTHON" benchmarks/bench_$op.py --device $device --skip torch_compile
+  done
 fi
 for op in token_log_likelihood similarity_topk clue_attention; do
   if [[ $part == ops ]]; then

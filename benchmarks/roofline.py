@@ -1,6 +1,6 @@
 """A picture of a result file: what each work reached against what the machine could do.
 
-    python benchmarks/roofline.py benchmarks/results/h200_ops.json      writes h200_ops.png beside it
+    python benchmarks/roofline.py benchmarks/results/h100-80gb-hbm3_ops.json      writes the .png beside it
 
 Across: FLOPs ÷ bytes of the bound (DESIGN 8). Up: FLOP a second, ours and the fastest baseline. The roof is the copy
 rate and the GEMM rate measured in the same run.

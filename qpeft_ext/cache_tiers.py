@@ -245,7 +245,7 @@ class Copies:
 
     On CUDA they are asynchronous, through pinned memory, on two streams of their own, so that they run beside the
     passes: the CPU is usually a group of prefixes ahead of the device. Elsewhere there is nothing to copy. Only a GPU
-    can show that the streams wait for each other as they must; the test marked ``cuda`` has not run yet.
+    can show that the streams wait for each other as they must: the test marked ``cuda``.
     """
 
     def __init__(self, device: torch.device) -> None:

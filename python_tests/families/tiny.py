@@ -78,15 +78,19 @@ def tiny_lm(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **mo
     lm = auto.from_config(config, dtype=dtype)
     if family == "flan_t5":  # transformers ties the heads of all T5s that are not loaded
         lm.lm_head.weight = torch.nn.Parameter(torch.empty_like(lm.lm_head.weight))
+
+    def draw(weights: torch.Tensor, spread: float) -> None:  # in float32, so that all dtypes have the same weights
+        weights.copy_(torch.empty(weights.shape).normal_(0, spread))
+
     with torch.no_grad():
         if hasattr(lm, "final_logits_bias"):
-            lm.final_logits_bias.normal_(0, 0.25)
+            draw(lm.final_logits_bias, 0.25)
         for name, parameter in lm.named_parameters():
             if parameter.dim() > 1:
                 # the logits of the first T5 are scaled down by the square root of the width
-                parameter.normal_(0, 1 if family == "t5" and name == "shared.weight" else 0.25)
+                draw(parameter, 1 if family == "t5" and name == "shared.weight" else 0.25)
             elif "bias" in name:
-                parameter.normal_(0, 0.05)
+                draw(parameter, 0.05)
     return lm.eval()
 
 
