@@ -52,6 +52,24 @@ def test_a_beir_folder_becomes_an_adapter(job, tmp_path, clues, capsys):
 ])
 def test_clues_come_with_a_generated_lora(job, tmp_path, monkeypatch, given, rank):
     """Unless something is asked for that has none."""
+    asked = config_of(monkeypatch, job, tmp_path, "--data", job / "data", *given)
+    assert asked.generated_lora_rank == rank
+
+
+@pytest.mark.parametrize(("negatives", "given", "in_batch"), [
+    (7, (), False), (6, (), True), (7, ("--num-negatives", 3), True),
+    (7, ("--option", "in_batch_negatives=true"), True),
+])
+def test_in_batch_negatives_only_where_there_are_few(job, tmp_path, monkeypatch, negatives, given, in_batch):
+    examples = [{"query": "boats", "positives": ["a boat"], "negatives": [f"no {i}" for i in range(n)]}
+                for n in (9, negatives)]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    asked = config_of(monkeypatch, job, tmp_path, "--train", tmp_path / "examples.jsonl", *given)
+    assert asked.in_batch_negatives is in_batch
+
+
+def config_of(monkeypatch, job, tmp_path, *options) -> qpeft.QPeftConfig:
+    """What a training with these options would use."""
     from qpeft_ext import model
 
     class Asked(Exception):
@@ -63,8 +81,8 @@ def test_clues_come_with_a_generated_lora(job, tmp_path, monkeypatch, given, ran
     monkeypatch.setattr(model, "get_qpeft_model", stop)
     with pytest.raises(Asked) as asked:
         qpeft.cli.app(["train", "--base-model", str(job / "lm"), "--output", str(tmp_path / "adapter"), "--device",
-                       "cpu", "--data", str(job / "data"), *map(str, given)], standalone_mode=False)
-    assert asked.value.args[0].generated_lora_rank == rank
+                       "cpu", *map(str, options)], standalone_mode=False)
+    return asked.value.args[0]
 
 
 def test_any_option_of_the_config(job, tmp_path, capsys):

@@ -11,6 +11,7 @@ import typer
 from .common import Attention, Device, Dtype, is_first_process
 
 CHECKPOINTS = "checkpoints"
+ENOUGH_NEGATIVES = 7
 
 
 def command(
@@ -25,7 +26,7 @@ def command(
         Path | None, typer.Option(help="TREC run for the negatives of --data.  [default: its candidates, else BM25]")
     ] = None,
     split: Annotated[str, typer.Option(help="Which split of --data to train on, if it has any.")] = "train",
-    num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 11,
+    num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 7,
     depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
     clues: Annotated[str, typer.Option(help="top_k (Q-PEFT-R), attention (Q-PEFT-A) or none.")] = "top_k",
     k: Annotated[int | None, typer.Option(help="Clues per document, for top_k.  [default: 10]")] = None,
@@ -90,6 +91,9 @@ def command(
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
                          "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20")
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
+    if "in_batch_negatives" not in given and _have_negatives(examples, min(num_negatives, config.num_hard_negatives)):
+        config.in_batch_negatives = False
+        say("no in-batch negatives: every query has enough of its own")
     device = default_device(device)
     quiet_transformers()
     from transformers import TrainingArguments
@@ -134,6 +138,12 @@ def _of_the_clues(clues: str, k: int | None, num_heads: int | None) -> dict[str,
         if value is not None:
             options[name] = value
     return options
+
+
+def _have_negatives(examples: list, asked: int) -> bool:
+    """Whether the group's other documents can be left out: beside 7 hard negatives they brought nothing, for 2.3 times
+    the time (`benchmarks/quality/NOTES.md`, ablations)."""
+    return asked >= ENOUGH_NEGATIVES and all(len(example.get("negatives", ())) >= ENOUGH_NEGATIVES for example in examples)
 
 
 def _generated_lora(rank: int | None, settings: dict) -> dict:
