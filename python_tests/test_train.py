@@ -271,6 +271,23 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
     assert_close(whole, split, 1e-6)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "options", [{}, {"clues": "top_k"}, {"num_virtual_tokens": 3}, {"generated_lora_rank": 2}], ids=str)
+def test_a_step_and_scores_on_cuda_equal_those_on_the_cpu(tmp_path, options):
+    results = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(tiny_lm("llama").to(device), **options)
+        stepped, loss = one_step(tmp_path, EXAMPLES[:4], model, use_cpu=device == "cpu")
+        scores = qpeft.Reranker(model).predict([("boats", "a boat on the sea"), ("moon", "dull words " * 9)])
+        results.append(({name: x.cpu() for name, x in stepped.items()}, loss, torch.as_tensor(scores)))
+    (expected, loss, scores), (ours, our_loss, our_scores) = results
+    assert our_loss == pytest.approx(loss, abs=1e-4)
+    assert_close(ours, expected, 1e-4)
+    torch.testing.assert_close(our_scores, scores, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("options", [{}, {"suffix_micro_batch": 3}, {"num_virtual_tokens": 3}], ids=str)
 def test_no_pass_takes_attention_of_cudnn(tmp_path, family, options):
