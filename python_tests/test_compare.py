@@ -166,6 +166,20 @@ def test_again_and_table_only(done, job, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_costs_of_several_machines_are_told_apart(done, job, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done / "out", out)
+    assert "several machines" not in (out / "comparison.md").read_text()
+    file = out / "tiny" / "LoRA" / "seed-1" / "result.json"
+    result = json.loads(file.read_text())
+    result["machine"]["cuda"] = "NVIDIA Example, sm_90, 79 GiB"
+    file.write_text(json.dumps(result))
+    assert compare(done / "plan.yaml", job, out, "--table-only") == 0
+    for page in ("comparison.md", "comparison.html"):
+        text = (out / page).read_text()
+        assert "of several machines" in text and "On NVIDIA Example: LoRA (seed 1)." in text
+
+
 def test_killed(done, job, tmp_path, capsys):
     """SIGKILL while the second seed of LoRA is at work: what is whole stays, the rest comes out as it would have."""
     out = tmp_path / "out"

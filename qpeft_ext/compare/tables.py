@@ -108,10 +108,32 @@ COST_NOTES = (
     "Peak memory is what the work needed beyond what was held before it: on a CPU resident memory of the process "
     "(Linux's high-water mark), on CUDA the allocator's. That of ranking holds the kept document prefixes, up to the "
     "plan's cache_bytes.",
-    "Documents per s: wall time of ranking on this machine with nothing computed before, reading included. "
+    "Documents per s: wall time of ranking with nothing computed before, reading included. "
     "Queries per PetaFLOP (E2R-FLOPs, arXiv 2507.06223): queries with all their candidates per 10¹⁵ floating-point "
     "operations of the LM, from the tokens that it read; clue modules are not counted.",
 )
+
+
+def cost_notes(table: CollectionTable) -> list[str]:
+    """What a reader must know beside the costs; where results come from several machines, which are from which."""
+    seeds_on: dict[str, dict[str, list[str]]] = {}
+    for result in table.results:
+        if "ranking" in result:
+            seeds = seeds_on.setdefault(_machine(result.get("machine", {})), {})
+            seeds.setdefault(result["method"], []).append(str(result["seed"]))
+    if len(seeds_on) < 2:
+        return list(COST_NOTES)
+    texts = []
+    for machine, methods in seeds_on.items():
+        named = (f"{name} (seed {', '.join(seeds)})" for name, seeds in methods.items())
+        texts.append(f"On {machine}: {'; '.join(named)}.")
+    return [*COST_NOTES, "Times and memory are of several machines, so compare them within one.", *texts]
+
+
+def _machine(facts: dict[str, str]) -> str:
+    """The GPU of `commands.info.machine` or, without one, the processor."""
+    gpu = facts.get("cuda", "")
+    return gpu.split(", sm_")[0] if ", sm_" in gpu else facts.get("cpu", "an unknown machine").split(";")[0]
 
 
 def build_tables(plan: Plan, output: Path) -> list[CollectionTable]:
@@ -249,7 +271,7 @@ def sections(table: CollectionTable) -> list[tuple[str, list[str], list[list[str
                        f"lose; {plotted} decides."]))
     parts.append(("Cost", ["method", *(heading for heading, _, _ in COSTS.values())],
                   [[name, *(cost_cell(row, cost) for cost in COSTS)]
-                   for name, row in zip(numbered, table.rows, strict=True)], list(COST_NOTES)))
+                   for name, row in zip(numbered, table.rows, strict=True)], cost_notes(table)))
     return parts
 
 
