@@ -1,7 +1,7 @@
 """bm25s without JAX, of which it uses nothing here.
 
-Where JAX is installed too, ``import bm25s`` runs one of its operations. JAX then takes three quarters of the GPU's
-memory, and on an H200 with JAX 0.11 the process crashed when an operator raised an error later.
+Where JAX is installed too, ``import bm25s`` runs one of its operations, and JAX then takes three quarters of the GPU's
+memory.
 """
 
 from __future__ import annotations
