@@ -180,6 +180,27 @@ def test_costs_of_several_machines_are_told_apart(done, job, tmp_path):
         assert "of several machines" in text and "On NVIDIA Example: LoRA (seed 1)." in text
 
 
+def test_two_processes_share_the_work(done, job, tmp_path):
+    """Started at once, also when one of them is killed: each result is made once and is what one process makes."""
+    out = tmp_path / "out"
+    first, second, third = (Process(command(done / "plan.yaml", job, out)) for _ in range(3))
+    third.wait_for(lambda: (out / "tiny" / "hard-clues").exists())
+    third.popen.kill()
+    third.end()
+    texts = []
+    for process in (first, second):
+        code, text, error = process.end()
+        assert code == 0, error
+        texts.append(text)
+    made = [line for text in texts for line in text.splitlines() if ", seed " in line and ": nDCG@10" in line]
+    assert len(made) == len(set(made)) and 8 <= len(made) <= 12  # the one that was killed made the rest
+    assert all(text.count("there already") >= 1 for text in texts)
+    assert_same_runs(runs(out), runs(done / "out"))
+    rows = [{row["method"]: row["means"] for row in json.loads((folder / "comparison.json").read_text())[0]["rows"]}
+            for folder in (out, done / "out")]
+    assert rows[0] == {method: pytest.approx(means, abs=1e-4) for method, means in rows[1].items()}
+
+
 def test_killed(done, job, tmp_path, capsys):
     """SIGKILL while the second seed of LoRA is at work: what is whole stays, the rest comes out as it would have."""
     out = tmp_path / "out"

@@ -25,6 +25,7 @@ def command(
 
     Every result (method, collection, seed) has a folder with its settings, adapter, run file, values per query,
     versions and commit. After a kill the same command goes on; a result is made again only when its settings changed.
+    Started several times at once, the processes share the work.
     Writes comparison.md, .csv, .json and .html. Plans: benchmarks/compare/.
     """
     from ..compare.plan import read_plan

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..commands.common import say
 from ..formats.io import write_text
 from ..formats.trec import Run
 from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
+from .claims import claim
 from .data import CollectionData, Ranked, digest
 from .measures import per_query
 from .methods import FIRST_STAGE, peft_options
@@ -57,18 +58,37 @@ class Comparison:
         return lm_digest(self.plan.lm_name)
 
     def run(self) -> None:
-        """Make every result that is not there yet. Raises: ValueError at the end, if a method failed."""
+        """Make every result that is not there yet, other processes those that they have begun.
+
+        Raises: ValueError at the end, if a method failed.
+        """
         for collection in self.plan.collections:  # a mistake in the data is known before hours of training
             self.data(collection)
-        failed = []
-        for cell in cells(self.plan, self.output):
-            try:
-                self.ensure(cell)
-            except (ValueError, TypeError, ImportError) as error:  # of one method; the others go on
-                failed.append(f"{cell.name}: {' '.join(str(error).split())}")
-                say(f"failed: {failed[-1]}")
+        failed: list[str] = []
+        elsewhere = self._make_all(cells(self.plan, self.output), failed, wait=False)
+        if elsewhere:
+            say(f"another process is making {len(elsewhere)} results, the first: {elsewhere[0].name}; waiting for them")
+        self._make_all(elsewhere, failed, wait=True)
         if failed:
             raise ValueError(f"{len(failed)} results could not be made; the first: {failed[0]}")
+
+    def _make_all(self, asked: Iterable[Cell], failed: list[str], wait: bool) -> list[Cell]:
+        """Those that another process is at, and what takes them, come back unless they are waited for."""
+        elsewhere: list[Cell] = []
+        for cell in asked:
+            if cell.method.of and self._fused(cell) in elsewhere:
+                elsewhere.append(cell)
+                continue
+            with claim(cell.folder, wait) as mine:
+                if not mine:
+                    elsewhere.append(cell)
+                    continue
+                try:
+                    self.ensure(cell)
+                except (ValueError, TypeError, ImportError) as error:  # of one method; the others go on
+                    failed.append(f"{cell.name}: {' '.join(str(error).split())}")
+                    say(f"failed: {failed[-1]}")
+        return elsewhere
 
     def ensure(self, cell: Cell) -> None:
         """Make a result, unless it is there with the same settings; one with other settings is made anew."""
