@@ -58,7 +58,8 @@ def test_clues_come_with_a_generated_lora(job, tmp_path, monkeypatch, given, ran
 
 @pytest.mark.parametrize(("negatives", "given", "in_batch"), [
     (7, (), False), (6, (), True), (7, ("--num-negatives", 3), True),
-    (7, ("--option", "in_batch_negatives=true"), True),
+    (7, ("--option", "in_batch_negatives=true"), True), (7, ("--loss", "contrastive"), True),
+    (7, ("--option", "num_hard_negatives=2"), True),
 ])
 def test_in_batch_negatives_only_where_there_are_few(job, tmp_path, monkeypatch, negatives, given, in_batch):
     examples = [{"query": "boats", "positives": ["a boat"], "negatives": [f"no {i}" for i in range(n)]}

@@ -91,7 +91,8 @@ def command(
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
                          "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20")
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
-    if "in_batch_negatives" not in given and _have_negatives(examples, min(num_negatives, config.num_hard_negatives)):
+    if "in_batch_negatives" not in given and config.loss != "contrastive" and _have_negatives(  # which is made of them
+            examples, config.num_hard_negatives):
         config.in_batch_negatives = False
         say("no in-batch negatives: every query has enough of its own")
     device = default_device(device)
