@@ -227,7 +227,7 @@ class Engine(BaseEngine):
         width = max(lengths)
         self.expect_fits(width)
         if self.device.type == "cpu":
-            return_freed_memory()
+            return_freed_memory(share=0.02)
         ids, _ = pad([[0] * (width - len(row)) + list(row) for row in prefixes], self.device)
         starts = width - torch.tensor(lengths, device=self.device)
         slots = torch.arange(width, device=self.device)

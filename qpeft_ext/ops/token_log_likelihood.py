@@ -93,6 +93,7 @@ def reference(hidden, lm_head, target_ids, bias=None, soft_cap=None, logit_scale
 # ---- the operator, for both devices: primitives and what they promise are in csrc/ops.cpp ----------------------------
 
 WORDS = 4096  # of a chunk at least, where the budget has room for some rows of them: narrow GEMMs are slow
+CPU_BUFFER = 8 << 20  # bytes of logits, or of upcast rows, at most: larger ones the C library maps anew for every call
 TILE_ROWS, TILE_WORDS = 128, 256  # of a GEMM on a GPU
 
 
@@ -113,6 +114,7 @@ def _sizes(hidden: Tensor, lm_head: Tensor, chunk_bytes: int, held: int) -> Size
     most = min(V, max(1, (chunk_bytes - rows * held) // max(1, rows * item + upcast)))
     if hidden.device.type == "cuda":
         return Sizes(rows, _whole_waves(rows, V, most, *_processors(hidden.device)))
+    most = max(1, min(most, CPU_BUFFER // max(rows * item, upcast, 1)))
     equal = -(-V // -(-V // most)) if V else 1  # as many chunks, of equal size
     return Sizes(rows, min(most, -(-equal // 16) * 16))
 
