@@ -1,5 +1,8 @@
 """Reranker: the shapes of CrossEncoder, batches over queries, explanations, memory."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -222,3 +225,24 @@ def test_fewer_prefixes_are_held_on_a_cpu_unless_they_are_in_memory_anyway():
     assert [prefix_tokens(2048, device, False) for device in (cpu, cuda)] == [1024, 2048]
     assert [prefix_tokens(2048, device, True) for device in (cpu, cuda)] == [16384, 16384]
     assert prefix_tokens(1, cpu, False) == 1  # after halving for want of memory
+
+
+@pytest.mark.parametrize("options", [{}, {"generated_lora_rank": 2, "target_modules": "all-linear"}], ids=str)
+def test_threads_take_turns(options):
+    """A pass sets hooks in the LM: without turns nearly every call of eight threads raised or returned other scores."""
+    model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(clues="top_k", k=3, **options), tiny_tokenizer())
+    if model.generated_lora is not None:
+        for parameter in model.generated_lora.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    rerankers = [qpeft.Reranker(model), qpeft.Reranker(model, cache=qpeft.DocumentCache(1 << 20))]
+    calls = [[(f"{query} {'sea ' * n}", document) for document in DOCUMENTS] for n in range(4) for query in QUERIES]
+    expected = [rerankers[0].predict(pairs) for pairs in calls]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            scores = list(threads.map(lambda i: rerankers[i % 2].predict(calls[i % len(calls)]), range(2 * len(calls))))
+    finally:
+        sys.setswitchinterval(interval)
+    for i, ours in enumerate(scores):
+        np.testing.assert_allclose(ours, expected[i % len(calls)], atol=1e-3)

@@ -13,6 +13,7 @@ import transformers
 from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
+from qpeft_ext.attention_backend import without_cudnn_attention
 from qpeft_ext.checkpoints import MANIFEST, last_complete, mark_complete, rotate, why_incomplete
 from qpeft_ext.examples import (
     EpochOrder,
@@ -302,6 +303,16 @@ def test_no_pass_takes_attention_of_cudnn(tmp_path, family, options):
     qpeft.Reranker(model).rank("a query", ["one", "two documents"])
     assert len(seen) >= 4 and not any(seen)
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_setting_of_cudnn_comes_back_after_passes_of_two_threads():
+    setting, first, second = torch.backends.cuda, without_cudnn_attention(), without_cudnn_attention()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not setting.cudnn_sdp_enabled()  # the second is still inside
+    second.__exit__(None, None, None)
+    assert setting.cudnn_sdp_enabled()
 
 
 def test_micro_batches_and_deterministic_give_the_same_step(tmp_path):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
+
+_lock = Lock()
+_inside = 0  # passes of all threads
+_before = True  # the user's setting, while there are any
 
 
 @contextmanager
@@ -17,12 +22,19 @@ def without_cudnn_attention() -> Iterator[None]:
     them a soft prompt or LoRA, whose gradient goes through left-padded prefixes, was NaN after 5 to 44 steps.
 
     The backward pass takes the kernel that belongs to the forward's. It is a setting of the process, as torch has no
-    other; also a decorator.
+    other: passes of several threads share it, and the last of them gives it back. Also a decorator.
     """
+    global _inside, _before
     setting = torch.backends.cuda
-    before = setting.cudnn_sdp_enabled()
-    setting.enable_cudnn_sdp(False)
+    with _lock:
+        if not _inside:
+            _before = setting.cudnn_sdp_enabled()
+            setting.enable_cudnn_sdp(False)
+        _inside += 1
     try:
         yield
     finally:
-        setting.enable_cudnn_sdp(before)
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                setting.enable_cudnn_sdp(_before)

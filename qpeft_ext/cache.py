@@ -30,7 +30,7 @@ class DocumentCache:
     The key is the exact LM (its parameters, adapters in it, dtype) and a SHA-256 of the prefix *ids*: a document whose
     text, template or truncation changed cannot hit, whatever its ``doc_id``. Files know the LM by its content, which
     is read once a process for that (about 0.55 s per GB). Beside the budgets, what is read from files for one pass is
-    held in memory that is used again. Not for use by several threads at once.
+    held in memory that is used again. By itself not for use by several threads at once; rerankers take turns.
 
     Args:
         max_bytes: budget for keys and values on the model's device. 0 stores nothing there.

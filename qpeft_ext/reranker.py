@@ -17,6 +17,7 @@ from .cache import DocumentCache
 from .clue_similarity import ClueSimilarity
 from .clues import AttentionClues
 from .explain import Explanation, explain_pair
+from .lm_lock import lm_lock
 from .memory import plan_memory
 from .model import QPeftModel
 from .prompt import Document, document_text
@@ -38,6 +39,10 @@ class Reranker:
     Passes are formed over all pairs of a call, sorted by length. A score hangs on the batch by rounding only: 1e-5 nats
     per query token in float32; in bfloat16 4e-3 at most and 7e-4 in the median with the demo's LM on a CPU, where
     scores spread by 1 (``benchmarks/bench_reranking_limits.py --work batch_drift``).
+
+    Several threads may use one reranker, or rerankers of one LM: they take turns, block by block (8,192 pairs), as a
+    pass sets hooks in the LM. More throughput comes from larger calls or from processes (`qpeft rerank --devices`). A
+    model that is trained or called directly belongs to one thread.
 
     Args:
         model: a `QPeftModel`.
@@ -161,7 +166,8 @@ class Reranker:
 
         candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
         """
-        return explain_pair(self.model, query, document, candidates)
+        with lm_lock(self.model.lm):
+            return explain_pair(self.model, query, document, candidates)
 
     def similarity(self, queries: Sequence[str], candidates: Sequence[Sequence[Document]]) -> list[list[float]]:
         """Baseline without an LM: the sum of the scores of each pair's clues; 0 for a pair without clues.
@@ -173,8 +179,9 @@ class Reranker:
         results = []
         for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK):
             pairs = [(queries[i], document) for i in block for document in candidates[i]]
-            batch = self.model.encode(pairs, self._lists(block, candidates))
-            sums = iter(self._clue_similarity(batch).tolist() if pairs else ())
+            with lm_lock(self.model.lm):
+                batch = self.model.encode(pairs, self._lists(block, candidates))
+                sums = iter(self._clue_similarity(batch).tolist() if pairs else ())
             results += [[next(sums) for _ in candidates[i]] for i in block]
         return results
 
@@ -191,6 +198,18 @@ class Reranker:
     def _score(self, pairs: list, bar, lists: list[int] | None = None) -> np.ndarray:
         if not pairs:
             return np.zeros(0, dtype=np.float32)
+        with lm_lock(self.model.lm):
+            scores = self._score_alone(pairs, bar, lists)
+        if not np.isfinite(scores).all():
+            query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
+            raise ValueError(
+                f"the score of query {query!r} is not finite; the LM or the adapter has broken weights, "
+                "or its dtype overflows (try bfloat16 or float32)"
+            )
+        return scores
+
+    def _score_alone(self, pairs: list, bar, lists: list[int] | None) -> np.ndarray:
+        """The scores of a block, while no other thread uses the LM."""
         if self.cache is not None and self.cache.index is not None:
             self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
         batch = self.model.encode(pairs, lists)
@@ -207,12 +226,6 @@ class Reranker:
         official = self.model.qpeft_config.compat == "official"
         parts = [part.mean_query_log_likelihood if official else part.query_log_likelihood for part in parts]
         scores[rows] = torch.cat(parts).float().cpu().numpy()
-        if not np.isfinite(scores).all():
-            query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
-            raise ValueError(
-                f"the score of query {query!r} is not finite; the LM or the adapter has broken weights, "
-                "or its dtype overflows (try bfloat16 or float32)"
-            )
         return scores
 
     def _jobs(self, batch: PairBatch) -> tuple[Iterator[list[int]], bool]:
