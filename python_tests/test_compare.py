@@ -294,6 +294,31 @@ def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):
     assert compare(plan, job, tmp_path / "out") == 0 and budgets == [1_000_000]
 
 
+def test_an_adapter_serves_all_collections_that_would_train_it(job, tmp_path, capsys):
+    """Two test collections, one training set: the method is trained once, also where they are made one by one."""
+    collections = {"collections:": "collections:\n  other: {data: data, split: dev, candidates: 6, train: {data: data, "
+                                   "split: train}}\n  half: {data: data, split: test, candidates: 6, train: "
+                                   "{data: data, split: train, queries: 2}}",
+                   "seeds: [0, 1]": "seeds: [0]"}
+    plan = write_plan(tmp_path / "plan.yaml", job, ["A: {method: q_peft_a, learning_rate: 1e-2}"], **collections)
+    out = tmp_path / "out"
+    assert compare(plan, job, out, "--collection", "tiny") == 0
+    assert compare(plan, job, out) == 0
+    said = capsys.readouterr().out
+    assert said.count("trained in") == 2 and "other, A, seed 0: trained for tiny already" in said
+    trained, taken, half = (out / name / "A" / "seed-0" for name in ("tiny", "other", "half"))
+    weights = "adapter/adapter_model.safetensors"
+    assert (trained / weights).read_bytes() == (taken / weights).read_bytes() != (half / weights).read_bytes()
+    facts = [json.loads((place / "result.json").read_text())["training"] for place in (trained, taken)]
+    assert facts[1] == {"trained_for": "tiny"} | facts[0]
+    run = formats.read_run(taken / "run.trec.gz")
+    shutil.rmtree(trained / "adapter")  # as where results alone were kept: it is trained again
+    shutil.rmtree(out / "other")
+    assert compare(plan, job, out, "--collection", "other") == 0
+    assert "trained_for" not in json.loads((taken / "result.json").read_text())["training"]
+    assert_same_runs({"A": formats.read_run(taken / "run.trec.gz")}, {"A": run})
+
+
 def test_a_method_that_fails_does_not_stop_the_others(job, tmp_path, capsys):
     bad = "odd LoRA: {method: lora, learning_rate: 1e-2, peft: {target_modules: [nowhere]}}"
     others = ["UPR: {method: upr}", "sim: {method: similarity}", "sim + BM25: {method: fusion, of: sim}"]

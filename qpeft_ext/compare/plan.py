@@ -98,7 +98,8 @@ class Plan:
     """A comparison.
 
     lm: a folder, a Hub id or "packaged".  options: of `QPeftConfig`, for all methods.  cache_bytes: memory for document
-    prefixes while a method is trained, and while it ranks.  measures: the first one is plotted.
+    prefixes while a method is trained, and while it ranks.  measures: the first one is plotted.  all_collections: names
+    of those that were not asked for too.
     """
 
     path: Path
@@ -112,6 +113,7 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
     training: Training = Training()
     cache_bytes: int = 0
+    all_collections: tuple[str, ...] = ()
 
     @property
     def lm_name(self) -> str:
@@ -145,7 +147,7 @@ def read_plan(path: Path, only: Iterable[str] = (), collections: Iterable[str] =
     chosen = {}
     merged = {name: replace(method, training=replace(plan.training, **_given(method.training)))
               for name, method in plan.methods.items()}
-    plan = replace(plan, methods=merged)
+    plan = replace(plan, methods=merged, all_collections=tuple(plan.collections))
     for name, method in plan.methods.items():
         if not only or {name, (method.varied or ("",))[0]} & set(only):
             chosen[name] = method
@@ -180,7 +182,7 @@ class _Reader:
         if not isinstance(given, Mapping):
             raise self.error(key, f"expected keys and values, got {given!r}")
         fields, hints = {f.name: f for f in dataclasses.fields(kind)}, get_type_hints(kind)
-        hidden = {"varied", "path"} | ({"name"} if kind is not Part else set())
+        hidden = {"varied", "path", "all_collections"} | ({"name"} if kind is not Part else set())
         known = [name for name in fields if name not in hidden]
         values: dict[str, Any] = {} if base is None else dict(vars(base))
         for name, value in given.items():

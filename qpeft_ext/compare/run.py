@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,24 @@ class Comparison:
         return run, facts | more
 
     def _trained(self, cell: Cell) -> tuple[Any, dict[str, Any]]:
+        if cell.method.preset.trained and cell.read(TRAINED) is None:
+            self._take_adapter(cell)
         return trained_model(self.plan, cell, self.data(cell.collection), self.device)
+
+    def _take_adapter(self, cell: Cell) -> None:
+        """A copy of the adapter that was trained for another collection with the same settings, if there is one."""
+        settings = self.settings(cell)
+        for collection in self.plan.all_collections:
+            other = replace(cell, collection=collection)
+            trained = other.read(TRAINED)
+            whole = trained and (other.folder / ADAPTER).is_dir()
+            if whole and not differences(other.read(SETTINGS) or {}, settings, but=NOT_TRAINED_ON):
+                shutil.rmtree(cell.folder / ADAPTER, ignore_errors=True)
+                shutil.copytree(other.folder / ADAPTER, cell.folder / ADAPTER)
+                facts = {"trained_for": collection} | trained
+                write_text(cell.folder / TRAINED, json.dumps(facts, indent=1) + "\n")  # last: the adapter is whole
+                say(f"{cell.name}: trained for {collection} already")
+                return
 
     def _rank(self, method: Method, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
         """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
@@ -222,7 +239,8 @@ class Comparison:
         values = result["per_query"][measure].values()
         text = f"{measure} {fmean(values) if values else 0:.4f}"
         if "training" in result:
-            text += f", trained in {result['training']['seconds']:.0f} s"
+            taken = result["training"].get("trained_for")
+            text += f", trained for {taken}" if taken else f", trained in {result['training']['seconds']:.0f} s"
         if "ranking" in result:
             text += f", ranked {result['ranking']['pairs']} pairs in {result['ranking']['seconds']:.0f} s"
         return text

@@ -18,7 +18,8 @@ def trained_model(plan: Plan, cell: Cell, data: CollectionData, device: str) -> 
     """The model of a cell, trained, and the facts about it: trained parameters, seconds, peak memory.
 
     Args: data: of the cell's collection.
-    An adapter that is there whole is loaded: its folder holds none with other settings.
+    An adapter that is there whole is loaded: its folder holds none with other settings. One that was taken away is
+    trained again.
     """
     from ..adapter_files import load_weights_into
 
@@ -29,7 +30,7 @@ def trained_model(plan: Plan, cell: Cell, data: CollectionData, device: str) -> 
         facts["parameters"]["trainable"] = 0  # hard clues have a module that is never trained
         return model, facts
     adapter, there = cell.folder / ADAPTER, cell.read(TRAINED)
-    if there:
+    if there and adapter.is_dir():
         load_weights_into(model, adapter)
         return model.eval(), facts | {"training": there}
     shutil.rmtree(adapter, ignore_errors=True)
