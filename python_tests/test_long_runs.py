@@ -213,6 +213,12 @@ def test_killed_on_two_devices(job, expected, tmp_path, capsys):
     finish(job, out, expected, capsys, len(part.read_bytes().splitlines()) // CANDIDATES)
 
 
+def send(pids: list[int], which: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, which)
+
+
 def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
     """Ctrl-C with the first system finished and the second one under way: one line, and no worker is left."""
     for attempt in range(5):  # the job is short: it may end before the signal comes
@@ -222,10 +228,17 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
         process = Process(command(job, out, "--upr", "--devices", "cpu,cpu"))
         process.wait_for_size(out.with_name("run.part"), 1)  # the same workers make both systems
         workers = workers_of(process.popen.pid)
-        # on a busy machine one ends long before the other, the one with the queries that are written first or not
-        os.setpriority(os.PRIO_PROCESS, workers[attempt % 2], 19)
-        process.wait_for(lambda part=part, out=out: part.exists() and part.stat().st_size or out.exists())
+
+        def a_little_further(workers=workers, part=part, out=out) -> bool:
+            """On a busy machine the rest could be done before this process runs again."""
+            send(workers, signal.SIGCONT)
+            time.sleep(0.01)
+            send(workers, signal.SIGSTOP)
+            return part.exists() and part.stat().st_size or out.exists()
+
+        process.wait_for(a_little_further)
         os.killpg(process.popen.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        send(workers, signal.SIGCONT)
         code, _, err = process.end()
         if code:
             break
