@@ -237,6 +237,25 @@ def test_a_trained_adapter_survives_a_kill_in_ranking(done, job, tmp_path, capsy
     assert_same_runs(runs(out), runs(done / "out"))
 
 
+def test_an_adapter_that_is_trained_again_counts_when_it_is_whole(done, job, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(done / "out", out)
+    cell = out / "tiny" / "Q-PEFT-A" / "seed-0"
+    (cell / "result.json").unlink()
+    shutil.rmtree(cell / "adapter")
+
+    def cut_short(self, folder, *args, **options):
+        folder.mkdir()
+        raise ValueError("no space left")
+
+    monkeypatch.setattr("qpeft_ext.model.QPeftModel.save_pretrained", cut_short)
+    assert compare(done / "plan.yaml", job, out) != 0
+    assert (cell / "adapter").is_dir() and not (cell / "trained.json").exists()
+    monkeypatch.undo()
+    assert compare(done / "plan.yaml", job, out) == 0
+    assert_same_runs(runs(out), runs(done / "out"))
+
+
 def test_changed_settings_redo_what_they_concern(done, job, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(done / "out", out)

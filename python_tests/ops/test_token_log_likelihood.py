@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 from qpeft_ext.ops import token_log_likelihood
 from qpeft_ext.ops._common import _few_heights, exact_float32, multiply_rows
-from qpeft_ext.ops.token_log_likelihood import reference
+from qpeft_ext.ops.token_log_likelihood import CPU_BUFFER, _sizes, reference
 
 SETTINGS = [{}, {"soft_cap": 3.0}, {"logit_scale": 0.3}, {"soft_cap": 2.0, "logit_scale": 1.7}]
 
@@ -216,3 +216,11 @@ def test_products_of_ragged_heights_have_few_shapes():
     for height in (1, 31, 33, 100, 517):
         a, rows = torch.randn(height, 24, dtype=torch.float32), torch.randn(50, 24)
         torch.testing.assert_close(multiply_rows(a, rows), a @ rows.T)
+
+
+@pytest.mark.parametrize("N, V, D", [(60, 16384, 512), (1000, 16384, 512), (60, 128256, 2048)])
+def test_no_buffer_on_the_cpu_is_mapped_anew(N, V, D):
+    """Of 32 MB and more every call paid with page faults, more time than the product took."""
+    sizes = _sizes(torch.empty(N, D, dtype=torch.bfloat16), torch.empty(V, D, dtype=torch.bfloat16), 64 << 20, 0)
+    assert sizes.rows == N and 4 * max(N, D) * sizes.words <= CPU_BUFFER
+    assert sizes.words >= 256  # narrow products are slow

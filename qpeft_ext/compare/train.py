@@ -33,6 +33,7 @@ def trained_model(plan: Plan, cell: Cell, data: CollectionData, device: str) -> 
     if there and adapter.is_dir():
         load_weights_into(model, adapter)
         return model.eval(), facts | {"training": there}
+    (cell.folder / TRAINED).unlink(missing_ok=True)  # of an adapter that is not there: the new one is not whole yet
     shutil.rmtree(adapter, ignore_errors=True)
     examples = data.examples(cell.method.examples, cell.method.training, cell.seed)
     facts["training"] = _train(model, cell, examples, device, cell.folder / CHECKPOINTS, plan.cache_bytes)
