@@ -303,14 +303,64 @@ def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):
 
     budgets, init = [], train.QPeftTrainer.__init__
 
-    def spy(self, *args, cache_bytes=0, **options):
-        budgets.append(cache_bytes)
-        init(self, *args, cache_bytes=cache_bytes, **options)
+    def spy(self, *args, cache=None, **options):
+        budgets.append(cache.max_bytes)
+        init(self, *args, cache=cache, **options)
 
     monkeypatch.setattr(train.QPeftTrainer, "__init__", spy)
     plan = write_plan(tmp_path / "plan.yaml", job, ["A: {method: q_peft_a, learning_rate: 1e-2}"],
                       **{"seeds: [0, 1]": "seeds: [0]"})
     assert compare(plan, job, tmp_path / "out") == 0 and budgets == [1_000_000]
+
+
+def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
+    """Of every method whose LM is the plan's, in training and in ranking: the same results, and no times."""
+    methods = [*METHODS, "soft prompt: {method: soft_prompt, learning_rate: 1e-2}"]
+    of_tiny = {"    data: data\n    split: test\n": "    data: data\n    split: test\n    index: index\n"}
+    plan, out = write_plan(tmp_path / "plan.yaml", job, methods, **of_tiny), tmp_path / "out"
+    assert compare(plan, job, out) == 2 and "index is no index: it has no manifest.json" in capsys.readouterr().err
+    index = ["index", str(job / "data"), "--out", str(job / "index"), "--base-model", str(job / "lm"), "--dtype",
+             "float32", "--device", "cpu"]
+    assert main([*index, "--max-document-tokens", "39"]) == 0
+    assert compare(plan, job, out) == 2 and "made with max_document_tokens 39, here it is 40" in capsys.readouterr().err
+    shutil.rmtree(job / "index")
+    assert main([*index, "--max-document-tokens", "40"]) == 0
+    assert compare(plan, job, out) == 0
+    found, expected = results(out), runs(done / "out")
+    assert_same_runs({name: run for name, run in runs(out).items() if "soft-prompt" not in name}, expected)
+    read = {key[0]: [result.get(part, {}).get("prefixes_from_index", 0) > 0 for part in ("training", "ranking")]
+            for key, result in found.items()}
+    assert read == {"UPR": [False, True], "hard clues": [False, True], "Q-PEFT-A": [True, True],
+                    "Q-PEFT-A, queries=2": [True, True]} | dict.fromkeys(
+                        ("first stage", "similarity", "LoRA", "LoRA + BM25", "soft prompt"), [False, False])
+    (table,) = json.loads((out / "comparison.json").read_text())
+    cost = {row["method"]: row["cost"] for row in table["rows"]}
+    assert cost["Q-PEFT-A"]["training_seconds"] is None is cost["UPR"]["documents_per_second"]
+    assert cost["LoRA"]["training_seconds"] and cost["Q-PEFT-A"]["ranking_megabytes"] is not None
+    assert ("no times are given: UPR (seed 0); hard clues (seed 0); Q-PEFT-A (seed 0, 1); Q-PEFT-A, queries=2 (seed 0, "
+            "1).") in (out / "comparison.md").read_text()
+
+
+def test_a_collection_may_have_some_of_the_rows(job, tmp_path, capsys):
+    """A fusion brings what it takes, a name what ``vary`` makes of it; what another collection lacks is no mistake."""
+    wide = "    data: data\n    split: test\n"
+    some = {"collections:": "collections:\n  more: {data: data, split: test, candidates: 9, methods: [LoRA + BM25, "
+                            "UPR], train: {data: data, split: train}, dev: {data: data, split: dev}}\n  less: {data: "
+                            "data, split: test, candidates: 3, methods: [UPR]}", "seeds: [0, 1]": "seeds: [0]",
+            wide: wide + "    methods: [Q-PEFT-A]\n"}
+    plan = write_plan(tmp_path / "plan.yaml", job, METHODS, **some)
+    assert compare(plan, job, tmp_path / "out") == 0
+    tables = {table["collection"]: [row["method"] for row in table["rows"]]
+              for table in json.loads((tmp_path / "out" / "comparison.json").read_text())}
+    assert tables == {"more": ["first stage", "UPR", "LoRA", "LoRA + BM25"], "less": ["first stage", "UPR"],
+                      "tiny": ["first stage", "Q-PEFT-A", "Q-PEFT-A, queries=2"]}
+    assert [row["seeds"] for table in build_tables(read_plan(plan), tmp_path / "out") for row in map(vars, table.rows)
+            ] == [1] * 9
+    write_plan(plan, job, METHODS, **some | {wide: wide + "    methods: [Q-PEFT-B]\n"})
+    capsys.readouterr()
+    assert compare(plan, job, tmp_path / "out") == 2
+    assert "plan.yaml: collections.tiny.methods: there is no method 'Q-PEFT-B'; did you mean 'Q-PEFT-A'?" \
+        in capsys.readouterr().err
 
 
 def test_an_adapter_serves_all_collections_that_would_train_it(job, tmp_path, capsys):

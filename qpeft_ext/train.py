@@ -29,6 +29,7 @@ from .examples import (
 )
 from .losses import configured_loss, needs_temperature
 from .model import QPeftModel
+from .prefix_index import PrefixIndex
 from .schedule import default_tokens
 from .temperature import AUTO, best_temperature
 from .train_arguments import checked_arguments
@@ -68,6 +69,8 @@ class QPeftTrainer(Trainer):
         cache_bytes: budget of a `DocumentCache` that keeps the prefixes of documents from epoch to epoch; 0 (the
             default) keeps none. Only prefixes without gradient are kept: while a soft prompt or an adapter in the LM is
             trained, those of an evaluation and none of the training.
+        cache: a `DocumentCache` of your own instead, e.g. one with an index, ``DocumentCache(1 << 30, index=FOLDER)``:
+            documents that ``qpeft index`` has read are not read again.
         deterministic: every prefix, clue and suffix alone and unpadded, so that a resumed run ends bit-equal on the
             CPU (same machine and threads). Slower.
 
@@ -87,6 +90,7 @@ class QPeftTrainer(Trainer):
         optimizers: tuple = (None, None),
         cache_bytes: int = 0,
         deterministic: bool = False,
+        cache: DocumentCache | None = None,
     ) -> None:
         config = model.qpeft_config
         args = checked_arguments(args or TrainingArguments("qpeft-checkpoints"), model)
@@ -99,7 +103,11 @@ class QPeftTrainer(Trainer):
         if args.dataloader_num_workers and train_dataset is not None and not _is_sized(train_dataset):
             raise ValueError("QPeftTrainer: an iterable of examples is read in the main process; "
                              "set dataloader_num_workers=0")
-        self.cache = DocumentCache(cache_bytes) if cache_bytes else None
+        if cache is not None and cache_bytes:
+            raise ValueError("QPeftTrainer: cache and cache_bytes exclude each other")
+        self.cache = DocumentCache(cache_bytes) if cache_bytes else cache
+        if self.cache is not None and self.cache.index is not None:
+            _check_index(self.cache.index, model)
         self.deterministic = deterministic
         self._max_tokens_per_batch = default_tokens(model.device)
         self.documents_read = self.documents_cut = 0
@@ -388,6 +396,16 @@ class _EpochOfOrder(TrainerCallback):
 
 def _is_sized(dataset) -> bool:
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def _check_index(index: PrefixIndex, model: QPeftModel) -> None:
+    """Raises: ValueError if training cannot read its prefixes."""
+    why = model.engine.why_plain
+    if not why and model.engine.prefix_is_trained:
+        why = "its soft prompt, or what is trained in its LM, changes the prefixes with every step"
+    if why:
+        raise ValueError(f"QPeftTrainer: an index is of no use to this model: {why}")
+    index.expect_prompt(model.prompt)
 
 
 def _check_dataset(dataset, what: str) -> None:

@@ -51,6 +51,9 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")] = False,
     cache_bytes: Annotated[int, typer.Option(help="Memory for documents' prefixes, kept from epoch to epoch.")] = 0,
+    index: Annotated[
+        Path | None, typer.Option(help="Prefixes made by qpeft index with this LM; what it does not have is computed.")
+    ] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Resumed runs end bit-equal; slower.")] = False,
     report_to: Annotated[str, typer.Option(help="tensorboard, wandb, ... or none.")] = "none",
     dtype: Dtype = None,
@@ -77,6 +80,7 @@ def command(
     if is_first_process():
         _check_output(output, replace=resume or overwrite)
 
+    from ..cache import DocumentCache
     from ..config import QPeftConfig, parse_options
     from ..loading import default_device, load_lm, quiet_transformers
     from .common import say
@@ -90,6 +94,7 @@ def command(
     if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
                          "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20")
+    cache = DocumentCache(cache_bytes, index=index) if cache_bytes or index else None
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
     if "in_batch_negatives" not in given and config.loss != "contrastive" and _have_negatives(  # which is made of them
             examples, config.num_hard_negatives):
@@ -117,7 +122,7 @@ def command(
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
     trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples,
-                           cache_bytes=cache_bytes, deterministic=deterministic)
+                           deterministic=deterministic, cache=cache)
     trainer.train(resume_from_checkpoint=True if resume else None)
     if trainer.is_world_process_zero():
         model.save_pretrained(output)

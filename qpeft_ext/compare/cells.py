@@ -43,10 +43,9 @@ class Cell:
 def cells(plan: Plan, output: Path) -> Iterator[Cell]:
     """All results of a plan, in the order in which they are made; fusions after what they fuse."""
     first = first_stage_method(plan)
-    methods = {first.name: first} | plan.methods
-    ordered = sorted(methods.values(), key=lambda method: method.of is not None)
     for collection in plan.collections:
-        for method in ordered:
+        methods = {first.name: first} | plan.methods_of(collection)
+        for method in sorted(methods.values(), key=lambda method: method.of is not None):
             for seed in plan.seeds_of(method):
                 yield Cell(output, collection, method, seed)
 

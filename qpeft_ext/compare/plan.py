@@ -44,6 +44,8 @@ class Collection:
 
     queries: a seeded sample of so many (None: all).  candidates: the best so many of the first stage are reranked.
     train, synthetic: what methods are trained on.  dev: what weights of a fusion are chosen on.
+    index: folder that ``qpeft index`` made with the plan's LM: prefixes in it are not computed.
+    methods: names of its rows (None: all).
     """
 
     data: str
@@ -55,6 +57,8 @@ class Collection:
     train: Part | None = None
     synthetic: Part | None = None
     dev: Part | None = None
+    index: str | None = None
+    methods: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,15 @@ class Plan:
         trained = (self.methods[method.of] if method.of else method).preset.trained
         return self.seeds if trained else self.seeds[:1]
 
+    def methods_of(self, collection: str) -> dict[str, Method]:
+        """The rows of a collection, and what fusions among them take."""
+        asked = self.collections[collection].methods
+        if asked is None:
+            return self.methods
+        named = {name: method for name, method in self.methods.items() if _goes_by(method, asked)}
+        taken = {method.of for method in named.values()}
+        return {name: method for name, method in self.methods.items() if name in named or name in taken}
+
 
 def read_plan(path: Path, only: Iterable[str] = (), collections: Iterable[str] = ()) -> Plan:
     """Read and check a plan.
@@ -149,11 +162,13 @@ def read_plan(path: Path, only: Iterable[str] = (), collections: Iterable[str] =
               for name, method in plan.methods.items()}
     plan = replace(plan, methods=merged, all_collections=tuple(plan.collections))
     for name, method in plan.methods.items():
-        if not only or {name, (method.varied or ("",))[0]} & set(only):
+        if not only or _goes_by(method, only):
             chosen[name] = method
-    for name in only:
-        if name not in plan.methods and all((m.varied or ("",))[0] != name for m in plan.methods.values()):
-            raise ValueError(f"{path}: there is no method {name!r}{_did_you_mean(name, plan.methods)}")
+    asked = [("", only), *((f"collections.{name}.methods: ", c.methods or ()) for name, c in plan.collections.items())]
+    for place, names in asked:
+        for name in names:
+            if not any(_goes_by(method, [name]) for method in plan.methods.values()):
+                raise ValueError(f"{path}: {place}there is no method {name!r}{_did_you_mean(name, plan.methods)}")
     for name in collections:
         if name not in plan.collections:
             raise ValueError(f"{path}: there is no collection {name!r}{_did_you_mean(name, plan.collections)}")
@@ -313,7 +328,7 @@ class _Reader:
             self._check_method(where, plan, method)
         for name, collection in plan.collections.items():
             part = f"collections.{name}"
-            for method in plan.methods.values():
+            for method in plan.methods_of(name).values():
                 if method.preset.trained and getattr(collection, method.examples) is None:
                     raise self.error(part, f"the key {method.examples!r} is missing; {method.name!r} is trained on it")
                 if method.of and collection.dev is None:
@@ -344,6 +359,11 @@ class _Reader:
                 peft_options(method.preset, method.peft)
         except (TypeError, ValueError) as error:
             raise self.error(where, error) from None
+
+
+def _goes_by(method: Method, names: Iterable[str]) -> bool:
+    """Whether its name, or the name of the one that ``vary`` made it of, is among them."""
+    return method.name in names or bool(method.varied) and method.varied[0] in names
 
 
 def file_name(name: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import formats
 from ..commands.common import say
@@ -21,9 +21,13 @@ from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
 from .claims import claim
 from .data import CollectionData, Ranked, digest
 from .measures import per_query
-from .methods import FIRST_STAGE, peft_options
-from .plan import SAME_FOR_ALL, Method, Plan, file_name
+from .methods import FIRST_STAGE, UPR, peft_options
+from .plan import Method, Plan, file_name
 from .train import trained_model
+
+if TYPE_CHECKING:
+    from ..prefix_index import PrefixIndex
+    from .prefixes import Prefixes
 
 NOT_TRAINED_ON = ("test",)  # the setting that an adapter does not depend on
 FORMAT = 1  # of the settings: a change of what a method computes makes old results void
@@ -37,19 +41,27 @@ class Comparison:
     """
 
     def __init__(self, plan: Plan, root: Path, output: Path, device: str) -> None:
-        from ..config import QPeftConfig
         from ..loading import load_tokenizer
         from ..prompt import Prompt
 
         self.plan, self.root, self.output, self.device = plan, root, output, device
-        limits = {name: plan.options[name] for name in SAME_FOR_ALL if name in plan.options}
-        self._prompt = Prompt(load_tokenizer(plan.lm_name), QPeftConfig(clues="none", **limits))
+        self._prompt = Prompt(load_tokenizer(plan.lm_name), plan.config(Method(UPR), plan.seeds[0]))
         self._data: dict[str, CollectionData] = {}
+        self._indexes: dict[str, PrefixIndex] = {}
 
     def data(self, collection: str) -> CollectionData:
         if collection not in self._data:
             self._data[collection] = CollectionData(self.plan.collections[collection], self.root, self._prompt)
         return self._data[collection]
+
+    def index(self, collection: str) -> PrefixIndex | None:
+        from ..prefix_index import PrefixIndex
+
+        folder = self.plan.collections[collection].index
+        if folder and collection not in self._indexes:
+            self._indexes[collection] = PrefixIndex(self.root / folder)
+            self._indexes[collection].expect_prompt(self._prompt)
+        return self._indexes.get(collection)
 
     @cached_property
     def lm_digest(self) -> str:
@@ -64,6 +76,7 @@ class Comparison:
         """
         for collection in self.plan.collections:  # a mistake in the data is known before hours of training
             self.data(collection)
+            self.index(collection)
         failed: list[str] = []
         elsewhere = self._make_all(cells(self.plan, self.output), failed, wait=False)
         if elsewhere:
@@ -155,13 +168,14 @@ class Comparison:
         if method.of:
             return self._fuse(cell, test)
         model, facts = self._trained(cell)
-        run, more = self._rank(method, model, test, cell.folder / RUN, settings)
+        run, more = self._rank(cell, model, test, cell.folder / RUN, settings)
         return run, facts | more
 
     def _trained(self, cell: Cell) -> tuple[Any, dict[str, Any]]:
         if cell.method.preset.trained and cell.read(TRAINED) is None:
             self._take_adapter(cell)
-        return trained_model(self.plan, cell, self.data(cell.collection), self.device)
+        return trained_model(self.plan, cell, self.data(cell.collection), self.device,
+                             lambda model: self._prefixes(cell, model))
 
     def _take_adapter(self, cell: Cell) -> None:
         """A copy of the adapter that was trained for another collection with the same settings, if there is one."""
@@ -178,14 +192,21 @@ class Comparison:
                 say(f"{cell.name}: trained for {collection} already")
                 return
 
-    def _rank(self, method: Method, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
+    def _prefixes(self, cell: Cell, model) -> Prefixes:
+        from .prefixes import Prefixes, reads_index
+
+        index = self.index(cell.collection)
+        mine = index is not None and reads_index(cell.method, model, self._prompt)
+        return Prefixes(self.plan.cache_bytes, index if mine else None)
+
+    def _rank(self, cell: Cell, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
         """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
-        from .. import DocumentCache, Reranker
+        from .. import Reranker
         from ..rerank_run import by_likelihood, by_similarity, rerank_run
         from .cost import PETA, PeakMemory, Work
 
-        cache = DocumentCache(self.plan.cache_bytes) if self.plan.cache_bytes else None
-        reranker = Reranker(model, cache=cache)
+        method, prefixes = cell.method, self._prefixes(cell, model)
+        reranker = Reranker(model, cache=prefixes.cache)
         rank = (by_likelihood if method.preset.lm else by_similarity)(reranker)
         partial = formats.PartialRun(path, ranked.candidates, settings, tag=file_name(method.name))
         try:
@@ -200,7 +221,7 @@ class Comparison:
         facts: dict[str, Any] = {"ranking": {
             "pairs": result.num_pairs, "seconds": result.seconds, "resumed_queries": there,
             "documents_per_second": result.num_pairs / result.seconds if fresh else None,
-            "peak_bytes": peak.bytes, "truncated": reranker.truncated,
+            "peak_bytes": peak.bytes, "truncated": reranker.truncated, "prefixes_from_index": prefixes.from_index,
         }}  # fmt: skip
         if method.preset.lm and fresh:
             of_pair = {q: len(model.prompt.queries([ranked.queries[q]])[0]) for q in fresh}
@@ -219,7 +240,7 @@ class Comparison:
         if source.read() is None:
             raise ValueError(f"there is no result of {source.method.name!r}, which it takes")
         model, _ = self._trained(source)
-        dev_run, _ = self._rank(source.method, model, dev, cell.folder / DEV_RUN, self.settings(cell))
+        dev_run, _ = self._rank(source, model, dev, cell.folder / DEV_RUN, self.settings(cell))
         reranked = formats.read_run(source.folder / RUN)
         weights, value = choose_weights([dev_run, dev.candidates], dev.qrels)
         run = fuse([reranked, test.candidates], weights)

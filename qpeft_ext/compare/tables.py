@@ -104,6 +104,7 @@ COSTS: dict[str, tuple[str, tuple[str, str], str]] = {
     "documents_per_second": ("documents per s", ("ranking", "documents_per_second"), ",.0f"),
     "queries_per_petaflop": ("queries per PetaFLOP", ("ranking", "queries_per_petaflop"), ",.0f"),
 }
+FROM_INDEX = "prefixes_from_index"  # in a result, of its training and of its ranking
 COST_NOTES = (
     "Peak memory is what the work needed beyond what was held before it: on a CPU resident memory of the process "
     "(Linux's high-water mark), on CUDA the allocator's. That of ranking holds the kept document prefixes, up to the "
@@ -116,18 +117,24 @@ COST_NOTES = (
 
 def cost_notes(table: CollectionTable) -> list[str]:
     """What a reader must know beside the costs; where results come from several machines, which are from which."""
-    seeds_on: dict[str, dict[str, list[str]]] = {}
-    for result in table.results:
-        if "ranking" in result:
-            seeds = seeds_on.setdefault(_machine(result.get("machine", {})), {})
-            seeds.setdefault(result["method"], []).append(str(result["seed"]))
-    if len(seeds_on) < 2:
-        return list(COST_NOTES)
-    texts = []
-    for machine, methods in seeds_on.items():
-        named = (f"{name} (seed {', '.join(seeds)})" for name, seeds in methods.items())
-        texts.append(f"On {machine}: {'; '.join(named)}.")
-    return [*COST_NOTES, "Times and memory are of several machines, so compare them within one.", *texts]
+    notes, ranked = list(COST_NOTES), [result for result in table.results if "ranking" in result]
+    indexed = [r for r in ranked if r["ranking"].get(FROM_INDEX) or r.get("training", {}).get(FROM_INDEX)]
+    if indexed:
+        notes.append(f"Read prefixes from an index, so that no times are given: {_named(indexed)}.")
+    on: dict[str, list[dict]] = {}
+    for result in ranked:
+        on.setdefault(_machine(result.get("machine", {})), []).append(result)
+    if len(on) > 1:
+        notes.append("Times and memory are of several machines, so compare them within one.")
+        notes += [f"On {machine}: {_named(results)}." for machine, results in on.items()]
+    return notes
+
+
+def _named(results: Sequence[Mapping[str, Any]]) -> str:
+    seeds: dict[str, list[str]] = {}
+    for result in results:
+        seeds.setdefault(result["method"], []).append(str(result["seed"]))
+    return "; ".join(f"{name} (seed {', '.join(of_name)})" for name, of_name in seeds.items())
 
 
 def _machine(facts: dict[str, str]) -> str:
@@ -188,6 +195,9 @@ def _cost_facts(result: Mapping[str, Any]) -> dict[tuple[str, str], float | None
     for part in ("training", "ranking"):
         if facts.get((part, "peak_bytes")) is not None:
             facts[part, "megabytes"] = facts[part, "peak_bytes"] / 1e6
+        if facts.get((part, FROM_INDEX)):  # not what the method would take by itself
+            for name in ("seconds", "documents_per_second", "queries_per_petaflop"):
+                facts.pop((part, name), None)
     return facts
 
 

@@ -1,0 +1,33 @@
+"""The prefixes that methods of a comparison have in common: those of the plan's LM and prompt, from an index."""
+
+from __future__ import annotations
+
+from ..cache import DocumentCache
+from ..prefix_index import PrefixIndex, prompt_settings
+from ..prompt import Prompt
+from .plan import Method
+
+
+def reads_index(method: Method, model, prompt: Prompt) -> bool:
+    """Whether the prefixes of a method are those of the plan's LM. ``prompt``: the plan's.
+
+    A soft prompt, an adapter in the LM, another layout or another template makes its own.
+    """
+    config = model.qpeft_config
+    own = method.preset.peft or config.num_virtual_tokens or config.train_lm or model.engine.why_plain
+    return method.preset.lm and not own and prompt_settings(model.prompt) == prompt_settings(prompt)
+
+
+class Prefixes:
+    """The cache that a method is trained with, or ranks with.
+
+    Attributes: cache: a `DocumentCache`, or None.  from_index: prefixes that the index gave since this was made.
+    """
+
+    def __init__(self, cache_bytes: int, index: PrefixIndex | None) -> None:
+        self.cache = DocumentCache(cache_bytes, index=index) if cache_bytes or index else None
+        self._index, self._before = index, index.hits if index else 0
+
+    @property
+    def from_index(self) -> int:
+        return self._index.hits - self._before if self._index else 0
