@@ -255,6 +255,21 @@ inline void check_token_log_likelihood_chunk_backward(const Tensor& logits, cons
   expect_same_device(op, logits, {&lse, &grad});
 }
 
+inline void check_bfloat16_products(const Tensor& a, const Tensor& b, const Tensor& out) {
+  constexpr auto op = "bfloat16_products";
+  expect(op, "a", a, {-1, -1}, ScalarType::BFloat16, true);
+  expect(op, "b", b, {-1, a.size(1)}, ScalarType::BFloat16, true);
+  expect(op, "out", out, {a.size(0), b.size(0)}, ScalarType::Float, true);
+  STD_TORCH_CHECK(a.size(1) % 2 == 0, op, ": the rows of a and b must have an even number of columns, got ", a.size(1));
+}
+
+inline void check_bfloat16_add_product(const Tensor& total, const Tensor& a, const Tensor& b) {
+  constexpr auto op = "bfloat16_add_product";
+  expect(op, "a", a, {-1, -1}, ScalarType::BFloat16, true);
+  expect(op, "b", b, {a.size(1), -1}, ScalarType::BFloat16, true);
+  expect(op, "total", total, {a.size(0), b.size(1)}, ScalarType::Float, true);
+}
+
 inline void check_token_log_likelihood_finish(const Tensor& running, const Tensor& lm_head, const Tensor& target_ids,
                                               const Tensor& log_p, const Tensor& lse,
                                               const std::optional<Tensor>& expectation) {

@@ -12,6 +12,7 @@
 //
 // "Compute dtype" below: on the CPU float32 (float64 when the table is float64); on CUDA float32 for everything that is
 // summed, while gathered rows keep the table's dtype (the GEMM there takes bf16/fp16 and returns float32: aten::mm.dtype).
+// The LM head is multiplied as it lies, on the CPU too where it has products of bfloat16.
 // All tensors of a primitive are contiguous unless a stride is named. Sizes of zero are legal everywhere and do nothing.
 #include <torch/csrc/stable/library.h>
 
@@ -133,7 +134,7 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   //   running [3, N] same dtype: max of z, sum of exp(z - max), z of the target. Starts as (-inf, 0, -inf).
   //   expectation [N, D] same dtype, the caller's sums of exp(z - max) * something over the words before: multiplied by
   //   exp(max before - max after); and row n of logits becomes exp(z - max after) * dz/du, C numbers of dtype `kept` (that of
-  //   logits; on CUDA also float16, bfloat16 over float32) where the row began. None: logits are left or destroyed.
+  //   logits; over float32 also bfloat16, and on CUDA float16) where the row began. None: logits are left or destroyed.
   m.def(
       "token_log_likelihood_chunk(Tensor(a!) logits, Tensor? bias, Tensor target_ids, SymInt first, float logit_scale, "
       "float? soft_cap, Tensor(b!) running, Tensor(c!)? expectation, ScalarType kept) -> ()");
@@ -149,4 +150,12 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   m.def(
       "token_log_likelihood_chunk_backward(Tensor(a!) logits, Tensor? bias, Tensor target_ids, SymInt first, "
       "float logit_scale, float? soft_cap, Tensor lse, Tensor grad, ScalarType kept) -> ()");
+
+  // ---- primitives: products of bfloat16 with float32 sums, CPU only (on CUDA: aten::mm.dtype) ------------------------------
+  // Whether this processor has them; without, both raise.
+  m.def("has_bfloat16_products() -> bool");
+  //   out = a @ b^T      a [N, D], b [C, D] bfloat16, D even; out [N, C] float32: row strides free, last strides 1
+  m.def("bfloat16_products(Tensor a, Tensor b, Tensor(a!) out) -> ()");
+  //   total += a @ b     a [N, C], b [C, D] bfloat16; total [N, D] float32: row strides free, last strides 1
+  m.def("bfloat16_add_product(Tensor(a!) total, Tensor a, Tensor b) -> ()");
 }

@@ -77,6 +77,23 @@ inline void minus_probabilities(Sum* z, int64_t C, Sum lse, Sum grad, SoftCap<Su
     for (int64_t c = 0; c < C; ++c) z[c] = -grad * vector_exp(z[c] - lse) * cap.slope(z[c]);
 }
 
+// z in bfloat16, rounded to nearest, where the row begins: each block is read before anything is written over it
+inline void narrow(float* z, int64_t C) {
+  auto* to = reinterpret_cast<char*>(z);
+  for (int64_t c = 0; c < C; c += kLanes) {
+    float block[kLanes];
+    uint16_t rounded[kLanes];
+    const int64_t n = std::min<int64_t>(kLanes, C - c);
+    std::memcpy(block, z + c, n * sizeof(float));
+    for (int l = 0; l < kLanes; ++l) {
+      uint32_t bits;
+      std::memcpy(&bits, &block[l], sizeof(bits));
+      rounded[l] = block[l] != block[l] ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    }
+    std::memcpy(to + 2 * c, rounded, n * sizeof(uint16_t));
+  }
+}
+
 // ---- one row, with clones ---------------------------------------------------------------------------------------------
 
 QPEFT_CLONES void apply_row(Logit<float> logit, float* x, int64_t C) { apply(logit, x, C); }
@@ -88,6 +105,8 @@ QPEFT_CLONES float keep_row(float* z, int64_t C, float max, SoftCap<float> cap) 
 QPEFT_CLONES void gradient_row(float* z, int64_t C, float lse, float grad, SoftCap<float> cap) {
   minus_probabilities(z, C, lse, grad, cap);
 }
+QPEFT_CLONES void narrow_row(float* z, int64_t C) { narrow(z, C); }
+void narrow_row(double*, int64_t) {}
 void apply_row(Logit<double> logit, double* x, int64_t C) { apply(logit, x, C); }
 double max_row(const double* z, int64_t C) { return max_of(z, C); }
 double sum_row(double* z, int64_t C, double max) { return sum_exp<false>(z, C, max, SoftCap<double>{0}); }
@@ -101,14 +120,18 @@ const Sum* data_or_null(const std::optional<Tensor>& x) {
   return x ? static_cast<const Sum*>(x->const_data_ptr()) : nullptr;
 }
 
-void check_kept(const char* op, const Tensor& logits, ScalarType kept) {
-  STD_TORCH_CHECK(kept == logits.scalar_type(), op, ": on the CPU kept must be the dtype of logits");
+// Whether rows are kept in bfloat16.
+bool narrows(const char* op, const Tensor& logits, ScalarType kept) {
+  const bool narrow = kept == ScalarType::BFloat16 && logits.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(narrow || kept == logits.scalar_type(), op,
+                  ": on the CPU kept must be the dtype of logits, or bfloat16 over float32");
+  return narrow;
 }
 
 void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, int64_t first, double logit_scale,
            std::optional<double> soft_cap, Tensor running, std::optional<Tensor> expectation, ScalarType kept) {
   check_token_log_likelihood_chunk(logits, bias, target_ids, running, expectation, kept);
-  check_kept("token_log_likelihood_chunk", logits, kept);
+  const bool narrow = expectation && narrows("token_log_likelihood_chunk", logits, kept);
   const int64_t N = logits.size(0), C = logits.size(1), stride = logits.stride(0);
   const int64_t D = expectation ? expectation->size(1) : 0;
   if (N == 0 || C == 0) return;
@@ -128,10 +151,11 @@ void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, i
         if (target >= 0 && target < C) target_z[row] = z[target];
         const Sum before = max_at[row], max = std::max(before, max_row(z, C));
         if (max == -INFINITY) {  // every word so far is forbidden: exp(-inf - -inf) would be NaN
-          if (sums) std::fill(z, z + C, Sum(0));
+          if (sums) std::fill(z, z + C, Sum(0));  // zeros in bfloat16 too
           continue;
         }
         const Sum factor = std::exp(before - max), sum = sums ? keep_row(z, C, max, {logit.cap}) : sum_row(z, C, max);
+        if (narrow) narrow_row(z, C);
         max_at[row] = max;
         sum_at[row] = sum_at[row] * factor + sum;
         if (sums && factor != 1)
@@ -178,7 +202,7 @@ void finish(const Tensor running, const Tensor lm_head, const Tensor target_ids,
 void chunk_backward(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, int64_t first, double logit_scale,
                     std::optional<double> soft_cap, const Tensor lse, const Tensor grad, ScalarType kept) {
   check_token_log_likelihood_chunk_backward(logits, bias, target_ids, lse, grad, kept);
-  check_kept("token_log_likelihood_chunk_backward", logits, kept);
+  const bool narrow = narrows("token_log_likelihood_chunk_backward", logits, kept);
   const int64_t N = logits.size(0), C = logits.size(1), stride = logits.stride(0);
   if (N == 0 || C == 0) return;
   const auto* target_at = static_cast<const int64_t*>(target_ids.const_data_ptr());
@@ -203,6 +227,7 @@ void chunk_backward(Tensor logits, std::optional<Tensor> bias, const Tensor targ
         const Sum slope = here ? cap.slope(z[target]) : Sum(0);
         gradient_row(z, C, lse_at[row], g, cap);
         if (here) z[target] += g * slope;
+        if (narrow) narrow_row(z, C);
       }
     });
   });

@@ -138,8 +138,21 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def block_dtype(table: Tensor) -> torch.dtype:
-    """The dtype of gathered rows: CUDA multiplies bf16 and fp16 as they are, the CPU is faster in float32."""
+    """The dtype of gathered rows: CUDA multiplies bf16 and fp16 as they are; on the CPU gathering makes float32."""
     return sum_dtype(table.dtype) if table.device.type == "cpu" else table.dtype
+
+
+def product_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype in which rows that lie as they are are multiplied: bf16 on the CPU too, where it has products of it."""
+    even = rows.is_contiguous() and rows.shape[-1] % 2 == 0
+    if rows.dtype == torch.bfloat16 and even and rows.device.type == "cpu" and _has_bfloat16_products():
+        return rows.dtype
+    return block_dtype(rows)
+
+
+@cache
+def _has_bfloat16_products() -> bool:
+    return registered() and torch.ops.qpeft_ext.has_bfloat16_products()
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -158,7 +171,13 @@ def multiply_rows(a: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
 
     oneDNN keeps code for each of the last 1,024 shapes, so ``a`` is filled up to one of few heights: otherwise ragged
     batches make the process grow (by 30 MB in 1,400 pairs).
+
+    bf16 on the CPU (see `product_dtype`) by csrc/cpu/bfloat16_products.cpp, since torch's product rounds its result.
     """
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16:
+        out = a.new_empty(len(a), len(rows), dtype=torch.float32) if out is None else out
+        torch.ops.qpeft_ext.bfloat16_products(a.contiguous(), rows, out)
+        return out
     exact = a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     if a.device.type == "cpu" and exact and _has_onednn():
         height = len(a)
@@ -183,7 +202,9 @@ def _has_onednn() -> bool:
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total += a @ b``, in the dtype of sums, inside the GEMM; matrices, or batches of them."""
     add = torch.addmm if a.dim() == 2 else torch.baddbmm
-    if a.dtype == total.dtype:
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16:
+        torch.ops.qpeft_ext.bfloat16_add_product(total, a, b)
+    elif a.dtype == total.dtype:
         add(total, a, b, out=total)
     else:
         add(total, a, b, out_dtype=total.dtype, out=total)

@@ -12,7 +12,6 @@ from torch import Tensor
 from .._library import uses_reference
 from ._common import (
     add_product,
-    block_dtype,
     check_ids,
     differentiable,
     exact_float32,
@@ -23,6 +22,7 @@ from ._common import (
     fake,
     implement,
     multiply_rows,
+    product_dtype,
     sum_dtype,
 )
 
@@ -47,7 +47,8 @@ def token_log_likelihood(
         target_ids: the query tokens, ``[N]``, int64 in ``[0, V)``.
         bias: ``[V]`` or None, same dtype.  soft_cap: positive, or None.  logit_scale: a factor on the logits.
         chunk_bytes: working memory: logits of some rows and a chunk of the vocabulary, that chunk's rows of ``lm_head``
-            in float32 where they are bf16 on the CPU, and the sums for the gradient. At least one row and one word.
+            in float32 where the CPU cannot multiply their dtype (bf16 it can with AVX512-BF16), and the sums for the
+            gradient. At least one row and one word.
     Returns: log p in nats, ``[N]``, float32 (float64 for float64 inputs); logits are never rounded to bf16.
     Raises: ValueError for shapes, devices, settings; TypeError for a dtype; IndexError for an id out of range (on CUDA
         nothing can be raised without waiting: the kernel traps).
@@ -108,7 +109,9 @@ def _sizes(hidden: Tensor, lm_head: Tensor, chunk_bytes: int, held: int) -> Size
     All rows at once, as long as that leaves room for `WORDS` words.
     """
     (N, D), V, item = hidden.shape, lm_head.shape[0], sum_dtype(hidden.dtype).itemsize
-    upcast = 0 if block_dtype(lm_head) == lm_head.dtype else D * item  # bytes for each word beside its logits
+    upcast = 0 if product_dtype(lm_head) == lm_head.dtype else D * item  # bytes for each word beside its logits
+    if hidden.device.type == "cpu" and not upcast:
+        held += D * lm_head.dtype.itemsize  # the product packs the rows
     least = min(V, WORDS, max(1, chunk_bytes // (4 * upcast))) if upcast else min(V, WORDS)
     rows = max(1, min(N, (chunk_bytes - least * upcast) // max(1, least * item + held)))
     most = min(V, max(1, (chunk_bytes - rows * held) // max(1, rows * item + upcast)))
@@ -148,7 +151,7 @@ class Chunks:
 
     def __init__(self, lm_head: Tensor, bias: Tensor | None, sizes: Sizes) -> None:
         self.lm_head, self.words = lm_head, sizes.words
-        self.dtype, self.sum_dtype = block_dtype(lm_head), sum_dtype(lm_head.dtype)
+        self.dtype, self.sum_dtype = product_dtype(lm_head), sum_dtype(lm_head.dtype)
         self.bias = None if bias is None else bias.to(self.sum_dtype)
         self.logits = None
         if lm_head.device.type != "cpu" or self.dtype != self.sum_dtype:
