@@ -33,13 +33,13 @@ def main() -> int:
 
 def table(name: str) -> str:
     """Markdown of one result file: our time, the others' with the ratio, losses in bold. A file that is not there yet:
-    a line that says so. Of a file with several models (``work@model``) the rows of the first.
+    a line that says so. Of a file with several models (``work@model``) the rows of the first, and those in bf16.
     """
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return f"**Not run yet**: there is no `benchmarks/results/{name}.json`.\n"
     result = json.loads(path.read_text(encoding="utf-8"))
-    rows = [row for row in result["rows"] if "@" not in row["work"]]
+    rows = [row for row in result["rows"] if row["work"].partition("@")[2] in ("", "bf16")]
     on_gpu = result["device"] != "cpu"
     names = list(dict.fromkeys(baseline for row in rows for baseline in row["baselines_ms"]))
     heads = ["work", "ours, ms", *(["of the bound", "ours, MB"] if on_gpu else []), *names]

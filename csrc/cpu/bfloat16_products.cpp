@@ -5,8 +5,6 @@
 //   Deterministic   yes: each sum has one order
 #include "cpu/bfloat16_products.h"
 
-#include <memory>
-
 #include "cpu/common.h"
 
 namespace qpeft {
@@ -35,12 +33,13 @@ void products(const Tensor a, const Tensor b, Tensor out) {
   const int64_t N = a.size(0), C = b.size(0), D = a.size(1), pairs = D / 2;
   if (N == 0 || C == 0) return;
   const int64_t vectors = (N + kVector - 1) / kVector;
-  const std::unique_ptr<uint32_t[]> packed(new uint32_t[vectors * kVector * std::max<int64_t>(pairs, 1)]);
-  pack_vectors(words_of(a), a.stride(0), N, pairs, packed.get());
+  Tensor packed = torch::stable::new_empty(a, {vectors * kVector, D});
+  auto* packed_at = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  pack_vectors(words_of(a), a.stride(0), N, pairs, packed_at);
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   const int64_t tiles = (C + kWords - 1) / kWords;
   parallel(tiles, (1 << 20) / (N * std::max<int64_t>(D, 1) * kWords) + 1, [&](int64_t begin, int64_t end) {
-    products_of_words(packed.get(), N, pairs, words_of(b), b.stride(0), begin * kWords, std::min(end * kWords, C), to,
+    products_of_words(packed_at, N, pairs, words_of(b), b.stride(0), begin * kWords, std::min(end * kWords, C), to,
                       out.stride(0));
   });
 }
