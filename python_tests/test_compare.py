@@ -315,7 +315,9 @@ def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):
 
 def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
     """Of every method whose LM is the plan's, in training and in ranking: the same results, and no times."""
-    methods = [*METHODS, "soft prompt: {method: soft_prompt, learning_rate: 1e-2}"]
+    methods = [*METHODS, "soft prompt: {method: soft_prompt, learning_rate: 1e-2}",
+               "full: {method: full, learning_rate: 1e-3}",
+               "clues first: {method: q_peft_r, learning_rate: 1e-2, options: {layout: clues_first}}"]
     of_tiny = {"    data: data\n    split: test\n": "    data: data\n    split: test\n    index: index\n"}
     plan, out = write_plan(tmp_path / "plan.yaml", job, methods, **of_tiny), tmp_path / "out"
     assert compare(plan, job, out) == 2 and "index is no index: it has no manifest.json" in capsys.readouterr().err
@@ -327,12 +329,13 @@ def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
     assert main([*index, "--max-document-tokens", "40"]) == 0
     assert compare(plan, job, out) == 0
     found, expected = results(out), runs(done / "out")
-    assert_same_runs({name: run for name, run in runs(out).items() if "soft-prompt" not in name}, expected)
+    assert_same_runs({name: run for name, run in runs(out).items() if name in expected}, expected)
     read = {key[0]: [result.get(part, {}).get("prefixes_from_index", 0) > 0 for part in ("training", "ranking")]
             for key, result in found.items()}
     assert read == {"UPR": [False, True], "hard clues": [False, True], "Q-PEFT-A": [True, True],
-                    "Q-PEFT-A, queries=2": [True, True]} | dict.fromkeys(
-                        ("first stage", "similarity", "LoRA", "LoRA + BM25", "soft prompt"), [False, False])
+                    "Q-PEFT-A, queries=2": [True, True]} | dict.fromkeys((
+                        "first stage", "similarity", "LoRA", "LoRA + BM25", "soft prompt", "full", "clues first"),
+                        [False, False])
     (table,) = json.loads((out / "comparison.json").read_text())
     cost = {row["method"]: row["cost"] for row in table["rows"]}
     assert cost["Q-PEFT-A"]["training_seconds"] is None is cost["UPR"]["documents_per_second"]

@@ -11,10 +11,9 @@ from .plan import Method
 def reads_index(method: Method, model, prompt: Prompt) -> bool:
     """Whether the prefixes of a method are those of the plan's LM. ``prompt``: the plan's.
 
-    A soft prompt, an adapter in the LM, another layout or another template makes its own.
+    An adapter in the LM, a trained LM, another layout, another template or a soft prompt makes its own.
     """
-    config = model.qpeft_config
-    own = method.preset.peft or config.num_virtual_tokens or config.train_lm or model.engine.why_plain
+    own = method.preset.peft or model.qpeft_config.train_lm or model.engine.why_plain
     return method.preset.lm and not own and prompt_settings(model.prompt) == prompt_settings(prompt)
 
 
