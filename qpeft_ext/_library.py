@@ -75,10 +75,16 @@ def kernels_live() -> dict[str, tuple[bool, str]]:
             load()
         except ImportError as error:
             return {device: (False, str(error)) for device in ("cpu", "cuda")}
-    live = {"cpu": (True, f"loaded from {LIBRARY}") if "cpu" in _live else (False, _why_not("cpu"))}
+    on_cpu = "cpu" in _live
+    live = {"cpu": (on_cpu, f"loaded from {LIBRARY}; {_bfloat16_words()}" if on_cpu else _why_not("cpu"))}
     reason = _why_not("cuda") if "cuda" not in _live else _why_no_gpu()
     live["cuda"] = (reason is None, reason or f"compiled for {_host_info()['cuda_architectures']}")
     return live
+
+
+def _bfloat16_words() -> str:
+    how = "as they are" if torch.ops.qpeft_ext.has_bfloat16_products() else "in float32, without AVX512-BF16"
+    return f"bf16 LM heads are multiplied {how}"
 
 
 def _why_not(device_type: str) -> str:
