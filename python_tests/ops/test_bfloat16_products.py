@@ -111,3 +111,18 @@ def test_what_cannot_be_multiplied_as_it_lies_is_upcast():
     for some, table in ((hidden, transposed), (hidden, head), (rows, head)):
         found = token_log_likelihood(some, table, targets)
         torch.testing.assert_close(found, reference(some, table, targets), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("C", [5, 16, 100])
+def test_kept_probabilities_are_rounded_to_nearest(C):
+    """Not cut, which would make every sum of them smaller; a NaN stays one."""
+    chunk, targets = torch.ops.qpeft_ext.token_log_likelihood_chunk, torch.tensor([0, 1, 2])
+    logits = torch.randn(3, C, generator=torch.Generator().manual_seed(0))
+    logits[2, 1] = torch.nan
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, running = logits.clone(), torch.tensor([[-torch.inf], [0], [-torch.inf]]).repeat(1, 3)
+        chunk(x, None, targets, 0, 1.0, None, running, torch.zeros(3, 4), dtype)
+        found[dtype] = x.view(dtype)[:, :C]
+    assert found[torch.float32][:2].isfinite().all()
+    torch.testing.assert_close(found[torch.bfloat16], found[torch.float32].bfloat16(), rtol=0, atol=0, equal_nan=True)

@@ -24,9 +24,9 @@ class Prefixes:
     """
 
     def __init__(self, cache_bytes: int, index: PrefixIndex | None) -> None:
-        self.cache = DocumentCache(cache_bytes, index=index) if cache_bytes or index else None
-        self._index, self._before = index, index.hits if index else 0
+        self.cache = DocumentCache(cache_bytes, index=index) if cache_bytes or index is not None else None
+        self._index, self._before = index, 0 if index is None else index.hits
 
     @property
     def from_index(self) -> int:
-        return self._index.hits - self._before if self._index else 0
+        return 0 if self._index is None else self._index.hits - self._before

@@ -110,7 +110,7 @@ def _sizes(hidden: Tensor, lm_head: Tensor, chunk_bytes: int, held: int) -> Size
     """
     (N, D), V, item = hidden.shape, lm_head.shape[0], sum_dtype(hidden.dtype).itemsize
     upcast = 0 if product_dtype(lm_head) == lm_head.dtype else D * item  # bytes for each word beside its logits
-    if hidden.device.type == "cpu" and not upcast:
+    if hidden.device.type == "cpu" and product_dtype(lm_head) == torch.bfloat16:
         held += D * lm_head.dtype.itemsize  # the product packs the rows
     least = min(V, WORDS, max(1, chunk_bytes // (4 * upcast))) if upcast else min(V, WORDS)
     rows = max(1, min(N, (chunk_bytes - least * upcast) // max(1, least * item + held)))
