@@ -152,10 +152,10 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
       "float logit_scale, float? soft_cap, Tensor lse, Tensor grad, ScalarType kept) -> ()");
 
   // ---- primitives: products of bfloat16 with float32 sums, CPU only (on CUDA: aten::mm.dtype) ------------------------------
-  // Whether this processor has them; without, both raise.
-  m.def("has_bfloat16_products() -> bool");
+  // What this processor has for them: 0 nothing (both raise), 1 AVX512-BF16, 2 AMX too, whose tiles may be left out.
+  m.def("bfloat16_instructions() -> int");
   //   out = a @ b^T      a [N, D], b [C, D] bfloat16, D even; out [N, C] float32: row strides free, last strides 1
-  m.def("bfloat16_products(Tensor a, Tensor b, Tensor(a!) out) -> ()");
+  m.def("bfloat16_products(Tensor a, Tensor b, Tensor(a!) out, bool tiles=True) -> ()");
   //   total += a @ b     a [N, C], b [C, D] bfloat16; total [N, D] float32: row strides free, last strides 1
-  m.def("bfloat16_add_product(Tensor(a!) total, Tensor a, Tensor b) -> ()");
+  m.def("bfloat16_add_product(Tensor(a!) total, Tensor a, Tensor b, bool tiles=True) -> ()");
 }

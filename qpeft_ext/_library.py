@@ -83,8 +83,8 @@ def kernels_live() -> dict[str, tuple[bool, str]]:
 
 
 def _bfloat16_words() -> str:
-    how = "as they are" if torch.ops.qpeft_ext.has_bfloat16_products() else "in float32, without AVX512-BF16"
-    return f"bf16 LM heads are multiplied {how}"
+    how = ("in float32, without AVX512-BF16", "as they are, by AVX512-BF16", "as they are, by AMX")
+    return f"bf16 LM heads are multiplied {how[torch.ops.qpeft_ext.bfloat16_instructions()]}"
 
 
 def _why_not(device_type: str) -> str:

@@ -1,64 +1,94 @@
 // Products of bfloat16 matrices with float32 sums, as a GPU has them; torch's, on the CPU, round the result to bfloat16.
-//   bfloat16_products      out = a b^T     parallel over words; a is packed once, b is read where it lies
-//   bfloat16_add_product   total += a b    parallel over columns and rows; b is packed by tiles of 256 words and 64 columns
+//   bfloat16_products      out = a b^T     parallel over words; a is packed once
+//   bfloat16_add_product   total += a b    parallel over columns and rows; b is packed by tiles of 64 columns
+//   Instructions    AMX or AVX512-BF16
 //   Precision       float32 sums of exact products, without denormals
 //   Deterministic   yes: each sum has one order
 #include "cpu/bfloat16_products.h"
 
 #include "cpu/common.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qpeft {
 namespace {
 
-bool has_bfloat16_products() {
+constexpr int64_t kNone = 0, kAvx512Bf16 = 1, kAmx = 2;
+
 #if defined(__x86_64__) && defined(__gnu_linux__)
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#else
-  return false;
-#endif
+
+// Tiles take 8 KB of the state of a thread, so a process has to ask the system for them, once.
+bool may_use_tiles() {
+  constexpr unsigned kBf16 = 1 << 22, kTile = 1 << 24;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool there = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile);
+  return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
+int64_t bfloat16_instructions() {
+  static const int64_t found = [] {
+    const bool vectors = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512vl");
+    return !vectors ? kNone : may_use_tiles() ? kAmx : kAvx512Bf16;
+  }();
+  return found;
+}
 
-void check_processor(const char* op) {
-  STD_TORCH_CHECK(has_bfloat16_products(), op, ": this processor has no products of bfloat16");
+const BFloat16Kernels& kernels(const char* op, bool tiles) {
+  const int64_t has = bfloat16_instructions();
+  STD_TORCH_CHECK(has != kNone, op, ": this processor has no products of bfloat16");
+  return has == kAmx && tiles ? kAmxKernels : kAvx512Bf16Kernels;
 }
 
 const uint16_t* words_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 
-void products(const Tensor a, const Tensor b, Tensor out) {
+void pack_vectors(const uint16_t* a, int64_t stride, int64_t N, int64_t pairs, int64_t packed_pairs, uint32_t* packed) {
+  for (int64_t first = 0; first < N; first += kVector, packed += packed_pairs * kVector) {
+    const int64_t n = std::min(kVector, N - first);
+    if (n < kVector) std::fill(packed, packed + pairs * kVector, 0u);
+    std::fill(packed + pairs * kVector, packed + packed_pairs * kVector, 0u);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t pair = 0; pair < pairs; ++pair)
+        std::memcpy(packed + pair * kVector + r, a + (first + r) * stride + 2 * pair, sizeof(uint32_t));
+  }
+}
+
+void products(const Tensor a, const Tensor b, Tensor out, bool tiles) {
   constexpr auto op = "bfloat16_products";
   check_bfloat16_products(a, b, out);
-  check_processor(op);
+  const BFloat16Kernels& by = kernels(op, tiles);
   const int64_t N = a.size(0), C = b.size(0), D = a.size(1), pairs = D / 2;
   if (N == 0 || C == 0) return;
-  const int64_t vectors = (N + kVector - 1) / kVector;
-  Tensor packed = torch::stable::new_empty(a, {vectors * kVector, D});
+  const int64_t packed_pairs = round_up(pairs, by.pairs_step);
+  Tensor packed = torch::stable::new_empty(a, {round_up(N, kVector), 2 * packed_pairs});
   auto* packed_at = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  pack_vectors(words_of(a), a.stride(0), N, pairs, packed_at);
+  pack_vectors(words_of(a), a.stride(0), N, pairs, packed_pairs, packed_at);
   auto* to = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t tiles = (C + kWords - 1) / kWords;
-  parallel(tiles, (1 << 20) / (N * std::max<int64_t>(D, 1) * kWords) + 1, [&](int64_t begin, int64_t end) {
-    products_of_words(packed_at, N, pairs, words_of(b), b.stride(0), begin * kWords, std::min(end * kWords, C), to,
-                      out.stride(0));
+  const int64_t groups = (C + by.words - 1) / by.words;
+  parallel(groups, (1 << 20) / (N * std::max<int64_t>(D, 1) * by.words) + 1, [&](int64_t begin, int64_t end) {
+    by.products_of_words(packed_at, N, pairs, words_of(b), b.stride(0), begin * by.words, std::min(end * by.words, C), to,
+                         out.stride(0));
   });
 }
 
-void add_product(Tensor total, const Tensor a, const Tensor b) {
+void add_product(Tensor total, const Tensor a, const Tensor b, bool tiles) {
   constexpr auto op = "bfloat16_add_product";
   check_bfloat16_add_product(total, a, b);
-  check_processor(op);
+  const BFloat16Kernels& by = kernels(op, tiles);
   const int64_t N = a.size(0), C = a.size(1), D = b.size(1);
   if (N == 0 || C == 0 || D == 0) return;
-  constexpr int64_t kRows = 192;  // that share a packed tile
-  const int64_t columns = (D + kColumns - 1) / kColumns, blocks = (N + kRows - 1) / kRows;
+  const int64_t columns = (D + kColumns - 1) / kColumns, blocks = (N + by.rows - 1) / by.rows;
   auto* to = static_cast<float*>(total.mutable_data_ptr());
-  parallel(columns * blocks, (1 << 20) / (std::min(N, kRows) * C * kColumns) + 1, [&](int64_t first, int64_t last) {
-    alignas(64) uint32_t tile[kTilePairs * kColumns];
+  parallel(columns * blocks, (1 << 20) / (std::min(N, by.rows) * C * kColumns) + 1, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) {
-      const int64_t d = at / blocks * kColumns, n = at % blocks * kRows;
-      add_product_of_columns(words_of(a), a.stride(0), n, std::min(n + kRows, N), C, words_of(b) + d, b.stride(0),
-                             std::min(kColumns, D - d), to + d, total.stride(0), tile);
+      const int64_t d = at / blocks * kColumns, n = at % blocks * by.rows;
+      by.add_product_of_columns(words_of(a), a.stride(0), n, std::min(n + by.rows, N), C, words_of(b) + d, b.stride(0),
+                                std::min(kColumns, D - d), to + d, total.stride(0));
     }
   });
 }
@@ -67,10 +97,15 @@ STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {
   m.impl("bfloat16_products", TORCH_BOX(&products));
   m.impl("bfloat16_add_product", TORCH_BOX(&add_product));
 }
+
+#else
+
+int64_t bfloat16_instructions() { return kNone; }
+
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CompositeExplicitAutograd, m) {
-  m.impl("has_bfloat16_products", TORCH_BOX(&has_bfloat16_products));
+  m.impl("bfloat16_instructions", TORCH_BOX(&bfloat16_instructions));
 }
 
 }  // namespace

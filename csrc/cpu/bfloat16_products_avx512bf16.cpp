@@ -1,14 +1,14 @@
 // The products of bfloat16_products.h with VDPBF16PS: two products and two additions in float32 for each of 16 sums, at
 // twice the rate of float32. 24 sums are in registers; each step reads at most 11 others.
-#include "cpu/bfloat16_products.h"
-
-#include <immintrin.h>
-
-#include <algorithm>
 #include <cstring>
+
+#include "cpu/bfloat16_vectors.h"
 
 namespace qpeft {
 namespace {
+
+constexpr int64_t kWords = 8;
+constexpr int64_t kTilePairs = 128;  // of words, packed at a time
 
 inline __m512i pair_for_all(const void* at) {
   int32_t pair;
@@ -17,40 +17,6 @@ inline __m512i pair_for_all(const void* at) {
 }
 
 inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-
-// rows[i][j] -> columns[j][i] of 8 by 8
-inline void store_transposed(const __m256 (&x)[8], float* out, int64_t stride) {
-  __m256 pairs[8], fours[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int half = 0; half < 2; ++half) {
-      fours[i + 2 * half] = _mm256_shuffle_ps(pairs[i + half], pairs[i + 2 + half], 0x44);
-      fours[i + 2 * half + 1] = _mm256_shuffle_ps(pairs[i + half], pairs[i + 2 + half], 0xEE);
-    }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
-  }
-}
-
-// The sums of 16 rows and kWords words, of which n_rows and n_words count.
-inline void store(const __m512 (&sums)[kWords], float* out, int64_t stride, int64_t n_rows, int64_t n_words) {
-  if (n_rows >= kVector && n_words == kWords) {
-    __m256 half[8];
-    for (int c = 0; c < kWords; ++c) half[c] = _mm512_castps512_ps256(sums[c]);
-    store_transposed(half, out, stride);
-    for (int c = 0; c < kWords; ++c) half[c] = _mm512_extractf32x8_ps(sums[c], 1);
-    store_transposed(half, out + 8 * stride, stride);
-    return;
-  }
-  float columns[kWords][kVector];
-  for (int c = 0; c < kWords; ++c) _mm512_storeu_ps(columns[c], sums[c]);
-  for (int64_t r = 0; r < std::min(n_rows, kVector); ++r)
-    for (int64_t c = 0; c < n_words; ++c) out[r * stride + c] = columns[c][r];
-}
 
 template <int kVectors>
 void products(const uint32_t* packed, int64_t n_rows, int64_t pairs, const uint16_t* b, int64_t b_stride, int64_t n_words,
@@ -74,11 +40,11 @@ void products(const uint32_t* packed, int64_t n_rows, int64_t pairs, const uint1
 }
 
 template <int kRows>
-void add_tile(const uint16_t* a, int64_t a_stride, int64_t n, const uint32_t* tile, const __mmask16 (&mask)[4], float* total,
+void add_tile(const uint16_t* a, int64_t a_stride, int64_t n, const uint32_t* tile, const ColumnMasks& mask, float* total,
               int64_t total_stride) {
   __m512 sums[kRows][4];
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < 4; ++v) sums[r][v] = _mm512_maskz_loadu_ps(mask[v], total + r * total_stride + v * kVector);
+    for (int v = 0; v < 4; ++v) sums[r][v] = _mm512_maskz_loadu_ps(mask.of[v], total + r * total_stride + v * kVector);
   for (int64_t pair = 0; pair < n / 2; ++pair) {
     __m512i b[4];
     for (int v = 0; v < 4; ++v) b[v] = _mm512_loadu_si512(tile + pair * kColumns + v * kVector);
@@ -94,31 +60,7 @@ void add_tile(const uint16_t* a, int64_t a_stride, int64_t n, const uint32_t* ti
         sums[r][v] = multiply_add(sums[r][v], _mm512_set1_epi32(a[r * a_stride + n - 1]),
                                   _mm512_loadu_si512(tile + n / 2 * kColumns + v * kVector));
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < 4; ++v) _mm512_mask_storeu_ps(total + r * total_stride + v * kVector, mask[v], sums[r][v]);
-}
-
-// Rows c and c + 1 of b (zeros for the latter behind the last), column by column, as pairs.
-void pack_pairs(const uint16_t* b, int64_t b_stride, int64_t n, const __mmask16 (&mask)[4], uint32_t* tile) {
-  for (int64_t c = 0; c < n; c += 2, tile += kColumns)
-    for (int v = 0; v < 4; ++v) {
-      const uint16_t* at = b + c * b_stride + v * kVector;
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask[v], at));
-      const __m512i high = c + 1 == n ? _mm512_setzero_si512()
-                                      : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask[v], at + b_stride));
-      _mm512_storeu_si512(tile + v * kVector, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-}
-
-}  // namespace
-
-void pack_vectors(const uint16_t* a, int64_t stride, int64_t N, int64_t pairs, uint32_t* packed) {
-  for (int64_t first = 0; first < N; first += kVector, packed += pairs * kVector) {
-    const int64_t n = std::min(kVector, N - first);
-    if (n < kVector) std::fill(packed, packed + pairs * kVector, 0u);
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t pair = 0; pair < pairs; ++pair)
-        std::memcpy(packed + pair * kVector + r, a + (first + r) * stride + 2 * pair, sizeof(uint32_t));
-  }
+    for (int v = 0; v < 4; ++v) _mm512_mask_storeu_ps(total + r * total_stride + v * kVector, mask.of[v], sums[r][v]);
 }
 
 void products_of_words(const uint32_t* packed, int64_t N, int64_t pairs, const uint16_t* b, int64_t b_stride, int64_t begin,
@@ -132,9 +74,9 @@ void products_of_words(const uint32_t* packed, int64_t N, int64_t pairs, const u
 }
 
 void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, int64_t end, int64_t C, const uint16_t* b,
-                            int64_t b_stride, int64_t n_columns, float* total, int64_t total_stride, uint32_t* tile) {
-  __mmask16 mask[4];
-  for (int v = 0; v < 4; ++v) mask[v] = (1u << std::clamp<int64_t>(n_columns - v * kVector, 0, kVector)) - 1;
+                            int64_t b_stride, int64_t n_columns, float* total, int64_t total_stride) {
+  alignas(64) uint32_t tile[kTilePairs * kColumns];
+  const ColumnMasks mask(n_columns);
   for (int64_t c = 0; c < C; c += 2 * kTilePairs) {
     const int64_t n = std::min(2 * kTilePairs, C - c);
     pack_pairs(b + c * b_stride, b_stride, n, mask, tile);
@@ -149,5 +91,9 @@ void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, 
     if (r < end) next(add_tile<1>, 1);
   }
 }
+
+}  // namespace
+
+const BFloat16Kernels kAvx512Bf16Kernels = {kWords, 1, products_of_words, 192, add_product_of_columns};
 
 }  // namespace qpeft

@@ -6,11 +6,14 @@ from inputs import to_float64
 from test_token_log_likelihood import SETTINGS, gradients, make_inputs
 
 from qpeft_ext.ops import _common, token_log_likelihood
-from qpeft_ext.ops._common import add_product, multiply_rows, product_dtype
+from qpeft_ext.ops._common import multiply_rows, product_dtype
 from qpeft_ext.ops.token_log_likelihood import reference
 
 HERE = _common._has_bfloat16_products()
 native = pytest.mark.skipif(not HERE, reason="this processor has no AVX512-BF16")
+AMX = _common.registered() and torch.ops.qpeft_ext.bfloat16_instructions() == 2
+no_amx = pytest.mark.skipif(not AMX, reason="this processor has no AMX")
+both = pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=no_amx)], ids=["AVX512-BF16", "AMX"])
 
 
 def random(*shape, seed=0) -> torch.Tensor:
@@ -26,33 +29,48 @@ def threads(request):
 
 
 @native
+@both
 @pytest.mark.parametrize("N", [0, 1, 5, 16, 17, 33, 48, 49, 95, 200])
-@pytest.mark.parametrize("C, D", [(1, 2), (7, 0), (8, 6), (9, 66), (257, 64), (300, 130), (515, 62)])
-def test_products(N, C, D, threads):
+@pytest.mark.parametrize("C, D", [(1, 2), (7, 0), (8, 6), (9, 66), (257, 64), (300, 130), (515, 62), (1030, 96)])
+def test_products(N, C, D, tiles, threads):
     """Whole and ragged vectors of rows, tiles of words, columns and pairs; what lies beside results is left alone."""
     a, b, weights = random(N, D), random(C, D, seed=1), random(N, C + 3, seed=2)[:, :C]
     out = torch.full((N + 1, C + 5), 7.0)
-    torch.ops.qpeft_ext.bfloat16_products(a, b, out[:N, :C])
+    torch.ops.qpeft_ext.bfloat16_products(a, b, out[:N, :C], tiles)
     torch.testing.assert_close(out[:N, :C].double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-4)
     assert (out[N] == 7).all() and (out[:, C:] == 7).all()
-    assert torch.equal(multiply_rows(a, b), out[:N, :C])
+    if tiles == AMX:
+        assert torch.equal(multiply_rows(a, b), out[:N, :C])
     total = torch.randn(N + 1, D + 5, generator=torch.Generator().manual_seed(3))
     before = total.clone()
-    add_product(total[:N, :D], weights, b)
+    torch.ops.qpeft_ext.bfloat16_add_product(total[:N, :D], weights, b, tiles)
     expected = before[:N, :D].double() + weights.double() @ b.double()
     torch.testing.assert_close(total[:N, :D].double(), expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(total[N], before[N]) and torch.equal(total[:, D:], before[:, D:])
 
 
 @native
-def test_products_see_nan_and_infinity():
+@both
+def test_more_rows_than_share_a_packed_block(tiles):
+    a, b, weights = random(1100, 2050), random(70, 2050, seed=1), random(1100, 70, seed=2)
+    out, total = torch.empty(1100, 70), torch.zeros(1100, 2050)
+    torch.ops.qpeft_ext.bfloat16_products(a, b, out, tiles)
+    torch.testing.assert_close(out.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-3)
+    torch.ops.qpeft_ext.bfloat16_add_product(total, weights, b, tiles)
+    torch.testing.assert_close(total.double(), weights.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+@native
+@both
+def test_products_see_nan_and_infinity(tiles):
     a, b = random(20, 8), random(30, 8, seed=1)
     a[3, 1], b[17, 2], b[4, 0] = torch.nan, torch.inf, torch.nan
-    found = multiply_rows(a, b)
+    found = torch.empty(20, 30)
+    torch.ops.qpeft_ext.bfloat16_products(a, b, found, tiles)
     assert torch.equal(found.isnan(), (a.float() @ b.float().T).isnan())
     assert torch.equal(found[0, 17].isinf(), torch.tensor(True))
     total = torch.zeros(20, 8)
-    add_product(total, random(20, 30, seed=2), b)
+    torch.ops.qpeft_ext.bfloat16_add_product(total, random(20, 30, seed=2), b, tiles)
     assert total[:, 0].isnan().all() and total[:, 2].isinf().all() and total[:, 1].isfinite().all()
 
 

@@ -152,7 +152,7 @@ def product_dtype(rows: Tensor) -> torch.dtype:
 
 @cache
 def _has_bfloat16_products() -> bool:
-    return registered() and torch.ops.qpeft_ext.has_bfloat16_products()
+    return registered() and torch.ops.qpeft_ext.bfloat16_instructions() > 0
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

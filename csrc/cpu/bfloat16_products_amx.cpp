@@ -1,0 +1,181 @@
+// The products of bfloat16_products.h with tiles: TDPBF16PS adds the product of a [16, 32] and a [32, 16] tile to one of
+// 16 by 16 sums. Four of the eight tiles hold sums, so that a step reads as many tiles as it multiplies.
+#include <memory>
+#include <new>
+
+#include "cpu/bfloat16_vectors.h"
+
+namespace qpeft {
+namespace {
+
+constexpr int64_t kTile = 16;                 // rows, and vectors of 64 bytes
+constexpr int64_t kStep = 16;                 // pairs that are multiplied at a time
+constexpr int64_t kWords = 2 * kTile;
+constexpr int64_t kLine = 64;                 // bytes of the row of a tile
+constexpr int64_t kRowBytes = 1 << 20;        // of packed rows that stay in the second cache for all words
+constexpr int64_t kTilePairs = 256;           // of words, packed at a time
+
+// All tiles are whole: what is ragged is filled up with zeros. The tiles of a thread are free for others afterwards.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, first_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine, kLine, kLine, kLine};
+      uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+};
+
+struct Free {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kLine)); }
+};
+template <typename T>
+std::unique_ptr<T[], Free> aligned(int64_t n) {
+  return std::unique_ptr<T[], Free>(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kLine))));
+}
+
+// n rows of 2 * pairs numbers as tiles: packed[step][row of kRows][pair of kStep], zeros behind the last row and pair.
+template <int kRows>
+void pack_rows(const uint16_t* x, int64_t stride, int64_t n, int64_t numbers, uint16_t* packed) {
+  for (int64_t at = 0; at < numbers; at += 2 * kStep) {
+    const int64_t some = std::min(2 * kStep, numbers - at);
+    const __mmask32 mask = some == 2 * kStep ? ~0u : (1u << some) - 1;
+    for (int64_t r = 0; r < kRows; ++r, packed += 2 * kStep)
+      _mm512_store_si512(packed, r < n ? _mm512_maskz_loadu_epi16(mask, x + r * stride + at) : _mm512_setzero_si512());
+  }
+}
+
+// 16 words by 16 rows
+void store_tile(const float* sums, float* out, int64_t stride, int64_t n_rows, int64_t n_words) {
+  for (int64_t c = 0; c < kTile && c < n_words; c += 8) {
+    __m512 eight[8];
+    for (int64_t i = 0; i < 8; ++i) eight[i] = _mm512_load_ps(sums + (c + i) * kVector);
+    store(eight, out + c, stride, n_rows, n_words - c);
+  }
+}
+
+// 32 words by one or two vectors of 16 rows
+template <int kVectors>
+void products(const uint32_t* rows, int64_t packed_pairs, const uint16_t* words, int64_t n_rows, int64_t n_words, float* out,
+              int64_t out_stride) {
+  alignas(64) float sums[4][kTile * kVector];
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kVectors == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t pair = 0; pair < packed_pairs; pair += kStep, words += kWords * 2 * kStep) {
+    _tile_loadd(4, words, kLine);
+    _tile_loadd(5, words + kTile * 2 * kStep, kLine);
+    _tile_loadd(6, rows + pair * kVector, kLine);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+    if constexpr (kVectors == 2) {
+      _tile_loadd(7, rows + (packed_pairs + pair) * kVector, kLine);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums[0], kLine);
+  _tile_stored(1, sums[1], kLine);
+  if constexpr (kVectors == 2) {
+    _tile_stored(2, sums[2], kLine);
+    _tile_stored(3, sums[3], kLine);
+  }
+  for (int v = 0; v < kVectors; ++v)
+    for (int half = 0; half < 2; ++half)
+      store_tile(sums[2 * v + half], out + v * kVector * out_stride + half * kTile, out_stride, n_rows - v * kVector,
+                 n_words - half * kTile);
+}
+
+void products_of_words(const uint32_t* packed, int64_t N, int64_t pairs, const uint16_t* b, int64_t b_stride, int64_t begin,
+                       int64_t end, float* out, int64_t out_stride) {
+  const Tiles tiles;
+  const int64_t packed_pairs = round_up(pairs, kStep);
+  const auto words = aligned<uint16_t>(kWords * 2 * std::max(packed_pairs, kStep));
+  const int64_t block = std::max(2 * kVector, kRowBytes / (4 * std::max(packed_pairs, kStep)) / (2 * kVector) * 2 * kVector);
+  for (int64_t first = 0; first < N; first += block)
+    for (int64_t c = begin; c < end; c += kWords) {
+      const int64_t n_words = std::min(kWords, end - c);
+      pack_rows<kWords>(b + c * b_stride, b_stride, n_words, 2 * pairs, words.get());
+      for (int64_t n = first; n < std::min(first + block, N); n += 2 * kVector) {
+        const auto some = N - n > kVector ? products<2> : products<1>;
+        some(packed + n * packed_pairs, packed_pairs, words.get(), N - n, n_words, out + n * out_stride + c, out_stride);
+      }
+    }
+}
+
+// 16 rows by 64 columns; a_step: bytes from the numbers of a step to those of the next
+void add_tiles(const uint16_t* a, int64_t a_line, int64_t a_step, int64_t steps, const uint32_t* b, float* total,
+               int64_t total_line) {
+  constexpr int64_t kColumnBytes = kColumns * sizeof(float);
+  _tile_loadd(0, total, total_line);
+  _tile_loadd(1, total + kVector, total_line);
+  _tile_loadd(2, total + 2 * kVector, total_line);
+  _tile_loadd(3, total + 3 * kVector, total_line);
+  for (int64_t step = 0; step < steps; ++step, b += kStep * kColumns) {
+    _tile_loadd(4, reinterpret_cast<const char*>(a) + step * a_step, a_line);
+    _tile_loadd(5, b, kColumnBytes);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, b + kVector, kColumnBytes);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(7, b + 2 * kVector, kColumnBytes);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, b + 3 * kVector, kColumnBytes);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, total, total_line);
+  _tile_stored(1, total + kVector, total_line);
+  _tile_stored(2, total + 2 * kVector, total_line);
+  _tile_stored(3, total + 3 * kVector, total_line);
+}
+
+void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t n_rows,
+                  const ColumnMasks& mask) {
+  for (int64_t r = 0; r < n_rows; ++r)
+    for (int v = 0; v < 4; ++v)
+      _mm512_mask_storeu_ps(to + r * to_stride + v * kVector, mask.of[v],
+                            _mm512_maskz_loadu_ps(mask.of[v], from + r * from_stride + v * kVector));
+}
+
+void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, int64_t end, int64_t C, const uint16_t* b,
+                            int64_t b_stride, int64_t n_columns, float* total, int64_t total_stride) {
+  const Tiles tiles;
+  alignas(64) uint32_t tile[kTilePairs * kColumns];
+  alignas(64) uint16_t some_rows[kTile * 2 * kTilePairs];
+  alignas(64) float some_sums[kTile * kColumns] = {};
+  const ColumnMasks mask(n_columns);
+  for (int64_t c = 0; c < C; c += 2 * kTilePairs) {
+    const int64_t n = std::min(2 * kTilePairs, C - c), pairs = (n + 1) / 2, steps = (pairs + kStep - 1) / kStep;
+    pack_pairs(b + c * b_stride, b_stride, n, mask, tile);
+    std::fill(tile + pairs * kColumns, tile + steps * kStep * kColumns, 0u);
+    for (int64_t r = begin; r < end; r += kTile) {
+      const int64_t n_rows = std::min(kTile, end - r);
+      const uint16_t* rows = a + r * a_stride + c;
+      int64_t line = 2 * a_stride, step = kLine;
+      if (n_rows < kTile || n % (2 * kStep)) {
+        pack_rows<kTile>(rows, a_stride, n_rows, n, some_rows);
+        rows = some_rows, line = kLine, step = kTile * kLine;
+      }
+      float* sums = total + r * total_stride;
+      if (n_rows == kTile && n_columns == kColumns) {
+        add_tiles(rows, line, step, steps, tile, sums, total_stride * sizeof(float));
+        continue;
+      }
+      copy_columns(sums, total_stride, some_sums, kColumns, n_rows, mask);
+      add_tiles(rows, line, step, steps, tile, some_sums, kColumns * sizeof(float));
+      copy_columns(some_sums, kColumns, sums, total_stride, n_rows, mask);
+    }
+  }
+}
+
+}  // namespace
+
+const BFloat16Kernels kAmxKernels = {kWords, kStep, products_of_words, 768, add_product_of_columns};
+
+}  // namespace qpeft
