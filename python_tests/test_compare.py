@@ -404,6 +404,22 @@ def test_a_method_that_fails_does_not_stop_the_others(job, tmp_path, capsys):
     assert all(0 < score <= 10 for ranking in dev.values() for _, score in ranking)  # cosines, not likelihoods
 
 
+def test_results_without_runs_count_but_cannot_be_fused(done, job, tmp_path, capsys):
+    """As `benchmarks/quality/results.py` unpacks them."""
+    output = tmp_path / "out"
+    for path in (done / "out").glob("*/*/*/*.json"):
+        if path.name in ("settings.json", "result.json") and "BM25" not in str(path):
+            place = output / path.relative_to(done / "out")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+    capsys.readouterr()
+    assert compare(done / "plan.yaml", job, output) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "there are values but no run; remove" in captured.err
+    assert captured.out.count("there already") == 10 and runs(output) == {}
+    assert len((output / "comparison.md").read_text()) > 100
+
+
 def test_nothing_is_trained_on_test_or_dev_queries(done, job):
     from qpeft_ext.compare.run import Comparison
 

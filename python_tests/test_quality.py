@@ -10,10 +10,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "quality"))
 
 make = pytest.importorskip("make_collections")
+kept = pytest.importorskip("results")
 
 from small_data import write_lines  # noqa: E402
 
 from qpeft_ext import formats  # noqa: E402
+from qpeft_ext.compare.plan import file_name  # noqa: E402
 from qpeft_ext.demo import harvest  # noqa: E402
 
 
@@ -59,3 +61,32 @@ def test_articles_are_kept_back_whole(tmp_path):
     assert not articles["train"] & articles["dev"] and len(articles["dev"]) == 6
     assert articles["lm"] and articles["adapter"] and not articles["lm"] & articles["adapter"]
     assert formats.Corpus(folder)["p7"]["text"] == "text 7"
+
+
+def test_results_are_packed_and_unpacked(tmp_path):
+    """All but runs and adapters; what is there already stays."""
+    found = {}
+    for method, seed, value in (("UPR", 0, 0.25), ("Q-PEFT-R, gated", 0, 0.5), ("Q-PEFT-R, gated", 1, 1 / 3)):
+        result = {"collection": "SQuAD 100", "method": method, "seed": seed, "settings": {"method": method},
+                  "per_query": {"nDCG@10": {"é1": value}}}
+        folder = tmp_path / "there" / file_name("SQuAD 100") / file_name(method) / f"seed-{seed}"
+        write_lines(folder / "result.json", [json.dumps(result)])
+        write_lines(folder / "run.trec.gz", ["a run"])
+        found[method, seed] = result
+    file = tmp_path / "results.jsonl.gz"
+    assert kept.pack(tmp_path / "there", file) == 3
+    first = file.read_bytes()
+    kept.pack(tmp_path / "there", file)
+    assert file.read_bytes() == first and not list(tmp_path.glob("*.partial"))
+    here = tmp_path / "here"
+    mine = here / file_name("SQuAD 100") / file_name("UPR") / "seed-0" / "result.json"
+    write_lines(mine, ['{"mine": true}'])
+    assert kept.unpack(file, here) == 2 and json.loads(mine.read_text()) == {"mine": True}
+    for seed in (0, 1):
+        folder = here / file_name("SQuAD 100") / file_name("Q-PEFT-R, gated") / f"seed-{seed}"
+        assert json.loads((folder / "result.json").read_text()) == found["Q-PEFT-R, gated", seed]
+        assert json.loads((folder / "settings.json").read_text()) == {"method": "Q-PEFT-R, gated"}
+    assert kept.unpack(file, here) == 0
+    with pytest.raises(SystemExit, match="no results"):
+        kept.pack(tmp_path / "nothing", file)
+    assert file.read_bytes() == first

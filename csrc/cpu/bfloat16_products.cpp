@@ -30,11 +30,13 @@ bool may_use_tiles() {
   return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
+// Without tiles Intel's processors multiply float32 faster: Llama-2-7B's head takes a Xeon 1,131 ms in float32, 1,888 by
+// VDPBF16PS and 220 with tiles (1,600 rows, 2 threads); an AMD EPYC takes 2,068 in float32 and 1,031 by VDPBF16PS.
 int64_t bfloat16_instructions() {
   static const int64_t found = [] {
     const bool vectors = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl");
-    return !vectors ? kNone : may_use_tiles() ? kAmx : kAvx512Bf16;
+    return !vectors ? kNone : may_use_tiles() ? kAmx : __builtin_cpu_is("amd") ? kAvx512Bf16 : kNone;
   }();
   return found;
 }
@@ -47,17 +49,6 @@ const BFloat16Kernels& kernels(const char* op, bool tiles) {
 
 const uint16_t* words_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 
-void pack_vectors(const uint16_t* a, int64_t stride, int64_t N, int64_t pairs, int64_t packed_pairs, uint32_t* packed) {
-  for (int64_t first = 0; first < N; first += kVector, packed += packed_pairs * kVector) {
-    const int64_t n = std::min(kVector, N - first);
-    if (n < kVector) std::fill(packed, packed + pairs * kVector, 0u);
-    std::fill(packed + pairs * kVector, packed + packed_pairs * kVector, 0u);
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t pair = 0; pair < pairs; ++pair)
-        std::memcpy(packed + pair * kVector + r, a + (first + r) * stride + 2 * pair, sizeof(uint32_t));
-  }
-}
-
 void products(const Tensor a, const Tensor b, Tensor out, bool tiles) {
   constexpr auto op = "bfloat16_products";
   check_bfloat16_products(a, b, out);
@@ -67,7 +58,11 @@ void products(const Tensor a, const Tensor b, Tensor out, bool tiles) {
   const int64_t packed_pairs = round_up(pairs, by.pairs_step);
   Tensor packed = torch::stable::new_empty(a, {round_up(N, kVector), 2 * packed_pairs});
   auto* packed_at = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  pack_vectors(words_of(a), a.stride(0), N, pairs, packed_pairs, packed_at);
+  parallel((N + kVector - 1) / kVector, 4096 / (pairs + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kVector; n < std::min(end * kVector, N); n += kVector)
+      by.pack_vector(words_of(a) + n * a.stride(0), a.stride(0), std::min(kVector, N - n), pairs, packed_pairs,
+                     packed_at + n * packed_pairs);
+  });
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   const int64_t groups = (C + by.words - 1) / by.words;
   parallel(groups, (1 << 20) / (N * std::max<int64_t>(D, 1) * by.words) + 1, [&](int64_t begin, int64_t end) {

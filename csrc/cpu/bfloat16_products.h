@@ -11,8 +11,9 @@ constexpr int64_t kColumns = 4 * kVector;  // columns of a sum at a time
 struct BFloat16Kernels {
   int64_t words;       // rows of b at a time
   int64_t pairs_step;  // packed rows have a multiple of so many pairs
-  // out[n, c] = sum over d of a[n, d] * b[c, d] for the words begin .. end of b [C, 2 * pairs]. a is packed as vectors of 16
-  // rows: packed[v][pair][row of the vector] are two neighbours of a row; zeros behind the last row and the last pair.
+  // n <= 16 rows of a: packed[pair][row] are two neighbours of a row; zeros behind the last row and the last pair.
+  void (*pack_vector)(const uint16_t* a, int64_t a_stride, int64_t n, int64_t pairs, int64_t packed_pairs, uint32_t* packed);
+  // out[n, c] = sum over d of a[n, d] * b[c, d] for the words begin .. end of b [C, 2 * pairs]; a is packed.
   void (*products_of_words)(const uint32_t* packed, int64_t N, int64_t pairs, const uint16_t* b, int64_t b_stride,
                             int64_t begin, int64_t end, float* out, int64_t out_stride);
   int64_t rows;  // that share a packed tile of b

@@ -12,8 +12,8 @@ constexpr int64_t kTile = 16;                 // rows, and vectors of 64 bytes
 constexpr int64_t kStep = 16;                 // pairs that are multiplied at a time
 constexpr int64_t kWords = 2 * kTile;
 constexpr int64_t kLine = 64;                 // bytes of the row of a tile
-constexpr int64_t kRowBytes = 1 << 20;        // of packed rows that stay in the second cache for all words
-constexpr int64_t kTilePairs = 256;           // of words, packed at a time
+constexpr int64_t kWordBytes = 1 << 20;       // of packed words that stay in the second cache for all rows
+constexpr int64_t kTilePairs = 640;           // of words, packed at a time
 
 // All tiles are whole: what is ragged is filled up with zeros. The tiles of a thread are free for others afterwards.
 class Tiles {
@@ -49,13 +49,12 @@ void pack_rows(const uint16_t* x, int64_t stride, int64_t n, int64_t numbers, ui
   }
 }
 
-// 16 words by 16 rows
+// The sums of 16 words and 16 rows, of which n_words and n_rows count, to out[row, word].
 void store_tile(const float* sums, float* out, int64_t stride, int64_t n_rows, int64_t n_words) {
-  for (int64_t c = 0; c < kTile && c < n_words; c += 8) {
-    __m512 eight[8];
-    for (int64_t i = 0; i < 8; ++i) eight[i] = _mm512_load_ps(sums + (c + i) * kVector);
-    store(eight, out + c, stride, n_rows, n_words - c);
-  }
+  __m512i x[16];
+  for (int64_t c = 0; c < kTile; ++c) x[c] = _mm512_load_si512(sums + c * kVector);
+  transpose(x);
+  for (int64_t r = 0; r < std::min(kVector, n_rows); ++r) _mm512_mask_storeu_epi32(out + r * stride, lanes(n_words), x[r]);
 }
 
 // 32 words by one or two vectors of 16 rows
@@ -96,18 +95,20 @@ void products(const uint32_t* rows, int64_t packed_pairs, const uint16_t* words,
 void products_of_words(const uint32_t* packed, int64_t N, int64_t pairs, const uint16_t* b, int64_t b_stride, int64_t begin,
                        int64_t end, float* out, int64_t out_stride) {
   const Tiles tiles;
-  const int64_t packed_pairs = round_up(pairs, kStep);
-  const auto words = aligned<uint16_t>(kWords * 2 * std::max(packed_pairs, kStep));
-  const int64_t block = std::max(2 * kVector, kRowBytes / (4 * std::max(packed_pairs, kStep)) / (2 * kVector) * 2 * kVector);
-  for (int64_t first = 0; first < N; first += block)
-    for (int64_t c = begin; c < end; c += kWords) {
-      const int64_t n_words = std::min(kWords, end - c);
-      pack_rows<kWords>(b + c * b_stride, b_stride, n_words, 2 * pairs, words.get());
-      for (int64_t n = first; n < std::min(first + block, N); n += 2 * kVector) {
-        const auto some = N - n > kVector ? products<2> : products<1>;
-        some(packed + n * packed_pairs, packed_pairs, words.get(), N - n, n_words, out + n * out_stride + c, out_stride);
-      }
+  const int64_t packed_pairs = round_up(pairs, kStep), of_words = kWords * 2 * packed_pairs;  // numbers
+  const int64_t groups = std::clamp<int64_t>(kWordBytes / (2 * std::max<int64_t>(of_words, 1)), 1, (end - begin + kWords - 1) / kWords);
+  const auto words = aligned<uint16_t>(groups * of_words);
+  for (int64_t first = begin; first < end; first += groups * kWords) {  // words that are read once for all rows
+    const int64_t last = std::min(first + groups * kWords, end);
+    for (int64_t c = first; c < last; c += kWords)
+      pack_rows<kWords>(b + c * b_stride, b_stride, last - c, 2 * pairs, words.get() + (c - first) / kWords * of_words);
+    for (int64_t n = 0; n < N; n += 2 * kVector) {
+      const auto some = N - n > kVector ? products<2> : products<1>;
+      for (int64_t c = first; c < last; c += kWords)
+        some(packed + n * packed_pairs, packed_pairs, words.get() + (c - first) / kWords * of_words, N - n, last - c,
+             out + n * out_stride + c, out_stride);
     }
+  }
 }
 
 // 16 rows by 64 columns; a_step: bytes from the numbers of a step to those of the next
@@ -146,29 +147,29 @@ void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_
 void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, int64_t end, int64_t C, const uint16_t* b,
                             int64_t b_stride, int64_t n_columns, float* total, int64_t total_stride) {
   const Tiles tiles;
-  alignas(64) uint32_t tile[kTilePairs * kColumns];
-  alignas(64) uint16_t some_rows[kTile * 2 * kTilePairs];
+  const auto tile = aligned<uint32_t>(kTilePairs * kColumns);
+  const auto some_rows = aligned<uint16_t>(kTile * 2 * kTilePairs);
   alignas(64) float some_sums[kTile * kColumns] = {};
   const ColumnMasks mask(n_columns);
   for (int64_t c = 0; c < C; c += 2 * kTilePairs) {
     const int64_t n = std::min(2 * kTilePairs, C - c), pairs = (n + 1) / 2, steps = (pairs + kStep - 1) / kStep;
-    pack_pairs(b + c * b_stride, b_stride, n, mask, tile);
-    std::fill(tile + pairs * kColumns, tile + steps * kStep * kColumns, 0u);
+    pack_pairs(b + c * b_stride, b_stride, n, mask, tile.get());
+    std::fill(tile.get() + pairs * kColumns, tile.get() + steps * kStep * kColumns, 0u);
     for (int64_t r = begin; r < end; r += kTile) {
       const int64_t n_rows = std::min(kTile, end - r);
       const uint16_t* rows = a + r * a_stride + c;
       int64_t line = 2 * a_stride, step = kLine;
       if (n_rows < kTile || n % (2 * kStep)) {
-        pack_rows<kTile>(rows, a_stride, n_rows, n, some_rows);
-        rows = some_rows, line = kLine, step = kTile * kLine;
+        pack_rows<kTile>(rows, a_stride, n_rows, n, some_rows.get());
+        rows = some_rows.get(), line = kLine, step = kTile * kLine;
       }
       float* sums = total + r * total_stride;
       if (n_rows == kTile && n_columns == kColumns) {
-        add_tiles(rows, line, step, steps, tile, sums, total_stride * sizeof(float));
+        add_tiles(rows, line, step, steps, tile.get(), sums, total_stride * sizeof(float));
         continue;
       }
       copy_columns(sums, total_stride, some_sums, kColumns, n_rows, mask);
-      add_tiles(rows, line, step, steps, tile, some_sums, kColumns * sizeof(float));
+      add_tiles(rows, line, step, steps, tile.get(), some_sums, kColumns * sizeof(float));
       copy_columns(some_sums, kColumns, sums, total_stride, n_rows, mask);
     }
   }
@@ -176,6 +177,6 @@ void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, 
 
 }  // namespace
 
-const BFloat16Kernels kAmxKernels = {kWords, kStep, products_of_words, 768, add_product_of_columns};
+const BFloat16Kernels kAmxKernels = {kWords, kStep, pack_vector, products_of_words, 2048, add_product_of_columns};
 
 }  // namespace qpeft

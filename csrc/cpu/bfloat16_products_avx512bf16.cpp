@@ -18,6 +18,40 @@ inline __m512i pair_for_all(const void* at) {
 
 inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
+// rows[i][j] -> columns[j][i] of 8 by 8
+inline void store_transposed(const __m256 (&x)[8], float* out, int64_t stride) {
+  __m256 pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      fours[i + 2 * half] = _mm256_shuffle_ps(pairs[i + half], pairs[i + 2 + half], 0x44);
+      fours[i + 2 * half + 1] = _mm256_shuffle_ps(pairs[i + half], pairs[i + 2 + half], 0xEE);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+  }
+}
+
+// The sums of kWords words and 16 rows, of which n_words and n_rows count, to out[row, word].
+inline void store(const __m512 (&sums)[kWords], float* out, int64_t stride, int64_t n_rows, int64_t n_words) {
+  if (n_rows >= kVector && n_words == kWords) {
+    __m256 half[8];
+    for (int c = 0; c < kWords; ++c) half[c] = _mm512_castps512_ps256(sums[c]);
+    store_transposed(half, out, stride);
+    for (int c = 0; c < kWords; ++c) half[c] = _mm512_extractf32x8_ps(sums[c], 1);
+    store_transposed(half, out + 8 * stride, stride);
+    return;
+  }
+  float columns[kWords][kVector];
+  for (int c = 0; c < kWords; ++c) _mm512_storeu_ps(columns[c], sums[c]);
+  for (int64_t r = 0; r < std::min(n_rows, kVector); ++r)
+    for (int64_t c = 0; c < n_words; ++c) out[r * stride + c] = columns[c][r];
+}
+
 template <int kVectors>
 void products(const uint32_t* packed, int64_t n_rows, int64_t pairs, const uint16_t* b, int64_t b_stride, int64_t n_words,
               float* out, int64_t out_stride) {
@@ -94,6 +128,6 @@ void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, 
 
 }  // namespace
 
-const BFloat16Kernels kAvx512Bf16Kernels = {kWords, 1, products_of_words, 192, add_product_of_columns};
+const BFloat16Kernels kAvx512Bf16Kernels = {kWords, 1, pack_vector, products_of_words, 192, add_product_of_columns};
 
 }  // namespace qpeft

@@ -10,45 +10,47 @@
 namespace qpeft {
 namespace {
 
-// rows[i][j] -> columns[j][i] of 8 by 8
-inline void store_transposed(const __m256 (&x)[8], float* out, int64_t stride) {
-  __m256 pairs[8], fours[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+// x[i][j] -> x[j][i] of 16 by 16
+inline void transpose(__m512i (&x)[16]) {
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
   }
-  for (int i = 0; i < 8; i += 4)
+  for (int i = 0; i < 16; i += 4)
     for (int half = 0; half < 2; ++half) {
-      fours[i + 2 * half] = _mm256_shuffle_ps(pairs[i + half], pairs[i + 2 + half], 0x44);
-      fours[i + 2 * half + 1] = _mm256_shuffle_ps(pairs[i + half], pairs[i + 2 + half], 0xEE);
+      x[i + 2 * half] = _mm512_unpacklo_epi64(y[i + half], y[i + 2 + half]);
+      x[i + 2 * half + 1] = _mm512_unpackhi_epi64(y[i + half], y[i + 2 + half]);
     }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
-    _mm256_storeu_ps(out + (i + 4) * stride, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+  for (int j = 0; j < 4; ++j) {  // of rows 4 i .. 4 i + 3, x[4 i + j] has the columns j, 4 + j, 8 + j and 12 + j
+    const __m512i even[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
+    const __m512i odd[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xDD), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xDD)};
+    y[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+    y[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+    y[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xDD);
+    y[12 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xDD);
   }
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
-// The sums of 8 words and 16 rows, of which n_words and n_rows count, to out[row, word].
-inline void store(const __m512 (&sums)[8], float* out, int64_t stride, int64_t n_rows, int64_t n_words) {
-  if (n_rows >= kVector && n_words >= 8) {
-    __m256 half[8];
-    for (int c = 0; c < 8; ++c) half[c] = _mm512_castps512_ps256(sums[c]);
-    store_transposed(half, out, stride);
-    for (int c = 0; c < 8; ++c) half[c] = _mm512_extractf32x8_ps(sums[c], 1);
-    store_transposed(half, out + 8 * stride, stride);
-    return;
+inline __mmask16 lanes(int64_t n) { return (1u << std::clamp<int64_t>(n, 0, kVector)) - 1; }
+
+inline void pack_vector(const uint16_t* a, int64_t stride, int64_t n, int64_t pairs, int64_t packed_pairs, uint32_t* packed) {
+  for (int64_t pair = 0; pair < packed_pairs; pair += kVector) {
+    __m512i x[16];
+    for (int64_t r = 0; r < kVector; ++r)
+      x[r] = r < n ? _mm512_maskz_loadu_epi32(lanes(pairs - pair), a + r * stride + 2 * pair) : _mm512_setzero_si512();
+    transpose(x);
+    for (int64_t i = 0; i < std::min(kVector, packed_pairs - pair); ++i)
+      _mm512_storeu_si512(packed + (pair + i) * kVector, x[i]);
   }
-  float columns[8][kVector];
-  for (int c = 0; c < 8; ++c) _mm512_storeu_ps(columns[c], sums[c]);
-  for (int64_t r = 0; r < std::min(n_rows, kVector); ++r)
-    for (int64_t c = 0; c < std::min<int64_t>(n_words, 8); ++c) out[r * stride + c] = columns[c][r];
 }
 
 // The lanes of kColumns columns of which n_columns are there.
 struct ColumnMasks {
   __mmask16 of[4];
   explicit ColumnMasks(int64_t n_columns) {
-    for (int v = 0; v < 4; ++v) of[v] = (1u << std::clamp<int64_t>(n_columns - v * kVector, 0, kVector)) - 1;
+    for (int v = 0; v < 4; ++v) of[v] = lanes(n_columns - v * kVector);
   }
 };
 

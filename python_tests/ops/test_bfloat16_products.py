@@ -10,7 +10,7 @@ from qpeft_ext.ops._common import multiply_rows, product_dtype
 from qpeft_ext.ops.token_log_likelihood import reference
 
 HERE = _common._has_bfloat16_products()
-native = pytest.mark.skipif(not HERE, reason="this processor has no AVX512-BF16")
+native = pytest.mark.skipif(not HERE, reason="this processor has neither AMX nor AMD's AVX512-BF16")
 AMX = _common.registered() and torch.ops.qpeft_ext.bfloat16_instructions() == 2
 no_amx = pytest.mark.skipif(not AMX, reason="this processor has no AMX")
 both = pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=no_amx)], ids=["AVX512-BF16", "AMX"])

@@ -239,6 +239,9 @@ class Comparison:
         source, dev = self._fused(cell), self.data(cell.collection).dev
         if source.read() is None:
             raise ValueError(f"there is no result of {source.method.name!r}, which it takes")
+        if not (source.folder / RUN).exists():
+            raise ValueError(f"of {source.method.name!r}, which it takes, there are values but no run; remove "
+                             f"{source.folder / RESULT} to have it made again")
         model, _ = self._trained(source)
         dev_run, _ = self._rank(source, model, dev, cell.folder / DEV_RUN, self.settings(cell))
         reranked = formats.read_run(source.folder / RUN)

@@ -47,8 +47,8 @@ def token_log_likelihood(
         target_ids: the query tokens, ``[N]``, int64 in ``[0, V)``.
         bias: ``[V]`` or None, same dtype.  soft_cap: positive, or None.  logit_scale: a factor on the logits.
         chunk_bytes: working memory: logits of some rows and a chunk of the vocabulary, that chunk's rows of ``lm_head``
-            in float32 where the CPU cannot multiply their dtype (bf16 it can with AVX512-BF16), and the sums for the
-            gradient. At least one row and one word.
+            in float32 where the CPU cannot multiply their dtype well (bf16 it can with AMX, or AMD's AVX512-BF16), and
+            the sums for the gradient. At least one row and one word.
     Returns: log p in nats, ``[N]``, float32 (float64 for float64 inputs); logits are never rounded to bf16.
     Raises: ValueError for shapes, devices, settings; TypeError for a dtype; IndexError for an id out of range (on CUDA
         nothing can be raised without waiting: the kernel traps).
