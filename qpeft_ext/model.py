@@ -152,7 +152,7 @@ class QPeftModel(nn.Module):
             return Scores(empty, empty.long())
         shared = path == "document_first" and self.engine.shares_prefixes(self.clues is not None)
         max_tokens = max_tokens_per_batch or default_tokens(self.device)
-        pass_tokens = tokens_worth_a_pass(self.device)
+        pass_tokens = tokens_worth_a_pass(self.device, self.engine.table.dtype)
         max_pairs = 1 if deterministic else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
         rows, parts = [], []
         of_list = self.qpeft_config.source != "document"  # dear for a pair by itself
@@ -160,7 +160,8 @@ class QPeftModel(nn.Module):
         at_once = at_once and not deterministic
         clues = self.compute_clues(batch) if at_once else None
         counts = _counts(clues, len(batch))
-        held = max_tokens if torch.is_grad_enabled() else prefix_tokens(max_tokens, self.device, prefilled)
+        computed = torch.is_grad_enabled() and not prefilled
+        held = max_tokens if computed else prefix_tokens(max_tokens, self.device, prefilled)
         padding = pass_tokens * (READ_TOKENS_PER_TOKEN if prefilled else 1)
         for documents in prefix_groups(batch, 1 if deterministic else held, padding):
             prefix = None
@@ -196,7 +197,7 @@ class QPeftModel(nn.Module):
         if self.engine.why_plain or self.engine.prefix_bytes(batch.documents) > cache.max_bytes:
             return False
         held = prefix_tokens(max_tokens_per_batch, self.device, prefilled=False)
-        for documents in prefix_groups(batch, held, tokens_worth_a_pass(self.device)):
+        for documents in prefix_groups(batch, held, tokens_worth_a_pass(self.device, self.engine.table.dtype)):
             self.engine.cached_prefill([batch.documents[d].ids for d in documents], cache, one_by_one=deterministic)
         return True
 

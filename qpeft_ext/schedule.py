@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from .batch import PairBatch
+from .ops._common import multiplies_bfloat16_by_tiles
 
 READ_TOKENS_PER_TOKEN = 8  # a prefix token that is only read from a cache takes about an eighth of one that is computed
 
@@ -27,9 +28,11 @@ def prefix_tokens(max_tokens: int, device: torch.device, prefilled: bool) -> int
     return max_tokens if device.type == "cuda" else max(1, max_tokens // 2)
 
 
-def tokens_worth_a_pass(device: torch.device) -> int:
-    """How much padding a pass of its own is worth: its fixed cost, in tokens."""
-    return 1024 if device.type == "cuda" else 64
+def tokens_worth_a_pass(device: torch.device, dtype: torch.dtype) -> int:
+    """How much padding a pass of its own is worth: its fixed cost, in tokens. ``dtype``: of the LM."""
+    if device.type == "cuda":
+        return 1024
+    return 512 if dtype == torch.bfloat16 and multiplies_bfloat16_by_tiles() else 64
 
 
 def query_blocks(candidates: Sequence[int], max_pairs: int) -> Iterator[slice]:

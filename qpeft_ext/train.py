@@ -218,8 +218,11 @@ class QPeftTrainer(Trainer):
 
     def _likelihood_table(self, model, inputs) -> Tensor:
         """ℓ, the mean log-likelihood per query token, of every query and document, [Q, M] float32."""
-        scores = model(inputs["pairs"], cache=self.cache, deterministic=self.deterministic,
-                       max_tokens_per_batch=self._max_tokens_per_batch)
+        batch, tokens, cache = inputs["pairs"], self._max_tokens_per_batch, self.cache
+        with_grad = torch.is_grad_enabled() and self.model.engine.prefix_is_trained
+        prefilled = cache is not None and not with_grad and self.model.fill(batch, cache, tokens, self.deterministic)
+        scores = model(batch, cache=cache, deterministic=self.deterministic, max_tokens_per_batch=tokens,
+                       prefilled=prefilled)
         return scores.mean_query_log_likelihood[inputs["pair"]]
 
     # -- evaluation ----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def pack(folder: Path, file: Path) -> int:
         raise SystemExit(f"{folder}: no results; expected COLLECTION/METHOD/seed-N/{RESULT}")
     lines = (json.dumps(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
     partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:  # the same bytes each time
+    with open(partial, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:  # always the same bytes
         for line in lines:
             packed.write(line.encode() + b"\n")
     partial.replace(file)

@@ -155,6 +155,12 @@ def _has_bfloat16_products() -> bool:
     return registered() and torch.ops.qpeft_ext.bfloat16_instructions() > 0
 
 
+@cache
+def multiplies_bfloat16_by_tiles() -> bool:
+    """Whether this processor has AMX, with which the products of a bf16 LM are several times faster than all else."""
+    return registered() and torch.ops.qpeft_ext.bfloat16_instructions() == 2
+
+
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in the dtype of sums: rounding it to bf16 would lose what the inputs had. In ``out`` where given."""
     if a.dtype == sum_dtype(a.dtype):
