@@ -191,10 +191,14 @@ class QPeftModel(nn.Module):
         prefixes = [batch.documents[d].ids for d in {d for _, d in batch.pairs}]
         return not self.engine.why_plain and cache.announce(self.engine.cache_keys(prefixes, deterministic))
 
+    def has_room(self, batch: PairBatch, cache: DocumentCache) -> bool:
+        """Whether the memory of the cache holds all prefixes of a batch at once."""
+        return not self.engine.why_plain and self.engine.prefix_bytes(batch.documents) <= cache.max_bytes
+
     @torch.no_grad()
     def fill(self, batch: PairBatch, cache: DocumentCache, max_tokens_per_batch: int, deterministic: bool) -> bool:
         """Put the prefixes of a batch into the cache, if its memory holds all of them. Returns: whether it does."""
-        if self.engine.why_plain or self.engine.prefix_bytes(batch.documents) > cache.max_bytes:
+        if not self.has_room(batch, cache):
             return False
         held = prefix_tokens(max_tokens_per_batch, self.device, prefilled=False)
         for documents in prefix_groups(batch, held, tokens_worth_a_pass(self.device, self.engine.table.dtype)):

@@ -234,14 +234,13 @@ class Reranker:
         if self.path != "document_first" or self.cache is None:
             return document_jobs(batch, size), False
         jobs = list(document_jobs(batch, min(size, _PAIRS_PER_READ)))
-        in_files = self.model.announce(batch.select(jobs[0]), self.cache, self.deterministic)
-        if in_files and self.model.device.type != "cpu":  # there, copies and passes go on side by side
+        at_once = self.model.device.type == "cpu" and self.model.has_room(batch, self.cache)
+        in_files = self.model.announce(batch if at_once else batch.select(jobs[0]), self.cache, self.deterministic)
+        if in_files and not at_once:  # copies to a GPU and its passes go on side by side
             return self._read_ahead(batch, jobs), False
         filled = self._within_memory(
             lambda tokens: self.model.fill(batch, self.cache, tokens, self.deterministic))
-        if filled:
-            return suffix_jobs(batch, size), True
-        return (self._read_ahead(batch, jobs) if in_files else document_jobs(batch, size)), False
+        return (suffix_jobs if filled else document_jobs)(batch, size), filled
 
     def _read_ahead(self, batch: PairBatch, jobs: list[list[int]]) -> Iterator[list[int]]:
         """The jobs; while one is scored, the system reads the files of the next one."""
