@@ -77,13 +77,14 @@ void add_product(Tensor total, const Tensor a, const Tensor b, bool tiles) {
   const BFloat16Kernels& by = kernels(op, tiles);
   const int64_t N = a.size(0), C = a.size(1), D = b.size(1);
   if (N == 0 || C == 0 || D == 0) return;
-  const int64_t columns = (D + kColumns - 1) / kColumns, blocks = (N + by.rows - 1) / by.rows;
+  const int64_t tiles_of_b = (D + kColumns - 1) / kColumns, blocks = (N + by.rows - 1) / by.rows;
   auto* to = static_cast<float*>(total.mutable_data_ptr());
-  parallel(columns * blocks, (1 << 20) / (std::min(N, by.rows) * C * kColumns) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t at = first; at < last; ++at) {
-      const int64_t d = at / blocks * kColumns, n = at % blocks * by.rows;
+  parallel(tiles_of_b * blocks, (1 << 20) / (std::min(N, by.rows) * C * kColumns) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t at = first, count; at < last; at += count) {
+      const int64_t n = at / tiles_of_b * by.rows, tile = at % tiles_of_b, d = tile * kColumns;
+      count = std::min({by.tiles, last - at, tiles_of_b - tile});
       by.add_product_of_columns(words_of(a), a.stride(0), n, std::min(n + by.rows, N), C, words_of(b) + d, b.stride(0),
-                                std::min(kColumns, D - d), to + d, total.stride(0));
+                                std::min(count * kColumns, D - d), to + d, total.stride(0));
     }
   });
 }

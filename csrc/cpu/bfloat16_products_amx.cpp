@@ -8,12 +8,13 @@
 namespace qpeft {
 namespace {
 
-constexpr int64_t kTile = 16;                 // rows, and vectors of 64 bytes
-constexpr int64_t kStep = 16;                 // pairs that are multiplied at a time
+constexpr int64_t kTile = 16;            // rows, and vectors of 64 bytes
+constexpr int64_t kStep = 16;            // pairs that are multiplied at a time
 constexpr int64_t kWords = 2 * kTile;
-constexpr int64_t kLine = 64;                 // bytes of the row of a tile
-constexpr int64_t kWordBytes = 1 << 20;       // of packed words that stay in the second cache for all rows
-constexpr int64_t kTilePairs = 640;           // of words, packed at a time
+constexpr int64_t kLine = 64;            // bytes of the row of a tile
+constexpr int64_t kWordBytes = 1 << 20;  // of packed words that stay in the second cache for all rows
+constexpr int64_t kTilePairs = 640;      // of words, packed at a time
+constexpr int64_t kTilesOfB = 4;
 
 // All tiles are whole: what is ragged is filled up with zeros. The tiles of a thread are free for others afterwards.
 class Tiles {
@@ -147,14 +148,17 @@ void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_
 void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, int64_t end, int64_t C, const uint16_t* b,
                             int64_t b_stride, int64_t n_columns, float* total, int64_t total_stride) {
   const Tiles tiles;
-  const auto tile = aligned<uint32_t>(kTilePairs * kColumns);
+  constexpr int64_t kPacked = kTilePairs * kColumns;
+  const auto packed = aligned<uint32_t>(kTilesOfB * kPacked);
   const auto some_rows = aligned<uint16_t>(kTile * 2 * kTilePairs);
   alignas(64) float some_sums[kTile * kColumns] = {};
-  const ColumnMasks mask(n_columns);
   for (int64_t c = 0; c < C; c += 2 * kTilePairs) {
     const int64_t n = std::min(2 * kTilePairs, C - c), pairs = (n + 1) / 2, steps = (pairs + kStep - 1) / kStep;
-    pack_pairs(b + c * b_stride, b_stride, n, mask, tile.get());
-    std::fill(tile.get() + pairs * kColumns, tile.get() + steps * kStep * kColumns, 0u);
+    for (int64_t d = 0; d < n_columns; d += kColumns) {
+      uint32_t* tile = packed.get() + d / kColumns * kPacked;
+      pack_pairs(b + c * b_stride + d, b_stride, n, ColumnMasks(n_columns - d), tile);
+      std::fill(tile + pairs * kColumns, tile + steps * kStep * kColumns, 0u);
+    }
     for (int64_t r = begin; r < end; r += kTile) {
       const int64_t n_rows = std::min(kTile, end - r);
       const uint16_t* rows = a + r * a_stride + c;
@@ -163,20 +167,24 @@ void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, 
         pack_rows<kTile>(rows, a_stride, n_rows, n, some_rows.get());
         rows = some_rows.get(), line = kLine, step = kTile * kLine;
       }
-      float* sums = total + r * total_stride;
-      if (n_rows == kTile && n_columns == kColumns) {
-        add_tiles(rows, line, step, steps, tile.get(), sums, total_stride * sizeof(float));
-        continue;
+      for (int64_t d = 0; d < n_columns; d += kColumns) {
+        const uint32_t* tile = packed.get() + d / kColumns * kPacked;
+        float* sums = total + r * total_stride + d;
+        if (n_rows == kTile && n_columns - d >= kColumns) {
+          add_tiles(rows, line, step, steps, tile, sums, total_stride * sizeof(float));
+          continue;
+        }
+        const ColumnMasks mask(n_columns - d);
+        copy_columns(sums, total_stride, some_sums, kColumns, n_rows, mask);
+        add_tiles(rows, line, step, steps, tile, some_sums, kColumns * sizeof(float));
+        copy_columns(some_sums, kColumns, sums, total_stride, n_rows, mask);
       }
-      copy_columns(sums, total_stride, some_sums, kColumns, n_rows, mask);
-      add_tiles(rows, line, step, steps, tile.get(), some_sums, kColumns * sizeof(float));
-      copy_columns(some_sums, kColumns, sums, total_stride, n_rows, mask);
     }
   }
 }
 
 }  // namespace
 
-const BFloat16Kernels kAmxKernels = {kWords, kStep, pack_vector, products_of_words, 2048, add_product_of_columns};
+const BFloat16Kernels kAmxKernels = {kWords, kStep, pack_vector, products_of_words, 2048, kTilesOfB, add_product_of_columns};
 
 }  // namespace qpeft

@@ -128,6 +128,6 @@ void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, 
 
 }  // namespace
 
-const BFloat16Kernels kAvx512Bf16Kernels = {kWords, 1, pack_vector, products_of_words, 192, add_product_of_columns};
+const BFloat16Kernels kAvx512Bf16Kernels = {kWords, 1, pack_vector, products_of_words, 192, 1, add_product_of_columns};
 
 }  // namespace qpeft
