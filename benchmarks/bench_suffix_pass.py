@@ -9,9 +9,13 @@
     expanded   the whole cache is copied for all pairs before the pass, as transformers' own caches do
     packed     one row a document, its suffixes one after the other behind it, a 4-D mask keeps them apart: nothing is
                copied but the keys of the row; needs the mask code of each family, and none exists for ALiBi
+    repeated   (``grouped``: four heads share keys and values) ours with transformers' "sdpa", which copies keys and
+               values for each head of a group
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from common import Case, main, run_tiny
 from torch import Tensor
 
 from qpeft_ext.batch import PairBatch, assemble_rows
+from qpeft_ext.grouped_attention import GroupedAttention
 from qpeft_ext.prompt import DocumentPrefix
 from qpeft_ext.suffix_pass import log_likelihood, shared_cache
 
@@ -55,6 +60,14 @@ class Work:
         copy = type(prefix)([type(kv)(*(t.index_select(0, self.prefix_rows) for t in (kv.keys, kv.values)), kv.window)
                              for kv in prefix.layers], [prefix.lengths[d] for d in self.prefix_rows.tolist()])
         return self._result(log_likelihood(self.model.engine, self.rows, self.vectors, copy, None))
+
+    def repeated(self) -> Tensor:
+        engine = self.model.engine
+        grouped, engine.grouped = engine.grouped, GroupedAttention()
+        try:
+            return self.ours()
+        finally:
+            engine.grouped = grouped
 
     def packed(self) -> Tensor:
         engine, rows, P = self.model.engine, self.rows, self.prefix.padded_length
@@ -93,24 +106,29 @@ def make(shape: Shape, documents: int, queries: int, backward: bool = False):
 
         B, L = work.rows.ids.shape
         layers, nbytes = shape.layers, 4
-        read = 2 * layers * documents * shape.prefix * shape.width * nbytes
-        linear = 2 * layers * (4 * shape.width**2 + 3 * shape.width * shape.inner) * B * L
+        kept = shape.width // shape.groups
+        read = 2 * layers * documents * shape.prefix * kept * nbytes
+        linear = 2 * layers * ((2 * shape.width + 2 * kept) * shape.width + 3 * shape.width * shape.inner) * B * L
         attended = 4 * layers * shape.width * B * L * (shape.prefix + L / 2)
         flops = (linear + attended) * (2 if backward else 1)
-        return Case([None], run("ours"), {name: run(name) for name in ("expanded", "packed")}, error, read, flops)
+        names = ("expanded", "packed", *(["repeated"] if shape.groups > 1 else ()))
+        return Case([None], run("ours"), {name: run(name) for name in names}, error, read, flops)
 
     return case
 
 
 WORKS = {
-    "tiny": make(TINY, 2, 2),
+    "tiny": make(replace(TINY, groups=2), 2, 2),
     "suffix_pass/8x4": make(Shape(), 8, 4),
     "suffix_pass/8x4/backward": make(Shape(), 8, 4, backward=True),
     "suffix_pass/48x2": make(Shape(), 48, 2),
+    "suffix_pass/8x4/grouped": make(Shape(groups=4), 8, 4),
+    "suffix_pass/8x4/grouped/backward": make(Shape(groups=4), 8, 4, backward=True),
+    "suffix_pass/48x2/grouped": make(Shape(groups=4), 48, 2),
 }
 
 
-@pytest.mark.parametrize("function", ["ours", "expanded", "packed"])
+@pytest.mark.parametrize("function", ["ours", "expanded", "packed", "repeated"])
 def test_tiny(benchmark, function):
     run_tiny(benchmark, WORKS, function)
 

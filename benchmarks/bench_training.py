@@ -44,6 +44,7 @@ class Shape:
     width: int = 512
     inner: int = 1536
     heads: int = 8
+    groups: int = 1  # heads that share keys and values
     vocabulary: int = 8000
     document: int = 200  # tokens of title and text
     query: int = 16
@@ -65,8 +66,8 @@ def make_model(shape: Shape, device, clues: str, dtype: torch.dtype, **options) 
     torch.manual_seed(0)
     lm = LlamaForCausalLM(LlamaConfig(
         hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers, bos_token_id=0,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.heads, vocab_size=shape.vocabulary, eos_token_id=1,
-        tie_word_embeddings=True, initializer_range=0.05, max_position_embeddings=1024,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.heads // shape.groups, vocab_size=shape.vocabulary,
+        eos_token_id=1, tie_word_embeddings=True, initializer_range=0.05, max_position_embeddings=1024,
     )).to(device, dtype)
     config = qpeft.QPeftConfig(clues=clues, k=shape.query, num_heads=shape.heads, margin=0.5, **options)
     model = qpeft.get_qpeft_model(lm, config, make_tokenizer(shape.vocabulary))

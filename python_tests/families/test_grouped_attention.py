@@ -41,7 +41,7 @@ def test_it_is_the_attention_of_transformers(kind):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_families_have_it(family, monkeypatch):
-    """Nothing is repeated in a suffix pass, the prefix pass and the user's calls are as before, nothing else changes."""
+    """Nothing is repeated in a suffix pass; the prefix pass and the user's calls are as before."""
     lm = tiny_lm(family)
     before = lm.config._attn_implementation
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(num_heads=4), tiny_tokenizer())
