@@ -11,7 +11,14 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 import qpeft_ext as qpeft
 from qpeft_ext.memory import FIXED_BYTES, bytes_per_token, plan_memory
 from qpeft_ext.prompt import document_text
-from qpeft_ext.schedule import document_jobs, prefix_groups, prefix_tokens, suffix_groups, suffix_jobs
+from qpeft_ext.schedule import (
+    document_jobs,
+    prefix_groups,
+    prefix_tokens,
+    shape_step,
+    suffix_groups,
+    suffix_jobs,
+)
 
 
 @pytest.fixture(scope="module", params=["attention", "top_k", "none"])
@@ -134,11 +141,29 @@ def test_every_pair_is_in_one_pass_and_padding_is_bounded(model, max_pairs):
         lengths = [len(batch.documents[d].ids) for d in group]
         assert len(group) == 1 or len(group) * max(lengths) <= 150
         assert sum(max(lengths) - n for n in lengths) <= 10
-        for rows in suffix_groups(batch, group, 100, None, 6, True, False):
-            lengths = [len(batch.queries[batch.pairs[i][0]]) for i in rows]
-            assert sum(max(lengths) - n for n in lengths) <= 6
-            seen += rows
-    assert sorted(seen) == list(range(len(batch)))
+        for step in (1, 4):
+            for rows in suffix_groups(batch, group, 100, None, 6, True, False, step):
+                lengths = [len(batch.queries[batch.pairs[i][0]]) for i in rows]
+                assert sum(max(lengths) - n for n in lengths) <= 6
+                seen += rows
+    assert sorted(seen) == sorted(2 * list(range(len(batch))))
+
+
+def test_passes_have_multiples_of_pairs_where_they_can(model):
+    batch = model.encode([("a" * (3 + n % 5), "b" * 20 + str(n)) for n in range(45)])
+    documents = list(range(len(batch.documents)))
+    for max_tokens, max_pairs in ((140, None), (10_000, 11), (10_000, None), (1, None)):
+        sizes = []
+        for step in (1, 4):
+            groups = list(suffix_groups(batch, documents, max_tokens, max_pairs, 1000, True, False, step))
+            assert sorted(i for group in groups for i in group) == list(range(45))
+            sizes.append([len(group) for group in groups])
+        assert max(sizes[1]) <= max(sizes[0])
+        assert all(size % 4 == 0 for size in sizes[1][:-1] if size >= 4)
+    assert sizes[1] == [1] * 45
+    assert {(device, dtype): shape_step(torch.device(device), dtype) for device in ("cpu", "cuda")
+            for dtype in (torch.bfloat16, torch.float32)} == {
+        ("cpu", torch.bfloat16): 8, ("cpu", torch.float32): 1, ("cuda", torch.bfloat16): 1, ("cuda", torch.float32): 1}
 
 
 def test_a_prefix_pass_ends_with_the_last_keys(model):

@@ -141,9 +141,12 @@ class Rows:
 
 
 def assemble_rows(
-    batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], device, with_prefix: bool
+    batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], device, with_prefix: bool,
+    width_step: int = 1,
 ) -> Rows:
     """Lay out the suffixes of the pairs, or with ``with_prefix`` their whole prompts (the plain path).
+
+    width_step: L becomes a multiple of it.
 
     Only clues that exist take a slot: a gap inside a row would be counted by sliding windows.
     """
@@ -158,11 +161,11 @@ def assemble_rows(
     prefix_lengths = np.array([len(batch.documents[d].ids) for _, d in batch.pairs])
     query_lengths = np.array([len(query) for query in queries])
     lengths, counts = np.array([len(row) for row in rows]), np.array(clue_counts)
-    width, longest_query = int(lengths.max()), int(query_lengths.max())
+    width, longest_query = -(-int(lengths.max()) // width_step) * width_step, int(query_lengths.max())
     first_slots = np.arange(len(rows)) * width
     starts = np.zeros_like(lengths) if with_prefix else prefix_lengths
     suffix = to_device(np.arange(width) >= np.array(suffix_starts)[:, None], device) if with_prefix else None
-    ids, mask = pad(rows, device)
+    ids, mask = pad(rows, device, width)
     return Rows(
         ids,
         mask.long(),
@@ -183,11 +186,11 @@ def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
-def pad(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
-    """Right-pad lists of ids with 0: ids [B, L] int64 and mask [B, L] bool."""
+def pad(rows: Sequence[Sequence[int]], device, width: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-pad lists of ids with 0, to ``width`` at least: ids [B, L] int64 and mask [B, L] bool."""
     values, offsets = pack_ragged(rows)
     lengths = np.diff(offsets)
-    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    mask = np.arange(lengths.max(initial=width)) < lengths[:, None]
     ids = np.zeros(mask.shape, dtype=np.int64)
     ids[mask] = values
     return to_device(ids, device), to_device(mask, device)

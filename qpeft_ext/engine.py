@@ -21,6 +21,7 @@ from .lm_state import LMState, LMVersion
 from .prefix_cache import Layout, PrefixKV
 from .prompt import DocumentPrefix, SuffixPieces
 from .row_wise import RowWiseModules, find_row_wise
+from .schedule import shape_step
 from .suffix_pass import log_likelihood
 
 
@@ -209,7 +210,8 @@ class Engine(BaseEngine):
 
     def assemble(self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Sequence[int], with_prefix: bool) -> Rows:
         """The rows of a pass; see `assemble_rows`."""
-        return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix)
+        step = 1 if with_prefix else shape_step(self.device, self.table.dtype)
+        return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix, step)
 
     @without_cudnn_attention()
     def log_likelihood(self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None,

@@ -24,6 +24,7 @@ from .schedule import (
     default_tokens,
     prefix_groups,
     prefix_tokens,
+    shape_step,
     suffix_groups,
     tokens_worth_a_pass,
 )
@@ -153,6 +154,7 @@ class QPeftModel(nn.Module):
         shared = path == "document_first" and self.engine.shares_prefixes(self.clues is not None)
         max_tokens = max_tokens_per_batch or default_tokens(self.device)
         pass_tokens = tokens_worth_a_pass(self.device, self.engine.table.dtype)
+        step = shape_step(self.device, self.engine.table.dtype)
         max_pairs = 1 if deterministic else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
         rows, parts = [], []
         of_list = self.qpeft_config.source != "document"  # dear for a pair by itself
@@ -169,7 +171,8 @@ class QPeftModel(nn.Module):
                 ids = [batch.documents[d].ids for d in documents]
                 prefix = self.engine.cached_prefill(ids, cache, one_by_one=deterministic)
             per_token = self.qpeft_config.clues == "attention"
-            for group in suffix_groups(batch, documents, max_tokens, max_pairs, pass_tokens, shared, per_token):
+            for group in suffix_groups(batch, documents, max_tokens, max_pairs, pass_tokens, shared, per_token,
+                                       step):
                 part = batch.select(group)
                 if at_once:
                     own, own_counts = clues and clues[group], [counts[i] for i in group]

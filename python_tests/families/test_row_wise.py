@@ -33,6 +33,27 @@ def test_every_family_leaves_out_the_rows_that_nobody_reads(family):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_that_are_filled_up_change_nothing(family, monkeypatch):
+    """Suffixes of multiples of 8 slots, as for a bf16 LM on a CPU."""
+    model = qpeft.get_qpeft_model(tiny_lm(family), qpeft.QPeftConfig(num_heads=4), tiny_tokenizer())
+    expected = scores_and_gradients(model, "plain")
+    widths, decoder = [], model.engine.decoder
+    handle = decoder.register_forward_pre_hook(
+        lambda _, __, named: widths.append(named["inputs_embeds"].shape[1]), with_kwargs=True)
+    for place in ("engine", "model", "row_wise"):
+        monkeypatch.setattr(f"qpeft_ext.{place}.shape_step", lambda *_: 8)
+    with torch.no_grad():
+        batch = model.encode(PAIRS)
+        cache = qpeft.DocumentCache(1 << 20)
+        assert model.fill(batch, cache, 2048, False)
+        widths.clear()
+        model(batch, cache=cache, prefilled=True)
+    assert widths and all(width % 8 == 0 for width in widths)
+    handle.remove()
+    assert_same(scores_and_gradients(model, "document_first"), expected)
+
+
 class MixesRows(torch.nn.Module):
     """A feed-forward that looks at the other tokens as well."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from qpeft_ext.ops import _common, token_log_likelihood
-from qpeft_ext.ops._common import _few_heights, exact_float32, multiply_rows
+from qpeft_ext.ops._common import exact_float32, few_heights, multiply_rows
 from qpeft_ext.ops.token_log_likelihood import CPU_BUFFER, _sizes, reference
 
 SETTINGS = [{}, {"soft_cap": 3.0}, {"logit_scale": 0.3}, {"soft_cap": 2.0, "logit_scale": 1.7}]
@@ -210,9 +210,9 @@ def test_tf32_is_off_inside_and_the_setting_returns(setting):
 
 
 def test_products_of_ragged_heights_have_few_shapes():
-    heights = {_few_heights(height) for height in range(1, 2049)}
+    heights = {few_heights(height) for height in range(1, 2049)}
     assert len(heights) <= 31 + 16 * 6 + 1
-    assert all(height <= _few_heights(height) <= 1.0625 * height for height in range(1, 2049))
+    assert all(height <= few_heights(height) <= 1.0625 * height for height in range(1, 2049))
     for height in (1, 31, 33, 100, 517):
         a, rows = torch.randn(height, 24, dtype=torch.float32), torch.randn(50, 24)
         torch.testing.assert_close(multiply_rows(a, rows), a @ rows.T)

@@ -187,13 +187,13 @@ def multiply_rows(a: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
     exact = a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     if a.device.type == "cpu" and exact and _has_onednn():
         height = len(a)
-        if (missing := _few_heights(height) - height) > 0:
+        if (missing := few_heights(height) - height) > 0:
             a = torch.nn.functional.pad(a, (0, 0, 0, missing))
         return torch.ops.mkldnn._linear_pointwise(a, rows, None, "none", [], "")[:height]
     return multiply(a, rows.T, out=out)
 
 
-def _few_heights(height: int) -> int:
+def few_heights(height: int) -> int:
     """The height or a little more (3 % on average, 6 % at most): one of 16 between a power of two and the next."""
     step = 1 << max(0, height.bit_length() - 5)
     return -(-height // step) * step
