@@ -225,7 +225,8 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
         out = tmp_path / str(attempt) / "run"
         out.parent.mkdir()
         part = out.with_name("run.UPR.part")
-        process = Process(command(job, out, "--upr", "--devices", "cpu,cpu"))
+        slow = ("--max-tokens-per-batch", "32")  # a pass for every pair: otherwise a fast machine is done too soon
+        process = Process(command(job, out, "--upr", "--devices", "cpu,cpu", *slow))
         process.wait_for_size(out.with_name("run.part"), 1)  # the same workers make both systems
         workers = workers_of(process.popen.pid)
 
