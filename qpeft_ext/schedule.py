@@ -38,7 +38,7 @@ def tokens_worth_a_pass(device: torch.device, dtype: torch.dtype) -> int:
 def shape_step(device: torch.device, dtype: torch.dtype) -> int:
     """Of what the pairs and the width of a suffix pass are multiples, as far as they can. ``dtype``: of the LM.
 
-    On a CPU oneDNN, which multiplies bf16, makes code for every new number of rows (1 ms and 0.9 MB for each of the 5
+    On a CPU oneDNN, which multiplies bf16, makes code for every new number of rows (1.6 ms and 0.9 MB for each of the 5
     to 25 shapes of a pass) and keeps that of the last 1,024.
     """
     return 8 if device.type == "cpu" and dtype == torch.bfloat16 else 1
