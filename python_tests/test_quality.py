@@ -90,3 +90,7 @@ def test_results_are_packed_and_unpacked(tmp_path):
     with pytest.raises(SystemExit, match="no results"):
         kept.pack(tmp_path / "nothing", file)
     assert file.read_bytes() == first
+    (tmp_path / "half").write_bytes(first[: len(first) // 2])
+    for bad in ("half", "nothing"):
+        with pytest.raises(SystemExit, match=f"{bad}: expected results that this script has packed"):
+            kept.unpack(tmp_path / bad, here)

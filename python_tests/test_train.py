@@ -597,3 +597,18 @@ def test_killed_and_resumed_ends_the_same(killed, scenario):
 
 def test_the_kills_came(killed):
     assert sum(result["restarts"] for name, result in killed.items() if name.startswith("random")) > 0
+
+
+@pytest.mark.parametrize("cache_bytes, options, prefilled", [
+    (1 << 20, {}, True), (100, {}, False), (0, {}, False), (1 << 20, {"num_virtual_tokens": 2}, False)], ids=str)
+def test_passes_go_over_all_documents_that_the_cache_holds(tmp_path, monkeypatch, cache_bytes, options, prefilled):
+    """Prefixes are computed in small passes, but read in large ones; trained prefixes are in no cache."""
+    seen, forward = [], qpeft.QPeftModel.forward
+
+    def spy(self, batch, *args, **given):
+        seen.append(given["prefilled"])
+        return forward(self, batch, *args, **given)
+
+    monkeypatch.setattr(qpeft.QPeftModel, "forward", spy)
+    trainer(tmp_path, tiny_model(temperature=0.1, **options), cache_bytes=cache_bytes, max_steps=1).train()
+    assert seen == [prefilled]

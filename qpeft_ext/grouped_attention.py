@@ -76,7 +76,10 @@ def find_grouped(lm: nn.Module, decoder: nn.Module, run: Callable[[Tensor], Tens
     found = GroupedAttention({id(m.config): m.config for m in (decoder, *grouped)}.values())
     mask = torch.tensor([[0, 1, 1]], device=next(decoder.parameters()).device)
     expected = run(mask)[0, 1:]
-    with found.active():
-        got = run(mask)[0, 1:]
+    try:
+        with found.active():
+            got = run(mask)[0, 1:]
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):  # it calls its attention in its own way
+        return GroupedAttention()
     error, size = (got - expected).float().abs().max(), expected.float().abs().max()
     return found if error <= 1e-2 * size else GroupedAttention()

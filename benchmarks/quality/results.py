@@ -35,8 +35,11 @@ def pack(folder: Path, file: Path) -> int:
 
 def unpack(file: Path, folder: Path) -> int:
     """Write the results of a file to a comparison's folder. Returns: how many were not there."""
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        results = [json.loads(line) for line in lines]
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            results = [json.loads(line) for line in lines]
+    except (OSError, EOFError, ValueError) as error:
+        raise SystemExit(f"{file}: expected results that this script has packed ({error})") from None
     fresh = 0
     for result in results:
         cell = folder / file_name(result["collection"]) / file_name(result["method"]) / f"seed-{result['seed']}"

@@ -59,8 +59,11 @@ def test_which_families_have_it(family, monkeypatch):
     assert lm.config._attn_implementation == before
 
 
-def test_an_attention_that_is_not_the_same_is_left_alone(monkeypatch):
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_attention_that_is_not_the_same_is_left_alone(fails, monkeypatch):
     def other(module, query, *args, **kwargs):
+        if fails:
+            raise TypeError("no such argument")
         return query.transpose(1, 2).contiguous(), None
 
     monkeypatch.setitem(AttentionInterface._global_mapping, GROUPED, other)
