@@ -59,6 +59,19 @@ def test_every_row_has_its_own_querys_update():
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
 
+def test_it_is_the_same_with_and_without_gradients_and_under_autocast():
+    model = model_with()
+    recorded = model(model.encode(PAIRS)).query_log_likelihood
+    with torch.no_grad():
+        torch.testing.assert_close(model(model.encode(PAIRS)).query_log_likelihood, recorded, rtol=0, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(model.encode(PAIRS)).query_log_likelihood
+        with torch.no_grad():  # in place, on an output of another dtype than the layer's input
+            again = model(model.encode(PAIRS)).query_log_likelihood
+    torch.testing.assert_close(again, rounded, rtol=1e-3, atol=0)
+    torch.testing.assert_close(again, recorded, rtol=1e-2, atol=0)
+
+
 def test_prefixes_are_those_of_the_frozen_lm():
     """A cache filled without it serves it, and the other way round."""
     lm, cache = tiny_lm("llama"), qpeft.DocumentCache(1 << 24)

@@ -94,7 +94,12 @@ class GeneratedLora(nn.Module):
             inner = (x @ a.T) * gate[:, None].to(x.device, x.dtype)
             if suffix is not None:
                 inner = inner * suffix[..., None].to(x.device)
-            return output + inner @ b.T
+            rows = output.reshape(-1, output.shape[-1])
+            inner, b = inner.reshape(-1, self.rank).to(rows.dtype), b.to(rows.dtype)  # autocast: not those of x
+            # In place where nothing is recorded. Otherwise not: the output of a quantised layer may be a view, which
+            # autograd refuses to have changed.
+            updated = torch.addmm(rows, inner, b.T) if torch.is_grad_enabled() else rows.addmm_(inner, b.T)
+            return updated.view_as(output)
 
         return add_update
 
