@@ -24,7 +24,7 @@ from common import Case, main, run_tiny
 from torch import Tensor
 
 from qpeft_ext.batch import PairBatch, assemble_rows
-from qpeft_ext.grouped_attention import GroupedAttention
+from qpeft_ext.lm_attention import LMAttention
 from qpeft_ext.prompt import DocumentPrefix
 from qpeft_ext.suffix_pass import log_likelihood, shared_cache
 
@@ -63,11 +63,11 @@ class Work:
 
     def repeated(self) -> Tensor:
         engine = self.model.engine
-        grouped, engine.grouped = engine.grouped, GroupedAttention()
+        attention, engine.attention = engine.attention, LMAttention()
         try:
             return self.ours()
         finally:
-            engine.grouped = grouped
+            engine.attention = attention
 
     def packed(self) -> Tensor:
         engine, rows, P = self.model.engine, self.rows, self.prefix.padded_length

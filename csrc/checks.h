@@ -270,6 +270,24 @@ inline void check_bfloat16_add_product(const Tensor& total, const Tensor& a, con
   expect(op, "total", total, {a.size(0), b.size(1)}, ScalarType::Float, true);
 }
 
+// Strides are free but the last ones. mask may be one for all items.
+inline void check_bfloat16_attention(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
+                                     const Tensor& mask) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && mask.dim() == 4, op, ": four dimensions each");
+  const int64_t B = query.size(0), H = query.size(1), L = query.size(2), D = query.size(3), T = key.size(2);
+  for (const Tensor* x : {&query, &key, &value}) {
+    STD_TORCH_CHECK(x->scalar_type() == ScalarType::BFloat16, op, ": query, key and value must be bfloat16");
+    STD_TORCH_CHECK(x->size(0) == B && x->size(3) == D, op, ": query, key and value must agree in their first and last size");
+    STD_TORCH_CHECK(x->numel() == 0 || x->stride(3) == 1, op, ": query, key and value must have last stride 1");
+  }
+  STD_TORCH_CHECK(D % 32 == 0, op, ": the width of a head must be a multiple of 32, got ", D);
+  STD_TORCH_CHECK(key.size(1) == value.size(1) && key.size(2) == value.size(2), op, ": key and value must have one shape");
+  STD_TORCH_CHECK(key.size(1) > 0 && H % key.size(1) == 0, op, ": heads of keys must divide heads of queries");
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && (mask.size(0) == B || mask.size(0) == 1) && mask.size(1) == 1 &&
+                      mask.size(2) == L && mask.size(3) == T && (mask.numel() == 0 || T == 1 || mask.stride(3) == 1),
+                  op, ": mask must be bool [B or 1, 1, L, T] with last stride 1");
+}
+
 inline void check_token_log_likelihood_finish(const Tensor& running, const Tensor& lm_head, const Tensor& target_ids,
                                               const Tensor& log_p, const Tensor& lse,
                                               const std::optional<Tensor>& expectation) {

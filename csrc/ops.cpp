@@ -158,4 +158,15 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   m.def("bfloat16_products(Tensor a, Tensor b, Tensor(a!) out, bool tiles=True) -> ()");
   //   total += a @ b     a [N, C], b [C, D] bfloat16; total [N, D] float32: row strides free, last strides 1
   m.def("bfloat16_add_product(Tensor(a!) total, Tensor a, Tensor b, bool tiles=True) -> ()");
+
+  // ---- attention of bfloat16, CPUs with AMX only (others raise): what an LM's layer asks for between its projections ---------
+  //   query [B, H, L, D], key and value [B, K, T, D], heads h * H / K .. of queries share head h of keys; mask bool
+  //   [B or 1, 1, L, T]: last strides 1, all others free; D a multiple of 32
+  //   -> out [B, L, H, D] and lse [B, H, L] float32, log-sum-exp of scale * query . key over the keys that the mask leaves; a
+  //   row that has none: 0 and 0
+  m.def("bfloat16_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> (Tensor out, Tensor lse)");
+  //   grad and out contiguous -> gradients of query as [B, L, H, D], of key and value as [B, K, T, D]
+  m.def(
+      "bfloat16_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor mask, "
+      "float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

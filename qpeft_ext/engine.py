@@ -14,9 +14,9 @@ from .attention_backend import without_cudnn_attention
 from .batch import PairBatch, Rows, assemble_rows, pad
 from .cache import DocumentCache
 from .cache_tiers import PrefixKey
-from .grouped_attention import GroupedAttention, find_grouped
 from .head import LikelihoodHead
 from .heap import return_freed_memory
+from .lm_attention import LMAttention, find_attention
 from .lm_state import LMState, LMVersion
 from .prefix_cache import Layout, PrefixKV
 from .prompt import DocumentPrefix, SuffixPieces
@@ -142,7 +142,7 @@ class Engine(BaseEngine):
         last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
         takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
         cache_argument: what the decoder calls the cache.
-        grouped: attention of suffix passes without copies of keys and values for each head of a group.
+        attention: a faster one than the LM's, for the passes.
     """
 
     def __init__(self, lm, why_plain: str = "") -> None:
@@ -151,7 +151,7 @@ class Engine(BaseEngine):
         self.takes_positions = "position_ids" in parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5.24
         self.last_layer = -1  # unknown
-        self.grouped = GroupedAttention()
+        self.attention = LMAttention()
         with torch.no_grad():
             self.scale = self._embedding_scale()
             self.head = LikelihoodHead(lm, self._probe)
@@ -160,7 +160,7 @@ class Engine(BaseEngine):
                 self.row_wise = self._row_wise()
             if not self.why_plain:
                 ids = torch.arange(3, device=self.device)[None]
-                self.grouped = find_grouped(lm, self.decoder, lambda mask: self.decoder(
+                self.attention = find_attention(lm, self.decoder, lambda mask: self.decoder(
                     input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)  # fmt: skip
 
     def _probe(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ class Engine(BaseEngine):
         extra = {self.cache_argument: cache}
         if self.takes_positions and positions is not None:
             extra["position_ids"] = positions
-        with contextlib.suppress(_PrefixIsStored):
+        with contextlib.suppress(_PrefixIsStored), self.attention.active(prefixes=True):
             self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **extra)
         return cache
 

@@ -17,8 +17,6 @@
 namespace qpeft {
 namespace {
 
-constexpr int64_t kNone = 0, kAvx512Bf16 = 1, kAmx = 2;
-
 #if defined(__x86_64__) && defined(__gnu_linux__)
 
 // Tiles take 8 KB of the state of a thread, so a process has to ask the system for them, once.
@@ -30,21 +28,25 @@ bool may_use_tiles() {
   return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 
+}  // namespace
+
 // Without tiles Intel's processors multiply float32 faster: Llama-2-7B's head takes a Xeon 1,131 ms in float32, 1,888 by
 // VDPBF16PS and 220 with tiles (1,600 rows, 2 threads); an AMD EPYC takes 2,068 in float32 and 1,031 by VDPBF16PS.
 int64_t bfloat16_instructions() {
   static const int64_t found = [] {
     const bool vectors = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl");
-    return !vectors ? kNone : may_use_tiles() ? kAmx : __builtin_cpu_is("amd") ? kAvx512Bf16 : kNone;
+    return !vectors ? kInstructionsNone : may_use_tiles() ? kInstructionsAmx : __builtin_cpu_is("amd") ? kInstructionsAvx512Bf16 : kInstructionsNone;
   }();
   return found;
 }
 
+namespace {
+
 const BFloat16Kernels& kernels(const char* op, bool tiles) {
   const int64_t has = bfloat16_instructions();
-  STD_TORCH_CHECK(has != kNone, op, ": this processor has no products of bfloat16");
-  return has == kAmx && tiles ? kAmxKernels : kAvx512Bf16Kernels;
+  STD_TORCH_CHECK(has != kInstructionsNone, op, ": this processor has no products of bfloat16");
+  return has == kInstructionsAmx && tiles ? kAmxKernels : kAvx512Bf16Kernels;
 }
 
 const uint16_t* words_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
@@ -96,7 +98,11 @@ STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {
 
 #else
 
-int64_t bfloat16_instructions() { return kNone; }
+}  // namespace
+
+int64_t bfloat16_instructions() { return kInstructionsNone; }
+
+namespace {
 
 #endif
 

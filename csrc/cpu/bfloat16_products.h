@@ -24,6 +24,10 @@ struct BFloat16Kernels {
                                  int64_t b_stride, int64_t n_columns, float* total, int64_t total_stride);
 };
 
+// What this processor has: one of these.
+constexpr int64_t kInstructionsNone = 0, kInstructionsAvx512Bf16 = 1, kInstructionsAmx = 2;
+int64_t bfloat16_instructions();
+
 extern const BFloat16Kernels kAvx512Bf16Kernels, kAmxKernels;
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }

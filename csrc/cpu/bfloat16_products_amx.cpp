@@ -1,43 +1,15 @@
 // The products of bfloat16_products.h with tiles: TDPBF16PS adds the product of a [16, 32] and a [32, 16] tile to one of
 // 16 by 16 sums. Four of the eight tiles hold sums, so that a step reads as many tiles as it multiplies.
-#include <memory>
-#include <new>
-
-#include "cpu/bfloat16_vectors.h"
+#include "cpu/bfloat16_tiles.h"
 
 namespace qpeft {
 namespace {
 
-constexpr int64_t kTile = 16;            // rows, and vectors of 64 bytes
 constexpr int64_t kStep = 16;            // pairs that are multiplied at a time
 constexpr int64_t kWords = 2 * kTile;
-constexpr int64_t kLine = 64;            // bytes of the row of a tile
 constexpr int64_t kWordBytes = 1 << 20;  // of packed words that stay in the second cache for all rows
 constexpr int64_t kTilePairs = 640;      // of words, packed at a time
 constexpr int64_t kTilesOfB = 4;
-
-// All tiles are whole: what is ragged is filled up with zeros. The tiles of a thread are free for others afterwards.
-class Tiles {
- public:
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, first_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine, kLine, kLine, kLine};
-      uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-};
-
-struct Free {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(kLine)); }
-};
-template <typename T>
-std::unique_ptr<T[], Free> aligned(int64_t n) {
-  return std::unique_ptr<T[], Free>(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kLine))));
-}
 
 // n rows of 2 * pairs numbers as tiles: packed[step][row of kRows][pair of kStep], zeros behind the last row and pair.
 template <int kRows>

@@ -1,4 +1,4 @@
-"""Suffix passes read the keys and values of a head once for all queries of its group."""
+"""Attention of the engine's passes: a head of keys is read once for all queries of its group, bfloat16 by AMX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from transformers import AttentionInterface
 from transformers.integrations import sdpa_attention
 
 import qpeft_ext as qpeft
-from qpeft_ext.grouped_attention import GROUPED, SDPA, grouped_sdpa
+from qpeft_ext import lm_attention
+from qpeft_ext.lm_attention import OURS, SDPA, LMAttention, attention
+from qpeft_ext.ops._common import multiplies_bfloat16_by_tiles
+from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
 
 UNGROUPED = {"gpt2", "gpt_neox", "bloom", "opt"}  # a head of keys for every head of queries
 EAGER = {"gemma2"}  # whose soft cap "sdpa" does not have
@@ -32,7 +35,7 @@ def test_it_is_the_attention_of_transformers(kind):
     mask = {"bool": keep, "float": torch.zeros(keep.shape).masked_fill(~keep, -1e9), "one for all rows": keep[:1],
             "none": None}[kind]
     found, expected = ([function(Attention(), *inputs, mask, scaling=0.7, is_causal=False)[0]]
-                       for function in (grouped_sdpa, sdpa_attention.sdpa_attention_forward))
+                       for function in (attention, sdpa_attention.sdpa_attention_forward))
     for outputs in (found, expected):
         outputs += torch.autograd.grad(outputs[0].square().sum(), inputs)
     for ours, theirs in zip(found, expected, strict=True):
@@ -45,7 +48,7 @@ def test_which_families_have_it(family, monkeypatch):
     lm = tiny_lm(family)
     before = lm.config._attn_implementation
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(num_heads=4), tiny_tokenizer())
-    assert bool(model.engine.grouped.configs) == (family not in UNGROUPED | EAGER)
+    assert bool(model.engine.attention.configs) == (family not in UNGROUPED | EAGER)
     expected = scores_and_gradients(model, "plain")
     seen, repeat = [], sdpa_attention.repeat_kv
 
@@ -55,7 +58,7 @@ def test_which_families_have_it(family, monkeypatch):
 
     monkeypatch.setattr(sdpa_attention, "repeat_kv", repeated)
     assert_same(scores_and_gradients(model, "document_first"), expected)
-    assert GROUPED not in seen and (SDPA in seen) == bool(model.engine.grouped.configs)  # the latter: prefix passes
+    assert OURS not in seen and (SDPA in seen) == bool(model.engine.attention.configs)  # the latter: prefix passes
     assert lm.config._attn_implementation == before
 
 
@@ -66,16 +69,51 @@ def test_an_attention_that_is_not_the_same_is_left_alone(fails, monkeypatch):
             raise TypeError("no such argument")
         return query.transpose(1, 2).contiguous(), None
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, GROUPED, other)
+    monkeypatch.setitem(AttentionInterface._global_mapping, OURS, other)
     lm = tiny_lm("llama")
     assert lm.config._attn_implementation == SDPA
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none", generated_lora_rank=2), tiny_tokenizer())
-    assert model.engine.grouped.configs == []
+    assert model.engine.attention.configs == []
 
 
 def test_an_error_gives_the_setting_back():
     model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(num_heads=4), tiny_tokenizer())
-    with pytest.raises(KeyError), model.engine.grouped.active():
-        assert model.lm.config._attn_implementation == GROUPED
+    with pytest.raises(KeyError), model.engine.attention.active():
+        assert model.lm.config._attn_implementation == OURS
         raise KeyError
     assert model.lm.config._attn_implementation == SDPA
+
+
+WIDE = {"hidden_size": 128, "head_dim": 32}  # heads of a width that AMX takes
+HEAD_32 = {family: WIDE for family in set(FAMILIES) - EAGER - {"gpt2", "bloom"}} | {"gpt2": {"n_embd": 128}}
+
+
+@pytest.mark.skipif(not multiplies_bfloat16_by_tiles(), reason="this processor has no AMX")
+@pytest.mark.parametrize("trained", [{"clues": "attention"}, {"clues": "none", "num_virtual_tokens": 5}],
+                         ids=["suffixes", "prefixes too"])  # fmt: skip
+@pytest.mark.parametrize("family", sorted(HEAD_32))
+def test_bfloat16_by_tiles_is_as_near_to_float32_as_sdpa(family, trained, monkeypatch):
+    """Scores and gradients; in all layers of prefix and suffix passes, sliding windows and groups of heads included."""
+    calls = []
+
+    def counted(query, key, value, mask, scale):
+        calls.append((query.shape[2], key.shape[2]))
+        return bfloat16_attention(query, key, value, mask, scale)
+
+    monkeypatch.setattr(lm_attention, "bfloat16_attention", counted)
+    config = qpeft.QPeftConfig(num_heads=4, rank=8, **trained)
+    found = {}
+    for name, dtype in (("exact", torch.float32), ("ours", torch.bfloat16), ("sdpa", torch.bfloat16)):
+        lm = tiny_lm(family, dtype=dtype, **HEAD_32[family])
+        torch.manual_seed(2)
+        model = qpeft.get_qpeft_model(lm, config, tiny_tokenizer())
+        if name == "sdpa":
+            model.engine.attention = LMAttention()
+        calls.clear()
+        scores, gradients = scores_and_gradients(model, "document_first")
+        assert bool(calls) == (name == "ours") and lm.config._attn_implementation == SDPA
+        if calls:
+            assert {L < T for L, T in calls} == {False, True}  # prefixes and suffixes
+        found[name] = scores, torch.cat([g.flatten() for g in gradients.values()])
+    for exact, ours, sdpa in zip(*found.values(), strict=True):
+        assert (ours - exact).norm() <= 1.5 * (sdpa - exact).norm() + 1e-3 * exact.norm()

@@ -1,0 +1,67 @@
+"""Attention of bfloat16 on a CPU with AMX, where torch's own kernel is far slower than its matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._common import differentiable, fake, multiplies_bfloat16_by_tiles
+
+_STEP = 32  # numbers that an instruction multiplies
+
+
+def is_supported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether `bfloat16_attention` takes these, on this machine."""
+    if mask is None or query.device.type != "cpu" or not multiplies_bfloat16_by_tiles():
+        return False
+    return (query.dtype == key.dtype == value.dtype == torch.bfloat16 and query.shape[-1] == value.shape[-1]
+            and query.shape[-1] % _STEP == 0 and query.shape[1] % key.shape[1] == 0
+            and mask.dtype == torch.bool and mask.shape[1] == 1)  # fmt: skip
+
+
+def bfloat16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query . key, over the keys that the mask leaves) . value; a row that has none is 0.
+
+    Args: query: ``[B, H, L, D]``, bfloat16 on a CPU with AMX, D a multiple of 32.  key, value: ``[B, K, T, D]``, the
+        same; H / K heads of queries share one of keys.  mask: bool ``[B or 1, 1, L, T]``, True where a query may look.
+    Returns: ``[B, L, H, D]`` bfloat16. Sums are float32, weights are rounded to bfloat16.
+    Raises: RuntimeError for what `is_supported` does not take.
+    """
+    query, key, value, mask = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, mask))
+    return torch.ops.qpeft_ext.bfloat16_attention(query, key, value, mask, scale)[0]
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The definition, in float64."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(groups, 1) for x in (key, value))
+    scores = (scale * query.double() @ key.mT).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).nan_to_num(0.0) @ value).transpose(1, 2)
+
+
+@fake("bfloat16_attention")
+def _(query, key, value, mask, scale):
+    B, H, L, D = query.shape
+    return query.new_empty(B, L, H, D), query.new_empty(B, H, L, dtype=torch.float32)
+
+
+@fake("bfloat16_attention_backward")
+def _(grad, out, lse, query, key, value, mask, scale):
+    B, H, L, D = query.shape
+    return query.new_empty(B, L, H, D), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _autograd(ctx, grad, _):
+    grad_query, grad_key, grad_value = torch.ops.qpeft_ext.bfloat16_attention_backward(
+        grad.contiguous(), *ctx.saved_tensors, ctx.scale
+    )
+    return grad_query.transpose(1, 2), grad_key, grad_value, None, None
+
+
+differentiable("bfloat16_attention", _setup_context, _autograd)
