@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_families import assert_same, scores_and_gradients
-from tiny import FAMILIES, tiny_lm, tiny_tokenizer
+from tiny import FAMILIES, PAIRS, tiny_lm, tiny_tokenizer
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations import sdpa_attention
@@ -117,3 +117,16 @@ def test_bfloat16_by_tiles_is_as_near_to_float32_as_sdpa(family, trained, monkey
         found[name] = scores, torch.cat([g.flatten() for g in gradients.values()])
     for exact, ours, sdpa in zip(*found.values(), strict=True):
         assert (ours - exact).norm() <= 1.5 * (sdpa - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.skipif(not multiplies_bfloat16_by_tiles(), reason="this processor has no AMX")
+def test_a_compiled_pass_stays_whole():
+    lm = tiny_lm("llama", dtype=torch.bfloat16, **WIDE)
+    model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none"), tiny_tokenizer())
+    expected = qpeft.Reranker(model).predict(PAIRS)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = qpeft.Reranker(model, compile=True).predict(PAIRS)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected), rtol=2e-2, atol=0)

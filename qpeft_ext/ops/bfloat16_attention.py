@@ -8,11 +8,12 @@ from torch import Tensor
 from ._common import differentiable, fake, multiplies_bfloat16_by_tiles
 
 _STEP = 32  # numbers that an instruction multiplies
+_HERE = multiplies_bfloat16_by_tiles()  # a constant, since torch.compile cannot ask for it
 
 
 def is_supported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether `bfloat16_attention` takes these, on this machine."""
-    if mask is None or query.device.type != "cpu" or not multiplies_bfloat16_by_tiles():
+    if not _HERE or mask is None or query.device.type != "cpu":
         return False
     return (query.dtype == key.dtype == value.dtype == torch.bfloat16 and query.shape[-1] == value.shape[-1]
             and query.shape[-1] % _STEP == 0 and query.shape[1] % key.shape[1] == 0
