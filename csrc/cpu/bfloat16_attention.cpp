@@ -1,5 +1,5 @@
 // Attention of few queries to many keys in bfloat16: a suffix that reads its document's prefix, or a prefix itself.
-//   Threads         parallel over items and heads of keys; a head is one thread's
+//   Threads         parallel over items and heads of keys; where these are too few, the forward pass over blocks of rows too
 //   Precision       scores and sums in float32; weights are rounded to bfloat16, as torch's own kernel does
 //   Deterministic   yes; an item does not depend on the others
 //   Why             torch's kernel multiplies small blocks one by one: 60 to 150 GFLOP/s where a matrix product has 1,400
@@ -32,7 +32,14 @@ HeadRows<T> heads_of(T* x, int64_t b, int64_t h, int64_t L, int64_t H, int64_t D
   return {x + (b * L * H + h) * D, D, H * D};
 }
 
-// f(head, item, number of its first query head) for all heads of keys of all items
+constexpr int64_t kRows = 64;  // of queries that are worth packing the keys for
+
+struct Part {
+  int64_t item, query_head;   // the first of the head's
+  int64_t begin, end;         // rows
+};
+
+// f(head, part) for all heads of keys of all items
 template <typename F>
 void for_heads(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, float scale,
                bool backward, const F& f) {
@@ -43,16 +50,19 @@ void for_heads(const char* op, const Tensor& query, const Tensor& key, const Ten
                     nullptr, nullptr, key.stride(2), value.stride(2), nullptr, mask.stride(2), scale};
   if (all.L == 0 || all.D == 0) return;
   const int64_t mask_item = mask.size(0) == 1 ? 0 : mask.stride(0);
-  parallel(B * heads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t rows = shared * all.L, wanted = 2 * int64_t(torch::stable::get_num_threads());
+  const int64_t parts = backward || B == 0 ? 1 : std::clamp<int64_t>(wanted / (B * heads), 1, (rows + kRows - 1) / kRows);
+  const int64_t of_part = round_up((rows + parts - 1) / parts, kVector);
+  parallel(B * heads * parts, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<AttentionMemory, Delete> memory(new_attention_memory(all, backward));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / heads, h = i % heads;
+      const int64_t b = i / parts / heads, h = i / parts % heads, first = std::min(i % parts * of_part, rows);
       AttentionHead head = all;
       head.query.at = words(query) + b * query.stride(0) + h * shared * query.stride(1);
       head.key = words(key) + b * key.stride(0) + h * key.stride(1);
       head.value = words(value) + b * value.stride(0) + h * value.stride(1);
       head.mask = static_cast<const bool*>(mask.const_data_ptr()) + b * mask_item;
-      f(head, *memory, b, h * shared);
+      f(head, *memory, Part{b, h * shared, first, std::min(first + of_part, rows)});
     }
   });
 }
@@ -64,8 +74,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   auto* to = words<uint16_t>(out);
   auto* sums = static_cast<float*>(lse.mutable_data_ptr());
   for_heads("bfloat16_attention", query, key, value, mask, static_cast<float>(scale), false,
-            [&](const AttentionHead& head, AttentionMemory& memory, int64_t b, int64_t h) {
-              attend(head, memory, heads_of(to, b, h, L, H, D), sums + (b * H + h) * L);
+            [&](const AttentionHead& head, AttentionMemory& memory, const Part& part) {
+              attend(head, part.begin, part.end, memory, heads_of(to, part.item, part.query_head, L, H, D),
+                     sums + (part.item * H + part.query_head) * L);
             });
   return {out, lse};
 }
@@ -83,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor grad, const Tensor out,
   auto *of_query = words<uint16_t>(grad_query), *of_key = words<uint16_t>(grad_key), *of_value = words<uint16_t>(grad_value);
   const auto* sums = static_cast<const float*>(lse.const_data_ptr());
   for_heads(op, query, key, value, mask, static_cast<float>(scale), true,
-            [&](const AttentionHead& head, AttentionMemory& memory, int64_t b, int64_t h) {
+            [&](const AttentionHead& head, AttentionMemory& memory, const Part& part) {
+              const int64_t b = part.item, h = part.query_head;
               const int64_t of_keys = (b * (H / head.heads) + h / head.heads) * T * D;
               attend_backward(head, memory, heads_of(words(out), b, h, L, H, D), sums + (b * H + h) * L,
                               heads_of(words(grad), b, h, L, H, D), heads_of(of_query, b, h, L, H, D), of_key + of_keys,

@@ -27,8 +27,10 @@ struct AttentionMemory;
 AttentionMemory* new_attention_memory(const AttentionHead& head, bool backward);
 void delete_attention_memory(AttentionMemory* memory);
 
-// lse [heads * L]: of each row the log-sum-exp of its scores, 0 where the mask leaves no key (out is 0 there)
-void attend(const AttentionHead& head, AttentionMemory& memory, const HeadRows<uint16_t>& out, float* lse);
+// For rows begin .. end of the heads * L. lse [heads * L]: of each row the log-sum-exp of its scores, 0 where the mask leaves
+// no key (out is 0 there).
+void attend(const AttentionHead& head, int64_t begin, int64_t end, AttentionMemory& memory, const HeadRows<uint16_t>& out,
+            float* lse);
 
 // Gradients of sum(out * grad); those of keys and values, [T, D], are summed over the query heads.
 void attend_backward(const AttentionHead& head, AttentionMemory& memory, const HeadRows<const uint16_t>& out, const float* lse,

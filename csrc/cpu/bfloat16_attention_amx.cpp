@@ -250,13 +250,13 @@ AttentionMemory* new_attention_memory(const AttentionHead& head, bool backward) 
 
 void delete_attention_memory(AttentionMemory* memory) { delete memory; }
 
-void attend(const AttentionHead& x, AttentionMemory& m, const HeadRows<uint16_t>& out, float* lse) {
+void attend(const AttentionHead& x, int64_t first, int64_t last, AttentionMemory& m, const HeadRows<uint16_t>& out, float* lse) {
   const Tiles tiles;
-  const int64_t columns = round_up(x.T, kWords), all = x.heads * x.L, D = x.D;
+  const int64_t columns = round_up(x.T, kWords), D = x.D;
   pack_transposed(x.key, x.key_row, x.T, D, m.key_transposed.get());
   pack_rows(x.value, x.value_row, x.T, D, m.value_rows.get());
-  for (int64_t begin = 0; begin < all; begin += kTile) {
-    const int64_t n = std::min(kTile, all - begin);
+  for (int64_t begin = first; begin < last; begin += kTile) {
+    const int64_t n = std::min(kTile, last - begin);
     copy_rows(x.query, begin, n, kTile, x.L, D, m.query.get());
     product(rows_of(m.query.get(), D), m.key_transposed.get(), D / 2, columns, m.scores.get(), columns);
     float factors[kTile];
