@@ -230,10 +230,10 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
         process.wait_for_size(out.with_name("run.part"), 1)  # the same workers make both systems
         workers = workers_of(process.popen.pid)
 
-        def a_little_further(workers=workers, part=part, out=out) -> bool:
-            """On a busy machine the rest could be done before this process runs again."""
+        def a_little_further(workers=workers, part=part, out=out, pause=0.01 / 4**attempt) -> bool:
+            """On a busy machine the rest could be done before this process runs again, on a fast one in the pause."""
             send(workers, signal.SIGCONT)
-            time.sleep(0.01)
+            time.sleep(pause)
             send(workers, signal.SIGSTOP)
             return part.exists() and part.stat().st_size or out.exists()
 
