@@ -14,6 +14,7 @@ English base LM of benchmarks/base_lm); ``llama-3``: 16 pairs, 40 rows behind 26
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -114,4 +115,6 @@ def test_tiny(benchmark, function):
 
 
 if __name__ == "__main__":
+    if not multiplies_bfloat16_by_tiles():
+        sys.exit(print("nothing to measure: this processor has no AMX"))
     main("bfloat16_attention", WORKS, cpu=tuple(WORKS))

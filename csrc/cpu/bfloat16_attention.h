@@ -1,4 +1,5 @@
-// Attention of bfloat16 on processors with AMX: kernels in a file of their own, which bfloat16_attention.cpp calls if they may run.
+// Attention of bfloat16 on processors with AMX: kernels in a file of their own, which bfloat16_attention.cpp calls where
+// they may run.
 #pragma once
 #include <cstdint>
 

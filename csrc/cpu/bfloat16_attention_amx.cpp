@@ -2,6 +2,7 @@
 // then 16 rows of queries at a time have all their scores in the second cache, float32 between the products.
 #include "cpu/bfloat16_attention.h"
 
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -97,7 +98,8 @@ void product(const Rows& a, const uint32_t* b, int64_t pairs, int64_t columns, f
 
 Rows rows_of(const uint16_t* a, int64_t width) { return {a, 2 * width, kWords, width / kWords}; }
 
-// 2^x, relative error 2e-7 (the polynomial of Cephes); 0 below -126, as denormal results take hundreds of cycles. A NaN stays one.
+// 2^x, relative error 2e-7 (the polynomial of Cephes); 0 below -126, since denormal results take hundreds of cycles. A NaN
+// stays one.
 __m512 power_of_two(__m512 x) {
   const __m512 least = _mm512_set1_ps(-126.0f);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
@@ -250,7 +252,8 @@ AttentionMemory* new_attention_memory(const AttentionHead& head, bool backward) 
 
 void delete_attention_memory(AttentionMemory* memory) { delete memory; }
 
-void attend(const AttentionHead& x, int64_t first, int64_t last, AttentionMemory& m, const HeadRows<uint16_t>& out, float* lse) {
+void attend(const AttentionHead& x, int64_t first, int64_t last, AttentionMemory& m, const HeadRows<uint16_t>& out,
+            float* lse) {
   const Tiles tiles;
   const int64_t columns = round_up(x.T, kWords), D = x.D;
   pack_transposed(x.key, x.key_row, x.T, D, m.key_transposed.get());

@@ -36,7 +36,8 @@ int64_t bfloat16_instructions() {
   static const int64_t found = [] {
     const bool vectors = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl");
-    return !vectors ? kInstructionsNone : may_use_tiles() ? kInstructionsAmx : __builtin_cpu_is("amd") ? kInstructionsAvx512Bf16 : kInstructionsNone;
+    if (vectors && may_use_tiles()) return kInstructionsAmx;
+    return vectors && __builtin_cpu_is("amd") ? kInstructionsAvx512Bf16 : kInstructionsNone;
   }();
   return found;
 }
