@@ -73,7 +73,7 @@ def test_results_are_packed_and_unpacked(tmp_path):
         write_lines(folder / "result.json", [json.dumps(result)])
         write_lines(folder / "run.trec.gz", ["a run"])
         found[method, seed] = result
-    file = tmp_path / "results.jsonl.gz"
+    file = tmp_path / "results.jsonl.xz"
     assert kept.pack(tmp_path / "there", file) == 3
     first = file.read_bytes()
     kept.pack(tmp_path / "there", file)

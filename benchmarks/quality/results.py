@@ -1,7 +1,7 @@
 """The results of a comparison without runs and adapters, in one file: for other machines, and to be kept.
 
-    python benchmarks/quality/results.py pack build/quality/prose benchmarks/results/quality_prose.results.jsonl.gz
-    python benchmarks/quality/results.py unpack benchmarks/results/quality_prose.results.jsonl.gz build/quality/prose
+    python benchmarks/quality/results.py pack build/quality/prose benchmarks/results/quality_prose.results.jsonl.xz
+    python benchmarks/quality/results.py unpack benchmarks/results/quality_prose.results.jsonl.xz build/quality/prose
 
 A line of the file is a result.json: settings, values per query, costs, versions, commit and machine. Unpacked, results
 count as made for `qpeft compare` as long as LM, data and settings are the same; what is in the folder already stays.
@@ -10,8 +10,8 @@ count as made for `qpeft compare` as long as LM, data and settings are the same;
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
+import lzma
 from pathlib import Path
 
 from qpeft_ext.compare.cells import RESULT, SETTINGS
@@ -26,7 +26,7 @@ def pack(folder: Path, file: Path) -> int:
         raise SystemExit(f"{folder}: no results; expected COLLECTION/METHOD/seed-N/{RESULT}")
     lines = (json.dumps(json.loads(path.read_text(encoding="utf-8"))) for path in paths)
     partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:  # always the same bytes
+    with lzma.open(partial, "wb", preset=9) as packed:  # gzip does not see that results have the same queries
         for line in lines:
             packed.write(line.encode() + b"\n")
     partial.replace(file)
@@ -36,9 +36,9 @@ def pack(folder: Path, file: Path) -> int:
 def unpack(file: Path, folder: Path) -> int:
     """Write the results of a file to a comparison's folder. Returns: how many were not there."""
     try:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
+        with lzma.open(file, "rt", encoding="utf-8") as lines:
             results = [json.loads(line) for line in lines]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise SystemExit(f"{file}: expected results that this script has packed ({error})") from None
     fresh = 0
     for result in results:
