@@ -169,4 +169,10 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   m.def(
       "bfloat16_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor mask, "
       "float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+
+  // ---- root-mean-square norm of bfloat16, CPUs that have `bfloat16_instructions` only (others raise) ------------------------
+  //   x [N, D], row stride free; weight [D] -> out = weight * round(x * scale) and scale [N] float32, 1 / sqrt(mean x^2 + eps)
+  m.def("bfloat16_rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor scale)");
+  //   grad [N, D] contiguous -> gradient of x
+  m.def("bfloat16_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> Tensor");
 }

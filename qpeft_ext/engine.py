@@ -17,6 +17,7 @@ from .cache_tiers import PrefixKey
 from .head import LikelihoodHead
 from .heap import return_freed_memory
 from .lm_attention import LMAttention, find_attention
+from .lm_norms import LMNorms, find_norms
 from .lm_state import LMState, LMVersion
 from .prefix_cache import Layout, PrefixKV
 from .prompt import DocumentPrefix, SuffixPieces
@@ -56,6 +57,7 @@ class BaseEngine:
         context: the longest prompt, in tokens (None: unlimited).
         suffix_decoder: what suffix passes run: the decoder, compiled or not.
         row_wise: what follows the last attention; suffix passes run it on the rows that the head reads.
+        norms: norms of the layers that have a faster form, for the passes.
     """
 
     is_encoder_decoder = False
@@ -65,13 +67,14 @@ class BaseEngine:
         self.decoder = self.suffix_decoder = lm.get_decoder()
         self.soft_prompt = None
         self.row_wise = RowWiseModules()
+        self.norms = LMNorms()
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
         if self.suffix_decoder is self.decoder:
             self.suffix_decoder = torch.compile(self.decoder, dynamic=True, backend=backend)
-            self.row_wise = RowWiseModules()  # hooks that come and go would compile it again
+            self.row_wise, self.norms = RowWiseModules(), LMNorms()  # what comes and goes would compile it again
 
     @property
     def embeddings(self):
@@ -159,6 +162,7 @@ class Engine(BaseEngine):
             if self.last_layer >= 0:
                 self.row_wise = self._row_wise()
             if not self.why_plain:
+                self.norms = find_norms(self.decoder)
                 ids = torch.arange(3, device=self.device)[None]
                 self.attention = find_attention(lm, self.decoder, lambda mask: self.decoder(
                     input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)  # fmt: skip
@@ -200,7 +204,7 @@ class Engine(BaseEngine):
         extra = {self.cache_argument: cache}
         if self.takes_positions and positions is not None:
             extra["position_ids"] = positions
-        with contextlib.suppress(_PrefixIsStored), self.attention.active(prefixes=True):
+        with contextlib.suppress(_PrefixIsStored), self.attention.active(prefixes=True), self.norms.active():
             self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **extra)
         return cache
 

@@ -56,7 +56,7 @@ def log_likelihood(
         arguments["position_ids"] = positions
     if prefix is None:
         return _run(engine, engine.decoder, arguments, rows)
-    with engine.row_wise.only(rows.read, (B, L)), engine.attention.active():
+    with engine.row_wise.only(rows.read, (B, L)), engine.attention.active(), engine.norms.active():
         return _run(engine, engine.suffix_decoder, arguments, rows)
 
 

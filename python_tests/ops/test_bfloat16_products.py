@@ -9,7 +9,7 @@ from qpeft_ext.ops import _common, token_log_likelihood
 from qpeft_ext.ops._common import multiply_rows, product_dtype
 from qpeft_ext.ops.token_log_likelihood import reference
 
-HERE = _common._has_bfloat16_products()
+HERE = _common.has_bfloat16_products()
 native = pytest.mark.skipif(not HERE, reason="this processor has neither AMX nor AMD's AVX512-BF16")
 AMX = _common.registered() and torch.ops.qpeft_ext.bfloat16_instructions() == 2
 no_amx = pytest.mark.skipif(not AMX, reason="this processor has no AMX")
@@ -93,7 +93,7 @@ def test_products_refuse():
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_likelihood_with_and_without(has, settings, monkeypatch):
     """Both paths on one processor: scores as exact as float32's, gradients to the rounding of bfloat16."""
-    monkeypatch.setattr(_common, "_has_bfloat16_products", lambda: has)
+    monkeypatch.setattr(_common, "has_bfloat16_products", lambda: has)
     for N, V, chunk_bytes in ((40, 301, 1 << 20), (40, 301, 9000), (3, 50, 500), (1, 1, 1)):
         x = make_inputs(N=N, V=V, dtype=torch.bfloat16)
         assert product_dtype(x.lm_head) == (torch.bfloat16 if has else torch.float32)

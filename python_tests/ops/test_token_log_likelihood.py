@@ -222,7 +222,7 @@ def test_products_of_ragged_heights_have_few_shapes():
 @pytest.mark.parametrize("N, V, D", [(60, 16384, 512), (1000, 16384, 512), (60, 128256, 2048)])
 def test_no_buffer_on_the_cpu_is_mapped_anew(N, V, D, has_products, monkeypatch):
     """Of 32 MB and more every call paid with page faults, more time than the product took."""
-    monkeypatch.setattr(_common, "_has_bfloat16_products", lambda: has_products)
+    monkeypatch.setattr(_common, "has_bfloat16_products", lambda: has_products)
     sizes = _sizes(torch.empty(N, D, dtype=torch.bfloat16), torch.empty(V, D, dtype=torch.bfloat16), 64 << 20, 0)
     assert sizes.rows == N and 4 * max(N, 0 if has_products else D) * sizes.words <= CPU_BUFFER
     assert sizes.words >= 256  # narrow products are slow

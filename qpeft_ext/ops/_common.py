@@ -145,13 +145,14 @@ def block_dtype(table: Tensor) -> torch.dtype:
 def product_dtype(rows: Tensor) -> torch.dtype:
     """The dtype in which rows that lie as they are are multiplied: bf16 on the CPU too, where it has products of it."""
     even = rows.is_contiguous() and rows.shape[-1] % 2 == 0
-    if rows.dtype == torch.bfloat16 and even and rows.device.type == "cpu" and _has_bfloat16_products():
+    if rows.dtype == torch.bfloat16 and even and rows.device.type == "cpu" and has_bfloat16_products():
         return rows.dtype
     return block_dtype(rows)
 
 
 @cache
-def _has_bfloat16_products() -> bool:
+def has_bfloat16_products() -> bool:
+    """Whether this processor has instructions for them that are faster than float32."""
     return registered() and torch.ops.qpeft_ext.bfloat16_instructions() > 0
 
 
