@@ -237,8 +237,9 @@ class Engine(BaseEngine):
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
         """One left-padded pass over document prefixes; with grad only where `prefix_is_trained`."""
         lengths = [len(ids) for ids in prefixes]
-        width = max(lengths)
-        self.expect_fits(width)
+        self.expect_fits(max(lengths))
+        step = shape_step(self.device, self.table.dtype) if len(lengths) > 1 else 1
+        width = -(-max(lengths) // step) * step
         if self.device.type == "cpu":
             return_freed_memory(share=0.02)
         ids, _ = pad([[0] * (width - len(row)) + list(row) for row in prefixes], self.device)

@@ -49,12 +49,14 @@ class PrefixKV:
 
     @classmethod
     def from_cache(cls, cache: Cache, lengths: Sequence[int]) -> PrefixKV:
-        layers = []
+        """Of a pass over prefixes; slots before the longest one are left out."""
+        layers, longest = [], max(lengths)
         for layer in cache.layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise TypeError(f"a {type(layer).__name__} cannot be shared between queries")
             window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-            layers.append(LayerKV(layer.keys, layer.values, window) if layer.is_initialized else None)
+            states = (_tail(x, longest) for x in (layer.keys, layer.values)) if layer.is_initialized else None
+            layers.append(states and LayerKV(*states, window))
         return cls(layers, list(lengths))
 
     def split(self) -> list[PrefixKV]:
@@ -159,8 +161,8 @@ def _kept(length: int, window: int | None) -> int:
 
 
 def _tail(tensor: Tensor, length: int) -> Tensor:
-    kept = min(length, tensor.shape[-2])
-    return tensor[..., tensor.shape[-2] - kept :, :]
+    more = tensor.shape[-2] - length
+    return tensor[..., more:, :] if more > 0 else tensor
 
 
 def left_pad(tensors: Sequence[Tensor], length: int | None = None, room: int = 0) -> Tensor:

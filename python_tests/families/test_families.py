@@ -13,6 +13,7 @@ import torch
 from tiny import DOCUMENTS, FAMILIES, PAIRS, PLAIN_ONLY, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
+from qpeft_ext import engine
 from qpeft_ext.adapter_files import save_adapter
 
 CLUES = ["attention", "top_k", "none"]
@@ -142,6 +143,27 @@ def test_the_frozen_lm_stays_in_eval_mode(lm):
     assert model.training and model.clues.training
     assert not any(module.training for module in model.lm.modules())
     assert not any(p.requires_grad for p in model.lm.parameters())
+
+
+@pytest.mark.parametrize("trained", [{"clues": "top_k", "k": 5}, {"clues": "none", "num_virtual_tokens": 3}],
+                         ids=["frozen prefixes", "trained prefixes"])  # fmt: skip
+def test_passes_that_are_filled_up_to_few_shapes(lm, trained, monkeypatch):
+    """As in bfloat16 on a CPU, where each new shape takes time: prefixes are no wider for it afterwards."""
+    model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(**trained), tiny_tokenizer())
+    expected, widths = scores_and_gradients(model, "document_first"), []
+    run = model.engine._run_prefix
+    monkeypatch.setattr(model.engine, "_run_prefix",
+                        lambda embeds, *args: widths.append(embeds.shape[:2]) or run(embeds, *args))
+    monkeypatch.setattr(engine, "shape_step", lambda device, dtype: 7)
+    assert_same(scores_and_gradients(model, "document_first"), expected)
+    assert max(B for B, _ in widths) > 1 and all(width % 7 == 0 for B, width in widths if B > 1)
+    ids = [document.ids for document in model.encode(PAIRS).documents]
+    prefix = model.engine.prefill(ids)
+    longest = max(map(len, ids))
+    assert longest % 7 and prefix.padded_length == longest
+    assert all(kv.keys.shape[-2] == min(longest, (kv.window or 1e9) - 1) for kv in prefix.layers if kv)
+    model.engine.prefill(ids[:1])
+    assert widths[-1] == (1, len(ids[0]))  # one that is alone is as long as it is
 
 
 @pytest.mark.parametrize("family", FAMILIES)
