@@ -6,8 +6,9 @@ its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,24 @@ from .ops.bfloat16_rms_norm import bfloat16_rms_norm, is_supported
 
 
 class LMNorms:
-    """Modules whose ``forward`` becomes ours while `active` is entered; none: nothing happens."""
+    """Modules whose ``forward`` becomes ours while `active` is entered; none: nothing happens.
+
+    One that has been given a forward of its own since (a hook of accelerate's) keeps it.
+    """
 
     def __init__(self, modules: Sequence[nn.Module] = ()) -> None:
-        self.replaced = [(module, _ours(module)) for module in modules]
+        self.modules = list(modules)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        for module, forward in self.replaced:
-            module.__dict__["forward"] = forward
+        replaced = [module for module in self.modules if "forward" not in vars(module)]
+        for module in replaced:
+            vars(module)["forward"] = partial(_forward, module, _eps(module))
         try:
             yield
         finally:
-            for module, _ in self.replaced:
-                module.__dict__.pop("forward", None)
+            for module in replaced:
+                del vars(module)["forward"]
 
 
 def find_norms(decoder: nn.Module) -> LMNorms:
@@ -59,12 +64,7 @@ def _eps(module: nn.Module) -> float | None:
     return None
 
 
-def _ours(module: nn.Module) -> Callable[..., Tensor]:
-    eps, own = _eps(module), module.forward
-
-    def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        if args or kwargs or not is_supported(x, module.weight):
-            return own(x, *args, **kwargs)
-        return bfloat16_rms_norm(x, module.weight, eps)
-
-    return forward
+def _forward(module: nn.Module, eps: float, x: Tensor, *args, **kwargs) -> Tensor:
+    if args or kwargs or not is_supported(x, module.weight):
+        return type(module).forward(module, x, *args, **kwargs)
+    return bfloat16_rms_norm(x, module.weight, eps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_families import scores_and_gradients
@@ -33,7 +35,7 @@ def test_scores_and_gradients_are_as_near_to_float32(family):
                 if parameter.dim() == 1:
                     parameter.add_(0.2 * torch.randn(parameter.shape).to(dtype))
         model = qpeft.get_qpeft_model(lm, CONFIG, tiny_tokenizer())
-        assert bool(model.engine.norms.replaced) == (dtype == torch.bfloat16 and family not in OTHERS)
+        assert bool(model.engine.norms.modules) == (dtype == torch.bfloat16 and family not in OTHERS)
         if name == "theirs":
             model.engine.norms = LMNorms()
         scores, gradients = scores_and_gradients(model, "document_first")
@@ -48,7 +50,7 @@ def test_norms_that_are_trained_keep_their_own_forward():
     lm = tiny_lm("llama", dtype=torch.bfloat16)
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none", train_lm=True), tiny_tokenizer())
     model(model.encode(PAIRS)).query_log_likelihood.sum().backward()
-    assert all(module.weight.grad.abs().sum() > 0 for module, _ in model.engine.norms.replaced)
+    assert all(module.weight.grad.abs().sum() > 0 for module in model.engine.norms.modules)
 
 
 @native
@@ -58,16 +60,30 @@ def test_a_forward_of_someone_else_is_left_alone():
     own = norm.forward
     norm.forward = lambda x: seen.append(1) or own(x)
     model = qpeft.get_qpeft_model(lm, CONFIG, tiny_tokenizer())
-    assert norm not in [module for module, _ in model.engine.norms.replaced] and model.engine.norms.replaced
+    assert norm not in model.engine.norms.modules and model.engine.norms.modules
     seen.clear()
-    model.score(PAIRS)
+    expected = model.score(PAIRS).query_log_likelihood
     assert seen and forwards(lm) == [norm]
+    later = model.engine.norms.modules[0]
+    later.forward = lambda x, own=later.forward: seen.append(2) or own(x)  # a hook that comes after
+    assert torch.allclose(model.score(PAIRS).query_log_likelihood, expected, rtol=1e-2)
+    assert 2 in seen and forwards(lm) == [later, norm]
+
+
+@native
+def test_a_copy_of_the_model_has_its_own_norms():
+    model = qpeft.get_qpeft_model(tiny_lm("llama", dtype=torch.bfloat16), CONFIG, tiny_tokenizer())
+    other, expected = copy.deepcopy(model), model.score(PAIRS).query_log_likelihood
+    with torch.no_grad():
+        for norm in model.engine.norms.modules:
+            norm.weight.zero_()
+    assert torch.equal(other.score(PAIRS).query_log_likelihood, expected)
 
 
 @native
 def test_an_error_gives_the_forward_back():
     model = qpeft.get_qpeft_model(tiny_lm("llama", dtype=torch.bfloat16), CONFIG, tiny_tokenizer())
     with pytest.raises(KeyError), model.engine.norms.active():
-        assert len(forwards(model.lm)) == len(model.engine.norms.replaced)
+        assert len(forwards(model.lm)) == len(model.engine.norms.modules)
         raise KeyError
     assert not forwards(model.lm)
