@@ -50,8 +50,6 @@ const BFloat16Kernels& kernels(const char* op, bool tiles) {
   return has == kInstructionsAmx && tiles ? kAmxKernels : kAvx512Bf16Kernels;
 }
 
-const uint16_t* words_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
-
 void products(const Tensor a, const Tensor b, Tensor out, bool tiles) {
   constexpr auto op = "bfloat16_products";
   check_bfloat16_products(a, b, out);

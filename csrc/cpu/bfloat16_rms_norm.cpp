@@ -2,8 +2,8 @@
 //   Threads         parallel over rows
 //   Precision       float32 but for the two roundings that these models have; the gradient is rounded once
 //   Deterministic   yes; a row does not depend on the others
-//   Why             in torch a norm is six passes over memory and its gradient a dozen, most of them in float32: with AMX they
-//                   take longer than the matrix products beside them
+//   Why             in torch a norm is six passes over memory and its gradient a dozen, most of them in float32: with AMX a sixth
+//                   of a training step of an LM of 20 M parameters
 #include "cpu/bfloat16_rms_norm.h"
 
 #include "checks.h"
@@ -20,8 +20,6 @@ void for_rows(const char* op, const Tensor& x, const F& f) {
   STD_TORCH_CHECK(bfloat16_instructions() != kInstructionsNone, op, ": this processor has no products of bfloat16");
   parallel(x.size(0), (1 << 15) / (x.size(1) + 1) + 1, f);
 }
-
-const uint16_t* words_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
 
 std::tuple<Tensor, Tensor> forward(const Tensor x, const Tensor weight, double eps) {
   constexpr auto op = "bfloat16_rms_norm";
