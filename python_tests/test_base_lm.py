@@ -58,7 +58,7 @@ def test_weights_are_finite():
 
 def test_its_adapter_belongs_to_it_and_changes_scores(reranker):
     config = QPeftConfig.from_pretrained(ADAPTER)
-    assert (config.clues, config.generated_lora_rank) == ("attention", 16)
+    assert (config.clues, config.generated_lora_rank) == ("top_k", 16)
     assert config.base_model_name_or_path == BASE_LM.name  # no path of the machine that trained it
     adapted = Reranker(QPeftModel.from_pretrained(ADAPTER, load_lm(BASE_LM)))
     query = "Compute the shortest path between two nodes"

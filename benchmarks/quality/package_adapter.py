@@ -1,7 +1,7 @@
 """Put a trained adapter of the packaged LM into the package, for the demo.
 
     qpeft compare benchmarks/quality/quality.yaml --data-root DATA --output build/quality/test \\
-        --collection docstrings --method "Q-PEFT-A + generated LoRA, 2560"
+        --collection docstrings --method "Q-PEFT-R + generated LoRA, 2560"
     python benchmarks/quality/package_adapter.py FOLDER/adapter   # FOLDER: build/quality/test/docstrings/…/seed-0
 """
 

@@ -1,7 +1,7 @@
 """``qpeft demo``: train adapters on a frozen LM, rerank unseen queries, and say what changed.
 
-With the packaged LM on the installed packages only Q-PEFT-R is trained; Q-PEFT-A with a generated LoRA comes along.
-With another LM or another collection both are trained.
+With the packaged LM on the installed packages only Q-PEFT-R is trained; Q-PEFT-R with a generated LoRA, the method that
+ranked best in benchmarks/quality, comes along. With another LM or another collection both are trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUERIES = 1000
 MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 MEASURE = "nDCG@10"  # decides on dev, and is plotted
 MAX_QUERY_TOKENS = 64  # longer first sentences are left out, whatever the tokenizer
-FIRST, SIMILARITY, UPR, R, A = "BM25", "similarity only", "UPR", "Q-PEFT-R", "Q-PEFT-A + generated LoRA"
+FIRST, SIMILARITY, UPR, CLUES, BEST = "BM25", "similarity only", "UPR", "Q-PEFT-R", "Q-PEFT-R + generated LoRA"
 
 
 @dataclass(frozen=True)
@@ -44,36 +44,35 @@ class Settings:
     num_negatives: int = 7  # of BM25's top 40: with the positive, lists of 8
     queries_per_step: int = 8
     train_queries: int = 1200
-    train_queries_top_k: int = 320  # of them
-    learning_rate_top_k: float = 1e-4
-    learning_rate_attention: float = 1e-3  # as in benchmarks/quality/choose.yaml
+    train_queries_clues: int = 320  # of them
+    learning_rate_clues: float = 1e-4
+    learning_rate_best: float = 1e-3  # as in benchmarks/quality/choose.yaml
     evaluations: int = 3
     dev_examples: int = 100
     cache_bytes: int = 6 << 30
     fusion_weights: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the reranker; BM25 the rest
 
-    def config(self, clues: str) -> QPeftConfig:
+    def config(self, system: str) -> QPeftConfig:
         own = {
-            "none": {},
-            "top_k": {"filters": ("non_alphabetic", "stop_words")},
-            "attention": {"generated_lora_rank": 16, "target_modules": ("all-linear",)},
+            UPR: {"clues": "none"},
+            CLUES: {"clues": "top_k", "filters": ("non_alphabetic", "stop_words")},
+            BEST: {"clues": "top_k", "generated_lora_rank": 16, "target_modules": ("all-linear",)},
         }
         return QPeftConfig(
-            clues=clues,
             loss="listwise",
             num_hard_negatives=self.num_negatives,
             in_batch_negatives=False,
             queries_per_group=self.queries_per_step,
             max_document_tokens=160,  # as the packaged LM was trained
             max_query_tokens=MAX_QUERY_TOKENS,
-            **own[clues],
+            **own[system],
         )
 
-    def training_of(self, clues: str) -> tuple[int, float]:
+    def training_of(self, system: str) -> tuple[int, float]:
         """How many training queries, and the learning rate."""
-        if clues == "top_k":
-            return min(self.train_queries, self.train_queries_top_k), self.learning_rate_top_k
-        return self.train_queries, self.learning_rate_attention
+        if system == CLUES:
+            return min(self.train_queries, self.train_queries_clues), self.learning_rate_clues
+        return self.train_queries, self.learning_rate_best
 
 
 def main(
@@ -100,7 +99,7 @@ def main(
     packaged = model is None and data is None  # the LM and the collection that the packaged adapter is for
     name = model or BASE_LM
     lm, tokenizer = load_lm(name, dtype="float32" if model is None else None), load_tokenizer(name)
-    prompt = Prompt(tokenizer, settings.config("none"), is_encoder_decoder(lm.config))
+    prompt = Prompt(tokenizer, settings.config(UPR), is_encoder_decoder(lm.config))
     collections = load_demo_data(data, queries, settings.train_queries, seed, prompt.fits)
     output.mkdir(parents=True, exist_ok=True)
     say(collections.describe())
@@ -123,15 +122,15 @@ def main(
 
     cache = DocumentCache(settings.cache_bytes)  # one LM, one template: all systems share the prefixes
     rerankers, notes = {}, []
-    for system, clues in ((UPR, "none"), (R, "top_k"), (A, "attention")):
-        if system == A and packaged:
+    for system in (UPR, CLUES, BEST):
+        if system == BEST and packaged:
             qpeft_model, note = _packaged(lm, tokenizer)
             notes.append(note)
         else:
-            qpeft_model = get_qpeft_model(lm, settings.config(clues), tokenizer)
-            if clues != "none":
+            qpeft_model = get_qpeft_model(lm, settings.config(system), tokenizer)
+            if system != UPR:
                 notes.append(_train(system, qpeft_model, examples, dev_examples, output, settings, seed))
-                qpeft_model.save_pretrained(output / f"adapter-{clues}")
+                qpeft_model.save_pretrained(output / f"adapter-{_without_spaces(system)}")
         rerankers[system] = Reranker(qpeft_model, cache=cache)
     say("\n".join(notes))
 
@@ -141,7 +140,7 @@ def main(
     for part, collection in (("dev", dev), ("test", test)):
         rankers = {system: by_likelihood(reranker) for system, reranker in rerankers.items()}
         if part == "test":
-            rankers = {SIMILARITY: by_similarity(rerankers[R])} | rankers
+            rankers = {SIMILARITY: by_similarity(rerankers[CLUES])} | rankers
         for system, rank in rankers.items():
             cache.clear()  # every system pays for its own prefixes: the times are cold ones
             result = rerank_run(rank, collection.queries, collection.documents, first[part], name=f"{system} ({part})")
@@ -171,11 +170,11 @@ def main(
         measure=MEASURE,
         per_query=per_query,
         seconds_per_query=seconds,
-        examples=report_examples(rerankers[R], R, test, runs["test"][FIRST], runs["test"][R]),
+        examples=report_examples(rerankers[BEST], BEST, test, runs["test"][FIRST], runs["test"][BEST]),
         notes=notes,
     )
     for system, run in runs["test"].items():
-        write_run(output / f"{system.replace(' ', '')}.trec", run, tag=system.replace(" ", ""))
+        write_run(output / f"{_without_spaces(system)}.trec", run, tag=_without_spaces(system))
     report.setting["time of the whole demo"] = f"{(time.perf_counter() - started) / 60:.1f} minutes"
     write_html(report, output / "report.html")
     facts = {"setting": report.setting, "notes": report.notes, "seconds_per_query": seconds, **table.to_dict()}
@@ -185,13 +184,17 @@ def main(
     return report
 
 
+def _without_spaces(system: str) -> str:
+    return system.replace(" ", "")
+
+
 def _packaged(lm, tokenizer):
     """The adapter that comes along, and a line about it."""
     from .. import QPeftModel
 
     adapted = QPeftModel.from_pretrained(ADAPTER, lm, tokenizer).eval()
     added = sum(p.numel() for p in adapted.parameters()) - sum(p.numel() for p in lm.parameters())
-    return adapted, (f"{A}: comes with the package ({added:,} parameters), trained on 2,560 queries of 24 packages "
+    return adapted, (f"{BEST}: comes with the package ({added:,} parameters), trained on 2,560 queries of 24 packages "
                      "that neither the LM nor the test has; the dev queries are of four of them")
 
 
@@ -201,7 +204,7 @@ def _train(system: str, model, examples: list, dev_examples: list, output: Path,
 
     from ..train import QPeftTrainer
 
-    count, learning_rate = settings.training_of(model.qpeft_config.clues)
+    count, learning_rate = settings.training_of(system)
     examples = examples[:count]
     steps = max(1, len(examples) // settings.queries_per_step)
     every = max(1, steps // settings.evaluations)
@@ -243,7 +246,7 @@ def _train(system: str, model, examples: list, dev_examples: list, output: Path,
 
 def _against_upr(runs: dict[str, Run], qrels) -> list[str]:
     """The comparison that clues are for: the same LM without them."""
-    table = compare_table({system: runs[system] for system in (UPR, R, A)}, qrels, [MEASURE], baseline=UPR)
+    table = compare_table({system: runs[system] for system in (UPR, CLUES, BEST)}, qrels, [MEASURE], baseline=UPR)
     return [
         f"{system.name} against UPR: {MEASURE} {system.difference[MEASURE]:+.4f}, {format_p(system.p_holm[MEASURE])}"
         for system in table.systems
@@ -253,7 +256,7 @@ def _against_upr(runs: dict[str, Run], qrels) -> list[str]:
 
 def _best_fusion(runs: dict[str, Run], qrels, weights: tuple[float, ...]) -> tuple[str, float]:
     """The reranker and its weight beside BM25 that do best on dev."""
-    choices = [(system, weight) for system in (UPR, R, A) for weight in weights]
+    choices = [(system, weight) for system in (UPR, CLUES, BEST) for weight in weights]
 
     def value(choice: tuple[str, float]) -> float:
         system, weight = choice
@@ -267,9 +270,9 @@ def _setting(collections: DemoData, rerankers, settings: Settings, seed: int, na
 
     from ..commands.info import versions
 
-    trained = {R: settings.training_of("top_k"), A: settings.training_of("attention")}
+    trained = {system: settings.training_of(system) for system in (CLUES, BEST)}
     if packaged:
-        del trained[A]
+        del trained[BEST]
     total = rerankers[UPR].model.get_nb_trainable_parameters()[1]
     return {
         "language model": f"{name}, {total / 1e6:.1f} M parameters, frozen",
