@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,11 @@ def command(job: Path, output: Path, *options) -> list[str]:
             str(job / "data" / "run.trec"), "--output", str(output), *place, *map(str, options)]
 
 
+def _hear_interrupts() -> None:
+    """A shell without job control has what it starts in the background ignore Ctrl-C, and so would our processes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Process:
     """The command as a process of its own, in a group of its own."""
 
@@ -48,7 +54,8 @@ class Process:
             "PYTHONPATH": os.path.dirname(os.path.dirname(qpeft.__file__)), "OMP_NUM_THREADS": "1"}
         self.popen = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "qpeft_ext.cli", *arguments], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True, **options)
+            stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+            **{"preexec_fn": _hear_interrupts} | options)
 
     def wait_for(self, happened, seconds: float = 90) -> None:
         """Until ``happened()``; the process must be alive then."""
