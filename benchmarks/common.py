@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qpeft_ext.utils.files import write_text
+
 RESULTS = Path(__file__).parent / "results"
 T, S = 16, 200  # tokens of a question and of a passage
 MODELS = {  # D, V
@@ -385,9 +387,7 @@ def write(path: Path, device: torch.device, rows: list[dict], machine_rates: Rat
         "rows": [row for row in earlier["rows"] if row["work"] not in new] + rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
     return path
 
 

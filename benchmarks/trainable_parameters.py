@@ -72,7 +72,7 @@ def count(options: dict, lm: torch.nn.Module | None = None) -> tuple[int, int]:
 
 def table() -> str:
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(LLAMA_2_7B)
+        lm = AutoModelForCausalLM.from_config(LLAMA_2_7B, trust_remote_code=False)
     frozen = sum(parameter.numel() for parameter in lm.parameters())
     lines = ["| variant | `rank` | trained | % of all | adapter file |", "|---|---|---|---|---|"]
     for options in VARIANTS:

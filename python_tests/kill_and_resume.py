@@ -62,13 +62,16 @@ def die_in_the_middle_of(name: str, occurrence: int) -> None:
     """Half of the bytes of a file, or half of a deletion, then SIGKILL."""
     seen = 0
 
-    def half(path, data: bytes) -> None:
+    def occurred(damage) -> None:
         nonlocal seen
-        if Path(path).name.removeprefix(".").removesuffix(".tmp") == name:
-            seen += 1
-            if seen == occurrence:
-                Path(path).write_bytes(data[: len(data) // 2])
-                die()
+        seen += 1
+        if seen == occurrence:
+            damage()
+            die()
+
+    def half(path, data: bytes) -> None:
+        if Path(path).name == name:
+            occurred(lambda: Path(path).write_bytes(data[: len(data) // 2]))
 
     torch_save, safetensors_save, to_json = torch.save, adapter_files.save_file, transformers.TrainerState.save_to_json
     replace, rmtree = os.replace, shutil.rmtree
@@ -89,17 +92,13 @@ def die_in_the_middle_of(name: str, occurrence: int) -> None:
         half(path, Path(path).read_bytes())
 
     def replace_(source, target):
-        if Path(source).name == f".{checkpoints.MANIFEST}.tmp":
-            half(source, Path(source).read_bytes())
+        if Path(target).name == checkpoints.MANIFEST == name:  # it has its own name only when it is whole
+            occurred(lambda: Path(source).write_bytes(Path(source).read_bytes()[: Path(source).stat().st_size // 2]))
         replace(source, target)
 
     def rmtree_(folder, *args, **kwargs):
-        nonlocal seen
-        if name == "rotation":
-            seen += 1
-            if seen == occurrence:
-                sorted(path for path in Path(folder).iterdir() if path.is_file())[0].unlink()
-                die()
+        if name == "rotation" and Path(folder).name.startswith("checkpoint-"):  # and no temporary folder
+            occurred(lambda: sorted(path for path in Path(folder).iterdir() if path.is_file())[0].unlink())
         rmtree(folder, *args, **kwargs)
 
     torch.save, adapter_files.save_file, transformers.TrainerState.save_to_json = save, save_file, save_to_json

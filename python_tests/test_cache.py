@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import qpeft_ext as qpeft
-from qpeft_ext.formats.io import AtomicWriter
 from qpeft_ext.prefix_cache import LayerKV, Layout, PrefixKV
 from qpeft_ext.prefix_files import checksum
+from qpeft_ext.utils.files import AtomicWriter
 
 LAYOUT = Layout(((1, 4, 4, None),), torch.float32)  # 32 bytes a token
 TWO_FILES = 1600  # budget for two files of four tokens, of 384 bytes each; a third asks for 1920

@@ -17,7 +17,7 @@ from small_data import DOCUMENTS, QRELS, QUERIES, RUN, shared_data, write_folder
 
 from qpeft_ext import formats
 from qpeft_ext.formats import beir, trec
-from qpeft_ext.formats.io import AtomicWriter, write_text
+from qpeft_ext.utils.files import AtomicWriter, write_text
 
 
 @pytest.fixture(autouse=True)

@@ -22,10 +22,10 @@ import qpeft_ext as qpeft
 from qpeft_ext import formats, index_run, prefix_index
 from qpeft_ext.cli import main
 from qpeft_ext.engine import Engine
-from qpeft_ext.formats.io import AtomicWriter
 from qpeft_ext.index_run import IndexWriter
 from qpeft_ext.prefix_cache import PrefixKV
 from qpeft_ext.prefix_index import PrefixIndex, shard_paths
+from qpeft_ext.utils.files import AtomicWriter
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .config import QPeftConfig
+from .lm_adapter import load_lm_adapter, load_lm_adapter_weights
 from .loading import files_digest, load_lm, load_tokenizer
+from .utils.files import save_file_with, save_folder_with, write_text
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 LM_ADAPTER, TRAINED_LM = "lm_adapter", "lm"
@@ -39,14 +41,14 @@ def save_adapter(model, folder: str | Path) -> None:
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"cannot save an adapter to {folder}: it is not a folder") from None
     if hasattr(model.lm, "peft_config"):
-        model.lm.save_pretrained(folder / LM_ADAPTER)
+        save_folder_with(folder / LM_ADAPTER, model.lm.save_pretrained)
     if model.qpeft_config.train_lm:
         _expect_finite(model.lm.state_dict(), f"the LM for {folder}")
-        model.lm.save_pretrained(folder / TRAINED_LM)
+        save_folder_with(folder / TRAINED_LM, model.lm.save_pretrained)
     config = model.qpeft_config.to_dict() | {"qpeft_version": __version__}
-    _replace(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _replace(folder / CARD, lambda path: Path(path).write_text(_model_card(model, __version__), encoding="utf-8"))
-    _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+    save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write_text(folder / CARD, _model_card(model, __version__), follow=False)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
 
 
 def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = False, **lm_kwargs):
@@ -69,9 +71,7 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
             raise ValueError(f"{folder}: the adapter does not name its base LM; pass one")
         lm = load_lm(name, **lm_kwargs)
     if (folder / LM_ADAPTER).is_dir() and not hasattr(lm, "peft_config"):
-        from peft import PeftModel
-
-        lm = PeftModel.from_pretrained(lm, folder / LM_ADAPTER, is_trainable=is_trainable)
+        lm = load_lm_adapter(lm, folder / LM_ADAPTER, is_trainable)
     if tokenizer is None:
         name = getattr(lm, "name_or_path", None) or config.base_model_name_or_path
         if not name:
@@ -96,11 +96,9 @@ def load_weights_into(model, folder: str | Path) -> None:
         trained = load_lm(folder / TRAINED_LM, dtype=model.engine.table.dtype)
         model.lm.load_state_dict(trained.state_dict())
     if hasattr(model.lm, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
         if not (folder / LM_ADAPTER).is_dir():
             raise FileNotFoundError(f"{folder} has no {LM_ADAPTER}, but the LM has an adapter")
-        set_peft_model_state_dict(model.lm, load_peft_weights(folder / LM_ADAPTER, device=str(model.device)))
+        load_lm_adapter_weights(model.lm, folder / LM_ADAPTER, str(model.device))
 
 
 def push_adapter(model, repo_id: str, **kwargs) -> str:
@@ -204,18 +202,6 @@ def local_folder(folder: str | Path) -> Path:
         raise FileNotFoundError(
             f"there is no adapter folder {folder}, and the Hub did not give one ({' '.join(str(error).split())[:120]})"
         ) from None
-
-
-def _replace(path: Path, write) -> None:
-    """Write to a temporary name beside the file, flush it to the disk, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(str(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _model_card(model, version: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .lm_state import LMVersion
 from .prefix_cache import Layout, PrefixKV
 from .prefix_files import Damaged, Place, prefetch, read_contents, write_prefixes
+from .utils.files import open_lock
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class DiskTier(Tier):
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
         super().__init__("disk", max_bytes)
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(0o700, parents=True, exist_ok=True)  # prefixes tell what the documents say
         self._lock = lock_folder(self.folder)
         for file in self.folder.glob(".*.tmp"):  # of a process that was killed
             file.unlink(missing_ok=True)
@@ -179,7 +180,8 @@ class DiskTier(Tier):
             prefix.ready.synchronize()
         metadata = {"fingerprint": json.dumps(key.model.fingerprint()), "alone": str(key.alone)}
         try:
-            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.flat.cpu())], metadata)
+            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.flat.cpu())], metadata,
+                                  mode=0o600)
         except OSError as error:
             self._stopped = True
             logger.warning("the disk tier %s stores nothing more: %s; what is there is still used", self.folder,
@@ -230,7 +232,7 @@ def lock_folder(folder: Path) -> IO:
     """
     import fcntl  # where there is none (Windows), prefixes cannot be kept on disk
 
-    lock = open(folder / ".lock", "a")
+    lock = open_lock(folder / ".lock")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -12,6 +12,8 @@ import re
 import shutil
 from pathlib import Path
 
+from .utils.files import write_text
+
 MANIFEST = "complete.json"
 
 
@@ -23,12 +25,7 @@ def mark_complete(folder: str | Path) -> None:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    temporary = folder / f".{MANIFEST}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"files": sizes}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps({"files": sizes}, indent=2), follow=False)
 
 
 def why_incomplete(folder: str | Path) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .formats.corpus import drop_leftovers
-from .formats.io import cache_folder, sync_folder
+from .formats.io import cache_folder
 from .formats.trec import Run
+from .utils.files import folder_permissions, permissions_of, restrict, sync_folder
 from .without_jax import import_bm25s
 
 _WORD = r"(?u)[^\W_]+"
@@ -49,6 +50,7 @@ class BM25:
         if not len(corpus):
             raise ValueError("BM25: the corpus is empty")
         self.k1, self.b = k1, b
+        self._mode = permissions_of(getattr(corpus, "path", None))
         self.doc_ids = list(corpus)
         self._hidden = None if show_progress_bar is None else not show_progress_bar
         self._tokenizer = bm25s.tokenization.Tokenizer(
@@ -110,8 +112,10 @@ class BM25:
                 shutil.rmtree(other, ignore_errors=True)
         temporary = folder.with_name(f"{name}.{os.urandom(6).hex()}.tmp")
         try:
+            temporary.mkdir(folder_permissions(self._mode))
             self._index.save(temporary, show_progress=False)
             for file in temporary.iterdir():
+                restrict(file, self._mode)
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             _rename_folder(temporary, folder)

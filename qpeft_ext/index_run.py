@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from .cache import prefix_digest
 from .cache_tiers import copies, lock_folder
-from .formats.io import write_text
 from .prefix_cache import PrefixKV
 from .prefix_files import Damaged, header_bytes, read_contents, write_prefixes
 from .prefix_index import (
@@ -30,6 +29,7 @@ from .prefix_index import (
     shard_paths,
 )
 from .prompt import DocumentPrefix
+from .utils.files import folder_permissions, permissions_of, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,8 @@ class IndexWriter:
         self.model, self.corpus, self.folder, self.alone = model, corpus, Path(folder), alone
         self.max_tokens_per_batch, self.shard_bytes = max_tokens_per_batch, shard_bytes
         self._link = copies(model.engine.device)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._mode = permissions_of(getattr(corpus, "path", None))  # what is made of a private corpus is as private
+        self.folder.mkdir(folder_permissions(self._mode), parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
         self._settings = self._check_settings()
         for file in self.folder.glob(".*.tmp"):  # of a process that was killed
@@ -190,7 +191,7 @@ class IndexWriter:
         path = self.folder / f"shard-{self._shards:06d}.safetensors"
         try:
             write_prefixes(path, [(name, prefix.flat) for name, prefix in pending],
-                           {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.alone)})
+                           {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.alone)}, self._mode)
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror or error}; make room and run the same command again, "
                           f"it goes on") from None
@@ -247,7 +248,7 @@ class IndexWriter:
             "complete": complete, "documents": plan.documents, "prefixes": plan.distinct, "shards": len(shards),
             "bytes": sum(path.stat().st_size for path in shards), "qpeft_version": __version__,
         }
-        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n", self._mode, follow=False)
 
 
 def _key(digest: bytes) -> int:

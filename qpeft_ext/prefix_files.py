@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .formats.io import AtomicWriter
+from .utils.files import AtomicWriter
 
 _FORMAT = "qpeft_ext prefixes 1"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -49,8 +49,12 @@ class Contents:
     nbytes: int
 
 
-def write_prefixes(path: Path, prefixes: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> int:
+def write_prefixes(path: Path, prefixes: Sequence[tuple[str, Tensor]], metadata: dict[str, str],
+                   mode: int = 0o666) -> int:
     """Write prefixes (name, flat tensor on the CPU) to a new file; it appears when it is complete and synced.
+
+    Args:
+        mode: permissions, of which the umask takes away what it does.
 
     Returns: its size in bytes.
     Raises: OSError if it cannot be written; nothing is left then.
@@ -65,7 +69,7 @@ def write_prefixes(path: Path, prefixes: Sequence[tuple[str, Tensor]], metadata:
         start += len(part)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    with AtomicWriter(path) as file:
+    with AtomicWriter(path, mode, follow=False) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for part in parts:
             file.write(part)

@@ -13,8 +13,8 @@ from itertools import groupby
 import numpy as np
 
 from .evaluate import ComparisonTable, System, format_p
-from .formats.io import AnyPath, write_text
 from .html_page import INK, draw_svg, page, plain
+from .utils.files import AnyPath, write_text
 
 _TERMINAL_CHARACTERS = 700
 

@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from .first_stage import BM25
 from .formats.answers import answer_tokens, has_answer
 from .formats.collection import Example
-from .formats.io import write_text
 from .formats.jsonl import training_examples, write_examples
 from .formats.partial_file import PartialFile
 from .generate import GeneratedQuery, QueryGenerator
 from .prompt import document_text
+from .utils.files import write_text
 
 WINDOW = 4096  # documents that are tokenised and sorted by length together
 COPIED_WORDS = 4  # from so many words on, a query that stands in its document word for word is a copy
@@ -260,7 +260,7 @@ def write_training_set(
     counts.kept = write_examples(partial.target, chain([first], examples))
     numbers = {"generated": counts.generated, "kept": counts.kept, "dropped": dict(+counts.dropped)}
     write_text(partial.target.with_name(f"{partial.target.name}.json"),
-               json.dumps({**about, "queries": numbers}, indent=2) + "\n")
+               json.dumps({**about, "queries": numbers}, indent=2) + "\n", follow=False)
     partial.discard()
     return counts
 

@@ -113,7 +113,7 @@ def prepare(folder: Path, vocabulary: int, max_document_tokens: int, max_query_t
     done = folder / "texts.npz"
     if not done.exists():
         _build(folder, vocabulary, max_document_tokens, max_query_tokens, seed, passages)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     arrays = np.load(done)  # plain arrays: pickled ones are refused by default
     documents = Ragged(arrays["document_ids"], arrays["document_starts"])
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

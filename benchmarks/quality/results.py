@@ -16,7 +16,7 @@ from pathlib import Path
 
 from qpeft_ext.compare.cells import RESULT, SETTINGS
 from qpeft_ext.compare.plan import file_name
-from qpeft_ext.formats.io import write_text
+from qpeft_ext.utils.files import write_text
 
 
 def pack(folder: Path, file: Path) -> int:

@@ -54,11 +54,11 @@ def command(
 def _write(plan, output: Path) -> None:
     from ..compare.page import html
     from ..compare.tables import build_tables, csv_text, json_text, markdown, render
-    from ..formats.io import write_text
+    from ..utils.files import write_text
 
     tables = build_tables(plan, output)
     for name, content in (("comparison.md", markdown(plan, tables)), ("comparison.csv", csv_text(tables)),
                           ("comparison.json", json_text(tables)), ("comparison.html", html(plan, tables))):
-        write_text(output / name, content)
+        write_text(output / name, content, follow=False)
     say(render(tables))
     say(f"wrote comparison.md, .csv, .json and .html to {output}/")

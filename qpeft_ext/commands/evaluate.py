@@ -34,7 +34,7 @@ def command(
     """
     from .. import formats
     from ..evaluate import compare_table, parse_measures
-    from ..formats.io import write_text
+    from ..utils.files import write_text
     from .common import measure_names, say, system_name
 
     paths, names = _runs_and_measures(runs, measures)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..utils.files import private_folder
 from .common import Attention, Device, Dtype, is_first_process
 
 CHECKPOINTS = "checkpoints"
@@ -200,8 +201,7 @@ def _check_output(output: Path, replace: bool) -> None:
         raise ValueError(f"{output} holds checkpoints of an earlier run; --resume goes on, --overwrite starts anew")
     new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    probe = output / ".writable.tmp"
-    probe.touch()
-    probe.unlink()
+    with private_folder(output / "adapter"):
+        pass
     if new:
         output.rmdir()  # a mistake found later must not leave an empty folder

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..utils.files import open_lock
+
 
 @contextmanager
 def claim(folder: Path, wait: bool) -> Iterator[bool]:
@@ -15,7 +17,7 @@ def claim(folder: Path, wait: bool) -> Iterator[bool]:
     The claim goes with the process, however it ends. It is a lock on a hidden file beside the folder, which stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+    with open_lock(folder.with_name(f".{folder.name}.lock")) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import formats
 from ..commands.common import say
-from ..formats.io import write_text
 from ..formats.trec import Run
+from ..utils.files import write_text
 from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
 from .claims import claim
 from .data import CollectionData, Ranked, digest
@@ -133,7 +133,7 @@ class Comparison:
                 if path.name not in keep:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             cell.folder.mkdir(parents=True, exist_ok=True)
-            write_text(cell.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+            write_text(cell.folder / SETTINGS, json.dumps(settings, indent=1) + "\n", follow=False)
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What a result depends on, in plain values. Versions and commit are kept beside it and do not void it."""
@@ -188,7 +188,8 @@ class Comparison:
                 shutil.rmtree(cell.folder / ADAPTER, ignore_errors=True)
                 shutil.copytree(other.folder / ADAPTER, cell.folder / ADAPTER)
                 facts = {"trained_for": collection} | trained
-                write_text(cell.folder / TRAINED, json.dumps(facts, indent=1) + "\n")  # last: the adapter is whole
+                # last: the adapter is whole
+                write_text(cell.folder / TRAINED, json.dumps(facts, indent=1) + "\n", follow=False)
                 say(f"{cell.name}: trained for {collection} already")
                 return
 
@@ -254,7 +255,7 @@ class Comparison:
         return per_query(run, self.data(cell.collection).test.qrels, self.plan.measures)
 
     def _write(self, cell: Cell, result: dict) -> None:
-        write_text(cell.folder / RESULT, json.dumps(result, indent=1) + "\n")
+        write_text(cell.folder / RESULT, json.dumps(result, indent=1) + "\n", follow=False)
 
     def _summary(self, cell: Cell) -> str:
         from statistics import fmean

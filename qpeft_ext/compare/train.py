@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..formats.io import write_text
+from ..utils.files import write_text
 from .cells import ADAPTER, CHECKPOINTS, TRAINED, Cell
 from .data import CollectionData
 from .methods import build_model
@@ -44,7 +44,8 @@ def trained_model(plan: Plan, cell: Cell, data: CollectionData, device: str,
     facts["training"] = _train(model, cell, examples, device, prefixes(model))
     shutil.rmtree(cell.folder / CHECKPOINTS, ignore_errors=True)
     model.save_pretrained(adapter)
-    write_text(cell.folder / TRAINED, json.dumps(facts["training"], indent=1) + "\n")  # last: the adapter is whole
+    # last: the adapter is whole
+    write_text(cell.folder / TRAINED, json.dumps(facts["training"], indent=1) + "\n", follow=False)
     return model, facts
 
 

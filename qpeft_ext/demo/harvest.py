@@ -30,6 +30,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..utils.files import write_text
+
 STANDARD_LIBRARY = "stdlib"  # stands for all of sys.stdlib_module_names
 TRAIN_PACKAGES = (
     STANDARD_LIBRARY, "torch", "transformers", "numpy", "scipy", "sympy", "peft", "setuptools", "pip", "fontTools",
@@ -212,9 +214,7 @@ def write_beir(collection: Collection, folder: str | Path) -> Path:
         ("qrels/test.tsv", ["query-id\tcorpus-id\tscore", *rows]),
         ("versions.json", [json.dumps(recorded, indent=1)]),
     ):
-        unfinished = folder / f"{name}.unfinished"
-        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        unfinished.replace(folder / name)
+        write_text(folder / name, "".join(f"{line}\n" for line in lines), follow=False)
     return folder
 
 

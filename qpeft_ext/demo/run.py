@@ -17,12 +17,12 @@ from ..config import QPeftConfig
 from ..evaluate import compare_table, evaluate, format_p
 from ..first_stage import bm25_run
 from ..formats import training_examples, write_run
-from ..formats.io import write_text
 from ..formats.trec import Run
 from ..fusion import fuse
 from ..prompt import Prompt
 from ..report import Report, render, write_html
 from ..rerank_run import by_likelihood, by_similarity, rerank_run
+from ..utils.files import write_text
 from .data import DemoData, load_demo_data
 from .examples import report_examples
 from .progress import TrainingBar
@@ -178,7 +178,7 @@ def main(
     report.setting["time of the whole demo"] = f"{(time.perf_counter() - started) / 60:.1f} minutes"
     write_html(report, output / "report.html")
     facts = {"setting": report.setting, "notes": report.notes, "seconds_per_query": seconds, **table.to_dict()}
-    write_text(output / "results.json", json.dumps(facts, indent=1) + "\n")
+    write_text(output / "results.json", json.dumps(facts, indent=1) + "\n", follow=False)
     say(render(report))
     say(f"wrote {output / 'report.html'}, the runs and the adapters to {output}/")
     return report

@@ -19,9 +19,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import AnyPath, AtomicWriter, sync_folder, temporary_name
 from . import trec
 from .collection import Collection, Example
-from .io import AnyPath, AtomicWriter, sync_folder
 from .jsonl import training_examples, write_examples
 from .trec import Qrels, Run, RunWriter
 
@@ -360,7 +360,7 @@ def _new_folder(output: AnyPath) -> Iterator[Path]:
     if not folder.absolute().parent.is_dir():
         raise FileNotFoundError(f"cannot write {output}: the folder {folder.absolute().parent} does not exist; "
                                 f"create it first")
-    temporary = folder.with_name(f".{folder.name[:100]}.{os.urandom(6).hex()}.tmp")
+    temporary = folder.with_name(temporary_name(folder.name))
     try:
         temporary.mkdir()
         yield temporary

@@ -17,12 +17,11 @@ from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
+from ..utils.files import AnyPath, is_gzip, permissions_of, restrict
 from .io import (
-    AnyPath,
     cache_folder,
     check_file,
     decode,
-    is_gzip,
     line_error,
     open_bytes,
     parse_object,
@@ -136,6 +135,8 @@ class Corpus(Mapping[str, Document]):
                 self._length, size = self._connection().execute("SELECT documents, bytes FROM whole").fetchone()
                 if os.fstat(self._file.fileno()).st_size != size:
                     raise sqlite3.DatabaseError("the text has another size")
+                for file in filter(None, (index, copy)):  # the corpus may have become private since
+                    restrict(file, permissions_of(self.path))
                 return
             except (sqlite3.DatabaseError, FileNotFoundError, TypeError):
                 if attempt == 2:
@@ -184,6 +185,8 @@ def _build_index(corpus: Corpus, index: Path, copy: Path | None) -> None:
     new_index = index.with_name(index.name + mark)
     new_copy = copy.with_name(copy.name + mark) if copy else None
     try:
+        for new in filter(None, (new_index, new_copy)):
+            os.close(os.open(new, os.O_CREAT | os.O_EXCL, permissions_of(corpus.path)))
         with (contextlib.closing(sqlite3.connect(new_index)) as database, open(new_copy or os.devnull, "wb") as file,
               tqdm(desc=f"indexing {corpus.path.name}", unit=" documents", delay=1, disable=None) as progress):
             database.executescript("""

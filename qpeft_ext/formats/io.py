@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-AnyPath = str | os.PathLike
+from ..utils.files import AnyPath, is_gzip
 
 
 def shorten(value: object, width: int = 60) -> str:
@@ -24,10 +24,6 @@ def line_error(path: AnyPath, number: int, message: str) -> ValueError:
     """The error for a bad line: always "file, line n: …"; an id of thousands of characters does not make it longer."""
     message = message if len(message) <= 600 else f"{message[:599]}…"
     return ValueError(f"{os.fspath(path)}, line {number}: {message}")
-
-
-def is_gzip(path: AnyPath) -> bool:
-    return os.fspath(path).endswith(".gz")
 
 
 def check_file(path: AnyPath, what: str = "a file") -> Path:
@@ -120,98 +116,11 @@ def check_unicode(path: AnyPath, number: int, key: str, value: str) -> None:
         raise line_error(path, number, f"half a surrogate pair under {key!r}; repair the \\u escape") from None
 
 
-def check_target(path: AnyPath) -> Path:
-    """Where a file of this name will lie: a link is followed, not replaced.
-
-    Raises: OSError or ValueError if ``path`` cannot become a regular file.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise ValueError(f"{path} is a folder; expected the name of a file to write")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is not a regular file, so it cannot be replaced as a whole; name a file")
-    if not target.parent.is_dir():
-        what = "is no folder" if target.parent.exists() else "does not exist; create it first"
-        raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} {what}")
-    return target
-
-
-class AtomicWriter:
-    """A binary file that appears under its name only when it is complete.
-
-    Everything goes to a temporary name beside it; `close` syncs and renames, an exception removes it. The target is
-    checked and the temporary file opened at once, so an unwritable output is known before hours of work.
-
-    Args:
-        path: the final name; an existing regular file is replaced.
-    Raises: OSError or ValueError if ``path`` cannot become a regular file.
-    """
-
-    def __init__(self, path: AnyPath) -> None:
-        self.path = check_target(path)
-        self.temporary = self.path.with_name(f".{self.path.name[:100]}.{os.urandom(6).hex()}.tmp")
-        try:
-            self.file: IO[bytes] = open(self.temporary, "xb")
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from None
-        # no file name and no time in the header: the same content gives the same bytes
-        self.stream = gzip.GzipFile("", "wb", fileobj=self.file, mtime=0) if is_gzip(self.path) else self.file
-
-    def write(self, data: bytes) -> None:
-        self.stream.write(data)
-
-    def close(self) -> None:
-        """Complete the file and give it its name."""
-        try:
-            if self.stream is not self.file:
-                self.stream.close()
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            os.replace(self.temporary, self.path)
-        except BaseException:
-            self.discard()
-            raise
-        sync_folder(self.path.parent)
-
-    def discard(self) -> None:
-        """Give up: nothing is left, neither under the final nor under the temporary name."""
-        with contextlib.suppress(OSError, ValueError):
-            self.file.close()
-        with contextlib.suppress(OSError):
-            self.temporary.unlink()
-
-    def __enter__(self) -> AtomicWriter:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut; file systems that cannot do this are left alone."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_text(path: AnyPath, text: str) -> None:
-    """Write ``text`` as UTF-8, as a whole or not at all."""
-    with AtomicWriter(path) as file:
-        file.write(text.encode("utf-8"))
-
-
 def cache_folder() -> Path:
     """``$QPEFT_CACHE``, else ``~/.cache/qpeft_ext``; created if need be."""
     folder = Path(os.environ.get("QPEFT_CACHE") or Path.home() / ".cache" / "qpeft_ext").absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds copies of corpora
     except OSError as error:
         raise OSError(f"cannot create the cache folder {folder} ({error.strerror}); "
                       f"set QPEFT_CACHE to a folder that can be written") from None

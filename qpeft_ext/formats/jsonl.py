@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..utils.files import AnyPath, AtomicWriter
 from . import corpus
 from .collection import Collection, Example, Glance
-from .io import AnyPath, AtomicWriter, line_error, parse_object, read_lines, require_text, shorten
+from .io import line_error, parse_object, read_lines, require_text, shorten
 from .trec import Qrels, Run
 
 _IDS = ("_id", "id", "docid", "doc_id")

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 
-from .io import AnyPath, check_target, write_text
+from ..utils.files import AnyPath, check_target, write_text
 
 
 class PartialFile:
@@ -40,7 +40,7 @@ class PartialFile:
         self._size: int | None = None  # bytes of complete pieces; None while the file is not ours
         check_target(self.part)
         try:
-            self._file = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from None
         try:
@@ -52,7 +52,8 @@ class PartialFile:
                 self._size = 0
             self._cut()
             if not self._size:
-                write_text(self._about, json.dumps({"settings": settings} | (about or {}), indent=2) + "\n")
+                write_text(self._about, json.dumps({"settings": settings} | (about or {}), indent=2) + "\n",
+                           follow=False)
         except BaseException:
             self.close()
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from .io import AnyPath, AtomicWriter, is_gzip, sync_folder
+from ..utils.files import AnyPath, AtomicWriter, is_gzip, sync_folder
 from .partial_file import PartialFile
 from .trec import Run, check_id, run_lines, written_ranking
 

@@ -1,0 +1,242 @@
+"""Writing files and folders: each appears under its name when it is whole, or not at all.
+
+Temporary names are random and created exclusively, so that a link which somebody planted in a shared folder is never
+written through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+AnyPath = str | os.PathLike
+
+
+def is_gzip(path: AnyPath) -> bool:
+    return os.fspath(path).endswith(".gz")
+
+
+def check_target(path: AnyPath) -> Path:
+    """Where a file of this name will lie: a link is followed, not replaced; one that another user made is refused.
+
+    Raises: OSError or ValueError if ``path`` cannot become a regular file.
+    """
+    if os.path.islink(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
+        raise ValueError(f"{path} is a link that another user made; name the file that is to be written")
+    return _check_place(path, Path(os.path.realpath(path)))
+
+
+def _check_place(path: AnyPath, target: Path) -> Path:
+    if target.is_dir():
+        raise ValueError(f"{path} is a folder; expected the name of a file to write")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is not a regular file, so it cannot be replaced as a whole; name a file")
+    if not target.parent.is_dir():
+        what = "is no folder" if target.parent.exists() else "does not exist; create it first"
+        raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} {what}")
+    return target
+
+
+class AtomicWriter:
+    """A binary file that appears under its name only when it is complete.
+
+    Everything goes to a temporary name beside it; `close` syncs and renames, an exception removes it. The target is
+    checked and the temporary file opened at once, so an unwritable output is known before hours of work.
+
+    Args:
+        path: the final name; an existing regular file is replaced and gives its permissions.
+        mode: permissions of a new file, of which the umask takes away what it does.
+        follow: where ``path`` is a link, write what it points to. For names that the user gives; a name that the
+            package chooses (``manifest.json``) may be a link that somebody planted, which is replaced.
+    Raises: OSError or ValueError if ``path`` cannot become a regular file; OSError that names it if the disk is full.
+    """
+
+    def __init__(self, path: AnyPath, mode: int = 0o666, follow: bool = True) -> None:
+        self.path = check_target(path) if follow else _check_place(path, Path(os.path.abspath(path)))
+        self.temporary = self.path.with_name(temporary_name(self.path.name))
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.file: IO[bytes] = os.fdopen(os.open(self.temporary, flags, _permissions(self.path, mode)), "wb")
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from None
+        # no file name and no time in the header: the same content gives the same bytes
+        self.stream = gzip.GzipFile("", "wb", fileobj=self.file, mtime=0) if is_gzip(self.path) else self.file
+
+    def write(self, data: bytes) -> None:
+        with naming(self.path):
+            self.stream.write(data)
+
+    def close(self) -> None:
+        """Complete the file and give it its name."""
+        try:
+            with naming(self.path):
+                if self.stream is not self.file:
+                    self.stream.close()
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+                os.replace(self.temporary, self.path)
+        except BaseException:
+            self.discard()
+            raise
+        sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Give up: nothing is left, neither under the final nor under the temporary name."""
+        with contextlib.suppress(OSError, ValueError):
+            self.file.close()
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
+
+    def __enter__(self) -> AtomicWriter:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+def write_text(path: AnyPath, text: str, mode: int = 0o666, follow: bool = True) -> None:
+    """Write ``text`` as UTF-8, as a whole or not at all; ``mode`` and ``follow`` of `AtomicWriter`."""
+    with AtomicWriter(path, mode, follow) as file:
+        file.write(text.encode("utf-8"))
+
+
+def save_file_with(path: Path, save: Callable[[str], object], mode: int = 0o666) -> None:
+    """A file that a library writes to the name it is given. A link at ``path`` is replaced, not followed.
+
+    Raises: OSError that names ``path`` if it cannot be written.
+    """
+    with naming(path), private_folder(path) as private:
+        new = private / path.name
+        save(str(new))
+        _sync(new)
+        restrict(new, _permissions(path, mode))  # what the library made has those that the umask leaves
+        os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def save_folder_with(folder: Path, save: Callable[[str], object]) -> None:
+    """A folder that a library fills (``save_pretrained``): new files take the place of those of the same name, files of
+    weights that are left over from an earlier save are removed. A link at ``folder`` is replaced, not followed.
+
+    Raises: OSError that names ``folder`` if it cannot be written.
+    """
+    with naming(folder), private_folder(folder) as private:
+        new = private / folder.name
+        save(str(new))
+        files = sorted((path for path in new.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
+        for path in files:
+            _sync(path)
+        if folder.is_symlink():
+            folder.unlink()
+        if not folder.is_dir():
+            os.rename(new, folder)
+        else:
+            names = [path.relative_to(new) for path in files]
+            for name in names:  # configurations last: they stand for what they describe
+                (folder / name).parent.mkdir(exist_ok=True)
+                os.replace(new / name, folder / name)
+            for path in folder.iterdir():
+                weights = path.name.endswith((".safetensors", ".bin", ".index.json"))
+                if weights and path.relative_to(folder) not in names:
+                    path.unlink()
+    sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def private_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` that only this user can enter; gone at the end."""
+    folder = tempfile.mkdtemp(prefix=temporary_name(path.name)[:-4] + ".", suffix=".tmp", dir=path.parent)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_name(name: str) -> str:
+    """A hidden name that nobody can foresee; never too long for a file system."""
+    return f".{name[:50]}.{os.urandom(6).hex()}.tmp"
+
+
+def open_lock(path: Path, mode: int = 0o666) -> IO[bytes]:
+    """A lock file, made if need be; what is in it stays, and a link is refused.
+
+    Raises: OSError that names ``path`` if it cannot be opened; ValueError if it is not a regular file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link; expected a lock file of qpeft_ext: remove the link")
+    file = os.fdopen(os.open(path, flags, mode), "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is not a regular file; expected a lock file of qpeft_ext: remove it")
+    return file
+
+
+def permissions_of(path: AnyPath | None) -> int:
+    """Permissions for files that are made of what is in the file ``path``: nobody else may read them who may not read
+    that one. None, or what is no file on the disk: those of any file."""
+    if path is None or not os.path.isfile(path):
+        return 0o666
+    return stat.S_IMODE(os.stat(path).st_mode) & 0o666 | 0o600
+
+
+def restrict(path: Path, mode: int) -> None:
+    """Take away permissions beyond ``mode``, where this user may."""
+    with contextlib.suppress(OSError):
+        if (mine := stat.S_IMODE(path.stat().st_mode)) & ~mode:
+            path.chmod(mine & mode)
+
+
+def folder_permissions(mode: int) -> int:
+    """Permissions of a folder for files of ``mode``: who may read them may enter it."""
+    return mode | (mode & 0o444) >> 2
+
+
+@contextlib.contextmanager
+def naming(path: AnyPath) -> Iterator[None]:
+    """Errors of the system while ``path`` is written, which do not say where they happened, get its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+    except Exception as error:  # safetensors raises its own, with the number of the system's error
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut; file systems that cannot do this are left alone."""
+    with contextlib.suppress(OSError):
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _permissions(path: Path, mode: int) -> int:
+    """Of what is written to ``path``: at most ``mode``, and at most those of the file that is there."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return mode
+    return mode & stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else mode
