@@ -15,6 +15,7 @@ from .batch import PairBatch, Rows, assemble_rows, pack_ragged, pad, to_device
 from .engine import BaseEngine, Engine
 from .head import LikelihoodHead, log_likelihood_of_logits
 from .loading import is_encoder_decoder
+from .path_check import LM_ERRORS, check_paths, in_one_line
 from .prompt import SuffixPieces
 from .suffix_pass import with_clues
 
@@ -65,16 +66,17 @@ class EncoderDecoderEngine(BaseEngine):
     why_plain = "an encoder–decoder LM has no keys and values of a document alone: its encoder reads in both directions"
 
     def __init__(self, lm) -> None:
+        self.encoder, self.start = lm.get_encoder(), _start_token(lm)
         super().__init__(lm)
-        self.encoder = lm.get_encoder()
-        self.start = _start_token(lm)
         with torch.no_grad():
             self.scale = self._embedding_scale() * self._scale_inside
             self._expect_reads_embeddings()
             # T5's decoder is scaled before the head, FLAN-T5's is not
-            heads = (LikelihoodHead(lm, self._probe, scale) for scale in (None, self.table.shape[1] ** -0.5))
+            heads = (LikelihoodHead(lm, self.own_forward, scale) for scale in (None, self.table.shape[1] ** -0.5))
             first = next(heads)
             self.head = first if first.fused else next((head for head in heads if head.fused), first)
+            found = check_paths(self, try_shared=True)
+            self.why_unpadded, self._shares = found.why_unpadded, not found.why_plain
 
     @property
     def embeddings(self):
@@ -93,15 +95,13 @@ class EncoderDecoderEngine(BaseEngine):
             raise ValueError(f"the encoder of this {self.lm.config.model_type} does not read embeddings as it reads "
                              "ids, so that clues cannot be given to it")
 
-    def _probe(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The LM's own logits and the decoder's final hidden states for ids [1, L] in encoder and decoder."""
-        states = self.encoder(input_ids=ids).last_hidden_state
-        own = self.lm(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits
-        return own, self.decoder(input_ids=ids, encoder_hidden_states=states, use_cache=False).last_hidden_state
+    def _own_logits(self, before: Sequence[int], query: Sequence[int]) -> Tensor:
+        ids, given = (torch.tensor([row], device=self.device) for row in ((*before,), (self.start, *query)))
+        return self.lm(input_ids=ids, decoder_input_ids=given, use_cache=False).logits
 
     def shares_prefixes(self, with_clues: bool) -> bool:
         """Whether a document is read once for all its queries."""
-        return not with_clues
+        return self._shares and not with_clues
 
     def token_bytes(self) -> tuple[int, float]:
         """Bytes of a prefix token that are kept for its queries, and bytes that a pass takes to read it in a layer."""
@@ -151,12 +151,25 @@ class EncoderDecoderEngine(BaseEngine):
         prefix: EncoderStates | None = None,
         prefix_rows: Tensor | None = None,
     ) -> Tensor:
-        """log p of every scored token of the rows.
+        """log p of every scored token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
+
+        Args and Raises: those of `outputs`.
+        """
+        found = self.outputs(rows, clue_embeds, prefix, prefix_rows)
+        return (self.head if self.head.fused else log_likelihood_of_logits)(found, rows.target_ids)
+
+    def outputs(
+        self,
+        rows: EncoderDecoderRows,
+        clue_embeds: Tensor | None,
+        prefix: EncoderStates | None = None,
+        prefix_rows: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads for each scored token, [N, D]; where it is left to the LM, its logits [N, V].
 
         Args:
             clue_embeds: the clue vectors of ``rows.encoder.clue_slots``, [number of clues, D], or None.
             prefix, prefix_rows: states of the distinct documents and the one of each row, int64 [B].
-        Returns: [N] float32, nats, in the order of ``rows.target_ids``.
         Raises: ValueError if encoder or decoder would read more than the LM's context.
         """
         self.expect_fits(rows.ids.shape[1])
@@ -169,18 +182,26 @@ class EncoderDecoderEngine(BaseEngine):
             hidden, mask = hidden[prefix_rows], mask[prefix_rows]
         if self.head.fused:
             read = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask, "use_cache": False}
-            out = self.suffix_decoder(input_ids=rows.ids, **read).last_hidden_state
-            return self.head(out.flatten(0, 1)[rows.slots], rows.target_ids)
+            return self.suffix_decoder(input_ids=rows.ids, **read).last_hidden_state.flatten(0, 1)[rows.slots]
         logits = self.lm(encoder_outputs=BaseModelOutput(hidden), attention_mask=mask, decoder_input_ids=rows.ids,
                          use_cache=False).logits  # fmt: skip
-        return log_likelihood_of_logits(logits.flatten(0, 1)[rows.slots], rows.target_ids)
+        return logits.flatten(0, 1)[rows.slots]
 
 
 def make_engine(lm, why_plain: str = "") -> Engine | EncoderDecoderEngine:
     """The engine that fits the LM; ``why_plain`` is for `Engine`.
 
-    Raises: ValueError for a model that is neither a causal LM nor an encoder–decoder LM.
+    Raises: ValueError for a model that is neither a causal LM nor an encoder–decoder LM, and for one that fails.
     """
+    try:
+        return _make_engine(lm, why_plain)
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except LM_ERRORS as error:
+        raise ValueError(f"this {lm.config.model_type} LM cannot be used: {in_one_line(error)}") from error
+
+
+def _make_engine(lm, why_plain: str) -> Engine | EncoderDecoderEngine:
     if reason := _why_not_language_model(lm):
         raise ValueError("expected a causal LM (Llama, Qwen, GPT-2, …) or an encoder–decoder LM (T5, BART, …), got a "
                          f"{lm.config.model_type} model {reason}; load_lm loads one")  # fmt: skip

@@ -17,13 +17,15 @@ from .cache_tiers import PrefixKey
 from .head import LikelihoodHead
 from .heap import return_freed_memory
 from .lm_attention import LMAttention, find_attention
+from .lm_decoder import find_decoder
 from .lm_norms import LMNorms, find_norms
 from .lm_state import LMState, LMVersion
+from .path_check import check_paths
 from .prefix_cache import Layout, PrefixKV
 from .prompt import DocumentPrefix, SuffixPieces
 from .row_wise import RowWiseModules, find_row_wise
 from .schedule import shape_step
-from .suffix_pass import log_likelihood
+from .suffix_pass import log_likelihood, outputs
 
 
 class _PrefixIsStored(Exception):
@@ -54,6 +56,7 @@ class BaseEngine:
         head: `LikelihoodHead`.
         soft_prompt: trained virtual tokens in every prefix (`SoftPrompt`), or None.
         why_plain: why keys and values of prefixes cannot be shared ("" when they can).
+        why_unpadded: why each pair has a pass of its own ("" where several share one).
         context: the longest prompt, in tokens (None: unlimited).
         suffix_decoder: what suffix passes run: the decoder, compiled or not.
         row_wise: what follows the last attention; suffix passes run it on the rows that the head reads.
@@ -64,7 +67,8 @@ class BaseEngine:
 
     def __init__(self, lm) -> None:
         self.lm = lm
-        self.decoder = self.suffix_decoder = lm.get_decoder()
+        self.decoder = self.suffix_decoder = find_decoder(lm, lambda: self._own_logits((0, 1, 2), (1,)))
+        self.why_unpadded = ""
         self.soft_prompt = None
         self.row_wise = RowWiseModules()
         self.norms = LMNorms()
@@ -75,6 +79,23 @@ class BaseEngine:
         if self.suffix_decoder is self.decoder:
             self.suffix_decoder = torch.compile(self.decoder, dynamic=True, backend=backend)
             self.row_wise, self.norms = RowWiseModules(), LMNorms()  # what comes and goes would compile it again
+
+    def own_forward(self, before: Sequence[int], query: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What the LM itself makes of one prompt, from ids: logits [L, V] and its decoder's hidden states [L, D].
+
+        query: what is given of it.  L: of the whole prompt, or of what the decoder of an encoder–decoder LM reads.
+        """
+        hidden = []
+        handle = self.decoder.register_forward_hook(lambda *call: hidden.append(call[-1].last_hidden_state))
+        try:
+            logits = self._own_logits(before, query)
+        finally:
+            handle.remove()
+        return logits[0], hidden[-1][0]
+
+    def _own_logits(self, before: Sequence[int], query: Sequence[int]) -> Tensor:
+        ids = torch.tensor([[*before, *query]], device=self.device)
+        return self.lm(input_ids=ids, use_cache=False).logits
 
     @property
     def embeddings(self):
@@ -157,7 +178,7 @@ class Engine(BaseEngine):
         self.attention = LMAttention()
         with torch.no_grad():
             self.scale = self._embedding_scale()
-            self.head = LikelihoodHead(lm, self._probe)
+            self.head = LikelihoodHead(lm, self.own_forward)
             self.why_plain = why_plain or self._why_plain()
             if self.last_layer >= 0:
                 self.row_wise = self._row_wise()
@@ -166,11 +187,8 @@ class Engine(BaseEngine):
                 ids = torch.arange(3, device=self.device)[None]
                 self.attention = find_attention(lm, self.decoder, lambda mask: self.decoder(
                     input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)  # fmt: skip
-
-    def _probe(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The LM's own logits and the decoder's final hidden states of ids [1, L]."""
-        return (self.lm(input_ids=ids, use_cache=False).logits,
-                self.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+            found = check_paths(self, try_shared=not self.why_plain)
+            self.why_plain, self.why_unpadded = self.why_plain or found.why_plain, found.why_unpadded
 
     def _why_plain(self) -> str:
         try:
@@ -222,6 +240,10 @@ class Engine(BaseEngine):
                        prefix_rows: Tensor | None = None) -> Tensor:  # fmt: skip
         """log p of every query token of the rows, [N]; see `suffix_pass.log_likelihood`."""
         return log_likelihood(self, rows, clue_embeds, prefix, prefix_rows)
+
+    def outputs(self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None) -> Tensor:
+        """What the head reads of rows whose prefixes are those of ``prefix``; see `suffix_pass.outputs`."""
+        return outputs(self, rows, clue_embeds, prefix)
 
     def token_bytes(self) -> tuple[int, float]:
         """Bytes of a prefix token that are kept for its queries, and bytes that a pass takes to read it in a layer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class LikelihoodHead:
 
     Args:
         lm: the language model.
-        probe: gives the LM's own logits [1, L, V] and the final hidden states [1, L, D] of ids [1, L].
+        probe: gives the LM's own logits [L, V] and the final hidden states [L, D] of two pieces of a prompt, ids.
         logit_scale: None takes the config's.
 
     Attributes:
@@ -27,7 +27,10 @@ class LikelihoodHead:
         reason: why not, in words ("" when fused).
     """
 
-    def __init__(self, lm, probe: Callable[[Tensor], tuple[Tensor, Tensor]], logit_scale: float | None = None) -> None:
+    def __init__(
+        self, lm, probe: Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]],
+        logit_scale: float | None = None,
+    ) -> None:
         self.lm = lm
         self.module = lm.get_output_embeddings()
         config = lm.config.get_text_config()
@@ -52,10 +55,9 @@ class LikelihoodHead:
             return f"the LM head is a {type(self.module).__name__}, not a plain Linear layer"
         if not self.module.weight.is_floating_point():
             return f"the LM head's weight is {self.module.weight.dtype}"
-        device = self.module.weight.device
-        ids = torch.arange(4, device=device)[None] % self.module.weight.shape[0]
+        ids = [i % len(self.module.weight) for i in range(4)]
         with torch.no_grad():
-            own, hidden = (result[0] for result in probe(ids))
+            own, hidden = probe(ids, ids)
             own, ours = own.float(), self._logits(hidden).float()
         if not own.isfinite().all():
             raise ValueError(

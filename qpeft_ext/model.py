@@ -155,7 +155,8 @@ class QPeftModel(nn.Module):
         max_tokens = max_tokens_per_batch or default_tokens(self.device)
         pass_tokens = tokens_worth_a_pass(self.device, self.engine.table.dtype)
         step = shape_step(self.device, self.engine.table.dtype)
-        max_pairs = 1 if deterministic else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
+        one_by_one = deterministic or bool(self.engine.why_unpadded)
+        max_pairs = 1 if one_by_one else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
         rows, parts = [], []
         of_list = self.qpeft_config.source != "document"  # dear for a pair by itself
         at_once = torch.is_grad_enabled() or of_list or self._clue_bytes(batch) <= CLUE_BYTES
@@ -165,7 +166,7 @@ class QPeftModel(nn.Module):
         computed = torch.is_grad_enabled() and not prefilled
         held = max_tokens if computed else prefix_tokens(max_tokens, self.device, prefilled)
         padding = pass_tokens * (READ_TOKENS_PER_TOKEN if prefilled else 1)
-        for documents in prefix_groups(batch, 1 if deterministic else held, padding):
+        for documents in prefix_groups(batch, 1 if one_by_one else held, padding):
             prefix = None
             if shared:
                 ids = [batch.documents[d].ids for d in documents]

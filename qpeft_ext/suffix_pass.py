@@ -27,13 +27,27 @@ def log_likelihood(
     prefix: PrefixKV | None = None,
     prefix_rows: Tensor | None = None,
 ) -> Tensor:
-    """log p of every query token of the rows.
+    """log p of every query token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
+
+    Args and Raises: those of `outputs`.
+    """
+    found = outputs(engine, rows, clue_embeds, prefix, prefix_rows)
+    return (engine.head if engine.head.fused else log_likelihood_of_logits)(found, rows.target_ids)
+
+
+def outputs(
+    engine: Engine,
+    rows: Rows,
+    clue_embeds: Tensor | None,
+    prefix: PrefixKV | None = None,
+    prefix_rows: Tensor | None = None,
+) -> Tensor:
+    """What the head reads for each query token of the rows, [N, D]; where it is left to the LM, its logits [N, V].
 
     Args:
         rows: suffixes (with ``prefix``) or whole prompts (without).
         clue_embeds: the clue vectors of ``rows.clue_slots``, [number of clues, D], or None.
         prefix, prefix_rows: caches of the distinct documents and the one of each row, int64 [B].
-    Returns: [N] float32, nats, in the order of ``rows.target_ids``.
     Raises: ValueError if a prompt is longer than the LM's context.
     """
     B, L = rows.ids.shape
@@ -41,8 +55,8 @@ def log_likelihood(
     embeds = engine.embed(rows.ids, rows.ids.new_zeros(B) if prefix is None else None)
     embeds = with_clues(embeds, rows, clue_embeds)
     arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
-    # padding positions may lie past a learned position table
-    positions = rows.positions if not engine.context else rows.positions.clamp_max(engine.context - 1)
+    # those of padding may lie past a learned position table, and past where a rotary table becomes another
+    positions = rows.positions.clamp_max(rows.end - 1)
     if prefix is not None:
         prefix_mask = prefix.mask(engine.device)
         if prefix_rows is not None:
@@ -62,12 +76,12 @@ def log_likelihood(
 
 def _run(engine: Engine, decoder, arguments: dict, rows: Rows) -> Tensor:
     if engine.head.fused:
-        hidden = decoder(**arguments).last_hidden_state
-        return engine.head(hidden.flatten(0, 1)[rows.before_query], rows.target_ids)
+        return decoder(**arguments).last_hidden_state.flatten(0, 1)[rows.before_query]
     keep = torch.zeros(rows.ids.numel(), dtype=torch.bool, device=rows.ids.device)
     keep[rows.before_query] = True
     logits = engine.lm(**arguments, logits_to_keep=keep.view_as(rows.ids)).logits
-    return log_likelihood_of_logits(logits.reshape(-1, logits.shape[-1]), rows.target_ids)
+    logits = logits.reshape(-1, logits.shape[-1])
+    return logits[rows.before_query] if len(logits) == rows.ids.numel() else logits  # an LM may not know what to keep
 
 
 def with_clues(embeds: Tensor, rows: Rows, clue_embeds: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
@@ -76,6 +78,11 @@ def tiny_lm(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **mo
     torch.manual_seed(seed)
     auto = AutoModelForSeq2SeqLM if family in ENCODER_DECODERS else AutoModelForCausalLM
     lm = auto.from_config(config, dtype=dtype)
+    draw_weights(lm, family)
+    return lm.eval()
+
+
+def draw_weights(lm: torch.nn.Module, family: str = "") -> None:
     if family == "flan_t5":  # transformers ties the heads of all T5s that are not loaded
         lm.lm_head.weight = torch.nn.Parameter(torch.empty_like(lm.lm_head.weight))
 
@@ -91,7 +98,18 @@ def tiny_lm(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **mo
                 draw(parameter, 1 if family == "t5" and name == "shared.weight" else 0.25)
             elif "bias" in name:
                 draw(parameter, 0.05)
-    return lm.eval()
+
+
+@torch.no_grad()
+def own_scores(model, pairs: Sequence[tuple]) -> torch.Tensor:
+    """What the causal LM itself says, [pairs]: one unpadded forward of each whole prompt, from ids, without clues."""
+    scores = []
+    for query, document in pairs:
+        prefix, target = model.prompt.documents([document])[0].ids, model.prompt.queries([query])[0]
+        ids = torch.tensor([[*prefix, *model.prompt.suffix.bare_question, *target]])
+        log_p = model.lm(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+        scores.append(sum(log_p[-len(target) - 1 + i, token] for i, token in enumerate(target)))
+    return torch.stack(scores)
 
 
 def tiny_tokenizer(around: str = "$A") -> PreTrainedTokenizerFast:

@@ -1,0 +1,118 @@
+"""What is tried when an LM is taken: whether passes give its own numbers, and which module its decoder is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import FAMILIES, PAIRS, draw_weights, own_scores, tiny_lm, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import qpeft_ext as qpeft
+from qpeft_ext.engine import Engine
+from qpeft_ext.path_check import ordinary_ids
+
+_BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+         "max_position_embeddings": 512, "is_decoder": True, "is_encoder_decoder": False, "pad_token_id": 0,
+         "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
+_LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
+# decoders that take no positions and count the slots of a row; learned tables and sines
+COUNT_SLOTS = {name: _BART for name in ("bart", "marian", "pegasus", "trocr")}
+# get_decoder() is the head, or the LM
+OTHER_DECODERS = {
+    "modernbert-decoder": {**_LLAMA, "cls_token_id": 1, "sep_token_id": 1, "local_attention": 16},
+    "llama4_text": {**_LLAMA, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48,
+                    "num_local_experts": 2},
+}  # fmt: skip
+
+
+def model_of(lm) -> qpeft.QPeftModel:
+    return qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none"), tiny_tokenizer())
+
+
+def causal_lm(model_type: str, settings: dict, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=260, **settings)
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    draw_weights(lm)
+    return lm.eval()
+
+
+def assert_own_scores(model, **options) -> None:
+    expected = own_scores(model, PAIRS)
+    assert expected.std() > 0.05
+    for scores in (model.score(PAIRS, **options), model.score(PAIRS, path="plain", **options),
+                   model.score(PAIRS, cache=qpeft.DocumentCache(), **options)):  # fmt: skip
+        torch.testing.assert_close(scores.query_log_likelihood, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", COUNT_SLOTS)
+def test_a_decoder_that_counts_slots_takes_the_plain_path(model_type):
+    model = model_of(causal_lm(model_type, COUNT_SLOTS[model_type]))
+    assert "in two parts otherwise than as a whole" in model.engine.why_plain and not model.engine.why_unpadded
+    assert_own_scores(model)
+    low = model_of(causal_lm(model_type, COUNT_SLOTS[model_type], torch.bfloat16))
+    assert "in two parts otherwise than as a whole" in low.engine.why_plain
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_not_taken_for_a_difference(dtype):
+    for family in FAMILIES:
+        engine = model_of(tiny_lm(family, dtype=dtype)).engine
+        assert not engine.why_plain and not engine.why_unpadded, family
+
+
+@pytest.mark.parametrize("model_type", OTHER_DECODERS)
+def test_the_decoder_is_the_module_whose_output_the_head_reads(model_type):
+    model = model_of(causal_lm(model_type, OTHER_DECODERS[model_type]))
+    assert model.engine.decoder is model.lm.model and not model.engine.why_plain
+    assert_own_scores(model)
+
+
+def test_an_lm_without_a_decoder_to_be_found_is_refused():
+    lm = tiny_lm("llama")
+    lm.forward = lambda input_ids, **kwargs: SimpleNamespace(logits=None)
+    with pytest.raises(ValueError, match="no module of this llama LM gives the hidden states"):
+        Engine(lm)
+
+
+def test_an_lm_that_fails_in_its_own_way_is_refused_in_one_line():
+    lm = tiny_lm("llama")
+    lm.model.register_forward_pre_hook(lambda *_: {}["task"])
+    with pytest.raises(ValueError, match="^this llama LM cannot be used: KeyError: 'task'$"):
+        model_of(lm)
+
+
+def test_rows_that_disturb_each_other_are_read_one_by_one():
+    """As experts with a capacity do: what a row is makes a difference to its neighbours."""
+    lm = tiny_lm("llama")
+
+    def mix(module, inputs, output):
+        return output + 0.1 * output.mean(0, keepdim=True) - 0.1 * output
+
+    lm.model.layers[0].mlp.register_forward_hook(mix)
+    model = model_of(lm)
+    assert "disturb each other" in model.engine.why_unpadded and model.engine.why_plain
+    assert_own_scores(model)
+
+
+def test_embeddings_that_are_not_read_as_ids_are_refused():
+    lm = tiny_lm("llama")
+
+    def add_something(module, inputs, named):
+        return inputs, named if named.get("input_ids") is None else named | {
+            "input_ids": None, "inputs_embeds": 1.5 * lm.get_input_embeddings()(named["input_ids"])}  # fmt: skip
+
+    lm.model.register_forward_pre_hook(add_something, with_kwargs=True)
+    with pytest.raises(ValueError, match="does not give its own scores for embedded tokens"):
+        model_of(lm)
+
+
+def test_the_prompts_that_are_tried_hold_no_token_with_a_meaning():
+    lm = tiny_lm("llama")
+    lm.config.pad_token_id = lm.config.image_token_id = 20
+    lm.config.eos_token_id = [21, 22]
+    ids = ordinary_ids(lm, 25)
+    assert len(set(ids)) == 25 and not {0, 20, 21, 22} & set(ids) and max(ids) < 260
