@@ -14,6 +14,7 @@ from .attention_backend import without_cudnn_attention
 from .batch import PairBatch, Rows, assemble_rows, pack_ragged, pad, to_device
 from .engine import BaseEngine, Engine
 from .head import LikelihoodHead, log_likelihood_of_logits
+from .lm_adapters import expect_readable_adapters
 from .loading import is_encoder_decoder
 from .path_check import LM_ERRORS, check_paths, in_one_line
 from .prompt import SuffixPieces
@@ -191,7 +192,8 @@ class EncoderDecoderEngine(BaseEngine):
 def make_engine(lm, why_plain: str = "") -> Engine | EncoderDecoderEngine:
     """The engine that fits the LM; ``why_plain`` is for `Engine`.
 
-    Raises: ValueError for a model that is neither a causal LM nor an encoder–decoder LM, and for one that fails.
+    Raises: ValueError for a model that is neither a causal LM nor an encoder–decoder LM, for one that fails, and for
+        an adapter in it that would not be read.
     """
     try:
         return _make_engine(lm, why_plain)
@@ -202,6 +204,7 @@ def make_engine(lm, why_plain: str = "") -> Engine | EncoderDecoderEngine:
 
 
 def _make_engine(lm, why_plain: str) -> Engine | EncoderDecoderEngine:
+    expect_readable_adapters(lm)
     if reason := _why_not_language_model(lm):
         raise ValueError("expected a causal LM (Llama, Qwen, GPT-2, …) or an encoder–decoder LM (T5, BART, …), got a "
                          f"{lm.config.model_type} model {reason}; load_lm loads one")  # fmt: skip
@@ -212,17 +215,18 @@ def _make_engine(lm, why_plain: str) -> Engine | EncoderDecoderEngine:
 def _why_not_language_model(lm) -> str:
     """A causal LM's logits do not change with the tokens behind them."""
     table = lm.get_input_embeddings().weight
-    ids = torch.arange(4, device=table.device).repeat(2, 1) % len(table)
-    ids[1, -1] = len(table) - 1
-    read = {"input_ids": ids}
-    if is_encoder_decoder(lm.config):
-        read = {"input_ids": ids[:1].repeat(2, 1), "decoder_input_ids": ids}
-    logits = getattr(lm(**read), "logits", None)
-    if logits is None or logits.dim() != 3:
-        return "without an LM head"
-    logits = logits[:, :-1].float()
+    first = torch.arange(4, device=table.device)[None] % len(table)
+    other = first.clone()
+    other[:, -1] = len(table) - 1
+    before = []
+    for ids in (first, other):  # by themselves: in one batch both would be changed alike by what mixes its rows
+        read = {"input_ids": first, "decoder_input_ids": ids} if is_encoder_decoder(lm.config) else {"input_ids": ids}
+        logits = getattr(lm(**read), "logits", None)
+        if logits is None or logits.dim() != 3:
+            return "without an LM head"
+        before.append(logits[:, :-1].float())
     tolerance = 1e-4 if table.dtype.itemsize >= 4 else 4 * torch.finfo(torch.bfloat16).eps
-    if float((logits[0] - logits[1]).abs().max()) > tolerance * float(logits.abs().max()):
+    if float((before[0] - before[1]).abs().max()) > tolerance * float(before[0].abs().max()):
         return "whose tokens see those behind them, as in encoder-only models"
     return ""
 

@@ -138,14 +138,16 @@ class BaseEngine:
             raise ValueError(
                 f"the input embeddings must be a floating [V, D] table, got {table.dtype} {list(table.shape)}"
             )
-        ids = torch.arange(min(64, table.shape[0]), device=table.device)
+        wrapped = hasattr(module, "base_layer")  # an adapter may have changed a few rows anywhere
+        ids = torch.arange(len(table) if wrapped else min(64, len(table)), device=table.device)
         rows, embedded = table[ids].float(), module(ids).float()
         if embedded.shape != rows.shape:
             raise ValueError(f"the input embeddings give width {embedded.shape[-1]}, their table has {rows.shape[-1]}")
         scale = float((rows * embedded).sum() / (rows * rows).sum().clamp_min(1e-30))
         scale = float(getattr(module, "scalar_embed_scale", scale))  # exact where the module states it (Gemma 3)
         if not torch.allclose(rows * scale, embedded, rtol=2e-2, atol=1e-6):
-            raise ValueError("the input embeddings are not a scaled table (an adapter on them?); clues need the table")
+            raise ValueError("the input embeddings are not a scaled table; clues need the table (merge an adapter on "
+                             "them: merge_and_unload)")
         return 1.0 if abs(scale - 1) < 1e-6 else scale
 
     def expect_fits(self, tokens: int) -> None:

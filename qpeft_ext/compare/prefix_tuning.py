@@ -61,6 +61,8 @@ class PrefixTuningEngine(Engine):
     Attributes: num_virtual_tokens: P.
     """
 
+    num_virtual_tokens = 0  # while the LM is tried
+
     def __init__(self, lm) -> None:
         super().__init__(lm.get_base_model())
         if self.why_plain:
@@ -98,6 +100,8 @@ class PrefixTuningEngine(Engine):
 
     def _virtual_tokens(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, [1, heads, P, head width]."""
+        if not self.num_virtual_tokens:
+            return []
         prompt = self.lm.get_prompt(1)
         if hasattr(prompt, "layers"):
             return [(layer.keys, layer.values) for layer in prompt.layers]
