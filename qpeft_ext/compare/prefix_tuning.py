@@ -67,13 +67,17 @@ class PrefixTuningEngine(Engine):
         super().__init__(lm.get_base_model())
         if self.why_plain:
             raise ValueError(f"prefix tuning needs document prefixes that can be shared: {self.why_plain}")
-        if any(layer and layer[-1] for layer in self.layout.layers):
-            raise ValueError("prefix tuning: an LM with sliding windows is not supported, since padding between the "
-                             "virtual tokens and the document would count in its windows")
         if not self.head.fused:
             raise ValueError(f"prefix tuning needs a plain LM head: {self.head.reason}")
         self.lm = lm  # its parameters, the prefix encoder's among them, tell versions of cached prefixes apart
         self.num_virtual_tokens = lm.active_peft_config.num_virtual_tokens
+
+    def _why_plain(self) -> str:
+        why = super()._why_plain()
+        if not why and any(layer and layer[-1] for layer in self.layout.layers):
+            raise ValueError("prefix tuning: an LM with sliding windows is not supported, since padding between the "
+                             "virtual tokens and the document would count in its windows")
+        return why
 
     @without_cudnn_attention()
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
