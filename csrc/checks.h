@@ -35,6 +35,26 @@ inline void expect(const char* op, const char* name, const Tensor& x, std::initi
   }
 }
 
+// A reshape or a slice of sizes of 1 may be a view with other strides. Kernels read their inputs in order, so such a view is
+// copied here, whatever its shape. What a kernel writes is the caller's memory: there `expect` raises.
+inline void make_contiguous(std::initializer_list<Tensor*> inputs) {
+  for (Tensor* x : inputs)
+    if (!x->is_contiguous()) *x = torch::stable::contiguous(*x);
+}
+
+inline void make_contiguous(std::optional<Tensor>& input) {
+  if (input) make_contiguous({&*input});
+}
+
+// The same for matrices whose row stride is free: columns side by side, rows that do not overlap.
+inline void make_rows_contiguous(std::initializer_list<Tensor*> inputs) {
+  for (Tensor* x : inputs) {
+    if (x->dim() != 2 || x->numel() == 0) continue;
+    const int64_t rows = x->size(0), columns = x->size(1);
+    if ((columns > 1 && x->stride(1) != 1) || (rows > 1 && x->stride(0) < columns)) *x = torch::stable::contiguous(*x);
+  }
+}
+
 inline void expect_same_device(const char* op, const Tensor& first, std::initializer_list<const Tensor*> others) {
   for (const Tensor* other : others)
     STD_TORCH_CHECK(other->device() == first.device(), op, ": all tensors must be on one device");
@@ -57,8 +77,8 @@ inline void check_document_rows_distinct(const Tensor& document_ids, const Tenso
   expect(op, "document_mask", document_mask, {document_ids.size(0), document_ids.size(1)}, ScalarType::Bool);
   expect(op, "group_index", group_index, {document_ids.size(0)}, ScalarType::Long);
   expect_same_device(op, document_ids, {&document_mask, &group_index});
-  STD_TORCH_CHECK(num_groups >= 0 && num_rows >= 0 && num_rows <= INT32_MAX && document_ids.numel() <= INT32_MAX, op,
-                  ": sizes must fit in 31 bits");
+  for (const int64_t size : {num_groups, num_rows, document_ids.numel()})
+    STD_TORCH_CHECK(size >= 0 && size <= INT32_MAX, op, ": sizes must fit in 31 bits, got ", size);
 }
 
 // block_dtype: what the device gathers into (the sum dtype on the CPU, the table's dtype on CUDA).
@@ -214,6 +234,10 @@ inline void check_clue_attention_weighted_sums(const Tensor& table, const Tensor
   const ScalarType dtype = sums.scalar_type() == table.scalar_type() ? table.scalar_type() : sum_dtype(table.scalar_type());
   expect(op, "sums", sums, {lists, weights.size(1) / heads, table.size(1)}, dtype);
   expect_same_device(op, table, {&weights, &sums});
+}
+
+inline void expect_soft_cap(const char* op, std::optional<double> soft_cap) {
+  STD_TORCH_CHECK(!soft_cap || *soft_cap > 0, op, ": soft_cap must be positive or None, got ", *soft_cap);
 }
 
 // kept: the dtype of what replaces the logits.

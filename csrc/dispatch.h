@@ -1,5 +1,8 @@
 // From a tensor's dtype to a C++ type, for the kernels of both devices.
 #pragma once
+#include <algorithm>
+#include <limits>
+
 #include "checks.h"
 
 namespace qpeft {
@@ -9,6 +12,14 @@ template <typename F>
 void dispatch_sum(ScalarType dtype, F&& f) {
   if (dtype == ScalarType::Double) f(double{});
   else f(float{});
+}
+
+// A soft cap in the dtype of sums, in which 0 means none. One that would round to 0 is the smallest number instead (all logits
+// are then 0, the limit), and one that would round to infinity is none, the limit too.
+template <typename Sum>
+Sum cap_or_none(std::optional<double> soft_cap) {
+  if (!soft_cap || *soft_cap > static_cast<double>(std::numeric_limits<Sum>::max())) return 0;
+  return std::max(static_cast<Sum>(*soft_cap), std::numeric_limits<Sum>::min());
 }
 
 // Calls f(table value, sum value) for the dtypes that a table may have; the device says what its 16-bit types are called.

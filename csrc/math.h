@@ -46,6 +46,13 @@ QPEFT_HD double round_score(double score) {
   return score;
 }
 
+// Where `at` is in a list of `size` numbers that begins with `first`, -1: not in it. Unsigned, since the difference of two
+// numbers of a caller may be too large for int64.
+QPEFT_HD int64_t place_in(int64_t at, int64_t first, int64_t size) {
+  const uint64_t place = static_cast<uint64_t>(at) - static_cast<uint64_t>(first);
+  return place < static_cast<uint64_t>(size) ? static_cast<int64_t>(place) : -1;
+}
+
 // z = cap * tanh(u / cap), and dz/du written with z alone, so that a backward needs no second tanh.
 template <typename T>
 struct SoftCap {

@@ -13,7 +13,8 @@
 // "Compute dtype" below: on the CPU float32 (float64 when the table is float64); on CUDA float32 for everything that is
 // summed, while gathered rows keep the table's dtype (the GEMM there takes bf16/fp16 and returns float32: aten::mm.dtype).
 // The LM head is multiplied as it lies, on the CPU too where it has products of bfloat16.
-// All tensors of a primitive are contiguous unless a stride is named. Sizes of zero are legal everywhere and do nothing.
+// What a primitive fills is contiguous unless a stride is named; inputs with other strides are copied first. Sizes of zero are
+// legal everywhere and do nothing.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(qpeft_ext, m) {

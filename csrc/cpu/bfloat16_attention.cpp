@@ -81,9 +81,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor grad, const Tensor out, const Tensor lse, const Tensor query,
-                                            const Tensor key, const Tensor value, const Tensor mask, double scale) {
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor out, Tensor lse, const Tensor query, const Tensor key,
+                                            const Tensor value, const Tensor mask, double scale) {
   constexpr auto op = "bfloat16_attention_backward";
+  make_contiguous({&grad, &out, &lse});
   const int64_t B = query.size(0), H = query.size(1), L = query.size(2), D = query.size(3), T = key.size(2);
   expect(op, "grad", grad, {B, L, H, D}, ScalarType::BFloat16);
   expect(op, "out", out, {B, L, H, D}, ScalarType::BFloat16);

@@ -50,8 +50,9 @@ const BFloat16Kernels& kernels(const char* op, bool tiles) {
   return has == kInstructionsAmx && tiles ? kAmxKernels : kAvx512Bf16Kernels;
 }
 
-void products(const Tensor a, const Tensor b, Tensor out, bool tiles) {
+void products(Tensor a, Tensor b, Tensor out, bool tiles) {
   constexpr auto op = "bfloat16_products";
+  make_rows_contiguous({&a, &b});
   check_bfloat16_products(a, b, out);
   const BFloat16Kernels& by = kernels(op, tiles);
   const int64_t N = a.size(0), C = b.size(0), D = a.size(1), pairs = D / 2;
@@ -72,8 +73,9 @@ void products(const Tensor a, const Tensor b, Tensor out, bool tiles) {
   });
 }
 
-void add_product(Tensor total, const Tensor a, const Tensor b, bool tiles) {
+void add_product(Tensor total, Tensor a, Tensor b, bool tiles) {
   constexpr auto op = "bfloat16_add_product";
+  make_rows_contiguous({&a, &b});
   check_bfloat16_add_product(total, a, b);
   const BFloat16Kernels& by = kernels(op, tiles);
   const int64_t N = a.size(0), C = a.size(1), D = b.size(1);

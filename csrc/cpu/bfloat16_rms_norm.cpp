@@ -21,8 +21,10 @@ void for_rows(const char* op, const Tensor& x, const F& f) {
   parallel(x.size(0), (1 << 15) / (x.size(1) + 1) + 1, f);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor x, const Tensor weight, double eps) {
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, double eps) {
   constexpr auto op = "bfloat16_rms_norm";
+  make_rows_contiguous({&x});
+  make_contiguous({&weight});
   check_bfloat16_rms_norm(op, x, weight);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor scale = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
@@ -34,8 +36,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor x, const Tensor weight, double e
   return {out, scale};
 }
 
-Tensor backward(const Tensor grad, const Tensor x, const Tensor weight, const Tensor scale) {
+Tensor backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) {
   constexpr auto op = "bfloat16_rms_norm_backward";
+  make_rows_contiguous({&x});
+  make_contiguous({&grad, &weight, &scale});
   check_bfloat16_rms_norm(op, x, weight);
   expect(op, "grad", grad, {x.size(0), x.size(1)}, ScalarType::BFloat16);
   expect(op, "scale", scale, {x.size(0)}, ScalarType::Float);

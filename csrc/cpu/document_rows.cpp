@@ -12,9 +12,9 @@
 namespace qpeft {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(const Tensor document_ids, const Tensor document_mask,
-                                                                    const Tensor group_index, int64_t num_groups,
-                                                                    int64_t num_rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor document_ids, Tensor document_mask, Tensor group_index,
+                                                                    int64_t num_groups, int64_t num_rows) {
+  make_contiguous({&document_ids, &document_mask, &group_index});
   check_document_rows_distinct(document_ids, document_mask, group_index, num_groups, num_rows);
   using torch::stable::new_empty;
   const int64_t B = document_ids.size(0), S = document_ids.size(1);
@@ -109,7 +109,9 @@ Sum copy_row(const Row* row, Sum* out, int64_t D) {
   return sum;
 }
 
-void gather(const Tensor table, const Tensor rows, Tensor block, std::optional<Tensor> inverse_norms) {
+void gather(Tensor table, Tensor rows, Tensor block, std::optional<Tensor> inverse_norms) {
+  make_rows_contiguous({&table});
+  make_contiguous({&rows});
   check_document_rows_gather(table, rows, block, inverse_norms, sum_dtype(table.scalar_type()));
   const int64_t n = rows.size(0), V = table.size(0), D = table.size(1);
   if (n == 0) return;

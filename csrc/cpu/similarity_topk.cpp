@@ -12,8 +12,9 @@
 namespace qpeft {
 namespace {
 
-void reduce(const Tensor similarity, std::optional<Tensor> inverse_norms, const Tensor query_mask, Tensor best,
-            Tensor query_positions) {
+void reduce(Tensor similarity, std::optional<Tensor> inverse_norms, Tensor query_mask, Tensor best, Tensor query_positions) {
+  make_contiguous({&similarity, &query_mask});
+  make_contiguous(inverse_norms);
   check_similarity_topk_reduce(similarity, inverse_norms, query_mask, best, query_positions);
   const int64_t n = similarity.size(0), M = query_mask.size(0), T = query_mask.size(1);
   if (n == 0 || M == 0) return;
@@ -44,9 +45,10 @@ void reduce(const Tensor similarity, std::optional<Tensor> inverse_norms, const 
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor best, const Tensor best_positions, const Tensor best_row,
-                                                  std::optional<Tensor> inverse_norms, const Tensor ids, const Tensor slots,
-                                                  int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> select(Tensor best, Tensor best_positions, Tensor best_row,
+                                                  std::optional<Tensor> inverse_norms, Tensor ids, Tensor slots, int64_t k) {
+  make_contiguous({&best, &best_positions, &best_row, &ids, &slots});
+  make_contiguous(inverse_norms);
   check_similarity_topk_select(best, best_positions, best_row, inverse_norms, ids, slots, k);
   using torch::stable::new_empty;
   const int64_t B = ids.size(0), S = ids.size(1), M = best.size(0), U = best.size(1);

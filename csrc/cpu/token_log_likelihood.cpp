@@ -48,6 +48,12 @@ inline Sum max_of(const Sum* z, int64_t C) {
   return max;
 }
 
+inline bool has_nan(const auto* z, int64_t C) {
+  bool found = false;
+  for (int64_t c = 0; c < C; ++c) found |= z[c] != z[c];
+  return found;
+}
+
 // sum of exp(z - max); with kKeep z becomes exp(z - max) * dz/du.
 template <bool kKeep, typename Sum>
 inline Sum sum_exp(Sum* z, int64_t C, Sum max, SoftCap<Sum> cap) {
@@ -128,9 +134,12 @@ bool narrows(const char* op, const Tensor& logits, ScalarType kept) {
   return narrow;
 }
 
-void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, int64_t first, double logit_scale,
+void chunk(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t first, double logit_scale,
            std::optional<double> soft_cap, Tensor running, std::optional<Tensor> expectation, ScalarType kept) {
+  make_contiguous({&target_ids});
+  make_contiguous(bias);
   check_token_log_likelihood_chunk(logits, bias, target_ids, running, expectation, kept);
+  expect_soft_cap("token_log_likelihood_chunk", soft_cap);
   const bool narrow = expectation && narrows("token_log_likelihood_chunk", logits, kept);
   const int64_t N = logits.size(0), C = logits.size(1), stride = logits.stride(0);
   const int64_t D = expectation ? expectation->size(1) : 0;
@@ -138,7 +147,7 @@ void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, i
   const auto* target_at = static_cast<const int64_t*>(target_ids.const_data_ptr());
   dispatch_sum(logits.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    const Logit<Sum> logit{data_or_null<Sum>(bias), static_cast<Sum>(logit_scale), static_cast<Sum>(soft_cap.value_or(0))};
+    const Logit<Sum> logit{data_or_null<Sum>(bias), static_cast<Sum>(logit_scale), cap_or_none<Sum>(soft_cap)};
     auto* x = static_cast<Sum*>(logits.mutable_data_ptr());
     auto* max_at = static_cast<Sum*>(running.mutable_data_ptr());
     Sum *sum_at = max_at + N, *target_z = sum_at + N;
@@ -147,10 +156,11 @@ void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, i
       for (int64_t row = begin; row < end; ++row) {
         Sum* z = x + row * stride;
         if (!logit.identity()) apply_row(logit, z, C);
-        const int64_t target = target_at[row] - first;
-        if (target >= 0 && target < C) target_z[row] = z[target];
+        const int64_t target = place_in(target_at[row], first, C);
+        if (target >= 0) target_z[row] = z[target];
         const Sum before = max_at[row], max = std::max(before, max_row(z, C));
-        if (max == -INFINITY) {  // every word so far is forbidden: exp(-inf - -inf) would be NaN
+        if (max == -INFINITY) {  // every word so far is forbidden, exp(-inf - -inf) would be NaN; or NaN itself, which the maximum
+          if (has_nan(z, C)) sum_at[row] = NAN;  // does not see
           if (sums) std::fill(z, z + C, Sum(0));  // zeros in bfloat16 too
           continue;
         }
@@ -165,10 +175,12 @@ void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, i
   });
 }
 
-void finish(const Tensor running, const Tensor lm_head, const Tensor target_ids, double logit_scale,
+void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logit_scale,
             std::optional<double> soft_cap, Tensor log_p, Tensor lse, std::optional<Tensor> expectation) {
   constexpr auto op = "token_log_likelihood_finish";
+  make_contiguous({&running, &target_ids});
   check_token_log_likelihood_finish(running, lm_head, target_ids, log_p, lse, expectation);
+  expect_soft_cap(op, soft_cap);
   const int64_t N = target_ids.size(0), V = lm_head.size(0), D = lm_head.size(1);
   const int64_t word_stride = lm_head.stride(0), column_stride = lm_head.stride(1);
   const auto* target_at = static_cast<const int64_t*>(target_ids.const_data_ptr());
@@ -183,7 +195,7 @@ void finish(const Tensor running, const Tensor lm_head, const Tensor target_ids,
     auto* log_p_at = static_cast<Sum*>(log_p.mutable_data_ptr());
     auto* lse_at = static_cast<Sum*>(lse.mutable_data_ptr());
     auto* sums = expectation ? static_cast<Sum*>(expectation->mutable_data_ptr()) : nullptr;
-    const SoftCap<Sum> cap{static_cast<Sum>(soft_cap.value_or(0))};
+    const SoftCap<Sum> cap{cap_or_none<Sum>(soft_cap)};
     parallel(N, 65536 / std::max<int64_t>(D, 1), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         lse_at[row] = max_at[row] + std::log(sum_at[row]);
@@ -199,16 +211,19 @@ void finish(const Tensor running, const Tensor lm_head, const Tensor target_ids,
   });
 }
 
-void chunk_backward(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, int64_t first, double logit_scale,
-                    std::optional<double> soft_cap, const Tensor lse, const Tensor grad, ScalarType kept) {
+void chunk_backward(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t first, double logit_scale,
+                    std::optional<double> soft_cap, Tensor lse, Tensor grad, ScalarType kept) {
+  make_contiguous({&target_ids, &lse, &grad});
+  make_contiguous(bias);
   check_token_log_likelihood_chunk_backward(logits, bias, target_ids, lse, grad, kept);
+  expect_soft_cap("token_log_likelihood_chunk_backward", soft_cap);
   const bool narrow = narrows("token_log_likelihood_chunk_backward", logits, kept);
   const int64_t N = logits.size(0), C = logits.size(1), stride = logits.stride(0);
   if (N == 0 || C == 0) return;
   const auto* target_at = static_cast<const int64_t*>(target_ids.const_data_ptr());
   dispatch_sum(logits.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    const Logit<Sum> logit{data_or_null<Sum>(bias), static_cast<Sum>(logit_scale), static_cast<Sum>(soft_cap.value_or(0))};
+    const Logit<Sum> logit{data_or_null<Sum>(bias), static_cast<Sum>(logit_scale), cap_or_none<Sum>(soft_cap)};
     const SoftCap<Sum> cap{logit.cap};
     auto* x = static_cast<Sum*>(logits.mutable_data_ptr());
     const auto* lse_at = static_cast<const Sum*>(lse.const_data_ptr());
@@ -222,8 +237,8 @@ void chunk_backward(Tensor logits, std::optional<Tensor> bias, const Tensor targ
           continue;
         }
         if (!logit.identity()) apply_row(logit, z, C);
-        const int64_t target = target_at[row] - first;
-        const bool here = target >= 0 && target < C;
+        const int64_t target = place_in(target_at[row], first, C);
+        const bool here = target >= 0;
         const Sum slope = here ? cap.slope(z[target]) : Sum(0);
         gradient_row(z, C, lse_at[row], g, cap);
         if (here) z[target] += g * slope;

@@ -9,9 +9,11 @@
 namespace qpeft {
 namespace {
 
-void weighted_rows(const Tensor source, const Tensor rows, std::optional<Tensor> weights, const Tensor offsets, bool accumulate,
-                   Tensor out) {
+void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Tensor offsets, bool accumulate, Tensor out) {
   constexpr auto op = "weighted_rows";
+  make_rows_contiguous({&source});
+  make_contiguous({&rows, &offsets});
+  make_contiguous(weights);
   check_weighted_rows(source, rows, weights, offsets, out);
   const int64_t G = offsets.size(0) - 1, N = source.size(0), D = source.size(1), E = rows.size(0), stride = source.stride(0);
   const auto* row_at = static_cast<const int64_t*>(rows.const_data_ptr());

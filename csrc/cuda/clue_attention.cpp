@@ -8,8 +8,9 @@ SoftmaxSizes softmax_sizes(const Tensor& slots, int64_t U, int64_t R, int64_t fi
   return {slots.size(0), slots.size(1), U, R, first_slot};
 }
 
-void log_sum_exp(const Tensor scores, const Tensor slots, const Tensor counts, int64_t first_slot, Tensor lse) {
+void log_sum_exp(Tensor scores, Tensor slots, Tensor counts, int64_t first_slot, Tensor lse) {
   constexpr auto op = "clue_attention_lse";
+  make_contiguous({&scores, &slots, &counts});
   check_clue_attention_lse(op, scores, slots, counts, lse);
   const SoftmaxSizes sizes = softmax_sizes(slots, scores.size(0), scores.size(1), first_slot);
   const OnDevice on_device(scores);
@@ -20,9 +21,9 @@ void log_sum_exp(const Tensor scores, const Tensor slots, const Tensor counts, i
   });
 }
 
-void weigh(const Tensor scores, const Tensor slots, const Tensor counts, const Tensor lse, int64_t first_slot,
-           Tensor weights) {
+void weigh(Tensor scores, Tensor slots, Tensor counts, Tensor lse, int64_t first_slot, Tensor weights) {
   constexpr auto op = "clue_attention_weights";
+  make_contiguous({&scores, &slots, &counts, &lse});
   check_clue_attention_weights(scores, slots, counts, lse, weights, weights.scalar_type());
   expect_sums_of(op, "scores", scores, "weights", weights);
   const SoftmaxSizes sizes = softmax_sizes(slots, scores.size(0), scores.size(1), first_slot);
@@ -36,8 +37,9 @@ void weigh(const Tensor scores, const Tensor slots, const Tensor counts, const T
   });
 }
 
-void softmax_backward(const Tensor weights, const Tensor slots, Tensor grad_weights) {
+void softmax_backward(Tensor weights, Tensor slots, Tensor grad_weights) {
   constexpr auto op = "clue_attention_softmax_backward";
+  make_contiguous({&weights, &slots});
   check_clue_attention_softmax_backward(weights, slots, grad_weights, weights.scalar_type());
   expect_sums_of(op, "grad_weights", grad_weights, "weights", weights);
   const SoftmaxSizes sizes = softmax_sizes(slots, 0, weights.size(2), 0);
@@ -58,9 +60,13 @@ GatheredRows<Row> gathered_rows(const Tensor& table, const Tensor& rows, const s
           const_data<int64_t>(offsets), const_data<int64_t>(lengths),   n, stride, lists, offsets ? n : stride};
 }
 
-void products(const Tensor table, const Tensor rows, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
-              const Tensor dense, Tensor out) {
+void products(Tensor table, Tensor rows, std::optional<Tensor> offsets, std::optional<Tensor> lengths, Tensor dense,
+              Tensor out) {
   constexpr auto op = "clue_attention_products";
+  make_rows_contiguous({&table});
+  make_contiguous({&rows, &dense});
+  make_contiguous(offsets);
+  make_contiguous(lengths);
   check_clue_attention_products(table, rows, offsets, lengths, dense, out);
   const OnDevice on_device(table);
   dispatch_table<__half, __nv_bfloat16>(op, table.scalar_type(), [&](auto row_tag, auto sum_tag) {
@@ -71,9 +77,13 @@ void products(const Tensor table, const Tensor rows, std::optional<Tensor> offse
   });
 }
 
-void weighted_sums(const Tensor table, const Tensor rows, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
-                   const Tensor weights, int64_t heads, bool accumulate, Tensor out) {
+void weighted_sums(Tensor table, Tensor rows, std::optional<Tensor> offsets, std::optional<Tensor> lengths, Tensor weights,
+                   int64_t heads, bool accumulate, Tensor out) {
   constexpr auto op = "clue_attention_weighted_sums";
+  make_rows_contiguous({&table});
+  make_contiguous({&rows, &weights});
+  make_contiguous(offsets);
+  make_contiguous(lengths);
   check_clue_attention_weighted_sums(table, rows, offsets, lengths, weights, heads, out);
   const OnDevice on_device(table);
   dispatch_table<__half, __nv_bfloat16>(op, table.scalar_type(), [&](auto row_tag, auto sum_tag) {

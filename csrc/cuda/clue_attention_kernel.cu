@@ -34,8 +34,7 @@ struct Part {
 // The row of `scores` that holds token (p, j), -1: padding.
 __device__ inline int64_t row_of(const int32_t* slots, SoftmaxSizes sizes, int64_t p, int64_t j) {
   const int32_t slot = slots[p * sizes.n + j];
-  const int64_t row = slot - sizes.first_slot;
-  return slot < 0 || row < 0 || row >= sizes.U ? -1 : row;
+  return slot < 0 ? -1 : place_in(slot, sizes.first_slot, sizes.U);
 }
 
 template <typename Sum>
@@ -61,14 +60,18 @@ template <typename Sum, typename Weight>
 __global__ void weights_kernel(const Sum* scores, const int32_t* slots, const int32_t* counts, const Sum* lse,
                                SoftmaxSizes sizes, Weight* weights) {
   const Part part(sizes.R);
-  const int64_t R = sizes.R;
-  if (part.r >= R) return;
-  const Sum total = lse[part.p * R + part.r];
-  for (int64_t j = part.stripe; j < sizes.n; j += Part::kStripes) {
+  const int64_t R = sizes.R, end = part.r < R ? sizes.n : 0;  // threads beyond the last column only keep the barriers matched
+  const Sum total = part.r < R ? lse[part.p * R + part.r] : Sum(0);
+  const auto weight = [&](int64_t j) {
     const int64_t row = row_of(slots, sizes, part.p, j);
-    const Sum weight = row < 0 ? Sum(0) : static_cast<Sum>(counts[part.p * sizes.n + j]) * std::exp(scores[row * R + part.r] - total);
-    weights[(part.p * sizes.n + j) * R + part.r] = static_cast<Weight>(weight);
-  }
+    return row < 0 ? Sum(0) : static_cast<Sum>(counts[part.p * sizes.n + j]) * std::exp(scores[row * R + part.r] - total);
+  };
+  Sum sum = 0;  // an lse of some thousands has an error of 2e-4: divided by it, weights add up to 1 before they are rounded
+  for (int64_t j = part.stripe; j < end; j += Part::kStripes) sum += weight(j);
+  sum = block_reduce<kColumns>(sum, Add());
+  const Sum share = sum == 0 ? Sum(1) : 1 / sum;  // 0: no token
+  for (int64_t j = part.stripe; j < end; j += Part::kStripes)
+    weights[(part.p * sizes.n + j) * R + part.r] = static_cast<Weight>(share * weight(j));
 }
 
 template <typename Sum, typename Weight>

@@ -4,9 +4,9 @@
 namespace qpeft {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(const Tensor document_ids, const Tensor document_mask,
-                                                                    const Tensor group_index, int64_t num_groups,
-                                                                    int64_t num_rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor document_ids, Tensor document_mask, Tensor group_index,
+                                                                    int64_t num_groups, int64_t num_rows) {
+  make_contiguous({&document_ids, &document_mask, &group_index});
   constexpr auto op = "document_rows_distinct";
   check_document_rows_distinct(document_ids, document_mask, group_index, num_groups, num_rows);
   using torch::stable::new_empty;
@@ -34,7 +34,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(const Tensor
   return {rows, row_offsets, ids, slots, counts, lengths};
 }
 
-void gather(const Tensor table, const Tensor rows, Tensor block, std::optional<Tensor> inverse_norms) {
+void gather(Tensor table, Tensor rows, Tensor block, std::optional<Tensor> inverse_norms) {
+  make_rows_contiguous({&table});
+  make_contiguous({&rows});
   constexpr auto op = "document_rows_gather";
   check_document_rows_gather(table, rows, block, inverse_norms, table.scalar_type());
   const OnDevice on_device(table);

@@ -11,13 +11,16 @@ Chunk<Sum> make_chunk(const Tensor& logits, const std::optional<Tensor>& bias, c
           const_data<Sum>(bias),   const_data<int64_t>(target_ids),
           logits.size(0),          logits.size(1),
           first,                   static_cast<Sum>(logit_scale),
-          static_cast<Sum>(soft_cap.value_or(0))};
+          cap_or_none<Sum>(soft_cap)};
 }
 
-void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, int64_t first, double logit_scale,
+void chunk(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t first, double logit_scale,
            std::optional<double> soft_cap, Tensor running, std::optional<Tensor> expectation, ScalarType kept) {
   constexpr auto op = "token_log_likelihood_chunk";
+  make_contiguous({&target_ids});
+  make_contiguous(bias);
   check_token_log_likelihood_chunk(logits, bias, target_ids, running, expectation, kept);
+  expect_soft_cap(op, soft_cap);
   const OnDevice on_device(logits);
   dispatch_table<__half, __nv_bfloat16>(op, kept, [&](auto tag, auto sum) {
     using Kept = decltype(tag);
@@ -29,10 +32,12 @@ void chunk(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, i
   });
 }
 
-void finish(const Tensor running, const Tensor lm_head, const Tensor target_ids, double logit_scale,
+void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logit_scale,
             std::optional<double> soft_cap, Tensor log_p, Tensor lse, std::optional<Tensor> expectation) {
   constexpr auto op = "token_log_likelihood_finish";
+  make_contiguous({&running, &target_ids});
   check_token_log_likelihood_finish(running, lm_head, target_ids, log_p, lse, expectation);
+  expect_soft_cap(op, soft_cap);
   const OnDevice on_device(running);
   dispatch_table<__half, __nv_bfloat16>(op, lm_head.scalar_type(), [&](auto row, auto sum) {
     using Row = decltype(row);
@@ -46,7 +51,7 @@ void finish(const Tensor running, const Tensor lm_head, const Tensor target_ids,
                                         lm_head.size(0),
                                         lm_head.size(1),
                                         static_cast<Sum>(logit_scale),
-                                        static_cast<Sum>(soft_cap.value_or(0)),
+                                        cap_or_none<Sum>(soft_cap),
                                         data<Sum>(log_p),
                                         data<Sum>(lse),
                                         expectation ? data<Sum>(*expectation) : nullptr};
@@ -54,10 +59,13 @@ void finish(const Tensor running, const Tensor lm_head, const Tensor target_ids,
   });
 }
 
-void chunk_backward(Tensor logits, std::optional<Tensor> bias, const Tensor target_ids, int64_t first, double logit_scale,
-                    std::optional<double> soft_cap, const Tensor lse, const Tensor grad, ScalarType kept) {
+void chunk_backward(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t first, double logit_scale,
+                    std::optional<double> soft_cap, Tensor lse, Tensor grad, ScalarType kept) {
   constexpr auto op = "token_log_likelihood_chunk_backward";
+  make_contiguous({&target_ids, &lse, &grad});
+  make_contiguous(bias);
   check_token_log_likelihood_chunk_backward(logits, bias, target_ids, lse, grad, kept);
+  expect_soft_cap(op, soft_cap);
   const OnDevice on_device(logits);
   dispatch_table<__half, __nv_bfloat16>(op, kept, [&](auto tag, auto sum) {
     using Kept = decltype(tag);

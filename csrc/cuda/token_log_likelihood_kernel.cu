@@ -108,7 +108,7 @@ struct Merge {
 template <typename Kept, typename Sum>
 __global__ void chunk_kernel(Chunk<Sum> chunk, Sum* running, Sum* expectation, int64_t D) {
   constexpr int kCount = kWide<Sum>;
-  const int64_t row = blockIdx.x, target = chunk.target_ids[row] - chunk.first;
+  const int64_t row = blockIdx.x, target = place_in(chunk.target_ids[row], chunk.first, chunk.C);
   Sum *x = chunk.logits + row * chunk.stride, *max_at = running + row, *sum_at = max_at + chunk.N;
   Sum* target_z = sum_at + chunk.N;
   const LogSumExp<Sum> before = {*max_at, *sum_at};
@@ -158,7 +158,7 @@ __global__ void finish_kernel(Finish<Row, Sum> finish) {
 
 template <typename Kept, typename Sum>
 __global__ void chunk_backward_kernel(Chunk<Sum> chunk, const Sum* lse, const Sum* grad) {
-  const int64_t row = blockIdx.x, target = chunk.target_ids[row] - chunk.first;
+  const int64_t row = blockIdx.x, target = place_in(chunk.target_ids[row], chunk.first, chunk.C);
   const Sum g = grad[row], row_lse = lse[row];
   const SoftCap<Sum> cap{chunk.cap};
   replace_row<Kept>(chunk, chunk.logits + row * chunk.stride, [&](Sum z, int64_t c) {

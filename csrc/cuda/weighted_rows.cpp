@@ -4,9 +4,11 @@
 namespace qpeft {
 namespace {
 
-void weighted_rows(const Tensor source, const Tensor rows, std::optional<Tensor> weights, const Tensor offsets, bool accumulate,
-                   Tensor out) {
+void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Tensor offsets, bool accumulate, Tensor out) {
   constexpr auto op = "weighted_rows";
+  make_rows_contiguous({&source});
+  make_contiguous({&rows, &offsets});
+  make_contiguous(weights);
   check_weighted_rows(source, rows, weights, offsets, out);
   const OnDevice on_device(source);
   const int64_t G = offsets.size(0) - 1, D = source.size(1);
