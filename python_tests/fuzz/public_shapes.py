@@ -18,19 +18,20 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from families.tiny import tiny_lm, tiny_tokenizer
+from fuzz.runner import run
 
 import qpeft_ext as qpeft
-from fuzz.runner import run
 from qpeft_ext import _library
 
 FILTERS = ("query_tokens", "stop_words", "non_alphabetic")
 ONE_ROW = 2 * 32 * 4  # bytes of a projected row
 CONFIGS = [
-    *({"clues": "attention", "num_heads": heads, "filters": filters} for heads in (1, 4, 32) for filters in ((), FILTERS)),
-    {"clues": "attention", "num_heads": 4, "rank": None, "attention_bias": True},
-    *({"clues": "top_k", "k": k, "filters": filters} for k in (1, 3) for filters in ((), FILTERS)),
     {"clues": "none"},
-]  # fmt: skip
+    {"clues": "attention", "num_heads": 4, "rank": None, "attention_bias": True},
+]
+for filters in ((), FILTERS):
+    CONFIGS += [{"clues": "attention", "num_heads": heads, "filters": filters} for heads in (1, 4, 32)]
+    CONFIGS += [{"clues": "top_k", "k": k, "filters": filters} for k in (1, 3)]
 
 letters = st.sampled_from(["a", "b", " ", "1"])  # one token each
 queries = st.one_of(st.just("a"), st.text(letters, min_size=1, max_size=3).filter(str.strip))
@@ -84,7 +85,8 @@ def small_requests(number, pairs, projected_bytes):
         true_gradients = gradients(model, pairs)
     np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
-    ranked = qpeft.Reranker(model, projected_bytes=projected_bytes).rank(pairs[0][0], [document for _, document in pairs])
+    candidates = [document for _, document in pairs]
+    ranked = qpeft.Reranker(model, projected_bytes=projected_bytes).rank(pairs[0][0], candidates)
     assert [row["score"] for row in ranked] == sorted((row["score"] for row in ranked), reverse=True)
     if model.clues:
         our_gradients = gradients(model, pairs)

@@ -12,7 +12,7 @@ import hypothesis
 
 
 def run(*tests) -> None:
-    """``--count`` cases of each test, which ``--seed`` determines. The first failure is shown, and the exit code is 1."""
+    """``--count`` cases of each test, which ``--seed`` determines. A failure is shown, and the exit code is 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
