@@ -50,7 +50,7 @@ def build(folder: Path, deterministic: bool, cache_bytes: int) -> qpeft.QPeftTra
 
 def train(folder: Path, **options) -> None:
     trainer = build(folder, **options)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=checkpoints.last_complete(folder / "checkpoints")[0] is not None)
     trainer.model.save_pretrained(folder / "final")
 
 

@@ -528,8 +528,17 @@ def test_resuming_says_what_it_passes_over(tmp_path, caplog):
     assert "checkpoint-2 is passed over: it has no complete.json" in caplog.text
     assert not why_incomplete(tmp_path / "checkpoint-3")
     assert_close(weights(again.model), weights(run.model), 1e-5)
-    trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
-    assert "training starts at the beginning" in caplog.text
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_resuming_without_a_checkpoint_is_an_error(tmp_path, cut):
+    if cut:  # by a kill in the middle of the first save
+        (tmp_path / "checkpoint-1").mkdir()
+    run = trainer(tmp_path)
+    before = {name: weight.clone() for name, weight in weights(run.model).items()}
+    with pytest.raises(ValueError, match=f"no complete checkpoint in {tmp_path}; name its folder"):
+        run.train(resume_from_checkpoint=True)
+    assert_close(weights(run.model), before, 0)
 
 
 def test_resuming_with_another_model_is_an_error_and_with_other_options_a_warning(tmp_path, caplog):

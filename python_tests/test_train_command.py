@@ -132,3 +132,20 @@ def test_what_is_refused(job, tmp_path, capsys):
     assert train(job, output, *options) == 2
     assert "holds checkpoints of an earlier run; --resume goes on" in capsys.readouterr().err
     assert train(job, output, *options, "--overwrite", "--learning-rate", 1e-4) == 0
+
+
+def test_resume_without_a_checkpoint_does_not_replace_an_adapter(job, tmp_path, capsys):
+    output, options = tmp_path / "adapter", ["--data", job / "data", "--max-steps", 1]
+    assert train(job, output, *options, "--resume") == 0  # there is nothing to lose
+    assert f"{output}/checkpoints has no complete checkpoint: training starts at the beginning" in "".join(
+        capsys.readouterr().out.splitlines())
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for cut in (False, True):
+        if cut:  # by a kill in the middle of a save
+            (output / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+        assert train(job, output, *options, "--resume", "--learning-rate", 0.1) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "no complete checkpoint to resume from" in err and "--overwrite" in err
+        assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert train(job, output, *options, "--overwrite", "--learning-rate", 0.1) == 0
+    assert (output / "adapter_model.safetensors").read_bytes() != before[output / "adapter_model.safetensors"]

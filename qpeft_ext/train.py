@@ -276,9 +276,9 @@ class QPeftTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; see `Trainer.train`.
 
-        resume_from_checkpoint: a checkpoint folder, or True for the last complete one in ``args.output_dir``. One that
-            a kill has cut short is passed over; where there is none at all, training starts at the beginning.
-        Raises: ValueError if a folder given by name is not a complete checkpoint.
+        resume_from_checkpoint: a checkpoint folder, or True for the last complete one in ``args.output_dir``: one that
+            a kill has cut short is passed over.
+        Raises: ValueError if the folder is not a complete checkpoint, or with True if there is none.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete()
@@ -332,13 +332,14 @@ class QPeftTrainer(Trainer):
         order = EpochOrder(len(dataset), seed, self.args.train_sampling_strategy == "random")
         return [examples[key] for key in islice(order, _QUERIES_FOR_TEMPERATURE)]
 
-    def _last_complete(self) -> str | None:
+    def _last_complete(self) -> str:
         folder, skipped = last_complete(self.args.output_dir)
         for path, reason in skipped.items():
             logger.warning("%s is passed over: %s", path, reason)
         if folder is None:
-            logger.warning("no complete checkpoint in %s: training starts at the beginning", self.args.output_dir)
-        return None if folder is None else str(folder)
+            raise ValueError(f"resume_from_checkpoint=True: there is no complete checkpoint in {self.args.output_dir}; "
+                             f"name its folder, or leave it out to train from the beginning")
+        return str(folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write, then mark as complete, then delete older ones: at any moment one can be resumed from."""

@@ -49,7 +49,7 @@ def command(
     save_steps: Annotated[
         int | None, typer.Option(help="Checkpoint every so many steps; with --dev the best is kept.  [default: none]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="From the last checkpoint in --output.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")] = False,
     cache_bytes: Annotated[int, typer.Option(help="Memory for documents' prefixes, kept from epoch to epoch.")] = 0,
     index: Annotated[
@@ -78,8 +78,9 @@ def command(
         raise ValueError(f"--cache-bytes must be at least 0, got {cache_bytes}")
     if resume and overwrite:
         raise ValueError("--resume goes on and --overwrite starts anew: give one of them")
+    resumed = resume and _has_checkpoint(output)
     if is_first_process():
-        _check_output(output, replace=resume or overwrite)
+        _check_output(output, resume, overwrite, resumed)
 
     from ..cache import DocumentCache
     from ..config import QPeftConfig, parse_options
@@ -124,7 +125,7 @@ def command(
     say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
     trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples,
                            deterministic=deterministic, cache=cache)
-    trainer.train(resume_from_checkpoint=True if resume else None)
+    trainer.train(resume_from_checkpoint=True if resumed else None)
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
     fitted = config.temperature == "auto" and model.qpeft_config.temperature != "auto"
@@ -191,14 +192,31 @@ def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[lis
     return examples, dev_examples
 
 
-def _check_output(output: Path, replace: bool) -> None:
-    """Know at once that the adapter can be saved; training takes hours."""
+def _has_checkpoint(output: Path) -> bool:
+    from ..checkpoints import last_complete
+
+    return last_complete(output / CHECKPOINTS)[0] is not None
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool, resumed: bool) -> None:
+    """Know at once that the adapter can be saved; training takes hours.
+
+    resumed: ``resume`` found a checkpoint.
+    """
+    from .common import say
+
+    adapter, checkpoints = output / "adapter_config.json", output / CHECKPOINTS
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; expected a folder for the adapter")
-    if (output / "adapter_config.json").exists() and not replace:
+    if adapter.exists() and resume and not resumed:
+        raise ValueError(f"{output} holds an adapter, and {checkpoints} no complete checkpoint to resume from; name "
+                         f"another folder, or --overwrite to train it anew")
+    if adapter.exists() and not (resume or overwrite):
         raise ValueError(f"{output} already holds an adapter; name another folder, or --overwrite")
-    if (output / CHECKPOINTS).exists() and not replace:
+    if checkpoints.exists() and not (resume or overwrite):
         raise ValueError(f"{output} holds checkpoints of an earlier run; --resume goes on, --overwrite starts anew")
+    if resume and not resumed:
+        say(f"{checkpoints} has no complete checkpoint: training starts at the beginning")
     new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
     with private_folder(output / "adapter"):
