@@ -2,6 +2,7 @@
 # Everything stays in this folder (.venv, build, demo).
 TORCH  := torch==2.13.0
 BENCHES ?= $(sort $(wildcard benchmarks/bench_*.py))
+PARALLEL ?= -n auto --dist loadfile
 EXTRAS := .[dev,train,eval,bm25,plot]
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -30,8 +31,11 @@ build: .venv/.built  ## compile the operators
 lint: .venv/.ready   ## ruff
 	$(BIN)/ruff check .
 
-test: build lint     ## lint and run the tests
-	$(BIN)/python -m pytest --durations=15 $(TESTS)
+check: build lint    ## the inner loop: lint and the fast tests (all but the files of conftest.SLOW)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(TESTS)
+
+test: build lint     ## lint and all tests, a worker for each core (one process: make test PARALLEL=)
+	$(BIN)/python -m pytest $(PARALLEL) --durations=15 $(TESTS)
 
 demo: build          ## search in your own Python environment: train, rerank, report (demo/report.html)
 	$(BIN)/qpeft demo
@@ -42,5 +46,5 @@ bench: build         ## time the operators; results go to benchmarks/results
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint test demo bench clean
+.PHONY: help venv build lint check test demo bench clean
 .DEFAULT_GOAL := help

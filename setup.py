@@ -27,6 +27,8 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         configure = ["cmake", "-S", HERE, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}")  # not an earlier environment's
+        for old in [*package.glob("_host.cpython-*.so"), *(HERE / "qpeft_ext").glob("_host.cpython-*.so")]:
+            old.unlink()  # left by an earlier release; Python would prefer it to _host.abi3.so
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
         subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
@@ -34,6 +36,7 @@ class CMakeBuild(build_ext):
 
 libraries = ["_C", "_host"] if sys.platform == "linux" else ["_host"]
 setup(
-    ext_modules=[Extension(f"qpeft_ext.{name}", sources=[]) for name in libraries],
+    ext_modules=[Extension(f"qpeft_ext.{name}", sources=[], py_limited_api=True) for name in libraries],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for every Python version
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in parts of less than nine minutes each.
-# Needs torch (a CUDA build, >= 2.10), nvcc, cmake, ninja, pybind11, pytest and no network. Wheels in a folder .whl (of
+# Needs torch (a CUDA build, >= 2.10), nvcc, cmake, ninja, pytest and no network. Wheels in a folder .whl (of
 # liger-kernel and cut-cross-entropy, for instance) are unpacked for the run; nothing is installed.
 #
 #   OUT=/tmp/results bash benchmarks/gpu_check.sh check     build, machine code, tests on the GPU, all tests, compute-sanitizer

@@ -1,6 +1,7 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and how many run at a time."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -9,6 +10,30 @@ from qpeft_ext.without_jax import import_bm25s
 
 with contextlib.suppress(ImportError):
     import_bm25s()  # before a test does it, and JAX with it
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if WORKERS > 1:  # they and the processes that their tests start share the cores
+    torch.set_num_threads(max(1, CORES // WORKERS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+WORKER_BYTES = 3 * 2**30  # of a worker and of the processes that a test starts; measured 1.5 GiB
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """``-n auto``: a worker for each core, as far as there is memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(CORES, memory // WORKER_BYTES))
+
+SLOW = (  # parts of test ids that `make check` leaves out: processes killed and resumed, training, compilers, families
+    "families/", "ops/test_cuda_", "compile", "'D': 4096", "killed", "test_compare.py", "test_long_runs.py",
+    "test_train.py", "test_train_command.py", "test_two_ranks.py", "new_process", "another_process",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(part in item.nodeid for part in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

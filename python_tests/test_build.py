@@ -151,6 +151,59 @@ def test_architectures_that_cover_a_gpu(architectures, capability, covered):
     assert _library.covers(architectures.split(), capability) is covered
 
 
+@pytest.fixture
+def find_gpus(monkeypatch):
+    """``_build/find_gpus.py`` of the checkout; skipped where the tests run against an installed package alone."""
+    folder = Path(__file__).parents[1] / "_build"
+    if not folder.is_dir():
+        pytest.skip("needs the sources")
+    monkeypatch.syspath_prepend(str(folder))
+    import find_gpus
+
+    return find_gpus
+
+
+@pytest.mark.parametrize(
+    ("shown", "codes", "architectures", "reason"),
+    [
+        ("9.0\n9.0\n", "80 90 100", "90a-real", "for the GPUs of this machine"),
+        ("8.9\n12.0\n", "80 86 89 90 120", "120-real 89-real", "for the GPUs of this machine"),
+        ("10.3\n", "90 100 120", "100-real", "for the GPUs of this machine"),  # this nvcc does not know 10.3
+        ("13.0\n", "80 90 100 120", None, "for every GPU, since the GPUs of this machine (13.0) are"),
+        ("8.0\n7.5\n", "75 80", "80-real", "for the GPUs of this machine"),
+        ("7.5\n", "75 80", None, "for every GPU, since the GPUs of this machine (7.5) are older than 8.0"),
+        ("No devices were found\n", "80", None, "for every GPU, since nvidia-smi shows no GPU"),
+        (None, "80", None, "for every GPU, since nvidia-smi was not found"),
+        ("exit 9", "80", None, "for every GPU, since nvidia-smi cannot be used here"),
+    ],
+)
+def test_kernels_are_compiled_for_the_gpus_that_are_there(
+    find_gpus, tmp_path, monkeypatch, shown, codes, architectures, reason
+):
+    def command(name, script):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def prints(text):
+        return f"cat <<'END'\n{text}END"
+
+    if shown is not None:
+        command("nvidia-smi", shown if shown.startswith("exit") else prints(shown))
+    command("nvcc", prints("".join(f"sm_{code}\n" for code in codes.split())))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "cat").symlink_to("/bin/cat")
+    found, why = find_gpus.choose("", str(tmp_path / "nvcc"))
+    assert found == (architectures or find_gpus.ALL) and why.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("wish", "architectures"),
+    [("all", "80-real 90a-real 100-real 120"), ("90a-real, 120", "90a-real 120"), ("80;90", "80 90")],
+)
+def test_architectures_can_be_named(find_gpus, wish, architectures):
+    assert find_gpus.choose(wish)[0] == architectures
+
+
 @needs_library
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm is missing")
 def test_library_needs_only_the_stable_abi():
