@@ -29,7 +29,7 @@ def everything(kind):
 
 READERS = {
     "beir corpus": corpus_of(beir.Corpus), "beir queries": beir.read_queries, "beir qrels": beir.read_qrels,
-    "trec run": trec.read_run, "trec qrels": trec.read_qrels, "qrels": formats.read_qrels,
+    "trec run": trec.read_run, "qrels": formats.read_qrels,
     "msmarco collection": corpus_of(msmarco.Corpus), "msmarco queries": msmarco.read_queries,
     "msmarco top1000": msmarco.read_top, "msmarco top1000 corpus": corpus_of(msmarco.TopCorpus),
     "msmarco triples": lambda path: list(msmarco.read_triples(path)),
@@ -76,7 +76,6 @@ VALID = {
     "beir queries": [lines({"_id": "q1", "text": "why é"}, {"_id": "q2", "text": "who"})],
     "beir qrels": [lines("query-id\tcorpus-id\tscore", "q1\td1\t2", "q1\td2\t0", "q2\td1\t1")],
     "trec run": [lines("q1 Q0 d1 1 2.5 t", "q1 Q0 d2 2 -1e-3 t", "q2\tQ0\td1\t1\t0\tt")],
-    "trec qrels": [lines("q1 0 d1 2", "q1 0 d2 -1", "q2 0 d1 1")],
     "qrels": [lines("q1 0 d1 2", "q2 0 d1 1"), lines("query-id\tcorpus-id\tscore", "q1\td1\t2"), lines(_RETRIEVED)],
     "msmarco collection": [lines("1\tthe sea", "2\t", "3\tmoon \"light")],
     "msmarco queries": [lines("1\twhy tides", "2\twho é")],

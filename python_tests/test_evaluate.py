@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -221,3 +222,16 @@ def test_table_as_text_and_json():
 
 def test_format_p():
     assert [format_p(p) for p in (0.0004, 0.0312, 1.0, math.nan)] == ["p<.001", "p=.031", "p=1.000", "p –"]
+
+
+@pytest.mark.parametrize("name, same", [("MAP", "AP"), ("map", "AP"), ("ndcg_cut_10", "nDCG@10"), ("recip_rank", "RR")])
+def test_names_of_ir_measures_and_of_trec_eval(name, same):
+    assert evaluate(RUN, QRELS, [name]).means[name] == evaluate(RUN, QRELS, [same]).means[same]
+
+
+@pytest.mark.parametrize("name, meant", [("ndcg@10", "nDCG@10"), ("nDGC@20", "nDCG@20"), ("P", "P@10"), ("mrr", "RR"),
+                                         ("Recall", "R@10"), ("nDCG@0", "nDCG@10"), ("AP(rel=0)", None), ("x", None)])
+def test_what_an_unknown_measure_may_have_meant(name, meant):
+    with pytest.raises(ValueError, match="unknown measure") as caught:
+        parse_measures([name])
+    assert re.findall(r"did you mean (\S+)\?", str(caught.value)) == [meant] * (meant is not None)

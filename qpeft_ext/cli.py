@@ -6,6 +6,7 @@ The commands are in ``commands/``, one file each. They import torch when they ru
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -14,7 +15,7 @@ import typer
 
 from . import __version__
 from .commands import compare, convert, demo, evaluate, fuse, index, info, rerank, retrieve, synthesize, train
-from .commands.common import Interrupted
+from .commands.common import Interrupted, spread_measures
 
 # the base of every complaint about arguments; typer has no public name for it
 ClickException = typer.BadParameter.__mro__[2]
@@ -49,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(arguments, prog_name="qpeft", standalone_mode=False) or 0
+        code = app(spread_measures(arguments), prog_name="qpeft", standalone_mode=False) or 0
         return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
     except (KeyboardInterrupt, typer.Abort):
         return _fail(arguments, "interrupted", 130)
     except Interrupted as error:
         return _fail(arguments, str(error), 130)
     except ClickException as error:  # an unknown option, a missing argument, ...
-        return _fail(arguments, f"{error.format_message()} (see --help)")
+        return _fail(arguments, error.format_message() + (_one_value_each(error, arguments) or " (see --help)"))
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         # of torch's own errors only this one is the user's to solve; the others are ours, with their traceback
         if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
@@ -71,6 +72,15 @@ def _fail(arguments: Sequence[str], message: str, code: int = 2) -> int:
     command = next((argument for argument in arguments if argument in names), None)
     print(f"{'qpeft ' + command if command else 'qpeft'}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _one_value_each(error: Exception, arguments: Sequence[str]) -> str:
+    """What to do where an option was given several values: they are then arguments that nothing expects."""
+    found = re.match(r"Got unexpected extra argument(?:s|\(s\))? \((\S+?)\)*(?: |$)", getattr(error, "message", ""))
+    before = [argument for argument in arguments[: arguments.index(found[1])] if argument.startswith("--")] \
+        if found and found[1] in arguments else []
+    option = before[-1].partition("=")[0] if before else ""
+    return f"; {option} takes one value: repeat it, or put commas between them, as --help says" if option else ""
 
 
 def _one_line(error: Exception) -> str:

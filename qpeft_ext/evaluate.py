@@ -6,6 +6,8 @@ result says over how many queries it averages and how much of what counts is jud
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -97,24 +99,66 @@ def evaluate(
 def parse_measures(names: Sequence[str]) -> dict[str, Any]:
     """``ir_measures`` objects by the names they were asked for. Raises: ImportError, or ValueError for a bad name."""
     try:
-        import ir_measures
+        import ir_measures  # noqa: F401
     except ImportError:
         raise ImportError(_EVAL_EXTRA) from None
     if not names:
         raise ValueError("evaluate: expected at least one measure, such as nDCG@10")
     parsed: dict[str, Any] = {}
     for name in names:
-        try:
-            measure = ir_measures.parse_measure(name)
-            supported = ir_measures.DefaultPipeline.supports(measure)
-        except (ValueError, NameError, SyntaxError, TypeError, AttributeError, KeyError, AssertionError):
-            supported = False
-        if not supported:
-            raise ValueError(f"unknown measure {name!r}; expected ir_measures names such as nDCG@10, RR@10, AP@100, "
-                             f"R@100, P@5, Success@5")
+        measure = _measure(name)
+        if measure is None:
+            closest = closest_measure(name)
+            raise ValueError(f"unknown measure {name!r}; " + (f"did you mean {closest}? " if closest else "")
+                             + "expected ir_measures names such as nDCG@10, RR@10, AP@100, R@100, P@5, Success@5")
         if measure not in parsed.values():  # NDCG@10 is nDCG@10
             parsed[name] = measure
     return parsed
+
+
+def is_measure(name: str) -> bool:
+    """Whether `parse_measures` knows the name; False without ir_measures."""
+    try:
+        return _measure(name) is not None
+    except ImportError:
+        return False
+
+
+def _measure(name: str) -> Any:
+    """The ``ir_measures`` object of a name of its own or of trec_eval (``map``, ``ndcg_cut_10``); None for others."""
+    import ir_measures
+
+    for parse in (ir_measures.parse_measure, _parse_trec_measure):
+        # what its parser raises for words that are no measure
+        with contextlib.suppress(ValueError, NameError, SyntaxError, TypeError, AttributeError, KeyError,
+                                 AssertionError):
+            measure = parse(name)
+            levels = (measure.params.get("cutoff", 1), measure.params.get("rel", 1))
+            # trec_eval aborts the process for a cutoff or a level of 0
+            if all(level >= 1 and level is not True for level in levels) and \
+                    ir_measures.DefaultPipeline.supports(measure):
+                return measure
+    return None
+
+
+def _parse_trec_measure(name: str) -> Any:
+    import ir_measures
+
+    measure, = ir_measures.parse_trec_measure(name)  # some names stand for several, which is an error here
+    return measure
+
+
+def closest_measure(name: str) -> str | None:
+    """A measure that the user may have meant: other letters in upper case, a typing error, a cutoff left out."""
+    from ir_measures.measures import registry
+
+    word, at, cutoff = name.partition("@")
+    by_lower = {known.lower(): known for known in registry}
+    for found in difflib.get_close_matches(word.lower(), by_lower, n=5, cutoff=0.6):
+        for ending in (at + cutoff, "@10", "") if at else ("", "@10"):
+            if (measure := _measure(by_lower[found] + ending)) is not None:
+                return str(measure)
+    return None
 
 
 def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: str = "t-test", seed: int = 0) -> float:

@@ -21,7 +21,8 @@ Attention = Annotated[
 ]
 Measures = Annotated[
     list[str] | None,
-    typer.Option(help="Names of ir_measures.  [default: nDCG@10 RR@10 Success@{1,5,20}]"),
+    typer.Option(help="Names of ir_measures (nDCG@10 MAP RR@10) or trec_eval (map), one or several.  [default: nDCG@10 "
+                      "RR@10 Success@{1,5,20}]"),
 ]
 MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 
@@ -47,6 +48,26 @@ def say(message: object = "") -> None:
     width = None if sys.stdout.isatty() else 100
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False)
     console.print(message, soft_wrap=isinstance(message, str))
+
+
+def spread_measures(arguments: list[str]) -> list[str]:
+    """``--measures A B`` as ``--measures A --measures B``: what follows, up to the next option, and is a measure.
+
+    Raises: ValueError for a word that is both a measure and a file, since either could be meant.
+    """
+    spread, asked = [], False
+    for place, argument in enumerate(arguments):
+        if argument.startswith("-"):
+            asked = argument.partition("=")[0] == "--measures"
+        elif asked and arguments[place - 1] != "--measures":
+            from ..evaluate import is_measure
+
+            if is_measure(argument):
+                if os.path.exists(argument):
+                    raise ValueError(f"{argument} is a measure and also a file here; write ./{argument} for the file")
+                spread.append("--measures")
+        spread.append(argument)
+    return spread
 
 
 def measure_names(names: list[str] | None) -> list[str]:

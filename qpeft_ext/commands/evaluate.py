@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,26 +38,31 @@ def command(
     from ..utils.files import write_text
     from .common import measure_names, say, system_name
 
-    paths, names = _runs_and_measures(runs, measures)
+    names = measure_names(measures)
+    parse_measures(names)
+    for run in runs:
+        _check_run(run, measures)
+    paths = [Path(run) for run in runs]
     labels = [system_name(path) for path in paths]
     if len(set(labels)) < len(labels):
         labels = [str(path) for path in paths]
     if len(set(labels)) < len(labels):
         raise ValueError("each run can be given once only")
-    parse_measures(measure_names(names))
     read = {label: formats.read_run(path) for label, path in zip(labels, paths, strict=True)}
-    table = compare_table(read, formats.read_judgements(qrels, split, list(read.values())), measure_names(names),
+    table = compare_table(read, formats.read_judgements(qrels, split, list(read.values())), names,
                           test=test, ignore_identical_ids=ignore_identical_ids, ties=ties)
     if output:
         write_text(output, json.dumps(table.to_dict(), indent=2) + "\n")
     say(table.render())
 
 
-def _runs_and_measures(arguments: list[str], measures: list[str] | None) -> tuple[list[Path], list[str] | None]:
-    """``--measures A B`` gives B to the arguments: whatever is no file but looks like a measure is one."""
-    paths, extra = [], []
-    for argument in arguments:
-        (extra if measures and "@" in argument and not Path(argument).exists() else paths).append(argument)
-    if not paths:
-        raise ValueError("expected at least one run file")
-    return [Path(path) for path in paths], [*measures, *extra] if measures else None
+def _check_run(path: str, measures: list[str] | None) -> None:
+    """Raises: ValueError for a word that is no file but is, or is nearly, a measure."""
+    from ..evaluate import closest_measure, is_measure
+
+    if os.path.exists(path):
+        return
+    if is_measure(path):
+        raise ValueError(f"{path} is a measure and no file; name it directly after --measures")
+    if measures and path.partition("@")[0].isidentifier() and (closest := closest_measure(path)):
+        raise ValueError(f"{path} is neither a run file nor a measure; did you mean {closest}?")

@@ -47,7 +47,8 @@ def command(
             if not (dev_run and dev_qrels):
                 raise ValueError("--method scores needs --weights, or --dev-run for each run and --dev-qrels")
             if len(dev_run) != len(runs):
-                raise ValueError(f"expected {len(runs)} --dev-run, in the order of the runs, got {len(dev_run)}")
+                raise ValueError(f"expected {len(runs)} --dev-run, in the order of the runs, got {len(dev_run)}; "
+                                 "write --dev-run before each")
             read, qrels = [formats.read_run(run) for run in runs], formats.read_qrels(dev_qrels)
             for query_id in qrels:
                 if any(query_id in run for run in read):
@@ -69,5 +70,6 @@ def _numbers(weights: str | None, count: int) -> list[float] | None:
     except ValueError:
         raise ValueError(f"--weights: expected numbers with commas between them, got {weights!r}") from None
     if len(numbers) != count:
-        raise ValueError(f"--weights: expected {count} numbers, got {len(numbers)}")
+        raise ValueError(f"--weights: expected {count} numbers with commas between them, one for each run, got "
+                         f"{len(numbers)}")
     return numbers

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import beir, dpr, hf_datasets, ir_datasets, jsonl, msmarco, rankllm, trec, upr
+from . import beir, dpr, hf_datasets, ir_datasets, jsonl, msmarco, rankllm, upr
 from .beir import Corpus, read_queries
 from .collection import Collection, Glance
 from .io import AnyPath, read_lines
 from .jsonl import read_examples, training_examples, write_examples
 from .partial_run import PartialRun
+from .qrels import read_table
 from .trec import Qrels, Run, RunWriter, read_run, write_run
 
 __all__ = [
@@ -80,10 +81,9 @@ def read_judgements(data: AnyPath, split: str | None, runs: Sequence[Run]) -> Qr
 
 
 def read_qrels(path: AnyPath) -> Qrels:
-    """Read a qrels file: BEIR's if it starts with that header, the labels of retriever output (UPR) if it is json, else
-    TREC's."""
+    """Read a qrels file: the labels of retriever output (UPR) if it is json, else a table, BEIR's or TREC's."""
     for _, text in read_lines(path, "qrels"):
         if text.lstrip("\ufeff")[:1] in ("[", "{"):
             return upr.RetrieverFile(path).qrels()
-        return beir.read_qrels(path) if text.startswith("query-id\t") else trec.read_qrels(path)
-    raise ValueError(f"{path}: the qrels are empty; expected a BEIR tsv or TREC qrels")
+        break
+    return read_table(path)

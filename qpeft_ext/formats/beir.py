@@ -8,10 +8,9 @@ from pathlib import Path
 
 from . import corpus
 from .collection import Collection, Glance
-from .io import AnyPath, line_error, parse_object, read_lines, require_id, require_text, shorten
-from .trec import Qrels, add_judgement
-
-_HEADER = ["query-id", "corpus-id", "score"]
+from .io import AnyPath, line_error, parse_object, read_lines, require_id, require_text
+from .qrels import read_table
+from .trec import Qrels
 
 
 class Corpus(corpus.Corpus):
@@ -96,21 +95,7 @@ def read_qrels(path: AnyPath, split: str = "test") -> Qrels:
         except FileNotFoundError as error:
             there = splits(path)
             raise FileNotFoundError(f"{error}; splits there: {', '.join(there)}" if there else str(error)) from None
-    qrels: Qrels = {}
-    header = False
-    for number, text in read_lines(path):
-        columns = text.split("\t")
-        if not header:
-            if columns != _HEADER:
-                raise line_error(path, number, f"expected the header line {'<tab>'.join(_HEADER)}, got {shorten(text)}")
-            header = True
-            continue
-        if len(columns) != 3 or not all(column.strip() for column in columns):
-            raise line_error(path, number, f"expected 3 columns {'<tab>'.join(_HEADER)}, got {shorten(text)}")
-        add_judgement(qrels, path, number, *columns)
-    if not qrels:
-        raise ValueError(f"{path}: no judgements; expected a header line {'<tab>'.join(_HEADER)} and lines below it")
-    return qrels
+    return read_table(path)
 
 
 def splits(folder: AnyPath) -> list[str]:

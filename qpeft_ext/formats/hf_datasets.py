@@ -14,6 +14,7 @@ from typing import Any
 
 from .collection import Collection, Example, Glance
 from .io import AnyPath
+from .qrels import whole_relevance
 from .trec import Qrels
 
 PREFIX = "hf:"
@@ -97,8 +98,10 @@ class Dataset(Collection):
         rows = self._load(self._name("qrels"))[self.choose_split(split)]
         self._columns(rows, "qrels", "query-id", "corpus-id", "score")
         qrels: Qrels = {}
-        for query_id, doc_id, score in zip(rows["query-id"], rows["corpus-id"], rows["score"], strict=True):
-            qrels.setdefault(str(query_id), {})[str(doc_id)] = int(score)
+        columns = zip(rows["query-id"], rows["corpus-id"], rows["score"], strict=True)
+        for number, (query_id, doc_id, score) in enumerate(columns, start=1):
+            where = f"{self.place}, row {number} of qrels"
+            qrels.setdefault(str(query_id), {})[str(doc_id)] = whole_relevance(where, score)
         return qrels
 
     def examples(self, split: str | None = None) -> Iterator[Example]:

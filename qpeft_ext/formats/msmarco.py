@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from . import corpus, trec
+from . import corpus
 from .collection import Collection, Glance, plain_name
 from .io import AnyPath, line_error, read_lines, shorten
 from .jsonl import Example
+from .qrels import read_table
 from .trec import Qrels, Run
 
 _QRELS = ("qrels.{}.tsv", "qrels.{}.txt", "qrels.{}")
@@ -95,7 +96,7 @@ class Folder(Collection):
     def qrels(self, split: str | None = None) -> Qrels:
         split = self.choose_split(split)
         if file := self._find(*(name.format(split) for name in _QRELS)):
-            return trec.read_qrels(file)
+            return read_table(file)
         raise self._no_file(f"qrels.{split}.tsv")
 
     def candidates(self, split: str | None = None) -> Run:
@@ -131,7 +132,7 @@ class TopFile(Collection):
     @classmethod
     def recognises(cls, glance: Glance) -> bool:
         columns = glance.columns
-        return len(columns) == 4 and not re.fullmatch(r"[+-]?[0-9]+", columns[3].strip())  # else qrels
+        return len(columns) == 4 and not re.fullmatch(r"[+-]?[0-9]+(?:\.0*)?", columns[3].strip())  # else qrels
 
     @cached_property
     def corpus(self) -> Mapping[str, dict]:

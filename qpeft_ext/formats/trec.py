@@ -1,4 +1,4 @@
-"""TREC runs (``query_id Q0 doc_id rank score tag``) and qrels (``query_id 0 doc_id relevance``), plain or .gz."""
+"""TREC runs (``query_id Q0 doc_id rank score tag``), plain or .gz; `qrels` reads the judgements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Run = dict[str, list[tuple[str, float]]]  # query_id -> (doc_id, score), best fi
 Qrels = dict[str, dict[str, int]]  # query_id -> doc_id -> relevance
 
 _SPACE = re.compile(r"[ \t\n\r\f\v]+")  # what trec_eval calls space; other blanks may be part of an id
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_INTEGER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?")  # "1.0" is what tables with numbers make of 1
 _LOWEST = np.float32(-np.inf)
 
 
@@ -30,12 +30,12 @@ def read_run(path: AnyPath) -> Run:
     """
     rows: dict[str, dict[str, tuple[float, int]]] = {}
     for number, text in read_lines(path, "a TREC run"):
-        columns = _columns(path, number, text, 6, "query_id Q0 doc_id rank score tag")
+        columns = _columns(path, number, text)
         query_id, _, doc_id, rank, score, _ = columns
         candidates = rows.setdefault(query_id, {})
         if doc_id in candidates:
             raise line_error(path, number, f"document {doc_id!r} occurs twice for query {query_id!r}; remove one line")
-        candidates[doc_id] = (_score(path, number, score), _integer(path, number, "rank", rank))
+        candidates[doc_id] = (_score(path, number, score), whole_number(path, number, "rank", rank))
     if not rows:
         raise ValueError(f"{path}: the run is empty; expected lines 'query_id Q0 doc_id rank score tag'")
     return {
@@ -43,25 +43,6 @@ def read_run(path: AnyPath) -> Run:
                    sorted(candidates.items(), key=lambda item: (-item[1][0], item[1][1], item[0]))]
         for query_id, candidates in rows.items()
     }
-
-
-def read_qrels(path: AnyPath) -> Qrels:
-    """Read TREC qrels: query_id -> doc_id -> relevance. Raises: ValueError naming file and line."""
-    qrels: Qrels = {}
-    for number, text in read_lines(path, "TREC qrels"):
-        query_id, _, doc_id, relevance = _columns(path, number, text, 4, "query_id 0 doc_id relevance")
-        add_judgement(qrels, path, number, query_id, doc_id, relevance)
-    if not qrels:
-        raise ValueError(f"{path}: the qrels are empty; expected lines 'query_id 0 doc_id relevance'")
-    return qrels
-
-
-def add_judgement(qrels: Qrels, path: AnyPath, number: int, query_id: str, doc_id: str, relevance: str) -> None:
-    """Add one line of a qrels file of any format."""
-    judged = qrels.setdefault(query_id, {})
-    if doc_id in judged:
-        raise line_error(path, number, f"document {doc_id!r} is judged twice for query {query_id!r}; remove one line")
-    judged[doc_id] = _integer(path, number, "relevance", relevance)
 
 
 def decreasing_scores(scores: Sequence[float]) -> list[float]:
@@ -172,23 +153,36 @@ def write_run(path: AnyPath, run: Mapping[str, Iterable[tuple[str, float]]], tag
 def find_line(path: AnyPath, query_id: str, doc_id: str | None = None) -> int | None:
     """The line of a run that names ``query_id`` (and ``doc_id``); only for error messages."""
     for number, text in read_lines(path):
-        columns = _SPACE.split(text.strip(" \t\r\n\f\v"))
+        columns = split_columns(text)
         if columns[0] == query_id and (doc_id is None or columns[2] == doc_id):
             return number
     return None
 
 
-def _columns(path: AnyPath, number: int, text: str, count: int, names: str) -> list[str]:
-    columns = _SPACE.split(text.strip(" \t\r\n\f\v"))
-    if len(columns) != count:
-        raise line_error(path, number, f"expected {count} columns '{names}', got {len(columns)}: {shorten(text)}")
+def split_columns(text: str) -> list[str]:
+    """The columns of a line: cut at tabs where there are any, so that an id may contain blanks; else at white space.
+
+    Where both cut a line into as many columns, blanks beside a tab belong to no id.
+    """
+    spaced = _SPACE.split(text.strip(" \t\r\n\f\v"))
+    tabbed = text.split("\t")
+    return tabbed if 2 < len(tabbed) != len(spaced) else spaced
+
+
+def _columns(path: AnyPath, number: int, text: str) -> list[str]:
+    columns = split_columns(text)
+    if len(columns) != 6 or not all(columns):
+        raise line_error(path, number, f"expected 6 columns 'query_id Q0 doc_id rank score tag', got {len(columns)}: "
+                                       f"{shorten(text)}; an id with blanks needs tabs between the columns")
     return columns
 
 
-def _integer(path: AnyPath, number: int, name: str, text: str) -> int:
-    if not _INTEGER.fullmatch(text):
+def whole_number(path: AnyPath, number: int, name: str, text: str) -> int:
+    """A whole number, written as 1 or as 1.0. Raises: ValueError naming file and line."""
+    found = _INTEGER.fullmatch(text.strip())
+    if not found:
         raise line_error(path, number, f"expected a whole number as {name}, got {shorten(text)}")
-    return int(text)
+    return int(found[1])
 
 
 def _score(path: AnyPath, number: int, text: str) -> float:

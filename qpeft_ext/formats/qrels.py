@@ -1,0 +1,88 @@
+"""Qrels as a table: three columns (query, document, relevance) or TREC's four, with a header or without one.
+
+A line with tabs is cut at them, so its ids may contain blanks; any other line is cut at white space. All lines of a
+file have as many columns as the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .io import AnyPath, line_error, read_lines, shorten
+from .trec import Qrels, split_columns, whole_number
+
+BEIR_HEADER = ("query-id", "corpus-id", "score")
+_EXPECTED = "query_id 0 doc_id relevance (TREC) or query-id<tab>corpus-id<tab>score (BEIR)"
+_NAMES = {  # what headers call the columns, in lower case and without "-" and "_"
+    "query": ("queryid", "qid", "query", "topic", "topicid"),
+    "document": ("corpusid", "docid", "documentid", "pid", "passageid", "docno", "doc", "document"),
+    "relevance": ("score", "relevance", "rel", "label", "grade", "judgment", "judgement"),
+    "iteration": ("iteration", "iter", "q0", "0"),
+}
+_POSITIONS = {3: {"query": 0, "document": 1, "relevance": 2}, 4: {"query": 0, "document": 2, "relevance": 3}}
+
+
+def read_table(path: AnyPath) -> Qrels:
+    """Read qrels: query_id -> doc_id -> relevance.
+
+    The relevance is a whole number, written as ``1`` or ``1.0``.
+    Raises: ValueError naming file and line.
+    """
+    qrels: Qrels = {}
+    count, places = 0, {}
+    for number, text in read_lines(path, "qrels"):
+        columns = split_columns(text)
+        if not count:
+            count, header = len(columns), _header(path, number, columns)
+            places = header or _POSITIONS.get(count, {})
+            if not places:
+                raise line_error(path, number, f"expected {_EXPECTED}, got {_got(text, columns)}")
+            if header:
+                continue
+        if len(columns) != count or not all(column.strip() for column in columns):
+            raise line_error(path, number, f"expected {count} columns as on the first line, got "
+                                           f"{_got(text, columns)}; an id with blanks needs tabs between the columns")
+        if "\t" not in text and count == 4 and not _is_iteration(columns[1]):
+            raise line_error(path, number, f"expected 0 or Q0 as the second of 4 columns, got {shorten(text)}; "
+                                           f"an id with blanks needs tabs between the columns")
+        query_id, doc_id, relevance = (columns[places[name]] for name in ("query", "document", "relevance"))
+        judged = qrels.setdefault(query_id, {})
+        if doc_id in judged:
+            raise line_error(path, number, f"document {shorten(doc_id)} is judged twice for query "
+                                           f"{shorten(query_id)}; remove one line")
+        judged[doc_id] = whole_number(path, number, "relevance", relevance)
+    if not qrels:
+        raise ValueError(f"{path}: the qrels are empty; expected lines {_EXPECTED}")
+    return qrels
+
+
+def whole_relevance(where: str, value: object) -> int:
+    """A relevance that comes as a value and not as text. Raises: ValueError for a fraction or no number at all."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number.is_integer():
+        raise ValueError(f"{where}: expected a whole number as relevance, got {shorten(value)}")
+    return int(number)
+
+
+def _header(path: AnyPath, number: int, columns: Sequence[str]) -> dict[str, int]:
+    """Where a header says that the columns are; {} if the line is none."""
+    plain = [column.strip().lower().replace("-", "").replace("_", "") for column in columns]
+    places = {name: plain.index(word) for name, words in _NAMES.items() for word in words if word in plain}
+    if len(columns) == 1 and plain[0].count(",") in (2, 3):
+        raise line_error(path, number, f"expected columns with tabs or blanks between them, got commas: "
+                                       f"{shorten(columns[0])}; write {_EXPECTED}")
+    if len(places) == len(columns) and {"query", "document", "relevance"} <= places.keys():
+        return places
+    return {}
+
+
+def _is_iteration(text: str) -> bool:
+    return text.lower() in ("q0", "-") or text.lstrip("+-").isdigit()
+
+
+def _got(text: str, columns: Sequence[str]) -> str:
+    return f"{len(columns)}: {shorten(text)}"
