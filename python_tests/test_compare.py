@@ -529,7 +529,7 @@ BAD = [
     ("[2]}}", "2}}", "methods.Q-PEFT-A.vary.training.queries: expected a list of values, got 2"),
     ("[2]}}", "[2, two]}}", "methods.Q-PEFT-A.vary.training.queries: expected a whole number, got 'two'"),
     ("similarity: {{", "U P R: {{method: upr}}\n  U-P-R: {{", "would share a folder; rename one of them"),
-    ("lm: {lm}", "lm: {lm}\nlm: {lm}", "line 2: not valid YAML (the key 'lm' is given twice)"),
+    ("lm: {lm}", "lm: {lm}\nlm: {lm}", "line 3: not valid YAML (the key 'lm' is given twice)"),
     ("seeds: [0, 1]", "seeds: [0, 1", "not valid YAML ("),
 ]  # fmt: skip
 

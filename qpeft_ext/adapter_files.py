@@ -142,7 +142,10 @@ def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
                 f"this one has {got[name]}; load its own base LM, {config.base_model_name_or_path}"
             )
     # other entries than rounding to half precision explains: another LM of the same shape
-    ours, theirs = torch.tensor(got["embedding_probe"]), torch.tensor(expected["embedding_probe"])
+    ours, theirs = (torch.tensor(lm["embedding_probe"], dtype=torch.float32) for lm in (got, expected))
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{folder}: embedding_probe of the adapter must have {len(ours)} numbers, got {len(theirs)}; "
+                         "save the adapter again")
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max())):
         raise ValueError(
             f"{folder}: the adapter was trained on an LM with other weights than this "

@@ -13,7 +13,7 @@ import torch
 from .cache_tiers import Copies, DiskTier, HostTier, MemoryTier, PrefixKey, Tier, copies
 from .lm_state import LMState, LMVersion
 from .prefix_cache import Layout, PrefixKV
-from .prefix_files import Damaged, Place, prefetch, read_prefix
+from .prefix_files import Place, prefetch, read_prefix
 from .prefix_index import PrefixIndex
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class DocumentCache:
                 buffer = torch.empty(place.nbytes, dtype=torch.uint8)
             try:
                 read_prefix(place, buffer)
-            except (Damaged, OSError) as error:
+            except (ValueError, OSError) as error:
                 tier.drop(keys[i], error)
             else:
                 found[i] = link.to_device(layout.unpack(buffer.view(layout.dtype), keys[i].length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from .lm_state import LMVersion
 from .prefix_cache import Layout, PrefixKV
-from .prefix_files import Damaged, Place, prefetch, read_contents, write_prefixes
-from .utils.files import open_lock
+from .prefix_files import Place, prefetch, read_contents, write_prefixes
+from .utils.files import drop_temporary, open_lock
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +140,7 @@ class DiskTier(Tier):
         self.folder = Path(folder)
         self.folder.mkdir(0o700, parents=True, exist_ok=True)  # prefixes tell what the documents say
         self._lock = lock_folder(self.folder)
-        for file in self.folder.glob(".*.tmp"):  # of a process that was killed
-            file.unlink(missing_ok=True)
+        drop_temporary(self.folder)
         found = sorted((file.stat().st_mtime_ns, file) for file in self.folder.glob("*.safetensors"))
         self._sizes: OrderedDict[str, int] = OrderedDict((file.stem, file.stat().st_size) for _, file in found)
         self.nbytes = sum(self._sizes.values())
@@ -156,7 +156,7 @@ class DiskTier(Tier):
         try:
             place, = read_contents(path).places.values()
             os.utime(path)  # the order of use outlives the process
-        except (Damaged, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             self.drop(key, error)
             return None
         self._sizes.move_to_end(name)
@@ -182,10 +182,10 @@ class DiskTier(Tier):
         try:
             size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.flat.cpu())], metadata,
                                   mode=0o600)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._stopped = True
             logger.warning("the disk tier %s stores nothing more: %s; what is there is still used", self.folder,
-                           error.strerror or error)
+                           getattr(error, "strerror", None) or error)
             return []
         self._sizes[name] = size
         self.nbytes += size
@@ -210,7 +210,8 @@ class DiskTier(Tier):
         return True
 
     def _remove(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder of this name, or gone already
+            self._path(name).unlink()
         self.nbytes -= self._sizes.pop(name)
 
     def _path(self, name: str) -> Path:

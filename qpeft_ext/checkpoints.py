@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from .utils.files import write_text
+from .utils.small_files import read_json
 
 MANIFEST = "complete.json"
 
@@ -34,12 +35,12 @@ def why_incomplete(folder: str | Path) -> str:
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        sizes = read_json(folder / MANIFEST)["files"].items()
     except FileNotFoundError:
         return f"it has no {MANIFEST}: the save was cut short"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is not readable"
-    for name, size in sizes.items():
+    for name, size in sizes:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

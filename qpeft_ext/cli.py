@@ -16,6 +16,8 @@ import typer
 from . import __version__
 from .commands import compare, convert, demo, evaluate, fuse, index, info, rerank, retrieve, synthesize, train
 from .commands.common import Interrupted, spread_measures
+from .utils.console import standard_streams
+from .utils.text import one_line
 
 # the base of every complaint about arguments; typer has no public name for it
 ClickException = typer.BadParameter.__mro__[2]
@@ -44,11 +46,23 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for an error, 130 after Ctrl-C.
+    """Run the command line and return its exit code: 0, 2 for an error, 130 after Ctrl-C, 141 where the reader of
+    stdout left early (``| head``) and all else is done and saved.
 
     An error is one line on stderr; ``QPEFT_DEBUG=1`` shows the traceback instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with standard_streams() as stdout:
+        code = _run(arguments)
+        stdout.flush()
+        if stdout.error and not code:
+            if isinstance(stdout.error, BrokenPipeError):
+                return 141
+            return _fail(arguments, f"cannot write to stdout: {stdout.error.strerror}; all else is done")
+        return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         code = app(spread_measures(arguments), prog_name="qpeft", standalone_mode=False) or 0
         return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
@@ -58,19 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(arguments, str(error), 130)
     except ClickException as error:  # an unknown option, a missing argument, ...
         return _fail(arguments, error.format_message() + (_one_value_each(error, arguments) or " (see --help)"))
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         # of torch's own errors only this one is the user's to solve; the others are ours, with their traceback
-        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+        if isinstance(error, RuntimeError) and type(error).__name__ not in ("OutOfMemoryError", "RecursionError"):
             raise
         if os.environ.get("QPEFT_DEBUG", "0") not in ("", "0"):
             raise
-        return _fail(arguments, "; ".join([_one_line(error), *getattr(error, "__notes__", ())]))
+        return _fail(arguments, "; ".join([_message(error), *getattr(error, "__notes__", ())]))
 
 
 def _fail(arguments: Sequence[str], message: str, code: int = 2) -> int:
     names = [command.name for command in app.registered_commands]
     command = next((argument for argument in arguments if argument in names), None)
-    print(f"{'qpeft ' + command if command else 'qpeft'}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(one_line(f"{'qpeft ' + command if command else 'qpeft'}: error: {message}"), file=sys.stderr)
     return code
 
 
@@ -83,10 +97,14 @@ def _one_value_each(error: Exception, arguments: Sequence[str]) -> str:
     return f"; {option} takes one value: repeat it, or put commas between them, as --help says" if option else ""
 
 
-def _one_line(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """The message of an error; of the system's own errors ("[Errno 13] ...") the readable part."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error})" if str(error) else "not enough memory"
+    if isinstance(error, RecursionError):
+        return "an input is nested too deeply"
     return str(error) or type(error).__name__
 
 

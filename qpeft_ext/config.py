@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .utils.small_files import read_json
+from .utils.text import shorten
+
 CLUES = ("attention", "top_k", "none")
 FILTERS = ("query_tokens", "stop_words", "non_alphabetic")
 SIMILARITIES = ("cosine", "dot")
@@ -25,6 +28,7 @@ OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the inpu
 OFFICIAL = {"rank": None, "residual": False, "clue_embeddings": "full", "attention_bias": True, "source": "document",
             "selection": "similarity", "score_gate": False, "generated_lora_rank": None,
             "num_virtual_tokens": None, "template": "qpeft"}
+_MAX_TEXT = 1 << 16
 TEMPLATES = ("qpeft", "upr")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 
@@ -134,7 +138,10 @@ class QPeftConfig:
     peft_type: str = "QPEFT"
 
     def __post_init__(self) -> None:
-        self.filters = (self.filters,) if isinstance(self.filters, str) else tuple(self.filters)
+        names = (self.filters,) if isinstance(self.filters, str) else self.filters
+        if not isinstance(names, (tuple, list, set, frozenset)):
+            raise TypeError(f"QPeftConfig: filters must be names, got {shorten(names)}")
+        self.filters = tuple(names)
         _one_of("clues", self.clues, CLUES)
         _one_of("source", self.source, SOURCES)
         _one_of("clue_embeddings", self.clue_embeddings, CLUE_EMBEDDINGS)
@@ -153,6 +160,14 @@ class QPeftConfig:
             _at_least(name, getattr(self, name), 1)
         for name in ("num_hard_negatives", "num_random_negatives"):
             _at_least(name, getattr(self, name), 0)
+        _at_least("seed", self.seed, 0, 2**63 - 1)
+        _boolean("in_batch_negatives", self.in_batch_negatives)
+        for name in ("instruction", "base_model_name_or_path", "peft_type"):
+            _text(name, getattr(self, name), optional=name == "base_model_name_or_path")
+        for name in ("dropout", "margin"):
+            _number(name, getattr(self, name))
+        if self.base_model is not None:
+            _expect_description(self.base_model)
         for name in ("suffix_micro_batch", "generated_lora_rank", "num_virtual_tokens", "soft_prompt_mlp"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
@@ -160,15 +175,16 @@ class QPeftConfig:
             _at_least("rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"QPeftConfig: dropout must be in [0, 1), got {self.dropout!r}")
-        if self.temperature != "auto" and not (
-            isinstance(self.temperature, (int, float)) and 0 < self.temperature < float("inf")
-        ):
-            raise ValueError(f"QPeftConfig: temperature must be 'auto' or above 0, got {self.temperature!r}")
+        if self.temperature != "auto":
+            _number("temperature", self.temperature, "'auto' or a number above 0")
+            if self.temperature <= 0:
+                raise ValueError(f"QPeftConfig: temperature must be 'auto' or above 0, got {self.temperature!r}")
         if self.target_modules is not None:
-            names = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
-            if not names or not all(isinstance(name, str) and name for name in names):
-                raise ValueError(f"QPeftConfig: target_modules must be names of layers, got {self.target_modules!r}")
-            self.target_modules = names
+            names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
+            if (not isinstance(names, (tuple, list, set, frozenset)) or not names
+                    or not all(isinstance(name, str) and name for name in names)):
+                raise ValueError(f"QPeftConfig: target_modules must be names of layers, got {shorten(names)}")
+            self.target_modules = tuple(names)
         if self.compat == "official":
             self._take_official_values()
         self._expect_compatible()
@@ -258,7 +274,7 @@ class QPeftConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise ValueError(f"QPeftConfig: unknown option {name!r}{_did_you_mean(name, known)}")
+                raise ValueError(f"QPeftConfig: unknown option {shorten(name)}{_did_you_mean(name, known)}")
         return cls(**values)
 
     @classmethod
@@ -268,14 +284,12 @@ class QPeftConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is not a Q-PEFT adapter: it has no adapter_config.json")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON ({error}); save the adapter again") from None
+            values = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; save the adapter again") from None
         if not isinstance(values, dict) or values.get("peft_type") != "QPEFT":
-            raise ValueError(
-                f"{path}: expected a Q-PEFT adapter (peft_type QPEFT), got peft_type "
-                f"{values.get('peft_type') if isinstance(values, dict) else None!r}"
-            )
+            kind = values.get("peft_type") if isinstance(values, dict) else None
+            raise ValueError(f"{path}: expected a Q-PEFT adapter (peft_type QPEFT), got peft_type {shorten(kind)}")
         values = {name: value for name, value in values.items() if name not in ("qpeft_version", "versions")}
         try:
             return cls.from_dict(values)
@@ -305,22 +319,53 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(
-            f"QPeftConfig: {name} must be one of {', '.join(allowed)}, got {value!r}{_did_you_mean(value, allowed)}"
+            f"QPeftConfig: {name} must be one of {', '.join(allowed)}, got {shorten(value)}"
+            f"{_did_you_mean(value, allowed)}"
         )
 
 
-def _at_least(name: str, value: object, least: int) -> None:
+def _at_least(name: str, value: object, least: int, most: int = 2**31 - 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"QPeftConfig: {name} must be a whole number, got {value!r}")
+        raise TypeError(f"QPeftConfig: {name} must be a whole number, got {shorten(value)}")
     if value < least:
-        raise ValueError(f"QPeftConfig: {name} must be at least {least}, got {value}")
+        raise ValueError(f"QPeftConfig: {name} must be at least {least}, got {shorten(value)}")
+    if value > most:
+        raise ValueError(f"QPeftConfig: {name} must be at most {most}, got {shorten(value)}")
+
+
+def _number(name: str, value: object, what: str = "a number") -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"QPeftConfig: {name} must be {what}, got {shorten(value)}")
+    if not -1e300 < value < 1e300:  # nor NaN
+        raise ValueError(f"QPeftConfig: {name} must be finite, got {shorten(value)}")
+
+
+def _text(name: str, value: object, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"QPeftConfig: {name} must be a text, got {shorten(value)}")
+    if len(value) > _MAX_TEXT:
+        raise ValueError(f"QPeftConfig: {name} must have at most {_MAX_TEXT} characters, got {len(value)}")
+
+
+def _expect_description(lm: object) -> None:
+    """What an adapter remembers of its LM (`adapter_files.describe_lm`)."""
+    if not isinstance(lm, dict) or not isinstance(lm.get("model_type"), str):
+        raise ValueError(f"QPeftConfig: base_model must describe an LM, got {shorten(lm)}")
+    for name in ("vocab_size", "hidden_size"):
+        _at_least(f"{name} of base_model", lm.get(name), 1)
+    probe = lm.get("embedding_probe")
+    if not isinstance(probe, list) or not all(type(x) in (int, float) and abs(x) < 1e38 for x in probe):
+        raise ValueError(f"QPeftConfig: embedding_probe of base_model must be a list of finite numbers, got "
+                         f"{shorten(probe)}")
 
 
 def _boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"QPeftConfig: {name} must be True or False, got {value!r}")
+        raise TypeError(f"QPeftConfig: {name} must be True or False, got {shorten(value)}")
 
 
 def _did_you_mean(word: object, known) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
+    close = difflib.get_close_matches(str(word)[:60], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

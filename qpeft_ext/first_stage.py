@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -16,7 +17,10 @@ from .formats.corpus import drop_leftovers
 from .formats.io import cache_folder
 from .formats.trec import Run
 from .utils.files import folder_permissions, permissions_of, restrict, sync_folder
+from .utils.text import shorten
 from .without_jax import import_bm25s
+
+logger = logging.getLogger(__name__)
 
 _WORD = r"(?u)[^\W_]+"
 _INDEX_VERSION = 1  # of how tokens are made
@@ -94,10 +98,13 @@ class BM25:
         if not folder.is_dir():
             return None
         try:
+            if not all(file.is_file() for file in folder.iterdir()):
+                raise ValueError("something in it is no file")
             index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
             if index.scores["num_docs"] != len(self.doc_ids):
                 raise ValueError("another number of documents")
-        except (OSError, ValueError, KeyError, TypeError, EOFError):  # damaged: built again
+        except Exception as error:  # bm25s and numpy raise a dozen kinds for a damaged file
+            logger.warning("%s is damaged (%s); it is built again", folder, shorten(error, 100))
             shutil.rmtree(folder, ignore_errors=True)
             return None
         self._tokenizer.word_to_id = dict(index.vocab_dict)

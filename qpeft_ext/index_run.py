@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .cache import prefix_digest
 from .cache_tiers import copies, lock_folder
 from .prefix_cache import PrefixKV
-from .prefix_files import Damaged, header_bytes, read_contents, write_prefixes
+from .prefix_files import header_bytes, read_contents, write_prefixes
 from .prefix_index import (
     FORMAT,
     MANIFEST,
@@ -29,7 +29,7 @@ from .prefix_index import (
     shard_paths,
 )
 from .prompt import DocumentPrefix
-from .utils.files import folder_permissions, permissions_of, write_text
+from .utils.files import drop_temporary, folder_permissions, permissions_of, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ class IndexWriter:
         self.folder.mkdir(folder_permissions(self._mode), parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
         self._settings = self._check_settings()
-        for file in self.folder.glob(".*.tmp"):  # of a process that was killed
-            file.unlink(missing_ok=True)
+        drop_temporary(self.folder)
         self._shards = 0
         self._keys = np.zeros(0, dtype=np.int64)
         self._done = np.zeros(0, dtype=bool)
@@ -235,7 +234,7 @@ class IndexWriter:
             self._shards = max(self._shards, 1 + int(re.sub(r"\D", "", path.stem)))
             try:
                 keys += [_key(bytes.fromhex(name)) for name in read_contents(path).places]
-            except Damaged as error:
+            except ValueError as error:
                 logger.warning("%s is damaged (%s): it is removed, its documents are computed again", path, error)
                 path.unlink()
         return np.array(keys, dtype=np.int64)

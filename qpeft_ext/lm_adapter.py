@@ -3,13 +3,13 @@ and nothing that would read another file, import a module or fetch something bec
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from torch import nn
 
 from .loading import expect_plain_files, one_line
+from .utils.small_files import read_json
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # options of `peft` for which it loads something else: a Python module, a file of weights, other adapters
@@ -47,7 +47,7 @@ def _check(folder: Path) -> None:
     path = folder / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a complete adapter of peft: it has no {_CONFIG}")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise ValueError(f"{path}: expected a config of peft, with a peft_type; save the adapter again")
     for name in _LOADING:

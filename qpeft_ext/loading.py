@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+from .utils.small_files import read_json
 
 
 def load_lm(
@@ -174,9 +175,12 @@ def _expect_lm_alone(name_or_path: str | Path, kwargs: dict) -> None:
                          "and pass the result")
     index = Path(name) / kwargs.get("subfolder", "") / "model.safetensors.index.json"
     if index.is_file():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        if wrong := [shard for shard in shards if not re.fullmatch(r"[^/\\]+\.safetensors", shard)]:
-            raise ValueError(f"{index.name} names {wrong[0]!r}, which is no safetensors file of the folder")
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index.name} has no weight_map")
+        if wrong := [shard for shard in map(str, shards.values()) if not re.fullmatch(r"[^/\\]+\.safetensors", shard)]:
+            raise ValueError(f"{index.name} names {wrong[0][:80]!r}, which is no safetensors file of the folder")
 
 
 def _expect_no_kernels(config) -> None:

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from .utils.files import AtomicWriter
+from .utils.small_files import open_regular
 
 _FORMAT = "qpeft_ext prefixes 1"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_MAX_HEADER = 16 << 20  # bytes; that of a shard with the most prefixes takes 10 MB
 _BLOCK = 512  # 8-byte words in a block of the checksum
 
 
@@ -83,26 +85,30 @@ def header_bytes(prefixes: int) -> int:
 
 def read_contents(path: Path) -> Contents:
     """Read the header of a file. Raises: `Damaged`, or OSError if the file cannot be read."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             length, = struct.unpack("<Q", file.read(8))
             if length > size - 8:
                 raise Damaged("cut short")
-            header = json.loads(file.read(length))
+            if length > _MAX_HEADER:
+                raise Damaged(f"a header of {length:,} bytes")
+            header = json.loads(file.read(length))  # as fast as it can be: a shard has up to 65,536 entries
             metadata = header.pop("__metadata__")
             if metadata["format"] != _FORMAT:
-                raise Damaged(f"expected the format {_FORMAT!r}, got {metadata['format']!r}")
+                raise Damaged(f"expected the format {_FORMAT!r}, got {str(metadata['format'])[:60]!r}")
             checksums = [int(text, 16) for text in metadata["checksums"].split()]
+            if not all(0 <= checksum < 1 << 32 for checksum in checksums):
+                raise Damaged("a checksum of more than 32 bits")
             places, end = {}, 0
             for (name, entry), expected in zip(header.items(), checksums, strict=True):
                 start, (begin, end) = end, entry["data_offsets"]
-                if begin != start or type(end) is not int or end < start:
-                    raise Damaged(f"{name} lies at {begin} to {end}, expected it to start at {start}")
+                if begin != start or type(end) is not int or not start <= end <= size:
+                    raise Damaged(f"{name[:64]!r} is not where it must be")
                 places[name] = Place(path, 8 + length + start, end - start, expected)
         except Damaged:
             raise
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"not a readable header ({type(error).__name__})") from None
         if size != 8 + length + end:
             raise Damaged(f"expected {8 + length + end} bytes, got {size}")
@@ -117,7 +123,7 @@ def read_prefix(place: Place, into: Tensor) -> None:
     Raises: `Damaged`, or OSError if the file cannot be read.
     """
     view = memoryview(into.numpy())
-    with open(place.path, "rb", buffering=0) as file:
+    with open_regular(place.path, buffering=0) as file:
         done = 0
         while done < place.nbytes:
             count = os.preadv(file.fileno(), [view[done:]], place.offset + done)
@@ -131,7 +137,7 @@ def read_prefix(place: Place, into: Tensor) -> None:
 def prefetch(path: Path, offset: int = 0, nbytes: int = 0) -> None:
     """Ask the system to read a part of a file into its page cache, without waiting; 0 bytes: to its end."""
     if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:  # reading it will say why
+        with contextlib.suppress(OSError, ValueError), open_regular(path, buffering=0) as file:  # reading will say why
             os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 

@@ -6,7 +6,6 @@ names its prefixes by the SHA-256 of their ids; where each lies is held in memor
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -15,7 +14,9 @@ import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
 from .cache_tiers import PrefixKey, Tier
-from .prefix_files import Damaged, Place, prefetch, read_contents
+from .prefix_files import Place, prefetch, read_contents
+from .utils.small_files import read_json
+from .utils.text import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class PrefixIndex(Tier):
             places = read_contents(self._paths[shard]).places
             return np.array([(bytes.fromhex(name), shard, place.offset, place.nbytes, place.checksum)
                              for name, place in places.items()], dtype=_ROW)
-        except (Damaged, ValueError, OSError) as error:
+        except (ValueError, OSError) as error:
             self._tell(self._paths[shard], error)
             return np.zeros(0, _ROW)
 
@@ -105,7 +106,7 @@ class PrefixIndex(Tier):
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("shard-*.safetensors"))
+    return sorted(path for path in folder.glob("shard-*.safetensors") if path.stem[6:].isdecimal())
 
 
 def read_manifest(folder: Path) -> dict:
@@ -114,14 +115,15 @@ def read_manifest(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no index: it has no {MANIFEST}; make one with qpeft index")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         if manifest["format"] != FORMAT:
-            raise ValueError(f"expected the format {FORMAT!r}, got {manifest['format']!r}")
+            raise ValueError(f"expected the format {FORMAT!r}, got {shorten(manifest['format'])}")
         for name, kind in (("complete", bool), ("alone", bool), ("model", dict), ("prompt", dict)):
             if not isinstance(manifest[name], kind):
                 raise ValueError(f"{name} must be a {kind.__name__}")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable manifest ({error}); make the index again") from None
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: not a readable manifest ({why}); make the index again") from None
     return manifest
 
 
@@ -162,5 +164,6 @@ def _expect_equal(folder: Path, expected: dict, got: dict, words: dict[str, str]
     for name, difference in words.items():
         then, now = expected.get(name), got.get(name)
         if then != now:
-            raise ValueError(f"the index {folder} was made with {difference.format(then, now)}; "
-                             f"use what it was made with, or make another one with qpeft index")
+            values = (str(value)[:80] for value in (then, now))
+            raise ValueError(f"the index {folder} was made with {difference.format(*values)}; use "
+                             "what it was made with, or make another one with qpeft index")

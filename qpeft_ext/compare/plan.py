@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..config import QPeftConfig
+from ..utils.small_files import read_yaml
+from ..utils.text import shorten
 from .measures import check_measures
 from .methods import FIRST_STAGE, PRESETS, peft_options
 
@@ -168,10 +170,11 @@ def read_plan(path: Path, only: Iterable[str] = (), collections: Iterable[str] =
     for place, names in asked:
         for name in names:
             if not any(_goes_by(method, [name]) for method in plan.methods.values()):
-                raise ValueError(f"{path}: {place}there is no method {name!r}{_did_you_mean(name, plan.methods)}")
+                raise ValueError(f"{path}: {place}there is no method {shorten(name)}"
+                                 f"{_did_you_mean(name, plan.methods)}")
     for name in collections:
         if name not in plan.collections:
-            raise ValueError(f"{path}: there is no collection {name!r}{_did_you_mean(name, plan.collections)}")
+            raise ValueError(f"{path}: there is no collection {shorten(name)}{_did_you_mean(name, plan.collections)}")
     if collections:
         plan = replace(plan, collections={name: c for name, c in plan.collections.items() if name in collections})
     for name in [method.of for method in chosen.values() if method.of]:  # a fusion needs the method that it takes
@@ -189,13 +192,14 @@ class _Reader:
         self.path = path
 
     def error(self, key: str, problem: object) -> ValueError:
+        key, problem = (text if len(text) <= 160 else f"{text[:159]}…" for text in (key, str(problem)))
         return ValueError(f"{self.path}: {key + ': ' if key else ''}{problem}")
 
     def read(self, key: str, kind: type, given: object, base: object = None, **readers: Any):
         """A dataclass from a mapping. ``base``: has the defaults.  readers: of fields that are more than plain values,
         or the values themselves."""
         if not isinstance(given, Mapping):
-            raise self.error(key, f"expected keys and values, got {given!r}")
+            raise self.error(key, f"expected keys and values, got {shorten(given)}")
         fields, hints = {f.name: f for f in dataclasses.fields(kind)}, get_type_hints(kind)
         hidden = {"varied", "path", "all_collections"} | ({"name"} if kind is not Part else set())
         known = [name for name in fields if name not in hidden]
@@ -210,7 +214,7 @@ class _Reader:
         for name, f in fields.items():
             needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             if needed and name not in values:
-                raise self.error(key, f"the key {name!r} is missing")
+                raise self.error(key, f"the key {shorten(name)} is missing")
         return kind(**values)
 
     def _value(self, where: str, hint: Any, value: object) -> Any:
@@ -224,24 +228,24 @@ class _Reader:
             return self.part(where, value)
         if hint.startswith("dict"):
             if not isinstance(value, Mapping):
-                raise self.error(where, f"expected keys and values, got {value!r}")
+                raise self.error(where, f"expected keys and values, got {shorten(value)}")
             return dict(value)
         if hint.startswith("tuple"):
             values = value if isinstance(value, list) else [value]
             inner = int if "int" in hint else str
             if not values or not all(type(item) is inner for item in values):
                 what = "whole numbers" if inner is int else "names"
-                raise self.error(where, f"expected a list of {what}, got {value!r}")
+                raise self.error(where, f"expected a list of {what}, got {shorten(value)}")
             return tuple(values)
         kind = {"i": int, "f": float, "s": str}[hint[0]]
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (kind is str and not value.strip()):
             raise self.error(where, f"expected {({int: 'a whole number', float: 'a number', str: 'a name'})[kind]}, "
-                                    f"got {value!r}")
+                                    f"got {shorten(value)}")
         if kind is not str and not (0 < value < math.inf) and not (value == 0 and where.endswith(
                 ("negatives", "cache_bytes"))):
-            raise self.error(where, f"must be above 0, got {value!r}")
+            raise self.error(where, f"must be above 0, got {shorten(value)}")
         return value
 
     def part(self, key: str, given: object) -> Part:
@@ -281,20 +285,20 @@ class _Reader:
 
     def _named(self, key: str, given: object) -> list[tuple[str, object]]:
         if not isinstance(given, Mapping) or not given:
-            raise self.error(key, f"expected names with keys and values below each, got {given!r}")
+            raise self.error(key, f"expected names with keys and values below each, got {shorten(given)}")
         for name in given:
             if not isinstance(name, str) or not name.strip():
-                raise self.error(key, f"expected a name, got {name!r}")
+                raise self.error(key, f"expected a name, got {shorten(name)}")
         return list(given.items())
 
     def _variants(self, key: str, base: Method, vary: object) -> list[Method]:
         """A method for every value of every varied option, one option at a time."""
         if not isinstance(vary, Mapping):
-            raise self.error(key, f"expected options with lists of values, got {vary!r}")
+            raise self.error(key, f"expected options with lists of values, got {shorten(vary)}")
         found = []
         for option, values in vary.items():
             if not isinstance(values, list) or not values:
-                raise self.error(f"{key}.{option}", f"expected a list of values, got {values!r}")
+                raise self.error(f"{key}.{option}", f"expected a list of values, got {shorten(values)}")
             for value in values:
                 where, text = f"{key}.{option}", "+".join(map(str, value)) if isinstance(value, list) else value
                 part, _, inner = str(option).rpartition(".")
@@ -373,31 +377,9 @@ def file_name(name: str) -> str:
 
 def _load(path: Path) -> dict:
     """The file as plain values. Raises: ValueError that names the line, also for a key that is given twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Takes 1e-3 as a number, which YAML 1.1 does not."""
-
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=node.start_mark)
-            return super().construct_mapping(node, deep)
-
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    try:
-        text = path.read_text(encoding="utf-8")
-        given = yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    given = read_yaml(path)
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: expected a plan with the keys lm, collections and methods, got {given!r:.60}")
+        raise ValueError(f"{path}: expected a plan with the keys lm, collections and methods, got {shorten(given)}")
     return given
 
 

@@ -112,6 +112,6 @@ def find_file(path: AnyPath, name: str) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a BEIR folder with {name}")
     for candidate in (path / name, path / f"{name}.gz"):
-        if candidate.is_file():
+        if candidate.exists():
             return candidate
     raise FileNotFoundError(f"{path} is no BEIR folder with {name}: neither {name} nor {name}.gz is there")

@@ -12,12 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..utils.files import AnyPath, is_gzip
-
-
-def shorten(value: object, width: int = 60) -> str:
-    """``repr`` of what came, cut to ``width`` characters, so that an error stays one line."""
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+from ..utils.text import shorten
 
 
 def line_error(path: AnyPath, number: int, message: str) -> ValueError:
@@ -33,7 +28,15 @@ def check_file(path: AnyPath, what: str = "a file") -> Path:
         raise ValueError(f"{path} is a folder; expected {what}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; expected {what}")
+    if not path.is_file() and not _is_given_open(path):
+        raise ValueError(f"{path} is a pipe or a device, which may never end; expected {what}, or /dev/stdin")
     return path
+
+
+def _is_given_open(path: Path) -> bool:
+    """Whether it is a pipe that the shell opened for this process (``/dev/stdin``, ``<(command)``), or a terminal."""
+    place = os.path.realpath(path)
+    return place.startswith("/proc/") and path.is_fifo() or place.startswith(("/dev/pts/", "/dev/tty", "/dev/null"))
 
 
 @contextlib.contextmanager

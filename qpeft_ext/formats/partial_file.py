@@ -11,6 +11,7 @@ import json
 import os
 
 from ..utils.files import AnyPath, check_target, write_text
+from ..utils.small_files import read_json
 
 
 class PartialFile:
@@ -103,7 +104,7 @@ class PartialFile:
 
     def _expect_settings(self, settings: dict) -> None:
         try:
-            then = json.loads(self._about.read_text(encoding="utf-8"))["settings"]
+            then = read_json(self._about)["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{self.part} is of an unknown job, since {self._about.name} is missing or damaged; "
                              "start over with --no-resume (resume=False)") from None

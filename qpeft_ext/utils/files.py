@@ -169,6 +169,13 @@ def temporary_name(name: str) -> str:
     return f".{name[:50]}.{os.urandom(6).hex()}.tmp"
 
 
+def drop_temporary(folder: Path) -> None:
+    """Remove what a killed process left in a folder that this process alone writes to."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def open_lock(path: Path, mode: int = 0o666) -> IO[bytes]:
     """A lock file, made if need be; what is in it stays, and a link is refused.
 
