@@ -142,11 +142,11 @@ class Rows:
 
 def assemble_rows(
     batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], device, with_prefix: bool,
-    width_step: int = 1,
+    width_step: int = 1, spare: int = 0,
 ) -> Rows:
     """Lay out the suffixes of the pairs, or with ``with_prefix`` their whole prompts (the plain path).
 
-    width_step: L becomes a multiple of it.
+    width_step: L becomes a multiple of it.  spare: slots of padding after the longest row that count in ``end``.
 
     Only clues that exist take a slot: a gap inside a row would be counted by sliding windows.
     """
@@ -161,7 +161,7 @@ def assemble_rows(
     prefix_lengths = np.array([len(batch.documents[d].ids) for _, d in batch.pairs])
     query_lengths = np.array([len(query) for query in queries])
     lengths, counts = np.array([len(row) for row in rows]), np.array(clue_counts)
-    width, longest_query = -(-int(lengths.max()) // width_step) * width_step, int(query_lengths.max())
+    width, longest_query = -(-int(lengths.max() + spare) // width_step) * width_step, int(query_lengths.max())
     first_slots = np.arange(len(rows)) * width
     starts = np.zeros_like(lengths) if with_prefix else prefix_lengths
     suffix = to_device(np.arange(width) >= np.array(suffix_starts)[:, None], device) if with_prefix else None
@@ -175,7 +175,7 @@ def assemble_rows(
         to_device(pack_ragged(queries)[0], device),
         to_device(_spans(np.arange(len(rows)) * longest_query, query_lengths), device),
         longest_query,
-        int((starts + lengths).max()),
+        int((starts + lengths).max()) + spare,
         suffix,
     )
 

@@ -15,6 +15,7 @@ from .batch import PairBatch, Rows, assemble_rows, pack_ragged, pad, to_device
 from .engine import BaseEngine, Engine
 from .head import LikelihoodHead, log_likelihood_of_logits
 from .lm_adapters import expect_readable_adapters
+from .lm_rope import find_rotary_tables
 from .loading import is_encoder_decoder
 from .path_check import LM_ERRORS, check_paths, in_one_line
 from .prompt import SuffixPieces
@@ -78,6 +79,9 @@ class EncoderDecoderEngine(BaseEngine):
             self.head = first if first.fused else next((head for head in heads if head.fused), first)
             found = check_paths(self, try_shared=True)
             self.why_unpadded, self._shares = found.why_unpadded, not found.why_plain
+            self.rotary = find_rotary_tables(lm, self.context)
+            if self.rotary.limit is not None:
+                self.why_unpadded = "its rotary tables depend on the longest text that is read"
 
     @property
     def embeddings(self):
@@ -174,6 +178,7 @@ class EncoderDecoderEngine(BaseEngine):
         Raises: ValueError if encoder or decoder would read more than the LM's context.
         """
         self.expect_fits(rows.ids.shape[1])
+        self.rotary.reset()
         if prefix is None:
             ids = rows.encoder.ids
             embeds = with_clues(self.embed(ids, ids.new_zeros(len(ids))), rows.encoder, clue_embeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .heap import return_freed_memory
 from .lm_attention import LMAttention, find_attention
 from .lm_decoder import find_decoder
 from .lm_norms import LMNorms, find_norms
+from .lm_rope import RotaryTables, find_rotary_tables
 from .lm_state import LMState, LMVersion
 from .path_check import check_paths
 from .prefix_cache import Layout, PrefixKV
@@ -58,6 +59,7 @@ class BaseEngine:
         why_plain: why keys and values of prefixes cannot be shared ("" when they can).
         why_unpadded: why each pair has a pass of its own ("" where several share one).
         context: the longest prompt, in tokens (None: unlimited).
+        rotary: which prompts are read with the same rotary tables.
         suffix_decoder: what suffix passes run: the decoder, compiled or not.
         row_wise: what follows the last attention; suffix passes run it on the rows that the head reads.
         norms: norms of the layers that have a faster form, for the passes.
@@ -73,6 +75,7 @@ class BaseEngine:
         self.row_wise = RowWiseModules()
         self.norms = LMNorms()
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+        self.rotary = RotaryTables()
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
@@ -150,6 +153,22 @@ class BaseEngine:
                              "them: merge_and_unload)")
         return 1.0 if abs(scale - 1) < 1e-6 else scale
 
+    def table_of_each(
+        self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Callable[[], Sequence[int]], most_clues: int
+    ) -> list[int]:
+        """Which rotary table each pair's prompt is read with (`RotaryTables.of`).
+
+        clue_counts: gives the clues of each pair; only asked if ``most_clues``, the most that one may have, matter.
+        """
+        def tables(counts: Sequence[int]) -> list[int]:
+            return [self.rotary.of(len(pieces.lay_out(batch.documents[d].ids, count)[0])
+                                   + len(pieces.scored(batch.queries[q])))
+                    for (q, d), count in zip(batch.pairs, counts, strict=True)]  # fmt: skip
+
+        if self.rotary.limit is None or not any(tables([most_clues] * len(batch))):
+            return [0] * len(batch)
+        return tables(clue_counts())
+
     def expect_fits(self, tokens: int) -> None:
         if self.context and tokens > self.context:
             raise ValueError(
@@ -180,6 +199,7 @@ class Engine(BaseEngine):
         self.attention = LMAttention()
         with torch.no_grad():
             self.scale = self._embedding_scale()
+            self.rotary = find_rotary_tables(self.decoder, self.context)
             self.head = LikelihoodHead(lm, self.own_forward)
             self.why_plain = why_plain or self._why_plain()
             if self.last_layer >= 0:
@@ -235,7 +255,8 @@ class Engine(BaseEngine):
     def assemble(self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Sequence[int], with_prefix: bool) -> Rows:
         """The rows of a pass; see `assemble_rows`."""
         step = 1 if with_prefix else shape_step(self.device, self.table.dtype)
-        return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix, step)
+        spare = int(with_prefix and self.rotary.limit is not None)  # a prompt's last token counts in its length
+        return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix, step, spare)
 
     @without_cudnn_attention()
     def log_likelihood(self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None,
@@ -259,8 +280,13 @@ class Engine(BaseEngine):
 
     @without_cudnn_attention()
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
-        """One left-padded pass over document prefixes; with grad only where `prefix_is_trained`."""
+        """One left-padded pass over document prefixes; with grad only where `prefix_is_trained`.
+
+        Where the LM has several rotary tables, one for those of each.
+        """
         lengths = [len(ids) for ids in prefixes]
+        if len({self.rotary.of(length) for length in lengths}) > 1:
+            return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
         self.expect_fits(max(lengths))
         step = shape_step(self.device, self.table.dtype) if len(lengths) > 1 else 1
         width = -(-max(lengths) // step) * step

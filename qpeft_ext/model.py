@@ -151,6 +151,13 @@ class QPeftModel(nn.Module):
         if not len(batch):
             empty = torch.zeros(0, device=self.device)
             return Scores(empty, empty.long())
+        tables = self._rotary_tables(batch)
+        if len(set(tables)) > 1:
+            options = (cache, max_tokens_per_batch, deterministic, prefilled)
+            groups = [[i for i, own in enumerate(tables) if own == table] for table in sorted(set(tables))]
+            return _in_order(groups, [self(batch.select(group), path, *options) for group in groups])
+        if tables[0]:  # not that of cached prefixes
+            path, prefilled = "plain", False
         shared = path == "document_first" and self.engine.shares_prefixes(self.clues is not None)
         max_tokens = max_tokens_per_batch or default_tokens(self.device)
         pass_tokens = tokens_worth_a_pass(self.device, self.engine.table.dtype)
@@ -180,15 +187,18 @@ class QPeftModel(nn.Module):
                 else:
                     own = self.compute_clues(part, alone=deterministic)
                     own_counts = _counts(own, len(part))
-                rows += group
+                rows.append(group)
                 parts.append(self._score_group(part, own, own_counts, documents, prefix))
-        order = torch.empty(len(rows), dtype=torch.long)
-        order[torch.tensor(rows)] = torch.arange(len(rows))
-        order = order.to(parts[0].num_tokens.device)
-        return Scores(
-            torch.cat([part.query_log_likelihood for part in parts])[order],
-            torch.cat([part.num_tokens for part in parts])[order],
-        )
+        return _in_order(rows, parts)
+
+    def _rotary_tables(self, batch: PairBatch) -> list[int]:
+        """Which rotary table of the LM each pair is read with; 0: the one that prefixes are cached with."""
+        @torch.no_grad()
+        def clue_counts() -> list[int]:
+            return _counts(self.compute_clues(batch), len(batch))
+
+        most = 0 if self.clues is None else 2 * (self.qpeft_config.k or 1) * max(map(len, batch.queries))
+        return self.engine.table_of_each(batch, self.prompt.suffix, clue_counts, most)
 
     def announce(self, batch: PairBatch, cache: DocumentCache, deterministic: bool) -> bool:
         """Have the prefixes of a batch read ahead from files (`DocumentCache.announce`)."""
@@ -333,3 +343,15 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
 def _counts(clues: Clues | None, pairs: int) -> list[int]:
     """Clues of each pair. Asked once for many passes: on a GPU it waits for all that was begun before."""
     return [0] * pairs if clues is None else clues.mask.sum(1).tolist()
+
+
+def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Scores:
+    """Scores of all pairs, from those of groups; ``groups``: which pairs each has."""
+    rows = torch.tensor([row for group in groups for row in group])
+    order = torch.empty_like(rows)
+    order[rows] = torch.arange(len(rows))
+    order = order.to(parts[0].num_tokens.device)
+    return Scores(
+        torch.cat([part.query_log_likelihood for part in parts])[order],
+        torch.cat([part.num_tokens for part in parts])[order],
+    )

@@ -52,6 +52,7 @@ def outputs(
     """
     B, L = rows.ids.shape
     engine.expect_fits(rows.end)
+    engine.rotary.reset()
     embeds = engine.embed(rows.ids, rows.ids.new_zeros(B) if prefix is None else None)
     embeds = with_clues(embeds, rows, clue_embeds)
     arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
