@@ -113,12 +113,13 @@ class EncoderDecoderEngine(BaseEngine):
         state = self.table.shape[1] * self.table.element_size()
         return state, 5 * state  # the state gathered, its keys and values, and those once more, transposed
 
-    @without_cudnn_attention()
     def cached_prefill(self, prefixes: Sequence[Sequence[int]], cache=None, one_by_one: bool = False) -> EncoderStates:
-        """One right-padded pass of the encoder; with grad only where the LM itself is trained.
+        """`read_prefixes`. ``cache`` is not used, and documents that must be read one by one are in groups of one."""
+        return self.read_prefixes(prefixes)
 
-        ``cache`` is not used, and documents that must be read one by one are in groups of one.
-        """
+    @without_cudnn_attention()
+    def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> EncoderStates:
+        """One right-padded pass of the encoder; with grad only where the LM itself is trained."""
         ids, mask = pad(prefixes, self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prefix_is_trained):
             embeds = self.embed(ids, ids.new_zeros(len(ids)))

@@ -278,7 +278,6 @@ class Engine(BaseEngine):
         """Bytes of keys and values of prefixes, alone and unpadded."""
         return sum(self.layout.nbytes(len(prefix.ids)) for prefix in prefixes)
 
-    @without_cudnn_attention()
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
         """One left-padded pass over document prefixes; with grad only where `prefix_is_trained`.
 
@@ -286,7 +285,13 @@ class Engine(BaseEngine):
         """
         lengths = [len(ids) for ids in prefixes]
         if len({self.rotary.of(length) for length in lengths}) > 1:
-            return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
+            return PrefixKV.collate([self.read_prefixes([prefix]) for prefix in prefixes])
+        return self.read_prefixes(prefixes)
+
+    @without_cudnn_attention()
+    def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
+        """The pass of `prefill`, with one rotary table for all."""
+        lengths = [len(ids) for ids in prefixes]
         self.expect_fits(max(lengths))
         step = shape_step(self.device, self.table.dtype) if len(lengths) > 1 else 1
         width = -(-max(lengths) // step) * step

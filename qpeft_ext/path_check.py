@@ -110,7 +110,7 @@ class _Probe:
         rows = self.engine.assemble(batch, self.pieces, [0] * len(batch), with_prefix=not shared)
         prefix = None
         if shared:
-            prefix = self.engine.cached_prefill([batch.documents[d].ids for _, d in batch.pairs], None)
+            prefix = self.engine.read_prefixes([batch.documents[d].ids for _, d in batch.pairs])
         return self.engine.outputs(rows, None, prefix)
 
 

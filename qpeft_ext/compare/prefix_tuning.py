@@ -80,8 +80,8 @@ class PrefixTuningEngine(Engine):
         return why
 
     @without_cudnn_attention()
-    def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
-        """As `Engine.prefill`; the first P ids of a prefix are slots for the virtual tokens."""
+    def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
+        """As `Engine.read_prefixes`; the first P ids of a prefix are slots for the virtual tokens."""
         P, N = self.num_virtual_tokens, len(prefixes)
         lengths = [len(ids) for ids in prefixes]
         width = max(lengths) - P
