@@ -336,12 +336,12 @@ def similarity(change):
 
 
 API = {
-    "a query that is no text": (lambda r: r.predict([(3, "d")]), TypeError, ["a query must be a string, got int"]),
-    "a document that is no text": (lambda r: r.rank("q", [b"d"]), TypeError, ["a document must be a string or a dict"]),
+    "a query that is no text": (lambda r: r.predict([(3, "d")]), TypeError, ["query of pair 0 must be a string"]),
+    "a document that is no text": (lambda r: r.rank("q", [b"d"]), TypeError, ["document 0 must be a string or a dict"]),
     "a document without text": (lambda r: r.rank("q", [{"title": "t"}]), TypeError, ["a string 'text'"]),
     "an empty query": (lambda r: r.rank("", ["d"]), ValueError, ["at least one token, got ''"]),
     "a query too long": (lambda r: r.rank("x" * 65, ["d"]), ValueError, ["has 66 tokens, max_query_tokens is 64"]),
-    "triples": (lambda r: r.predict([("q", "d", "e")]), ValueError, ["(query, document) pairs, got one of 3"]),
+    "triples": (lambda r: r.predict([("q", "d", "e")]), ValueError, ["(query, document) pairs, but pair 0 has 3"]),
     "lists of unequal length": (lambda r: r.rank_many(["q"], []), ValueError, ["1 queries but 0 lists"]),
     "top_k 0": (lambda r: r.rank("q", ["d"], top_k=0), ValueError, ["top_k must be at least 1, got 0"]),
     "k 0": (lambda _: qpeft.QPeftConfig(k=0), ValueError, ["k must be at least 1, got 0"]),

@@ -37,6 +37,9 @@ class AttentionClues(nn.Module):
         self.projected_bytes = 0
         self._projected: tuple[tuple, ProjectedTable] | None = None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_projected": None}  # it is known by addresses, which mean nothing elsewhere
+
     @property
     def projected_bytes_used(self) -> int:
         return self._projected[1].used_bytes if self._projected else 0

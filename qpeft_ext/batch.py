@@ -50,8 +50,6 @@ class PairBatch:
         kept: list[Document] = []
         index = []
         for (query, document), which in zip(pairs, repeat(0, len(pairs)) if lists is None else lists, strict=True):
-            if not isinstance(query, str):
-                prompt.queries([query])  # raises
             text = document_text(document)
             if text not in documents:
                 documents[text] = len(documents)

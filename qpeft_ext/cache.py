@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ class DocumentCache:
     text, template or truncation changed cannot hit, whatever its ``doc_id``. Files know the LM by its content, which
     is read once a process for that (about 0.55 s per GB). Beside the budgets, what is read from files for one pass is
     held in memory that is used again. By itself not for use by several threads at once; rerankers take turns.
+
+    A copy, pickled or deep, has the same settings and starts with nothing in memory. Only one cache at a time can use a
+    folder as its disk tier: a copy that finds it in use does without one and says so.
 
     Args:
         max_bytes: budget for keys and values on the model's device. 0 stores nothing there.
@@ -64,6 +68,11 @@ class DocumentCache:
         self._stores = [*self._memory, *([self._disk] if self._disk is not None else ())]
         self._files = [tier for tier in (self._disk, self.index) if tier is not None]
         self.misses = 0
+
+    def __reduce__(self) -> tuple:
+        # keys and values are known by an LM of this process, and an open folder cannot be sent
+        disk = (None, 0) if self._disk is None else (self._disk.folder, self._disk.max_bytes)
+        return _copied, (self._device.max_bytes, 0 if self._host is None else self._host.max_bytes, *disk, self.index)
 
     # -- look-ups and stores --------------------------------------------------------------------------------------
 
@@ -182,6 +191,17 @@ class DocumentCache:
         asked = self.hits + self.misses
         rate = f"{self.hits / asked:.0%} hits" if asked else "unused"
         return f"DocumentCache({'; '.join(map(str, self.tiers.values()))}; {rate} in all)"
+
+
+def _copied(max_bytes: int, host_bytes: int, disk: Path | None, disk_bytes: int, index) -> DocumentCache:
+    """A cache with these settings, without the disk tier if its folder is in use."""
+    try:
+        return DocumentCache(max_bytes, host_bytes, disk, disk_bytes, index)
+    except (ValueError, OSError) as error:
+        if disk is None:
+            raise
+        logger.warning("a copy of a DocumentCache does without its disk tier: %s", error)
+        return DocumentCache(max_bytes, host_bytes, index=index)
 
 
 def prefix_digest(prefix_ids: Sequence[int]) -> bytes:

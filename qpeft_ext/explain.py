@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .clue_layers import Clues
-from .prompt import Document, document_text
+from .prompt import Document, as_documents, document_text
+from .utils.inputs import expect_text
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ def explain_pair(model, query: str, document: Document, candidates: Sequence[Doc
     candidates: with ``source="candidates"``, the list that the document is ranked in; None: the document alone.
     Raises: ValueError if the document is not among the candidates.
     """
-    text, row, pairs = document_text(document), 0, [(query, document)]
+    expect_text(query, "explain: the query")
+    text, row, pairs = document_text(document, "explain: the document"), 0, [(query, document)]
     if candidates is not None and model.qpeft_config.source == "candidates":
+        candidates = as_documents(candidates, "explain: candidates")
         texts = [document_text(candidate) for candidate in candidates]
         if text not in texts:
             raise ValueError(f"explain: the document must be one of the candidates, got {text[:60]!r}")

@@ -18,7 +18,7 @@ from .encoder_decoder import EncoderStates, make_engine
 from .generated_lora import GeneratedLora
 from .official.likelihood import counted_tokens
 from .prefix_cache import PrefixKV
-from .prompt import Document, build_prompt
+from .prompt import Document, as_pairs, build_prompt
 from .schedule import (
     READ_TOKENS_PER_TOKEN,
     default_tokens,
@@ -120,8 +120,11 @@ class QPeftModel(nn.Module):
     # -- scoring -------------------------------------------------------------------------------------------------
 
     def encode(self, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None) -> PairBatch:
-        """Tokenise pairs (query, document). ``lists``: see `PairBatch.from_text`."""
-        return PairBatch.from_text(self.prompt, pairs, lists)
+        """Tokenise pairs (query, document). ``lists``: see `PairBatch.from_text`.
+
+        Raises: TypeError or ValueError that names the pair and what is wrong with it.
+        """
+        return PairBatch.from_text(self.prompt, as_pairs(pairs, "encode"), lists)
 
     def forward(
         self,
@@ -131,6 +134,7 @@ class QPeftModel(nn.Module):
         max_tokens_per_batch: int | None = None,
         deterministic: bool = False,
         prefilled: bool = False,
+        max_pairs_per_batch: int | None = None,
     ) -> Scores:
         """Score B pairs.
 
@@ -145,6 +149,7 @@ class QPeftModel(nn.Module):
             deterministic: every prefix, clue and suffix is computed alone and unpadded, so that a score is bit-equal
                 whatever else is in the batch or in the cache (same machine, same number of threads). Slower.
             prefilled: the prefixes are in the cache already (`fill`): documents of different lengths may share a pass.
+            max_pairs_per_batch: pairs in a suffix pass at most; None: what the token budget holds.
         """
         if path not in ("document_first", "plain"):
             raise ValueError(f"path must be document_first or plain, got {path!r}")
@@ -163,7 +168,11 @@ class QPeftModel(nn.Module):
         pass_tokens = tokens_worth_a_pass(self.device, self.engine.table.dtype)
         step = shape_step(self.device, self.engine.table.dtype)
         one_by_one = deterministic or bool(self.engine.why_unpadded)
-        max_pairs = 1 if one_by_one else (self.qpeft_config.suffix_micro_batch if torch.is_grad_enabled() else None)
+        max_pairs = max_pairs_per_batch
+        if one_by_one:
+            max_pairs = 1
+        elif torch.is_grad_enabled() and (held_at_once := self.qpeft_config.suffix_micro_batch):
+            max_pairs = min(max_pairs or held_at_once, held_at_once)
         rows, parts = [], []
         of_list = self.qpeft_config.source != "document"  # dear for a pair by itself
         at_once = torch.is_grad_enabled() or of_list or self._clue_bytes(batch) <= CLUE_BYTES

@@ -51,6 +51,9 @@ class PrefixIndex(Tier):
         self._rows = repack_fields(rows[["shard", "offset", "nbytes", "checksum"]])[order]
         self.nbytes = int(self._rows["nbytes"].sum())
 
+    def __reduce__(self) -> tuple:
+        return PrefixIndex, (self.folder,)  # read again where it arrives: no rows to send, no LM that is known by now
+
     def _read_shard(self, shard: int) -> np.ndarray:
         """Rows of what a shard holds."""
         try:

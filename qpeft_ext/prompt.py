@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import QPeftConfig
+from .utils.inputs import as_list, expect_text, kind_of, short
 
 Document = str | dict
 _TEXTS_AT_ONCE = 256  # a fast tokenizer keeps a hundred bytes a token until all texts of a call are done
@@ -201,16 +202,15 @@ class Prompt:
 
         Raises: TypeError if a query is not a string; ValueError if it is empty or longer than ``max_query_tokens``.
         """
-        for query in queries:
-            if not isinstance(query, str):
-                raise TypeError(f"a query must be a string, got {type(query).__name__}: {_short(query)}")
+        for place, query in enumerate(queries):
+            expect_text(query, f"query {place}")
         encoded = self._encode([self._query_text(query) for query in queries])
         for query, ids in zip(queries, encoded, strict=True):
             if not query.strip() or not ids:
                 raise ValueError(f"a query must have at least one token, got {query!r}")
             if len(ids) > self.max_query_tokens:
                 raise ValueError(
-                    f"query {_short(query)} has {len(ids)} tokens, max_query_tokens is {self.max_query_tokens}; "
+                    f"query {short(query)} has {len(ids)} tokens, max_query_tokens is {self.max_query_tokens}; "
                     "shorten the query or raise max_query_tokens"
                 )
         return [tuple(ids) for ids in encoded]
@@ -259,21 +259,55 @@ def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) 
     return Prompt(tokenizer, config, encoder_decoder)
 
 
-def document_text(document: Document) -> str:
+def document_text(document: Document, place: str = "a document") -> str:
     """Title and text of a document as one string, title first.
 
-    Raises: TypeError if it is neither a string nor a mapping with a string ``text``.
+    Args:
+        place: what an error calls it, such as "document 5 of query 0".
+    Raises: TypeError if it is neither a string nor a dict with a string ``text`` (and a string ``title``); ValueError
+        for half a surrogate pair, which no tokenizer takes.
     """
     if isinstance(document, str):
-        return document.strip()
+        return expect_text(document, place).strip()
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise TypeError(f"a document must be a string or a dict with a string 'text', got {_short(document)}")
+        got = kind_of(document)
+        if isinstance(document, dict) and "text" in document:
+            got = f"a dict whose 'text' is {kind_of(document['text'])}"
+        elif isinstance(document, (bytes, bytearray)):
+            got += "; decode it: document.decode('utf-8')"
+        raise TypeError(f"{place} must be a string or a dict with a string 'text', got {got}")
     title = document.get("title") or ""
     if not isinstance(title, str):
-        raise TypeError(f"a document's title must be a string, got {_short(title)}")
-    return f"{title} {document['text']}".strip()
+        raise TypeError(f"the title of {place} must be a string, got {kind_of(title)}")
+    return expect_text(f"{title} {document['text']}".strip(), place)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def as_documents(documents: Sequence[Document], what: str, of: str = "") -> list[Document]:
+    """What was given as the documents of a query, read once, each of them checked.
+
+    Args:
+        what: "rank: documents"; errors about the list begin with it.  of: " of query 3", behind "document 5".
+    Raises: as `as_list` and `document_text`.
+    """
+    documents = as_list(documents, what, "one document goes into a list: [document]")
+    for place, document in enumerate(documents):
+        document_text(document, f"document {place}{of}")
+    return documents
+
+
+def as_pairs(pairs: Sequence[tuple[str, Document]], what: str) -> list[tuple[str, Document]]:
+    """What was given as (query, document) pairs, read once, each of them checked.
+
+    Raises: TypeError or ValueError that begins with ``what`` or names the pair.
+    """
+    checked = []
+    for place, pair in enumerate(as_list(pairs, what, "pairs are a list: [(query, document), …]")):
+        if isinstance(pair, (str, bytes, dict)) or not hasattr(pair, "__len__"):
+            raise TypeError(f"{what} takes (query, document) pairs, but pair {place} is {kind_of(pair)}")
+        if len(pair) != 2:
+            raise ValueError(f"{what} takes (query, document) pairs, but pair {place} has {len(pair)} items")
+        query, document = pair
+        expect_text(query, f"the query of pair {place}")
+        document_text(document, f"the document of pair {place}")
+        checked.append((query, document))
+    return checked

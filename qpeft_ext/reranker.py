@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batch import PairBatch
@@ -20,8 +21,9 @@ from .explain import Explanation, explain_pair
 from .lm_lock import lm_lock
 from .memory import plan_memory
 from .model import QPeftModel
-from .prompt import Document, document_text
+from .prompt import Document, as_documents, as_pairs, document_text
 from .schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
+from .utils.inputs import as_list, expect_text, kind_of, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -105,31 +107,87 @@ class Reranker:
         lm_kwargs = dict(lm_kwargs or {}, device=device, dtype=dtype)
         return cls(QPeftModel.from_pretrained(path, base_model, tokenizer, **lm_kwargs), **options)
 
-    def predict(self, pairs, show_progress_bar: bool | None = None) -> np.ndarray | float:
-        """Scores of (query, document) pairs, float32 [B] in the order given; a single pair gives a float.
+    def predict(
+        self,
+        pairs: Iterable[tuple[str, Document]],
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        *,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        activation_fn: object = None,
+        apply_softmax: bool | None = False,
+        num_workers: int | None = 0,
+    ) -> np.ndarray | Tensor | list[Tensor] | float:
+        """Scores of (query, document) pairs, in the order given.
 
-        Raises: ValueError with ``source="candidates"``, where a score depends on the whole list: see `rank`.
+        Args:
+            pairs: a list, array, generator, ``zip``, … of (query, document); a document is a string, or a dict with
+                "text" and perhaps "title". What has two items of which the first is a string, ``["query", "document"]``
+                or ``("query", {"text": …})``, is one pair.
+            batch_size: at most so many pairs in a pass; None: as many as fit ``max_tokens_per_batch``, which is usually
+                faster. Passes over documents are bounded by ``max_tokens_per_batch`` alone.
+            show_progress_bar: None: only on a terminal.
+            convert_to_tensor: give a tensor on the model's device instead of an array.  convert_to_numpy: if neither is
+                wanted, a list of scalar tensors is given, as by sentence-transformers.
+            activation_fn, apply_softmax, num_workers: taken for code that is written for `CrossEncoder`. A score is a
+                log-likelihood without an activation, so nothing but None, False and 0 does anything sensible here.
+        Returns: float32 [B], nats; of one pair a float (a scalar tensor with ``convert_to_tensor``).
+        Raises: TypeError or ValueError naming the pair that is not one, or the argument that cannot be served;
+            ValueError with ``source="candidates"``, where a score depends on the whole list: see `rank`.
         """
         if self.model.qpeft_config.source == "candidates":
             raise ValueError("predict: with source='candidates' a score depends on all candidates of its query; "
                              "use rank or rank_many")
+        _expect_no_activation("predict", activation_fn, apply_softmax, num_workers)
+        batch_size = whole_number(batch_size, "predict: batch_size")
+        pairs = as_list(pairs, "predict: pairs", "give (query, document) pairs: [(query, document), …]")
         single = len(pairs) == 2 and isinstance(pairs[0], str)
-        pairs = [tuple(pair) for pair in ([pairs] if single else pairs)]
-        for pair in pairs:
-            if len(pair) != 2:
-                raise ValueError(f"predict takes (query, document) pairs, got one of {len(pair)} items")
+        pairs = as_pairs([pairs] if single else pairs, "predict")
         scores = np.empty(len(pairs), dtype=np.float32)
         with _progress(len(pairs), show_progress_bar) as bar:
             for start in range(0, len(pairs), _PAIRS_PER_BLOCK):
                 block = pairs[start : start + _PAIRS_PER_BLOCK]
-                scores[start : start + len(block)] = self._score(block, bar)
-        return float(scores[0]) if single else scores
+                scores[start : start + len(block)] = self._score(block, bar, batch_size=batch_size)
+        if convert_to_tensor:
+            tensor = torch.from_numpy(scores).to(self.model.device)
+            return tensor[0] if single else tensor
+        if single:
+            return float(scores[0])
+        return scores if convert_to_numpy else list(torch.from_numpy(scores))
 
     def rank(
-        self, query: str, documents: Sequence[Document], top_k: int | None = None, return_documents: bool = False
+        self,
+        query: str,
+        documents: Iterable[Document],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = False,
+        *,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        activation_fn: object = None,
+        apply_softmax: bool | None = False,
+        num_workers: int | None = 0,
     ) -> list[dict]:
-        """Documents of one query, best first: ``[{"corpus_id", "score", ("text")}, …]``; ties keep the given order."""
-        ranked = self.rank_many([query], [documents], top_k, show_progress_bar=False)[0]
+        """Documents of one query, best first; equal scores keep the given order.
+
+        Args:
+            query: a string.
+            documents: a list, array, Series, generator, … of strings, or of dicts with "text" and perhaps "title".
+            top_k: how many to give; None: all.
+            return_documents: whether each row also has "text", title and text of the document as the LM read them.
+            batch_size, show_progress_bar, activation_fn, apply_softmax, num_workers: as in `predict`.
+            convert_to_numpy, convert_to_tensor: taken for code that is written for `CrossEncoder`; a score is a float.
+        Returns: ``[{"corpus_id": place in documents, "score": nats, ("text")}, …]``.
+        Raises: TypeError or ValueError that names the argument, or the document and what is wrong with it.
+        """
+        if not isinstance(query, str):
+            raise TypeError(f"rank: query must be a string, got {kind_of(query)}; rank_many ranks for many queries")
+        _expect_no_activation("rank", activation_fn, apply_softmax, num_workers)
+        documents = as_documents(documents, "rank: documents")
+        ranked = self._ranked([expect_text(query, "rank: query")], [documents], top_k, show_progress_bar, batch_size)[0]
         if return_documents:
             for row in ranked:
                 row["text"] = document_text(documents[row["corpus_id"]])
@@ -137,21 +195,34 @@ class Reranker:
 
     def rank_many(
         self,
-        queries: Sequence[str],
-        candidates: Sequence[Sequence[Document]],
+        queries: Iterable[str],
+        candidates: Iterable[Iterable[Document]],
         top_k: int | None = None,
         show_progress_bar: bool | None = None,
+        *,
+        batch_size: int | None = None,
     ) -> list[list[dict]]:
-        """`rank` for many queries; passes are filled across queries and each distinct document is read once a block."""
-        if len(queries) != len(candidates):
-            raise ValueError(f"rank_many: {len(queries)} queries but {len(candidates)} lists of candidates")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        """`rank` for many queries; passes are filled across queries and each distinct document is read once a block.
+
+        Args:
+            queries: strings.  candidates: the documents of each query, in the same order.
+            top_k, batch_size: as in `rank`.  show_progress_bar: None: only on a terminal.
+        Returns: what `rank` gives, for each query.
+        Raises: as `rank`; ValueError if there are not as many lists of candidates as queries.
+        """
+        return self._ranked(*_as_lists("rank_many", queries, candidates), top_k, show_progress_bar, batch_size)
+
+    def _ranked(
+        self, queries: list[str], candidates: list[list[Document]], top_k: int | None, show_progress_bar: bool | None,
+        batch_size: int | None,
+    ) -> list[list[dict]]:
+        """`rank_many` of lists that are checked."""
+        top_k, batch_size = whole_number(top_k, "top_k"), whole_number(batch_size, "batch_size")
         results, source = [], self.model.qpeft_config.source
         with _progress(sum(map(len, candidates)), show_progress_bar) as bar:
             for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK if source == "candidates" else _PAIRS_PER_BLOCK):
                 pairs = [(queries[i], document) for i in block for document in candidates[i]]
-                scores, start = self._score(pairs, bar, self._lists(block, candidates)), 0
+                scores, start = self._score(pairs, bar, self._lists(block, candidates), batch_size), 0
                 for i in block:
                     own = scores[start : start + len(candidates[i])]
                     start += len(own)
@@ -160,22 +231,25 @@ class Reranker:
         return results
 
     def explain(
-        self, query: str, document: Document, candidates: Sequence[Document] | None = None
+        self, query: str, document: Document, candidates: Iterable[Document] | None = None
     ) -> Explanation:
         """The clues of a pair: which document tokens, where they are in the text, with which weight.
 
         candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
+        Raises: TypeError or ValueError that names what is wrong with the query or a document.
         """
         with lm_lock(self.model.lm):
             return explain_pair(self.model, query, document, candidates)
 
-    def similarity(self, queries: Sequence[str], candidates: Sequence[Sequence[Document]]) -> list[list[float]]:
+    def similarity(self, queries: Iterable[str], candidates: Iterable[Iterable[Document]]) -> list[list[float]]:
         """Baseline without an LM: the sum of the scores of each pair's clues; 0 for a pair without clues.
 
         Of "top_k" these are the clues that the model chooses, with its source, filters and trained projection (their
         weights in `explain`); other models are given the k document tokens most similar to a query token, by the
         filters and the similarity of their config. With a source "vocabulary…" a query's documents are all equal.
+        Arguments and errors are those of `rank_many`.
         """
+        queries, candidates = _as_lists("similarity", queries, candidates)
         results = []
         for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK):
             pairs = [(queries[i], document) for i in block for document in candidates[i]]
@@ -195,11 +269,11 @@ class Reranker:
             return None
         return [i for i in block for _ in candidates[i]]
 
-    def _score(self, pairs: list, bar, lists: list[int] | None = None) -> np.ndarray:
+    def _score(self, pairs: list, bar, lists: list[int] | None = None, batch_size: int | None = None) -> np.ndarray:
         if not pairs:
             return np.zeros(0, dtype=np.float32)
         with lm_lock(self.model.lm):
-            scores = self._score_alone(pairs, bar, lists)
+            scores = self._score_alone(pairs, bar, lists, batch_size)
         if not np.isfinite(scores).all():
             query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
             raise ValueError(
@@ -208,7 +282,7 @@ class Reranker:
             )
         return scores
 
-    def _score_alone(self, pairs: list, bar, lists: list[int] | None) -> np.ndarray:
+    def _score_alone(self, pairs: list, bar, lists: list[int] | None, batch_size: int | None) -> np.ndarray:
         """The scores of a block, while no other thread uses the LM."""
         if self.cache is not None and self.cache.index is not None:
             self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
@@ -219,7 +293,7 @@ class Reranker:
         for job in jobs:
             parts.append(self._within_memory(lambda tokens, job=job: self.model(
                 batch.select(job), path=self.path, cache=self.cache, deterministic=self.deterministic,
-                max_tokens_per_batch=tokens, prefilled=prefilled)))  # fmt: skip
+                max_tokens_per_batch=tokens, prefilled=prefilled, max_pairs_per_batch=batch_size)))  # fmt: skip
             rows += job
             bar.update(len(job))
         scores = np.empty(len(pairs), dtype=np.float32)
@@ -260,6 +334,30 @@ class Reranker:
             # after the except clause: until then the error keeps the failed pass's tensors alive
             self.max_tokens_per_batch //= 2
             logger.warning("out of memory: retrying with max_tokens_per_batch=%d", self.max_tokens_per_batch)
+
+
+def _as_lists(
+    what: str, queries: Iterable[str], candidates: Iterable[Iterable[Document]]
+) -> tuple[list[str], list[list[Document]]]:
+    """Queries and the documents of each, read once and checked."""
+    queries = as_list(queries, f"{what}: queries", "one query goes into a list: [query]")
+    candidates = as_list(candidates, f"{what}: candidates", "give a list of documents for each query")
+    if len(queries) != len(candidates):
+        raise ValueError(f"{what}: {len(queries)} queries but {len(candidates)} lists of candidates")
+    for i, query in enumerate(queries):
+        expect_text(query, f"query {i}")
+    return queries, [as_documents(documents, f"{what}: the candidates of query {i}", f" of query {i}")
+                     for i, documents in enumerate(candidates)]
+
+
+def _expect_no_activation(what: str, activation_fn: object, apply_softmax: object, num_workers: object) -> None:
+    if activation_fn is not None and not isinstance(activation_fn, torch.nn.Identity):
+        raise ValueError(f"{what}: a score is a log-likelihood without an activation; leave activation_fn out and "
+                         "apply yours to the scores")
+    if apply_softmax:
+        raise ValueError(f"{what}: there is one score a pair and no classes; leave apply_softmax out")
+    if num_workers:
+        raise ValueError(f"{what}: texts are tokenised in this process; leave num_workers out")
 
 
 def _blocks(candidates: Sequence[Sequence], max_pairs: int) -> Iterator[range]:

@@ -45,6 +45,9 @@ class TopKClues(nn.Module):
             self.gate = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, b
         self._row_scales: tuple[tuple, Tensor] | None = None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_row_scales": None}  # they are known by addresses, which mean nothing elsewhere
+
     def select(self, inputs: ClueInputs, table: Tensor) -> SimilarityTopK:
         """The clues of each list, [R, K]: R = B for the source "document", one list per query (R = Q) for others."""
         trained = self.query_projection is not None
