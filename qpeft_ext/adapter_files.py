@@ -20,12 +20,14 @@ from .config import QPeftConfig
 from .lm_adapter import load_lm_adapter, load_lm_adapter_weights
 from .loading import files_digest, load_lm, load_tokenizer
 from .utils.files import save_file_with, save_folder_with, write_text
+from .utils.torch_state import own_state
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 LM_ADAPTER, TRAINED_LM = "lm_adapter", "lm"
 _PROBES = 16  # embedding entries by which an LM is recognised
 
 
+@own_state()
 def save_adapter(model, folder: str | Path) -> None:
     """Save the trained modules; each file appears whole or not at all, the config last.
 
@@ -131,6 +133,7 @@ def adapter_digest(folder: Path) -> str:
     return files_digest([*folder.glob("*"), *folder.glob(f"{LM_ADAPTER}/*"), *folder.glob(f"{TRAINED_LM}/*")])
 
 
+@own_state()
 def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
     expected, got = config.base_model, describe_lm(model.engine)
     if expected is None or config.train_lm:  # then the LM came from the adapter's own folder
@@ -158,6 +161,7 @@ def _state(model) -> dict[str, torch.Tensor]:
             for name, tensor in module.state_dict().items()}
 
 
+@own_state()
 def _load_state(path: Path, model, state: dict) -> None:
     own = _state(model)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

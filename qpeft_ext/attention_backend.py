@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
 
 import torch
 
-_lock = Lock()
-_inside = 0  # passes of all threads
-_before = True  # the user's setting, while there are any
+from .utils.torch_state import SharedSetting
+
+_cudnn_attention = SharedSetting(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False)
 
 
 @contextmanager
@@ -24,17 +23,5 @@ def without_cudnn_attention() -> Iterator[None]:
     The backward pass takes the kernel that belongs to the forward's. It is a setting of the process, as torch has no
     other: passes of several threads share it, and the last of them gives it back. Also a decorator.
     """
-    global _inside, _before
-    setting = torch.backends.cuda
-    with _lock:
-        if not _inside:
-            _before = setting.cudnn_sdp_enabled()
-            setting.enable_cudnn_sdp(False)
-        _inside += 1
-    try:
+    with _cudnn_attention.inside():
         yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                setting.enable_cudnn_sdp(_before)

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from .batch import ClueInputs
 from .clue_filters import ClueFilter
-from .clue_layers import Clues, Projection, ResidualMLP
+from .clue_layers import Clues, Float32Module, Projection, ResidualMLP
 from .config import QPeftConfig
+from .lm_state import writes
 from .ops import ProjectedTable, clue_attention
 from .ops.clue_attention import attention_weights
 
 
-class AttentionClues(nn.Module):
+class AttentionClues(Float32Module):
     """Q-PEFT-A: multi-head attention of the query tokens over all document tokens, then the same MLP.
 
     One clue per query token. Equal to `torch.nn.MultiheadAttention` without attention dropout, whose ``state_dict`` can
@@ -35,7 +36,7 @@ class AttentionClues(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.mlp = ResidualMLP(width, config.rank, config.residual)
         self.projected_bytes = 0
-        self._projected: tuple[tuple, ProjectedTable] | None = None
+        self._projected: tuple[tuple, ProjectedTable, list[Tensor]] | None = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_projected": None}  # it is known by addresses, which mean nothing elsewhere
@@ -46,11 +47,13 @@ class AttentionClues(nn.Module):
 
     def _projected_table(self, table: Tensor, w_k: Tensor, w_v: Tensor, b_k: Tensor | None, b_v: Tensor | None):
         """The rows projected so far; none when the table or a weight has changed since."""
-        state = tuple((t.data_ptr(), t._version) for t in (table, *self.k.parameters(), *self.v.parameters()))
+        read = (table, *self.k.parameters(), *self.v.parameters())
+        state = tuple((t.data_ptr(), writes(t), t.dtype) for t in read)
         state += (self.projected_bytes,)
         if self._projected is None or self._projected[0] != state:
             fresh = ProjectedTable(table, w_k, w_v, b_k, b_v, budget_bytes=self.projected_bytes)
-            self._projected = (state, fresh)
+            # with what it is made of, so that no other can take its address
+            self._projected = (state, fresh, [t.detach() for t in read])
         return self._projected[1]
 
     def forward(

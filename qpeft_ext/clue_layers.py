@@ -49,6 +49,20 @@ class SharedClues(Clues):
     explanation = property(lambda self: self[:].explanation)
 
 
+class Float32Module(nn.Module):
+    """A module whose weights stay float32: ``half()``, ``to(dtype)`` and the like, on it or around it, only move it.
+
+    In 16 bits, steps of a usual learning rate round to nothing for half of the weights.
+    """
+
+    def _apply(self, fn, recurse=True):
+        def keeping_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor.to(changed.device)
+
+        return super()._apply(keeping_dtype, recurse)
+
+
 class ResidualMLP(nn.Module):
     """x + W₂·relu(W₁·x + b₁) + b₂ of inner width ``rank``: the identity at the start (W₂ = b₂ = 0).
 

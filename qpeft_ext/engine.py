@@ -79,7 +79,7 @@ class BaseEngine:
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
-        if self.suffix_decoder is self.decoder:
+        if not self.is_compiled:
             self.suffix_decoder = torch.compile(self.decoder, dynamic=True, backend=backend)
             self.row_wise, self.norms = RowWiseModules(), LMNorms()  # what comes and goes would compile it again
 
@@ -99,6 +99,10 @@ class BaseEngine:
     def _own_logits(self, before: Sequence[int], query: Sequence[int]) -> Tensor:
         ids = torch.tensor([[*before, *query]], device=self.device)
         return self.lm(input_ids=ids, use_cache=False).logits
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.suffix_decoder is not self.decoder
 
     @property
     def embeddings(self):
@@ -333,5 +337,5 @@ class Engine(BaseEngine):
             if cache is not None and len(group) == len(prefixes) and not one_by_one:
                 return fresh  # a cold cache costs one copy, not two
         # a GPU would make a launch of every copy, and a compiled pass a graph of every number of prefixes
-        one_by_one_copies = self.device.type == "cpu" and self.suffix_decoder is self.decoder
+        one_by_one_copies = self.device.type == "cpu" and not self.is_compiled
         return (PrefixKV.side_by_side if one_by_one_copies else PrefixKV.collate)(stored)

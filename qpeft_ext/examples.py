@@ -363,7 +363,7 @@ class GroupCollator:
         shape = len(rows), max(len(row) for row, *_ in rows)
         pair, document, mask, positive = (torch.zeros(shape, dtype=dtype)
                                           for dtype in (torch.long, torch.long, torch.bool, torch.bool))
-        teacher_scores = torch.full(shape, math.nan)
+        teacher_scores = torch.full(shape, math.nan, dtype=torch.float32)
         for q, (row, num_positives, group_start, scores) in enumerate(rows):
             pair[q, : len(row)] = torch.tensor(row)
             mask[q, : len(row)] = True

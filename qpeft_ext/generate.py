@@ -168,8 +168,9 @@ class QueryGenerator:
             repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, pad_token_id=0,
         )  # fmt: skip
         stop = StoppingCriteriaList([_AtEnd(self._ends.to(model.device))])
-        out = model.lm.generate(input_ids=ids, attention_mask=mask, generation_config=settings,
-                                logits_processor=processors, stopping_criteria=stop)
+        with model.passes(evaluating=True):
+            out = model.lm.generate(input_ids=ids, attention_mask=mask, generation_config=settings,
+                                    logits_processor=processors, stopping_criteria=stop)
         return [_until_end(row, self._ends) for row in out[:, width:].tolist()]
 
     def _query(self, ids: list[int]) -> GeneratedQuery:

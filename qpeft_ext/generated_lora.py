@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .batch import PairBatch, pad
+from .clue_layers import Float32Module
+from .lm_lock import in_this_thread
 
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("q", "v"))  # first there
 ALL_LINEAR = "all-linear"  # peft's word
 _BOTTLENECK = 64  # between the pooled query and the gates of all layers
 
 
-class GeneratedLora(nn.Module):
+class GeneratedLora(Float32Module):
     """The query-dependent parameter generator.
 
     g(q) = 1 + W₂·tanh(W₁·p) with p the mean of the query's embeddings (rows of E, scaled to root mean square 1). W₂ = 0
@@ -69,7 +71,7 @@ class GeneratedLora(nn.Module):
 
     @contextmanager
     def active(self, gates: Tensor, suffix: Tensor | None = None) -> Iterator[None]:
-        """While this is entered, the target layers have the update.
+        """While this is entered, the target layers have the update in this thread.
 
         gates: [B, layers, rank], of the rows that the LM will read.  suffix: bool [B, L], where the update is in force;
             None: everywhere.
@@ -77,7 +79,8 @@ class GeneratedLora(nn.Module):
         handles = []
         try:
             for layer, module in enumerate(self.targets):
-                handles.append(module.register_forward_hook(self._hook(layer, gates[:, layer], suffix)))
+                hook = in_this_thread(self._hook(layer, gates[:, layer], suffix))
+                handles.append(module.register_forward_hook(hook))
             yield
         finally:
             for handle in handles:
@@ -95,7 +98,8 @@ class GeneratedLora(nn.Module):
             if suffix is not None:
                 inner = inner * suffix[..., None].to(x.device)
             rows = output.reshape(-1, output.shape[-1])
-            inner, b = inner.reshape(-1, self.rank).to(rows.dtype), b.to(rows.dtype)  # autocast: not those of x
+            # a quantised layer may give another dtype than it reads
+            inner, b = inner.reshape(-1, self.rank).to(rows.dtype), b.to(rows.dtype)
             # In place where nothing is recorded. Otherwise not: the output of a quantised layer may be a view, which
             # autograd refuses to have changed.
             updated = torch.addmm(rows, inner, b.T) if torch.is_grad_enabled() else rows.addmm_(inner, b.T)

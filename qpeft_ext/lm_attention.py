@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import local
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from .ops.bfloat16_attention import bfloat16_attention, is_supported
 
 SDPA, OURS = "sdpa", "qpeft_sdpa"  # names of attention implementations
+_this_thread = local()  # passes: how many are active in it
 
 
 def attention(
@@ -34,7 +36,7 @@ def attention(
     """
     B, H, L, D = query.shape
     heads = key.shape[1]
-    known = attention_mask is not None and attention_mask.shape[1] == 1 and H % heads == 0
+    known = _in_pass() and attention_mask is not None and attention_mask.shape[1] == 1 and H % heads == 0
     if not known or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if not dropout and is_supported(query, key, value, attention_mask):
@@ -48,9 +50,14 @@ def attention(
     return found.reshape(B, H, L, -1).transpose(1, 2).contiguous(), None
 
 
-def _mask(*args, **kwargs) -> Tensor:
-    """Of "sdpa", and never left out."""
-    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+def _mask(*args, **kwargs) -> Tensor | None:
+    """Of "sdpa", and in a pass never left out."""
+    return sdpa_mask(*args, **kwargs | ({"allow_is_causal_skip": False} if _in_pass() else {}))
+
+
+def _in_pass() -> bool:
+    """Whether this thread runs a pass; the config says `OURS` in all of them meanwhile."""
+    return torch.compiler.is_compiling() or getattr(_this_thread, "passes", 0) > 0
 
 
 AttentionInterface.register(OURS, attention)
@@ -58,7 +65,7 @@ AttentionMaskInterface.register(OURS, _mask)
 
 
 class LMAttention:
-    """The configs of an LM whose attention becomes ours while `active` is entered; none: nothing happens.
+    """The configs of an LM whose attention becomes ours in the thread that enters `active`; none: nothing happens.
 
     in_prefixes: in passes over prefixes too, where sharing heads in groups is not worth it.
     """
@@ -70,11 +77,13 @@ class LMAttention:
     def active(self, prefixes: bool = False) -> Iterator[None]:
         here = self.configs if self.in_prefixes or not prefixes else []
         changed = [config for config in here if config._attn_implementation == SDPA]
+        _this_thread.passes = getattr(_this_thread, "passes", 0) + 1
         try:
             for config in changed:
                 config._attn_implementation = OURS
             yield
         finally:
+            _this_thread.passes -= 1
             for config in changed:
                 config._attn_implementation = SDPA
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .ops.bfloat16_rms_norm import bfloat16_rms_norm, is_supported
 
 
 class LMNorms:
-    """Modules whose ``forward`` becomes ours while `active` is entered; none: nothing happens.
+    """Modules whose ``forward`` becomes ours in the thread that enters `active`; none: nothing happens.
 
     One that has been given a forward of its own since (a hook of accelerate's) keeps it.
     """
@@ -29,7 +30,7 @@ class LMNorms:
     def active(self) -> Iterator[None]:
         replaced = [module for module in self.modules if "forward" not in vars(module)]
         for module in replaced:
-            vars(module)["forward"] = partial(_forward, module, _eps(module))
+            vars(module)["forward"] = partial(_forward, module, _eps(module), get_ident())
         try:
             yield
         finally:
@@ -64,7 +65,7 @@ def _eps(module: nn.Module) -> float | None:
     return None
 
 
-def _forward(module: nn.Module, eps: float, x: Tensor, *args, **kwargs) -> Tensor:
-    if args or kwargs or not is_supported(x, module.weight):
+def _forward(module: nn.Module, eps: float, thread: int, x: Tensor, *args, **kwargs) -> Tensor:
+    if args or kwargs or get_ident() != thread or not is_supported(x, module.weight):
         return type(module).forward(module, x, *args, **kwargs)
     return bfloat16_rms_norm(x, module.weight, eps)

@@ -83,7 +83,7 @@ class LMState:
     def version(self) -> LMVersion:
         """The LM's version now. Cheap: addresses and write counts, no content."""
         parameters = [parameter for module in self._modules for parameter in module().parameters()]
-        state = (*((p.data_ptr(), p._version, p.dtype) for p in parameters), _attention(self.lm), *_adapters(self.lm))
+        state = (*((p.data_ptr(), writes(p), p.dtype) for p in parameters), _attention(self.lm), *_adapters(self.lm))
         if state != self._state:
             self._state, self.seen = state, LMVersion(self)
             # kept until the next change, so that no other tensor can take an address of this state
@@ -124,6 +124,11 @@ def fingerprint_of(lm: nn.Module) -> dict[str, str]:
         "weights": weights.hexdigest(),
         "adapter": "" if adapters == "[]" else adapter.hexdigest(),
     }
+
+
+def writes(tensor: Tensor) -> int:
+    """How often it was written to in place; 0 for an inference tensor, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @functools.cache

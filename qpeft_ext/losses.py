@@ -83,7 +83,7 @@ def contrastive(
     positive = _positives(positive, mask)
     prior = likelihood.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     logits = (likelihood - prior) / temperature
-    none = torch.tensor(float("-inf"), device=logits.device)
+    none = torch.tensor(float("-inf"), dtype=logits.dtype, device=logits.device)
     negatives = torch.where(mask & ~positive, logits, none)
     of_query = torch.logaddexp(logits, negatives.logsumexp(1, keepdim=True)) - logits  # [Q, M]
     same = document.flatten()[:, None] == document.flatten()  # [Q·M, Q·M]

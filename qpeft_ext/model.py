@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from .clues import Clues, build_clues
 from .config import QPeftConfig
 from .encoder_decoder import EncoderStates, make_engine
 from .generated_lora import GeneratedLora
+from .lm_lock import lm_lock
 from .official.likelihood import counted_tokens
 from .prefix_cache import PrefixKV
 from .prompt import Document, as_pairs, build_prompt
@@ -29,9 +33,24 @@ from .schedule import (
     tokens_worth_a_pass,
 )
 from .soft_prompt import build_soft_prompt
+from .utils.forked import computes_now
+from .utils.torch_state import own_state, refuse_backward_in_autocast
+
+logger = logging.getLogger(__name__)
 
 CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which hang on the query, before the document"
 CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of more pairs are computed pass by pass
+
+
+def _in_passes(method):
+    """A method that runs the LM or the trained modules: see `QPeftModel.passes`."""
+
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        with self.passes():
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 @dataclass
@@ -55,15 +74,25 @@ class Scores:
 class QPeftModel(nn.Module):
     """Composes an LM (of transformers, causal or encoder–decoder, or a `peft` model) with trained modules.
 
-    The LM is frozen (unless ``train_lm``), stays in eval mode and in its dtype; the trained modules have float32
-    weights. Build it with `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
+    The LM is frozen (unless ``train_lm``) and stays in eval mode. Precision is that of its weights: `torch.autocast`,
+    the default dtype and inference mode change no score, and ``model.to(dtype)`` changes the LM only, as the trained
+    modules have float32 weights. Build it with `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
+
+    Passes of several threads take turns. A thread that calls the LM itself meanwhile gets what it always gets; one that
+    changes it (weights, adapters, device, dtype) does so inside `exclusive`.
 
     Args:
         lm: the language model.  config: `QPeftConfig`.  tokenizer: the LM's tokenizer.
+    Raises: ValueError for an LM that does not fit the config, or whose weights are on the meta device.
     """
 
     def __init__(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         super().__init__()
+        lm = _usable(lm)
+        with lm_lock(lm), own_state():
+            self._build(lm, config, tokenizer)
+
+    def _build(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         lm.eval()
         if config.train_lm and hasattr(lm, "peft_config"):
             raise ValueError("QPeftModel: train_lm=True trains the whole LM; give it without its peft adapter")
@@ -74,21 +103,66 @@ class QPeftModel(nn.Module):
             lm.requires_grad_(config.train_lm)
         self.lm = lm
         self.tokenizer = tokenizer
-        self.engine = make_engine(lm, CLUES_FIRST_IS_PLAIN if config.layout == "clues_first" else "")
+        self.clues = self.generated_lora = self.soft_prompt = None
+        self.qpeft_config = config
+        self._look_at_lm()
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder)
         with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, self.engine.table, tokenizer)
-            self.generated_lora = None
             if config.generated_lora_rank:
                 width = self.engine.table.shape[1]
                 self.generated_lora = GeneratedLora(lm, width, config.generated_lora_rank, config.target_modules)
-                # which tells rows by their place
-                self.engine.row_wise = self.engine.row_wise.without(self.generated_lora.targets)
-            self.soft_prompt = self.engine.soft_prompt = build_soft_prompt(config, self.prompt, self.engine)
+            self.soft_prompt = build_soft_prompt(config, self.prompt, self.engine)
+        self._tell_engine()
         self.to_device_of_lm()
         self.eval()
+
+    def _look_at_lm(self) -> None:
+        """Find out what the passes need to know of the LM, in the dtype that it has now."""
+        self.engine = make_engine(self.lm, CLUES_FIRST_IS_PLAIN if self.qpeft_config.layout == "clues_first" else "")
+        self._lm_dtype = self.engine.table.dtype
+
+    def _tell_engine(self) -> None:
+        """What the engine has to know of the trained modules."""
+        self.engine.soft_prompt = self.soft_prompt
+        if self.generated_lora is not None:  # which tells rows by their place
+            self.engine.row_wise = self.engine.row_wise.without(self.generated_lora.targets)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """While this is entered no other thread runs a pass of this LM, in whatever model or reranker around it.
+
+        For a thread that changes the LM while others rank. It may use the model itself, but with a gradient on a GPU
+        the backward pass belongs outside: with ``suffix_micro_batch`` it runs in another thread of torch.
+        """
+        with lm_lock(self.lm):
+            yield
+
+    @contextmanager
+    def passes(self, evaluating: bool = False) -> Iterator[None]:
+        """Around everything that runs the LM or the trained modules: this thread alone, in the state of torch that is
+        ours (`own_state`), and with the LM as it is now. ``evaluating``: in eval mode, whatever the mode outside is.
+        """
+        with lm_lock(self.lm), own_state():
+            computes_now()
+            if self.lm.training:
+                self.train(self.training)
+            if self.engine.table.dtype != self._lm_dtype:
+                compiled = self.engine.is_compiled
+                self._look_at_lm()
+                self._tell_engine()
+                if compiled:
+                    self.engine.compile()
+            training = self.training
+            try:
+                if evaluating and training:
+                    self.eval()
+                yield
+            finally:
+                if self.training != training:
+                    self.train(training)
 
     def to_device_of_lm(self) -> None:
         """Move the trained modules to the device of the LM's embeddings."""
@@ -126,6 +200,7 @@ class QPeftModel(nn.Module):
         """
         return PairBatch.from_text(self.prompt, as_pairs(pairs, "encode"), lists)
 
+    @_in_passes
     def forward(
         self,
         batch: PairBatch,
@@ -154,7 +229,7 @@ class QPeftModel(nn.Module):
         if path not in ("document_first", "plain"):
             raise ValueError(f"path must be document_first or plain, got {path!r}")
         if not len(batch):
-            empty = torch.zeros(0, device=self.device)
+            empty = torch.zeros(0, dtype=torch.float32, device=self.device)
             return Scores(empty, empty.long())
         tables = self._rotary_tables(batch)
         if len(set(tables)) > 1:
@@ -218,6 +293,7 @@ class QPeftModel(nn.Module):
         """Whether the memory of the cache holds all prefixes of a batch at once."""
         return not self.engine.why_plain and self.engine.prefix_bytes(batch.documents) <= cache.max_bytes
 
+    @_in_passes
     @torch.no_grad()
     def fill(self, batch: PairBatch, cache: DocumentCache, max_tokens_per_batch: int, deterministic: bool) -> bool:
         """Put the prefixes of a batch into the cache, if its memory holds all of them. Returns: whether it does."""
@@ -228,6 +304,7 @@ class QPeftModel(nn.Module):
             self.engine.cached_prefill([batch.documents[d].ids for d in documents], cache, one_by_one=deterministic)
         return True
 
+    @_in_passes
     def compute_clues(self, batch: PairBatch, explain: bool = False, alone: bool = False) -> Clues | None:
         """Clues of every pair of the batch; None for ``clues="none"``. ``alone``: reuse nothing of other calls."""
         if self.clues is None:
@@ -262,7 +339,8 @@ class QPeftModel(nn.Module):
         if self.generated_lora is not None:
             run, arguments = self._with_generated_lora, (batch, *arguments)
         if self.qpeft_config.suffix_micro_batch and torch.is_grad_enabled():
-            log_p = checkpoint(run, *arguments, use_reentrant=False)
+            # computed again in the backward pass, where this method's state of torch is left
+            log_p = checkpoint(own_state()(run), *arguments, use_reentrant=False)
         else:
             log_p = run(*arguments)
         if self.qpeft_config.compat == "official":
@@ -281,6 +359,7 @@ class QPeftModel(nn.Module):
         with self.generated_lora.active(gates, rows.suffix):
             return self.engine.log_likelihood(rows, vectors, prefix, prefix_rows)
 
+    @_in_passes
     def merge_for(self, query: str) -> dict[str, Tensor]:
         """Weights of the LM's suffix passes for one query, by parameter name; prefixes keep the LM's own.
 
@@ -329,8 +408,12 @@ class QPeftModel(nn.Module):
 def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
     """Wrap a causal or an encoder–decoder LM, or a `peft` model of one, for Q-PEFT.
 
+    The LM may be used elsewhere too, in other threads as well: passes leave nothing in it. A thread that changes it
+    while another scores does so inside `QPeftModel.exclusive`.
+
     Args:
-        lm: the model; its own parameters are frozen, or trained with ``train_lm`` (an adapter's stay as they are).
+        lm: the model, put into eval mode; its own parameters are frozen, or trained with ``train_lm`` (an adapter's
+            stay as they are).
         config: `QPeftConfig`.
         tokenizer: loaded from ``lm.name_or_path`` if None.
     Raises: ValueError for an LM that is neither (encoder-only, or without a head).
@@ -349,6 +432,20 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
     return model
 
 
+def _usable(lm: nn.Module) -> nn.Module:
+    """The LM itself, whose modules the passes run.
+
+    Raises: ValueError for one without memory.
+    """
+    if hasattr(lm, "_orig_mod"):
+        logger.warning("the LM comes from torch.compile; passes run it uncompiled, unless Reranker has compile=True")
+        lm = lm._orig_mod
+    if getattr(getattr(lm.get_input_embeddings(), "weight", None), "is_meta", False):
+        raise ValueError("QPeftModel: the LM's weights are on the meta device, without values; load the LM outside of "
+                         "torch.device('meta')")
+    return lm
+
+
 def _counts(clues: Clues | None, pairs: int) -> list[int]:
     """Clues of each pair. Asked once for many passes: on a GPU it waits for all that was begun before."""
     return [0] * pairs if clues is None else clues.mask.sum(1).tolist()
@@ -361,6 +458,6 @@ def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Score
     order[rows] = torch.arange(len(rows))
     order = order.to(parts[0].num_tokens.device)
     return Scores(
-        torch.cat([part.query_log_likelihood for part in parts])[order],
+        refuse_backward_in_autocast(torch.cat([part.query_log_likelihood for part in parts])[order]),
         torch.cat([part.num_tokens for part in parts])[order],
     )

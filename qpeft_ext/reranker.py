@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
@@ -18,7 +19,6 @@ from .cache import DocumentCache
 from .clue_similarity import ClueSimilarity
 from .clues import AttentionClues
 from .explain import Explanation, explain_pair
-from .lm_lock import lm_lock
 from .memory import plan_memory
 from .model import QPeftModel
 from .prompt import Document, as_documents, as_pairs, document_text
@@ -42,9 +42,10 @@ class Reranker:
     per query token in float32; in bfloat16 4e-3 at most and 7e-4 in the median with the demo's LM on a CPU, where
     scores spread by 1 (``benchmarks/bench_reranking_limits.py --work batch_drift``).
 
-    Several threads may use one reranker, or rerankers of one LM: they take turns, block by block (8,192 pairs), as a
-    pass sets hooks in the LM. More throughput comes from larger calls or from processes (`qpeft rerank --devices`). A
-    model that is trained or called directly belongs to one thread.
+    Several threads may use one reranker, or rerankers of one LM: they take turns, block by block (8,192 pairs). A
+    thread that calls the LM itself meanwhile (``lm.generate``) gets what it always gets; one that changes the LM does
+    it inside `exclusive`. More throughput comes from larger calls or from processes (`qpeft rerank --devices`): start
+    them by spawn, as a process forked after the first use gets one thread (docs/threads_and_state.md).
 
     Args:
         model: a `QPeftModel`.
@@ -100,7 +101,8 @@ class Reranker:
 
         Args:
             path: the adapter.
-            base_model: overrides the LM that the adapter names: a name, a folder or a loaded model.
+            base_model: overrides the LM that the adapter names: a name, a folder or a loaded model, which other
+                threads may use meanwhile (`get_qpeft_model`).
             device, dtype, lm_kwargs: for loading the LM (`load_lm`).
             options: of `Reranker`.
         """
@@ -238,7 +240,7 @@ class Reranker:
         candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
         Raises: TypeError or ValueError that names what is wrong with the query or a document.
         """
-        with lm_lock(self.model.lm):
+        with self.model.passes(evaluating=True):
             return explain_pair(self.model, query, document, candidates)
 
     def similarity(self, queries: Iterable[str], candidates: Iterable[Iterable[Document]]) -> list[list[float]]:
@@ -253,11 +255,15 @@ class Reranker:
         results = []
         for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK):
             pairs = [(queries[i], document) for i in block for document in candidates[i]]
-            with lm_lock(self.model.lm):
+            with self.model.passes(evaluating=True):
                 batch = self.model.encode(pairs, self._lists(block, candidates))
                 sums = iter(self._clue_similarity(batch).tolist() if pairs else ())
             results += [[next(sums) for _ in candidates[i]] for i in block]
         return results
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """While this is entered no other thread scores with this LM: see `QPeftModel.exclusive`."""
+        return self.model.exclusive()
 
     @cached_property
     def _clue_similarity(self) -> ClueSimilarity:
@@ -272,7 +278,7 @@ class Reranker:
     def _score(self, pairs: list, bar, lists: list[int] | None = None, batch_size: int | None = None) -> np.ndarray:
         if not pairs:
             return np.zeros(0, dtype=np.float32)
-        with lm_lock(self.model.lm):
+        with self.model.passes(evaluating=True):
             scores = self._score_alone(pairs, bar, lists, batch_size)
         if not np.isfinite(scores).all():
             query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]

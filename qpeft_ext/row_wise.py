@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .lm_lock import in_this_thread
 from .ops._common import few_heights
 from .schedule import shape_step
 
@@ -30,7 +31,7 @@ class RowWiseModules:
 
     @contextmanager
     def only(self, rows: Tensor, shape: tuple[int, int]) -> Iterator[None]:
-        """While this is entered, the modules compute ``rows``; the others come out as zeros.
+        """While this is entered, the modules compute ``rows`` in this thread; the others come out as zeros.
 
         rows: flat indices into [B·L], int64 [N], each once.  shape: (B, L).
         """
@@ -51,8 +52,8 @@ class RowWiseModules:
         handles = []
         try:
             for module in self.modules:
-                handles.append(module.register_forward_pre_hook(pick))
-                handles.append(module.register_forward_hook(put_back))
+                handles.append(module.register_forward_pre_hook(in_this_thread(pick)))
+                handles.append(module.register_forward_hook(in_this_thread(put_back)))
             yield
         finally:
             for handle in handles:
@@ -84,8 +85,8 @@ def find_row_wise(decoder: nn.Module, run: Callable[[], object], after: Callable
     handles = []
     try:
         for module in modules.values():
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(in_this_thread(enter), with_kwargs=True))
+            handles.append(module.register_forward_hook(in_this_thread(leave), with_kwargs=True))
         run()
     finally:
         for handle in handles:

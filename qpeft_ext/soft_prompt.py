@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from .clue_filters import allowed_ids
-from .clue_layers import ResidualMLP
+from .clue_layers import Float32Module, ResidualMLP
 from .config import QPeftConfig
 from .engine import Engine
 from .prompt import Prompt
 
 
-class SoftPrompt(nn.Module):
+class SoftPrompt(Float32Module):
     """P virtual tokens at a fixed place of every document prefix (prompt tuning, https://arxiv.org/abs/2104.08691).
 
     They belong to the prefix like tokens of the text: what pads a batch stands to the left of the whole prefix.

@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from .batch import ClueInputs
 from .clue_filters import ClueFilter
-from .clue_layers import ClueEmbeddings, Clues, Projection, ResidualMLP, SharedClues
+from .clue_layers import ClueEmbeddings, Clues, Float32Module, Projection, ResidualMLP, SharedClues
 from .config import QPeftConfig
+from .lm_state import writes
 from .ops import similarity_topk
 from .ops.similarity_topk import SimilarityTopK
 from .vocabulary import row_scales, vocabulary_topk
 
 
-class TopKClues(nn.Module):
+class TopKClues(Float32Module):
     """Q-PEFT-R: the k tokens most similar to any query token, each re-embedded by a small MLP.
 
     s(u) = max_i sim(e_q(q_i), E[u]) for each distinct token id u of the source; larger s first, ties to the id that
@@ -43,7 +44,7 @@ class TopKClues(nn.Module):
         self.query_projection = Projection(width, config.rank, bias=False) if config.score_gate else None
         if config.score_gate:
             self.gate = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, b
-        self._row_scales: tuple[tuple, Tensor] | None = None
+        self._row_scales: tuple[tuple, Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_row_scales": None}  # they are known by addresses, which mean nothing elsewhere
@@ -94,9 +95,10 @@ class TopKClues(nn.Module):
 
     def _scales_of(self, table: Tensor) -> Tensor:
         """1 / norm of the table's rows, computed once as long as the table stays."""
-        state = table.data_ptr(), table._version, table.dtype
+        state = table.data_ptr(), writes(table), table.dtype
         if self._row_scales is None or self._row_scales[0] != state:
-            self._row_scales = state, row_scales(table)
+            # with the table, so that no other can take its address
+            self._row_scales = state, row_scales(table), table.detach()
         return self._row_scales[1]
 
     def forward(

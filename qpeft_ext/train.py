@@ -33,6 +33,7 @@ from .prefix_index import PrefixIndex
 from .schedule import default_tokens
 from .temperature import AUTO, best_temperature
 from .train_arguments import checked_arguments
+from .utils.torch_state import own_state
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +228,7 @@ class QPeftTrainer(Trainer):
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
+    @own_state()
     @torch.no_grad()
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
                         metric_key_prefix="eval") -> EvalLoopOutput:
@@ -273,6 +275,8 @@ class QPeftTrainer(Trainer):
 
     # -- training, checkpoints -----------------------------------------------------------------------------------
 
+    @own_state()
+    @torch.enable_grad()
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; see `Trainer.train`.
 

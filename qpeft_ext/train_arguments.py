@@ -46,6 +46,10 @@ def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArg
                          f"got {size}: a group of queries that share their documents is never split")
     if args.accelerator_config.split_batches:
         raise ValueError("QPeftTrainer: split_batches=True is not supported: it splits groups of queries over ranks")
+    if not (model.qpeft_config.train_lm or hasattr(model.lm, "peft_config")) and \
+            any(parameter.requires_grad for parameter in model.lm.parameters()):
+        raise ValueError("QPeftTrainer: weights of the LM require a gradient, but an adapter does not save them; call "
+                         "lm.requires_grad_(False), or set train_lm=True in QPeftConfig")
     dtype = model.engine.table.dtype
     for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if getattr(args, name) and dtype != wanted:

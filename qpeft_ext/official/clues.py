@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batch import ClueInputs
 from ..clue_filters import ClueFilter
-from ..clue_layers import ClueEmbeddings, Clues
+from ..clue_layers import ClueEmbeddings, Clues, Float32Module
 from ..config import QPeftConfig
 from ..ops.similarity_topk import SimilarityTopK, round_scores
 from .filters import allowed_pieces
@@ -18,7 +18,7 @@ from .prompt import BOS, EOS, OfficialTokens
 _LISTED = 1000  # (query token, position) pairs that are looked at, best first
 
 
-class OfficialClues(nn.Module):
+class OfficialClues(Float32Module):
     """What both modules share. The clues of a pair are virtual tokens between those of "hints: " and a newline.
 
     Args:
