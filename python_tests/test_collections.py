@@ -285,9 +285,9 @@ def test_hugging_face_datasets_on_disk(tmp_path):
         with pytest.raises(ValueError, match=message):
             open_collection(tmp_path / name).corpus  # noqa: B018
     for name, row, message in [
-        ("e1", {"anchor": "why", "other": "p"}, "e1, train: expected a column query or anchor .* got anchor, other"),
-        ("e2", {"query": " ", "positive": "p"}, "e2, row 1 of train: expected a text under 'query'"),
-        ("e3", {"query": "q", "positives": []}, "e3, row 1 of train: 'positives' is empty"),
+        ("e1", {"anchor": "why", "other": "p"}, "e1, row 1 of train: expected a query .* got the keys anchor, o"),
+        ("e2", {"query": " ", "positive": "p"}, "e2, row 1 of train: expected a text as the query"),
+        ("e3", {"query": "q", "positives": []}, "e3, row 1 of train: the positives are empty"),
         ("e4", {"query": "q", "positives": [1]}, "e4, row 1 of train: expected texts or objects with 'text'"),
     ]:
         save(name, [row])
@@ -516,7 +516,7 @@ MALFORMED = {
         (b'{"id": 1, "text": "a"}\n[]', "line 2: expected a JSON object"),
         (b'{"id": 1, "text": "a"', "line 1: expected one")],
     "jsonl examples": [
-        (b'{"query": "q"}', "line 1: expected a list of documents under 'positives'"), (b"", "no training examples"),
+        (b'{"query": "q"}', "line 1: expected a query and its documents: "), (b"", "no training examples"),
         (b'{"query": "q", "positives": []}', "line 1: 'positives' is empty"), (b"[]", "line 1: expected a JSON object"),
         (b'{"query": "q", "positives": ["p"], "negatives": 3}',
          "line 1: expected a list of documents under 'negatives'"),

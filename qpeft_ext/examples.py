@@ -1,8 +1,9 @@
 """Training examples → groups of queries that share their documents, as tables over distinct query–document pairs.
 
 An example is ``{"query_id"?, "query", "positives": [document], "negatives": [document]}``; for distillation it has a
-teacher's scores, ``"positive_scores"`` and ``"negative_scores"``, a number for each document. What a query meets in an
-epoch is a pure function of (seed, epoch, example index), so that a resumed run sees the same data.
+teacher's scores, ``"positive_scores"`` and ``"negative_scores"``, a number for each document. The keys of other
+libraries are read too (`formats.example_keys`). What a query meets in an epoch is a pure function of (seed, epoch,
+example index), so that a resumed run sees the same data.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from numbers import Real
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from .batch import PairBatch, paired_documents
+from .formats.example_keys import view
 from .prompt import Document, Prompt, document_text
+
+TRAINING, EVALUATION = "training example", "evaluation example"  # how errors call them
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def check_example(example: object, index: int, what: str = "training example") -> None:
+def check_example(example: object, index: int, what: str = TRAINING) -> None:
     """Raises: ValueError that names the example and what is wrong with it."""
     where = f"{what} {index}"
     if not isinstance(example, Mapping):
@@ -102,15 +106,19 @@ def check_example(example: object, index: int, what: str = "training example") -
             if empty and key == "positives":
                 raise ValueError(f"{where}: a positive document has no text")
         scores = example.get(f"{key[:-1]}_scores")
-        if scores is not None and (isinstance(scores, str) or len(scores) != len(example[key])
-                                   or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in scores)):
+        if scores is not None and not _are_numbers(scores, len(example[key])):
             raise ValueError(f"{where}: {key[:-1]}_scores must be a finite number for each of the {len(example[key])} "
                              f"{key}, got {str(scores)[:60]}")
     if not len(example["positives"]):
         raise ValueError(f"{where} ({example['query'][:60]!r}): positives is empty, expected at least one document")
 
 
-def whole_member(example: Mapping, index: int, what: str = "evaluation example") -> Member:
+def _are_numbers(scores: object, count: int) -> bool:
+    return (isinstance(scores, Sequence) and not isinstance(scores, str) and len(scores) == count
+            and all(isinstance(score, Real) and math.isfinite(score) for score in scores))
+
+
+def whole_member(example: Mapping, index: int, what: str = EVALUATION) -> Member:
     """All positives and all negatives of an example: what evaluation ranks."""
     check_example(example, index, what)
     positives, negatives = (_identified(example, key) for key in ("positives", "negatives"))
@@ -129,7 +137,7 @@ def drawn_member(example: Mapping, index: int, epoch: int, num_hard_negatives: i
 
     known_positives: positives of the same query in other examples, which are no negatives either.
     """
-    member = whole_member(example, index, "training example")
+    member = whole_member(example, index, TRAINING)
     member.relevant = [*member.relevant, *known_positives]
     draw = np.random.default_rng([seed, epoch, index])
     relevant = DocumentSet(member.relevant)
@@ -147,8 +155,8 @@ class TrainingExamples(Dataset):
     """
 
     def __init__(self, examples: Sequence, num_hard_negatives: int, seed: int, num_random_negatives: int = 0) -> None:
-        self.examples, self.num_hard_negatives, self.seed = examples, num_hard_negatives, seed
-        self.num_random_negatives, self.others = num_random_negatives, OtherExamples(examples)
+        self.examples, self.num_hard_negatives, self.seed = view(examples, TRAINING), num_hard_negatives, seed
+        self.num_random_negatives, self.others = num_random_negatives, OtherExamples(self.examples)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -198,12 +206,10 @@ class OtherExamples:
 
 def _query_keys(examples: Sequence) -> Iterator[object]:
     """What says that two examples have the same query: the id, or else the normalised text."""
-    if hasattr(examples, "column_names"):  # a datasets.Dataset, whose columns are read without the rest
-        ids = examples["query_id"] if "query_id" in examples.column_names else repeat(None, len(examples))
-        queries: Iterable = zip(ids, examples["query"], strict=True)
+    if isinstance(examples, (list, tuple)):
+        queries: Iterable = ((example.get("query_id"), example["query"]) for example in examples)
     else:
-        given = examples if isinstance(examples, (list, tuple)) else ()
-        queries = ((example.get("query_id"), example["query"]) for example in given)
+        queries = examples.queries()
     return (("id", query_id) if query_id is not None else normalised(query) for query_id, query in queries)
 
 
@@ -243,7 +249,7 @@ class StreamedTrainingExamples(IterableDataset):
         if num_random_negatives:
             raise ValueError(f"num_random_negatives={num_random_negatives} needs examples in a list or a "
                              "datasets.Dataset: an iterable has no other examples to draw from")
-        self.examples, self.num_hard_negatives, self.seed = examples, num_hard_negatives, seed
+        self.examples, self.num_hard_negatives, self.seed = view(examples, TRAINING), num_hard_negatives, seed
 
     def __iter__(self) -> Iterator[Member]:
         epoch = 0
@@ -263,7 +269,7 @@ class EvaluationExamples(Dataset):
     """Map-style examples; an item is asked for as of `TrainingExamples`."""
 
     def __init__(self, examples: Sequence) -> None:
-        self.examples = examples
+        self.examples = view(examples, EVALUATION)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -277,7 +283,7 @@ class StreamedEvaluationExamples(IterableDataset):
     """Examples of an iterable, filled up with idle ones to a ``multiple``; see `EpochOrder`."""
 
     def __init__(self, examples: Iterable, multiple: int = 1) -> None:
-        self.examples, self.multiple = examples, multiple
+        self.examples, self.multiple = view(examples, EVALUATION), multiple
 
     def __iter__(self) -> Iterator[Member]:
         index, member = -1, None

@@ -19,6 +19,8 @@ from .cache import DocumentCache
 from .checkpoints import last_complete, mark_complete, rotate, why_incomplete
 from .config import QPeftConfig
 from .examples import (
+    EVALUATION,
+    TRAINING,
     EpochOrder,
     EvaluationExamples,
     GroupCollator,
@@ -27,6 +29,7 @@ from .examples import (
     TrainingExamples,
     check_example,
 )
+from .formats.example_keys import table_rows, view
 from .losses import configured_loss, needs_temperature
 from .model import QPeftModel
 from .prefix_index import PrefixIndex
@@ -98,9 +101,12 @@ class QPeftTrainer(Trainer):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("QPeftTrainer: nothing to train: the model has clues='none' or was loaded without "
                              "is_trainable=True, and its LM has no trained adapter")
-        for what, dataset in (("training example", train_dataset), ("evaluation example", eval_dataset)):
-            for part in dataset.values() if isinstance(dataset, dict) else (dataset,):
-                _check_dataset(part, what)
+        train_dataset, eval_dataset = table_rows(train_dataset), table_rows(eval_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: table_rows(part) for name, part in eval_dataset.items()}
+        _check_dataset(train_dataset, TRAINING, config)
+        for part in eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,):
+            _check_dataset(part, EVALUATION)
         if args.dataloader_num_workers and train_dataset is not None and not _is_sized(train_dataset):
             raise ValueError("QPeftTrainer: an iterable of examples is read in the main process; "
                              "set dataloader_num_workers=0")
@@ -416,8 +422,11 @@ def _check_index(index: PrefixIndex, model: QPeftModel) -> None:
     index.expect_prompt(model.prompt)
 
 
-def _check_dataset(dataset, what: str) -> None:
-    """Look at every example of a list now; those of other datasets are looked at when they are read."""
+def _check_dataset(dataset, what: str, config: QPeftConfig | None = None) -> None:
+    """Look at every example of a list now; those of other datasets are looked at when they are read.
+
+    config: where they are to be trained on: whether they have the negatives that its loss needs.
+    """
     if dataset is None:
         return
     if not _is_sized(dataset):
@@ -428,5 +437,24 @@ def _check_dataset(dataset, what: str) -> None:
     if not len(dataset):
         raise ValueError(f"QPeftTrainer: there are no {what}s")
     if isinstance(dataset, (list, tuple)):
-        for index, example in enumerate(dataset):
+        examples = view(dataset, what)
+        for index, example in enumerate(examples):
             check_example(example, index, what)
+        if config is not None:
+            _check_negatives(examples, config)
+
+
+def _check_negatives(examples: Sequence, config: QPeftConfig) -> None:
+    """A query without any negative teaches nothing where the loss compares. Raises: ValueError if none has one."""
+    others = config.num_random_negatives or config.in_batch_negatives and config.queries_per_group > 1
+    if others or config.loss == "pointwise":
+        return
+    without = sum(not example["negatives"] for example in examples) if config.num_hard_negatives else len(examples)
+    message = (f"QPeftTrainer: {without} of {len(examples)} training examples have no negatives"
+               + (" (num_hard_negatives=0)" if not config.num_hard_negatives else "")
+               + f", and loss={config.loss!r} compares with them: give them negatives, or set in_batch_negatives=True "
+                 "with queries_per_group of 2 or more, or num_random_negatives")
+    if without == len(examples) and config.loss != "pointwise_pairwise":
+        raise ValueError(message)
+    if without:
+        logger.warning("%s", message)

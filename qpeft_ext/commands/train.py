@@ -21,7 +21,10 @@ def command(
     data: Annotated[
         str | None, typer.Option(help="Collection with training examples, or with qrels of --split (see README).")
     ] = None,
-    train: Annotated[Path | None, typer.Option(help="Examples, jsonl: query, positives, negatives.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Examples, jsonl: query, positives, negatives; or the keys of "
+                                       "sentence-transformers, FlagEmbedding or Tevatron.")
+    ] = None,
     dev: Annotated[Path | None, typer.Option(help="Examples for evaluation in training, jsonl.")] = None,
     run: Annotated[
         Path | None, typer.Option(help="TREC run for the negatives of --data.  [default: its candidates, else BM25]")

@@ -2,7 +2,7 @@
 
 Retrieval sets in the shape of MTEB and BEIR have three configurations (on disk: three folders): ``corpus`` (_id,
 title, text), ``queries`` (_id, text) and ``default`` or ``qrels`` (query-id, corpus-id, score). Anything else is taken
-as training examples: rows with a query and positives, in the words of this package, Tevatron or sentence-transformers.
+as training examples: rows with a query and positives, under any keys that `example_keys` knows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .collection import Collection, Example, Glance
+from .example_keys import ExampleKeys
 from .io import AnyPath
 from .qrels import whole_relevance
 from .trec import Qrels
@@ -20,9 +21,7 @@ from .trec import Qrels
 PREFIX = "hf:"
 _MARKS = ("dataset_dict.json", "state.json")  # what save_to_disk writes
 _EXTRA = "data sets of the Hub need the package datasets: pip install qpeft_ext[datasets]"
-_QUERY, _QRELS = ("query", "anchor", "question"), ("qrels", "default")
-_POSITIVES = ("positives", "positive_passages", "positive", "pos", "answer")
-_NEGATIVES = ("negatives", "negative_passages", "negative", "neg")
+_QRELS = ("qrels", "default")
 
 
 class Documents(Mapping[str, dict]):
@@ -109,22 +108,23 @@ class Dataset(Collection):
             raise self.lacks("examples")
         rows = self._load(None)[split := self.choose_split("train" if split is None and "train" in self.splits
                                                            else split)]
-        query, positives, negatives = (next((name for name in names if name in rows.column_names), None)
-                                       for names in (_QUERY, _POSITIVES, _NEGATIVES))
-        if query is None or positives is None:
-            raise ValueError(f"{self.place}, {split}: expected a column {' or '.join(_QUERY)} and one of "
-                             f"{', '.join(_POSITIVES)}, got {', '.join(rows.column_names)}")
-        return self._examples(rows, split, query, positives, negatives)
+        return self._examples(rows, split)
 
-    def _examples(self, rows, split: str, query: str, positives: str, negatives: str | None) -> Iterator[Example]:
+    def _examples(self, rows, split: str) -> Iterator[Example]:
+        keys = ExampleKeys(f"{self.place}, {split}")
         for number, row in enumerate(rows, start=1):
             where = f"{self.place}, row {number} of {split}"
-            if not isinstance(row[query], str) or not row[query].strip():
-                raise ValueError(f"{where}: expected a text under {query!r}, got {row[query]!r}")
-            example = {"query": row[query], "positives": _documents(where, positives, row[positives]),
-                       "negatives": _documents(where, negatives, row[negatives]) if negatives else []}
+            try:
+                row = keys.own(row)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if not isinstance(row["query"], str) or not row["query"].strip():
+                raise ValueError(f"{where}: expected a text as the query, got {row['query']!r}")
+            example = {"query": row["query"], "positives": _documents(where, "positives", row["positives"]),
+                       "negatives": _documents(where, "negatives", row["negatives"])}
             if not example["positives"]:
-                raise ValueError(f"{where}: {positives!r} is empty; expected at least one document")
+                raise ValueError(f"{where}: the positives are empty; expected at least one document")
+            example |= {key: row[key] for key in ("positive_scores", "negative_scores") if key in row}
             if row.get("query_id") is not None:
                 example = {"query_id": str(row["query_id"]), **example}
             yield example
@@ -180,12 +180,11 @@ def _library() -> Any:
 
 
 def _documents(where: str, key: str, value: object) -> list[Any]:
-    """A text, an object with "text", or a list of them; Tevatron's "docid" becomes "id"."""
+    """Texts, and objects with "text" whose ids become texts."""
     documents = []
-    for document in value if isinstance(value, list) else [value]:
+    for document in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(document, dict) and isinstance(document.get("text"), str):
-            doc_id = document.get("id", document.get("docid"))
-            identity = {} if doc_id is None else {"id": str(doc_id)}
+            identity = {} if document.get("id") is None else {"id": str(document["id"])}
             document = {**identity, "title": document.get("title") or "", "text": document["text"]}
         elif not isinstance(document, str):
             raise ValueError(f"{where}: expected texts or objects with 'text' under {key!r}, got {document!r}")

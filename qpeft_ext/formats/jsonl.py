@@ -1,7 +1,8 @@
 """JSON lines: training examples, and documents alone.
 
 Examples: {"query", "positives", "negatives"} (and "query_id", if there is one); a document in them is a text, or an
-object with "text" and, if wanted, "id" and "title". Documents alone: an id, "text" or "contents" and perhaps "title".
+object with "text" and, if wanted, "id" and "title". Keys of other libraries are read too: `example_keys`. Documents
+alone: an id, "text" or "contents" and perhaps "title".
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from ..utils.files import AnyPath, AtomicWriter
 from . import corpus
 from .collection import Collection, Example, Glance
+from .example_keys import ExampleKeys, are_of_examples
 from .io import line_error, parse_object, read_lines, require_text, shorten
 from .trec import Qrels, Run
 
@@ -54,12 +56,12 @@ class ExamplesFile(Collection):
     """A file of training examples."""
 
     format = "jsonl"
-    looks_for = 'jsonl with "query" and "positives" (training examples)'
+    looks_for = 'jsonl with "query" and "positives", or keys such as "pos" or "positive_passages" (training examples)'
     parts = ("examples",)
 
     @classmethod
     def recognises(cls, glance: Glance) -> bool:
-        return glance.has("positives") and glance.has("query")
+        return glance.record is not None and are_of_examples(glance.record)
 
     def examples(self, split: str | None = None) -> Iterator[Example]:
         return iterate_examples(self.place)
@@ -68,7 +70,7 @@ class ExamplesFile(Collection):
 def read_examples(path: AnyPath) -> list[Example]:
     """Read training examples. "negatives" may be missing: other queries' documents can serve.
 
-    Returns: the objects of the file, with "negatives" always there; further keys are kept.
+    Returns: the objects of the file under our own keys, with "negatives" always there; further keys are kept.
     Raises: ValueError naming file and line.
     """
     return list(iterate_examples(path))
@@ -76,11 +78,14 @@ def read_examples(path: AnyPath) -> list[Example]:
 
 def iterate_examples(path: AnyPath) -> Iterator[Example]:
     """As `read_examples`, one after the other."""
-    number = 0
+    number, keys = 0, ExampleKeys(str(path))
     for number, text in read_lines(path, "training examples (jsonl)"):
-        example = parse_object(path, number, text)
+        record = parse_object(path, number, text)
+        try:
+            example = dict(keys.own(record))
+        except ValueError as error:
+            raise line_error(path, number, str(error)) from None
         require_text(path, number, example, "query")
-        example.setdefault("negatives", [])
         for key in ("positives", "negatives"):
             _check_documents(path, number, example, key)
         if not example["positives"]:
