@@ -45,6 +45,11 @@ class AttentionClues(Float32Module):
     def projected_bytes_used(self) -> int:
         return self._projected[1].used_bytes if self._projected else 0
 
+    def forget(self) -> None:
+        """Reuse nothing that was projected for earlier calls: results then depend on the following calls alone."""
+        if self._projected:
+            self._projected[1].clear()
+
     def _projected_table(self, table: Tensor, w_k: Tensor, w_v: Tensor, b_k: Tensor | None, b_v: Tensor | None):
         """The rows projected so far; none when the table or a weight has changed since."""
         read = (table, *self.k.parameters(), *self.v.parameters())

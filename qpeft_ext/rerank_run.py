@@ -1,7 +1,8 @@
 """Rerank a run: queries in blocks and in order, reading only the candidates' texts.
 
 A block is what is ranked at once and, with several devices, what is handed to one of them. Blocks depend on the
-candidates alone, so that a run is the same on any number of devices, and when it is gone on with after a kill.
+candidates alone, and nothing of one block is reused in the next (but for a document cache, whose purpose it is), so
+that a run is the same on any number of devices, and when it is resumed after a kill.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
+from .attention_clues import AttentionClues
 from .formats.io import AnyPath
 from .formats.partial_run import PartialRun
 from .formats.trec import Run, find_line
@@ -86,6 +88,8 @@ class RerankedRun:
 def by_likelihood(reranker) -> Ranker:
     """Rank by the reranker's score."""
     def rank(queries, documents):
+        if isinstance(clues := getattr(reranker.model, "clues", None), AttentionClues):
+            clues.forget()  # of another block: how rows are rounded depends on those that are projected with them
         rankings = reranker.rank_many(queries, documents, show_progress_bar=False)
         return [[(row["corpus_id"], row["score"]) for row in ranking] for ranking in rankings]
 
@@ -110,7 +114,8 @@ def rerank_run(
     Args:
         rank: `by_likelihood` or `by_similarity` of a `Reranker`.
         run: the candidates; `check_candidates` says whether they are known.
-        partial: gets each query as soon as it is ranked; queries that it has already are not ranked again.
+        partial: gets each of its blocks, which should be `run_blocks`, as soon as it is ranked; those that it has
+            already are not ranked again.
         show_progress_bar: None: only on a terminal.
     """
     def engine(blocks):
@@ -125,8 +130,8 @@ def rerank_blocks(
     name: str = "rerank", partial: PartialRun | None = None, show_progress_bar: bool | None = None,
 ) -> RerankedRun:
     """`rerank_run` with any engine: this process, worker processes, Ray."""
-    there = partial.rankings if partial else {}
-    blocks = list(remaining_blocks(queries, run, there, name))
+    every = partial.blocks if partial else run_blocks(run)
+    blocks = [_block(queries, run, query_ids, name) for query_ids in every[partial.num_pieces if partial else 0 :]]
     total = sum(map(len, run.values()))
     num_pairs = sum(len(doc_ids) for block in blocks for doc_ids in block.doc_ids)
     result = RerankedRun({}, num_pairs, 0.0, partial.num_resumed if partial else 0)
@@ -138,10 +143,12 @@ def rerank_blocks(
         tqdm(total=total, initial=total - num_pairs, desc=name, unit="pair", disable=hidden) as progress,
     ):
         for block, ranked in zip(blocks, ranked_blocks, strict=True):
-            for query_id, doc_ids, places in zip(block.query_ids, block.doc_ids, ranked.rankings, strict=True):
-                fresh[query_id] = [(doc_ids[place], score) for place, score in places]
-                if partial:
-                    partial.add(query_id, fresh[query_id])
+            rankings = {
+                query_id: [(doc_ids[place], score) for place, score in places]
+                for query_id, doc_ids, places in zip(block.query_ids, block.doc_ids, ranked.rankings, strict=True)}
+            if partial:
+                partial.add(rankings)
+            fresh |= rankings
             result.truncated += ranked.truncated
             result.cache_hits += ranked.cache_hits
             result.cache_misses += ranked.cache_misses
@@ -154,13 +161,15 @@ def rerank_blocks(
     return result
 
 
-def remaining_blocks(queries: Mapping[str, str], run: Run, there: Run, system: str = "") -> Iterator[Block]:
-    """The blocks of a run without the queries that are there already."""
+def run_blocks(run: Run) -> list[list[str]]:
+    """The ids of the queries of each block."""
     every_id = list(run)
-    for place in query_blocks([len(ranking) for ranking in run.values()], PAIRS_PER_BLOCK):
-        if query_ids := [query_id for query_id in every_id[place] if query_id not in there]:
-            doc_ids = [[doc_id for doc_id, _ in run[query_id]] for query_id in query_ids]
-            yield Block(query_ids, [queries[query_id] for query_id in query_ids], doc_ids, system)
+    return [every_id[place] for place in query_blocks([len(ranking) for ranking in run.values()], PAIRS_PER_BLOCK)]
+
+
+def _block(queries: Mapping[str, str], run: Run, query_ids: list[str], system: str) -> Block:
+    doc_ids = [[doc_id for doc_id, _ in run[query_id]] for query_id in query_ids]
+    return Block(query_ids, [queries[query_id] for query_id in query_ids], doc_ids, system)
 
 
 def read_documents(corpus: Mapping[str, dict], block: Block) -> list[list[dict]]:

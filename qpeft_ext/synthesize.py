@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import chain, islice
+from typing import IO
 
 from tqdm.auto import tqdm
 
@@ -130,18 +131,18 @@ class PartialQueries(PartialFile):
     def __str__(self) -> str:
         return f"{self.part} keeps the queries of {self.num_done} of {self.num_documents} documents"
 
-    def _read(self) -> int:
-        size = 0
-        with open(self.part, "rb") as file:
-            for line in file:
-                try:
-                    rows = json.loads(line) if line.endswith(b"\n") else None
-                    self.batches.append({doc_id: [GeneratedQuery(*query) for query in queries]
-                                         for doc_id, queries in rows.items()})
-                except (ValueError, TypeError, AttributeError):
-                    break  # torn by a kill
-                size += len(line)
-        return size
+    def _take(self, piece: bytes) -> None:
+        try:
+            rows = json.loads(piece)
+            batch = {doc_id: [GeneratedQuery(*query) for query in queries] for doc_id, queries in rows.items()}
+        except (TypeError, AttributeError, RecursionError):
+            raise ValueError("no batch of queries") from None
+        if not piece.endswith(b"\n"):
+            raise ValueError("torn")
+        self.batches.append(batch)
+
+    def _split(self, file: IO[bytes]) -> Iterator[bytes]:
+        return iter(file)
 
 
 def choose_documents(corpus: Mapping[str, dict], count: int | None, seed: int) -> list[str]:

@@ -69,7 +69,7 @@ def command(
     from .. import formats
     from ..evaluate import compare_table, parse_measures
     from ..prefix_index import PrefixIndex
-    from ..rerank_run import check_candidates, rerank_blocks
+    from ..rerank_run import check_candidates, rerank_blocks, run_blocks
     from ..rerank_systems import SystemsSpec
     from .common import Interrupted, asked_queries, first_stage, measure_names, say
 
@@ -110,7 +110,8 @@ def command(
         settings, about = spec.settings(queries, candidates), spec.about()
         for place, name in enumerate(spec.names):
             partials[name] = formats.PartialRun(output, candidates, settings | {"system": name}, about=about,
-                                                name=name.replace(" ", "-") if place else "", resume=resume)
+                                                name=name.replace(" ", "-") if place else "", resume=resume,
+                                                blocks=run_blocks(candidates))
             if partials[name].num_resumed:
                 say(f"{partials[name]}: going on from there")
         if index:

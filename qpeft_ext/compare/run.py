@@ -203,13 +203,14 @@ class Comparison:
     def _rank(self, cell: Cell, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
         """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
         from .. import Reranker
-        from ..rerank_run import by_likelihood, by_similarity, rerank_run
+        from ..rerank_run import by_likelihood, by_similarity, rerank_run, run_blocks
         from .cost import PETA, PeakMemory, Work
 
         method, prefixes = cell.method, self._prefixes(cell, model)
         reranker = Reranker(model, cache=prefixes.cache)
         rank = (by_likelihood if method.preset.lm else by_similarity)(reranker)
-        partial = formats.PartialRun(path, ranked.candidates, settings, tag=file_name(method.name))
+        partial = formats.PartialRun(path, ranked.candidates, settings, tag=file_name(method.name),
+                                     blocks=run_blocks(ranked.candidates))
         try:
             with Work(model.engine) as work, PeakMemory(model.device) as peak:
                 result = rerank_run(rank, ranked.queries, ranked.corpus, ranked.candidates, name=method.name,

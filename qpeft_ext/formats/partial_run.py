@@ -1,4 +1,4 @@
-"""`PartialRun`: a TREC run that grows query by query, survives a kill, and is gone on with.
+"""`PartialRun`: a TREC run that grows block by block, survives a kill, and is resumed.
 
 ``RUN.part`` is plain TREC, so it can be looked at and evaluated at any time; ``RUN.part.json`` says which job it is of.
 """
@@ -6,86 +6,100 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO
 
-from ..utils.files import AnyPath, AtomicWriter, is_gzip, sync_folder
+import numpy as np
+
+from ..utils.files import AnyPath, AtomicWriter, is_gzip, sync_folder, write_text
 from .partial_file import PartialFile
 from .trec import Run, check_id, run_lines, written_ranking
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class PartialRun(PartialFile):
-    """The queries of a job that are ranked so far, on the disk; each is a piece of a `PartialFile`.
-
-    Queries are added in the order of ``candidates``, each with all its candidates.
+    """The queries of a job that are ranked so far, on the disk, in blocks; each block is a piece of a `PartialFile`.
 
     Args:
         path: the final name of the run, plain or .gz.
         candidates: query_id -> (doc_id, score) of every query of the job.
+        blocks: the ids of ``candidates``, in their order, in the blocks that are ranked at once: scores depend on what
+            is ranked with them, by rounding, so that a block is resumed as a whole.  [default: each query alone]
         settings, about, name, resume: of `PartialFile`; ``name`` is the system's, where several share ``path``.
 
-    Attributes: rankings: query_id -> ranking as written, of all complete queries.
-        num_resumed: how many of them an earlier process has written.
+    Attributes: rankings: query_id -> ranking as written, of all complete blocks.
+        num_resumed: how many queries an earlier process has written.
     Raises: as `PartialFile`; ValueError for ids that no run can hold.
     """
 
     def __init__(
         self, path: AnyPath, candidates: Run, settings: dict[str, object], *, about: dict | None = None,
-        name: str = "", resume: bool = True, tag: str = "qpeft_ext",
+        name: str = "", resume: bool = True, tag: str = "qpeft_ext", blocks: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self._candidates, self._tag = candidates, tag
+        self.blocks = [[query_id] for query_id in candidates] if blocks is None else blocks
         self.rankings: Run = {}
         for query_id, ranking in candidates.items():
             check_id("query_id", query_id)
             for doc_id, _ in ranking:
                 check_id("doc_id", doc_id)
         super().__init__(path, settings, about=about, name=name, resume=resume)
-        self.num_resumed = sum(map(bool, self.rankings.values()))
+        self.num_resumed = len(self.rankings)
 
-    def add(self, query_id: str, ranking: Iterable[tuple[str, float]]) -> None:
-        """Append one query; see `RunWriter.add`. Raises: OSError if the disk is full; earlier queries stay whole."""
-        ranking = written_ranking(query_id, ranking)
-        self.append(run_lines(query_id, ranking, self._tag))
-        self.rankings[query_id] = ranking
+    def add(self, rankings: Mapping[str, Iterable[tuple[str, float]]]) -> None:
+        """Append the next of ``blocks``; a ranking as in `RunWriter.add`.
+
+        Raises: OSError if the disk is full; earlier blocks stay whole. ValueError for another block.
+        """
+        if list(rankings) != list(self.blocks[self.num_pieces]):
+            raise ValueError(f"block {self.num_pieces} of the run is of other queries")
+        written = {query_id: written_ranking(query_id, ranking) for query_id, ranking in rankings.items()}
+        self.append(self._lines(written))
+        self.rankings |= written
 
     def finish(self) -> None:
         """All queries are there: give the run its name, and keep the settings beside it as ``RUN.json``."""
         os.fsync(self._file)
+        write_text(self.target.with_name(f"{self.target.name}.json"), self._about.read_text(encoding="utf-8"))
         if is_gzip(self.target):
             with AtomicWriter(self.target) as whole, open(self.part, "rb") as part:
                 while data := part.read(1 << 20):
                     whole.write(data)
-            self.part.unlink()
+            self.discard()
         else:
             os.replace(self.part, self.target)
             sync_folder(self.target.parent)
-        os.replace(self._about, self.target.with_name(f"{self.target.name}.json"))
-        self.close()
+            self._renamed()
 
     def __str__(self) -> str:
         return f"{self.part} keeps {len(self.rankings)} of {len(self._candidates)} queries"
 
-    def _read(self) -> int:
-        size = 0
-        with open(self.part, "rb") as file:
-            for query_id, candidates in self._candidates.items():
-                lines = [file.readline() for _ in candidates]
-                ranking = _parsed(query_id, lines)
-                if ranking is None or {d for d, _ in ranking} != {d for d, _ in candidates}:
-                    break  # not written yet, or torn by a kill
-                self.rankings[query_id] = ranking
-                size += sum(map(len, lines))
-        return size
+    def _lines(self, rankings: Run) -> bytes:
+        return b"".join(run_lines(query_id, ranking, self._tag) for query_id, ranking in rankings.items())
+
+    def _take(self, piece: bytes) -> None:
+        if self.num_pieces == len(self.blocks):
+            raise ValueError("more blocks than the job has")
+        rankings, lines = {}, piece.decode("utf-8").split("\n")
+        for query_id in self.blocks[self.num_pieces]:
+            candidates = self._candidates[query_id]
+            own, lines = lines[: len(candidates)], lines[len(candidates) :]
+            rankings[query_id] = [_document(line) for line in own]
+            if {doc_id for doc_id, _ in rankings[query_id]} != {doc_id for doc_id, _ in candidates}:
+                raise ValueError(f"other documents of query {query_id!r}")
+        if self._lines(rankings) != piece:
+            raise ValueError("not what is written for these rankings")
+        self.rankings |= rankings
+
+    def _split(self, file: IO[bytes]) -> Iterator[bytes]:
+        for block in self.blocks:
+            yield b"".join(file.readline() for query_id in block for _ in self._candidates[query_id])
 
 
-def _parsed(query_id: str, lines: list[bytes]) -> list[tuple[str, float]] | None:
-    """The ranking in the lines of one query, or None if one of them is not whole."""
-    ranking = []
-    for rank, line in enumerate(lines, start=1):
-        columns = line.decode("utf-8", errors="replace").split(" ")
-        if len(columns) != 6 or not line.endswith(b"\n") or (columns[0], columns[3]) != (query_id, str(rank)):
-            return None
-        try:
-            ranking.append((columns[2], float(columns[4])))
-        except ValueError:
-            return None
-    return ranking
+def _document(line: str) -> tuple[str, float]:
+    """Document and score of a line of a run. Raises: ValueError if it is none."""
+    columns = line.split(" ")
+    if len(columns) != 6 or not abs(score := float(columns[4])) <= _LARGEST:
+        raise ValueError("no line of a run")
+    return columns[2], score

@@ -53,6 +53,12 @@ class ProjectedTable:
     def used_bytes(self) -> int:
         return self.used * self.row_bytes
 
+    def clear(self) -> None:
+        """Forget the rows, but for a table that was projected at once: it depends on no call."""
+        if not self.all_at_once:
+            self.place.fill_(-1)
+            self.used = 0
+
     @torch.no_grad()
     def attend(
         self,
