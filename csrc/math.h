@@ -62,6 +62,12 @@ struct SoftCap {
   QPEFT_HD T slope(T z) const { return cap == 0 ? T(1) : 1 - (z / cap) * (z / cap); }
 };
 
+// z - (max + log_sum). A sum of 64 and more has an error of 4e-6 and more, there the difference comes first.
+template <typename T>
+QPEFT_HD T log_probability(T z, T max, T log_sum) {
+  return std::abs(max) < 64 ? z - (max + log_sum) : z - max - log_sum;
+}
+
 // log(sum of exp z) of some words: max + log(sum). An aggregate, so that shared memory can hold it.
 template <typename T>
 struct LogSumExp {

@@ -198,8 +198,9 @@ void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logi
     const SoftCap<Sum> cap{cap_or_none<Sum>(soft_cap)};
     parallel(N, 65536 / std::max<int64_t>(D, 1), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        lse_at[row] = max_at[row] + std::log(sum_at[row]);
-        log_p_at[row] = target_z[row] - lse_at[row];
+        const Sum log_sum = std::log(sum_at[row]);
+        lse_at[row] = max_at[row] + log_sum;
+        log_p_at[row] = log_probability(target_z[row], max_at[row], log_sum);
         if (!sums) continue;
         const Row* word = words + target_at[row] * word_stride;
         const Sum scale = static_cast<Sum>(logit_scale), slope = cap.slope(target_z[row]), share = 1 / sum_at[row];

@@ -146,8 +146,8 @@ __global__ void finish_kernel(Finish<Row, Sum> finish) {
   const int64_t row = blockIdx.x, target = finish.target_ids[row];
   if (target < 0 || target >= finish.V) __trap();
   const Sum *running = finish.running + row, sum = running[finish.N], target_z = running[2 * finish.N];
-  const Sum lse = *running + std::log(sum);
-  if (threadIdx.x == 0) finish.lse[row] = lse, finish.log_p[row] = target_z - lse;
+  const Sum max = *running, log_sum = std::log(sum);
+  if (threadIdx.x == 0) finish.lse[row] = max + log_sum, finish.log_p[row] = log_probability(target_z, max, log_sum);
   if (!finish.expectation) return;
   const Row* word = finish.lm_head + target * finish.word_stride;
   Sum* expectation = finish.expectation + row * finish.D;

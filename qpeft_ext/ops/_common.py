@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BLOCK_BYTES = 2 << 20  # gathered rows at a time: 128 of 4096 float32, which stay in the cache for the GEMM
 
@@ -35,8 +36,51 @@ def fake(name: str):
 
 
 def differentiable(name: str, setup_context, backward) -> None:
+    """Registers ``backward``. It is not differentiated itself: whoever tries gets a RuntimeError, never a wrong number."""
+
+    def first_order(ctx, *grads):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():  # create_graph=True
+            results = backward(ctx, *grads)
+        depends_on = (x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad)
+        return _FirstOrder.apply(name, results, *depends_on)
+
     if registered():
-        torch.library.register_autograd(f"qpeft_ext::{name}", backward, setup_context=setup_context)
+        torch.library.register_autograd(f"qpeft_ext::{name}", first_order, setup_context=setup_context)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Hands gradients on, which depend on some tensors in a way that nobody knows.
+
+    `once_differentiable` connects them with nothing, so `torch.autograd.grad` would take them for constants.
+    """
+
+    @staticmethod
+    def forward(ctx, op: str, grads: tuple[Tensor | None, ...], *depends_on: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return grads
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: a gradient cannot be differentiated again; with QPEFT_REFERENCE=1 the PyTorch "
+                           "definitions run, which have second derivatives")
+
+
+def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
+    """NotImplementedError for an input with a tangent, which the operator would drop (`torch.func.jvp`, `jacfwd`)."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(f"{op}: there is no forward-mode derivative; with QPEFT_REFERENCE=1 the PyTorch "
+                                  "definitions run, which have it")
+
+
+def with_plain_rows(table: Tensor) -> Tensor:
+    """The table, or a copy where the numbers of a row do not lie side by side or rows overlap: kernels read rows."""
+    V, D = table.shape
+    plain = (D <= 1 or table.stride(1) == 1) and (V <= 1 or table.stride(0) >= D)
+    return table if plain else table.contiguous()
 
 
 # ---- wrong inputs ----------------------------------------------------------------------------------------------------
@@ -96,7 +140,7 @@ def check_documents(
 
 def check_ids(op: str, name: str, ids: Tensor, size: int, size_name: str, mask: Tensor | None = None) -> None:
     """IndexError for an id outside [0, size) that counts. On CUDA looking would wait for the GPU; the kernels trap."""
-    if ids.device.type != "cpu":
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = (ids < 0) | (ids >= size)
     if mask is not None:

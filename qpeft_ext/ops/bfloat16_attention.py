@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, multiplies_bfloat16_by_tiles
+from ._common import differentiable, fake, multiplies_bfloat16_by_tiles, refuse_forward_mode
 
 _STEP = 32  # numbers that an instruction multiplies
 _HERE = multiplies_bfloat16_by_tiles()  # a constant, since torch.compile cannot ask for it
@@ -28,6 +28,7 @@ def bfloat16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
     Returns: ``[B, L, H, D]`` bfloat16. Sums are float32, weights are rounded to bfloat16.
     Raises: RuntimeError for what `is_supported` does not take.
     """
+    refuse_forward_mode("bfloat16_attention", query, key, value)
     query, key, value, mask = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, mask))
     return torch.ops.qpeft_ext.bfloat16_attention(query, key, value, mask, scale)[0]
 
@@ -60,7 +61,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad, _):
     grad_query, grad_key, grad_value = torch.ops.qpeft_ext.bfloat16_attention_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.scale
+        grad, *ctx.saved_tensors, ctx.scale
     )
     return grad_query.transpose(1, 2), grad_key, grad_value, None, None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, has_bfloat16_products
+from ._common import differentiable, fake, has_bfloat16_products, refuse_forward_mode
 
 _HERE = has_bfloat16_products()  # a constant, since torch.compile cannot ask for it
 
@@ -22,10 +22,12 @@ def bfloat16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args: x: ``[..., D]``, bfloat16 on a CPU with products of it.  weight: ``[D]``, the same, without gradient.
     Returns: as x.
-    Raises: RuntimeError for what `is_supported` does not take.
+    Raises: ValueError for a weight that asks for a gradient; RuntimeError for what else `is_supported` does not take.
     """
+    refuse_forward_mode("bfloat16_rms_norm", x, weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("bfloat16_rms_norm: weight gets no gradient, so it must not ask for one")
     rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     return torch.ops.qpeft_ext.bfloat16_rms_norm(rows, weight, eps)[0].view(x.shape)
 
 
@@ -51,7 +53,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad, _):
-    return torch.ops.qpeft_ext.bfloat16_rms_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+    return torch.ops.qpeft_ext.bfloat16_rms_norm_backward(grad, *ctx.saved_tensors), None, None
 
 
 differentiable("bfloat16_rms_norm", _setup_context, _autograd)

@@ -9,12 +9,15 @@ from torch.nn.functional import linear
 from .._library import uses_reference
 from ._common import (
     check_documents,
+    check_ids,
     differentiable,
     expect_like,
     expect_shape,
     fake,
     implement,
+    refuse_forward_mode,
     sum_dtype,
+    with_plain_rows,
 )
 from ._pairs import Pairs, shared_rows
 
@@ -67,6 +70,8 @@ def clue_attention(
     if uses_reference(table.device):
         result = reference(*documents, *weights, *biases, num_heads=num_heads)
     else:
+        refuse_forward_mode("clue_attention", query_embeds, table, *weights, *biases)
+        documents = (query_embeds, query_mask, with_plain_rows(table), document_ids, document_mask, query_index)
         result = torch.ops.qpeft_ext.clue_attention(*documents, *weights, *biases, num_heads)
     if return_weights:
         return result, attention_weights(*documents, w_q, w_k, b_q, b_k, num_heads=num_heads)
@@ -96,6 +101,8 @@ def reference(
     w_q, w_k, w_v, w_o, b_q=None, b_k=None, b_v=None, b_o=None, *, num_heads, return_weights=False,
 ):  # fmt: skip
     """The definition."""
+    check_ids("clue_attention", "document_ids", document_ids, len(table), "V", document_mask)
+    check_ids("clue_attention", "query_index", query_index, len(query_embeds), "Q")
     documents = (query_embeds, query_mask, table, document_ids, document_mask, query_index)
     weights = attention_weights(*documents, w_q, w_k, b_q, b_k, num_heads=num_heads)  # [B, H, T, S]
     values = _heads(linear(table[document_ids.where(document_mask, 0)], w_v, b_v), num_heads)  # [B, H, S, D / H]

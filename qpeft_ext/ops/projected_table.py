@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .._library import uses_reference
-from ._common import exact_float32, sum_dtype
+from ._common import exact_float32, refuse_forward_mode, sum_dtype
 from ._pairs import Pairs
 from .clue_attention import _heads, clue_attention, project_heads
 from .clue_attention_cuda import projected_heads
@@ -79,6 +79,7 @@ class ProjectedTable:
         documents = (query_embeds, query_mask, self.table, document_ids, document_mask, query_index)
         if uses_reference(self.table.device):
             return clue_attention(*documents, *weights, num_heads=num_heads)
+        refuse_forward_mode("ProjectedTable.attend", query_embeds, w_q, w_o, b_q, b_o)
         H, d = num_heads, self.table.shape[1] // num_heads
         x = query_embeds.masked_fill(~query_mask[:, :, None], 0)
         queries = _heads(linear(x, w_q, b_q), H).to(self.dtype) * d**-0.5  # [Q, H, T, D / H]

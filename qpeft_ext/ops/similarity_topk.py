@@ -17,7 +17,9 @@ from ._common import (
     fake,
     implement,
     multiply,
+    refuse_forward_mode,
     sum_dtype,
+    with_plain_rows,
 )
 
 METRICS = ("cosine", "dot")
@@ -62,10 +64,12 @@ def similarity_topk(
     Source: Q-PEFT-R, Peng et al. 2024, https://arxiv.org/abs/2404.04522.
     """
     check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
-    inputs = (query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
+    documents = (document_ids, document_mask, query_index)
     if uses_reference(table.device):
-        return reference(*inputs)
-    return SimilarityTopK(*torch.ops.qpeft_ext.similarity_topk(*inputs)[:3])
+        return reference(query_embeds, query_mask, table, *documents, k, metric)
+    refuse_forward_mode("similarity_topk", query_embeds, table)
+    inputs = (query_embeds, query_mask, with_plain_rows(table), *documents)
+    return SimilarityTopK(*torch.ops.qpeft_ext.similarity_topk(*inputs, k, metric)[:3])
 
 
 def check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric) -> None:
@@ -83,6 +87,8 @@ def reference(
     query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric="cosine"
 ) -> SimilarityTopK:
     """The definition."""
+    check_ids("similarity_topk", "document_ids", document_ids, len(table), "V", document_mask)
+    check_ids("similarity_topk", "query_index", query_index, len(query_embeds), "Q")
     if not query_mask.any(1).all():
         raise ValueError("similarity_topk: every query needs a token, a row of query_mask is all False")
     ids = document_ids.where(document_mask, 0)
@@ -242,6 +248,7 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:
     query_embeds, _, table, _, _, query_index, _, ctx.metric = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(query_embeds, table, query_index, *output)
 
 

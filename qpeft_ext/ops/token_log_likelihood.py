@@ -23,6 +23,7 @@ from ._common import (
     implement,
     multiply_rows,
     product_dtype,
+    refuse_forward_mode,
     sum_dtype,
 )
 
@@ -57,6 +58,7 @@ def token_log_likelihood(
     check_token_log_likelihood(hidden, lm_head, target_ids, bias, soft_cap, chunk_bytes)
     if uses_reference(hidden.device):
         return reference(hidden, lm_head, target_ids, bias, soft_cap, logit_scale)
+    refuse_forward_mode("token_log_likelihood", hidden, lm_head, bias)
     want_expectation = torch.is_grad_enabled() and hidden.requires_grad
     return torch.ops.qpeft_ext.token_log_likelihood(
         hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_bytes, want_expectation
@@ -82,6 +84,7 @@ def check_token_log_likelihood(hidden, lm_head, target_ids, bias, soft_cap, chun
 
 def reference(hidden, lm_head, target_ids, bias=None, soft_cap=None, logit_scale=1.0, chunk_bytes=None) -> Tensor:
     """The definition. ``chunk_bytes`` changes no number."""
+    check_ids("token_log_likelihood", "target_ids", target_ids, len(lm_head), "V")
     dtype = sum_dtype(hidden.dtype)
     logits = logit_scale * (hidden.to(dtype) @ lm_head.to(dtype).T)  # [N, V]
     if bias is not None:

@@ -1,0 +1,92 @@
+"""Second and forward-mode derivatives: an error, never a wrong number. The definitions have both."""
+
+import pytest
+import torch
+from inputs import make_documents
+from torch.autograd import functional
+
+from qpeft_ext.ops import ProjectedTable, clue_attention, similarity_topk, token_log_likelihood
+from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
+from qpeft_ext.ops.bfloat16_rms_norm import bfloat16_rms_norm
+
+
+def make_cases():
+    """Name -> (loss, the input by which it is differentiated)."""
+    x = make_documents(Q=2, T=3, D=4, V=9, B=3, S=4, dtype=torch.float64)
+    documents, generator = x[3:], torch.Generator().manual_seed(0)
+    hidden, lm_head, w_q, w_k, w_v, w_o = (
+        torch.randn(rows, 4, generator=generator, dtype=torch.float64) for rows in (5, 7, 4, 4, 4, 4)
+    )
+    targets = torch.arange(5)
+
+    def top_k(query, table):
+        scores = similarity_topk(query, x.query_mask, table, *documents, 2).scores
+        return scores.masked_fill(scores == -torch.inf, 0).square().sum()
+
+    def attend(query, table, w_v):
+        return clue_attention(query, x.query_mask, table, *documents, w_q, w_k, w_v, w_o, num_heads=2).square().sum()
+
+    return {
+        "likelihood of hidden": (lambda y: token_log_likelihood(y, lm_head, targets).square().sum(), hidden),
+        "likelihood of lm_head": (lambda y: token_log_likelihood(hidden, y, targets).square().sum(), lm_head),
+        "a linear loss": (lambda y: token_log_likelihood(y, lm_head, targets).sum(), hidden),
+        "top_k of the query": (lambda y: top_k(y, x.table), x.query_embeds),
+        "top_k of the table": (lambda y: top_k(x.query_embeds, y), x.table),
+        "attention of the query": (lambda y: attend(y, x.table, w_v), x.query_embeds),
+        "attention of the table": (lambda y: attend(x.query_embeds, y, w_v), x.table),
+        "attention of w_v": (lambda y: attend(x.query_embeds, x.table, y), w_v),
+    }
+
+
+CASES = make_cases()
+
+
+def penalised(loss, x):
+    """A gradient penalty beside another loss: without an error here the penalty would silently have no gradient."""
+    x = x.clone().requires_grad_()
+    gradient = torch.autograd.grad(loss(x), x, create_graph=True)[0]
+    return torch.autograd.grad(gradient.square().sum() + x.pow(3).sum(), x)
+
+
+@pytest.mark.parametrize("second", [penalised, functional.hessian], ids=["penalty", "hessian"])
+@pytest.mark.parametrize("case", CASES)
+def test_second_derivatives_are_an_error(case, second):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        second(*CASES[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_graph_that_nobody_differentiates_costs_nothing(case):
+    loss, x = CASES[case]
+    x = x.clone().requires_grad_()
+    first, again = (torch.autograd.grad(loss(x), x, create_graph=create)[0] for create in (False, True))
+    assert torch.equal(first, again.detach())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_mode_is_an_error(case):
+    loss, x = CASES[case]
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jacfwd(loss)(x)
+
+
+def test_forward_mode_is_an_error_where_there_is_no_gradient_at_all():
+    x, eye = make_documents(D=16), torch.eye(16)
+    store = ProjectedTable(x.table, eye, eye, budget_bytes=1 << 20)
+    low = torch.randn(1, 2, 3, 32, dtype=torch.bfloat16)
+    calls = [
+        lambda y: store.attend(y, x.query_mask, *x[3:], eye, eye, num_heads=2),
+        lambda y: bfloat16_attention(y.bfloat16(), low, low, torch.ones(1, 1, 3, 3, dtype=torch.bool), 1.0),
+        lambda y: bfloat16_rms_norm(y.bfloat16(), torch.ones(16, dtype=torch.bfloat16), 1e-6),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(call, (x.query_embeds,), (x.query_embeds,))
+
+
+def test_a_weight_that_would_get_no_gradient_is_an_error():
+    weight = torch.ones(16, dtype=torch.bfloat16, requires_grad=True)
+    with pytest.raises(ValueError, match="weight gets no gradient"):
+        bfloat16_rms_norm(torch.ones(2, 16, dtype=torch.bfloat16), weight, 1e-6)
