@@ -36,7 +36,7 @@ def fake(name: str):
 
 
 def differentiable(name: str, setup_context, backward) -> None:
-    """Registers ``backward``. It is not differentiated itself: whoever tries gets a RuntimeError, never a wrong number."""
+    """Registers ``backward``. Differentiating it again is a RuntimeError, never a wrong number."""
 
     def first_order(ctx, *grads):
         if not torch.is_grad_enabled():

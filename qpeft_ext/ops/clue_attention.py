@@ -120,10 +120,15 @@ def attention_weights(
     x = query_embeds.masked_fill(~query_mask[:, :, None], 0)[query_index]
     queries = _heads(linear(x, w_q, b_q), num_heads)  # [B, H, T, D / H]
     keys = _heads(linear(table[document_ids.where(document_mask, 0)], w_k, b_k), num_heads)  # [B, H, S, D / H]
-    scores = (queries @ keys.mT) * queries.shape[-1] ** -0.5
+    scores = (queries @ keys.mT) * scale_of(queries)
     keep = document_mask[:, None, None, :]
     none = ~keep.any(-1, keepdim=True)  # a softmax over nothing would be NaN
     return scores.masked_fill(~(keep | none), -torch.inf).softmax(-1).masked_fill(none, 0)
+
+
+def scale_of(queries: Tensor) -> float:
+    """1 / sqrt of the width of a head, which may be 0."""
+    return max(queries.shape[-1], 1) ** -0.5
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -158,7 +163,7 @@ def absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads) -> Tensor:
     x = query_embeds.masked_fill(~query_mask[:, :, None], 0)  # what stands there may be NaN
     queries = linear(x, w_q, b_q).flatten(0, 1).unflatten(1, (num_heads, -1)).transpose(0, 1)  # [H, Q * T, D / H]
     keys = w_k.unflatten(0, (num_heads, -1))  # [H, D / H, D]; a batch over Q too would copy it Q times
-    absorbed = torch.bmm(queries * queries.shape[-1] ** -0.5, keys)
+    absorbed = torch.bmm(queries * scale_of(queries), keys)
     return absorbed.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
@@ -197,11 +202,12 @@ def _heads_forward(absorbed, table, document_ids, document_mask, query_index, w_
             weights = pairs.weights(scores, lse, query, part, n)
             rows = pairs.gather(part, n, buffer)
             torch.bmm(weights.mT, rows, out=context[part.start - block.start : part.stop - block.start])
-        context = context.view(-1, H, D)
+        P = len(context)
+        context = context.view(P * T, H, D)
         for h in range(H):
             here = slice(h * d, (h + 1) * d)
-            heads[block, :, here] = (context[:, h] @ values[here].T).view(-1, T, d)
-    return pairs.unsorted(heads), pairs.unsorted(lse).view(-1, T, H)
+            heads[block, :, here] = (context[:, h] @ values[here].T).view(P, T, d)
+    return pairs.unsorted(heads), pairs.unsorted(lse).view(len(lse), T, H)
 
 
 @fake("clue_attention_heads")
@@ -216,7 +222,7 @@ def _heads_backward(grad_heads, lse, absorbed, table, document_ids, document_mas
     pairs = Pairs(table, document_ids, document_mask, query_index, *absorbed.shape[:3])
     H, D, dtype = pairs.H, pairs.D, pairs.dtype
     d, values = D // H, w_v.to(dtype)
-    grad_heads, lse = pairs.sorted(grad_heads).to(dtype), pairs.sorted(lse).view(-1, pairs.R)
+    grad_heads, lse = pairs.sorted(grad_heads).to(dtype), pairs.sorted(lse).reshape(len(lse), pairs.R)
     grad_absorbed = absorbed.new_zeros(absorbed.shape[0], pairs.R, D, dtype=dtype)
     grad_w_v = torch.zeros_like(w_v, dtype=dtype)
     grad_table = torch.zeros_like(table, dtype=dtype) if want_table else table.new_empty(0)
@@ -233,11 +239,12 @@ def _heads_backward(grad_heads, lse, absorbed, table, document_ids, document_mas
     columns, scores, grad_scores, of_query = None, None, None, -1
     for block in pairs.blocks():
         context, grad_context = (x[: block.stop - block.start] for x in (contexts, grad_contexts))
-        grads, grad_context = grad_heads[block].reshape(-1, D), grad_context.view(-1, H, D)
+        P, rows = len(context), len(context) * pairs.T
+        grads, grad_context = grad_heads[block].reshape(rows, D), grad_context.view(rows, H, D)
         for h in range(H):
             here = slice(h * d, (h + 1) * d)
             torch.mm(grads[:, here], values[here], out=grad_context[:, h])
-        grad_context = grad_context.view(-1, pairs.R, D)
+        grad_context = grad_context.view(P, pairs.R, D)
         for query, part, n in pairs.parts(block):
             if query != of_query:
                 if of_query >= 0:
@@ -247,18 +254,18 @@ def _heads_backward(grad_heads, lse, absorbed, table, document_ids, document_mas
                 grad_scores = torch.zeros_like(scores)
             inside = slice(part.start - block.start, part.stop - block.start)
             weights = pairs.weights(scores, lse, query, part, n, known=True)
-            rows = pairs.gather(part, n, buffer)
-            torch.bmm(weights.mT, rows, out=context[inside])
-            grad_weights = rows @ grad_context[inside].mT  # [P, n, R]
+            keys = pairs.gather(part, n, buffer)
+            torch.bmm(weights.mT, keys, out=context[inside])
+            grad_weights = keys @ grad_context[inside].mT  # [P, n, R]
             slots, _, first = pairs.slots(query, part, n)
             torch.ops.qpeft_ext.clue_attention_softmax_backward(weights, slots, grad_weights)
             order, offsets = shared_rows(slots - first, scores.shape[0])
             torch.ops.qpeft_ext.weighted_rows(grad_weights.flatten(0, 1), order, None, offsets, True, grad_scores)
             if want_table:
                 ids = pairs.documents.ids[part, :n].reshape(-1)
-                grad_rows = (weights @ grad_context[inside]).view(-1, D)
+                grad_rows = (weights @ grad_context[inside]).flatten(0, 1)
                 grad_table.index_add_(0, ids.clamp_min(0), grad_rows)  # padding adds zeros
-        context = context.view(-1, H, D)
+        context = context.view(rows, H, D)
         for h in range(H):
             here = slice(h * d, (h + 1) * d)
             grad_w_v[here].addmm_(grads[:, here].T, context[:, h])
