@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from long_job import CANDIDATES, QUERIES, Process, children, command, make_long_job
 
-from qpeft_ext import formats
+from qpeft_ext import formats, rerank_systems
 from qpeft_ext.cli import main
 from qpeft_ext.rerank_run import PAIRS_PER_BLOCK
 
@@ -144,6 +144,32 @@ def test_another_job_does_not_go_on_with_it(job, tmp_path, capsys, monkeypatch):
     assert list(formats.read_run(out)) == list(candidates) and not part.exists()
     about = json.loads((tmp_path / "run.gz.json").read_text())
     assert about["settings"]["max_document_tokens"] == 5 and "torch" in about["versions"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError, None])
+def test_an_interrupt_that_a_library_turned_into_an_error(job, tmp_path, capsys, monkeypatch, error):
+    """As torch does while safetensors reads weights. Ctrl-C stays what it is: one line, and exit code 130."""
+    def load(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if error is None:
+                raise
+            raise error("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    interrupt_after(monkeypatch, 3)
+    assert main(command(job, tmp_path / "run")) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(rerank_systems.Systems, "__init__", load)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may have been started without
+    try:
+        capsys.readouterr()
+        assert main(command(job, tmp_path / "run")) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == (f"qpeft rerank: error: interrupted; {tmp_path}/run.part keeps 48 of {QUERIES} "
+                                       "queries: the same command goes on from there\n")
 
 
 def interrupt_after(monkeypatch, blocks: int) -> None:

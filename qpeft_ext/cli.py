@@ -17,6 +17,7 @@ from . import __version__
 from .commands import compare, convert, demo, evaluate, fuse, index, info, rerank, retrieve, synthesize, train
 from .commands.common import Interrupted, spread_measures
 from .utils.console import standard_streams
+from .utils.interrupts import Interrupts
 from .utils.text import one_line
 
 # the base of every complaint about arguments; typer has no public name for it
@@ -63,22 +64,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    try:
-        code = app(spread_measures(arguments), prog_name="qpeft", standalone_mode=False) or 0
-        return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail(arguments, "interrupted", 130)
-    except Interrupted as error:
-        return _fail(arguments, str(error), 130)
-    except ClickException as error:  # an unknown option, a missing argument, ...
-        return _fail(arguments, error.format_message() + (_one_value_each(error, arguments) or " (see --help)"))
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        # of torch's own errors only this one is the user's to solve; the others are ours, with their traceback
-        if isinstance(error, RuntimeError) and type(error).__name__ not in ("OutOfMemoryError", "RecursionError"):
-            raise
-        if os.environ.get("QPEFT_DEBUG", "0") not in ("", "0"):
-            raise
-        return _fail(arguments, "; ".join([_message(error), *getattr(error, "__notes__", ())]))
+    with Interrupts() as interrupts:
+        try:
+            code = app(spread_measures(arguments), prog_name="qpeft", standalone_mode=False) or 0
+            return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
+        except (KeyboardInterrupt, typer.Abort):
+            return _fail(arguments, "interrupted", 130)
+        except Interrupted as error:
+            return _fail(arguments, str(error), 130)
+        except ClickException as error:  # an unknown option, a missing argument, ...
+            return _fail(arguments, error.format_message() + (_one_value_each(error, arguments) or " (see --help)"))
+        except Exception as error:
+            notes = getattr(error, "__notes__", ())
+            if interrupts.caused(error):
+                return _fail(arguments, "; ".join(["interrupted", *notes]), 130)
+            if not _is_the_users(error) or os.environ.get("QPEFT_DEBUG", "0") not in ("", "0"):
+                raise
+            return _fail(arguments, "; ".join([_message(error), *notes]))
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Of torch's own errors only this one is the user's to solve; the others are ours, with their traceback."""
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ in ("OutOfMemoryError", "RecursionError")
+    return isinstance(error, (ValueError, TypeError, OSError, ImportError, MemoryError))
 
 
 def _fail(arguments: Sequence[str], message: str, code: int = 2) -> int:

@@ -1,0 +1,43 @@
+"""`Interrupts`: whether Ctrl-C was pressed, whatever became of its KeyboardInterrupt."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class Interrupts:
+    """While this is entered, Ctrl-C is remembered, and raises KeyboardInterrupt as always.
+
+    Libraries in C++ and Rust that meet it may raise an error of their own instead, without a word of it: torch, while
+    safetensors reads weights, "could not determine the shape of object type 'torch.UntypedStorage'".
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+        self._before = None
+
+    def __enter__(self) -> Interrupts:
+        in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot have handlers
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._before = signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._came = True
+        signal.default_int_handler(number, frame)
+
+    def caused(self, error: BaseException | None) -> bool:
+        """Whether ``error`` is, or may be, what became of Ctrl-C."""
+        seen: set[int] = set()
+        while error is not None and id(error) not in seen:
+            if isinstance(error, KeyboardInterrupt):
+                return True
+            seen.add(id(error))
+            error = error.__cause__ or error.__context__
+        return self._came
