@@ -233,7 +233,7 @@ class QPeftModel(nn.Module):
             return Scores(empty, empty.long())
         tables = self._rotary_tables(batch)
         if len(set(tables)) > 1:
-            options = (cache, max_tokens_per_batch, deterministic, prefilled)
+            options = (cache, max_tokens_per_batch, deterministic, prefilled, max_pairs_per_batch)
             groups = [[i for i, own in enumerate(tables) if own == table] for table in sorted(set(tables))]
             return _in_order(groups, [self(batch.select(group), path, *options) for group in groups])
         if tables[0]:  # not that of cached prefixes
