@@ -218,6 +218,24 @@ def test_limits_can_be_raised(job, tmp_path, capsys):
     assert re.search(r"Q-PEFT-R: 3 queries, .*; [1-9] documents cut to max_document_tokens", out)
 
 
+def test_long_queries_are_cut_on_request_and_counted(job, tmp_path, capsys):
+    mine = copy_job(job, tmp_path / "mine")
+    queries = mine / "data" / "queries.jsonl"
+    queries.write_text(queries.read_text().replace("moon month", "moon " * 20))
+    command = ["rerank", "--model", mine / "adapter", "--data", mine / "data", "--run", mine / "data" / "run.trec",
+               "--output", tmp_path / "out.trec", "--truncate-queries"]
+    assert "1 of 3 queries are cut to max_query_tokens = 64\n" in run_command(capsys, *command)
+    ranked = dict(formats.read_run(tmp_path / "out.trec")["q3"])
+    corpus = formats.open_collection(str(mine / "data")).corpus
+    reranker = qpeft.Reranker.from_pretrained(mine / "adapter")
+    cut = (" " + "moon " * 20)[:64]  # a byte is a token
+    for doc_id, score in ranked.items():
+        assert score == pytest.approx(reranker.predict((cut, corpus[doc_id])), abs=1e-3)
+    reranker.truncate_queries = True
+    for doc_id, score in ranked.items():
+        assert score == pytest.approx(reranker.predict(("moon " * 20, corpus[doc_id])), abs=1e-3)
+
+
 def test_interrupted(job, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -2,11 +2,13 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
+from transformers import LlamaForSequenceClassification
 
 import qpeft_ext as qpeft
 from qpeft_ext.memory import FIXED_BYTES, bytes_per_token, plan_memory
@@ -271,3 +273,64 @@ def test_threads_take_turns(options):
         sys.setswitchinterval(interval)
     for i, ours in enumerate(scores):
         np.testing.assert_allclose(ours, expected[i % len(calls)], atol=1e-3)
+
+
+def test_long_queries_are_cut_and_counted(model):
+    queries = ["tides " * 20, "boats", "tides " * 30]
+    with pytest.raises(ValueError, match="truncate_queries"):
+        qpeft.Reranker(model).rank_many(queries, [DOCUMENTS] * 3)
+    reranker = qpeft.Reranker(model, truncate_queries=True)
+    got = reranker.rank_many(queries, [DOCUMENTS] * 3)
+    assert reranker.truncated_queries == 2
+    cut = (" " + "tides " * 20)[:64]  # a byte is a token
+    expected = dict(enumerate(qpeft.Reranker(model).predict([(cut, document) for document in DOCUMENTS])))
+    for rows in (got[0], got[2]):
+        for row in rows:
+            assert row["score"] == pytest.approx(expected[row["corpus_id"]], abs=2e-3)
+    assert reranker.explain(queries[0], DOCUMENTS[0]).query == queries[0]
+    assert reranker.similarity(queries[:1], [DOCUMENTS])[0] == reranker.similarity([cut], [DOCUMENTS])[0]
+
+
+def test_a_reranker_says_what_it_is(model):
+    text = repr(qpeft.Reranker(model, cache=qpeft.DocumentCache(1 << 20), deterministic=True))
+    clues = {"attention": "attention clues (4 heads)", "top_k": "top_k clues (k=5)", "none": "no clues"}
+    for words in ("LlamaForCausalLM", "float32 on cpu", clues[model.qpeft_config.clues], "adapter: in memory",
+                  "deterministic, document_first", "DocumentCache(device: 0 prefixes"):
+        assert words in text
+    assert "no cache" in repr(qpeft.Reranker(model))
+
+
+class TextGenerationPipeline:
+    def __init__(self, model, tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+
+WRONG_MODELS = {
+    "a name": (lambda lm, tok, conf: qpeft.get_qpeft_model("gpt2", conf), "the string 'gpt2'; load_lm(name) loads one"),
+    "a path": (lambda lm, tok, conf: qpeft.QPeftModel(Path("x"), conf, tok), "load_lm(name) loads one"),
+    "a pipeline": (lambda lm, tok, conf: qpeft.get_qpeft_model(TextGenerationPipeline(lm, tok), conf),
+                   "a pipeline (TextGenerationPipeline); give its model: pipeline.model"),
+    "a class": (lambda lm, tok, conf: qpeft.get_qpeft_model(type(lm), conf, tok), "LlamaForCausalLM.from_pretrained"),
+    "a tokenizer": (lambda lm, tok, conf: qpeft.get_qpeft_model(tok, conf, lm), "got a tokenizer"),
+    "a config": (lambda lm, tok, conf: qpeft.get_qpeft_model(conf, lm, tok), "a QPeftConfig, which comes after the LM"),
+    "a classifier": (lambda lm, tok, conf: qpeft.get_qpeft_model(LlamaForSequenceClassification(lm.config), conf, tok),
+                     "a LlamaForSequenceClassification, which does not write text; load the LM itself"),
+    "a module": (lambda lm, tok, conf: qpeft.get_qpeft_model(torch.nn.Linear(2, 2), conf, tok), "the module Linear"),
+    "a model of ours": (lambda lm, tok, conf: qpeft.get_qpeft_model(qpeft.get_qpeft_model(lm, conf, tok), conf, tok),
+                        "take its own: model.lm"),
+    "options": (lambda lm, tok, conf: qpeft.get_qpeft_model(lm, {"clues": "none"}, tok), "config must be a QPeftCon"),
+    "swapped": (lambda lm, tok, conf: qpeft.QPeftModel(lm, tok, conf), "got a tokenizer, which comes after it"),
+    "a tokenizer's name": (lambda lm, tok, conf: qpeft.get_qpeft_model(lm, conf, "gpt2"), "AutoTokenizer.from_pretr"),
+    "an LM": (lambda lm, tok, conf: qpeft.Reranker(lm), "wrap it: Reranker(get_qpeft_model(lm, QPeftConfig("),
+    "an adapter's name": (lambda lm, tok, conf: qpeft.Reranker("my-adapter"), "Reranker.from_pretrained(…) loads an"),
+    "a tokenizer to rank": (lambda lm, tok, conf: qpeft.Reranker(tok), "model must be a QPeftModel, got a tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_MODELS)
+def test_what_is_no_lm_is_an_error_that_names_the_right_call(name):
+    call, words = WRONG_MODELS[name]
+    with pytest.raises(TypeError) as caught:
+        call(tiny_lm("llama"), tiny_tokenizer(), qpeft.QPeftConfig(clues="none"))
+    message = str(caught.value)
+    assert words in message and "\n" not in message and len(message) <= 300

@@ -30,20 +30,24 @@ class PairBatch:
     pairs: B times (query index, document index).
     candidates: of each query, the indices of the documents that it is ranked among (for ``source="candidates"``);
         None: those that it is paired with.
+    cut_queries: how many queries were cut to ``max_query_tokens``.
     """
 
     queries: list[tuple[int, ...]]
     documents: list[DocumentPrefix]
     pairs: list[tuple[int, int]]
     candidates: list[list[int]] | None = None
+    cut_queries: int = 0
 
     @classmethod
     def from_text(
-        cls, prompt: Prompt, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None
+        cls, prompt: Prompt, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None,
+        truncate_queries: bool = False,
     ) -> PairBatch:
         """Tokenise each distinct query and document text once; the order of the pairs is kept.
 
         lists: the list of candidates that each pair belongs to; the same query in two lists counts as two queries.
+        truncate_queries: cut queries that are longer than ``max_query_tokens`` at their end, instead of an error.
         """
         queries: dict[tuple[str, int], int] = {}
         documents: dict[str, int] = {}
@@ -56,7 +60,9 @@ class PairBatch:
                 kept.append(document)
             index.append((queries.setdefault((query, which), len(queries)), documents[text]))
         candidates = paired_documents(index, len(queries))
-        return cls(prompt.queries([query for query, _ in queries]), prompt.documents(kept), index, candidates)
+        cut: list[int] | None = [] if truncate_queries else None
+        query_ids = prompt.queries([query for query, _ in queries], cut)
+        return cls(query_ids, prompt.documents(kept), index, candidates, len(cut or ()))
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -27,7 +27,7 @@ OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the inpu
 # what compat="official" has no choice in: an option that is left at its default takes this value
 OFFICIAL = {"rank": None, "residual": False, "clue_embeddings": "full", "attention_bias": True, "source": "document",
             "selection": "similarity", "score_gate": False, "generated_lora_rank": None,
-            "num_virtual_tokens": None, "template": "qpeft"}
+            "num_virtual_tokens": None, "template": "qpeft", "allow_special_tokens": True}
 _MAX_TEXT = 1 << 16
 TEMPLATES = ("qpeft", "upr")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
@@ -81,6 +81,8 @@ class QPeftConfig:
         soft_prompt_mlp: inner width of an MLP that re-parameterises them, the identity at the start; None for none.
         train_lm: full fine-tuning, for comparison: every weight of the LM is trained along and saved (as large as the
             LM itself). Needs clues="none"; load the LM in float32.
+        allow_special_tokens: whether the words of a special token (``</s>``, ``<|im_start|>``) in a document or a query
+            become that token; without it they are text. An adapter that was saved before this option keeps True.
         max_document_tokens: a longer document (title and text) is cut at its end.
         max_query_tokens: a longer query is an error.
         queries_per_group: queries that share their documents as in-batch negatives.
@@ -122,6 +124,7 @@ class QPeftConfig:
     num_virtual_tokens: int | None = None
     soft_prompt_init: str = "text"
     soft_prompt_mlp: int | None = None
+    allow_special_tokens: bool = False
     max_document_tokens: int = 256
     max_query_tokens: int = 64
     queries_per_group: int = 4
@@ -145,7 +148,7 @@ class QPeftConfig:
         _one_of("clues", self.clues, CLUES)
         _one_of("source", self.source, SOURCES)
         _one_of("clue_embeddings", self.clue_embeddings, CLUE_EMBEDDINGS)
-        for name in ("score_gate", "attention_bias", "residual", "train_lm"):
+        for name in ("score_gate", "attention_bias", "residual", "train_lm", "allow_special_tokens"):
             _boolean(name, getattr(self, name))
         _one_of("similarity", self.similarity, SIMILARITIES)
         _one_of("selection", self.selection, SELECTIONS)
@@ -291,6 +294,7 @@ class QPeftConfig:
             kind = values.get("peft_type") if isinstance(values, dict) else None
             raise ValueError(f"{path}: expected a Q-PEFT adapter (peft_type QPEFT), got peft_type {shorten(kind)}")
         values = {name: value for name, value in values.items() if name not in ("qpeft_version", "versions")}
+        values = {"allow_special_tokens": True} | values  # as all were trained before there was a choice
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:

@@ -79,7 +79,9 @@ class Explanation:
 
 
 @torch.no_grad()
-def explain_pair(model, query: str, document: Document, candidates: Sequence[Document] | None = None) -> Explanation:
+def explain_pair(
+    model, query: str, document: Document, candidates: Sequence[Document] | None = None, truncate_queries: bool = False
+) -> Explanation:
     """Explain one (query, document) pair of a `QPeftModel`; no clues for ``clues="none"``.
 
     candidates: with ``source="candidates"``, the list that the document is ranked in; None: the document alone.
@@ -93,7 +95,7 @@ def explain_pair(model, query: str, document: Document, candidates: Sequence[Doc
         if text not in texts:
             raise ValueError(f"explain: the document must be one of the candidates, got {text[:60]!r}")
         row, pairs = texts.index(text), [(query, candidate) for candidate in candidates]
-    batch = model.encode(pairs)
+    batch = model.encode(pairs, truncate_queries=truncate_queries)
     clues = model.compute_clues(batch, explain=True)
     start = _text_start(document)
     if clues is None or not clues.mask[row].any():

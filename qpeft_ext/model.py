@@ -20,6 +20,7 @@ from .config import QPeftConfig
 from .encoder_decoder import EncoderStates, make_engine
 from .generated_lora import GeneratedLora
 from .lm_lock import lm_lock
+from .model_arguments import expect_lm_arguments
 from .official.likelihood import counted_tokens
 from .prefix_cache import PrefixKV
 from .prompt import Document, as_pairs, build_prompt
@@ -88,6 +89,7 @@ class QPeftModel(nn.Module):
 
     def __init__(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         super().__init__()
+        expect_lm_arguments("QPeftModel", lm, config, tokenizer)
         lm = _usable(lm)
         with lm_lock(lm), own_state():
             self._build(lm, config, tokenizer)
@@ -108,6 +110,7 @@ class QPeftModel(nn.Module):
         self._look_at_lm()
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder)
+        self.prompt.expect_rows(len(self.engine.table))
         with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, self.engine.table, tokenizer)
@@ -193,12 +196,14 @@ class QPeftModel(nn.Module):
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
-    def encode(self, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None) -> PairBatch:
-        """Tokenise pairs (query, document). ``lists``: see `PairBatch.from_text`.
+    def encode(
+        self, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None, truncate_queries: bool = False
+    ) -> PairBatch:
+        """Tokenise pairs (query, document). ``lists``, ``truncate_queries``: see `PairBatch.from_text`.
 
         Raises: TypeError or ValueError that names the pair and what is wrong with it.
         """
-        return PairBatch.from_text(self.prompt, as_pairs(pairs, "encode"), lists)
+        return PairBatch.from_text(self.prompt, as_pairs(pairs, "encode"), lists, truncate_queries)
 
     @_in_passes
     def forward(
@@ -416,8 +421,10 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
             stay as they are).
         config: `QPeftConfig`.
         tokenizer: loaded from ``lm.name_or_path`` if None.
-    Raises: ValueError for an LM that is neither (encoder-only, or without a head).
+    Raises: ValueError for an LM that is neither (encoder-only, or without a head); TypeError for what is no LM (a name,
+        a pipeline, a classifier, swapped arguments), with the right call.
     """
+    expect_lm_arguments("get_qpeft_model", lm, config, tokenizer)
     from .adapter_files import describe_lm
     from .loading import load_tokenizer
 

@@ -134,7 +134,7 @@ def prompt_settings(prompt) -> dict:
     """What decides about the prefix ids of a text: template, tokenizer, limit."""
     empty, probe = prompt.documents(["", _PROBE])
     return {"template": list(empty.ids), "tokenizer": list(probe.document_ids),
-            "max_document_tokens": prompt.max_document_tokens}
+            "max_document_tokens": prompt.max_document_tokens, "allow_special_tokens": prompt.allow_special_tokens}
 
 
 _LM_DIFFERENCES = {
@@ -150,6 +150,7 @@ _PROMPT_DIFFERENCES = {
     "max_document_tokens": "max_document_tokens {0}, here it is {1}",
     "tokenizer": "another tokenizer",
     "template": "another template (instruction, num_virtual_tokens)",
+    "allow_special_tokens": "allow_special_tokens={0}, here it is {1}",
 }
 
 
@@ -160,7 +161,8 @@ def expect_same_lm(folder: Path, manifest: dict, fingerprint: dict[str, str]) ->
 
 def expect_same_prompt(folder: Path, manifest: dict, settings: dict) -> None:
     """Raises: ValueError naming what differs if ``settings`` (`prompt_settings`) are not the index's."""
-    _expect_equal(folder, manifest["prompt"], settings, _PROMPT_DIFFERENCES)
+    # the words of special tokens were special tokens before there was a choice
+    _expect_equal(folder, {"allow_special_tokens": True} | manifest["prompt"], settings, _PROMPT_DIFFERENCES)
 
 
 def _expect_equal(folder: Path, expected: dict, got: dict, words: dict[str, str]) -> None:

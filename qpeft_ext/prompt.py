@@ -15,6 +15,9 @@ a text (T5: ``</s>`` at the end); the query is its decoder's.
 
 The pieces are tokenised separately, so the ids of a prefix depend on its document alone, and every span is known
 as a number: nothing is ever searched by token id.
+
+Documents and queries are text: the words of a special token in them (``</s>``, ``<|im_start|>``) are tokenised as any
+other words, unless ``allow_special_tokens``. In an instruction they are special tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ from dataclasses import dataclass
 
 from .config import QPeftConfig
 from .utils.inputs import as_list, expect_text, kind_of, short
+from .utils.text_tokens import TextTokenizer
 
 Document = str | dict
-_TEXTS_AT_ONCE = 256  # a fast tokenizer keeps a hundred bytes a token until all texts of a call are done
 UPR_INSTRUCTION = ". Please write a question based on this passage."  # Sachan et al. 2022, arXiv 2204.07496
 
 
@@ -104,11 +107,12 @@ class Prompt:
 
     Args:
         tokenizer: a transformers tokenizer; a pad token is not needed.
-        config: `QPeftConfig` (template, layout, instruction, num_virtual_tokens, the two length limits, and whether
-            there are clues).
+        config: `QPeftConfig` (template, layout, instruction, num_virtual_tokens, allow_special_tokens, the two length
+            limits, and whether there are clues).
         encoder_decoder: whether the LM is one.
 
     Attributes:
+        num_embeddings: rows of the LM's embedding table, which no token id may reach; None: not known (`expect_rows`).
         soft_prompt_start: where in every prefix the soft prompt stands, if there is one.
         instruction_ids: the tokens that it replaces; () without one.
     """
@@ -118,6 +122,10 @@ class Prompt:
         self.encoder_decoder = encoder_decoder
         self.max_document_tokens = config.max_document_tokens
         self.max_query_tokens = config.max_query_tokens
+        self.allow_special_tokens = config.allow_special_tokens
+        self._text_tokenizer = TextTokenizer(tokenizer, config.allow_special_tokens)
+        self._template_tokenizer = TextTokenizer(tokenizer, special_tokens=True)
+        self.num_embeddings: int | None = None
         # SentencePiece tokenizers put a space before each piece by themselves; byte-level ones need it in the text.
         first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"][:1])
         self._adds_space = bool(first) and first[0].startswith("▁")
@@ -172,12 +180,25 @@ class Prompt:
         return (), ()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        ids = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            # verbose=False: a long document is cut by us, so the tokenizer's length warning would be noise
-            ids += self.tokenizer(texts[start : start + _TEXTS_AT_ONCE], add_special_tokens=False, verbose=False,
-                                  return_attention_mask=False, return_token_type_ids=False)["input_ids"]
-        return ids
+        """Token ids of pieces of the template."""
+        return self._template_tokenizer(texts)
+
+    def expect_rows(self, num_embeddings: int) -> None:
+        """From now on token ids must be rows of an embedding table of this length.
+
+        Raises: ValueError if one of the template is none; `documents` and `queries` raise it for texts.
+        """
+        self.num_embeddings = num_embeddings
+        pieces = [self._head, self._tail, self.instruction_ids, *vars(self.suffix).values()]
+        self._expect_known("the prompt's template", [i for piece in pieces for i in piece])
+
+    def _expect_known(self, place: str, ids: Sequence[int]) -> None:
+        if self.num_embeddings is not None and ids and max(ids) >= self.num_embeddings:
+            unknown = next(i for i in ids if i >= self.num_embeddings)
+            token, needed = short(self.tokenizer.convert_ids_to_tokens(unknown)), len(self.tokenizer)
+            raise ValueError(f"{place} has the token {token} with the id {unknown}, but the LM's embedding table has "
+                             f"{self.num_embeddings} rows; call lm.resize_token_embeddings({needed}) first, or "
+                             "use the LM's own tokenizer")
 
     def _spaced(self, text: str) -> str:
         return text if self._adds_space or not text else f" {text}"
@@ -190,34 +211,44 @@ class Prompt:
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
         """Prefixes of the documents; only a document's own text is ever truncated, at its end."""
         prefixes = []
-        for ids in self._encode([self._spaced(document_text(document)) for document in documents]):
+        texts = [document_text(document) for document in documents]
+        for text, ids in zip(texts, self._text_tokenizer([self._spaced(text) for text in texts]), strict=True):
             kept = ids[: self.max_document_tokens]
+            self._expect_known(f"the document {short(text)}", kept)
             start = len(self._head)
             whole = (*self._head, *kept, *self._tail)
             prefixes.append(DocumentPrefix(whole, start, start + len(kept), len(ids) - len(kept)))
         return prefixes
 
-    def queries(self, queries: Sequence[str]) -> list[tuple[int, ...]]:
+    def queries(self, queries: Sequence[str], cut: list[int] | None = None) -> list[tuple[int, ...]]:
         """Token ids of the queries.
 
-        Raises: TypeError if a query is not a string; ValueError if it is empty or longer than ``max_query_tokens``.
+        Args:
+            cut: if a list is given, queries that are longer than ``max_query_tokens`` are cut at their end and their
+                places are added to it; without one they are an error.
+        Raises: TypeError if a query is not a string; ValueError if it is empty or too long, or has a token that the
+            LM does not have.
         """
         for place, query in enumerate(queries):
             expect_text(query, f"query {place}")
-        encoded = self._encode([self._query_text(query) for query in queries])
-        for query, ids in zip(queries, encoded, strict=True):
+        encoded = self._text_tokenizer([self._query_text(query) for query in queries])
+        for place, (query, ids) in enumerate(zip(queries, encoded, strict=True)):
             if not query.strip() or not ids:
                 raise ValueError(f"a query must have at least one token, got {query!r}")
             if len(ids) > self.max_query_tokens:
-                raise ValueError(
-                    f"query {short(query)} has {len(ids)} tokens, max_query_tokens is {self.max_query_tokens}; "
-                    "shorten the query or raise max_query_tokens"
-                )
+                if cut is None:
+                    raise ValueError(
+                        f"query {short(query)} has {len(ids)} tokens, max_query_tokens is {self.max_query_tokens}; "
+                        "shorten the query, raise max_query_tokens or set truncate_queries"
+                    )
+                del ids[self.max_query_tokens :]
+                cut.append(place)
+            self._expect_known(f"the query {short(query)}", ids)
         return [tuple(ids) for ids in encoded]
 
     def count(self, query: str) -> int:
         """Tokens of a query of any length, also of none."""
-        return len(self._encode([self._query_text(query)])[0])
+        return len(self._text_tokenizer([self._query_text(query)])[0])
 
     def fits(self, query: str) -> bool:
         """Whether `queries` takes it."""
@@ -232,13 +263,10 @@ class Prompt:
 
         Raises: ValueError for a tokenizer that cannot give offsets (a slow one).
         """
-        if not self.tokenizer.is_fast:
-            raise ValueError("character offsets need a fast tokenizer; load it with use_fast=True")
         text = document_text(document)
         spaced = self._spaced(text)
         shift = len(spaced) - len(text)
-        spans = self.tokenizer(spaced, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = spans["offset_mapping"][: self.max_document_tokens]
+        offsets = self._text_tokenizer.offsets(spaced)[: self.max_document_tokens]
         return [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]
 
 

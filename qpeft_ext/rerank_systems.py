@@ -39,6 +39,7 @@ class SystemsSpec:
         dtype, attention, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the
             defaults.
         template: of the prompt, where there is no adapter that says it.
+        truncate_queries: of `Reranker`.
         cache_bytes: of a `DocumentCache` per process; 0: none.
         max_memory: of `Reranker`, instead of cache_bytes.
         index: folder of prefixes on disk, made by ``qpeft index``.
@@ -59,6 +60,7 @@ class SystemsSpec:
     max_memory: int | str | None = None
     index: Path | None = None
     template: str | None = None
+    truncate_queries: bool = False
 
     @cached_property
     def config(self) -> QPeftConfig:
@@ -111,6 +113,7 @@ class SystemsSpec:
             "dtype": self.dtype,
             "attention": self.attention,
             "template": self.config.template,
+            "allow_special_tokens": self.config.allow_special_tokens,
             "deterministic": self.deterministic,
             **self.limits,
             "queries and candidates": content.hexdigest()[:16],
@@ -144,7 +147,8 @@ class Systems:
         self.corpus = open_collection(spec.data).corpus
         cached = spec.cache_bytes or spec.index is not None
         cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
-        options = {"deterministic": spec.deterministic, "cache": cache, "max_memory": spec.max_memory}
+        options = {"deterministic": spec.deterministic, "cache": cache, "max_memory": spec.max_memory,
+                   "truncate_queries": spec.truncate_queries}
         if spec.max_tokens_per_batch is not None:
             options["max_tokens_per_batch"] = spec.max_tokens_per_batch
         self.rerankers = {}
@@ -160,7 +164,8 @@ class Systems:
         if plain:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention)
             same = {name: getattr(spec.config, name)
-                    for name in ("compat", "template", "instruction", "max_document_tokens", "max_query_tokens")}
+                    for name in ("compat", "template", "instruction", "allow_special_tokens", "max_document_tokens",
+                                 "max_query_tokens")}
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
             reranker = Reranker(get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer), **options)

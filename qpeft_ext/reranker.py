@@ -21,6 +21,7 @@ from .clues import AttentionClues
 from .explain import Explanation, explain_pair
 from .memory import plan_memory
 from .model import QPeftModel
+from .model_arguments import expect_model
 from .prompt import Document, as_documents, as_pairs, document_text
 from .schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
 from .utils.inputs import as_list, expect_text, kind_of, whole_number
@@ -58,9 +59,13 @@ class Reranker:
         path: "document_first" or "plain".
         max_memory: bytes besides the weights, or "free" on a CUDA device (`memory.plan_memory` has the formula): gives
             max_tokens_per_batch, projected_bytes and a cache, where they are not given.
+        truncate_queries: cut a query that is longer than ``max_query_tokens`` at its end, instead of an error.
         compile: `torch.compile` the suffix passes; the first passes then take minutes. For large models on a GPU.
 
-    Attributes: truncated: documents cut so far (``max_document_tokens``).
+    Attributes:
+        truncated, truncated_queries: documents and queries cut so far (``max_document_tokens``, ``max_query_tokens``);
+            one that is in two calls counts twice.
+        adapter: the folder or Hub id that it was loaded from; None for a model in memory.
     """
 
     def __init__(
@@ -73,7 +78,9 @@ class Reranker:
         path: str = "document_first",
         max_memory: int | str | None = None,
         compile: bool = False,
+        truncate_queries: bool = False,
     ) -> None:
+        expect_model(model)
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
         if cache is not None and cache.index is not None and model.engine.why_plain:
@@ -93,7 +100,9 @@ class Reranker:
         if attention:
             model.clues.projected_bytes = 256 << 20 if projected_bytes is None else projected_bytes
         self.path = path
-        self.truncated = 0
+        self.truncate_queries = truncate_queries
+        self.truncated = self.truncated_queries = 0
+        self.adapter: str | None = None
 
     @classmethod
     def from_pretrained(cls, path, base_model=None, device=None, dtype=None, tokenizer=None, lm_kwargs=None, **options):
@@ -107,7 +116,27 @@ class Reranker:
             options: of `Reranker`.
         """
         lm_kwargs = dict(lm_kwargs or {}, device=device, dtype=dtype)
-        return cls(QPeftModel.from_pretrained(path, base_model, tokenizer, **lm_kwargs), **options)
+        reranker = cls(QPeftModel.from_pretrained(path, base_model, tokenizer, **lm_kwargs), **options)
+        reranker.adapter = str(path)
+        return reranker
+
+    def __repr__(self) -> str:
+        model, config = self.model, self.model.qpeft_config
+        name = config.base_model_name_or_path or getattr(model.lm, "name_or_path", "") or "no name"
+        kind = {"top_k": f"top_k clues (k={config.k})", "attention": f"attention clues ({config.num_heads} heads)",
+                "none": "no clues"}[config.clues]
+        dtype = str(model.engine.table.dtype).removeprefix("torch.")
+        parts = [
+            f"{type(model.lm).__name__} {name!r}, {dtype} on {model.device}",
+            kind + (f", generated LoRA of rank {config.generated_lora_rank}" if config.generated_lora_rank else "")
+            + (f", soft prompt of {config.num_virtual_tokens} tokens" if config.num_virtual_tokens else ""),
+            f"adapter: {self.adapter or 'in memory'}",
+            f"{'deterministic, ' if self.deterministic else ''}{self.path}, {self.max_tokens_per_batch} tokens a pass",
+            "no cache" if self.cache is None else repr(self.cache),
+        ]
+        if self.cache is not None and self.cache.index is not None:
+            parts.append(f"index: {self.cache.index.folder}")
+        return f"Reranker({'; '.join(parts)})"
 
     def predict(
         self,
@@ -241,7 +270,7 @@ class Reranker:
         Raises: TypeError or ValueError that names what is wrong with the query or a document.
         """
         with self.model.passes(evaluating=True):
-            return explain_pair(self.model, query, document, candidates)
+            return explain_pair(self.model, query, document, candidates, self.truncate_queries)
 
     def similarity(self, queries: Iterable[str], candidates: Iterable[Iterable[Document]]) -> list[list[float]]:
         """Baseline without an LM: the sum of the scores of each pair's clues; 0 for a pair without clues.
@@ -256,7 +285,7 @@ class Reranker:
         for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK):
             pairs = [(queries[i], document) for i in block for document in candidates[i]]
             with self.model.passes(evaluating=True):
-                batch = self.model.encode(pairs, self._lists(block, candidates))
+                batch = self.model.encode(pairs, self._lists(block, candidates), self.truncate_queries)
                 sums = iter(self._clue_similarity(batch).tolist() if pairs else ())
             results += [[next(sums) for _ in candidates[i]] for i in block]
         return results
@@ -292,8 +321,9 @@ class Reranker:
         """The scores of a block, while no other thread uses the LM."""
         if self.cache is not None and self.cache.index is not None:
             self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
-        batch = self.model.encode(pairs, lists)
+        batch = self.model.encode(pairs, lists, self.truncate_queries)
         self.truncated += sum(document.cut > 0 for document in batch.documents)
+        self.truncated_queries += batch.cut_queries
         jobs, prefilled = self._jobs(batch)
         rows, parts = [], []
         for job in jobs:

@@ -57,6 +57,9 @@ def command(
     max_query_tokens: Annotated[
         int | None, typer.Option(help="A longer query is an error.  [default: the adapter's, or 64]")
     ] = None,
+    truncate_queries: Annotated[
+        bool, typer.Option("--truncate-queries", help="Cut longer queries at their end, instead of the error.")
+    ] = False,
     max_document_tokens: Annotated[
         int | None, typer.Option(help="A longer document is cut.  [default: the adapter's, or 256]")
     ] = None,
@@ -98,7 +101,8 @@ def command(
         data=os.path.abspath(data) if os.path.exists(data) else data,
         model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
         dtype=dtype, attention=attention, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
-        max_query_tokens=max_query_tokens, max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
+        max_query_tokens=max_query_tokens, truncate_queries=truncate_queries,
+        max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
         max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
         index=index.absolute() if index else None,
         template=template,
@@ -116,7 +120,9 @@ def command(
                 say(f"{partials[name]}: going on from there")
         if index:
             PrefixIndex(index).expect_prompt(spec.prompt())
-        _check_queries(spec.prompt(), {query_id: queries[query_id] for query_id in candidates})
+        cut = _check_queries(spec.prompt(), {query_id: queries[query_id] for query_id in candidates}, truncate_queries)
+        if cut:
+            say(f"{cut} of {len(candidates)} queries are cut to max_query_tokens = {spec.limits['max_query_tokens']}")
         runs, results = {before: candidates}, {}
         try:
             with _engine(engine, spec, places) as rank:
@@ -183,10 +189,15 @@ def _kept(partials: dict) -> list[str]:
     return [f"{', '.join(kept)}: the same command goes on from there"] if kept else []
 
 
-def _check_queries(prompt, queries: dict[str, str]) -> None:
-    """Tokenise all queries first: one that is too long is an error now, not after an hour."""
+def _check_queries(prompt, queries: dict[str, str], truncate: bool) -> int:
+    """Tokenise all queries first: one that is too long is an error now, not after an hour.
+
+    Returns: how many are cut, with ``truncate``.
+    """
+    cut: list[int] | None = [] if truncate else None
     for query_id, text in queries.items():
         try:
-            prompt.queries([text])
+            prompt.queries([text], cut)
         except ValueError as error:
             raise ValueError(f"query {query_id!r}: {error}") from None
+    return len(cut or ())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ..config import QPeftConfig
 from ..prompt import CluesFirstPieces, Document, DocumentPrefix, Prompt, SuffixPieces, document_text
+from ..utils.inputs import short
 
 BOS, EOS = 1, 2  # fixed in the official code
 _BEFORE = "Passage: "
@@ -73,17 +74,18 @@ class OfficialPrompt(Prompt):
         """
         texts = [document_text(document) for document in documents]
         prefixes = []
-        for text, ids in zip(texts, self._encode([_document_part(text) for text in texts]), strict=True):
+        for text, ids in zip(texts, self._text_tokenizer([_document_part(text) for text in texts]), strict=True):
             self._expect_no_bos("document", text, ids)
             kept = self._cut(ids)[:-QUESTION]
+            self._expect_known(f"the document {short(text)}", kept)
             start = len(self._head)
             whole = (*self._head, *kept)
             prefixes.append(DocumentPrefix(whole, start, len(whole), len(ids) - QUESTION - len(kept)))
         return prefixes
 
-    def queries(self, queries: Sequence[str]) -> list[tuple[int, ...]]:
+    def queries(self, queries: Sequence[str], cut: list[int] | None = None) -> list[tuple[int, ...]]:
         """As `Prompt.queries`. Raises also: ValueError for a query with the text of a token "<s>"."""
-        encoded = super().queries(queries)
+        encoded = super().queries(queries, cut)
         for query, ids in zip(queries, encoded, strict=True):
             self._expect_no_bos("query", query, ids)
         return encoded
@@ -91,8 +93,7 @@ class OfficialPrompt(Prompt):
     def offsets(self, document: Document) -> list[tuple[int, int]]:
         """As `Prompt.offsets`; words of the template have empty spans."""
         text = document_text(document)
-        spans = self.tokenizer(_document_part(text), add_special_tokens=False, return_offsets_mapping=True,
-                               verbose=False)["offset_mapping"]
+        spans = self._text_tokenizer.offsets(_document_part(text))
         return [tuple(min(max(0, place - len(_BEFORE)), len(text)) for place in span)
                 for span in self._cut(spans)[:-QUESTION]]
 
