@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -304,6 +306,57 @@ def test_a_killed_run_goes_on(moment, occurrence, tmp_path, monkeypatch):
     ours, expected = contents(folder), contents(tmp_path / "expected")
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
     assert not list(folder.glob(".*.tmp")) and json.loads((folder / "manifest.json").read_text())["complete"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [True, False], ids=["interrupted", "killed"])
+def test_stopped_after_any_pass_the_files_are_those_of_one_run(kept, dtype, tmp_path, monkeypatch):
+    """To the byte, though passes hold several documents: those that were stored already are computed along.
+
+    An interrupt writes what is computed, in a shard that is filled up later; a kill loses it.
+    """
+    documents = {f"d{i}": ("", " ".join(["tide moon sea", "boat", "wind"][: 1 + i % 3]) + f" {i}") for i in range(14)}
+    lm = model(tiny_lm("llama").to(dtype))
+    options = {"documents": corpus(documents), "max_tokens_per_batch": 4 * 55,
+               "shard_bytes": 3 * lm.engine.layout.numel(20) * dtype.itemsize}
+    make(tmp_path / "grown", lm, documents=corpus(dict(list(documents.items())[:3])))  # a run may begin with an index
+    shutil.copytree(tmp_path / "grown", tmp_path / "expected")
+    prefill, passes = Engine.prefill, []
+    monkeypatch.setattr(Engine, "prefill", lambda self, group: passes.append(len(group)) or prefill(self, group))
+    make(tmp_path / "expected", lm, **options)
+    expected, count = files(tmp_path / "expected"), len(passes)
+    assert count >= 3 and max(passes) > 1 and len(expected) > 4, passes
+    for stop in range(1, count, 1 if dtype == torch.bfloat16 else 2):
+        for again in (0, 1):  # stopped once, or twice
+            folder = tmp_path / f"{stop}-{again}"
+            shutil.copytree(tmp_path / "grown", folder)
+            for number in (stop, again)[: 1 + again]:
+                with stopped_at(monkeypatch, prefill, number, kept), contextlib.suppress(KeyboardInterrupt):
+                    make(folder, lm, **options)
+            make(folder, lm, **options)
+            assert files(folder) == expected, (stop, again)
+
+
+@contextlib.contextmanager
+def stopped_at(monkeypatch, prefill, number: int, kept: bool):
+    seen, stopped = [], []
+
+    def stop(self, group):
+        seen.append(group)
+        if len(seen) > number:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        return prefill(self, group)
+
+    write = IndexWriter._write_shard
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "prefill", stop)
+        patch.setattr(IndexWriter, "_write_shard", lambda self: write(self) if kept or not stopped else None)
+        yield
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-70] + b"x" + b[-69:], lambda b: b""])

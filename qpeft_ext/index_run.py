@@ -1,4 +1,8 @@
-"""Make an index: the prefix caches of a corpus, computed once and written in shards; a run that was killed goes on."""
+"""Make an index: the prefix caches of a corpus, computed once and written in shards.
+
+A run that was killed is resumed to the same bytes: which prefixes share a pass depends on what was there when the run
+began, not on how far it came, and a shard that an interrupt left short is filled up.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from tqdm.auto import tqdm
 from .cache import prefix_digest
 from .cache_tiers import copies, lock_folder
 from .prefix_cache import PrefixKV
-from .prefix_files import header_bytes, read_contents, write_prefixes
+from .prefix_files import Contents, Place, header_bytes, read_contents, read_prefix, write_prefixes
 from .prefix_index import (
     FORMAT,
     MANIFEST,
@@ -36,6 +40,8 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 256 << 20
 _CHUNK = 1024  # documents that are tokenised and sorted by length together
 _MAX_PREFIXES = 1 << 16  # in a shard, so that its header stays small
+
+_Pending = tuple[str, torch.Tensor, torch.cuda.Event | None]  # name, flat prefix, when it may be read
 
 
 @dataclass
@@ -84,11 +90,14 @@ class IndexWriter:
         self._mode = permissions_of(getattr(corpus, "path", None))  # what is made of a private corpus is as private
         self.folder.mkdir(folder_permissions(self._mode), parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
+        self._first_shard: int | None = None  # of this run, which an earlier process may have begun
         self._settings = self._check_settings()
         drop_temporary(self.folder)
         self._shards = 0
         self._keys = np.zeros(0, dtype=np.int64)
-        self._done = np.zeros(0, dtype=bool)
+        self._done = np.zeros(0, dtype=bool)  # by key: there when the run began, or yielded by `_missing`
+        self._written = np.zeros(0, dtype=bool)  # by key: by this run, in earlier processes
+        self._pending: list[_Pending] = []
 
     def close(self) -> None:
         """Let other processes use the folder."""
@@ -112,11 +121,14 @@ class IndexWriter:
             cut += sum(prefix.cut > 0 for prefix in chunk)
         keys, first = np.unique(np.concatenate(keys), return_index=True)
         lengths = np.concatenate(lengths)[first]
-        self._keys, self._done = keys, np.isin(keys, self._keys_there())
+        before, written = self._keys_there()
+        self._keys, self._done = keys, np.isin(keys, before)
+        self._written = np.isin(keys, written) & ~self._done
+        there = self._done | self._written
         sizes = {int(length): layout.nbytes(int(length)) for length in np.unique(lengths)}
-        missing = lengths[~self._done]
+        missing = lengths[~there]
         nbytes = sum(sizes[int(length)] for length in missing) + header_bytes(len(missing))
-        return Plan(len(self.corpus), len(keys), int(self._done.sum()), nbytes if len(missing) else 0, cut)
+        return Plan(len(self.corpus), len(keys), int(there.sum()), nbytes if len(missing) else 0, cut)
 
     def expect_room(self, plan: Plan) -> None:
         """Raises: ValueError with the figures if the index will not fit on the disk."""
@@ -128,29 +140,34 @@ class IndexWriter:
     # -- the work -------------------------------------------------------------------------------------------------
 
     def run(self, plan: Plan, show_progress_bar: bool | None = None) -> None:
-        """Compute what is missing. An interrupt (Ctrl-C) writes what is computed before it goes on."""
+        """Compute what is missing. An interrupt (Ctrl-C) writes what is computed before it is raised."""
         if plan.missing:
             self._write_manifest(plan, complete=False)
         hidden = None if show_progress_bar is None else not show_progress_bar
-        pending: list[tuple[str, PrefixKV]] = []
-        held = 0
+        held, taken_up = sum(flat.nbytes for _, flat, _ in self._pending), len(self._pending)
         with tqdm(total=plan.missing, desc="index", unit=" documents", disable=hidden) as progress:
             try:
                 for chunk in self._chunks() if plan.missing else ():
                     for group in self._groups(chunk):
-                        for prefix, stored in self._compute(group):
-                            pending.append((prefix_digest(prefix.ids).hex(), stored))
+                        written = self._written[np.searchsorted(self._keys, _keys(group))]
+                        if written.all():
+                            continue
+                        for (prefix, stored), there in zip(self._compute(group), written, strict=True):
+                            if there:  # it was computed for the others' sake: a pass is the same each time
+                                continue
+                            self._pending.append((prefix_digest(prefix.ids).hex(), stored.flat, stored.ready))
                             held += stored.nbytes
                             progress.update()
-                            if held >= self.shard_bytes or len(pending) == _MAX_PREFIXES:
-                                pending, full, held = [], pending, 0
-                                self._write_shard(full)
+                            if held >= self.shard_bytes or len(self._pending) == _MAX_PREFIXES:
+                                held = taken_up = 0
+                                self._write_shard()
             finally:  # also when something went wrong: what is computed is right
-                self._write_shard(pending)
+                if len(self._pending) > taken_up:
+                    self._write_shard()
         self._write_manifest(plan, complete=True)
 
     def _groups(self, chunk: list[DocumentPrefix]) -> Iterator[list[DocumentPrefix]]:
-        """Prefixes of a chunk that are missing, in groups of similar length within the token budget."""
+        """Prefixes of a chunk that were missing when the run began, of similar length and within the token budget."""
         group: list[DocumentPrefix] = []
         for prefix in sorted(self._missing(chunk), key=lambda prefix: len(prefix.ids)):
             if group and (self.alone or (len(group) + 1) * len(prefix.ids) > self.max_tokens_per_batch):
@@ -181,15 +198,14 @@ class IndexWriter:
         else:
             yield from zip(group, stored, strict=True)
 
-    def _write_shard(self, pending: list[tuple[str, PrefixKV]]) -> None:
-        if not pending:
-            return
-        for _, prefix in pending:
-            if prefix.ready is not None:
-                prefix.ready.synchronize()
+    def _write_shard(self) -> None:
+        pending, self._pending = self._pending, []
+        for _, _, ready in pending:
+            if ready is not None:
+                ready.synchronize()
         path = self.folder / f"shard-{self._shards:06d}.safetensors"
         try:
-            write_prefixes(path, [(name, prefix.flat) for name, prefix in pending],
+            write_prefixes(path, [(name, flat) for name, flat, _ in pending],
                            {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.alone)}, self._mode)
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror or error}; make room and run the same command again, "
@@ -220,6 +236,8 @@ class IndexWriter:
                 raise ValueError(f"{self.folder} is no index and holds {others[0]}; name an empty or a new folder")
             return settings
         there = read_manifest(self.folder)
+        if not there["complete"] and isinstance(first := there.get("first_shard"), int):
+            self._first_shard = first
         expect_same_lm(self.folder, there, settings["model"])
         expect_same_prompt(self.folder, there, settings["prompt"])
         if there["alone"] != self.alone:
@@ -227,23 +245,46 @@ class IndexWriter:
                              f"--deterministic; do so again, or name another folder")
         return settings
 
-    def _keys_there(self) -> np.ndarray:
-        """Keys of what the shards hold; a damaged shard is removed, so that its prefixes are computed again."""
-        keys: list[int] = []
-        for path in shard_paths(self.folder):
-            self._shards = max(self._shards, 1 + int(re.sub(r"\D", "", path.stem)))
+    def _keys_there(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys of what the shards hold that were there when the run began, and of those that it has written.
+
+        A damaged shard is removed, so that its prefixes are computed again. The last one, if it is of this run and not
+        full, is taken up to be filled.
+        """
+        keys: dict[bool, list[int]] = {False: [], True: []}
+        paths = shard_paths(self.folder)
+        numbers = [int(re.sub(r"\D", "", path.stem)) for path in paths]
+        self._shards = max(numbers, default=-1) + 1
+        if self._first_shard is None:
+            self._first_shard = self._shards
+        for number, path in zip(numbers, paths, strict=True):
+            own = number >= self._first_shard
             try:
-                keys += [_key(bytes.fromhex(name)) for name in read_contents(path).places]
+                contents = read_contents(path)
+                if own and number == max(numbers) and self._is_short(contents):
+                    self._pending = [(name, self._read(place), None) for name, place in contents.places.items()]
+                    self._shards = number
+                keys[own] += [_key(bytes.fromhex(name)) for name in contents.places]
             except ValueError as error:
                 logger.warning("%s is damaged (%s): it is removed, its documents are computed again", path, error)
                 path.unlink()
-        return np.array(keys, dtype=np.int64)
+        return np.array(keys[False], dtype=np.int64), np.array(keys[True], dtype=np.int64)
+
+    def _is_short(self, contents: Contents) -> bool:
+        held = sum(place.nbytes for place in contents.places.values())
+        return held < self.shard_bytes and len(contents.places) < _MAX_PREFIXES
+
+    def _read(self, place: Place) -> torch.Tensor:
+        flat = torch.empty(place.nbytes, dtype=torch.uint8)
+        read_prefix(place, flat)
+        return flat.view(self.model.engine.layout.dtype)
 
     def _write_manifest(self, plan: Plan, complete: bool) -> None:
         from . import __version__
 
         shards = shard_paths(self.folder)
-        manifest = self._settings | {
+        begun = {} if complete else {"first_shard": self._first_shard}
+        manifest = self._settings | begun | {
             "complete": complete, "documents": plan.documents, "prefixes": plan.distinct, "shards": len(shards),
             "bytes": sum(path.stat().st_size for path in shards), "qpeft_version": __version__,
         }
