@@ -473,7 +473,7 @@ def test_ties_count_against_the_positive(tmp_path):
 
 def scripted(run, losses):
     """A trainer whose evaluation loss is ``losses[step]``."""
-    run._measures = lambda inputs: torch.tensor([[losses[run.state.global_step], 1, 1]]).repeat(len(inputs["pair"]), 1)
+    run._measures = lambda table, _: torch.tensor([[losses[run.state.global_step], 1, 1]]).repeat(len(table), 1)
     return run
 
 

@@ -50,7 +50,13 @@ def run(folder: Path, name: str) -> None:
         done = trainer(folder / f"{name}-{WORLD}", make(), examples, dev=dev, per_device_train_batch_size=8 // WORLD,
                        per_device_eval_batch_size=2, ddp_backend="gloo" if WORLD > 1 else None, **arguments)
         loss = done.train(resume).training_loss
-        return done, {"loss": loss, **done.evaluate()}
+        # five of them again, with as many documents as each has
+        uneven = [{**example, "negatives": example["negatives"][:i]} for i, example in enumerate(EXAMPLES[:5])]
+        predicted = done.predict(uneven)
+        assert (predicted.predictions == -float("inf")).tolist() == (predicted.label_ids == -100).tolist()
+        scores = {f"score {q} {c}": float(predicted.predictions[q, c])
+                  for q, c in zip(*map(list, (predicted.label_ids != -100).nonzero()), strict=True)}
+        return done, {"loss": loss, **done.evaluate(), **scores}
 
     done, results = one()
     if "resumed" in name:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
 
 from .adapter_files import load_weights_into
 from .cache import DocumentCache
@@ -32,10 +32,11 @@ from .examples import (
 from .formats.example_keys import table_rows, view
 from .losses import configured_loss, needs_temperature
 from .model import QPeftModel
+from .predictions import Predictions
 from .prefix_index import PrefixIndex
 from .schedule import default_tokens
 from .temperature import AUTO, best_temperature
-from .train_arguments import checked_arguments
+from .train_arguments import checked_arguments, refuse_others
 from .utils.torch_state import own_state
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,13 @@ class QPeftTrainer(Trainer):
         train_dataset, eval_dataset: examples (see `examples`): a list, a `datasets.Dataset`, or an iterable that can be
             read again and again (then ``max_steps`` is needed, and the order is its own). ``eval_dataset`` may be a
             dict of them.
-        callbacks, optimizers: as in `Trainer`.
+        callbacks, optimizers, optimizer_cls_and_kwargs: as in `Trainer`.
+        compute_metrics: a function of an `EvalPrediction` that gives a dict of numbers, reported as ``eval_<name>`` and
+            good for ``metric_for_best_model``. ``predictions``, [Q, C] float32, has ℓ of each example's documents, the
+            positives first, and −inf where an example has fewer than C; ``label_ids``, [Q, C] int64, has 1 for a
+            positive, 0 for a negative and −100 there. `predict` returns the same two.
+        preprocess_logits_for_metrics: (scores [q, C], labels [q, C]), tensors of a batch → what takes the place of the
+            scores, a tensor with q rows.
         cache_bytes: budget of a `DocumentCache` that keeps the prefixes of documents from epoch to epoch; 0 (the
             default) keeps none. Only prefixes without gradient are kept: while a soft prompt or an adapter in the LM is
             trained, those of an evaluation and none of the training.
@@ -79,7 +86,8 @@ class QPeftTrainer(Trainer):
             CPU (same machine and threads). Slower.
 
     Attributes: cache: the `DocumentCache`, or None.  documents_read, documents_cut: counts over the training steps.
-    Raises: ValueError for bad examples (with their index) and arguments that do not fit.
+    Raises: ValueError for bad examples (with their index) and arguments that do not fit; TypeError for an argument of
+        `Trainer` that is not taken.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the queries of the whole optimiser step
@@ -95,7 +103,19 @@ class QPeftTrainer(Trainer):
         cache_bytes: int = 0,
         deterministic: bool = False,
         cache: DocumentCache | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        optimizer_cls_and_kwargs: tuple | None = None,
+        **others,
     ) -> None:
+        refuse_others(others, QPeftTrainer)
+        if not isinstance(model, QPeftModel):
+            raise TypeError(f"QPeftTrainer: model must be a QPeftModel, as get_qpeft_model(lm, config) makes it, got "
+                            f"{type(model).__name__}")
+        for name, function in (("compute_metrics", compute_metrics),
+                               ("preprocess_logits_for_metrics", preprocess_logits_for_metrics)):
+            if function is not None and not callable(function):
+                raise TypeError(f"QPeftTrainer: {name} must be a function, got {type(function).__name__}")
         config = model.qpeft_config
         args = checked_arguments(args or TrainingArguments("qpeft-checkpoints"), model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -127,7 +147,9 @@ class QPeftTrainer(Trainer):
         if len(devices) > 1:
             model.hf_device_map = model.lm.hf_device_map  # the trainer then leaves the LM where it is
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         callbacks=[_EpochOfOrder(self), *(callbacks or [])], optimizers=optimizers)
+                         callbacks=[_EpochOfOrder(self), *(callbacks or [])], optimizers=optimizers,
+                         compute_metrics=compute_metrics, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                         preprocess_logits_for_metrics=preprocess_logits_for_metrics)
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -238,38 +260,65 @@ class QPeftTrainer(Trainer):
     @torch.no_grad()
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
                         metric_key_prefix="eval") -> EvalLoopOutput:
-        """Means over the queries of the loss and, where there are negatives, of accuracy and reciprocal rank."""
+        """Means over the queries of the loss and, where there are negatives, of accuracy and reciprocal rank; and what
+        ``compute_metrics`` makes of the scores."""
         training = self.model.training
         self.model.eval()
         self._settle_temperature(self.eval_dataset if self.train_dataset is None else self.train_dataset)
         self.callback_handler.eval_dataloader = dataloader
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        predictions = None if loss_only else Predictions(self.accelerator, self.args.eval_batch_size,
+                                                         self.preprocess_logits_for_metrics)
         rows = []
         for inputs in dataloader:
-            measures = self._measures(self._prepare_inputs(inputs))[: inputs["queries"]]
+            inputs = self._prepare_inputs(inputs)
+            table = self._evaluation_table(inputs)
+            measures = self._measures(table, inputs)[: inputs["queries"]]
             # of the same size on all ranks; the last column says which rows are real
             padded = torch.nn.functional.pad(measures, (0, 1, 0, self.args.eval_batch_size - len(measures)))
             padded[: len(measures), -1] = 1
             gathered = self.accelerator.gather(padded)
-            rows.append(gathered[gathered[:, -1] == 1, :-1])
+            kept = gathered[:, -1] == 1
+            rows.append(gathered[kept, :-1])
+            if predictions is not None:
+                predictions.add(table, inputs["positive"], inputs["mask"], kept, inputs["queries"])
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(training)
         if not rows:
             raise ValueError(f"QPeftTrainer: there are no examples to evaluate ({description.lower()})")
         measures = torch.cat(rows).double().cpu()
         names = ("loss", "accuracy", "mrr")
-        metrics = {f"{metric_key_prefix}_{name}": float(column.nanmean())
-                   for name, column in zip(names, measures.T, strict=True) if not column.isnan().all()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(measures))
+        metrics = {name: float(column.nanmean()) for name, column in zip(names, measures.T, strict=True)
+                   if not column.isnan().all()}
+        scores, labels = (None, None) if predictions is None else predictions.arrays()
+        if predictions is not None and self.compute_metrics is not None:
+            metrics |= self._computed_metrics(EvalPrediction(predictions=scores, label_ids=labels), metrics["loss"])
+        prefixed = {name if name.startswith(f"{metric_key_prefix}_") else f"{metric_key_prefix}_{name}": value
+                    for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=scores, label_ids=labels, metrics=prefixed, num_samples=len(measures))
 
-    def _measures(self, inputs: dict) -> Tensor:
+    def _computed_metrics(self, prediction: EvalPrediction, loss: float) -> dict[str, float]:
+        """What the user's function makes of the scores; the loss stays ours, as in `Trainer`."""
+        computed = self.compute_metrics(prediction)
+        if not isinstance(computed, dict):
+            raise TypeError("QPeftTrainer: compute_metrics must return a dict of name and number, got "
+                            f"{type(computed).__name__}")
+        return denumpify_detensorize(computed) | {"loss": loss}
+
+    def _evaluation_table(self, inputs: dict) -> Tensor:
+        """ℓ of every query and document, [Q, M] float32. Raises: ValueError if one is not finite."""
+        table = self._likelihood_table(self.model, inputs)
+        if not torch.isfinite(table).all():
+            raise ValueError("an evaluation score is not finite; train with a lower learning rate, or load the LM in "
+                             "bfloat16 or float32")
+        return table
+
+    def _measures(self, table: Tensor, inputs: dict) -> Tensor:
         """Loss, accuracy and reciprocal rank of every query, [Q, 3]; NaN for the latter two without negatives.
 
         Ties count against the positive.
         """
-        table, config = self._likelihood_table(self.model, inputs), self.model.qpeft_config
-        if not torch.isfinite(table).all():
-            raise ValueError("an evaluation score is not finite; train with a lower learning rate, or load the LM in "
-                             "bfloat16 or float32")
+        config = self.model.qpeft_config
         positive, mask = inputs["positive"], inputs["mask"]
         losses = [configured_loss(config, table[q : q + 1], *(inputs[name][q : q + 1] for name in _LOSS_TABLES))
                   for q in range(len(table))]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+from collections.abc import Mapping
 
 import torch
 from transformers import TrainingArguments
@@ -24,7 +26,44 @@ _UNSUPPORTED = (
     ("bf16_full_eval", False, "load the LM with dtype='bfloat16'; the clue module stays in float32"),
     ("fp16_full_eval", False, "load the LM with dtype='float16'; the clue module stays in float32"),
     ("deepspeed", None, "one GPU, or several with torchrun"),
+    ("parallelism_config", None, "one GPU, or several with torchrun"),
+    ("batch_eval_metrics", False, "compute_metrics is called once, with all queries"),
+    ("include_for_metrics", [], "compute_metrics gets the scores and which documents are relevant"),
+    ("include_num_input_tokens_seen", "no", "prefixes are read once for many pairs; documents_read counts"),
+    ("eval_do_concat_batches", True, "compute_metrics gets one table of all queries"),
 )
+# TrainingArguments that do nothing here, and harm nothing: said once
+_WITHOUT_EFFECT = (
+    ("label_names", None, "labels are those of the examples"),
+    ("length_column_name", "length", "prefixes are sorted by length anyway"),
+    ("average_tokens_across_devices", True, "the loss is the mean over the queries of all ranks"),
+    ("use_cache", False, "cache_bytes and cache keep prefixes"),
+)
+
+# arguments of `Trainer` that `QPeftTrainer` does not take -> why
+_NOT_TAKEN = {
+    "data_collator": "queries are put into groups by the trainer itself, see queries_per_group of QPeftConfig",
+    "processing_class": "the model has its tokenizer: get_qpeft_model(lm, config, tokenizer)",
+    "tokenizer": "the model has its tokenizer: get_qpeft_model(lm, config, tokenizer)",
+    "model_init": "give a model; for several trials make a model and a trainer for each",
+    "compute_loss_func": "the loss is that of QPeftConfig(loss=...)",
+    "peft_config": "give the LM with its adapter to get_qpeft_model",
+}
+
+
+def refuse_others(others: Mapping[str, object], trainer: type) -> None:
+    """Raises: TypeError for an argument that is not taken: why not, or what is taken."""
+    for name in others:
+        if name in _NOT_TAKEN:
+            raise TypeError(f"QPeftTrainer does not take {name}: {_NOT_TAKEN[name]}")
+        taken = [known for known, parameter in inspect.signature(trainer).parameters.items()
+                 if parameter.kind is not parameter.VAR_KEYWORD]
+        raise TypeError(f"QPeftTrainer does not take {name}; it takes {', '.join(taken)}")
+
+
+def _is_set(args: TrainingArguments, name: str, fine: object) -> bool:
+    value = getattr(args, name, fine)
+    return value != fine and not (value is None or not value and not fine)  # None and False are as good as each other
 
 
 def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArguments:
@@ -33,8 +72,15 @@ def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArg
     Raises: ValueError for a setting that would be ignored, or would break a group of queries.
     """
     for name, fine, instead in _UNSUPPORTED:
-        if (getattr(args, name, None) or fine) != fine:
+        if _is_set(args, name, fine):
             raise ValueError(f"QPeftTrainer: {name}={getattr(args, name)!r} is not supported: {instead}")
+    unused = [f"{name}={getattr(args, name)!r} ({why})" for name, fine, why in _WITHOUT_EFFECT
+              if _is_set(args, name, fine)]
+    if unused:
+        logger.warning("QPeftTrainer: without effect here: %s", ", ".join(unused))
+    if args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau") and args.warmup_steps:
+        raise ValueError(f"QPeftTrainer: warmup_steps={args.warmup_steps} does nothing with lr_scheduler_type="
+                         f"{str(args.lr_scheduler_type.value)!r}; use constant_with_warmup, linear or cosine")
     if getattr(args, "fsdp", None):
         raise ValueError("QPeftTrainer: fsdp is not supported: the LM is frozen, use torchrun without it")
     if args.train_sampling_strategy not in ("random", "sequential"):
