@@ -1,6 +1,7 @@
 """`qpeft train`, from files to an adapter that reranks."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -149,3 +150,70 @@ def test_resume_without_a_checkpoint_does_not_replace_an_adapter(job, tmp_path, 
         assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     assert train(job, output, *options, "--overwrite", "--learning-rate", 0.1) == 0
     assert (output / "adapter_model.safetensors").read_bytes() != before[output / "adapter_model.safetensors"]
+
+
+def arguments_of(monkeypatch, job, tmp_path, *options):
+    """The `TrainingArguments` of a training with these options."""
+    from qpeft_ext import train as module
+
+    class Asked(Exception):
+        pass
+
+    def stop(args, **_):
+        raise Asked(args)
+
+    monkeypatch.setattr(module, "QPeftTrainer", stop)
+    with pytest.raises(Asked) as caught:
+        train(job, tmp_path / "adapter", "--data", job / "data", *options)
+    return caught.value.args[0]
+
+
+def test_the_schedule_is_that_of_training_arguments(job, tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    names = ("weight_decay", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim",
+             "gradient_accumulation_steps")
+    plain = arguments_of(monkeypatch, job, tmp_path)
+    assert [getattr(plain, name) for name in names] == [getattr(TrainingArguments("x"), name) for name in names]
+    assert plain.per_device_train_batch_size == 4
+    asked = arguments_of(monkeypatch, job, tmp_path, "--batch-size", 8, "--gradient-accumulation", 3,
+                         "--weight-decay", 0.1, "--warm-up", 0.25, "--scheduler", "cosine", "--max-grad-norm", 0,
+                         "--queries-per-group", 2)
+    assert asked.per_device_train_batch_size == 8 and asked.get_warmup_steps(10) == 3
+    assert [getattr(asked, name) for name in names] == [0.1, 0.25, "cosine", None, 0.0, "adamw_torch_fused", 3]
+    steps = arguments_of(monkeypatch, job, tmp_path, "--warm-up", 20, "--gradient-accumulation-steps", 2)
+    assert steps.get_warmup_steps(1000) == 20 and steps.gradient_accumulation_steps == 2
+
+
+def test_a_batch_of_two_groups_is_two_accumulated_batches(job, tmp_path):
+    """And neither is a batch of one group."""
+    words = ("tides", "boats", "lamps", "ropes", "sails", "storms", "gulls", "nets")
+    lines = [json.dumps({"query": word, "positives": [f"{word} by the sea"], "negatives": ["a note"]})
+             for word in words]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    files = {}
+    for name, options in (("batch", ["--batch-size", 4]), ("accumulated", ["--gradient-accumulation", 2]), ("one", [])):
+        assert train(job, tmp_path / name, "--train", tmp_path / "train.jsonl", "--clues", "attention", "--scheduler",
+                     "constant", "--queries-per-group", 2, *options, "--max-steps", 2) == 0
+        files[name] = load_file(tmp_path / name / "adapter_model.safetensors")
+    for name, weight in files["batch"].items():
+        torch.testing.assert_close(files["accumulated"][name], weight, rtol=0, atol=1e-4)  # Adam: see test_two_ranks
+    assert any(float((files["one"][name] - weight).abs().max()) > 1e-3 for name, weight in files["batch"].items())
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--batch-size 6", "--batch-size must be a multiple of --queries-per-group, 4, got 6: queries that share their"),
+    ("--batch-size 0", "--batch-size must be a multiple of --queries-per-group, 4, got 0"),
+    ("--warm-up 2.5", "--warm-up must be a number of steps, or a share of them below 1, got 2.5"),
+    ("--warm-up -1", "--warm-up must be at least 0"), ("--warm-up nan", "--warm-up must be at least 0, got nan"),
+    ("--warm-up 5 --scheduler constant", "--warm-up 5 does nothing with --scheduler constant; use constant_with"),
+    ("--scheduler cosin", "--scheduler must be one of linear, cosine, .*, got 'cosin'"),
+    ("--weight-decay -0.1", "--weight-decay must be at least 0"), ("--max-grad-norm inf", "--max-grad-norm must be"),
+    ("--gradient-accumulation 0", "--gradient-accumulation must be at least 1, got 0"),
+    ("--max-steps 0", "--max-steps must be at least 1, or -1 for --epochs"), ("--learning-rate inf", "--learning-rate"),
+])
+def test_schedules_that_cannot_be(job, tmp_path, capsys, options, message):
+    assert train(job, tmp_path / "adapter", "--data", job / "data", *options.split()) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1 and len(error) < 300
+    assert not (tmp_path / "adapter").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,9 @@ from .common import Attention, Device, Dtype, is_first_process
 
 CHECKPOINTS = "checkpoints"
 ENOUGH_NEGATIVES = 7
+# of transformers, those that need no further settings
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+              "inverse_sqrt")
 
 
 def command(
@@ -47,8 +51,21 @@ def command(
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
     max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,
     max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
-    queries_per_group: Annotated[int, typer.Option(help="Queries per step that share their documents.")] = 4,
-    gradient_accumulation_steps: Annotated[int, typer.Option(help="Groups per optimiser step.")] = 1,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW, on weight matrices.")] = 0.0,
+    warm_up: Annotated[
+        float, typer.Option(help="Steps in which the learning rate rises; below 1: a share of all steps.")
+    ] = 0.0,
+    scheduler: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULERS)}.")] = "linear",
+    max_grad_norm: Annotated[float, typer.Option(help="Longer gradients are cut to this; 0: never.")] = 1.0,
+    queries_per_group: Annotated[int, typer.Option(help="Queries that share their documents.")] = 4,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Queries a device reads at once, a multiple of --queries-per-group.  [default: "
+                                      "one group]")
+    ] = None,
+    gradient_accumulation: Annotated[
+        int, typer.Option("--gradient-accumulation", "--gradient-accumulation-steps", help="Batches per step of the "
+                          "optimiser.")
+    ] = 1,
     save_steps: Annotated[
         int | None, typer.Option(help="Checkpoint every so many steps; with --dev the best is kept.  [default: none]")
     ] = None,
@@ -69,12 +86,12 @@ def command(
     """Train an adapter: the LM stays frozen, only the module that makes the clues learns.
 
     On several GPUs: torchrun --nproc-per-node N -m qpeft_ext.cli train ...; each of them takes a group of queries, so a
-    step has N times as many, and equals one of a single device with N times --gradient-accumulation-steps.
+    step has N times as many, and equals one of a single device with N times --gradient-accumulation.
     """
     if (data is None) == (train is None):
         raise ValueError("expected either --data FOLDER or --train FILE")
-    if not learning_rate > 0 or not epochs > 0:
-        raise ValueError(f"--learning-rate and --epochs must be above 0, got {learning_rate} and {epochs}")
+    _check_schedule(learning_rate, epochs, max_steps, weight_decay, warm_up, scheduler, max_grad_norm,
+                    gradient_accumulation)
     if save_steps is not None and save_steps < 1:
         raise ValueError(f"--save-steps must be at least 1, got {save_steps}")
     if cache_bytes < 0:
@@ -99,6 +116,7 @@ def command(
     if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
         raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
                          "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20")
+    batch_size = _batch_size(batch_size, config.queries_per_group)
     cache = DocumentCache(cache_bytes, index=index) if cache_bytes or index else None
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
     if "in_batch_negatives" not in given and config.loss != "contrastive" and _have_negatives(  # which is made of them
@@ -117,7 +135,9 @@ def command(
         shutil.rmtree(checkpoints)  # a later --resume must not find the earlier run's
     arguments = TrainingArguments(
         output_dir=str(checkpoints), learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
-        per_device_train_batch_size=config.queries_per_group, gradient_accumulation_steps=gradient_accumulation_steps,
+        per_device_train_batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation,
+        weight_decay=weight_decay, warmup_steps=int(warm_up) if warm_up >= 1 else warm_up,
+        lr_scheduler_type=scheduler, max_grad_norm=max_grad_norm,
         save_strategy="no" if save_steps is None else "steps", save_steps=save_steps or 500,
         save_total_limit=2, eval_strategy="no" if not dev_examples else "epoch" if save_steps is None else "steps",
         eval_steps=save_steps, load_best_model_at_end=bool(dev_examples and save_steps), report_to=report_to, seed=seed,
@@ -135,6 +155,35 @@ def command(
     note = f" (its loss has the temperature {model.qpeft_config.temperature:g}, which fits the LM)" if fitted else ""
     say(f"wrote the adapter to {output}{note}")
     trainer.accelerator.end_training()  # a process group that is left to the interpreter's exit can abort the process
+
+
+def _check_schedule(learning_rate: float, epochs: float, max_steps: int, weight_decay: float, warm_up: float,
+                    scheduler: str, max_grad_norm: float, gradient_accumulation: int) -> None:
+    """Raises: ValueError for a value that would be ignored, or would train nothing."""
+    for option, value in (("--learning-rate", learning_rate), ("--epochs", epochs)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{option} must be above 0, got {value}")
+    for option, value in (("--weight-decay", weight_decay), ("--warm-up", warm_up), ("--max-grad-norm", max_grad_norm)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{option} must be at least 0, got {value}")
+    if max_steps < 1 and max_steps != -1:
+        raise ValueError(f"--max-steps must be at least 1, or -1 for --epochs, got {max_steps}")
+    if gradient_accumulation < 1:
+        raise ValueError(f"--gradient-accumulation must be at least 1, got {gradient_accumulation}")
+    if scheduler not in SCHEDULERS:
+        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")
+    if warm_up >= 1 and warm_up != int(warm_up):
+        raise ValueError(f"--warm-up must be a number of steps, or a share of them below 1, got {warm_up}")
+    if warm_up and scheduler == "constant":
+        raise ValueError(f"--warm-up {warm_up:g} does nothing with --scheduler constant; use constant_with_warmup")
+
+
+def _batch_size(asked: int | None, group: int) -> int:
+    """Queries of a batch. Raises: ValueError if they are no whole groups."""
+    if asked is not None and (asked < 1 or asked % group):
+        raise ValueError(f"--batch-size must be a multiple of --queries-per-group, {group}, got {asked}: queries that "
+                         f"share their documents are read together; --gradient-accumulation adds up batches")
+    return group if asked is None else asked
 
 
 def _of_the_clues(clues: str, k: int | None, num_heads: int | None) -> dict[str, int]:
