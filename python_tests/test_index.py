@@ -467,8 +467,8 @@ def eager():
 def test_another_tokenizer_is_named(tmp_path):
     make(tmp_path)
     other = model()
-    encode = other.prompt._encode
-    other.prompt._encode = lambda texts: [ids[::-1] if len(ids) > 30 else ids for ids in encode(texts)]
+    encode = other.prompt._text_tokenizer
+    other.prompt._text_tokenizer = lambda texts: [ids[::-1] if len(ids) > 30 else ids for ids in encode(texts)]
     with pytest.raises(ValueError, match="was made with another tokenizer"):
         PrefixIndex(tmp_path).expect_prompt(other.prompt)
 

@@ -217,6 +217,20 @@ def test_a_query_too_long_is_named(tmp_path):
         trainer(tmp_path, examples=examples).train()
 
 
+def test_queries_too_long_are_cut_on_request_and_counted(tmp_path, caplog):
+    long, cut = "long " * 50, (" " + "long " * 50)[1:64]  # a byte is a token, and a space goes before a query
+    parameters = []
+    for query in (long, cut):
+        args = transformers.TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=4,
+                                              save_strategy="no", use_cpu=True)
+        ours = qpeft.QPeftTrainer(tiny_model(), args, [dict(GOOD, query=query)] * 4, truncate_queries=True)
+        ours.train()
+        parameters.append(weights(ours.model))
+        assert ours.queries_cut == (query is long)  # the same query four times is read once
+    assert_close(*parameters, 0)
+    assert "1 queries read in training were cut to max_query_tokens=64" in caplog.text
+
+
 # -- arguments ---------------------------------------------------------------------------------------------------
 
 

@@ -326,13 +326,15 @@ class GroupCollator:
         queries_per_group: consecutive members that share their documents; 1 in evaluation.
         in_batch_negatives: whether they do.
         needs_scores: whether every document must have a teacher score.
+        truncate_queries: whether queries that are too long are cut, instead of an error.
     """
 
     def __init__(
-        self, prompt: Prompt, queries_per_group: int, in_batch_negatives: bool, needs_scores: bool = False
+        self, prompt: Prompt, queries_per_group: int, in_batch_negatives: bool, needs_scores: bool = False,
+        truncate_queries: bool = False,
     ) -> None:
         self.prompt, self.queries_per_group, self.in_batch_negatives = prompt, queries_per_group, in_batch_negatives
-        self.needs_scores = needs_scores
+        self.needs_scores, self.truncate_queries = needs_scores, truncate_queries
 
     def __call__(self, members: Sequence[Member]) -> dict:
         """Tables over Q queries and up to M documents each.
@@ -383,11 +385,11 @@ class GroupCollator:
 
     def _encode(self, pairs: list[tuple[str, Document]], members: Sequence[Member]) -> PairBatch:
         try:
-            return PairBatch.from_text(self.prompt, pairs)
+            return PairBatch.from_text(self.prompt, pairs, truncate_queries=self.truncate_queries)
         except ValueError:
             for member in members:  # a query that is too long: say whose
                 try:
-                    self.prompt.queries([member.query])
+                    self.prompt.queries([member.query], [] if self.truncate_queries else None)
                 except ValueError as error:
                     raise ValueError(f"example {member.index}: {error}") from None
             raise

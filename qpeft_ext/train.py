@@ -84,8 +84,10 @@ class QPeftTrainer(Trainer):
             documents that ``qpeft index`` has read are not read again.
         deterministic: every prefix, clue and suffix alone and unpadded, so that a resumed run ends bit-equal on the
             CPU (same machine and threads). Slower.
+        truncate_queries: cut a query that is longer than ``max_query_tokens`` at its end, instead of an error.
 
-    Attributes: cache: the `DocumentCache`, or None.  documents_read, documents_cut: counts over the training steps.
+    Attributes: cache: the `DocumentCache`, or None.  documents_read, documents_cut, queries_cut: counts over the
+        training steps.
     Raises: ValueError for bad examples (with their index) and arguments that do not fit; TypeError for an argument of
         `Trainer` that is not taken.
     """
@@ -106,6 +108,7 @@ class QPeftTrainer(Trainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         optimizer_cls_and_kwargs: tuple | None = None,
+        truncate_queries: bool = False,
         **others,
     ) -> None:
         refuse_others(others, QPeftTrainer)
@@ -137,11 +140,12 @@ class QPeftTrainer(Trainer):
             _check_index(self.cache.index, model)
         self.deterministic = deterministic
         self._max_tokens_per_batch = default_tokens(model.device)
-        self.documents_read = self.documents_cut = 0
+        self.documents_read = self.documents_cut = self.queries_cut = 0
         needs_scores = config.loss == "margin_mse"
         self._collators = {
-            True: GroupCollator(model.prompt, config.queries_per_group, config.in_batch_negatives, needs_scores),
-            False: GroupCollator(model.prompt, 1, False, needs_scores),
+            True: GroupCollator(model.prompt, config.queries_per_group, config.in_batch_negatives, needs_scores,
+                                truncate_queries),
+            False: GroupCollator(model.prompt, 1, False, needs_scores, truncate_queries),
         }
         devices = set((getattr(model.lm, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
@@ -205,6 +209,7 @@ class QPeftTrainer(Trainer):
         prefixes = inputs["pairs"].documents if queries else []
         self.documents_read += len(prefixes)
         self.documents_cut += sum(prefix.cut > 0 for prefix in prefixes)
+        self.queries_cut += inputs["pairs"].cut_queries if queries else 0
         if num_items_in_batch is not None:
             # ranks are averaged afterwards
             loss = loss * (queries * self.accelerator.num_processes / num_items_in_batch)
@@ -223,7 +228,7 @@ class QPeftTrainer(Trainer):
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         accumulated = [None if p.grad is None else p.grad.clone() for p in parameters]
-        counts = self.documents_read, self.documents_cut
+        counts = self.documents_read, self.documents_cut, self.queries_cut
         while True:
             try:
                 return super().training_step(model, inputs, num_items_in_batch)
@@ -232,7 +237,7 @@ class QPeftTrainer(Trainer):
                     raise
             for parameter, gradient in zip(parameters, accumulated, strict=True):  # a part may have been added
                 parameter.grad = None if gradient is None else gradient.clone()
-            self.documents_read, self.documents_cut = counts
+            self.documents_read, self.documents_cut, self.queries_cut = counts
 
     def _use_less_memory(self, pairs: int) -> bool:
         """Halve micro-batches and passes for good; False if they are of one pair already."""
@@ -349,7 +354,7 @@ class QPeftTrainer(Trainer):
             raise ValueError(f"cannot resume from {resume_from_checkpoint}: {reason}; pass True to take the last "
                              "complete checkpoint")
         self._settle_temperature(self.train_dataset, resume_from_checkpoint)
-        self.documents_read = self.documents_cut = 0
+        self.documents_read = self.documents_cut = self.queries_cut = 0
         set_seed(self.args.seed)  # dropout then depends on nothing that was drawn since the trainer was made
         result = super().train(resume_from_checkpoint, **kwargs)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -357,6 +362,9 @@ class QPeftTrainer(Trainer):
         if self.documents_cut:
             logger.warning("%d of the %d documents read in training were cut to max_document_tokens=%d",
                            self.documents_cut, self.documents_read, self.model.qpeft_config.max_document_tokens)
+        if self.queries_cut:
+            logger.warning("%d queries read in training were cut to max_query_tokens=%d", self.queries_cut,
+                           self.model.qpeft_config.max_query_tokens)
         return result
 
     @torch.no_grad()

@@ -50,6 +50,9 @@ def command(
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
     max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,
+    truncate_queries: Annotated[
+        bool, typer.Option("--truncate-queries", help="Cut longer queries at their end, instead of the error.")
+    ] = False,
     max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW, on weight matrices.")] = 0.0,
     warm_up: Annotated[
@@ -147,7 +150,7 @@ def command(
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
     trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples,
-                           deterministic=deterministic, cache=cache)
+                           deterministic=deterministic, cache=cache, truncate_queries=truncate_queries)
     trainer.train(resume_from_checkpoint=True if resumed else None)
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
