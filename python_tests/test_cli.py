@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from small_data import DOCUMENTS, QUERIES, RUN, write_folder
+from small_data import DOCUMENTS, QUERIES, RUN, write_folder, write_lines
 from tiny_job import copy_job, make_job, save_adapter
 
 import qpeft_ext as qpeft
@@ -133,6 +133,48 @@ def test_rerank(job, tmp_path, capsys):
         assert f"│{system}" in out
     assert "Q-PEFT-R: 3 queries, 9 pairs in" in out and "pairs/s" in out and "wrote 9 lines to" in out
     assert "3 queries; difference to run" in out
+
+
+def test_identical_ids_are_left_out_and_counted(job, tmp_path, capsys):
+    """Of a run, of the candidates that BM25 finds (which stay as many as asked for), and of negatives."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_lines(data / "corpus.jsonl", [json.dumps({"_id": i, "text": text}) for i, text in (
+        ("a", "the sea and the moon"), ("b", "the moon"), ("c", "the sea"))])
+    write_lines(data / "queries.jsonl", [json.dumps({"_id": i, "text": text}) for i, text in (
+        ("a", "the sea and the moon"), ("b", "the moon"))])
+    (data / "qrels").mkdir()
+    write_lines(data / "qrels" / "test.tsv", ["a\tb\t1", "b\tc\t1"])
+    run = {"a": [("a", 3.0), ("b", 2.0), ("c", 1.0)], "b": [("b", 3.0), ("a", 2.0)]}
+    formats.write_run(tmp_path / "run.trec", run)
+    out = run_command(capsys, "retrieve", "--data", data, "--top-k", 1, "--output", tmp_path / "bm25", "--measures",
+                      "nDCG@10", "--ignore-identical-ids")
+    assert "BM25: 2 candidates with the id of their query are left out" in out
+    found = formats.read_run(tmp_path / "bm25")
+    assert found["a"][0][0] in ("b", "c") and found["b"][0][0] == "a" and set(map(len, found.values())) == {1}
+    rerank = ("rerank", "--model", job / "adapter", "--data", data, "--device", "cpu", "--ignore-identical-ids")
+    out = run_command(capsys, *rerank, "--run", tmp_path / "run.trec", "--top-k", 2, "--output", tmp_path / "out")
+    assert "run: 2 candidates with the id of their query are left out" in out and "wrote 3 lines" in out
+    written = formats.read_run(tmp_path / "out")
+    assert {q: sorted(d for d, _ in ranking) for q, ranking in written.items()} == {"a": ["b", "c"], "b": ["a"]}
+    out = run_command(capsys, *rerank, "--top-k", 1, "--output", tmp_path / "out2")
+    assert "wrote 2 lines" in out
+    formats.write_run(tmp_path / "alone.trec", {"a": run["a"], "b": [("b", 1.0)]})  # nothing is left of b
+    out = run_command(capsys, *rerank, "--run", tmp_path / "alone.trec", "--output", tmp_path / "out3")
+    assert "no candidates for 1 queries" in out and list(formats.read_run(tmp_path / "out3")) == ["a"]
+
+
+def test_ids_with_blanks_are_named_before_the_work(job, tmp_path, capsys):
+    write_lines(tmp_path / "run.tsv", ["q1\tQ0\td1\t1\t1.0\tt", "q1\tQ0\td 2\t2\t0.5\tt"])
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "corpus.jsonl", ['{"_id": "d1", "text": "a"}', '{"_id": "d 2", "text": "b"}'])
+    write_lines(tmp_path / "data" / "queries.jsonl", ['{"_id": "q1", "text": "a"}'])
+    assert main(["rerank", "--model", str(job / "adapter"), "--data", str(tmp_path / "data"), "--run",
+                 str(tmp_path / "run.tsv"), "--output", str(tmp_path / "out")]) == 2
+    assert "run.tsv, line 2: doc_id must be text without white space in a TREC run" in capsys.readouterr().err
+    write_lines(tmp_path / "data" / "queries.jsonl", ['{"_id": "q 1", "text": "a"}'])
+    assert main(["retrieve", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 2
+    assert "data: query_id must be text without white space in a TREC run, got 'q 1'" in capsys.readouterr().err
 
 
 def test_the_attention_of_the_lm_can_be_chosen(job, tmp_path, capsys, monkeypatch):

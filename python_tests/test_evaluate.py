@@ -115,6 +115,9 @@ def test_identical_ids():
     assert evaluate(run, qrels, ["RR@10"]).per_query["RR@10"] == {"a": 0.5, "b": 0.0}
     result = evaluate(run, qrels, ["RR@10"], ignore_identical_ids=True)
     assert result.per_query["RR@10"] == {"a": 1.0, "b": 0.0} and result.num_missing == 1
+    assert result.num_identical == 2 and run["b"] == [("b", 1.0)]
+    table = compare_table({"s": run}, qrels, ["RR@10"], ignore_identical_ids=True)
+    assert "s: 2 documents with the id of their query left out" in table.notes()
 
 
 @pytest.mark.parametrize("name", ["nDCG@", "recall", "nDCG@10@20", "", "__import__('os')", "P@x", "@10", "P(rel='"])

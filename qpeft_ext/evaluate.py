@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .formats.trec import Qrels, Run, decreasing_scores
+from .formats.trec import Qrels, Run, decreasing_scores, without_identical_ids
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 TESTS = ("t-test", "permutation")
@@ -30,8 +30,9 @@ class Evaluation:
 
     means: measure -> mean over the queries of the qrels.  per_query: measure -> query_id -> value.
     num_queries: how many the means are over.  num_missing: those of them that the run has no candidates for (they
-    count as 0).  num_unjudged: queries of the run that are not in the qrels (they do not count).  judged: the share of
-    the first `JUDGED_AT` documents that have a judgement, mean over the queries with candidates.
+    count as 0).  num_unjudged: queries of the run that are not in the qrels (they do not count).  num_identical:
+    documents left out by ``ignore_identical_ids``.  judged: the share of the first `JUDGED_AT` documents that have a
+    judgement, mean over the queries with candidates.
     """
 
     means: dict[str, float]
@@ -40,6 +41,7 @@ class Evaluation:
     num_missing: int
     num_unjudged: int
     judged: float
+    num_identical: int = 0
 
 
 def evaluate(
@@ -69,9 +71,12 @@ def evaluate(
     if not run.keys() & qrels.keys():
         raise ValueError(f"evaluate: no query of the run is in the qrels (run: {next(iter(run), None)!r}, ...; "
                          f"qrels: {next(iter(qrels))!r}, ...); the files do not belong together")
+    num_identical = 0
+    if ignore_identical_ids:
+        run, num_identical = without_identical_ids(run)
     scored: dict[str, dict[str, float]] = {}
     for query_id in qrels:
-        ranking = [(d, s) for d, s in run.get(query_id, ()) if not (ignore_identical_ids and d == query_id)]
+        ranking = list(run.get(query_id, ()))
         if ranking:
             if ties == "trec_eval":
                 ranking.sort(key=lambda candidate: (np.float32(candidate[1]), candidate[0]), reverse=True)
@@ -93,6 +98,7 @@ def evaluate(
         num_missing=len(qrels) - len(scored),
         num_unjudged=len(run.keys() - qrels.keys()),
         judged=statistics.fmean(judged) if judged else 0.0,
+        num_identical=num_identical,
     )
 
 
@@ -219,6 +225,7 @@ class System:
     num_missing: int = 0
     num_unjudged: int = 0
     judged: float = 1.0
+    num_identical: int = 0
 
 
 @dataclass
@@ -250,6 +257,8 @@ class ComparisonTable:
             shares = ", ".join(f"{system.name} {system.judged:.3f}" for system in self.systems)
             lines.append(f"Judged@{JUDGED_AT}: {shares}; documents without a judgement count as not relevant")
         for system in self.systems:
+            if system.num_identical:
+                lines.append(f"{system.name}: {system.num_identical} documents with the id of their query left out")
             if system.num_missing:
                 lines.append(f"{system.name}: no candidates for {system.num_missing} queries; they count as 0")
             if system.num_unjudged:
@@ -304,7 +313,7 @@ def compare_table(
     systems = []
     for name, result in results.items():
         system = System(name, result.means, num_missing=result.num_missing, num_unjudged=result.num_unjudged,
-                        judged=result.judged)
+                        judged=result.judged, num_identical=result.num_identical)
         if name != baseline:
             for measure in result.means:
                 system.difference[measure] = result.means[measure] - base.means[measure]

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .attention_clues import AttentionClues
 from .formats.io import AnyPath
 from .formats.partial_run import PartialRun
-from .formats.trec import Run, find_line
+from .formats.trec import Run, check_id, find_line
 from .schedule import query_blocks
 
 PAIRS_PER_BLOCK = 256  # several passes of the default token budget, and still some life in the progress bar
@@ -178,8 +178,17 @@ def read_documents(corpus: Mapping[str, dict], block: Block) -> list[list[dict]]
 
 
 def check_candidates(run: Run, queries: Mapping[str, str], corpus: Mapping[str, dict], path: AnyPath | None) -> None:
-    """Every query and candidate must be known. Raises: ValueError naming the id, and the line if ``path`` is given."""
+    """Every query and candidate must be known, and its id fit into a run.
+
+    Raises: ValueError naming the id, and the line if ``path`` is given.
+    """
     for query_id, candidates in run.items():
+        for name, value in (("query_id", query_id), *(("doc_id", doc_id) for doc_id, _ in candidates)):
+            try:
+                check_id(name, value)
+            except ValueError as error:
+                place = _place(path, query_id, value if name == "doc_id" else None)
+                raise ValueError(f"{place}{error}; rename it in the data") from None
         if query_id not in queries:
             raise ValueError(f"{_place(path, query_id)}query {query_id!r} is not in the queries; "
                              f"the run belongs to another data set")

@@ -19,6 +19,9 @@ Attention = Annotated[
     typer.Option(help="Of the LM, one of transformers': sdpa, flash_attention_2, flex_attention, eager, …  [default: "
                       "sdpa where the LM has it]"),
 ]
+IgnoreIdenticalIds = Annotated[
+    bool, typer.Option("--ignore-identical-ids", help="Leave out documents with the id of their query, as in ArguAna.")
+]
 Measures = Annotated[
     list[str] | None,
     typer.Option(help="Names of ir_measures (nDCG@10 MAP RR@10) or trec_eval (map), one or several.  [default: nDCG@10 "
@@ -89,20 +92,35 @@ def asked_queries(data: formats.Collection, split: str | None) -> dict[str, str]
 
 
 def first_stage(
-    data: formats.Collection, split: str | None, queries: dict[str, str], run: Path | None, k: int
+    data: formats.Collection, split: str | None, queries: dict[str, str], run: Path | None, k: int,
+    ignore_identical_ids: bool = False,
 ) -> tuple[Run, str]:
     """The candidates, at most ``k`` per query, and what to call them: ``run``, else the collection's own, else
-    BM25."""
-    if run is None and not data.has("candidates", split):
+    BM25.
+
+    ignore_identical_ids: documents with the id of their query are left out before the cut.
+    """
+    searched = run is None and not data.has("candidates", split)
+    if searched:
         from ..first_stage import bm25_run
 
-        return bm25_run(data.corpus, queries, k), "BM25"
-    whole = formats.read_run(run) if run else data.candidates(split)
+        # one more than asked for, which may be the query itself
+        whole, name = bm25_run(data.corpus, queries, k + ignore_identical_ids), "BM25"
+    else:
+        whole = formats.read_run(run) if run else data.candidates(split)
+        name = system_name(run) if run else "candidates"
+    if ignore_identical_ids:
+        whole, identical = formats.without_identical_ids(whole)
+        say_identical(name, identical)
     cut = {query_id: candidates[:k] for query_id, candidates in whole.items()}
     left_out = sum(len(candidates) for candidates in whole.values()) - sum(map(len, cut.values()))
-    if left_out:
+    if left_out and not searched:
         say(f"{run or data.place}: {left_out} candidates beyond the {k} best of their query are left out")
-    return cut, system_name(run) if run else "candidates"
+    return cut, name
+
+
+def say_identical(name: str, count: int) -> None:
+    say(f"{name}: {count} candidates with the id of their query are left out")
 
 
 def system_name(path: Path) -> str:

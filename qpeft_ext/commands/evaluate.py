@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Measures
+from .common import IgnoreIdenticalIds, Measures
 
 
 def command(
@@ -21,9 +21,7 @@ def command(
     split: Annotated[str | None, typer.Option(help="Of a collection.  [default: test, or the only one]")] = None,
     measures: Measures = None,
     test: Annotated[str, typer.Option(help="Paired test: t-test or permutation.")] = "t-test",
-    ignore_identical_ids: Annotated[
-        bool, typer.Option("--ignore-identical-ids", help="Leave out documents with the id of their query.")
-    ] = False,
+    ignore_identical_ids: IgnoreIdenticalIds = False,
     ties: Annotated[str, typer.Option(help="Equal scores: order (as in the file) or trec_eval (by id).")] = "order",
     output: Annotated[Path | None, typer.Option(help="Write the table as JSON too.")] = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Attention, Device, Dtype, Measures
+from .common import Attention, Device, Dtype, IgnoreIdenticalIds, Measures
 
 
 def command(
@@ -22,6 +22,7 @@ def command(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Whose queries.  [default: test, or the only one]")] = None,
     top_k: Annotated[int, typer.Option(help="Candidates per query.")] = 100,
+    ignore_identical_ids: IgnoreIdenticalIds = False,
     upr: Annotated[bool, typer.Option("--upr", help="Also rerank without clues (UPR), for comparison.")] = False,
     similarity_only: Annotated[
         bool, typer.Option("--similarity-only", help="Also rank by the clues' similarities alone, without the LM.")
@@ -94,7 +95,7 @@ def command(
     names = measure_names(measures)
     if {"qrels", "answers"} & set(collection.parts):
         parse_measures(names)
-    candidates, before = first_stage(collection, split, asked, run, top_k)
+    candidates, before = first_stage(collection, split, asked, run, top_k, ignore_identical_ids)
     check_candidates(candidates, queries, corpus, run)
     qrels = collection.judge(split, [candidates])
     spec = SystemsSpec(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..utils.files import private_folder
-from .common import Attention, Device, Dtype, is_first_process
+from .common import Attention, Device, Dtype, IgnoreIdenticalIds, is_first_process
 
 CHECKPOINTS = "checkpoints"
 ENOUGH_NEGATIVES = 7
@@ -36,6 +36,7 @@ def command(
     split: Annotated[str, typer.Option(help="Which split of --data to train on, if it has any.")] = "train",
     num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 7,
     depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
+    ignore_identical_ids: IgnoreIdenticalIds = False,
     clues: Annotated[str, typer.Option(help="top_k (Q-PEFT-R), attention (Q-PEFT-A) or none.")] = "top_k",
     k: Annotated[int | None, typer.Option(help="Clues per document, for top_k.  [default: 10]")] = None,
     num_heads: Annotated[int | None, typer.Option(help="Attention heads, for attention.  [default: 8]")] = None,
@@ -121,7 +122,8 @@ def command(
                          "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20")
     batch_size = _batch_size(batch_size, config.queries_per_group)
     cache = DocumentCache(cache_bytes, index=index) if cache_bytes or index else None
-    examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed)
+    examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed,
+                                   ignore_identical_ids)
     if "in_batch_negatives" not in given and config.loss != "contrastive" and _have_negatives(  # which is made of them
             examples, config.num_hard_negatives):
         config.in_batch_negatives = False
@@ -220,7 +222,8 @@ def _generated_lora(rank: int | None, settings: dict) -> dict:
     return {"generated_lora_rank": rank, "target_modules": ("all-linear",)} if rank else {}
 
 
-def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[list, list | None]:
+def _read(data, split, train, dev, run, num_negatives, depth, seed,
+          ignore_identical_ids=False) -> tuple[list, list | None]:
     """Training examples and, if asked for, those for evaluation."""
     from .. import formats
     from .common import first_stage, say
@@ -240,7 +243,8 @@ def _read(data, split, train, dev, run, num_negatives, depth, seed) -> tuple[lis
     qrels, corpus, queries = collection.qrels(name), collection.corpus, collection.queries(name)
     asked = {query_id: queries[query_id] for query_id in qrels if query_id in queries}
     # as many candidates as are relevant may have to be passed over to find `depth` that are not
-    candidates, _ = first_stage(collection, name, asked, run, depth + max(map(len, qrels.values())))
+    candidates, _ = first_stage(collection, name, asked, run, depth + max(map(len, qrels.values())),
+                                ignore_identical_ids)
     examples, counts = formats.training_examples(queries, qrels, candidates, corpus, num_negatives=num_negatives,
                                                  depth=depth, seed=seed)
     say(str(counts))

@@ -12,11 +12,12 @@ from .io import AnyPath, read_lines
 from .jsonl import read_examples, training_examples, write_examples
 from .partial_run import PartialRun
 from .qrels import read_table
-from .trec import Qrels, Run, RunWriter, read_run, write_run
+from .trec import Qrels, Run, RunWriter, read_run, without_identical_ids, write_run
 
 __all__ = [
     "Collection", "Corpus", "PartialRun", "Qrels", "Run", "RunWriter", "open_collection", "read_examples",
-    "read_judgements", "read_qrels", "read_queries", "read_run", "training_examples", "write_examples", "write_run",
+    "read_judgements", "read_qrels", "read_queries", "read_run", "training_examples", "without_identical_ids",
+    "write_examples", "write_run",
 ]
 
 # of files and folders, in the order in which they are asked whether they recognise one

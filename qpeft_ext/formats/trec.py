@@ -150,6 +150,14 @@ def write_run(path: AnyPath, run: Mapping[str, Iterable[tuple[str, float]]], tag
     return writer.num_lines
 
 
+def without_identical_ids(run: Mapping[str, Sequence[tuple[str, float]]]) -> tuple[Run, int]:
+    """The run without the documents that have the id of their query: where queries are documents (ArguAna, Quora) they
+    would find themselves. Returns: the run, every query still in it, and how many candidates were left out."""
+    kept = {query_id: [candidate for candidate in ranking if candidate[0] != query_id]
+            for query_id, ranking in run.items()}
+    return kept, sum(map(len, run.values())) - sum(map(len, kept.values()))
+
+
 def find_line(path: AnyPath, query_id: str, doc_id: str | None = None) -> int | None:
     """The line of a run that names ``query_id`` (and ``doc_id``); only for error messages."""
     for number, text in read_lines(path):
