@@ -37,6 +37,11 @@ check: build lint    ## the inner loop: lint and the fast tests (all but the fil
 test: build lint     ## lint and all tests, a worker for each core (one process: make test PARALLEL=)
 	$(BIN)/python -m pytest $(PARALLEL) --durations=15 $(TESTS)
 
+fuzz: build          ## thousands of damaged files and of hostile calls of the operators (FILES, CALLS, SEED)
+	$(BIN)/python python_tests/fuzz/files.py --count $(or $(FILES),5000) --seed $(or $(SEED),0)
+	for file in $(filter-out %/files.py %/mutations.py %/runner.py,$(wildcard python_tests/fuzz/*.py)); do \
+		$(BIN)/python $$file --count $(or $(CALLS),10000) --seed $(or $(SEED),0) || exit 1; done
+
 demo: build          ## search in your own Python environment: train, rerank, report (demo/report.html)
 	$(BIN)/qpeft demo
 
@@ -46,5 +51,5 @@ bench: build         ## time the operators; results go to benchmarks/results
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint check test demo bench clean
+.PHONY: help venv build lint check test fuzz demo bench clean
 .DEFAULT_GOAL := help

@@ -77,6 +77,12 @@ class Kind:
     weight: int = 4
     output: str = "{out}"
 
+    @property
+    def parts(self) -> set[str]:
+        """Of the job, what the command needs."""
+        named = re.findall(r"\{job\}/([\w.]+)", self.command) if isinstance(self.command, str) else ["adapter"]
+        return {self.file.partition("/")[0], "lm", "data", "cache", *named}
+
 
 def predict_with_disk(job: Path, out: Path) -> None:
     cache = qpeft.DocumentCache(0, disk=job / "disk", disk_bytes=1 << 30)
@@ -110,9 +116,9 @@ KINDS = [
     Kind("cache/corpus-*.jsonl", PACKED, exact=True), Kind("cache/bm25-*/*", BM25_GZ, exact=True, weight=6),
     Kind("part/run.trec.part", PART, exact=True, output="{job}/part/run.trec", weight=6),
     Kind("part/run.trec.part.json", PART, exact=True, output="{job}/part/run.trec"),
-    Kind("plan.yaml", COMPARE, weight=8, output="{job}/compared/comparison.json"),
-    Kind("compared/*/*/*/result.json", COMPARE, output="{job}/compared/comparison.json"),
-    Kind("compared/*/*/*/run.trec.gz", COMPARE, output="{job}/compared/comparison.json", weight=2),
+    Kind("plan.yaml", COMPARE, weight=4, output="{job}/compared/comparison.json"),
+    Kind("compared/*/*/*/result.json", COMPARE, weight=1, output="{job}/compared/comparison.json"),
+    Kind("compared/*/*/*/run.trec.gz", COMPARE, output="{job}/compared/comparison.json", weight=1),
     Kind("train.jsonl", TRAIN, output="{out}/adapter_config.json"),
     Kind("trained/checkpoints/checkpoint-2/*.json", RESUME, output="{job}/trained/adapter_config.json", weight=2),
     Kind("trained/checkpoints/checkpoint-2/*", RESUME, output="{job}/trained/adapter_config.json", weight=2),
@@ -145,17 +151,21 @@ def make_whole(job: Path) -> None:
     (job / "part").mkdir()
 
 
-def warm(job: Path, out: Path) -> None:
+def warm(job: Path, out: Path, commands: set) -> None:
     """Run every command once here, so that children find all modules imported and all caches filled."""
-    finish, formats.PartialRun.finish = formats.PartialRun.finish, lambda self: self.close()
-    assert main(arguments(PART, job, out)) == 0  # leaves its part, whole
-    formats.PartialRun.finish = finish
-    two_steps = RESUME.replace("--max-steps 3", "--max-steps 2").replace(" --resume", "")
-    for command in (AGAIN, two_steps, COMPARE, BM25, BM25_GZ, RERANK, UPR, PACKED, LORA, EVALUATE, FUSE, INDEX, TRAIN):
+    if PART in commands:
+        finish, formats.PartialRun.finish = formats.PartialRun.finish, lambda self: self.close()
+        assert main(arguments(PART, job, out)) == 0  # leaves its part, whole
+        formats.PartialRun.finish = finish
+    first = {INDEX: AGAIN, RESUME: RESUME.replace("--max-steps 3", "--max-steps 2").replace(" --resume", "")}
+    for command in [first[command] for command in first if command in commands] + sorted(
+            command for command in commands if isinstance(command, str) and command not in (PART, RESUME)):
         assert main(arguments(command, job, out)) == 0, command
-        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
-    predict_with_disk(job, out)
-    out.unlink()
+        for left in out.parent.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if predict_with_disk in commands:
+        predict_with_disk(job, out)
+        out.unlink()
     for left in (job / "trained").glob("[!c]*"):  # the checkpoints alone: as a kill would leave them
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
@@ -167,7 +177,7 @@ def arguments(command: str, job: Path, out: Path) -> list[str]:
 class Fuzz:
     """The undamaged job and its results, and a place where damaged copies of it are tried one after the other."""
 
-    def __init__(self, folder: Path, verbose: bool = False) -> None:
+    def __init__(self, folder: Path, kinds: list[Kind], verbose: bool = False) -> None:
         torch.set_num_threads(1)
         self.folder, self.verbose = folder, verbose
         self.job, self.whole, self.out = folder / "job", folder / "whole", folder / "out" / "result"
@@ -175,7 +185,7 @@ class Fuzz:
         os.environ["QPEFT_CACHE"] = str(self.job / "cache")
         make_whole(self.job)
         with open(folder / "log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            warm(self.job, self.out)
+            warm(self.job, self.out, {kind.command for kind in kinds})
         shutil.copytree(self.job, self.whole, symlinks=True)
         gc.collect()
         gc.freeze()
@@ -211,7 +221,11 @@ class Fuzz:
         """Exit code (negative: the signal that ended it), stderr, megabytes above this process."""
         for folder in (self.job, self.out.parent):
             shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.whole, self.job, symlinks=True)
+        self.job.mkdir()
+        for part in self.whole.iterdir():
+            if part.name in kind.parts:
+                copy = shutil.copytree if part.is_dir() else shutil.copy2
+                copy(part, self.job / part.name)
         self.out.parent.mkdir()
         damage()
         said = self.folder / "stderr"
@@ -300,8 +314,9 @@ def fuzz(count: int, seed: int, only: int | None = None, like: str = "", verbose
     """Try ``count`` cases. Returns: number of a case -> what is wrong with it."""
     kinds = [kind for kind in KINDS if re.search(like, kind.file)]
     wrong, tried = {}, Counter()
-    with tempfile.TemporaryDirectory() as folder:
-        tries = Fuzz(Path(folder).resolve(), verbose)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # thousands of copies need no disk
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        tries = Fuzz(Path(folder).resolve(), kinds, verbose)
         for i in range(count) if only is None else [only]:
             draw = random.Random(f"{seed}/{i}")
             kind = draw.choices(kinds, [kind.weight for kind in kinds])[0]
