@@ -1,12 +1,11 @@
-"""What reranking needs in memory, and what a batch does to a score.
+"""What reranking needs in memory, and what bit-equal scores cost.
 
     python benchmarks/bench_reranking_limits.py --work rerank_memory   # a million documents, 1 GB on disk
-    python benchmarks/bench_reranking_limits.py --work batch_drift     # bf16 and float32, the demo's LM
     python benchmarks/bench_reranking_limits.py --work deterministic   # what bit-equal scores cost
 
 rerank_memory: resident set while 100 queries x 100 candidates are reranked, over that with the model loaded; it must
-grow by less than 300 MB. batch_drift: largest and median change of a pair's mean log-likelihood (nats per query token)
-between alone and in a batch, and between the cached and the plain path. Nothing is written; the output is the result.
+grow by less than 300 MB. Nothing is written; the output is the result. What a batch does to a score is measured by
+bench_batch_drift.py.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from bench_training import make_model
 
 import qpeft_ext as qpeft
 from qpeft_ext import formats
-from qpeft_ext.demo.run import BASE_LM
 from qpeft_ext.rerank_run import by_likelihood, rerank_run
 
 
@@ -86,34 +84,6 @@ def rerank_memory(arguments) -> None:
         raise SystemExit("the resident set grew by more than 300 MB")
 
 
-def demo_pairs() -> list[tuple[str, str]]:
-    """Functions and docstrings of the standard library, as in the demo."""
-    import inspect
-    import statistics
-    import textwrap
-
-    functions = [f for module in (inspect, os.path, statistics, tempfile, textwrap)
-                 for _, f in inspect.getmembers(module, inspect.isfunction) if inspect.getdoc(f)]
-    queries = [inspect.getdoc(f).splitlines()[0][:80] for f in functions[:: len(functions) // 10]][:10]
-    return [(query, inspect.getsource(f)) for query in queries for f in functions[:40]]
-
-
-def batch_drift(arguments) -> None:
-    pairs = demo_pairs()
-    for dtype in ("float32", "bfloat16"):
-        config = qpeft.QPeftConfig(clues="attention")
-        model = qpeft.get_qpeft_model(qpeft.load_lm(str(BASE_LM), dtype=dtype), config)
-        few = range(0, len(pairs), max(1, len(pairs) // arguments.pairs))
-        alone = torch.cat([model.score([pairs[i]]).mean_query_log_likelihood for i in few])
-        together = model.score(pairs).mean_query_log_likelihood[list(few)]
-        plain = model.score(pairs, path="plain").mean_query_log_likelihood[list(few)]
-        for name, other in (("in a batch", together), ("on the plain path", plain)):
-            drift = (alone - other).abs()
-            print(f"batch_drift, {dtype}, {len(few)} pairs alone against {name}: at most {float(drift.max()):.1e}, "
-                  f"median {float(drift.median()):.1e} nats per query token; "
-                  f"the scores spread by {float(alone.std()):.2f}")
-
-
 def deterministic(arguments) -> None:
     setting = SETTINGS[arguments.setting]
     data = make_pairs(setting, 2.0)
@@ -128,7 +98,7 @@ def deterministic(arguments) -> None:
           f"time, {rates[True][1] / rates[False][1]:.2f} x the CPU time")
 
 
-WORKS = {function.__name__: function for function in (rerank_memory, batch_drift, deterministic)}
+WORKS = {function.__name__: function for function in (rerank_memory, deterministic)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

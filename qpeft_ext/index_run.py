@@ -186,8 +186,9 @@ class IndexWriter:
     @torch.no_grad()
     def _compute(self, group: list[DocumentPrefix]) -> Iterator[tuple[DocumentPrefix, PrefixKV]]:
         try:
-            stored = [self._link.to_host(prefix) for prefix in
-                      self.model.engine.prefill([prefix.ids for prefix in group]).split()]
+            with self.model.passes(evaluating=True):
+                prefixes = self.model.engine.prefill([prefix.ids for prefix in group]).split()
+            stored = [self._link.to_host(prefix) for prefix in prefixes]
         except torch.OutOfMemoryError:
             if len(group) == 1:
                 raise
