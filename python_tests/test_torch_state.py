@@ -13,6 +13,8 @@ from families.tiny import PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 from safetensors.torch import load_file
 
 import qpeft_ext as qpeft
+from qpeft_ext import ops
+from qpeft_ext.vocabulary import vocabulary_topk
 
 KINDS = {
     "none": {"clues": "none"},
@@ -144,6 +146,28 @@ def test_gradients_do_not_depend_on_it(kind):
         assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True)), name
     with pytest.raises(ValueError, match="backward.. was called inside torch.autocast"):
         gradients(STATES["autocast"], STATES["autocast"])
+
+
+def test_operators_are_not_autocast():
+    generator = torch.Generator().manual_seed(0)
+    table, hidden, *weights = (torch.randn(*shape, 16, generator=generator) for shape in ((50,), (5,), *4 * [(16,)]))
+    ids, mask = torch.randint(50, (4, 6), generator=generator), torch.ones(4, 6, dtype=torch.bool)
+    queries = (table[ids[:2, :3]], mask[:2, :3])
+    documents = (ids, mask, torch.tensor([0, 0, 1, 1]))
+
+    def results() -> list[torch.Tensor]:
+        projected = ops.ProjectedTable(table, *weights[1:3], budget_bytes=1 << 20)
+        return [
+            ops.similarity_topk(*queries, table, *documents, 3).scores,
+            ops.clue_attention(*queries, table, *documents, *weights, num_heads=2),
+            projected.attend(*queries, *documents, weights[0], weights[3], num_heads=2),
+            ops.token_log_likelihood(hidden, table, ids[0, :5]),
+            vocabulary_topk(*queries, table, torch.ones(1, 50, dtype=torch.bool), 3),
+        ]
+
+    expected = results()
+    with STATES["autocast"]():
+        assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")

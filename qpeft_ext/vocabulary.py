@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .ops._common import block_dtype, budget, multiply_rows, sum_dtype
+from .ops._common import block_dtype, budget, multiply_rows, outside_autocast, sum_dtype
 from .ops.similarity_topk import inverse_norms, round_scores
 
 CHUNK_BYTES = 4 << 20  # of similarities [rows, Q·T] at a time; budget() gives a GPU more
@@ -19,6 +19,7 @@ _MOST_ROWS = 8192  # of the table in a chunk on the CPU; of 2048 the small steps
 _MOST_UPCAST_ROWS = 512  # of a table that is not float32: what is converted stays in the cache for the GEMM
 
 
+@outside_autocast
 @torch.no_grad()
 def vocabulary_topk(
     query_embeds: Tensor,

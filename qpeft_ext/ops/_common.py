@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,20 @@ def with_plain_rows(table: Tensor) -> Tensor:
     V, D = table.shape
     plain = (D <= 1 or table.stride(1) == 1) and (V <= 1 or table.stride(0) >= D)
     return table if plain else table.contiguous()
+
+
+def outside_autocast(function: Callable) -> Callable:
+    """Decorator: this function of tensors gives the same inside of `torch.autocast`."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return run(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
 
 
 # ---- wrong inputs ----------------------------------------------------------------------------------------------------

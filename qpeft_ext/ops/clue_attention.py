@@ -15,6 +15,7 @@ from ._common import (
     expect_shape,
     fake,
     implement,
+    outside_autocast,
     refuse_forward_mode,
     rows_of,
     sum_dtype,
@@ -23,6 +24,7 @@ from ._common import (
 from ._pairs import Pairs, shared_rows
 
 
+@outside_autocast
 def clue_attention(
     query_embeds: Tensor,
     query_mask: Tensor,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .._library import uses_reference
-from ._common import exact_float32, refuse_forward_mode, sum_dtype
+from ._common import exact_float32, outside_autocast, refuse_forward_mode, sum_dtype
 from ._pairs import Pairs
 from .clue_attention import _heads, clue_attention, project_heads
 from .clue_attention_cuda import projected_heads
@@ -59,6 +59,7 @@ class ProjectedTable:
             self.place.fill_(-1)
             self.used = 0
 
+    @outside_autocast
     @torch.no_grad()
     def attend(
         self,

@@ -17,6 +17,7 @@ from ._common import (
     fake,
     implement,
     multiply,
+    outside_autocast,
     refuse_forward_mode,
     rows_of,
     sum_dtype,
@@ -32,6 +33,7 @@ class SimilarityTopK(NamedTuple):
     query_positions: Tensor  # [B, K] int64: the query token of the maximum; -1 there
 
 
+@outside_autocast
 def similarity_topk(
     query_embeds: Tensor,
     query_mask: Tensor,

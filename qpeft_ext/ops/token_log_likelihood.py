@@ -22,12 +22,14 @@ from ._common import (
     fake,
     implement,
     multiply_rows,
+    outside_autocast,
     product_dtype,
     refuse_forward_mode,
     sum_dtype,
 )
 
 
+@outside_autocast
 def token_log_likelihood(
     hidden: Tensor,
     lm_head: Tensor,
