@@ -11,6 +11,7 @@ from tiny_job import make_job
 
 import qpeft_ext as qpeft
 from qpeft_ext.cli import main
+from qpeft_ext.utils.locks import locked_folder
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +218,16 @@ def test_schedules_that_cannot_be(job, tmp_path, capsys, options, message):
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1 and len(error) < 300
     assert not (tmp_path / "adapter").exists()
+
+
+def test_two_trainings_into_one_folder(job, tmp_path, capsys):
+    output, options = tmp_path / "new" / "adapter", ["--data", job / "data", "--max-steps", 1]
+    with locked_folder(output):
+        assert train(job, output, *options, "--overwrite") == 2
+        assert capsys.readouterr().err == (
+            f"qpeft train: error: {output} is being written by another process; let it end, or name another folder\n")
+        assert not list(output.iterdir())
+    assert not output.exists()
+    (output / ".adapter.0.tmp").mkdir(parents=True)  # of a process that was killed
+    assert train(job, output, *options) == 0
+    assert not list(output.glob(".*"))

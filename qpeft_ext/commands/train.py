@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..utils.files import private_folder
+from ..utils.files import drop_temporary, private_folder
+from ..utils.locks import locked_folder
 from .common import Attention, Device, Dtype, IgnoreIdenticalIds, is_first_process
 
 CHECKPOINTS = "checkpoints"
@@ -19,6 +22,20 @@ SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constan
               "inverse_sqrt")
 
 
+def _one_at_a_time(command: Callable[..., None]) -> Callable[..., None]:
+    """Two trainings into one folder would mix their checkpoints."""
+    @functools.wraps(command)
+    def locked(**options) -> None:
+        output = options["output"]
+        if not is_first_process() or output.exists() and not output.is_dir():  # `_check_output` says what is wrong
+            return command(**options)
+        with locked_folder(output):
+            return command(**options)
+
+    return locked
+
+
+@_one_at_a_time
 def command(
     base_model: Annotated[str, typer.Option(help="LM: a folder or a Hub id; it stays frozen.")],
     output: Annotated[Path, typer.Option(help="Folder for the adapter; checkpoints go to its folder checkpoints.")],
@@ -50,17 +67,17 @@ def command(
     learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 1e-3,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
+    max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,
+    truncate_queries: Annotated[
+        bool, typer.Option("--truncate-queries", help="Cut longer queries at their end, instead of the error.")
+    ] = False,
+    max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW, on weight matrices.")] = 0.0,
     warm_up: Annotated[
         float, typer.Option(help="Steps in which the learning rate rises; below 1: a share of all steps.")
     ] = 0.0,
     scheduler: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULERS)}.")] = "linear",
     max_grad_norm: Annotated[float, typer.Option(help="Longer gradients are cut to this; 0: never.")] = 1.0,
-    max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,
-    truncate_queries: Annotated[
-        bool, typer.Option("--truncate-queries", help="Cut longer queries at their end, instead of the error.")
-    ] = False,
-    max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
     queries_per_group: Annotated[int, typer.Option(help="Queries that share their documents.")] = 4,
     batch_size: Annotated[
         int | None, typer.Option(help="Queries a device reads at once, a multiple of --queries-per-group.  [default: "
@@ -276,9 +293,6 @@ def _check_output(output: Path, resume: bool, overwrite: bool, resumed: bool) ->
         raise ValueError(f"{output} holds checkpoints of an earlier run; --resume goes on, --overwrite starts anew")
     if resume and not resumed:
         say(f"{checkpoints} has no complete checkpoint: training starts at the beginning")
-    new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
+    drop_temporary(output)
     with private_folder(output / "adapter"):
         pass
-    if new:
-        output.rmdir()  # a mistake found later must not leave an empty folder

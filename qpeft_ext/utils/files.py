@@ -173,7 +173,7 @@ def drop_temporary(folder: Path) -> None:
     """Remove what a killed process left in a folder that this process alone writes to."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def open_lock(path: Path, mode: int = 0o666) -> IO[bytes]:
