@@ -122,6 +122,8 @@ def test_identical_ids():
 
 @pytest.mark.parametrize("name", ["nDCG@", "recall", "nDCG@10@20", "", "__import__('os')", "P@x", "@10", "P(rel='"])
 def test_unknown_measures(name):
+    with pytest.raises(TypeError, match="measures must be a list, got the string 'nDCG@10'; one measure goes into a"):
+        parse_measures("nDCG@10")
     with pytest.raises(ValueError, match="unknown measure .*expected ir_measures names such as nDCG@10"):
         parse_measures([name])
 

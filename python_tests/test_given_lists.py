@@ -118,6 +118,7 @@ WRONG = {
     "half of one in a pair": (lambda r: r.predict([("q", "a"), ("q", {"title": "\ud800", "text": "d"})]), ValueError,
                               "the document of pair 1 has half a surrogate pair"),
     "half of one to explain": (lambda r: r.explain("q", "\ud800"), ValueError, "explain: the document has half"),
+    "an empty query": (lambda r: r.rank_many(["q", " "], [["d"]] * 2), ValueError, "query 1 must have at least one"),
     "top_k as a float": (lambda r: r.rank("q", ["d"], top_k=1.0), TypeError, "top_k must be a whole number, got 1.0"),
     "top_k as a bool": (lambda r: r.rank("q", ["d"], top_k=True), TypeError, "top_k must be a whole number, got bool"),
     "top_k below 1": (lambda r: r.rank("q", ["d"], top_k=-1), ValueError, "top_k must be at least 1, got -1"),

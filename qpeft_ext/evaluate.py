@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .formats.trec import Qrels, Run, decreasing_scores, without_identical_ids
+from .utils.inputs import as_list
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 TESTS = ("t-test", "permutation")
@@ -108,6 +109,7 @@ def parse_measures(names: Sequence[str]) -> dict[str, Any]:
         import ir_measures  # noqa: F401
     except ImportError:
         raise ImportError(_EVAL_EXTRA) from None
+    names = as_list(names, "evaluate: measures", "one measure goes into a list: ['nDCG@10']")
     if not names:
         raise ValueError("evaluate: expected at least one measure, such as nDCG@10")
     parsed: dict[str, Any] = {}

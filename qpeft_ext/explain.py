@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .clue_layers import Clues
-from .prompt import Document, as_documents, document_text
-from .utils.inputs import expect_text
+from .prompt import Document, as_documents, document_text, expect_query
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def explain_pair(
     candidates: with ``source="candidates"``, the list that the document is ranked in; None: the document alone.
     Raises: ValueError if the document is not among the candidates.
     """
-    expect_text(query, "explain: the query")
+    expect_query(query, "explain: the query")
     text, row, pairs = document_text(document, "explain: the document"), 0, [(query, document)]
     if candidates is not None and model.qpeft_config.source == "candidates":
         candidates = as_documents(candidates, "explain: candidates")

@@ -310,6 +310,13 @@ def document_text(document: Document, place: str = "a document") -> str:
     return expect_text(f"{title} {document['text']}".strip(), place)
 
 
+def expect_query(query: str, place: str) -> str:
+    """The query itself. Raises: as `expect_text`; ValueError if it is empty."""
+    if not expect_text(query, place).strip():
+        raise ValueError(f"{place} must have at least one token, got {short(query)}")
+    return query
+
+
 def as_documents(documents: Sequence[Document], what: str, of: str = "") -> list[Document]:
     """What was given as the documents of a query, read once, each of them checked.
 
@@ -335,7 +342,7 @@ def as_pairs(pairs: Sequence[tuple[str, Document]], what: str) -> list[tuple[str
         if len(pair) != 2:
             raise ValueError(f"{what} takes (query, document) pairs, but pair {place} has {len(pair)} items")
         query, document = pair
-        expect_text(query, f"the query of pair {place}")
+        expect_query(query, f"the query of pair {place}")
         document_text(document, f"the document of pair {place}")
         checked.append((query, document))
     return checked

@@ -22,9 +22,9 @@ from .explain import Explanation, explain_pair
 from .memory import plan_memory
 from .model import QPeftModel
 from .model_arguments import expect_model
-from .prompt import Document, as_documents, as_pairs, document_text
+from .prompt import Document, as_documents, as_pairs, document_text, expect_query
 from .schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
-from .utils.inputs import as_list, expect_text, kind_of, whole_number
+from .utils.inputs import as_list, kind_of, short, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +217,8 @@ class Reranker:
         if not isinstance(query, str):
             raise TypeError(f"rank: query must be a string, got {kind_of(query)}; rank_many ranks for many queries")
         _expect_no_activation("rank", activation_fn, apply_softmax, num_workers)
-        documents = as_documents(documents, "rank: documents")
-        ranked = self._ranked([expect_text(query, "rank: query")], [documents], top_k, show_progress_bar, batch_size)[0]
+        query, documents = expect_query(query, "rank: query"), as_documents(documents, "rank: documents")
+        ranked = self._ranked([query], [documents], top_k, show_progress_bar, batch_size)[0]
         if return_documents:
             for row in ranked:
                 row["text"] = document_text(documents[row["corpus_id"]])
@@ -312,7 +312,7 @@ class Reranker:
         if not np.isfinite(scores).all():
             query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
             raise ValueError(
-                f"the score of query {query!r} is not finite; the LM or the adapter has broken weights, "
+                f"the score of query {short(query)} is not finite; the LM or the adapter has broken weights, "
                 "or its dtype overflows (try bfloat16 or float32)"
             )
         return scores
@@ -381,7 +381,7 @@ def _as_lists(
     if len(queries) != len(candidates):
         raise ValueError(f"{what}: {len(queries)} queries but {len(candidates)} lists of candidates")
     for i, query in enumerate(queries):
-        expect_text(query, f"query {i}")
+        expect_query(query, f"query {i}")
     return queries, [as_documents(documents, f"{what}: the candidates of query {i}", f" of query {i}")
                      for i, documents in enumerate(candidates)]
 
