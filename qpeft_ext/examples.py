@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from .batch import PairBatch, paired_documents
+from .config import QPeftConfig
 from .formats.example_keys import view
 from .prompt import Document, Prompt, document_text
 
@@ -111,6 +112,24 @@ def check_example(example: object, index: int, what: str = TRAINING) -> None:
                              f"{key}, got {str(scores)[:60]}")
     if not len(example["positives"]):
         raise ValueError(f"{where} ({example['query'][:60]!r}): positives is empty, expected at least one document")
+
+
+def lacking_negatives(examples: Sequence, config: QPeftConfig) -> str:
+    """A line on examples that have no negatives, where their loss compares and nothing else gives them any; or "".
+
+    Raises: ValueError with that line if no example has one: there is nothing to learn.
+    """
+    others = config.num_random_negatives or config.in_batch_negatives and config.queries_per_group > 1
+    if others or config.loss == "pointwise":
+        return ""
+    none_drawn = "" if config.num_hard_negatives else " (num_hard_negatives=0)"
+    without = len(examples) if none_drawn else sum(not example["negatives"] for example in examples)
+    line = (f"{without} of {len(examples)} training examples have no negatives{none_drawn}, and loss={config.loss!r} "
+            "compares with them: give them negatives, or set in_batch_negatives=True with queries_per_group of 2 or "
+            "more, or num_random_negatives")
+    if without == len(examples) and config.loss != "pointwise_pairwise":
+        raise ValueError(line)
+    return line if without else ""
 
 
 def _are_numbers(scores: object, count: int) -> bool:

@@ -28,6 +28,7 @@ from .examples import (
     StreamedTrainingExamples,
     TrainingExamples,
     check_example,
+    lacking_negatives,
 )
 from .formats.example_keys import table_rows, view
 from .losses import configured_loss, needs_temperature
@@ -498,20 +499,5 @@ def _check_dataset(dataset, what: str, config: QPeftConfig | None = None) -> Non
         for index, example in enumerate(examples):
             check_example(example, index, what)
         if config is not None:
-            _check_negatives(examples, config)
-
-
-def _check_negatives(examples: Sequence, config: QPeftConfig) -> None:
-    """A query without any negative teaches nothing where the loss compares. Raises: ValueError if none has one."""
-    others = config.num_random_negatives or config.in_batch_negatives and config.queries_per_group > 1
-    if others or config.loss == "pointwise":
-        return
-    without = sum(not example["negatives"] for example in examples) if config.num_hard_negatives else len(examples)
-    message = (f"QPeftTrainer: {without} of {len(examples)} training examples have no negatives"
-               + (" (num_hard_negatives=0)" if not config.num_hard_negatives else "")
-               + f", and loss={config.loss!r} compares with them: give them negatives, or set in_batch_negatives=True "
-                 "with queries_per_group of 2 or more, or num_random_negatives")
-    if without == len(examples) and config.loss != "pointwise_pairwise":
-        raise ValueError(message)
-    if without:
-        logger.warning("%s", message)
+            if lacking := lacking_negatives(examples, config):
+                logger.warning("%s", lacking)

@@ -145,6 +145,9 @@ def command(
             examples, config.num_hard_negatives):
         config.in_batch_negatives = False
         say("no in-batch negatives: every query has enough of its own")
+    from ..examples import lacking_negatives
+
+    lacking_negatives(examples, config)  # before the LM is loaded
     device = default_device(device)
     quiet_transformers()
     from transformers import TrainingArguments
