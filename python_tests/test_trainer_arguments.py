@@ -63,8 +63,9 @@ def test_compute_metrics_gets_scores_and_labels(tmp_path):
     assert named["eval_a_rank"] == metrics["eval_rank"] and named["eval_b_rank"] == ranks[0]
 
 
-def test_predict_gives_the_same_two(tmp_path):
-    run = with_metrics(tmp_path)
+@pytest.mark.parametrize("batch_size", [1, 2])  # tables of several widths, and of one
+def test_predict_gives_the_same_two(tmp_path, batch_size):
+    run = with_metrics(tmp_path, args={"per_device_eval_batch_size": batch_size})
     done = run.predict(UNEVEN)
     assert done.label_ids.tolist() == LABELS and done.metrics["test_loss"] == run.evaluate()["eval_loss"]
     np.testing.assert_allclose(done.predictions, expected_scores(run.model), atol=1e-5)
