@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -462,6 +463,16 @@ def eager():
     lm = tiny_lm("llama")
     lm.set_attn_implementation("eager")
     return lm
+
+
+def test_a_pickled_reranker_opens_its_index_again(tmp_path):
+    make(tmp_path)
+    reranker = qpeft.Reranker(model(), cache=qpeft.DocumentCache(0, index=tmp_path))
+    documents = list(corpus().values())
+    expected = reranker.rank("why do tides rise", documents)
+    again = pickle.loads(pickle.dumps(reranker))
+    assert again.rank("why do tides rise", documents) == expected
+    assert again.cache.index.hits == reranker.cache.index.hits > 0 and again.cache.index.folder == tmp_path
 
 
 def test_another_tokenizer_is_named(tmp_path):
