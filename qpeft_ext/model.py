@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
+from threading import local
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which hang on the query, before the document"
 CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of more pairs are computed pass by pass
+
+
+_this_thread = local()
 
 
 def _in_passes(method):
@@ -148,6 +152,10 @@ class QPeftModel(nn.Module):
         """Around everything that runs the LM or the trained modules: this thread alone, in the state of torch that is
         ours (`own_state`), and with the LM as it is now. ``evaluating``: in eval mode, whatever the mode outside is.
         """
+        inside = getattr(_this_thread, "models", ())  # whose passes this thread is in
+        if id(self) in inside and not (evaluating and self.training):
+            yield
+            return
         with lm_lock(self.lm), own_state():
             computes_now()
             if self.lm.training:
@@ -162,8 +170,10 @@ class QPeftModel(nn.Module):
             try:
                 if evaluating and training:
                     self.eval()
+                _this_thread.models = (*inside, id(self))
                 yield
             finally:
+                _this_thread.models = inside
                 if self.training != training:
                     self.train(training)
 
