@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -240,3 +241,29 @@ def test_what_an_unknown_measure_may_have_meant(name, meant):
     with pytest.raises(ValueError, match="unknown measure") as caught:
         parse_measures([name])
     assert re.findall(r"did you mean (\S+)\?", str(caught.value)) == [meant] * (meant is not None)
+
+
+@pytest.mark.skipif(shutil.which("perl") is None, reason="gdeval is a perl program")
+def test_measures_of_gdeval_with_any_ids():
+    """By hand: a document of grade g is what the user wanted with (2^g - 1) / 16. Of ids that end alike, gdeval itself
+    makes one query."""
+    qrels = {"a-1": {"my x": 1, "y": 3, "z": -1}, "b-1": {"x": 4}, "none": {"x": 0}, "missing": {"x": 1}}
+    run = {"a-1": [("my x", 3.0), ("y", 2.0)], "b-1": [("z", 2.0), ("x", 1.0)], "none": [("x", 1.0)]}
+    found = evaluate(run, qrels, ["ERR@10", "nDCG@10", "nDCG(dcg='exp-log2')@10"])
+    first = 1 / 16 + 15 / 16 * 7 / 16 / 2
+    expected = {"a-1": first, "b-1": 15 / 16 / 2, "none": 0, "missing": 0}
+    assert found.per_query["ERR@10"] == pytest.approx(expected, abs=1e-5)
+    assert found.means["ERR@10"] == pytest.approx((first + 15 / 32) / 4, abs=1e-5)
+    gain = (1 + 7 / math.log2(3)) / (7 + 1 / math.log2(3))
+    expected = {"a-1": gain, "b-1": 1 / math.log2(3), "none": 0, "missing": 0}
+    assert found.per_query["nDCG(dcg='exp-log2')@10"] == pytest.approx(expected, abs=1e-5)
+    assert found.per_query["nDCG@10"]["b-1"] == pytest.approx(1 / math.log2(3))
+    with pytest.raises(ValueError, match="ERR@10 takes grades of at most 4, got 5 for query 'a'"):
+        evaluate({"a": [("x", 1.0)]}, {"a": {"x": 5}}, ["ERR@10"])
+
+
+def test_commas_within_the_brackets_of_a_measure():
+    from qpeft_ext.commands.common import measure_names
+
+    names = ["nDCG@10,RR P(rel=2,judged_only=True)@5", "AP(rel=2)@10, R@5"]
+    assert measure_names(names) == ["nDCG@10", "RR", "P(rel=2,judged_only=True)@5", "AP(rel=2)@10", "R@5"]

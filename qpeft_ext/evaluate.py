@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import difflib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from .formats.io import shorten
 from .formats.trec import Qrels, Run, decreasing_scores, without_identical_ids
 from .utils.inputs import as_list
 
@@ -22,6 +24,7 @@ DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 TESTS = ("t-test", "permutation")
 TIES = ("order", "trec_eval")
 JUDGED_AT = 10
+_MAX_GRADE = 4  # of gdeval
 _EVAL_EXTRA = "evaluation needs the packages ir_measures and scipy: pip install qpeft_ext[eval]"
 
 
@@ -88,7 +91,10 @@ def evaluate(
             scored[query_id] = {doc_id: score for (doc_id, _), score in zip(ranking, scores, strict=True)}
     per_query = {name: dict.fromkeys(qrels, 0.0) for name in parsed}
     names = {measure: name for name, measure in parsed.items()}
-    for value in ir_measures.iter_calc(list(parsed.values()), qrels, scored):
+    numbered = [measure for measure in parsed.values() if _needs_numbers(measure)]
+    others = [measure for measure in parsed.values() if measure not in numbered]
+    for value in chain(ir_measures.iter_calc(others, qrels, scored) if others else (),
+                       _with_numbers(numbered, qrels, scored) if numbered else ()):
         per_query[names[value.measure]][value.query_id] = float(value.value)
     judged = [float(value.value) for value in ir_measures.iter_calc([ir_measures.Judged @ JUDGED_AT], qrels, scored)
               if value.query_id in scored]
@@ -101,6 +107,31 @@ def evaluate(
         judged=statistics.fmean(judged) if judged else 0.0,
         num_identical=num_identical,
     )
+
+
+def _needs_numbers(measure: Any) -> bool:
+    """Whether gdeval computes it: it takes numbers as query ids, and of "a-1" and "b-1" makes the same query."""
+    return measure.NAME == "ERR" or measure.params.get("dcg") == "exp-log2"
+
+
+def _with_numbers(measures: list[Any], qrels: Qrels, scored: Mapping[str, Mapping[str, float]]) -> Iterator[Any]:
+    """``iter_calc`` with numbers in place of all ids; queries without a relevant document, which gdeval divides by, are
+    left out: their value is 0. Raises: ValueError for a grade that gdeval refuses."""
+    import ir_measures
+
+    for query_id, judged in qrels.items():
+        if (most := max(judged.values(), default=0)) > _MAX_GRADE:
+            raise ValueError(f"evaluate: {measures[0]} takes grades of at most {_MAX_GRADE}, got {most} for query "
+                             f"{shorten(query_id)}; use nDCG@10, or map the grades to 0 to {_MAX_GRADE}")
+    query_ids = [query_id for query_id, judged in qrels.items() if max(judged.values(), default=0) > 0]
+    new_qrels, new_scored = {}, {}
+    for number, query_id in enumerate(query_ids, start=1):
+        places = {doc_id: f"d{place}" for place, doc_id in enumerate({**qrels[query_id], **scored.get(query_id, {})})}
+        new_qrels[str(number)] = {places[doc_id]: max(0, grade) for doc_id, grade in qrels[query_id].items()}
+        if query_id in scored:
+            new_scored[str(number)] = {places[doc_id]: score for doc_id, score in scored[query_id].items()}
+    for value in ir_measures.iter_calc(measures, new_qrels, new_scored) if new_scored else ():
+        yield value._replace(query_id=query_ids[int(value.query_id) - 1])
 
 
 def parse_measures(names: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -74,8 +75,8 @@ def spread_measures(arguments: list[str]) -> list[str]:
 
 
 def measure_names(names: list[str] | None) -> list[str]:
-    """One name per item, from options that may hold several."""
-    return [name for text in names or MEASURES for name in text.replace(",", " ").split()]
+    """One name per item, from options that may hold several; commas within brackets belong to a measure."""
+    return [name for text in names or MEASURES for name in re.findall(r"(?:[^\s,()]|\([^()]*\))+|[()]", text)]
 
 
 def asked_queries(data: formats.Collection, split: str | None) -> dict[str, str]:
