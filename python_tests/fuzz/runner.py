@@ -17,7 +17,7 @@ def run(*tests) -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    many = hypothesis.settings(max_examples=options.count, deadline=None, database=None,
+    many = hypothesis.settings(max_examples=options.count, deadline=None, database=None, report_multiple_bugs=False,
                                suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
     for test in tests:
         begin = time.monotonic()

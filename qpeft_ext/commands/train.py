@@ -67,17 +67,17 @@ def command(
     learning_rate: Annotated[float, typer.Option(help="Peak; choose it on dev.")] = 1e-3,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: see --epochs.")] = -1,
-    max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,
-    truncate_queries: Annotated[
-        bool, typer.Option("--truncate-queries", help="Cut longer queries at their end, instead of the error.")
-    ] = False,
-    max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW, on weight matrices.")] = 0.0,
     warm_up: Annotated[
         float, typer.Option(help="Steps in which the learning rate rises; below 1: a share of all steps.")
     ] = 0.0,
     scheduler: Annotated[str, typer.Option(help=f"Of the learning rate: {', '.join(SCHEDULERS)}.")] = "linear",
     max_grad_norm: Annotated[float, typer.Option(help="Longer gradients are cut to this; 0: never.")] = 1.0,
+    max_query_tokens: Annotated[int, typer.Option(help="A longer query is an error.")] = 64,
+    truncate_queries: Annotated[
+        bool, typer.Option("--truncate-queries", help="Cut longer queries at their end, instead of the error.")
+    ] = False,
+    max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
     queries_per_group: Annotated[int, typer.Option(help="Queries that share their documents.")] = 4,
     batch_size: Annotated[
         int | None, typer.Option(help="Queries a device reads at once, a multiple of --queries-per-group.  [default: "

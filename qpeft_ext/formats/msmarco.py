@@ -25,6 +25,9 @@ _QRELS = ("qrels.{}.tsv", "qrels.{}.txt", "qrels.{}")
 _TOP = ("top1000.{}", "top1000.{}.tsv", "top1000.{}.txt")
 _TRIPLES = ("triples.{}.tsv", "triples.{}", "qidpidtriples.{}.tsv", "qidpidtriples.{}")
 _SPLIT = re.compile(r"(?:queries|qrels|top1000|triples|qidpidtriples)\.(.+?)(?:\.tsv|\.txt)?$")
+# first lines that name the columns, which the official files do not have
+_HEADERS = {(name, text) for name in ("qid", "pid", "query_id", "query-id", "doc_id", "docid", "id")
+            for text in ("query", "passage", "text")}
 
 
 class Corpus(corpus.Corpus):
@@ -33,8 +36,10 @@ class Corpus(corpus.Corpus):
     format = "msmarco"
     expected = "lines pid <tab> passage"
 
-    def parse(self, number: int, text: str) -> corpus.Document:
+    def parse(self, number: int, text: str) -> corpus.Document | None:
         doc_id, passage = _columns(self.path, number, text.rstrip("\r\n"), "pid", "passage", empty="passage")
+        if number == 1 and (doc_id.lower(), passage.lower()) in _HEADERS:
+            return None
         return {"id": doc_id, "title": "", "text": passage}
 
 
@@ -174,6 +179,8 @@ def read_queries(path: AnyPath) -> dict[str, str]:
     queries: dict[str, str] = {}
     for number, text in read_lines(path, "MS MARCO queries"):
         query_id, query = _columns(path, number, text, "qid", "query")
+        if number == 1 and (query_id.lower(), query.lower()) in _HEADERS:
+            continue
         if query_id in queries:
             raise line_error(path, number, f"the query id {query_id!r} occurs twice; ids must be unique")
         queries[query_id] = query

@@ -7,6 +7,7 @@ file have as many columns as the first.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from .io import AnyPath, line_error, read_lines, shorten
@@ -20,6 +21,7 @@ _NAMES = {  # what headers call the columns, in lower case and without "-" and "
     "relevance": ("score", "relevance", "rel", "label", "grade", "judgment", "judgement"),
     "iteration": ("iteration", "iter", "q0", "0"),
 }
+_NUMBER = re.compile(r"[0-9]|nan|inf", re.IGNORECASE)  # a relevance, if perhaps a wrong one
 _POSITIONS = {3: {"query": 0, "document": 1, "relevance": 2}, 4: {"query": 0, "document": 2, "relevance": 3}}
 
 
@@ -40,9 +42,15 @@ def read_table(path: AnyPath) -> Qrels:
                 raise line_error(path, number, f"expected {_EXPECTED}, got {_got(text, columns)}")
             if header:
                 continue
-        if len(columns) != count or not all(column.strip() for column in columns):
+            if not _NUMBER.search(columns[places["relevance"]]):
+                raise line_error(path, number, f"expected a whole number as relevance, or a header such as "
+                                               f"{' '.join(BEIR_HEADER)}, got {shorten(text)}")
+        if len(columns) != count:
+            hint = "; an id with blanks needs tabs between the columns" if len(columns) > count else ""
             raise line_error(path, number, f"expected {count} columns as on the first line, got "
-                                           f"{_got(text, columns)}; an id with blanks needs tabs between the columns")
+                                           f"{_got(text, columns)}{hint}")
+        if not all(column.strip() for column in columns):
+            raise line_error(path, number, f"one of the {count} columns is empty: {shorten(text)}")
         if "\t" not in text and count == 4 and not _is_iteration(columns[1]):
             raise line_error(path, number, f"expected 0 or Q0 as the second of 4 columns, got {shorten(text)}; "
                                            f"an id with blanks needs tabs between the columns")

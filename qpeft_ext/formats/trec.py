@@ -180,8 +180,9 @@ def split_columns(text: str) -> list[str]:
 def _columns(path: AnyPath, number: int, text: str) -> list[str]:
     columns = split_columns(text)
     if len(columns) != 6 or not all(columns):
+        hint = "; an id with blanks needs tabs between the columns" if len(columns) > 6 else ""
         raise line_error(path, number, f"expected 6 columns 'query_id Q0 doc_id rank score tag', got {len(columns)}: "
-                                       f"{shorten(text)}; an id with blanks needs tabs between the columns")
+                                       f"{shorten(text)}{hint}")
     return columns
 
 

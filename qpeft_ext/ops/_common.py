@@ -171,6 +171,11 @@ def _word(dtype: torch.dtype) -> str:
 # ---- documents as rows of a table ------------------------------------------------------------------------------------
 
 
+def rows_of(table: Tensor, document_ids: Tensor, document_mask: Tensor) -> Tensor:
+    """For the definitions: ``[B, S, D]``, zeros where the mask is False (a row of the table might be NaN there)."""
+    return table[document_ids.where(document_mask, 0)].masked_fill(~document_mask[:, :, None], 0)
+
+
 class DocumentRows(NamedTuple):
     """`document_rows_distinct` (csrc/ops.cpp): the distinct ids of each group of pairs and of each document."""
 
@@ -244,7 +249,7 @@ def multiply_rows(a: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
         torch.ops.qpeft_ext.bfloat16_products(a.contiguous(), rows, out)
         return out
     exact = a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    if a.device.type == "cpu" and exact and _has_onednn():
+    if a.device.type == "cpu" and exact and a.numel() > 0 and _has_onednn():
         height = len(a)
         if (missing := few_heights(height) - height) > 0:
             a = torch.nn.functional.pad(a, (0, 0, 0, missing))

@@ -17,6 +17,7 @@ from ._common import (
     implement,
     outside_autocast,
     refuse_forward_mode,
+    rows_of,
     sum_dtype,
     with_plain_rows,
 )
@@ -107,7 +108,7 @@ def reference(
     check_ids("clue_attention", "query_index", query_index, len(query_embeds), "Q")
     documents = (query_embeds, query_mask, table, document_ids, document_mask, query_index)
     weights = attention_weights(*documents, w_q, w_k, b_q, b_k, num_heads=num_heads)  # [B, H, T, S]
-    values = _heads(linear(table[document_ids.where(document_mask, 0)], w_v, b_v), num_heads)  # [B, H, S, D / H]
+    values = _heads(linear(rows_of(table, document_ids, document_mask), w_v, b_v), num_heads)  # [B, H, S, D / H]
     mixed = linear((weights @ values).transpose(1, 2).flatten(2), w_o, b_o)  # [B, T, D]
     counts = query_mask[query_index] & document_mask.any(1, keepdim=True)
     mixed = mixed.masked_fill(~counts[:, :, None], 0)
@@ -121,7 +122,7 @@ def attention_weights(
     """How much each query token looks at each document token, ``[B, H, T, S]``; over S 1, or 0 without tokens."""
     x = query_embeds.masked_fill(~query_mask[:, :, None], 0)[query_index]
     queries = _heads(linear(x, w_q, b_q), num_heads)  # [B, H, T, D / H]
-    keys = _heads(linear(table[document_ids.where(document_mask, 0)], w_k, b_k), num_heads)  # [B, H, S, D / H]
+    keys = _heads(linear(rows_of(table, document_ids, document_mask), w_k, b_k), num_heads)  # [B, H, S, D / H]
     scores = (queries @ keys.mT) * scale_of(queries)
     keep = document_mask[:, None, None, :]
     none = ~keep.any(-1, keepdim=True)  # a softmax over nothing would be NaN

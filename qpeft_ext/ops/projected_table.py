@@ -113,7 +113,8 @@ class ProjectedTable:
             if query != of_query:
                 self._project(pairs.distinct(query))
                 keys = _heads(self.keys[self.place[pairs.distinct(query)]][None], H)[0]  # [H, U, D / H]
-                scores = (keys @ queries[query].mT).permute(1, 2, 0).reshape(-1, pairs.R)  # [U, T * H]
+                scores = (keys @ queries[query].mT).permute(1, 2, 0)  # [U, T, H]
+                scores = scores.reshape(len(scores), pairs.R)
                 of_query = query
             weights = pairs.weights(scores, lse, query, part, n)
             values = self._values(pairs, part, n, buffer)  # [P, n, D]

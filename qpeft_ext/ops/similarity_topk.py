@@ -19,6 +19,7 @@ from ._common import (
     multiply,
     outside_autocast,
     refuse_forward_mode,
+    rows_of,
     sum_dtype,
     with_plain_rows,
 )
@@ -93,9 +94,12 @@ def reference(
     check_ids("similarity_topk", "query_index", query_index, len(query_embeds), "Q")
     if not query_mask.any(1).all():
         raise ValueError("similarity_topk: every query needs a token, a row of query_mask is all False")
+    if not query_mask.shape[1]:  # and no query: a maximum asks for a token
+        query_embeds, query_mask = query_embeds.new_zeros(0, 1, table.shape[1]), query_mask.new_ones(0, 1)
     ids = document_ids.where(document_mask, 0)
     dtype = sum_dtype(table.dtype)
-    queries, documents = query_embeds[query_index].to(dtype), table[ids].to(dtype)  # [B, T, D], [B, S, D]
+    queries = query_embeds.masked_fill(~query_mask[:, :, None], 0)[query_index].to(dtype)  # [B, T, D]
+    documents = rows_of(table, document_ids, document_mask).to(dtype)  # [B, S, D]
     if metric == "cosine":
         queries, documents = _unit(queries), _unit(documents)
     similarity = queries @ documents.mT  # [B, T, S]
