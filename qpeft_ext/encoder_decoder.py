@@ -17,7 +17,7 @@ from .head import LikelihoodHead, log_likelihood_of_logits
 from .lm_adapters import expect_readable_adapters
 from .lm_rope import find_rotary_tables
 from .loading import is_encoder_decoder
-from .path_check import LM_ERRORS, check_paths, in_one_line
+from .path_check import LM_ERRORS, check_paths, in_one_line, ordinary_ids
 from .prompt import SuffixPieces
 from .suffix_pass import with_clues
 
@@ -93,7 +93,7 @@ class EncoderDecoderEngine(BaseEngine):
         return float(getattr(self.encoder, "embed_scale", None) or 1.0)
 
     def _expect_reads_embeddings(self) -> None:
-        ids = torch.arange(min(4, len(self.table)), device=self.device)[None]
+        ids = torch.tensor([ordinary_ids(self.lm, 4)], device=self.device)
         of_ids = self.encoder(input_ids=ids).last_hidden_state.float()
         ours = self.encoder(inputs_embeds=self.embed(ids)).last_hidden_state.float()
         if not torch.allclose(of_ids, ours, rtol=2e-2, atol=2e-2 * float(of_ids.abs().max())):

@@ -74,7 +74,7 @@ class BaseEngine:
         self.soft_prompt = None
         self.row_wise = RowWiseModules()
         self.norms = LMNorms()
-        self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+        self.context, self._context_is = _context(lm.config.get_text_config())
         self.rotary = RotaryTables()
 
     def compile(self, backend: str = "inductor") -> None:
@@ -176,10 +176,22 @@ class BaseEngine:
     def expect_fits(self, tokens: int) -> None:
         if self.context and tokens > self.context:
             raise ValueError(
-                f"a prompt of {tokens} tokens or more does not fit the LM's context of {self.context}; "
+                f"a prompt of {tokens} tokens or more does not fit the LM's {self._context_is} of {self.context}; "
                 f"lower max_document_tokens{'' if self.soft_prompt is None else ', num_virtual_tokens'} or "
                 "max_query_tokens"
             )
+
+
+def _context(config) -> tuple[int | None, str]:
+    """The longest prompt, and what it is.
+
+    Sparse attention chooses some keys for each query where there are more (Doge, DeepSeek-V3.2). Ties are broken in a
+    way that depends on all that is read, so that an LM's own scores of a longer prompt depend on what shares its pass.
+    """
+    limits = {"max_position_embeddings": "context", "keep_window_size": "full attention (keep_window_size)",
+              "index_topk": "full attention (index_topk)"}  # fmt: skip
+    found = [(value, words) for name, words in limits.items() if isinstance(value := getattr(config, name, None), int)]
+    return min(found, default=(None, "context"), key=lambda limit: limit[0])
 
 
 class Engine(BaseEngine):

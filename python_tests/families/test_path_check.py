@@ -57,6 +57,27 @@ def test_a_decoder_that_counts_slots_takes_the_plain_path(model_type):
     assert "in two parts otherwise than as a whole" in low.engine.why_plain
 
 
+def test_a_window_of_the_cache_alone_is_found_in_short_prompts():
+    """Moshi's cache drops what its masks still show, where a prompt is longer than the window."""
+    settings = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 48, "head_dim": 8,
+                "max_position_embeddings": 512, "sliding_window": 40, "num_key_value_heads": 4,
+                "depth_decoder_config": {"num_hidden_layers": 1, "hidden_size": 32, "ffn_dim": 48},
+                "audio_encoder_config": {"model_type": "mimi"}}  # fmt: skip
+    model = model_of(causal_lm("moshi", settings))
+    assert "in two parts" in model.engine.why_plain and model.lm.config.sliding_window == 40
+    assert_own_scores(model)
+
+
+def test_prompts_that_sparse_attention_would_choose_from_are_refused():
+    """Beyond its limit Doge's own scores depend on which of two equal tokens is taken."""
+    settings = {**_LLAMA, "num_key_value_heads": 2, "keep_window_size": 128}
+    model = model_of(causal_lm("doge", settings))
+    expected = own_scores(model, PAIRS[:1])
+    torch.testing.assert_close(model.score(PAIRS[:1]).query_log_likelihood, expected, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=r"does not fit the LM's full attention \(keep_window_size\) of 128"):
+        model.score([("boats", "sea " * 40)])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_not_taken_for_a_difference(dtype):
     for family in FAMILIES:
