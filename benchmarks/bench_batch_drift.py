@@ -143,10 +143,11 @@ def measure(lms: list[str], dtypes: list[str], clues: list[str], batches: int, w
                     drift = Drift(make_model(lm, dtype, kind), Path(folder))
                     parts = {"batches": drift.of_batches} if with_batches else {}
                     for name, part in (parts | {"threads": drift.of_threads}).items():
-                        found = part(batches if name == "batches" else batches // 6)
+                        count = batches if name == "batches" else batches // 6
+                        found = part(count)
                         differences = np.concatenate(list(found.values()))
                         row = {
-                            "work": f"batch_drift/{lm}/{dtype}/{kind}/{name}",
+                            "work": f"batch_drift/{lm}/{dtype}/{kind}/{name}", "batches": count,
                             "pairs": len(differences), "max_error": float(differences.max()),
                             "median_error": float(np.median(differences)),
                             "max_error_by_cache": {cache: float(part.max()) for cache, part in found.items()},

@@ -66,7 +66,7 @@ class AttentionClues(Float32Module):
     ) -> Clues:
         """Clues of B pairs. ``table`` [V, D] is the LM's frozen embedding table, ``scale`` its factor.
 
-        ``alone``: nothing computed for another call is reused: the result hangs on the inputs alone, to the bit.
+        ``alone``: nothing computed for another call is reused: the result depends on the inputs alone, to the bit.
         """
         projections = (self.q, self.k, self.v, self.o)
         weights = [p.matrix(table.dtype) for p in projections]
