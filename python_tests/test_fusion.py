@@ -96,7 +96,7 @@ def test_fuse_command(files, capsys):
 @pytest.mark.parametrize("options, message", [
     (["--method", "sum"], "--method must be rrf or scores, got 'sum'"),
     (["--method", "scores"], "--method scores needs --weights, or --dev-run for each run and --dev-qrels"),
-    (["--method", "scores", "--weights", "1"], "--weights: expected 2 numbers, got 1"),
+    (["--method", "scores", "--weights", "1"], "--weights: expected 2 numbers with commas between them"),
     (["--method", "scores", "--weights", "1,x"], "--weights: expected numbers with commas between them, got '1,x'"),
     (["--method", "scores", "--dev-run", "a", "--dev-qrels", "b"], "expected 2 --dev-run, in the order of the runs"),
     (["--weights", "1,2"], "--weights belongs to --method scores"),
