@@ -192,7 +192,7 @@ What was looked into:
 def table(folder: Path) -> str:
     results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     for result in results:
-        if "error" in result and not result["error"] <= max(TOLERANCE, 2e-7 * result["largest"]):
+        if "error" in result and not result["error"] <= max(TOLERANCE, 2e-7 * result.get("largest", 0)):
             result["note"], result["path"] = f"{result['path']}; {result['note']}", "DIFFERENT"
     results.sort(key=lambda result: (_ORDER[result["path"]], result["kind"], result["type"]))
     counts = {path: sum(result["path"] == path for result in results) for path in _ORDER}
