@@ -1,7 +1,8 @@
 """Checkpoint folders that say whether they are whole.
 
-``complete.json``, the names and sizes of all other files, is written last and appears at once; a folder without it, or
-with a file missing or of another size, was cut short (by a kill in the middle of a save, or of a deletion).
+``complete.json``, the names, sizes and checksums of all other files, is written last and appears at once; a folder
+without it, or with a file missing or of another size, was cut short (by a kill in the middle of a save, or of a
+deletion).
 """
 
 from __future__ import annotations
@@ -10,32 +11,38 @@ import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 from .utils.files import write_text
 from .utils.small_files import read_json
 
 MANIFEST = "complete.json"
+_MAX_SUMMED = 256 << 20  # bytes of a file that gets a checksum; the LM of train_lm would take longer than its save
 
 
 def mark_complete(folder: str | Path) -> None:
     """Flush every file to the disk, then write the manifest."""
     folder = Path(folder)
-    sizes = {}
+    sizes, sums = {}, {}
     for path in _files(folder):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
-    write_text(folder / MANIFEST, json.dumps({"files": sizes}, indent=2), follow=False)
+        name = path.relative_to(folder).as_posix()
+        sizes[name] = path.stat().st_size
+        if sizes[name] <= _MAX_SUMMED:
+            sums[name] = zlib.crc32(path.read_bytes())
+    write_text(folder / MANIFEST, json.dumps({"files": sizes, "sums": sums}, indent=2), follow=False)
 
 
-def why_incomplete(folder: str | Path) -> str:
-    """What is wrong with a checkpoint folder, in words; "" when it is whole."""
+def why_incomplete(folder: str | Path, read: bool = False) -> str:
+    """What is wrong with a checkpoint folder, in words; "" when it is whole. ``read``: look at checksums too."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
     try:
-        sizes = read_json(folder / MANIFEST)["files"].items()
+        manifest = read_json(folder / MANIFEST)
+        sizes, sums = manifest["files"].items(), dict(manifest.get("sums", {}))
     except FileNotFoundError:
         return f"it has no {MANIFEST}: the save was cut short"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -46,6 +53,8 @@ def why_incomplete(folder: str | Path) -> str:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, expected {size}"
+        if read and name in sums and zlib.crc32(path.read_bytes()) != sums[name]:
+            return f"{name} is damaged: wrong checksum"
     return ""
 
 
@@ -53,7 +62,7 @@ def last_complete(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]
     """The whole checkpoint with the most steps, and the later ones that are not whole with the reason."""
     skipped = {}
     for folder in reversed(_checkpoints(Path(output_dir))):
-        reason = why_incomplete(folder)
+        reason = why_incomplete(folder, read=True)
         if not reason:
             return folder, skipped
         skipped[folder] = reason

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,16 @@ from tqdm.auto import tqdm
 from .formats.corpus import drop_leftovers
 from .formats.io import cache_folder
 from .formats.trec import Run
-from .utils.files import folder_permissions, permissions_of, restrict, sync_folder
+from .utils.files import folder_permissions, permissions_of, restrict, sync_folder, write_text
+from .utils.small_files import open_regular, read_json
 from .utils.text import shorten
 from .without_jax import import_bm25s
 
 logger = logging.getLogger(__name__)
 
 _WORD = r"(?u)[^\W_]+"
-_INDEX_VERSION = 1  # of how tokens are made
+_INDEX_VERSION = 2  # of how tokens are made, and of what is kept
+_SUMS = "checksums.json"
 
 
 class BM25:
@@ -98,8 +102,8 @@ class BM25:
         if not folder.is_dir():
             return None
         try:
-            if not all(file.is_file() for file in folder.iterdir()):
-                raise ValueError("something in it is no file")
+            if read_json(folder / _SUMS) != _sums(folder):
+                raise ValueError("wrong checksum")
             index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
             if index.scores["num_docs"] != len(self.doc_ids):
                 raise ValueError("another number of documents")
@@ -121,6 +125,7 @@ class BM25:
         try:
             temporary.mkdir(folder_permissions(self._mode))
             self._index.save(temporary, show_progress=False)
+            write_text(temporary / _SUMS, json.dumps(_sums(temporary)))
             for file in temporary.iterdir():
                 restrict(file, self._mode)
                 with open(file, "rb") as handle:
@@ -163,6 +168,18 @@ def _best(scores: np.ndarray, doc_ids: list[str], k: int) -> list[tuple[str, flo
         places = np.flatnonzero(scores > 0)
     places = places[np.argsort(-scores[places], kind="stable")][:k]
     return [(doc_ids[place], float(scores[place])) for place in places]
+
+
+def _sums(folder: Path) -> dict[str, int]:
+    """CRC-32 of the files of a kept index: a flipped bit in it would be another ranking."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != _SUMS:
+            with open_regular(path) as file:
+                sums[path.name] = 0
+                while block := file.read(1 << 20):
+                    sums[path.name] = zlib.crc32(block, sums[path.name])
+    return sums
 
 
 def _rename_folder(temporary: Path, folder: Path) -> None:

@@ -268,7 +268,7 @@ class IndexWriter:
                 keys[own] += [_key(bytes.fromhex(name)) for name in contents.places]
             except ValueError as error:
                 logger.warning("%s is damaged (%s): it is removed, its documents are computed again", path, error)
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return np.array(keys[False], dtype=np.int64), np.array(keys[True], dtype=np.int64)
 
     def _is_short(self, contents: Contents) -> bool:

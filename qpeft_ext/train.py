@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -419,6 +421,11 @@ class QPeftTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            if not re.search("iostream|inline_container|PytorchStreamWriter|unexpected pos", str(error)):
+                raise
+            raise OSError(f"cannot write the checkpoint {folder} (File too large, or no space left); make room for "
+                          "it") from None
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -441,6 +448,14 @@ class QPeftTrainer(Trainer):
             logger.warning("the run is resumed with other options: %s", ", ".join(changed))
         load_weights_into(self.model, resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _state_of(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _state_of(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         logger.info("loading the best adapter, %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
         load_weights_into(self.model, self.state.best_model_checkpoint)
@@ -452,6 +467,19 @@ class QPeftTrainer(Trainer):
         arguments = super()._build_accelerator_args(**kwargs)
         arguments["kwargs_handlers"] = [*arguments.get("kwargs_handlers", ()), AutocastKwargs(enabled=False)]
         return arguments
+
+
+@contextmanager
+def _state_of(checkpoint: str | None) -> Iterator[None]:
+    """What torch raises for a state that is damaged, or that holds more than tensors and numbers, becomes one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise ValueError(f"{checkpoint}: the state of the training cannot be read ({reason}); remove the folder to "
+                         "resume from an earlier one") from None
 
 
 class _EpochOfOrder(TrainerCallback):

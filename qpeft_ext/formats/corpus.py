@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 from tqdm.auto import tqdm
 
 from ..utils.files import AnyPath, is_gzip, permissions_of, restrict
+from ..utils.small_files import open_regular
 from .io import (
     cache_folder,
     check_file,
@@ -30,7 +32,10 @@ from .io import (
     require_text,
 )
 
-_INDEX_VERSION = 2
+logger = logging.getLogger(__name__)
+
+_INDEX_VERSION = 3
+_BUILDING = threading.Lock()
 Document = dict[str, str]  # "id", "title", "text"
 
 
@@ -54,6 +59,7 @@ class Corpus(Mapping[str, Document]):
 
     def __init__(self, path: AnyPath) -> None:
         self.path = check_file(path, "a corpus")
+        self._left: list = []
         self._open()
 
     def parse(self, number: int, text: str) -> Document | None:
@@ -66,14 +72,11 @@ class Corpus(Mapping[str, Document]):
 
     def __getitem__(self, doc_id: str) -> Document:
         """One document; KeyError if there is none."""
-        place = self._select("SELECT offset, length, line FROM documents WHERE id = ?", doc_id)
-        if place is None:
-            raise KeyError(doc_id)
-        offset, length, number = place
         try:
-            raw = self._read(length, offset)
-        except OSError as error:
-            raise OSError(f"{self.path}: {error.strerror}: the corpus cannot be read any more; bring it back") from None
+            number, raw = self._raw(doc_id)
+        except _Damaged as error:
+            self._build_again(error)
+            number, raw = self._raw(doc_id)
         text = decode(self.path, number, raw)
         document = self.parse(number, text) if self.by_lines else parse_object(self._file.name, number, text)
         if document is None or document.get("id") != doc_id:
@@ -82,8 +85,39 @@ class Corpus(Mapping[str, Document]):
                                                 f"time; touch it")
         return document
 
+    def _raw(self, doc_id: str) -> tuple[int, bytes]:
+        """Line and bytes of a document. Raises: `_Damaged`; KeyError if there is no such document."""
+        place = self._select("SELECT offset, length, line, check_sum FROM documents WHERE id = ?", doc_id)
+        if place is None:
+            raise KeyError(doc_id)
+        offset, length, number, check_sum = place
+        if not all(type(value) is int and 0 <= value < 1 << 62 for value in (offset, length, number)):
+            raise _Damaged("not a place in a file")
+        if length > os.fstat(self._file.fileno()).st_size:
+            raise _Damaged("a document longer than its file")
+        try:
+            raw = self._read(length, offset)
+        except OSError as error:
+            raise OSError(f"{self.path}: {error.strerror}: the corpus cannot be read any more; bring it back") from None
+        if check_sum is not None and zlib.crc32(raw) != check_sum:
+            raise _Damaged("a text with another checksum")
+        return number, raw
+
+    def _build_again(self, reason: Exception) -> None:
+        """Take a damaged index, and the copy of the texts, for none."""
+        with _BUILDING:
+            logger.warning("%s is damaged (%s); it is built again", self._index, reason)
+            self._left.append(self._file)  # another thread may be reading from it
+            _remove(self._index)
+            self._open()
+
     def __contains__(self, doc_id: object) -> bool:
-        return isinstance(doc_id, str) and self._select("SELECT 1 FROM documents WHERE id = ?", doc_id) is not None
+        query = "SELECT 1 FROM documents WHERE id = ?"
+        try:
+            return isinstance(doc_id, str) and self._select(query, doc_id) is not None
+        except _Damaged as error:
+            self._build_again(error)
+            return self._select(query, doc_id) is not None
 
     def __len__(self) -> int:
         return self._length
@@ -91,8 +125,12 @@ class Corpus(Mapping[str, Document]):
     def __iter__(self) -> Iterator[str]:
         last = -1
         while True:  # in pages, so that no cursor stays open between two yields
-            page = self._connection().execute(
-                "SELECT offset, id FROM documents WHERE offset > ? ORDER BY offset LIMIT 10000", (last,)).fetchall()
+            query = "SELECT offset, id FROM documents WHERE offset > ? ORDER BY offset LIMIT 10000"
+            try:
+                page = self._connection().execute(query, (last,)).fetchall()
+            except sqlite3.DatabaseError as error:
+                self._build_again(error)
+                page = self._connection().execute(query, (last,)).fetchall()
             if not page:
                 return
             for _, doc_id in page:
@@ -107,6 +145,7 @@ class Corpus(Mapping[str, Document]):
 
     def __setstate__(self, state: dict) -> None:
         self.path = state["path"]
+        self._left = []
         self._open()
 
     def version(self) -> str:
@@ -131,16 +170,22 @@ class Corpus(Mapping[str, Document]):
             try:
                 if not index.is_file():
                     raise sqlite3.DatabaseError("no index yet")
-                self._file = open(copy or self.path, "rb", buffering=0)
+                self._file = open_regular(copy or self.path, buffering=0)
                 self._length, size = self._connection().execute("SELECT documents, bytes FROM whole").fetchone()
                 if os.fstat(self._file.fileno()).st_size != size:
                     raise sqlite3.DatabaseError("the text has another size")
+                if type(self._length) is not int:
+                    raise sqlite3.DatabaseError("the number of documents is none")
                 for file in filter(None, (index, copy)):  # the corpus may have become private since
                     restrict(file, permissions_of(self.path))
                 return
-            except (sqlite3.DatabaseError, FileNotFoundError, TypeError):
+            except (sqlite3.DatabaseError, OSError, TypeError, ValueError):
                 if attempt == 2:
                     raise
+                if index.exists():
+                    logger.warning("the index %s is damaged or does not fit; it is built again", index)
+                for file in filter(None, (index, copy)):
+                    _remove(file)
                 for file in cache_folder().glob(f"{'-'.join(name.split('-')[:3])}-*"):
                     if not file.name.endswith(".tmp") and file.stem != name:  # another process may be writing those
                         file.unlink(missing_ok=True)
@@ -158,7 +203,22 @@ class Corpus(Mapping[str, Document]):
         return mine.database
 
     def _select(self, query: str, doc_id: str) -> tuple | None:
-        return self._connection().execute(query, (doc_id,)).fetchone()
+        try:
+            return self._connection().execute(query, (doc_id,)).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise _Damaged(str(error)) from None
+
+
+class _Damaged(ValueError):
+    """An index, or a copy of the texts, is not what was written."""
+
+
+def _remove(path: Path) -> None:
+    """Whatever stands at a name of the cache."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def json_document(
@@ -218,14 +278,15 @@ def _build_index(corpus: Corpus, index: Path, copy: Path | None) -> None:
 
 def _add_lines(corpus: Corpus, database: sqlite3.Connection, copy, progress: tqdm) -> int:
     """A document per line. Returns: the bytes of the text."""
-    position, size = [0], 0
+    position, size, packed = [0], 0, is_gzip(corpus.path)
     with open_bytes(corpus.path) as source, reading(corpus.path, position):
         for raw in source:
             position[0] += 1
             text = decode(corpus.path, position[0], raw)
             if text.strip() and (document := corpus.parse(position[0], text)):
-                database.execute("INSERT INTO documents VALUES (?, ?, ?, ?, NULL)",
-                                 (size, len(raw), position[0], document["id"]))
+                check_sum = zlib.crc32(raw) if packed else None  # of what is copied
+                database.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?)",
+                                 (size, len(raw), position[0], document["id"], check_sum))
                 progress.update()
             copy.write(raw)
             size += len(raw)
