@@ -3,6 +3,7 @@
 TORCH  := torch==2.13.0
 BENCHES ?= $(sort $(wildcard benchmarks/bench_*.py))
 PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder  # files stay whole, since tests share their fixtures
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CUDA ?= 0
 WHEELS := dist/$(if $(filter 1,$(CUDA)),cuda,cpu)
 EXTRAS := .[dev,train,eval,bm25,plot]
@@ -32,6 +33,9 @@ build: .venv/.built  ## compile the operators
 
 lint: .venv/.ready   ## ruff
 	$(BIN)/ruff check .
+
+format: .venv/.ready ## clang-format over csrc
+	$(BIN)/clang-format -i $(CSRC)
 
 check: build lint    ## the inner loop: lint and the fast tests (all but the files of conftest.SLOW)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(TESTS)
@@ -70,5 +74,5 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint check test fuzz kills demo bench sweep wheel matrix clean
+.PHONY: help venv build lint format check test fuzz kills demo bench sweep wheel matrix clean
 .DEFAULT_GOAL := help
