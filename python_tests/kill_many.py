@@ -138,7 +138,7 @@ def _commands_of_lm(job: Path, dtype: str) -> Iterator[Command]:
     yield Command(f"train {dtype}", train, lambda out: [*train(out), "--resume"],
                   made=lambda path: path.parent.name == "adapter" and path.name != "README.md")
     plan = job / f"plan-{dtype}.yaml"
-    write_plan(plan, job / "compared", ["upr: {method: upr}", "ours: {method: Q-PEFT-R}"],
+    write_plan(plan, job / "compared", ["upr: {method: upr}", "ours: {method: q_peft_r, learning_rate: 0.01}"],
                **{"cache_bytes: 1_000_000": "cache_bytes: 0", "seeds: [0, 1]": "seeds: [0]",
                   "dtype: float32": f"dtype: {dtype}"})
     yield Command(f"compare {dtype}", lambda out: [
