@@ -110,7 +110,7 @@ KINDS = [
     Kind("data/run.trec", EVALUATE, output="{out}.json"),
     Kind("gz/run.trec.gz", FUSE), Kind("data/run.trec", FUSE),
     Kind("index/manifest.json", INDEX, weight=6), Kind("index/shard-*", INDEX, exact=True, weight=8),
-    Kind("index/shard-*", AGAIN, exact=True, output="{job}/index/manifest.json"),
+    Kind("index/shard-*", AGAIN, output="{job}/index/manifest.json"),
     Kind("disk/*.safetensors", predict_with_disk, exact=True, weight=8),
     Kind("cache/corpus-*.sqlite", BM25_GZ, exact=True), Kind("cache/corpus-*.jsonl", BM25_GZ, exact=True),
     Kind("cache/corpus-*.jsonl", PACKED, exact=True), Kind("cache/bm25-*/*", BM25_GZ, exact=True, weight=6),
