@@ -32,14 +32,16 @@ class GeneratedLora(Float32Module):
     Args:
         lm: the language model, or a `peft` model of it, whose own adapters stay in force.
         width: D, of the embeddings.  rank: of the update.
+        decoder: the LM's; None: ``lm.get_decoder()``.
         target_modules: endings of module names, as in `peft`, or "all-linear", every linear layer but the head and
             gates of one output; None takes the first of `DEFAULT_TARGETS` that is there.
     Raises: ValueError for a target that is not there, is no linear layer, or has fewer than ``rank`` inputs or outputs.
     """
 
-    def __init__(self, lm: nn.Module, width: int, rank: int = 16, target_modules: Sequence[str] | None = None) -> None:
+    def __init__(self, lm: nn.Module, width: int, rank: int = 16, target_modules: Sequence[str] | None = None,
+                 decoder: nn.Module | None = None) -> None:  # fmt: skip
         super().__init__()
-        targets = find_targets(lm, target_modules)
+        targets = find_targets(lm, target_modules, decoder)
         sizes = {name: _sizes(name, module) for name, module in targets.items()}
         for name, both in sizes.items():
             if rank > min(both):
@@ -124,13 +126,15 @@ class GeneratedLora(Float32Module):
         return weights
 
 
-def find_targets(lm: nn.Module, target_modules: Sequence[str] | None) -> dict[str, nn.Module]:
+def find_targets(
+    lm: nn.Module, target_modules: Sequence[str] | None, decoder: nn.Module | None = None
+) -> dict[str, nn.Module]:
     """Linear layers whose name ends with one of ``target_modules`` (or all), in the order of the LM.
 
     Only those of the decoder: an encoder reads the document, and the head's weight is read without calling the head.
     """
-    decoder = {id(module) for module in lm.get_decoder().modules()}
-    modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in decoder}
+    inside = {id(module) for module in (lm.get_decoder() if decoder is None else decoder).modules()}
+    modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in inside}
     if target_modules is not None and list(target_modules) == [ALL_LINEAR]:
         return {name: module for name, module in modules.items() if _sizes(name, module)[1] > 1}  # no gates
     for wanted in DEFAULT_TARGETS if target_modules is None else (target_modules,):

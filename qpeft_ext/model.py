@@ -120,7 +120,8 @@ class QPeftModel(nn.Module):
             self.clues = build_clues(config, self.engine.table, tokenizer)
             if config.generated_lora_rank:
                 width = self.engine.table.shape[1]
-                self.generated_lora = GeneratedLora(lm, width, config.generated_lora_rank, config.target_modules)
+                self.generated_lora = GeneratedLora(lm, width, config.generated_lora_rank, config.target_modules,
+                                                    self.engine.decoder)  # fmt: skip
             self.soft_prompt = build_soft_prompt(config, self.prompt, self.engine)
         self._tell_engine()
         self.to_device_of_lm()

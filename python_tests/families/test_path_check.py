@@ -92,6 +92,18 @@ def test_the_decoder_is_the_module_whose_output_the_head_reads(model_type):
     assert_own_scores(model)
 
 
+@pytest.mark.parametrize("model_type", OTHER_DECODERS)
+def test_a_generated_lora_is_in_that_decoder(model_type):
+    config = qpeft.QPeftConfig(clues="none", generated_lora_rank=2)
+    lora = qpeft.get_qpeft_model(causal_lm(model_type, OTHER_DECODERS[model_type]), config, tiny_tokenizer())
+    assert all(".layers." in f".{name}" for name in lora.generated_lora.names)
+    for b in lora.generated_lora.b:
+        torch.nn.init.normal_(b, std=0.1)
+    plain = lora.score(PAIRS, path="plain").query_log_likelihood
+    torch.testing.assert_close(lora.score(PAIRS).query_log_likelihood, plain, rtol=0, atol=2e-5)
+    assert float((plain - own_scores(lora, PAIRS)).abs().max()) > 0.01
+
+
 def test_an_lm_without_a_decoder_to_be_found_is_refused():
     lm = tiny_lm("llama")
     lm.forward = lambda input_ids, **kwargs: SimpleNamespace(logits=None)
