@@ -45,8 +45,12 @@ test: build lint     ## lint and all tests, a worker for each core (one process:
 
 fuzz: build          ## thousands of damaged files and of hostile calls of the operators (FILES, CALLS, SEED)
 	$(BIN)/python python_tests/fuzz/files.py --count $(or $(FILES),5000) --seed $(or $(SEED),0)
-	for file in $(filter-out %/files.py %/mutations.py %/runner.py,$(wildcard python_tests/fuzz/*.py)); do \
-		$(BIN)/python $$file --count $(or $(CALLS),10000) --seed $(or $(SEED),0) || exit 1; done
+	$(BIN)/python python_tests/fuzz/operators.py --count $(or $(CALLS),4000) --seed $(or $(SEED),0)
+	$(BIN)/python python_tests/fuzz/primitives.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
+	$(BIN)/python python_tests/fuzz/public_shapes.py --count $(or $(REQUESTS),500) --seed $(or $(SEED),0)
+
+sanitize: build      ## the operators under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, 10,000 calls
+	$(BIN)/python python_tests/sanitize.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
 
 kills: build         ## end every long command a thousand times and compare what it writes after resuming (COUNT=, SEED=)
 	$(BIN)/python -W ignore python_tests/kill_many.py --count $(or $(COUNT),1000) --seed $(or $(SEED),0)
@@ -74,5 +78,5 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint format check test fuzz kills demo bench sweep wheel matrix clean
+.PHONY: help venv build lint format check test fuzz sanitize kills demo bench sweep wheel matrix clean
 .DEFAULT_GOAL := help
