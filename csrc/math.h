@@ -62,10 +62,16 @@ struct SoftCap {
   QPEFT_HD T slope(T z) const { return cap == 0 ? T(1) : 1 - (z / cap) * (z / cap); }
 };
 
-// z - (max + log_sum). A sum of 64 and more has an error of 4e-6 and more, there the difference comes first.
+// A float32 of 64 and more has an error of 4e-6 and more: too much for a logarithm of probabilities, or as a factor of an error.
+template <typename T>
+QPEFT_HD bool is_large(T x) {
+  return std::abs(x) >= 64;
+}
+
+// z - (max + log_sum), or the difference first.
 template <typename T>
 QPEFT_HD T log_probability(T z, T max, T log_sum) {
-  return std::abs(max) < 64 ? z - (max + log_sum) : z - max - log_sum;
+  return is_large(max) ? z - max - log_sum : z - (max + log_sum);
 }
 
 // log(sum of exp z) of some words: max + log(sum). An aggregate, so that shared memory can hold it.

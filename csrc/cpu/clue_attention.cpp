@@ -1,7 +1,7 @@
 // Softmax of attention scores over the distinct tokens of each document, and its backward.
 //   lse[p, r] = log sum_j counts[p, j] exp(s[slot(p, j), r]);   weights[p, j, r] = counts[p, j] exp(s - lse)
-//   Weights are divided by their sum: lse of some thousands has an error of 2e-4, and a gradient of weights that do not add up
-//   to 1 is the difference of large numbers.
+//   Where lse is large, weights are divided by their sum: lse of some thousands has an error of 2e-4, and a gradient of weights
+//   that do not add up to 1 is the difference of large numbers.
 //   ds = weights * (grad_weights - sum of weights * grad_weights)
 //   Parallel over   documents x stripes of columns
 //   Memory traffic  a few passes over [n, stripe], out of the cache
@@ -73,6 +73,18 @@ void log_sum_exp(Tensor scores, Tensor slots, Tensor counts, int64_t first_slot,
   });
 }
 
+// Divides each column of w [n, width] by its sum.
+template <typename Sum>
+void normalise(Sum* w, int64_t n, int64_t stride, int64_t width) {
+  Sum sum[kStripe] = {};
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t r = 0; r < width; ++r) sum[r] += w[j * stride + r];
+  for (int64_t r = 0; r < width; ++r)
+    if (sum[r] == 0) sum[r] = 1;  // no token
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t r = 0; r < width; ++r) w[j * stride + r] /= sum[r];
+}
+
 void weigh(Tensor scores, Tensor slots, Tensor counts, Tensor lse, int64_t first_slot, Tensor weights) {
   make_contiguous({&scores, &slots, &counts, &lse});
   check_clue_attention_weights(scores, slots, counts, lse, weights, scores.scalar_type());
@@ -84,23 +96,16 @@ void weigh(Tensor scores, Tensor slots, Tensor counts, Tensor lse, int64_t first
     auto* weight_at = static_cast<Sum*>(weights.mutable_data_ptr());
     for_stripes(slots.size(0), score.R, score.n, [&](int64_t p, int64_t first, int64_t width) {
       const Sum* total = lse_at + p * score.R + first;
-      Sum sum[kStripe] = {};
       for (int64_t j = 0; j < score.n; ++j) {
         Sum* w = weight_at + (p * score.n + j) * score.R + first;
         const Sum* s = score.row(p, j);
         const Sum count = s ? static_cast<Sum>(count_at[p * score.n + j]) : Sum(0);
         if (!s) std::fill(w, w + width, Sum(0));
         else
-          for (int64_t r = 0; r < width; ++r) {
-            w[r] = count * vector_exp(s[first + r] - total[r]);
-            sum[r] += w[r];
-          }
+          for (int64_t r = 0; r < width; ++r) w[r] = count * vector_exp(s[first + r] - total[r]);
       }
-      for (int64_t r = 0; r < width; ++r) sum[r] = sum[r] == 0 ? Sum(1) : 1 / sum[r];  // 0: no token
-      for (int64_t j = 0; j < score.n; ++j) {
-        Sum* w = weight_at + (p * score.n + j) * score.R + first;
-        for (int64_t r = 0; r < width; ++r) w[r] *= sum[r];
-      }
+      if (std::any_of(total, total + width, is_large<Sum>))
+        normalise(weight_at + p * score.n * score.R + first, score.n, score.R, width);
     });
   });
 }

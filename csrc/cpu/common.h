@@ -47,16 +47,23 @@ inline float vector_exp(float x) {
 }
 inline double vector_exp(double x) { return std::exp(x); }
 
-// tanh with a relative error of 3e-7, for the same purpose: a soft cap may be far larger than its logits.
+// tanh with an absolute error of 1e-7, for the same purpose.
 inline float vector_tanh(float x) {
-  const float e = vector_exp(-2.0f * std::fabs(x)), square = x * x;
+  const float e = vector_exp(-2.0f * std::fabs(x));
+  return std::copysign((1.0f - e) / (1.0f + e), x);
+}
+inline double vector_tanh(double x) { return std::tanh(x); }
+
+// The same with a relative error of 3e-7: a soft cap may be far larger than its logits.
+inline float vector_tanh_of_small(float x) {
+  const float square = x * x;
   float p = -5.70498872745e-3f;  // of small x, where 1 - e cancels: Cephes
   p = p * square + 2.06390887954e-2f;
   p = p * square - 5.37397155531e-2f;
   p = p * square + 1.33314422036e-1f;
   p = p * square - 3.33332819422e-1f;
-  return std::fabs(x) < 0.625f ? x + x * square * p : std::copysign((1.0f - e) / (1.0f + e), x);
+  return std::fabs(x) < 0.625f ? x + x * square * p : vector_tanh(x);
 }
-inline double vector_tanh(double x) { return std::tanh(x); }
+inline double vector_tanh_of_small(double x) { return std::tanh(x); }
 
 }  // namespace qpeft

@@ -32,7 +32,10 @@ inline void apply(Logit<Sum> logit, Sum* x, int64_t C) {  // by value: a referen
   for (int64_t c = 0; c < C; ++c) x[c] *= logit.scale;
   if (logit.bias)
     for (int64_t c = 0; c < C; ++c) x[c] += logit.bias[c];
-  if (logit.cap != 0)
+  if (logit.cap == 0) return;
+  if (is_large(logit.cap))
+    for (int64_t c = 0; c < C; ++c) x[c] = logit.cap * vector_tanh_of_small(x[c] / logit.cap);
+  else
     for (int64_t c = 0; c < C; ++c) x[c] = logit.cap * vector_tanh(x[c] / logit.cap);
 }
 

@@ -60,18 +60,21 @@ template <typename Sum, typename Weight>
 __global__ void weights_kernel(const Sum* scores, const int32_t* slots, const int32_t* counts, const Sum* lse,
                                SoftmaxSizes sizes, Weight* weights) {
   const Part part(sizes.R);
-  const int64_t R = sizes.R, end = part.r < R ? sizes.n : 0;  // threads beyond the last column only keep the barriers matched
-  const Sum total = part.r < R ? lse[part.p * R + part.r] : Sum(0);
+  const int64_t R = sizes.R;
+  if (part.r >= R) return;
+  const Sum total = lse[part.p * R + part.r];
   const auto weight = [&](int64_t j) {
     const int64_t row = row_of(slots, sizes, part.p, j);
     return row < 0 ? Sum(0) : static_cast<Sum>(counts[part.p * sizes.n + j]) * std::exp(scores[row * R + part.r] - total);
   };
-  Sum sum = 0;  // an lse of some thousands has an error of 2e-4: divided by it, weights add up to 1 before they are rounded
-  for (int64_t j = part.stripe; j < end; j += Part::kStripes) sum += weight(j);
-  sum = block_reduce<kColumns>(sum, Add());
-  const Sum share = sum == 0 ? Sum(1) : 1 / sum;  // 0: no token
-  for (int64_t j = part.stripe; j < end; j += Part::kStripes)
-    weights[(part.p * sizes.n + j) * R + part.r] = static_cast<Weight>(share * weight(j));
+  Sum sum = 1;  // what weights add up to, but for the rounding of a large lse
+  if (is_large(total)) {
+    sum = 0;
+    for (int64_t j = 0; j < sizes.n; ++j) sum += weight(j);
+    if (sum == 0) sum = 1;  // no token
+  }
+  for (int64_t j = part.stripe; j < sizes.n; j += Part::kStripes)
+    weights[(part.p * sizes.n + j) * R + part.r] = static_cast<Weight>(weight(j) / sum);
 }
 
 template <typename Sum, typename Weight>
