@@ -18,6 +18,7 @@ from .head import LikelihoodHead
 from .heap import return_freed_memory
 from .lm_attention import LMAttention, find_attention
 from .lm_decoder import find_decoder
+from .lm_lock import in_this_thread
 from .lm_norms import LMNorms, find_norms
 from .lm_rope import RotaryTables, find_rotary_tables
 from .lm_state import LMState, LMVersion
@@ -89,7 +90,8 @@ class BaseEngine:
         query: what is given of it.  L: of the whole prompt, or of what the decoder of an encoder–decoder LM reads.
         """
         hidden = []
-        handle = self.decoder.register_forward_hook(lambda *call: hidden.append(call[-1].last_hidden_state))
+        note = in_this_thread(lambda *call: hidden.append(call[-1].last_hidden_state))
+        handle = self.decoder.register_forward_hook(note)
         try:
             logits = self._own_logits(before, query)
         finally:

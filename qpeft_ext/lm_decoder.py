@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .lm_lock import in_this_thread
+
 
 @torch.no_grad()
 def find_decoder(lm: nn.Module, run: Callable[[], object]) -> nn.Module:
@@ -27,9 +29,10 @@ def find_decoder(lm: nn.Module, run: Callable[[], object]) -> nn.Module:
             ended[module] = hidden
 
     inner = [module for module in lm.modules() if module is not lm]
-    handles = [module.register_forward_hook(note) for module in inner]
+    handles = [module.register_forward_hook(in_this_thread(note)) for module in inner]
     if (head := lm.get_output_embeddings()) is not None:
-        handles.append(head.register_forward_pre_hook(lambda _, inputs: read.extend(inputs[:1])))
+        first = in_this_thread(lambda _, inputs: read.extend(inputs[:1]))
+        handles.append(head.register_forward_pre_hook(first))
     try:
         run()
     finally:
