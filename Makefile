@@ -31,8 +31,9 @@ help:            ## show this list
 venv: .venv/.ready   ## make .venv with everything that development needs
 build: .venv/.built  ## compile the operators
 
-lint: .venv/.ready   ## ruff
+lint: .venv/.ready   ## ruff, and the style of csrc
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: .venv/.ready ## clang-format over csrc
 	$(BIN)/clang-format -i $(CSRC)

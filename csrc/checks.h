@@ -29,7 +29,8 @@ inline void expect(const char* op, const char* name, const Tensor& x, std::initi
   if (x.numel() == 0) return;
   if (free_row_stride) {
     STD_TORCH_CHECK(x.size(axis - 1) == 1 || x.stride(axis - 1) == 1, op, ": ", name, " must have last stride 1");
-    STD_TORCH_CHECK(x.dim() < 2 || x.size(0) == 1 || x.stride(0) >= x.size(axis - 1), op, ": rows of ", name, " overlap");
+    STD_TORCH_CHECK(x.dim() < 2 || x.size(0) == 1 || x.stride(0) >= x.size(axis - 1), op, ": rows of ", name,
+                    " overlap");
   } else {
     STD_TORCH_CHECK(x.is_contiguous(), op, ": ", name, " must be contiguous");
   }
@@ -130,8 +131,8 @@ inline void check_similarity_topk_reduce(const Tensor& similarity, const std::op
 // The values of best_row and slots are not checked here: they come from document_rows_distinct. The kernel treats slots outside
 // [0, U) and rows outside [0, M) as padding, so that a direct call cannot read out of bounds.
 inline void check_similarity_topk_select(const Tensor& best, const Tensor& best_positions, const Tensor& best_row,
-                                         const std::optional<Tensor>& inverse_norms, const Tensor& ids, const Tensor& slots,
-                                         int64_t k) {
+                                         const std::optional<Tensor>& inverse_norms, const Tensor& ids,
+                                         const Tensor& slots, int64_t k) {
   constexpr auto op = "similarity_topk_select";
   expect_sum_dtype(op, "best", best);
   expect(op, "best", best, {-1, -1}, best.scalar_type());
@@ -174,16 +175,16 @@ inline void check_clue_attention_lse(const char* op, const Tensor& scores, const
   expect_same_device(op, scores, {&slots, &counts, &lse});
 }
 
-inline void check_clue_attention_weights(const Tensor& scores, const Tensor& slots, const Tensor& counts, const Tensor& lse,
-                                         const Tensor& weights, ScalarType weights_dtype) {
+inline void check_clue_attention_weights(const Tensor& scores, const Tensor& slots, const Tensor& counts,
+                                         const Tensor& lse, const Tensor& weights, ScalarType weights_dtype) {
   constexpr auto op = "clue_attention_weights";
   check_clue_attention_lse(op, scores, slots, counts, lse);
   expect(op, "weights", weights, {slots.size(0), slots.size(1), scores.size(1)}, weights_dtype);
   expect_same_device(op, scores, {&weights});
 }
 
-inline void check_clue_attention_softmax_backward(const Tensor& weights, const Tensor& slots, const Tensor& grad_weights,
-                                                  ScalarType weights_dtype) {
+inline void check_clue_attention_softmax_backward(const Tensor& weights, const Tensor& slots,
+                                                  const Tensor& grad_weights, ScalarType weights_dtype) {
   constexpr auto op = "clue_attention_softmax_backward";
   expect_sum_dtype(op, "grad_weights", grad_weights);
   expect(op, "slots", slots, {-1, -1}, ScalarType::Int);
@@ -193,7 +194,8 @@ inline void check_clue_attention_softmax_backward(const Tensor& weights, const T
 }
 
 inline void expect_sums_of(const char* op, const char* name, const Tensor& x, const char* of_name, const Tensor& of) {
-  STD_TORCH_CHECK(x.scalar_type() == sum_dtype(of.scalar_type()), op, ": ", name, " must have the dtype of sums of ", of_name);
+  STD_TORCH_CHECK(x.scalar_type() == sum_dtype(of.scalar_type()), op, ": ", name, " must have the dtype of sums of ",
+                  of_name);
 }
 
 // What both gathered products have; the values of rows, offsets and lengths are not checked here: kernels trap.
@@ -222,16 +224,18 @@ inline void check_clue_attention_products(const Tensor& table, const Tensor& row
   expect_same_device(op, table, {&dense, &products});
 }
 
-inline void check_clue_attention_weighted_sums(const Tensor& table, const Tensor& rows, const std::optional<Tensor>& offsets,
-                                               const std::optional<Tensor>& lengths, const Tensor& weights, int64_t heads,
-                                               const Tensor& sums) {
+inline void check_clue_attention_weighted_sums(const Tensor& table, const Tensor& rows,
+                                               const std::optional<Tensor>& offsets,
+                                               const std::optional<Tensor>& lengths, const Tensor& weights,
+                                               int64_t heads, const Tensor& sums) {
   constexpr auto op = "clue_attention_weighted_sums";
   check_clue_attention_lists(op, table, rows, offsets, lengths);
   expect(op, "weights", weights, {rows.size(0), -1}, table.scalar_type());
   STD_TORCH_CHECK(heads >= 1 && weights.size(1) % heads == 0 && table.size(1) % heads == 0, op,
                   ": heads must divide the columns of weights and of table");
   const int64_t lists = offsets ? offsets->size(0) - 1 : lengths->size(0);
-  const ScalarType dtype = sums.scalar_type() == table.scalar_type() ? table.scalar_type() : sum_dtype(table.scalar_type());
+  const ScalarType dtype =
+      sums.scalar_type() == table.scalar_type() ? table.scalar_type() : sum_dtype(table.scalar_type());
   expect(op, "sums", sums, {lists, weights.size(1) / heads, table.size(1)}, dtype);
   expect_same_device(op, table, {&weights, &sums});
 }
@@ -241,8 +245,8 @@ inline void expect_soft_cap(const char* op, std::optional<double> soft_cap) {
 }
 
 // kept: the dtype of what replaces the logits.
-inline void check_chunk(const char* op, const Tensor& logits, const std::optional<Tensor>& bias, const Tensor& target_ids,
-                        ScalarType kept) {
+inline void check_chunk(const char* op, const Tensor& logits, const std::optional<Tensor>& bias,
+                        const Tensor& target_ids, ScalarType kept) {
   expect_sum_dtype(op, "logits", logits);
   expect(op, "logits", logits, {-1, -1}, logits.scalar_type(), /*free_row_stride=*/true);
   expect(op, "target_ids", target_ids, {logits.size(0)}, ScalarType::Long);
@@ -252,8 +256,8 @@ inline void check_chunk(const char* op, const Tensor& logits, const std::optiona
     expect_same_device(op, logits, {&*bias});
   }
   const bool narrow = kept == ScalarType::Half || kept == ScalarType::BFloat16;
-  STD_TORCH_CHECK(kept == logits.scalar_type() || (narrow && logits.scalar_type() == ScalarType::Float),
-                  op, ": kept must be the dtype of logits, or a 16-bit one over float32");
+  STD_TORCH_CHECK(kept == logits.scalar_type() || (narrow && logits.scalar_type() == ScalarType::Float), op,
+                  ": kept must be the dtype of logits, or a 16-bit one over float32");
 }
 
 inline void check_token_log_likelihood_chunk(const Tensor& logits, const std::optional<Tensor>& bias,
@@ -297,18 +301,22 @@ inline void check_bfloat16_add_product(const Tensor& total, const Tensor& a, con
 // Strides are free but the last ones. mask may be one for all items.
 inline void check_bfloat16_attention(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                                      const Tensor& mask) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && mask.dim() == 4, op, ": four dimensions each");
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && mask.dim() == 4, op,
+                  ": four dimensions each");
   const int64_t B = query.size(0), H = query.size(1), L = query.size(2), D = query.size(3), T = key.size(2);
   for (const Tensor* x : {&query, &key, &value}) {
     STD_TORCH_CHECK(x->scalar_type() == ScalarType::BFloat16, op, ": query, key and value must be bfloat16");
-    STD_TORCH_CHECK(x->size(0) == B && x->size(3) == D, op, ": query, key and value must agree in their first and last size");
+    STD_TORCH_CHECK(x->size(0) == B && x->size(3) == D, op,
+                    ": query, key and value must agree in their first and last size");
     STD_TORCH_CHECK(x->numel() == 0 || x->stride(3) == 1, op, ": query, key and value must have last stride 1");
   }
   STD_TORCH_CHECK(D % 32 == 0, op, ": the width of a head must be a multiple of 32, got ", D);
-  STD_TORCH_CHECK(key.size(1) == value.size(1) && key.size(2) == value.size(2), op, ": key and value must have one shape");
+  STD_TORCH_CHECK(key.size(1) == value.size(1) && key.size(2) == value.size(2), op,
+                  ": key and value must have one shape");
   STD_TORCH_CHECK(key.size(1) > 0 && H % key.size(1) == 0, op, ": heads of keys must divide heads of queries");
-  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && (mask.size(0) == B || mask.size(0) == 1) && mask.size(1) == 1 &&
-                      mask.size(2) == L && mask.size(3) == T && (mask.numel() == 0 || T == 1 || mask.stride(3) == 1),
+  STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool && (mask.size(0) == B || mask.size(0) == 1) &&
+                      mask.size(1) == 1 && mask.size(2) == L && mask.size(3) == T &&
+                      (mask.numel() == 0 || T == 1 || mask.stride(3) == 1),
                   op, ": mask must be bool [B or 1, 1, L, T] with last stride 1");
 }
 

@@ -10,8 +10,10 @@ namespace qpeft {
 // Calls f with a value of the dtype of sums: float or double (checks.h admitted nothing else).
 template <typename F>
 void dispatch_sum(ScalarType dtype, F&& f) {
-  if (dtype == ScalarType::Double) f(double{});
-  else f(float{});
+  if (dtype == ScalarType::Double)
+    f(double{});
+  else
+    f(float{});
 }
 
 // A soft cap in the dtype of sums, in which 0 means none. One that would round to 0 is the smallest number instead (all logits
@@ -26,11 +28,16 @@ Sum cap_or_none(std::optional<double> soft_cap) {
 template <typename Half, typename BFloat16, typename F>
 void dispatch_table(const char* op, ScalarType dtype, F&& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float{}, float{});
-    case ScalarType::Double: return f(double{}, double{});
-    case ScalarType::BFloat16: return f(BFloat16{}, float{});
-    case ScalarType::Half: return f(Half{}, float{});
-    default: STD_TORCH_CHECK(false, op, ": the table must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return f(float{}, float{});
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{}, float{});
+    case ScalarType::Half:
+      return f(Half{}, float{});
+    default:
+      STD_TORCH_CHECK(false, op, ": the table must be float32, float64, bfloat16 or float16");
   }
 }
 

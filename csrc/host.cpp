@@ -112,8 +112,8 @@ PyMethodDef methods[] = {
      "Pack a list of int lists into CSR arrays: (values int64 [N], offsets int64 [rows + 1])."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_host", "Host-side helpers of qpeft_ext.", 0, methods, nullptr, nullptr,
-                      nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_host", "Host-side helpers of qpeft_ext.", 0, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

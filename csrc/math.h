@@ -86,12 +86,15 @@ struct LogSumExp {
     T larger = max;
     for (int i = 0; i < kCount; ++i) larger = z[i] > larger ? z[i] : larger;
     if (larger > max) sum *= std::exp(max - larger), max = larger;
-    for (int i = 0; i < kCount; ++i) sum += z[i] == -INFINITY ? T(0) : std::exp(z[i] - max);  // -inf - -inf would be NaN
+    // -inf - -inf would be NaN
+    for (int i = 0; i < kCount; ++i) sum += z[i] == -INFINITY ? T(0) : std::exp(z[i] - max);
   }
   QPEFT_HD void merge(LogSumExp other) {  // associative
     const T larger = other.max > max ? other.max : max;
-    if (larger == -INFINITY) sum += other.sum;  // both 0, or NaN
-    else sum = sum * std::exp(max - larger) + other.sum * std::exp(other.max - larger);
+    if (larger == -INFINITY)
+      sum += other.sum;  // both 0, or NaN
+    else
+      sum = sum * std::exp(max - larger) + other.sum * std::exp(other.max - larger);
     max = larger;
   }
 };

@@ -165,7 +165,8 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   //   [B or 1, 1, L, T]: last strides 1, all others free; D a multiple of 32
   //   -> out [B, L, H, D] and lse [B, H, L] float32, log-sum-exp of scale * query . key over the keys that the mask leaves; a
   //   row that has none: 0 and 0
-  m.def("bfloat16_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "bfloat16_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> (Tensor out, Tensor lse)");
   //   grad and out contiguous -> gradients of query as [B, L, H, D], of key and value as [B, K, T, D]
   m.def(
       "bfloat16_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor mask, "

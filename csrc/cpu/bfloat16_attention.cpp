@@ -22,8 +22,10 @@ struct Delete {
 
 template <typename T = const uint16_t>
 T* words(const Tensor& x) {
-  if constexpr (std::is_const_v<T>) return static_cast<T*>(x.const_data_ptr());
-  else return static_cast<T*>(x.mutable_data_ptr());
+  if constexpr (std::is_const_v<T>)
+    return static_cast<T*>(x.const_data_ptr());
+  else
+    return static_cast<T*>(x.mutable_data_ptr());
 }
 
 // x [B, L, H, D] contiguous: the rows of item b from head h on
@@ -35,23 +37,26 @@ HeadRows<T> heads_of(T* x, int64_t b, int64_t h, int64_t L, int64_t H, int64_t D
 constexpr int64_t kRows = 64;  // of queries that are worth packing the keys for
 
 struct Part {
-  int64_t item, query_head;   // the first of the head's
-  int64_t begin, end;         // rows
+  int64_t item, query_head;  // the first of the head's
+  int64_t begin, end;  // rows
 };
 
 // f(head, part) for all heads of keys of all items
 template <typename F>
-void for_heads(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, float scale,
-               bool backward, const F& f) {
+void for_heads(const char* op, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask,
+               float scale, bool backward, const F& f) {
   STD_TORCH_CHECK(bfloat16_instructions() == kInstructionsAmx, op, ": this processor has no AMX");
   check_bfloat16_attention(op, query, key, value, mask);
   const int64_t B = query.size(0), heads = key.size(1), shared = query.size(1) / std::max<int64_t>(heads, 1);
-  AttentionHead all{shared, query.size(2), key.size(2), query.size(3), {nullptr, query.stride(1), query.stride(2)},
-                    nullptr, nullptr, key.stride(2), value.stride(2), nullptr, mask.stride(2), scale};
+  AttentionHead all{
+      shared,         query.size(2), key.size(2),   query.size(3),   {nullptr, query.stride(1), query.stride(2)},
+      nullptr,        nullptr,       key.stride(2), value.stride(2), nullptr,
+      mask.stride(2), scale};
   if (all.L == 0 || all.D == 0) return;
   const int64_t mask_item = mask.size(0) == 1 ? 0 : mask.stride(0);
   const int64_t rows = shared * all.L, wanted = 2 * int64_t(torch::stable::get_num_threads());
-  const int64_t parts = backward || B == 0 ? 1 : std::clamp<int64_t>(wanted / (B * heads), 1, (rows + kRows - 1) / kRows);
+  const int64_t parts =
+      backward || B == 0 ? 1 : std::clamp<int64_t>(wanted / (B * heads), 1, (rows + kRows - 1) / kRows);
   const int64_t of_part = round_up((rows + parts - 1) / parts, kVector);
   parallel(B * heads * parts, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<AttentionMemory, Delete> memory(new_attention_memory(all, backward));
@@ -67,7 +72,8 @@ void for_heads(const char* op, const Tensor& query, const Tensor& key, const Ten
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const Tensor value, const Tensor mask, double scale) {
+std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const Tensor value, const Tensor mask,
+                                   double scale) {
   const int64_t B = query.size(0), H = query.size(1), L = query.size(2), D = query.size(3);
   Tensor out = torch::stable::new_empty(query, {B, L, H, D});
   Tensor lse = torch::stable::new_empty(query, {B, H, L}, ScalarType::Float);
@@ -92,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor out, Tensor lse,
   Tensor grad_query = torch::stable::new_empty(query, {B, L, H, D});
   Tensor grad_key = torch::stable::new_empty(key, {B, key.size(1), T, D});
   Tensor grad_value = torch::stable::new_empty(value, {B, key.size(1), T, D});
-  auto *of_query = words<uint16_t>(grad_query), *of_key = words<uint16_t>(grad_key), *of_value = words<uint16_t>(grad_value);
+  auto *of_query = words<uint16_t>(grad_query), *of_key = words<uint16_t>(grad_key),
+       *of_value = words<uint16_t>(grad_value);
   const auto* sums = static_cast<const float*>(lse.const_data_ptr());
   for_heads(op, query, key, value, mask, static_cast<float>(scale), true,
             [&](const AttentionHead& head, AttentionMemory& memory, const Part& part) {

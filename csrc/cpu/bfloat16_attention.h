@@ -30,12 +30,12 @@ void delete_attention_memory(AttentionMemory* memory);
 
 // For rows begin .. end of the heads * L. lse [heads * L]: of each row the log-sum-exp of its scores, 0 where the mask leaves
 // no key (out is 0 there).
-void attend(const AttentionHead& head, int64_t begin, int64_t end, AttentionMemory& memory, const HeadRows<uint16_t>& out,
-            float* lse);
+void attend(const AttentionHead& head, int64_t begin, int64_t end, AttentionMemory& memory,
+            const HeadRows<uint16_t>& out, float* lse);
 
 // Gradients of sum(out * grad); those of keys and values, [T, D], are summed over the query heads.
-void attend_backward(const AttentionHead& head, AttentionMemory& memory, const HeadRows<const uint16_t>& out, const float* lse,
-                     const HeadRows<const uint16_t>& grad, const HeadRows<uint16_t>& grad_query, uint16_t* grad_key,
-                     uint16_t* grad_value);
+void attend_backward(const AttentionHead& head, AttentionMemory& memory, const HeadRows<const uint16_t>& out,
+                     const float* lse, const HeadRows<const uint16_t>& grad, const HeadRows<uint16_t>& grad_query,
+                     uint16_t* grad_key, uint16_t* grad_value);
 
 }  // namespace qpeft

@@ -11,8 +11,8 @@
 namespace qpeft {
 namespace {
 
-constexpr int64_t kWords = 32;      // bfloat16 of the row of a tile: what a step multiplies
-constexpr int64_t kBackRows = 64;   // rows of queries that a backward pass has in work
+constexpr int64_t kWords = 32;  // bfloat16 of the row of a tile: what a step multiplies
+constexpr int64_t kBackRows = 64;  // rows of queries that a backward pass has in work
 constexpr float kLog2E = 1.44269504f, kInfinity = std::numeric_limits<float>::infinity();
 
 // Packed matrices b [2 * pairs, columns]: blocks of 16 columns, in each of them the pairs of rows one after the other.
@@ -308,8 +308,8 @@ void attend_backward(const AttentionHead& x, AttentionMemory& m, const HeadRows<
           continue;
         }
         const int64_t at = begin + first + r;
-        softmax_backward(scores + r * columns, grads + r * columns, x.mask + at % x.L * x.mask_row, x.T, columns, x.scale,
-                         lse[at], product_of(row(out, at, x.L), row(grad, at, x.L), D), rounded_grads);
+        softmax_backward(scores + r * columns, grads + r * columns, x.mask + at % x.L * x.mask_row, x.T, columns,
+                         x.scale, lse[at], product_of(row(out, at, x.L), row(grad, at, x.L), D), rounded_grads);
       }
       product(rows_of(m.weights.get(), columns), m.key_rows.get(), columns / 2, D, m.of_rows.get(), D);
       for (int64_t r = 0; r < std::min(kTile, n - first); ++r)

@@ -68,8 +68,8 @@ void products(Tensor a, Tensor b, Tensor out, bool tiles) {
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   const int64_t groups = (C + by.words - 1) / by.words;
   parallel(groups, (1 << 20) / (N * std::max<int64_t>(D, 1) * by.words) + 1, [&](int64_t begin, int64_t end) {
-    by.products_of_words(packed_at, N, pairs, words_of(b), b.stride(0), begin * by.words, std::min(end * by.words, C), to,
-                         out.stride(0));
+    by.products_of_words(packed_at, N, pairs, words_of(b), b.stride(0), begin * by.words, std::min(end * by.words, C),
+                         to, out.stride(0));
   });
 }
 
@@ -82,14 +82,15 @@ void add_product(Tensor total, Tensor a, Tensor b, bool tiles) {
   if (N == 0 || C == 0 || D == 0) return;
   const int64_t tiles_of_b = (D + kColumns - 1) / kColumns, blocks = (N + by.rows - 1) / by.rows;
   auto* to = static_cast<float*>(total.mutable_data_ptr());
-  parallel(tiles_of_b * blocks, (1 << 20) / (std::min(N, by.rows) * C * kColumns) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t at = first, count; at < last; at += count) {
-      const int64_t n = at / tiles_of_b * by.rows, tile = at % tiles_of_b, d = tile * kColumns;
-      count = std::min({by.tiles, last - at, tiles_of_b - tile});
-      by.add_product_of_columns(words_of(a), a.stride(0), n, std::min(n + by.rows, N), C, words_of(b) + d, b.stride(0),
-                                std::min(count * kColumns, D - d), to + d, total.stride(0));
-    }
-  });
+  parallel(tiles_of_b * blocks, (1 << 20) / (std::min(N, by.rows) * C * kColumns) + 1,
+           [&](int64_t first, int64_t last) {
+             for (int64_t at = first, count; at < last; at += count) {
+               const int64_t n = at / tiles_of_b * by.rows, tile = at % tiles_of_b, d = tile * kColumns;
+               count = std::min({by.tiles, last - at, tiles_of_b - tile});
+               by.add_product_of_columns(words_of(a), a.stride(0), n, std::min(n + by.rows, N), C, words_of(b) + d,
+                                         b.stride(0), std::min(count * kColumns, D - d), to + d, total.stride(0));
+             }
+           });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {

@@ -5,10 +5,10 @@
 namespace qpeft {
 namespace {
 
-constexpr int64_t kStep = 16;            // pairs that are multiplied at a time
+constexpr int64_t kStep = 16;  // pairs that are multiplied at a time
 constexpr int64_t kWords = 2 * kTile;
 constexpr int64_t kWordBytes = 1 << 20;  // of packed words that stay in the second cache for all rows
-constexpr int64_t kTilePairs = 640;      // of words, packed at a time
+constexpr int64_t kTilePairs = 640;  // of words, packed at a time
 constexpr int64_t kTilesOfB = 4;
 
 // n rows of 2 * pairs numbers as tiles: packed[step][row of kRows][pair of kStep], zeros behind the last row and pair.
@@ -27,13 +27,14 @@ void store_tile(const float* sums, float* out, int64_t stride, int64_t n_rows, i
   __m512i x[16];
   for (int64_t c = 0; c < kTile; ++c) x[c] = _mm512_load_si512(sums + c * kVector);
   transpose(x);
-  for (int64_t r = 0; r < std::min(kVector, n_rows); ++r) _mm512_mask_storeu_epi32(out + r * stride, lanes(n_words), x[r]);
+  for (int64_t r = 0; r < std::min(kVector, n_rows); ++r)
+    _mm512_mask_storeu_epi32(out + r * stride, lanes(n_words), x[r]);
 }
 
 // 32 words by one or two vectors of 16 rows
 template <int kVectors>
-void products(const uint32_t* rows, int64_t packed_pairs, const uint16_t* words, int64_t n_rows, int64_t n_words, float* out,
-              int64_t out_stride) {
+void products(const uint32_t* rows, int64_t packed_pairs, const uint16_t* words, int64_t n_rows, int64_t n_words,
+              float* out, int64_t out_stride) {
   alignas(64) float sums[4][kTile * kVector];
   _tile_zero(0);
   _tile_zero(1);
@@ -65,11 +66,12 @@ void products(const uint32_t* rows, int64_t packed_pairs, const uint16_t* words,
                  n_words - half * kTile);
 }
 
-void products_of_words(const uint32_t* packed, int64_t N, int64_t pairs, const uint16_t* b, int64_t b_stride, int64_t begin,
-                       int64_t end, float* out, int64_t out_stride) {
+void products_of_words(const uint32_t* packed, int64_t N, int64_t pairs, const uint16_t* b, int64_t b_stride,
+                       int64_t begin, int64_t end, float* out, int64_t out_stride) {
   const Tiles tiles;
   const int64_t packed_pairs = round_up(pairs, kStep), of_words = kWords * 2 * packed_pairs;  // numbers
-  const int64_t groups = std::clamp<int64_t>(kWordBytes / (2 * std::max<int64_t>(of_words, 1)), 1, (end - begin + kWords - 1) / kWords);
+  const int64_t groups =
+      std::clamp<int64_t>(kWordBytes / (2 * std::max<int64_t>(of_words, 1)), 1, (end - begin + kWords - 1) / kWords);
   const auto words = aligned<uint16_t>(groups * of_words);
   for (int64_t first = begin; first < end; first += groups * kWords) {  // words that are read once for all rows
     const int64_t last = std::min(first + groups * kWords, end);
@@ -117,8 +119,9 @@ void copy_columns(const float* from, int64_t from_stride, float* to, int64_t to_
                             _mm512_maskz_loadu_ps(mask.of[v], from + r * from_stride + v * kVector));
 }
 
-void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, int64_t end, int64_t C, const uint16_t* b,
-                            int64_t b_stride, int64_t n_columns, float* total, int64_t total_stride) {
+void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, int64_t end, int64_t C,
+                            const uint16_t* b, int64_t b_stride, int64_t n_columns, float* total,
+                            int64_t total_stride) {
   const Tiles tiles;
   constexpr int64_t kPacked = kTilePairs * kColumns;
   const auto packed = aligned<uint32_t>(kTilesOfB * kPacked);
@@ -157,6 +160,7 @@ void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, 
 
 }  // namespace
 
-const BFloat16Kernels kAmxKernels = {kWords, kStep, pack_vector, products_of_words, 2048, kTilesOfB, add_product_of_columns};
+const BFloat16Kernels kAmxKernels = {kWords, kStep,     pack_vector,           products_of_words,
+                                     2048,   kTilesOfB, add_product_of_columns};
 
 }  // namespace qpeft

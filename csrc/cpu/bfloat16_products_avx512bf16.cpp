@@ -53,8 +53,8 @@ inline void store(const __m512 (&sums)[kWords], float* out, int64_t stride, int6
 }
 
 template <int kVectors>
-void products(const uint32_t* packed, int64_t n_rows, int64_t pairs, const uint16_t* b, int64_t b_stride, int64_t n_words,
-              float* out, int64_t out_stride) {
+void products(const uint32_t* packed, int64_t n_rows, int64_t pairs, const uint16_t* b, int64_t b_stride,
+              int64_t n_words, float* out, int64_t out_stride) {
   const uint16_t* word[kWords];  // words behind the last are the last once more
   for (int64_t c = 0; c < kWords; ++c) word[c] = b + std::min(c, n_words - 1) * b_stride;
   __m512 sums[kVectors][kWords];
@@ -74,8 +74,8 @@ void products(const uint32_t* packed, int64_t n_rows, int64_t pairs, const uint1
 }
 
 template <int kRows>
-void add_tile(const uint16_t* a, int64_t a_stride, int64_t n, const uint32_t* tile, const ColumnMasks& mask, float* total,
-              int64_t total_stride) {
+void add_tile(const uint16_t* a, int64_t a_stride, int64_t n, const uint32_t* tile, const ColumnMasks& mask,
+              float* total, int64_t total_stride) {
   __m512 sums[kRows][4];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < 4; ++v) sums[r][v] = _mm512_maskz_loadu_ps(mask.of[v], total + r * total_stride + v * kVector);
@@ -97,18 +97,21 @@ void add_tile(const uint16_t* a, int64_t a_stride, int64_t n, const uint32_t* ti
     for (int v = 0; v < 4; ++v) _mm512_mask_storeu_ps(total + r * total_stride + v * kVector, mask.of[v], sums[r][v]);
 }
 
-void products_of_words(const uint32_t* packed, int64_t N, int64_t pairs, const uint16_t* b, int64_t b_stride, int64_t begin,
-                       int64_t end, float* out, int64_t out_stride) {
-  for (int64_t n = 0; n < N; n += 3 * kVector, packed += 3 * pairs * kVector) {  // these rows stay in the cache for all words
+void products_of_words(const uint32_t* packed, int64_t N, int64_t pairs, const uint16_t* b, int64_t b_stride,
+                       int64_t begin, int64_t end, float* out, int64_t out_stride) {
+  // these rows stay in the cache for all words
+  for (int64_t n = 0; n < N; n += 3 * kVector, packed += 3 * pairs * kVector) {
     const int64_t rows = std::min(3 * kVector, N - n);
     const auto some = rows > 2 * kVector ? products<3> : rows > kVector ? products<2> : products<1>;
     for (int64_t c = begin; c < end; c += kWords)
-      some(packed, rows, pairs, b + c * b_stride, b_stride, std::min(kWords, end - c), out + n * out_stride + c, out_stride);
+      some(packed, rows, pairs, b + c * b_stride, b_stride, std::min(kWords, end - c), out + n * out_stride + c,
+           out_stride);
   }
 }
 
-void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, int64_t end, int64_t C, const uint16_t* b,
-                            int64_t b_stride, int64_t n_columns, float* total, int64_t total_stride) {
+void add_product_of_columns(const uint16_t* a, int64_t a_stride, int64_t begin, int64_t end, int64_t C,
+                            const uint16_t* b, int64_t b_stride, int64_t n_columns, float* total,
+                            int64_t total_stride) {
   alignas(64) uint32_t tile[kTilePairs * kColumns];
   const ColumnMasks mask(n_columns);
   for (int64_t c = 0; c < C; c += 2 * kTilePairs) {

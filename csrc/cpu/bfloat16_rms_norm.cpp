@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, double eps) {
   auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
   for_rows(op, x, [&](int64_t begin, int64_t end) {
-    rms_norm_rows(words_of(x), x.stride(0), words_of(weight), static_cast<float>(eps), begin, end, x.size(1), to, scales);
+    rms_norm_rows(words_of(x), x.stride(0), words_of(weight), static_cast<float>(eps), begin, end, x.size(1), to,
+                  scales);
   });
   return {out, scale};
 }
@@ -47,7 +48,8 @@ Tensor backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) {
   auto* to = static_cast<uint16_t*>(grad_x.mutable_data_ptr());
   const auto* scales = static_cast<const float*>(scale.const_data_ptr());
   for_rows(op, x, [&](int64_t begin, int64_t end) {
-    rms_norm_rows_backward(words_of(grad), words_of(x), x.stride(0), words_of(weight), scales, begin, end, x.size(1), to);
+    rms_norm_rows_backward(words_of(grad), words_of(x), x.stride(0), words_of(weight), scales, begin, end, x.size(1),
+                           to);
   });
   return grad_x;
 }

@@ -26,8 +26,8 @@ inline void for_vectors(int64_t D, const F& f) {
 
 }  // namespace
 
-void rms_norm_rows(const uint16_t* x, int64_t x_stride, const uint16_t* weight, float eps, int64_t begin, int64_t end, int64_t D,
-                   uint16_t* out, float* scale) {
+void rms_norm_rows(const uint16_t* x, int64_t x_stride, const uint16_t* weight, float eps, int64_t begin, int64_t end,
+                   int64_t D, uint16_t* out, float* scale) {
   for (int64_t n = begin; n < end; ++n) {
     const uint16_t* from = x + n * x_stride;
     uint16_t* to = out + n * D;
@@ -45,8 +45,8 @@ void rms_norm_rows(const uint16_t* x, int64_t x_stride, const uint16_t* weight, 
   }
 }
 
-void rms_norm_rows_backward(const uint16_t* grad, const uint16_t* x, int64_t x_stride, const uint16_t* weight, const float* scale,
-                            int64_t begin, int64_t end, int64_t D, uint16_t* grad_x) {
+void rms_norm_rows_backward(const uint16_t* grad, const uint16_t* x, int64_t x_stride, const uint16_t* weight,
+                            const float* scale, int64_t begin, int64_t end, int64_t D, uint16_t* grad_x) {
   for (int64_t n = begin; n < end; ++n) {
     const uint16_t *from = x + n * x_stride, *of_out = grad + n * D;
     uint16_t* to = grad_x + n * D;

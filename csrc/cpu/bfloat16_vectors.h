@@ -23,8 +23,10 @@ inline void transpose(__m512i (&x)[16]) {
       x[i + 2 * half + 1] = _mm512_unpackhi_epi64(y[i + half], y[i + 2 + half]);
     }
   for (int j = 0; j < 4; ++j) {  // of rows 4 i .. 4 i + 3, x[4 i + j] has the columns j, 4 + j, 8 + j and 12 + j
-    const __m512i even[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
-    const __m512i odd[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xDD), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xDD)};
+    const __m512i even[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88),
+                             _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
+    const __m512i odd[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xDD),
+                            _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xDD)};
     y[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
     y[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
     y[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xDD);
@@ -35,7 +37,8 @@ inline void transpose(__m512i (&x)[16]) {
 
 inline __mmask16 lanes(int64_t n) { return (1u << std::clamp<int64_t>(n, 0, kVector)) - 1; }
 
-inline void pack_vector(const uint16_t* a, int64_t stride, int64_t n, int64_t pairs, int64_t packed_pairs, uint32_t* packed) {
+inline void pack_vector(const uint16_t* a, int64_t stride, int64_t n, int64_t pairs, int64_t packed_pairs,
+                        uint32_t* packed) {
   for (int64_t pair = 0; pair < packed_pairs; pair += kVector) {
     __m512i x[16];
     for (int64_t r = 0; r < kVector; ++r)

@@ -100,7 +100,8 @@ void weigh(Tensor scores, Tensor slots, Tensor counts, Tensor lse, int64_t first
         Sum* w = weight_at + (p * score.n + j) * score.R + first;
         const Sum* s = score.row(p, j);
         const Sum count = s ? static_cast<Sum>(count_at[p * score.n + j]) : Sum(0);
-        if (!s) std::fill(w, w + width, Sum(0));
+        if (!s)
+          std::fill(w, w + width, Sum(0));
         else
           for (int64_t r = 0; r < width; ++r) w[r] = count * vector_exp(s[first + r] - total[r]);
       }
@@ -128,7 +129,8 @@ void softmax_backward(Tensor weights, Tensor slots, Tensor grad_weights) {
       }
       for (int64_t j = 0; j < n; ++j) {
         const int64_t at = (p * n + j) * R + first;
-        if (slot_at[p * n + j] < 0) std::fill(grad_at + at, grad_at + at + width, Sum(0));
+        if (slot_at[p * n + j] < 0)
+          std::fill(grad_at + at, grad_at + at + width, Sum(0));
         else
           for (int64_t r = 0; r < width; ++r) grad_at[at + r] = weight_at[at + r] * (grad_at[at + r] - dot[r]);
       }

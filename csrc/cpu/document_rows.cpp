@@ -12,8 +12,9 @@
 namespace qpeft {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor document_ids, Tensor document_mask, Tensor group_index,
-                                                                    int64_t num_groups, int64_t num_rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor document_ids, Tensor document_mask,
+                                                                    Tensor group_index, int64_t num_groups,
+                                                                    int64_t num_rows) {
   make_contiguous({&document_ids, &document_mask, &group_index});
   check_document_rows_distinct(document_ids, document_mask, group_index, num_groups, num_rows);
   using torch::stable::new_empty;
@@ -36,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor docum
   // pairs by group, their order kept
   std::vector<int64_t> pair_offsets(num_groups + 1), pairs(B);
   for (int64_t b = 0; b < B; ++b) {
-    STD_TORCH_CHECK(group_of[b] >= 0 && group_of[b] < num_groups, "document_rows_distinct: group_index[", b, "] = ",
-                    group_of[b], " is outside [0, ", num_groups, ")");
+    STD_TORCH_CHECK(group_of[b] >= 0 && group_of[b] < num_groups, "document_rows_distinct: group_index[", b,
+                    "] = ", group_of[b], " is outside [0, ", num_groups, ")");
     ++pair_offsets[group_of[b] + 1];
   }
   for (int64_t g = 0; g < num_groups; ++g) pair_offsets[g + 1] += pair_offsets[g];
@@ -61,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor docum
       for (int64_t j = b * S; j < (b + 1) * S; ++j) {
         if (!mask_at[j]) continue;
         const int64_t id = id_at[j];
-        STD_TORCH_CHECK(id >= 0 && id < num_rows, "document_rows_distinct: document_ids[", b, ", ", j - b * S, "] = ", id,
-                        " is outside [0, ", num_rows, ")");
+        STD_TORCH_CHECK(id >= 0 && id < num_rows, "document_rows_distinct: document_ids[", b, ", ", j - b * S,
+                        "] = ", id, " is outside [0, ", num_rows, ")");
         Seen& entry = seen[id];
         if (entry.slot == 0) {
           rows.push_back(id);
@@ -120,22 +121,25 @@ void gather(Tensor table, Tensor rows, Tensor block, std::optional<Tensor> inver
     STD_TORCH_CHECK(row_at[i] >= -1 && row_at[i] < V, "document_rows_gather: rows[", i, "] = ", row_at[i],
                     " is outside [-1, ", V, ")");
   const int64_t table_stride = table.stride(0), block_stride = block.stride(0);
-  dispatch_table<c10::Half, c10::BFloat16>("document_rows_gather", table.scalar_type(), [&](auto row_tag, auto sum_tag) {
-    using Row = decltype(row_tag);
-    using Sum = decltype(sum_tag);
-    const auto* from = static_cast<const Row*>(table.const_data_ptr());
-    auto* to = static_cast<Sum*>(block.mutable_data_ptr());
-    auto* norms = inverse_norms ? static_cast<Sum*>(inverse_norms->mutable_data_ptr()) : nullptr;
-    parallel(n, 16384 / std::max<int64_t>(D, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Sum* out = to + i * block_stride;
-        Sum square = 0;
-        if (row_at[i] < 0) std::fill(out, out + D, Sum(0));
-        else square = copy_row(from + row_at[i] * table_stride, out, D);
-        if (norms) norms[i] = square > 0 ? 1 / std::sqrt(square) : (square == 0 ? Sum(0) : square);  // NaN stays
-      }
-    });
-  });
+  dispatch_table<c10::Half, c10::BFloat16>(
+      "document_rows_gather", table.scalar_type(), [&](auto row_tag, auto sum_tag) {
+        using Row = decltype(row_tag);
+        using Sum = decltype(sum_tag);
+        const auto* from = static_cast<const Row*>(table.const_data_ptr());
+        auto* to = static_cast<Sum*>(block.mutable_data_ptr());
+        auto* norms = inverse_norms ? static_cast<Sum*>(inverse_norms->mutable_data_ptr()) : nullptr;
+        parallel(n, 16384 / std::max<int64_t>(D, 1), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            Sum* out = to + i * block_stride;
+            Sum square = 0;
+            if (row_at[i] < 0)
+              std::fill(out, out + D, Sum(0));
+            else
+              square = copy_row(from + row_at[i] * table_stride, out, D);
+            if (norms) norms[i] = square > 0 ? 1 / std::sqrt(square) : (square == 0 ? Sum(0) : square);  // NaN stays
+          }
+        });
+      });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {

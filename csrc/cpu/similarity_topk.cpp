@@ -12,7 +12,8 @@
 namespace qpeft {
 namespace {
 
-void reduce(Tensor similarity, std::optional<Tensor> inverse_norms, Tensor query_mask, Tensor best, Tensor query_positions) {
+void reduce(Tensor similarity, std::optional<Tensor> inverse_norms, Tensor query_mask, Tensor best,
+            Tensor query_positions) {
   make_contiguous({&similarity, &query_mask});
   make_contiguous(inverse_norms);
   check_similarity_topk_reduce(similarity, inverse_norms, query_mask, best, query_positions);
@@ -46,7 +47,8 @@ void reduce(Tensor similarity, std::optional<Tensor> inverse_norms, Tensor query
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> select(Tensor best, Tensor best_positions, Tensor best_row,
-                                                  std::optional<Tensor> inverse_norms, Tensor ids, Tensor slots, int64_t k) {
+                                                  std::optional<Tensor> inverse_norms, Tensor ids, Tensor slots,
+                                                  int64_t k) {
   make_contiguous({&best, &best_positions, &best_row, &ids, &slots});
   make_contiguous(inverse_norms);
   check_similarity_topk_select(best, best_positions, best_row, inverse_norms, ids, slots, k);

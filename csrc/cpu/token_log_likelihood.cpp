@@ -162,8 +162,9 @@ void chunk(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t
         const int64_t target = place_in(target_at[row], first, C);
         if (target >= 0) target_z[row] = z[target];
         const Sum before = max_at[row], max = std::max(before, max_row(z, C));
-        if (max == -INFINITY) {  // every word so far is forbidden, exp(-inf - -inf) would be NaN; or NaN itself, which the maximum
-          if (has_nan(z, C)) sum_at[row] = NAN;  // does not see
+        // every word so far is forbidden, exp(-inf - -inf) would be NaN; or NaN itself, which the maximum does not see
+        if (max == -INFINITY) {
+          if (has_nan(z, C)) sum_at[row] = NAN;
           if (sums) std::fill(z, z + C, Sum(0));  // zeros in bfloat16 too
           continue;
         }
@@ -178,8 +179,8 @@ void chunk(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t
   });
 }
 
-void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logit_scale,
-            std::optional<double> soft_cap, Tensor log_p, Tensor lse, std::optional<Tensor> expectation) {
+void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logit_scale, std::optional<double> soft_cap,
+            Tensor log_p, Tensor lse, std::optional<Tensor> expectation) {
   constexpr auto op = "token_log_likelihood_finish";
   make_contiguous({&running, &target_ids});
   check_token_log_likelihood_finish(running, lm_head, target_ids, log_p, lse, expectation);
@@ -189,30 +190,31 @@ void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logi
   const auto* target_at = static_cast<const int64_t*>(target_ids.const_data_ptr());
   for (int64_t row = 0; row < N; ++row)
     STD_TORCH_CHECK(target_at[row] >= 0 && target_at[row] < V, op, ": target_ids[", row, "] is outside [0, V)");
-  dispatch_table<torch::headeronly::Half, torch::headeronly::BFloat16>(op, lm_head.scalar_type(), [&](auto tag, auto sum_tag) {
-    using Row = decltype(tag);
-    using Sum = decltype(sum_tag);
-    const auto* max_at = static_cast<const Sum*>(running.const_data_ptr());
-    const Sum *sum_at = max_at + N, *target_z = sum_at + N;
-    const auto* words = static_cast<const Row*>(lm_head.const_data_ptr());
-    auto* log_p_at = static_cast<Sum*>(log_p.mutable_data_ptr());
-    auto* lse_at = static_cast<Sum*>(lse.mutable_data_ptr());
-    auto* sums = expectation ? static_cast<Sum*>(expectation->mutable_data_ptr()) : nullptr;
-    const SoftCap<Sum> cap{cap_or_none<Sum>(soft_cap)};
-    parallel(N, 65536 / std::max<int64_t>(D, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const Sum log_sum = std::log(sum_at[row]);
-        lse_at[row] = max_at[row] + log_sum;
-        log_p_at[row] = log_probability(target_z[row], max_at[row], log_sum);
-        if (!sums) continue;
-        const Row* word = words + target_at[row] * word_stride;
-        const Sum scale = static_cast<Sum>(logit_scale), slope = cap.slope(target_z[row]), share = 1 / sum_at[row];
-        Sum* mean = sums + row * D;
-        for (int64_t d = 0; d < D; ++d)
-          mean[d] = scale * (slope * static_cast<Sum>(word[d * column_stride]) - share * mean[d]);
-      }
-    });
-  });
+  dispatch_table<torch::headeronly::Half, torch::headeronly::BFloat16>(
+      op, lm_head.scalar_type(), [&](auto tag, auto sum_tag) {
+        using Row = decltype(tag);
+        using Sum = decltype(sum_tag);
+        const auto* max_at = static_cast<const Sum*>(running.const_data_ptr());
+        const Sum *sum_at = max_at + N, *target_z = sum_at + N;
+        const auto* words = static_cast<const Row*>(lm_head.const_data_ptr());
+        auto* log_p_at = static_cast<Sum*>(log_p.mutable_data_ptr());
+        auto* lse_at = static_cast<Sum*>(lse.mutable_data_ptr());
+        auto* sums = expectation ? static_cast<Sum*>(expectation->mutable_data_ptr()) : nullptr;
+        const SoftCap<Sum> cap{cap_or_none<Sum>(soft_cap)};
+        parallel(N, 65536 / std::max<int64_t>(D, 1), [&](int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            const Sum log_sum = std::log(sum_at[row]);
+            lse_at[row] = max_at[row] + log_sum;
+            log_p_at[row] = log_probability(target_z[row], max_at[row], log_sum);
+            if (!sums) continue;
+            const Row* word = words + target_at[row] * word_stride;
+            const Sum scale = static_cast<Sum>(logit_scale), slope = cap.slope(target_z[row]), share = 1 / sum_at[row];
+            Sum* mean = sums + row * D;
+            for (int64_t d = 0; d < D; ++d)
+              mean[d] = scale * (slope * static_cast<Sum>(word[d * column_stride]) - share * mean[d]);
+          }
+        });
+      });
 }
 
 void chunk_backward(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t first, double logit_scale,

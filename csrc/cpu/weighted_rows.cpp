@@ -9,13 +9,15 @@
 namespace qpeft {
 namespace {
 
-void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Tensor offsets, bool accumulate, Tensor out) {
+void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Tensor offsets, bool accumulate,
+                   Tensor out) {
   constexpr auto op = "weighted_rows";
   make_rows_contiguous({&source});
   make_contiguous({&rows, &offsets});
   make_contiguous(weights);
   check_weighted_rows(source, rows, weights, offsets, out);
-  const int64_t G = offsets.size(0) - 1, N = source.size(0), D = source.size(1), E = rows.size(0), stride = source.stride(0);
+  const int64_t G = offsets.size(0) - 1, N = source.size(0), D = source.size(1), E = rows.size(0),
+                stride = source.stride(0);
   const auto* row_at = static_cast<const int64_t*>(rows.const_data_ptr());
   const auto* offset_at = static_cast<const int64_t*>(offsets.const_data_ptr());
   for (int64_t g = 0; g < G; ++g)
@@ -31,18 +33,19 @@ void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Te
     auto* to = static_cast<Sum*>(out.mutable_data_ptr());
     constexpr int64_t kPart = 2048;
     const int64_t parts = (D + kPart - 1) / kPart;
-    parallel(G * parts, 16384 / std::max<int64_t>(E / std::max<int64_t>(G, 1) * std::min(D, kPart), 1), [&](int64_t first, int64_t last) {
-      for (int64_t at = first; at < last; ++at) {
-        const int64_t g = at / parts, begin = at % parts * kPart, n = std::min(kPart, D - begin);
-        Sum* sum = to + g * D + begin;
-        if (!accumulate) std::fill(sum, sum + n, Sum(0));
-        for (int64_t e = offset_at[g]; e < offset_at[g + 1]; ++e) {
-          const Row* row = from + row_at[e] * stride + begin;
-          const Sum weight = weight_at ? weight_at[e] : Sum(1);
-          for (int64_t d = 0; d < n; ++d) sum[d] += weight * static_cast<Sum>(row[d]);
-        }
-      }
-    });
+    parallel(G * parts, 16384 / std::max<int64_t>(E / std::max<int64_t>(G, 1) * std::min(D, kPart), 1),
+             [&](int64_t first, int64_t last) {
+               for (int64_t at = first; at < last; ++at) {
+                 const int64_t g = at / parts, begin = at % parts * kPart, n = std::min(kPart, D - begin);
+                 Sum* sum = to + g * D + begin;
+                 if (!accumulate) std::fill(sum, sum + n, Sum(0));
+                 for (int64_t e = offset_at[g]; e < offset_at[g + 1]; ++e) {
+                   const Row* row = from + row_at[e] * stride + begin;
+                   const Sum weight = weight_at ? weight_at[e] : Sum(1);
+                   for (int64_t d = 0; d < n; ++d) sum[d] += weight * static_cast<Sum>(row[d]);
+                 }
+               }
+             });
   });
 }
 

@@ -73,12 +73,16 @@ __device__ Value block_reduce(Value value, Combine combine) {
 
 struct Add {
   template <typename T>
-  __device__ T operator()(T a, T b) const { return a + b; }
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 
 struct Max {
   template <typename T>
-  __device__ T operator()(T a, T b) const { return b > a ? b : a; }
+  __device__ T operator()(T a, T b) const {
+    return b > a ? b : a;
+  }
 };
 
 // Sum of the values of all threads before this one; `total` is the sum of all. All threads of the block must call.

@@ -16,8 +16,8 @@ void log_sum_exp(Tensor scores, Tensor slots, Tensor counts, int64_t first_slot,
   const OnDevice on_device(scores);
   dispatch_sum(scores.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    check_cuda(op, launch_clue_attention_lse(const_data<Sum>(scores), const_data<int32_t>(slots), const_data<int32_t>(counts),
-                                             sizes, data<Sum>(lse), on_device.stream));
+    check_cuda(op, launch_clue_attention_lse(const_data<Sum>(scores), const_data<int32_t>(slots),
+                                             const_data<int32_t>(counts), sizes, data<Sum>(lse), on_device.stream));
   });
 }
 
@@ -47,17 +47,27 @@ void softmax_backward(Tensor weights, Tensor slots, Tensor grad_weights) {
   dispatch_table<__half, __nv_bfloat16>(op, weights.scalar_type(), [&](auto weight_tag, auto sum_tag) {
     using Weight = decltype(weight_tag);
     using Sum = decltype(sum_tag);
-    check_cuda(op, launch_clue_attention_softmax_backward(const_data<Weight>(weights), const_data<int32_t>(slots), sizes,
-                                                          data<Sum>(grad_weights), on_device.stream));
+    check_cuda(op, launch_clue_attention_softmax_backward(const_data<Weight>(weights), const_data<int32_t>(slots),
+                                                          sizes, data<Sum>(grad_weights), on_device.stream));
   });
 }
 
 template <typename Row>
 GatheredRows<Row> gathered_rows(const Tensor& table, const Tensor& rows, const std::optional<Tensor>& offsets,
                                 const std::optional<Tensor>& lengths) {
-  const int64_t n = rows.size(0), lists = offsets ? offsets->size(0) - 1 : lengths->size(0), stride = lists ? n / lists : 0;
-  return {const_data<Row>(table),       table.stride(0), table.size(0), table.size(1), const_data<int64_t>(rows),
-          const_data<int64_t>(offsets), const_data<int64_t>(lengths),   n, stride, lists, offsets ? n : stride};
+  const int64_t n = rows.size(0), lists = offsets ? offsets->size(0) - 1 : lengths->size(0),
+                stride = lists ? n / lists : 0;
+  return {const_data<Row>(table),
+          table.stride(0),
+          table.size(0),
+          table.size(1),
+          const_data<int64_t>(rows),
+          const_data<int64_t>(offsets),
+          const_data<int64_t>(lengths),
+          n,
+          stride,
+          lists,
+          offsets ? n : stride};
 }
 
 void products(Tensor table, Tensor rows, std::optional<Tensor> offsets, std::optional<Tensor> lengths, Tensor dense,
@@ -72,13 +82,14 @@ void products(Tensor table, Tensor rows, std::optional<Tensor> offsets, std::opt
   dispatch_table<__half, __nv_bfloat16>(op, table.scalar_type(), [&](auto row_tag, auto sum_tag) {
     using Row = decltype(row_tag);
     using Sum = decltype(sum_tag);
-    check_cuda(op, launch_clue_attention_products(gathered_rows<Row>(table, rows, offsets, lengths), const_data<Row>(dense),
-                                                  dense.size(1), data<Sum>(out), on_device.stream));
+    check_cuda(op,
+               launch_clue_attention_products(gathered_rows<Row>(table, rows, offsets, lengths), const_data<Row>(dense),
+                                              dense.size(1), data<Sum>(out), on_device.stream));
   });
 }
 
-void weighted_sums(Tensor table, Tensor rows, std::optional<Tensor> offsets, std::optional<Tensor> lengths, Tensor weights,
-                   int64_t heads, bool accumulate, Tensor out) {
+void weighted_sums(Tensor table, Tensor rows, std::optional<Tensor> offsets, std::optional<Tensor> lengths,
+                   Tensor weights, int64_t heads, bool accumulate, Tensor out) {
   constexpr auto op = "clue_attention_weighted_sums";
   make_rows_contiguous({&table});
   make_contiguous({&rows, &weights});
@@ -91,11 +102,13 @@ void weighted_sums(Tensor table, Tensor rows, std::optional<Tensor> offsets, std
     using Sum = decltype(sum_tag);
     const auto start = [&](auto* to) {
       check_cuda(op, launch_clue_attention_weighted_sums(gathered_rows<Row>(table, rows, offsets, lengths),
-                                                         const_data<Row>(weights), weights.size(1) / heads, heads, accumulate,
-                                                         to, on_device.stream));
+                                                         const_data<Row>(weights), weights.size(1) / heads, heads,
+                                                         accumulate, to, on_device.stream));
     };
-    if (out.scalar_type() == table.scalar_type()) start(data<Row>(out));
-    else start(data<Sum>(out));
+    if (out.scalar_type() == table.scalar_type())
+      start(data<Row>(out));
+    else
+      start(data<Sum>(out));
   });
 }
 

@@ -38,9 +38,11 @@ __device__ inline int64_t row_of(const int32_t* slots, SoftmaxSizes sizes, int64
 }
 
 template <typename Sum>
-__global__ void lse_kernel(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes, Sum* lse) {
+__global__ void lse_kernel(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
+                           Sum* lse) {
   const Part part(sizes.R);
-  const int64_t R = sizes.R, end = part.r < R ? sizes.n : 0;  // threads beyond the last column only keep the barriers matched
+  // threads beyond the last column only keep the barriers matched
+  const int64_t R = sizes.R, end = part.r < R ? sizes.n : 0;
   Sum max = -INFINITY;
   for (int64_t j = part.stripe; j < end; j += Part::kStripes) {
     const int64_t row = row_of(slots, sizes, part.p, j);
@@ -65,7 +67,8 @@ __global__ void weights_kernel(const Sum* scores, const int32_t* slots, const in
   const Sum total = lse[part.p * R + part.r];
   const auto weight = [&](int64_t j) {
     const int64_t row = row_of(slots, sizes, part.p, j);
-    return row < 0 ? Sum(0) : static_cast<Sum>(counts[part.p * sizes.n + j]) * std::exp(scores[row * R + part.r] - total);
+    return row < 0 ? Sum(0)
+                   : static_cast<Sum>(counts[part.p * sizes.n + j]) * std::exp(scores[row * R + part.r] - total);
   };
   Sum sum = 1;  // what weights add up to, but for the rounding of a large lse
   if (is_large(total)) {
@@ -78,7 +81,8 @@ __global__ void weights_kernel(const Sum* scores, const int32_t* slots, const in
 }
 
 template <typename Sum, typename Weight>
-__global__ void softmax_backward_kernel(const Weight* weights, const int32_t* slots, SoftmaxSizes sizes, Sum* grad_weights) {
+__global__ void softmax_backward_kernel(const Weight* weights, const int32_t* slots, SoftmaxSizes sizes,
+                                        Sum* grad_weights) {
   const Part part(sizes.R);
   const int64_t R = sizes.R, end = part.r < R ? sizes.n : 0;
   const auto there = [&](int64_t j) { return slots[part.p * sizes.n + j] >= 0; };
@@ -99,14 +103,14 @@ int64_t tiles(SoftmaxSizes sizes) { return sizes.P * blocks_for(sizes.R, kColumn
 }  // namespace
 
 template <typename Sum>
-cudaError_t launch_clue_attention_lse(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
-                                      Sum* lse, cudaStream_t stream) {
+cudaError_t launch_clue_attention_lse(const Sum* scores, const int32_t* slots, const int32_t* counts,
+                                      SoftmaxSizes sizes, Sum* lse, cudaStream_t stream) {
   return launch(lse_kernel<Sum>, tiles(sizes), stream, scores, slots, counts, sizes, lse);
 }
 
 template <typename Sum, typename Weight>
-cudaError_t launch_clue_attention_weights(const Sum* scores, const int32_t* slots, const int32_t* counts, const Sum* lse,
-                                          SoftmaxSizes sizes, Weight* weights, cudaStream_t stream) {
+cudaError_t launch_clue_attention_weights(const Sum* scores, const int32_t* slots, const int32_t* counts,
+                                          const Sum* lse, SoftmaxSizes sizes, Weight* weights, cudaStream_t stream) {
   return launch(weights_kernel<Sum, Weight>, tiles(sizes), stream, scores, slots, counts, lse, sizes, weights);
 }
 
@@ -116,16 +120,18 @@ cudaError_t launch_clue_attention_softmax_backward(const Weight* weights, const 
   return launch(softmax_backward_kernel<Sum, Weight>, tiles(sizes), stream, weights, slots, sizes, grad_weights);
 }
 
-#define INSTANTIATE(Sum)                                                                                                \
-  template cudaError_t launch_clue_attention_lse(const Sum*, const int32_t*, const int32_t*, SoftmaxSizes, Sum*, cudaStream_t);
+#define INSTANTIATE(Sum)                                                                                         \
+  template cudaError_t launch_clue_attention_lse(const Sum*, const int32_t*, const int32_t*, SoftmaxSizes, Sum*, \
+                                                 cudaStream_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE
 
-#define INSTANTIATE(Sum, Weight)                                                                                         \
-  template cudaError_t launch_clue_attention_weights(const Sum*, const int32_t*, const int32_t*, const Sum*, SoftmaxSizes, \
-                                                     Weight*, cudaStream_t);                                             \
-  template cudaError_t launch_clue_attention_softmax_backward(const Weight*, const int32_t*, SoftmaxSizes, Sum*, cudaStream_t);
+#define INSTANTIATE(Sum, Weight)                                                                                 \
+  template cudaError_t launch_clue_attention_weights(const Sum*, const int32_t*, const int32_t*, const Sum*,     \
+                                                     SoftmaxSizes, Weight*, cudaStream_t);                       \
+  template cudaError_t launch_clue_attention_softmax_backward(const Weight*, const int32_t*, SoftmaxSizes, Sum*, \
+                                                              cudaStream_t);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)
 INSTANTIATE(float, __half)

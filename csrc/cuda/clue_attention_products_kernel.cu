@@ -20,7 +20,7 @@ cudaError_t launch_clue_attention_products(GatheredRows<Row> gathered, const Row
   return launch_multiply_rows(lists, table, by, store, stream);
 }
 
-#define INSTANTIATE(Row, Sum)                                                                                         \
+#define INSTANTIATE(Row, Sum) \
   template cudaError_t launch_clue_attention_products(GatheredRows<Row>, const Row*, int64_t, Sum*, cudaStream_t);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)

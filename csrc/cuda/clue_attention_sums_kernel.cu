@@ -25,10 +25,12 @@ __device__ Numbers added(Numbers a, const Numbers& b) {
 
 template <typename Row, typename Out>
 __global__ void __launch_bounds__(kThreads, 2)
-    weighted_sums_kernel(GatheredRows<Row> gathered, const Row* weights, int columns, int heads, SumsFlags flags, Out* sums) {
+    weighted_sums_kernel(GatheredRows<Row> gathered, const Row* weights, int columns, int heads, SumsFlags flags,
+                         Out* sums) {
   using Tile = TileTN<Row>;
   const int D = static_cast<int>(gathered.D), width = D / heads;  // numbers of a head
-  const int d_tiles = (width + Tile::kWidth - 1) / Tile::kWidth, column_tiles = (columns + Tile::kColumns - 1) / Tile::kColumns;
+  const int d_tiles = (width + Tile::kWidth - 1) / Tile::kWidth,
+            column_tiles = (columns + Tile::kColumns - 1) / Tile::kColumns;
   const int d = blockIdx.x % d_tiles * Tile::kWidth, column = blockIdx.x / d_tiles % column_tiles * Tile::kColumns;
   const int head = blockIdx.x / d_tiles / column_tiles % heads, first_d = head * width + d;
   const int64_t list = blockIdx.x / d_tiles / column_tiles / heads;
@@ -63,24 +65,24 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 template <typename Row, typename Out>
-cudaError_t launch_clue_attention_weighted_sums(GatheredRows<Row> gathered, const Row* weights, int64_t columns, int64_t heads,
-                                                bool accumulate, Out* sums, cudaStream_t stream) {
+cudaError_t launch_clue_attention_weighted_sums(GatheredRows<Row> gathered, const Row* weights, int64_t columns,
+                                                int64_t heads, bool accumulate, Out* sums, cudaStream_t stream) {
   constexpr int64_t kTogether = 16 / sizeof(Row);
   const int64_t width = gathered.D / heads;
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   const SumsFlags flags{accumulate,
                         aligned(gathered.table) && gathered.table_stride % kTogether == 0 && width % kTogether == 0,
                         aligned(weights) && columns % kTogether == 0, aligned(sums) && width % kTogether == 0};
-  const int64_t blocks = gathered.lists * heads * blocks_for(columns, TileTN<Row>::kColumns) *
-                         blocks_for(width, TileTN<Row>::kWidth);
+  const int64_t blocks =
+      gathered.lists * heads * blocks_for(columns, TileTN<Row>::kColumns) * blocks_for(width, TileTN<Row>::kWidth);
   if (columns * heads > INT_MAX) return cudaErrorInvalidConfiguration;
-  return launch_with_memory(weighted_sums_kernel<Row, Out>, blocks, kTileTNBytes<Row>, stream, gathered, weights, columns,
-                            heads, flags, sums);
+  return launch_with_memory(weighted_sums_kernel<Row, Out>, blocks, kTileTNBytes<Row>, stream, gathered, weights,
+                            columns, heads, flags, sums);
 }
 
-#define INSTANTIATE(Row, Out)                                                                                           \
-  template cudaError_t launch_clue_attention_weighted_sums(GatheredRows<Row>, const Row*, int64_t, int64_t, bool, Out*, \
-                                                           cudaStream_t);
+#define INSTANTIATE(Row, Out)                                                                                     \
+  template cudaError_t launch_clue_attention_weighted_sums(GatheredRows<Row>, const Row*, int64_t, int64_t, bool, \
+                                                           Out*, cudaStream_t);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)
 INSTANTIATE(__half, __half)

@@ -16,8 +16,8 @@ __device__ inline int64_t slot_of(GroupedIds groups, int64_t words, int64_t grou
 // the table in global memory. Which cell an id gets may depend on the order of threads, what stands there does not.
 struct Cells {
   static constexpr int32_t kEmpty = -1, kNowhere = 0x7F7F7F7F;  // the latter by cudaMemset
-  int32_t* ids;     // of a hash table [size], size a power of two; null: cell = id
-  int32_t* first;   // the smallest position of the id
+  int32_t* ids;  // of a hash table [size], size a power of two; null: cell = id
+  int32_t* first;  // the smallest position of the id
   int32_t* counts;  // how often it occurs; null: nobody asks
   int32_t size;
 

@@ -4,8 +4,9 @@
 namespace qpeft {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor document_ids, Tensor document_mask, Tensor group_index,
-                                                                    int64_t num_groups, int64_t num_rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor document_ids, Tensor document_mask,
+                                                                    Tensor group_index, int64_t num_groups,
+                                                                    int64_t num_rows) {
   make_contiguous({&document_ids, &document_mask, &group_index});
   constexpr auto op = "document_rows_distinct";
   check_document_rows_distinct(document_ids, document_mask, group_index, num_groups, num_rows);
@@ -23,8 +24,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor docum
   const Tensor row_offsets = new_empty(document_ids, {sizes.G + 1});
   const Tensor rows = new_empty(document_ids, {most_rows(sizes)});
   const Tensor scratch = new_empty(bits, {2, scratch_blocks(sizes), sizes.V});
-  const GroupedIds groups{data<uint32_t>(bits), data<int32_t>(prefix), data<int32_t>(group_sizes), data<int64_t>(row_offsets),
-                          data<int64_t>(rows)};
+  const GroupedIds groups{data<uint32_t>(bits), data<int32_t>(prefix), data<int32_t>(group_sizes),
+                          data<int64_t>(row_offsets), data<int64_t>(rows)};
   check_cuda(op, launch_document_rows_number(const_data<int64_t>(document_ids), const_data<bool>(document_mask),
                                              const_data<int64_t>(group_index), sizes, groups, on_device.stream));
   check_cuda(op, launch_document_rows_places(const_data<int64_t>(document_ids), const_data<bool>(document_mask),

@@ -69,21 +69,22 @@ __global__ void places_kernel(const int64_t* document_ids, const bool* document_
   }
   for (int64_t document = blockIdx.x; document < sizes.B; document += gridDim.x) {
     const int64_t base = document * sizes.S, group = group_index[document] / sizes.M;
-    const int32_t length =
-        for_each_distinct(document_ids + base, document_mask + base, sizes.S, cells, [&](int32_t place, int64_t s, int32_t cell) {
+    const int32_t length = for_each_distinct(
+        document_ids + base, document_mask + base, sizes.S, cells, [&](int32_t place, int64_t s, int32_t cell) {
           const int64_t id = document_ids[base + s];
           ids[base + place] = id;
           slots[base + place] = static_cast<int32_t>(slot_of(groups, sizes.words, group, id));
           counts[base + place] = cells.counts[cell];
         });
-    for (int64_t at = base + length + threadIdx.x; at < base + sizes.S; at += kThreads) ids[at] = -1, slots[at] = -1, counts[at] = 0;
+    for (int64_t at = base + length + threadIdx.x; at < base + sizes.S; at += kThreads)
+      ids[at] = -1, slots[at] = -1, counts[at] = 0;
     if (threadIdx.x == 0) lengths[document] = length;
   }
 }
 
 template <typename Row, typename Sum>
-__global__ void gather_kernel(const Row* table, int64_t table_stride, const int64_t* rows, int64_t V, int64_t D, Row* block,
-                              int64_t block_stride, Sum* inverse_norms) {
+__global__ void gather_kernel(const Row* table, int64_t table_stride, const int64_t* rows, int64_t V, int64_t D,
+                              Row* block, int64_t block_stride, Sum* inverse_norms) {
   const int64_t i = blockIdx.x, row = rows[i];
   if (row < -1 || row >= V) __trap();
   const Row* from = table + row * table_stride;  // not read for row -1
@@ -101,11 +102,12 @@ __global__ void gather_kernel(const Row* table, int64_t table_stride, const int6
 
 }  // namespace
 
-cudaError_t launch_document_rows_number(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                                        DistinctSizes sizes, GroupedIds groups, cudaStream_t stream) {
+cudaError_t launch_document_rows_number(const int64_t* document_ids, const bool* document_mask,
+                                        const int64_t* group_index, DistinctSizes sizes, GroupedIds groups,
+                                        cudaStream_t stream) {
   if (sizes.G == 0) return cudaMemsetAsync(groups.row_offsets, 0, sizeof(int64_t), stream);
-  cudaError_t status = launch(mark_kernel, blocks_for(sizes.B * sizes.S), stream, document_ids, document_mask, group_index,
-                              sizes, groups.bits);
+  cudaError_t status = launch(mark_kernel, blocks_for(sizes.B * sizes.S), stream, document_ids, document_mask,
+                              group_index, sizes, groups.bits);
   if (status == cudaSuccess) status = launch(number_kernel, sizes.G, stream, sizes, groups);
   const int64_t parts = std::max<int64_t>(blocks_for(sizes.words), 1);
   if (status == cudaSuccess) status = launch(list_kernel, sizes.G * parts, stream, sizes, groups, parts);
@@ -116,34 +118,36 @@ int64_t scratch_blocks(const DistinctSizes& sizes) {
   return sizes.S <= kShortDocument ? 0 : resident_blocks(sizes.B, 1);
 }
 
-cudaError_t launch_document_rows_places(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                                        DistinctSizes sizes, GroupedIds groups, int32_t* scratch, int64_t* ids,
-                                        int32_t* slots, int32_t* counts, int64_t* lengths, cudaStream_t stream) {
+cudaError_t launch_document_rows_places(const int64_t* document_ids, const bool* document_mask,
+                                        const int64_t* group_index, DistinctSizes sizes, GroupedIds groups,
+                                        int32_t* scratch, int64_t* ids, int32_t* slots, int32_t* counts,
+                                        int64_t* lengths, cudaStream_t stream) {
   const int64_t blocks = scratch_blocks(sizes);
   if (blocks == 0) {
     const Cells cells{nullptr, nullptr, nullptr, hash_size(sizes.S)};
-    return launch_with_memory(places_kernel, sizes.B, 3 * cells.size * sizeof(int32_t), stream, document_ids, document_mask,
-                              group_index, sizes, groups, cells, ids, slots, counts, lengths);
+    return launch_with_memory(places_kernel, sizes.B, 3 * cells.size * sizeof(int32_t), stream, document_ids,
+                              document_mask, group_index, sizes, groups, cells, ids, slots, counts, lengths);
   }
   const Cells cells{nullptr, scratch, scratch + blocks * sizes.V, 0};
   const size_t bytes = blocks * sizes.V * sizeof(int32_t);
   cudaError_t status = cudaMemsetAsync(cells.first, Cells::kNowhere & 0xFF, bytes, stream);
   if (status == cudaSuccess) status = cudaMemsetAsync(cells.counts, 0, bytes, stream);
   if (status != cudaSuccess) return status;
-  return launch(places_kernel, blocks, stream, document_ids, document_mask, group_index, sizes, groups, cells, ids, slots,
-                counts, lengths);
+  return launch(places_kernel, blocks, stream, document_ids, document_mask, group_index, sizes, groups, cells, ids,
+                slots, counts, lengths);
 }
 
 template <typename Row, typename Sum>
-cudaError_t launch_document_rows_gather(const Row* table, int64_t table_stride, const int64_t* rows, int64_t n, int64_t V,
-                                        int64_t D, Row* block, int64_t block_stride, Sum* inverse_norms,
+cudaError_t launch_document_rows_gather(const Row* table, int64_t table_stride, const int64_t* rows, int64_t n,
+                                        int64_t V, int64_t D, Row* block, int64_t block_stride, Sum* inverse_norms,
                                         cudaStream_t stream) {
-  return launch(gather_kernel<Row, Sum>, n, stream, table, table_stride, rows, V, D, block, block_stride, inverse_norms);
+  return launch(gather_kernel<Row, Sum>, n, stream, table, table_stride, rows, V, D, block, block_stride,
+                inverse_norms);
 }
 
-#define INSTANTIATE(Row, Sum)                                                                                              \
-  template cudaError_t launch_document_rows_gather(const Row*, int64_t, const int64_t*, int64_t, int64_t, int64_t, Row*, \
-                                                   int64_t, Sum*, cudaStream_t);
+#define INSTANTIATE(Row, Sum)                                                                                      \
+  template cudaError_t launch_document_rows_gather(const Row*, int64_t, const int64_t*, int64_t, int64_t, int64_t, \
+                                                   Row*, int64_t, Sum*, cudaStream_t);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)
 INSTANTIATE(__half, float)

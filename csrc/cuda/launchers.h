@@ -22,18 +22,20 @@ struct GroupedIds {
 inline int64_t most_rows(const DistinctSizes& sizes) {
   return sizes.B * sizes.S < sizes.G * sizes.V ? sizes.B * sizes.S : sizes.G * sizes.V;
 }
-cudaError_t launch_document_rows_number(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                                        DistinctSizes sizes, GroupedIds groups, cudaStream_t stream);
+cudaError_t launch_document_rows_number(const int64_t* document_ids, const bool* document_mask,
+                                        const int64_t* group_index, DistinctSizes sizes, GroupedIds groups,
+                                        cudaStream_t stream);
 // Documents of which more than these tokens need scratch: cells [blocks, V] for each number that is kept per distinct id.
 constexpr int64_t kShortDocument = 2048;
 int64_t scratch_blocks(const DistinctSizes& sizes);
 // The distinct ids of each document. scratch: cells [2, scratch_blocks, V].
-cudaError_t launch_document_rows_places(const int64_t* document_ids, const bool* document_mask, const int64_t* group_index,
-                                        DistinctSizes sizes, GroupedIds groups, int32_t* scratch, int64_t* ids,
-                                        int32_t* slots, int32_t* counts, int64_t* lengths, cudaStream_t stream);
+cudaError_t launch_document_rows_places(const int64_t* document_ids, const bool* document_mask,
+                                        const int64_t* group_index, DistinctSizes sizes, GroupedIds groups,
+                                        int32_t* scratch, int64_t* ids, int32_t* slots, int32_t* counts,
+                                        int64_t* lengths, cudaStream_t stream);
 template <typename Row, typename Sum>
-cudaError_t launch_document_rows_gather(const Row* table, int64_t table_stride, const int64_t* rows, int64_t n, int64_t V,
-                                        int64_t D, Row* block, int64_t block_stride, Sum* inverse_norms,
+cudaError_t launch_document_rows_gather(const Row* table, int64_t table_stride, const int64_t* rows, int64_t n,
+                                        int64_t V, int64_t D, Row* block, int64_t block_stride, Sum* inverse_norms,
                                         cudaStream_t stream);
 
 // similarity_topk, all of it. Groups of M queries share the distinct rows of their documents; M from queries_per_group.
@@ -66,11 +68,13 @@ struct SimilarityResults {
   int64_t* query_positions;  // [B, K]
   Sum* inverse_norms;        // [B, K]
 };
-constexpr int64_t kMostOfLongDocument = 4096;  // clues of a document with more than kShortDocument tokens: they are sorted in shared memory
+// clues of a document with more than kShortDocument tokens: they are sorted in shared memory
+constexpr int64_t kMostOfLongDocument = 4096;
 int64_t queries_per_group(int64_t Q, int64_t T, bool is_double);
 template <typename Row, typename Sum>
-cudaError_t launch_similarity_topk(PairInputs pairs, SimilarityInputs<Row> inputs, DistinctSizes sizes, GroupedIds groups,
-                                   SimilarityScratch<Sum> scratch, SimilarityResults<Sum> results, cudaStream_t stream);
+cudaError_t launch_similarity_topk(PairInputs pairs, SimilarityInputs<Row> inputs, DistinctSizes sizes,
+                                   GroupedIds groups, SimilarityScratch<Sum> scratch, SimilarityResults<Sum> results,
+                                   cudaStream_t stream);
 
 // weighted_rows; weights null: 1
 template <typename Row, typename Sum>
@@ -83,11 +87,11 @@ struct SoftmaxSizes {
   int64_t P, n, U, R, first_slot;
 };
 template <typename Sum>
-cudaError_t launch_clue_attention_lse(const Sum* scores, const int32_t* slots, const int32_t* counts, SoftmaxSizes sizes,
-                                      Sum* lse, cudaStream_t stream);
+cudaError_t launch_clue_attention_lse(const Sum* scores, const int32_t* slots, const int32_t* counts,
+                                      SoftmaxSizes sizes, Sum* lse, cudaStream_t stream);
 template <typename Sum, typename Weight>
-cudaError_t launch_clue_attention_weights(const Sum* scores, const int32_t* slots, const int32_t* counts, const Sum* lse,
-                                          SoftmaxSizes sizes, Weight* weights, cudaStream_t stream);
+cudaError_t launch_clue_attention_weights(const Sum* scores, const int32_t* slots, const int32_t* counts,
+                                          const Sum* lse, SoftmaxSizes sizes, Weight* weights, cudaStream_t stream);
 template <typename Sum, typename Weight>
 cudaError_t launch_clue_attention_softmax_backward(const Weight* weights, const int32_t* slots, SoftmaxSizes sizes,
                                                    Sum* grad_weights, cudaStream_t stream);
@@ -104,8 +108,8 @@ template <typename Row, typename Sum>
 cudaError_t launch_clue_attention_products(GatheredRows<Row> gathered, const Row* dense, int64_t columns, Sum* products,
                                            cudaStream_t stream);
 template <typename Row, typename Out>
-cudaError_t launch_clue_attention_weighted_sums(GatheredRows<Row> gathered, const Row* weights, int64_t columns, int64_t heads,
-                                                bool accumulate, Out* sums, cudaStream_t stream);
+cudaError_t launch_clue_attention_weighted_sums(GatheredRows<Row> gathered, const Row* weights, int64_t columns,
+                                                int64_t heads, bool accumulate, Out* sums, cudaStream_t stream);
 
 // token_log_likelihood
 template <typename Sum>

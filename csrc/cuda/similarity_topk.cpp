@@ -8,8 +8,8 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_topk(const Tensor query_embeds, const Tensor query_mask,
                                                            const Tensor table, const Tensor document_ids,
-                                                           const Tensor document_mask, const Tensor query_index, int64_t k,
-                                                           std::string metric) {
+                                                           const Tensor document_mask, const Tensor query_index,
+                                                           int64_t k, std::string metric) {
   constexpr auto op = "similarity_topk";
   using torch::stable::contiguous;
   using torch::stable::new_empty;
@@ -36,7 +36,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_topk(const Tensor query_em
   const DistinctSizes sizes{B, S, Q, M, G, V, (V + 31) / 32};
   const int64_t rows = most_rows(sizes), blocks = scratch_blocks(sizes);
   const Tensor bits = new_empty(ids, {2, G, sizes.words}, ScalarType::Int);
-  const Tensor group_sizes = new_empty(bits, {G}), row_offsets = new_empty(ids, {G + 1}), row_ids = new_empty(ids, {rows});
+  const Tensor group_sizes = new_empty(bits, {G}), row_offsets = new_empty(ids, {G + 1}),
+               row_ids = new_empty(ids, {rows});
   const Tensor query_scales = new_empty(scores, {Q, T}), row_scales = new_empty(scores, {rows});
   const Tensor best = new_empty(scores, {rows, M}), best_positions = new_empty(bits, {rows, M});
   const Tensor first = new_empty(bits, {blocks, V}), keys = new_empty(scores, {blocks, S, 2});
@@ -46,10 +47,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_topk(const Tensor query_em
   dispatch_table<__half, __nv_bfloat16>(op, table.scalar_type(), [&](auto row_tag, auto sum_tag) {
     using Row = decltype(row_tag);
     using Sum = decltype(sum_tag);
-    const SimilarityInputs<Row> inputs{const_data<Row>(embeds), const_data<bool>(embeds_mask), const_data<Row>(rows_of),
-                                       rows_of.stride(0), rows_of.size(1), T, k, metric == "cosine"};
-    const SimilarityScratch<Sum> scratch{data<Sum>(query_scales), data<Sum>(row_scales), data<Sum>(best),
-                                         data<int32_t>(best_positions), data<int32_t>(first), data<Sum>(keys)};
+    const SimilarityInputs<Row> inputs{const_data<Row>(embeds),
+                                       const_data<bool>(embeds_mask),
+                                       const_data<Row>(rows_of),
+                                       rows_of.stride(0),
+                                       rows_of.size(1),
+                                       T,
+                                       k,
+                                       metric == "cosine"};
+    const SimilarityScratch<Sum> scratch{data<Sum>(query_scales),       data<Sum>(row_scales), data<Sum>(best),
+                                         data<int32_t>(best_positions), data<int32_t>(first),  data<Sum>(keys)};
     const SimilarityResults<Sum> results{data<Sum>(scores), data<int64_t>(clue_ids), data<int64_t>(positions),
                                          data<Sum>(inverse_norms)};
     check_cuda(op, launch_similarity_topk(pairs, inputs, sizes, groups, scratch, results, on_device.stream));

@@ -32,7 +32,8 @@ __global__ void begin_kernel(SimilarityInputs<Row> inputs, DistinctSizes sizes, 
   const Row* embed = inputs.query_embeds + token * inputs.D;
   Sum square = 0;
 #pragma unroll 8
-  for (int64_t d = threadIdx.x; d < inputs.D; d += kThreads) square += static_cast<Sum>(embed[d]) * static_cast<Sum>(embed[d]);
+  for (int64_t d = threadIdx.x; d < inputs.D; d += kThreads)
+    square += static_cast<Sum>(embed[d]) * static_cast<Sum>(embed[d]);
   square = block_reduce(square, Add());
   if (threadIdx.x == 0) query_scales[token] = square > 0 ? 1 / std::sqrt(square) : square;  // zero: 0, a NaN stays
 }
@@ -58,7 +59,8 @@ struct BestTokens {
       for (int step = 0; step < tokens; ++step) {
         if (query_mask[first_token + t]) {
           const Sum product = c[row * stride + m * T + t];
-          const Candidate<Sum> candidate{cosine ? product * scratch.query_scales[first_token + t] : product, tile.column + t};
+          const Candidate<Sum> candidate{cosine ? product * scratch.query_scales[first_token + t] : product,
+                                         tile.column + t};
           if (candidate.before(winner)) winner = candidate;
         }
         if (++t == tokens) t = 0;
@@ -97,7 +99,7 @@ __device__ Key<Sum> make_key(Sum score, int64_t position) {
   using Bits = typename KeyOf<Sum>::Bits;
   constexpr Bits kSign = Bits(1) << (sizeof(Bits) * 8 - 1);
   if (score != score) __trap();  // NaN in the table or the query
-  if (score == 0) score = 0;     // -0 and 0 are a tie
+  if (score == 0) score = 0;  // -0 and 0 are a tie
   Bits bits;
   memcpy(&bits, &score, sizeof(bits));
   bits = (bits & kSign) != 0 ? ~bits : bits | kSign;
@@ -152,8 +154,8 @@ __device__ K select_largest(const K* keys, int n, int k) {
 // sort_size: keys in shared memory, enough for all tokens of a short document, or for the clues of a long one, whose other
 // keys stay in scratch.
 template <typename Sum>
-__global__ void select_kernel(PairInputs pairs, DistinctSizes sizes, GroupedIds groups, SimilarityScratch<Sum> scratch, int k,
-                              int sort_size, int hash_size, SimilarityResults<Sum> results) {
+__global__ void select_kernel(PairInputs pairs, DistinctSizes sizes, GroupedIds groups, SimilarityScratch<Sum> scratch,
+                              int k, int sort_size, int hash_size, SimilarityResults<Sum> results) {
   __shared__ int chosen;
   const int64_t S = sizes.S, M = sizes.M;
   auto* sorted = reinterpret_cast<Key<Sum>*>(block_memory());
@@ -166,11 +168,13 @@ __global__ void select_kernel(PairInputs pairs, DistinctSizes sizes, GroupedIds 
     keys = static_cast<Key<Sum>*>(scratch.keys) + blockIdx.x * S;
   }
   for (int64_t pair = blockIdx.x; pair < sizes.B; pair += gridDim.x) {
-    const int64_t *ids = pairs.document_ids + pair * S, query = pairs.query_index[pair], group = query / M, m = query % M;
+    const int64_t *ids = pairs.document_ids + pair * S, query = pairs.query_index[pair], group = query / M,
+                  m = query % M;
     const auto slot = [&](int64_t position) { return slot_of(groups, sizes.words, group, ids[position]); };
-    const int n = for_each_distinct(ids, pairs.document_mask + pair * S, S, cells, [&](int32_t place, int64_t position, int32_t) {
-      keys[place] = make_key(scratch.best[slot(position) * M + m], position);
-    });
+    const int n =
+        for_each_distinct(ids, pairs.document_mask + pair * S, S, cells, [&](int32_t place, int64_t position, int32_t) {
+          keys[place] = make_key(scratch.best[slot(position) * M + m], position);
+        });
     if (threadIdx.x == 0) chosen = 0;
     __syncthreads();
     int found = n;
@@ -203,8 +207,8 @@ __global__ void select_kernel(PairInputs pairs, DistinctSizes sizes, GroupedIds 
 }
 
 template <typename Sum>
-cudaError_t launch_select(PairInputs pairs, DistinctSizes sizes, GroupedIds groups, SimilarityScratch<Sum> scratch, int64_t k,
-                          SimilarityResults<Sum> results, cudaStream_t stream) {
+cudaError_t launch_select(PairInputs pairs, DistinctSizes sizes, GroupedIds groups, SimilarityScratch<Sum> scratch,
+                          int64_t k, SimilarityResults<Sum> results, cudaStream_t stream) {
   const int64_t long_blocks = scratch_blocks(sizes);
   int sort_size = 1;
   while (sort_size < (long_blocks == 0 ? sizes.S : std::min(k, sizes.S))) sort_size *= 2;
@@ -215,8 +219,8 @@ cudaError_t launch_select(PairInputs pairs, DistinctSizes sizes, GroupedIds grou
     if (status != cudaSuccess) return status;
   }
   return launch_with_memory(select_kernel<Sum>, long_blocks == 0 ? sizes.B : long_blocks,
-                            sort_size * sizeof(Key<Sum>) + 2 * hash * sizeof(int32_t), stream, pairs, sizes, groups, scratch, k,
-                            sort_size, hash, results);
+                            sort_size * sizeof(Key<Sum>) + 2 * hash * sizeof(int32_t), stream, pairs, sizes, groups,
+                            scratch, k, sort_size, hash, results);
 }
 
 }  // namespace
@@ -229,11 +233,14 @@ int64_t queries_per_group(int64_t Q, int64_t T, bool is_double) {
 }
 
 template <typename Row, typename Sum>
-cudaError_t launch_similarity_topk(PairInputs pairs, SimilarityInputs<Row> inputs, DistinctSizes sizes, GroupedIds groups,
-                                   SimilarityScratch<Sum> scratch, SimilarityResults<Sum> results, cudaStream_t stream) {
-  cudaError_t status = launch(begin_kernel<Row, Sum>, sizes.Q * inputs.T, stream, inputs, sizes, groups.bits, scratch.query_scales);
+cudaError_t launch_similarity_topk(PairInputs pairs, SimilarityInputs<Row> inputs, DistinctSizes sizes,
+                                   GroupedIds groups, SimilarityScratch<Sum> scratch, SimilarityResults<Sum> results,
+                                   cudaStream_t stream) {
+  cudaError_t status =
+      launch(begin_kernel<Row, Sum>, sizes.Q * inputs.T, stream, inputs, sizes, groups.bits, scratch.query_scales);
   if (status == cudaSuccess)
-    status = launch_document_rows_number(pairs.document_ids, pairs.document_mask, pairs.query_index, sizes, groups, stream);
+    status =
+        launch_document_rows_number(pairs.document_ids, pairs.document_mask, pairs.query_index, sizes, groups, stream);
   const RowLists lists{groups.rows, groups.row_offsets, nullptr, 0, sizes.G, std::min(sizes.B * sizes.S, sizes.V)};
   const Table<Row> table{inputs.table, inputs.table_stride, sizes.V, inputs.D};
   const Dense<Row> queries{inputs.query_embeds, inputs.D, sizes.Q * inputs.T, sizes.M * inputs.T};
@@ -244,7 +251,7 @@ cudaError_t launch_similarity_topk(PairInputs pairs, SimilarityInputs<Row> input
   return status;
 }
 
-#define INSTANTIATE(Row, Sum)                                                                                   \
+#define INSTANTIATE(Row, Sum)                                                                               \
   template cudaError_t launch_similarity_topk(PairInputs, SimilarityInputs<Row>, DistinctSizes, GroupedIds, \
                                               SimilarityScratch<Sum>, SimilarityResults<Sum>, cudaStream_t);
 INSTANTIATE(float, float)

@@ -28,7 +28,7 @@
 namespace qpeft {
 
 struct RowLists {
-  const int64_t* rows;     // ids, in [0, V)
+  const int64_t* rows;  // ids, in [0, V)
   const int64_t* offsets;  // [L + 1] or null
   const int64_t* lengths;  // [L] where offsets are null
   int64_t stride, L;
@@ -48,12 +48,12 @@ template <typename Row>
 struct Dense {
   const Row* data;
   int64_t stride;
-  int64_t rows;     // in all
+  int64_t rows;  // in all
   int64_t columns;  // of each list
 };
 
 struct RowTile {
-  int64_t first;   // of its rows: a place in RowLists::rows
+  int64_t first;  // of its rows: a place in RowLists::rows
   int list, column;  // column: the first, among those of the list
   int rows, columns;
 };
@@ -65,14 +65,15 @@ struct TileShape {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_;
   static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kWarpsK = kWarpsK_, kStages = kStages_;
   static constexpr int kStageBytes = (kRows + kColumns) * kDepth, kBytes = kStages * kStageBytes;
-  static constexpr int kSteps = kDepth / 64 / kWarpsK;               // sub-tiles of a stage for one warp
+  static constexpr int kSteps = kDepth / 64 / kWarpsK;  // sub-tiles of a stage for one warp
   static constexpr int kM = kRows / kWarpsM / 16, kN = kColumns / kWarpsN / 8;  // 16 x 8 pieces of a warp
-  static constexpr int kStride = kColumns + 8;                       // of c: eight rows of a fragment lie in different banks
+  // of c: eight rows of a fragment lie in different banks
+  static constexpr int kStride = kColumns + 8;
   static_assert(kWarpsM * kWarpsN * kWarpsK * 32 == kThreads && kSteps >= 1 && kM >= 1 && kN >= 1);
 };
-using NarrowTile = TileShape<32, 16, 512, 1, 1, 8, 4>;   // one query: bound by memory, many small tiles of rows
+using NarrowTile = TileShape<32, 16, 512, 1, 1, 8, 4>;  // one query: bound by memory, many small tiles of rows
 using MiddleTile = TileShape<64, 64, 256, 2, 2, 2, 3>;
-using WideTile = TileShape<128, 128, 128, 4, 2, 1, 3>;   // several queries side by side, heads times tokens
+using WideTile = TileShape<128, 128, 128, 4, 2, 1, 3>;  // several queries side by side, heads times tokens
 
 // Brings elements d .. of the rows of an operand into a stage, zeros where there are none: one chunk of 16 bytes of several
 // rows for each thread. begins [kRows]: where the rows begin, null if there is none.
@@ -203,7 +204,8 @@ __device__ const SumOf<Row>* multiply_tile(const Row* const* begins, int D, bool
       char* to = memory + stage % Shape::kStages * Shape::kStageBytes;
       if (stage < stages) {
         load_stage<Shape, Shape::kRows>(to, begins, stage * kElements, D, aligned);
-        load_stage<Shape, Shape::kColumns>(to + Shape::kRows * Shape::kDepth, begins + Shape::kRows, stage * kElements, D, aligned);
+        load_stage<Shape, Shape::kColumns>(to + Shape::kRows * Shape::kDepth, begins + Shape::kRows, stage * kElements,
+                                           D, aligned);
       }
       cp_async_commit();  // also where there is nothing to load, so that the count of the wait is right
     };
@@ -235,10 +237,11 @@ __device__ const SumOf<Row>* multiply_tile(const Row* const* begins, int D, bool
       for (int n = 0; n < Shape::kN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          mine[(warp_m * kWarpRows + m * 16 + sums.row(i)) * Shape::kStride + warp_n * kWarpColumns + n * 8 + sums.column(i)] =
-              sums.c[m][n][i];
+          mine[(warp_m * kWarpRows + m * 16 + sums.row(i)) * Shape::kStride + warp_n * kWarpColumns + n * 8 +
+               sums.column(i)] = sums.c[m][n][i];
     if constexpr (kRowSquares) {
-      Sum* squares = c + Shape::kWarpsK * Shape::kRows * Shape::kStride + (warp_k * Shape::kWarpsN + warp_n) * Shape::kRows;
+      Sum* squares =
+          c + Shape::kWarpsK * Shape::kRows * Shape::kStride + (warp_k * Shape::kWarpsN + warp_n) * Shape::kRows;
 #pragma unroll
       for (int m = 0; m < Shape::kM; ++m)
 #pragma unroll
@@ -323,8 +326,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<Row>)
   for (int at = blockIdx.x; at < row_tiles * (Epilogue::kSequential ? 1 : column_tiles()); at += gridDim.x) {
     int column_tile = Epilogue::kSequential ? 0 : at % column_tiles();
     do {
-      begin_tile<Shape>(Epilogue::kSequential ? at : at / column_tiles(), column_tile * Shape::kColumns, lists, table, dense,
-                        tile, begins);
+      begin_tile<Shape>(Epilogue::kSequential ? at : at / column_tiles(), column_tile * Shape::kColumns, lists, table,
+                        dense, tile, begins);
       if (tile.rows > 0 && tile.columns > 0) {  // for the whole block
         const int D = static_cast<int>(table.D);
         const Sum* squares = multiply_tile<Shape, Epilogue::kRowSquares>(begins, D, aligned, c);
@@ -343,13 +346,16 @@ cudaError_t launch_tiles(RowLists lists, Table<Row> table, Dense<Row> dense, Epi
   const int64_t most = blocks_for(lists.longest, Shape::kRows) * lists.L *
                        (Epilogue::kSequential ? 1 : blocks_for(dense.columns, Shape::kColumns));
   return launch_with_memory(multiply_rows_kernel<Shape, Row, Epilogue>, resident_blocks(most, 2),
-                            Shape::kBytes + (Shape::kRows + Shape::kColumns) * sizeof(Row*), stream, lists, table, dense, aligned(table.data, table.stride) && aligned(dense.data, dense.stride), epilogue);
+                            Shape::kBytes + (Shape::kRows + Shape::kColumns) * sizeof(Row*), stream, lists, table,
+                            dense, aligned(table.data, table.stride) && aligned(dense.data, dense.stride), epilogue);
 }
 
 // The shape follows from the number of columns.
 template <typename Row, typename Epilogue>
-cudaError_t launch_multiply_rows(RowLists lists, Table<Row> table, Dense<Row> dense, Epilogue epilogue, cudaStream_t stream) {
-  if (dense.columns == 0 || table.D > INT_MAX / 2) return dense.columns == 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
+cudaError_t launch_multiply_rows(RowLists lists, Table<Row> table, Dense<Row> dense, Epilogue epilogue,
+                                 cudaStream_t stream) {
+  if (dense.columns == 0 || table.D > INT_MAX / 2)
+    return dense.columns == 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
   if (dense.columns <= NarrowTile::kColumns) return launch_tiles<NarrowTile>(lists, table, dense, epilogue, stream);
   if constexpr (!std::is_same_v<Row, double>)  // 64 sums of double would not stay in registers
     if (dense.columns > MiddleTile::kColumns) return launch_tiles<WideTile>(lists, table, dense, epilogue, stream);

@@ -26,7 +26,9 @@ struct TileTN {
   Sum sums[4][4] = {};
 
   // Where a chunk of 16 bytes of a token lies.
-  __device__ static int place(int token, int chunk) { return token * (kWidth * static_cast<int>(sizeof(Row)) / 16) + chunk; }
+  __device__ static int place(int token, int chunk) {
+    return token * (kWidth * static_cast<int>(sizeof(Row)) / 16) + chunk;
+  }
 
   __device__ void add(const Row* weights, const Row* rows) {
     const int column = threadIdx.x / 16 * 4, d = threadIdx.x % 16 * 4;
@@ -154,7 +156,7 @@ template <typename Row>
 struct TileSource {
   const Row* at;
   int64_t stride;
-  int width;     // numbers before the end of the row, more or fewer than the tile has
+  int width;  // numbers before the end of the row, more or fewer than the tile has
   bool aligned;  // 16 bytes at a time
 
   // One chunk of a token; row -1: zeros.
@@ -173,11 +175,12 @@ struct TileSource {
 
 // Adds up tokens begin ... end - 1 of the lists: places of their rows, and of their weights.
 template <typename Row>
-__device__ void add_gathered(TileTN<Row>& tile, TileSource<Row> weights, TileSource<Row> table, const int64_t* rows, int64_t V,
-                             int64_t begin, int64_t end) {
+__device__ void add_gathered(TileTN<Row>& tile, TileSource<Row> weights, TileSource<Row> table, const int64_t* rows,
+                             int64_t V, int64_t begin, int64_t end) {
   using Tile = TileTN<Row>;
   constexpr int kTokens = Tile::kTokens, kStages = Tile::kStages, kChunk = 16 / sizeof(Row);
-  constexpr int kChunks = Tile::kWidth / kChunk, kTogether = kThreads / kChunks;  // tokens that the threads load at once
+  // tokens that the threads load at once
+  constexpr int kChunks = Tile::kWidth / kChunk, kTogether = kThreads / kChunks;
   constexpr int kLoads = kTokens / kTogether;
   constexpr int kStage = kTokens * (Tile::kColumns + Tile::kWidth);
   static_assert(Tile::kColumns == Tile::kWidth && kLoads * kTogether == kTokens);
@@ -216,7 +219,8 @@ __device__ void add_gathered(TileTN<Row>& tile, TileSource<Row> weights, TileSou
 #pragma unroll 1
   for (int step = 0; step * kTokens < count; ++step) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // this stage is there for all threads, and the one before it, filled again now, has been used by all
+    // this stage is there for all threads, and the one before it, filled again now, has been used by all
+    __syncthreads();
     load(step + kStages - 1);
     const Row* stage = stages + step % kStages * kStage;
     tile.add(stage, stage + kTokens * Tile::kColumns);
@@ -224,7 +228,7 @@ __device__ void add_gathered(TileTN<Row>& tile, TileSource<Row> weights, TileSou
 }
 
 template <typename Row>
-constexpr int kTileTNBytes = TileTN<Row>::kStages * TileTN<Row>::kTokens * (TileTN<Row>::kColumns + TileTN<Row>::kWidth) *
-                             static_cast<int>(sizeof(Row));
+constexpr int kTileTNBytes = TileTN<Row>::kStages * TileTN<Row>::kTokens *
+                             (TileTN<Row>::kColumns + TileTN<Row>::kWidth) * static_cast<int>(sizeof(Row));
 
 }  // namespace qpeft

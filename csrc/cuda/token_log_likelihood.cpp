@@ -7,10 +7,14 @@ namespace {
 template <typename Sum>
 Chunk<Sum> make_chunk(const Tensor& logits, const std::optional<Tensor>& bias, const Tensor& target_ids, int64_t first,
                       double logit_scale, std::optional<double> soft_cap) {
-  return {data<Sum>(logits),       logits.stride(0),
-          const_data<Sum>(bias),   const_data<int64_t>(target_ids),
-          logits.size(0),          logits.size(1),
-          first,                   static_cast<Sum>(logit_scale),
+  return {data<Sum>(logits),
+          logits.stride(0),
+          const_data<Sum>(bias),
+          const_data<int64_t>(target_ids),
+          logits.size(0),
+          logits.size(1),
+          first,
+          static_cast<Sum>(logit_scale),
           cap_or_none<Sum>(soft_cap)};
 }
 
@@ -32,8 +36,8 @@ void chunk(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t
   });
 }
 
-void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logit_scale,
-            std::optional<double> soft_cap, Tensor log_p, Tensor lse, std::optional<Tensor> expectation) {
+void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logit_scale, std::optional<double> soft_cap,
+            Tensor log_p, Tensor lse, std::optional<Tensor> expectation) {
   constexpr auto op = "token_log_likelihood_finish";
   make_contiguous({&running, &target_ids});
   check_token_log_likelihood_finish(running, lm_head, target_ids, log_p, lse, expectation);

@@ -16,7 +16,8 @@ namespace {
 
 template <typename Sum>
 constexpr int kWide = 16 / sizeof(Sum);  // words of one load
-constexpr int kLoads = 4;                // of a thread before it computes: enough in flight to hide the memory's latency
+// of a thread before it computes: enough in flight to hide the memory's latency
+constexpr int kLoads = 4;
 template <typename Sum>
 constexpr int kStep = kThreads * kWide<Sum> * kLoads;  // words that a block takes between two barriers
 
@@ -138,7 +139,8 @@ __global__ void chunk_kernel(Chunk<Sum> chunk, Sum* running, Sum* expectation, i
   const bool nothing = sum.max == -INFINITY;  // every word so far is forbidden: exp(-inf - -inf) would be NaN
   const SoftCap<Sum> cap{chunk.cap};
   replace_row<Kept>(chunk, x, [&](Sum z, int64_t) { return nothing ? Sum(0) : std::exp(z - sum.max) * cap.slope(z); });
-  if (before.max != sum.max && before.max != -INFINITY) scale_row(expectation + row * D, D, std::exp(before.max - sum.max));
+  if (before.max != sum.max && before.max != -INFINITY)
+    scale_row(expectation + row * D, D, std::exp(before.max - sum.max));
 }
 
 template <typename Row, typename Sum>
@@ -186,10 +188,11 @@ cudaError_t launch_token_log_likelihood_chunk_backward(Chunk<Sum> chunk, const S
   return launch(chunk_backward_kernel<Kept, Sum>, chunk.C == 0 ? 0 : chunk.N, stream, chunk, lse, grad);
 }
 
-#define INSTANTIATE(Row, Sum)                                                                                       \
-  template cudaError_t launch_token_log_likelihood_chunk<Row>(Chunk<Sum>, Sum*, Sum*, int64_t, cudaStream_t);       \
-  template cudaError_t launch_token_log_likelihood_finish(Finish<Row, Sum>, cudaStream_t);                          \
-  template cudaError_t launch_token_log_likelihood_chunk_backward<Row>(Chunk<Sum>, const Sum*, const Sum*, cudaStream_t);
+#define INSTANTIATE(Row, Sum)                                                                                 \
+  template cudaError_t launch_token_log_likelihood_chunk<Row>(Chunk<Sum>, Sum*, Sum*, int64_t, cudaStream_t); \
+  template cudaError_t launch_token_log_likelihood_finish(Finish<Row, Sum>, cudaStream_t);                    \
+  template cudaError_t launch_token_log_likelihood_chunk_backward<Row>(Chunk<Sum>, const Sum*, const Sum*,    \
+                                                                       cudaStream_t);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)
 INSTANTIATE(__half, float)

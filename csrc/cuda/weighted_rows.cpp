@@ -4,7 +4,8 @@
 namespace qpeft {
 namespace {
 
-void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Tensor offsets, bool accumulate, Tensor out) {
+void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Tensor offsets, bool accumulate,
+                   Tensor out) {
   constexpr auto op = "weighted_rows";
   make_rows_contiguous({&source});
   make_contiguous({&rows, &offsets});
@@ -15,9 +16,9 @@ void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Te
   dispatch_table<__half, __nv_bfloat16>(op, source.scalar_type(), [&](auto row_tag, auto sum_tag) {
     using Row = decltype(row_tag);
     using Sum = decltype(sum_tag);
-    check_cuda(op, launch_weighted_rows(const_data<Row>(source), source.stride(0), source.size(0), D, const_data<int64_t>(rows),
-                                        const_data<Sum>(weights), const_data<int64_t>(offsets), G, accumulate,
-                                        data<Sum>(out), on_device.stream));
+    check_cuda(op, launch_weighted_rows(const_data<Row>(source), source.stride(0), source.size(0), D,
+                                        const_data<int64_t>(rows), const_data<Sum>(weights),
+                                        const_data<int64_t>(offsets), G, accumulate, data<Sum>(out), on_device.stream));
   });
 }
 

@@ -14,8 +14,9 @@ namespace qpeft {
 namespace {
 
 template <typename Row, typename Sum>
-__global__ void weighted_rows_kernel(const Row* source, int64_t stride, int64_t N, int64_t D, bool aligned, const int64_t* rows,
-                                     const Sum* weights, const int64_t* offsets, int64_t parts, bool accumulate, Sum* out) {
+__global__ void weighted_rows_kernel(const Row* source, int64_t stride, int64_t N, int64_t D, bool aligned,
+                                     const int64_t* rows, const Sum* weights, const int64_t* offsets, int64_t parts,
+                                     bool accumulate, Sum* out) {
   constexpr int kElements = 16 / sizeof(Row), kWarps = kThreads / 32;
   struct alignas(16) Chunk {
     Row x[kElements];
@@ -44,7 +45,8 @@ __global__ void weighted_rows_kernel(const Row* source, int64_t stride, int64_t 
     }
   }
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) of_warps[warp][i * 32 + lane] = sum[i];  // neighbouring lanes in neighbouring banks
+  // neighbouring lanes in neighbouring banks
+  for (int i = 0; i < kElements; ++i) of_warps[warp][i * 32 + lane] = sum[i];
   __syncthreads();
   for (int at = threadIdx.x; at < 32 * kElements && first + at < D; at += kThreads) {
     Sum total = accumulate ? out[segment * D + first + at] : Sum(0);
@@ -61,13 +63,13 @@ cudaError_t launch_weighted_rows(const Row* source, int64_t source_stride, int64
                                  cudaStream_t stream) {
   const int64_t parts = blocks_for(D, 32 * (16 / sizeof(Row)));
   const bool aligned = reinterpret_cast<uintptr_t>(source) % 16 == 0 && source_stride * sizeof(Row) % 16 == 0;
-  return launch(weighted_rows_kernel<Row, Sum>, G * parts, stream, source, source_stride, N, D, aligned, rows, weights, offsets,
-                parts, accumulate, out);
+  return launch(weighted_rows_kernel<Row, Sum>, G * parts, stream, source, source_stride, N, D, aligned, rows, weights,
+                offsets, parts, accumulate, out);
 }
 
-#define INSTANTIATE(Row, Sum)                                                                                              \
-  template cudaError_t launch_weighted_rows(const Row*, int64_t, int64_t, int64_t, const int64_t*, const Sum*, const int64_t*, \
-                                            int64_t, bool, Sum*, cudaStream_t);
+#define INSTANTIATE(Row, Sum)                                                                                  \
+  template cudaError_t launch_weighted_rows(const Row*, int64_t, int64_t, int64_t, const int64_t*, const Sum*, \
+                                            const int64_t*, int64_t, bool, Sum*, cudaStream_t);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)
 INSTANTIATE(__half, float)
