@@ -40,9 +40,9 @@ class Reranker:
     With ``compat="official"`` the score is the mean instead, as in the official code.
 
     Passes are formed over all pairs of a call, sorted by length. A score depends on the batch by rounding only: 1e-5
-    nats per query token in float32; in bfloat16 at most 5e-3 for queries of 16 tokens or more, 1.1e-2 of three to five,
-    2.7e-2 of one, and 1e-3 in the median, with clues of any kind (the demo's LM on a CPU without bfloat16 instructions,
-    where scores spread by 1: ``benchmarks/bench_batch_drift.py``).
+    nats per query token in float32. In bfloat16 up to 2.7e-2 were measured with the demo's LM, where scores spread by 1
+    (median 1e-3; 5e-3 for queries of 16 tokens or more with attention clues), up to 4.4e-2 with tiny random LMs, on a
+    CPU without bfloat16 instructions: ``benchmarks/bench_batch_drift.py``.
 
     Several threads may use one reranker, or rerankers of one LM: they take turns, block by block (8,192 pairs). A
     thread that calls the LM itself meanwhile (``lm.generate``) gets what it always gets; one that changes the LM does
