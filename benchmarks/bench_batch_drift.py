@@ -72,7 +72,7 @@ def make_model(lm: str, dtype: str, clues: str) -> qpeft.QPeftModel:
         ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
         config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **ends, **sizes)
         torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         with torch.no_grad():
             for parameter in base.parameters():
                 if parameter.dim() > 1:

@@ -168,6 +168,7 @@ class Child:
     def _run(arguments: list[str], stderr: int, room: int | None) -> int:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.set_num_threads(1)  # its pool is made again here, before threads that load weights do so at once
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(stderr, 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)

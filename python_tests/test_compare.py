@@ -218,8 +218,9 @@ def test_killed(done, job, tmp_path, capsys):
     assert_same_runs(found, {name: expected[name] for name in found})
 
 
-def test_a_trained_adapter_survives_a_kill_in_ranking(done, job, tmp_path, capsys):
+def test_a_trained_adapter_survives_a_kill_in_ranking(done, job, tmp_path, monkeypatch):
     """As a kill leaves it: the adapter is whole, the run has some queries."""
+    monkeypatch.setattr("qpeft_ext.rerank_run.PAIRS_PER_BLOCK", 1)  # each query is written by itself
     out = tmp_path / "out"
     shutil.copytree(done / "out", out)
     cell = out / "tiny" / "Q-PEFT-A" / "seed-0"
@@ -229,7 +230,7 @@ def test_a_trained_adapter_survives_a_kill_in_ranking(done, job, tmp_path, capsy
     (cell / "result.json").unlink()
     (cell / "run.trec.gz").unlink()
     (cell / "run.trec.gz.json").rename(cell / "run.trec.gz.part.json")
-    formats.write_run(cell / "run.trec.gz.part", {q: lines[q] for q in list(lines)[:3]})
+    formats.write_run(cell / "run.trec.gz.part", {q: lines[q] for q in list(lines)[:3]}, "Q-PEFT-A")
     assert about["settings"] == json.loads((cell / "settings.json").read_text())
     assert compare(done / "plan.yaml", job, out) == 0
     result = results(out)["Q-PEFT-A", 0]

@@ -208,9 +208,9 @@ def test_gradcheck_through_the_choice(source):
     torch.manual_seed(0)
     table = torch.randn(12, 4, dtype=torch.float64)
     config = qpeft.QPeftConfig(clues="top_k", k=2, rank=2, source=source, score_gate=True, clue_embeddings="low_rank")
-    module = qpeft.TopKClues(config, table, torch.ones(12, dtype=torch.bool)).double().train()
-    for parameter in module.parameters():
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    module = qpeft.TopKClues(config, table, torch.ones(12, dtype=torch.bool)).train()
+    for parameter in module.parameters():  # `module.double()` leaves trained modules in float32
+        parameter.data = parameter.data.double() + 0.3 * torch.randn_like(parameter, dtype=torch.float64)
     documents = torch.randint(0, 12, (2 if source == "candidates" else 3, 7))
     inputs = ClueInputs(torch.randint(0, 12, (2, 3)), torch.tensor([[True] * 3, [True] * 2 + [False]]),
                         documents, torch.rand(documents.shape) < 0.9, torch.tensor([0, 1, 1]))  # fmt: skip

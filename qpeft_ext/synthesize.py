@@ -256,8 +256,8 @@ def write_training_set(
     examples = round_trip(select(generated, corpus, doc_ids, filters, counts.dropped), corpus, filters, seed, counts,
                           show_progress_bar=show_progress_bar)
     if (first := next(examples, None)) is None:
-        raise ValueError(f"none of the {counts.generated} generated queries was kept:{counts.reasons(' ')}; loosen the "
-                         f"filters")
+        raise ValueError(f"none of the {counts.generated} generated queries was kept; loosen the filters:"
+                         f"{counts.reasons(' ')}")
     counts.kept = write_examples(partial.target, chain([first], examples))
     numbers = {"generated": counts.generated, "kept": counts.kept, "dropped": dict(+counts.dropped)}
     write_text(partial.target.with_name(f"{partial.target.name}.json"),
