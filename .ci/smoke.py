@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 import qpeft_ext as qpeft
-from qpeft_ext import _library, cli, ops
-from qpeft_ext.ops import clue_attention, similarity_topk, token_log_likelihood  # noqa: F401  the functions
+from qpeft_ext import ops
+from qpeft_ext.cli import app as cli
+from qpeft_ext.ops import _library, clue_attention, similarity_topk, token_log_likelihood  # noqa: F401  the functions
 from qpeft_ext.ops.clue_attention import reference as clue_attention_reference
 from qpeft_ext.ops.similarity_topk import reference as similarity_topk_reference
 from qpeft_ext.ops.token_log_likelihood import reference as token_log_likelihood_reference

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
-from qpeft_ext.batch import PairBatch
-from qpeft_ext.prompt import DocumentPrefix
+from qpeft_ext.prompts.pairs import PairBatch
+from qpeft_ext.prompts.prompt import DocumentPrefix
 
 
 class Shape(NamedTuple):

@@ -24,7 +24,7 @@ from bench_training import make_model
 
 import qpeft_ext as qpeft
 from qpeft_ext import formats
-from qpeft_ext.rerank_run import by_likelihood, rerank_run
+from qpeft_ext.ranking.run import by_likelihood, rerank_run
 
 
 def resident_bytes() -> int:

@@ -23,10 +23,10 @@ from bench_training import TINY, Shape, make_model
 from common import Case, main, run_tiny
 from torch import Tensor
 
-from qpeft_ext.batch import PairBatch, assemble_rows
-from qpeft_ext.lm_attention import LMAttention
-from qpeft_ext.prompt import DocumentPrefix
-from qpeft_ext.suffix_pass import log_likelihood, shared_cache
+from qpeft_ext.engine.suffix_pass import log_likelihood, shared_cache
+from qpeft_ext.lm.attention import LMAttention
+from qpeft_ext.prompts.pairs import PairBatch, assemble_rows
+from qpeft_ext.prompts.prompt import DocumentPrefix
 
 
 class Work:

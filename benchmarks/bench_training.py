@@ -27,9 +27,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
-from qpeft_ext.batch import PairBatch, assemble_rows
-from qpeft_ext.losses import configured_loss
-from qpeft_ext.prompt import DocumentPrefix, SuffixPieces
+from qpeft_ext.prompts.pairs import PairBatch, assemble_rows
+from qpeft_ext.prompts.prompt import DocumentPrefix, SuffixPieces
+from qpeft_ext.training.losses import configured_loss
 
 QUERIES, DOCUMENTS = 4, 8  # a positive and a hard negative for each query
 OFFICIAL_ROWS, OFFICIAL_MICRO_BATCH, DISTINCT_MICRO_BATCH = 56, 4, 8

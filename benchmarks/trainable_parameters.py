@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qpeft_ext.clues import AttentionClues, TopKClues
+from qpeft_ext.adapters.build import AttentionClues, TopKClues
+from qpeft_ext.adapters.generated_lora import GeneratedLora
+from qpeft_ext.adapters.soft_prompt import SoftPrompt
 from qpeft_ext.config import QPeftConfig
-from qpeft_ext.generated_lora import GeneratedLora
 from qpeft_ext.official.clues import OfficialAttentionClues, OfficialTopKClues
 from qpeft_ext.official.prompt import OfficialTokens
-from qpeft_ext.soft_prompt import SoftPrompt
 
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- trainable parameters -->\n).*?(<!-- end -->)", re.DOTALL)

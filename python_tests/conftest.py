@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from qpeft_ext.without_jax import import_bm25s
+from qpeft_ext.utils.optional import import_bm25s
 
 with contextlib.suppress(ImportError):
     import_bm25s()  # before a test does it, and JAX with it
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
 def device(request) -> torch.device:
     """Every device that the operators have kernels for; CUDA where there is a GPU and the library has its kernels."""
     if request.param == "cuda":
-        from qpeft_ext import _library
+        from qpeft_ext.ops import _library
 
         live, why = _library.kernels_live()["cuda"]
         if not live:

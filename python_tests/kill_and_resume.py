@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext import adapter_files, checkpoints
+from qpeft_ext.adapters import files as adapter_files
+from qpeft_ext.training import checkpoints
 
 EXAMPLES = [
     {"query": f"tide {i}?", "positives": [f"the moon {i} pulls"], "negatives": [f"boat {j} of {i}" for j in range(3)]}

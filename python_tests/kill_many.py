@@ -35,8 +35,9 @@ from families.tiny import tiny_lm, tiny_tokenizer  # noqa: E402
 from small_data import write_lines  # noqa: E402
 
 import qpeft_ext as qpeft  # noqa: E402
-from qpeft_ext import index_run, rerank_run  # noqa: E402
 from qpeft_ext.cli import main as qpeft_command  # noqa: E402
+from qpeft_ext.prefixes import index_writer as index_run
+from qpeft_ext.ranking import run as rerank_run  # noqa: E402
 
 QUERIES, CANDIDATES, DOCUMENTS = 24, 8, 40
 WORDS = "tide moon sea boat harbour wind wave month earth low high pull rope lamp fog gull net pier map sail".split()

@@ -66,7 +66,8 @@ def main() -> None:
     build()
     seed, fuzz = f"--seed={options.seed}", ROOT / "python_tests" / "fuzz"
     tests = [ROOT / "python_tests" / "ops" / name for name in TESTS]
-    loaded = f"import qpeft_ext._library as x; x.load(); assert str(x.LIBRARY) == {str(PACKAGE / '_C.so')!r}, x.LIBRARY"
+    library = str(PACKAGE / "_C.so")
+    loaded = f"import qpeft_ext.ops._library as x; x.load(); assert str(x.LIBRARY) == {library!r}, x.LIBRARY"
     commands = [
         ["-P", "-c", loaded],
         ["-P", fuzz / "primitives.py", f"--count={options.count // 2}", seed],

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpeft_ext import _host, _library
+from qpeft_ext import _host
+from qpeft_ext.ops import _library
 
 needs_library = pytest.mark.skipif(not _library.LIBRARY.is_file(), reason="qpeft_ext._C is not built")
 
@@ -222,6 +223,6 @@ def test_library_exports_nothing():
 
 
 def test_package_is_typed_and_holds_no_pickles():
-    package = Path(_library.__file__).parent
+    package = Path(_library.__file__).parents[1]
     assert (package / "py.typed").is_file()
     assert not [path for path in package.rglob("*") if path.suffix in {".pkl", ".pt", ".pth"}]

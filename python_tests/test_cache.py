@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import qpeft_ext as qpeft
-from qpeft_ext.prefix_cache import LayerKV, Layout, PrefixKV
-from qpeft_ext.prefix_files import checksum
+from qpeft_ext.prefixes.files import checksum
+from qpeft_ext.prefixes.kv import LayerKV, Layout, PrefixKV
 from qpeft_ext.utils.files import AtomicWriter
 
 LAYOUT = Layout(((1, 4, 4, None),), torch.float32)  # 32 bytes a token
@@ -170,12 +170,12 @@ def test_every_tier_gives_the_same_bits(family, tmp_path):
 
 
 def test_a_reranker_has_files_read_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr("qpeft_ext.reranker._PAIRS_PER_READ", 2)
+    monkeypatch.setattr("qpeft_ext.ranking.reranker._PAIRS_PER_READ", 2)
     lm, asked = model(), []
     disk = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 30)
     expected = qpeft.Reranker(lm, cache=disk).predict(PAIRS)
     disk.tiers["disk"]._lock.close()  # as the end of a process would
-    monkeypatch.setattr("qpeft_ext.cache_tiers.prefetch", lambda path, *span: asked.append(path.name))
+    monkeypatch.setattr("qpeft_ext.prefixes.tiers.prefetch", lambda path, *span: asked.append(path.name))
     cache = qpeft.DocumentCache(1 << 20, disk=tmp_path, disk_bytes=1 << 30)
     reranker = qpeft.Reranker(lm, cache=cache)
     torch.testing.assert_close(reranker.predict(PAIRS), expected, rtol=0, atol=1e-4)

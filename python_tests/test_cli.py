@@ -13,7 +13,7 @@ from tiny_job import copy_job, make_job, save_adapter
 import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.rerank_systems import Systems, SystemsSpec
+from qpeft_ext.ranking.systems import Systems, SystemsSpec
 
 COMMANDS = ["info", "retrieve", "synthesize", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
 
@@ -282,7 +282,7 @@ def test_interrupted(job, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qpeft_ext.rerank_systems.Systems.__call__", interrupt)
+    monkeypatch.setattr("qpeft_ext.ranking.systems.Systems.__call__", interrupt)
     code = main(["rerank", "--model", str(job / "adapter"), "--data", str(job / "data"), "--run",
                  str(job / "data" / "run.trec"), "--output", str(tmp_path / "out.trec")])
     assert code == 130 and capsys.readouterr().err == "qpeft rerank: error: interrupted\n"

@@ -20,7 +20,7 @@ from qpeft_ext.cli import main
 from qpeft_ext.compare.measures import per_query
 from qpeft_ext.compare.plan import read_plan
 from qpeft_ext.compare.tables import build_tables, csv_text, markdown
-from qpeft_ext.evaluate import evaluate
+from qpeft_ext.evaluation.measures import evaluate
 
 pytest.importorskip("peft")
 pytest.importorskip("bm25s")
@@ -220,7 +220,7 @@ def test_killed(done, job, tmp_path, capsys):
 
 def test_a_trained_adapter_survives_a_kill_in_ranking(done, job, tmp_path, monkeypatch):
     """As a kill leaves it: the adapter is whole, the run has some queries."""
-    monkeypatch.setattr("qpeft_ext.rerank_run.PAIRS_PER_BLOCK", 1)  # each query is written by itself
+    monkeypatch.setattr("qpeft_ext.ranking.run.PAIRS_PER_BLOCK", 1)  # each query is written by itself
     out = tmp_path / "out"
     shutil.copytree(done / "out", out)
     cell = out / "tiny" / "Q-PEFT-A" / "seed-0"
@@ -300,7 +300,7 @@ def test_copied_data_is_the_same_data_and_a_changed_document_is_not(done, job, t
 
 
 def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):
-    from qpeft_ext import train
+    from qpeft_ext.training import trainer as train
 
     budgets, init = [], train.QPeftTrainer.__init__
 

@@ -10,7 +10,7 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 from tiny_job import save_lm
 
 import qpeft_ext as qpeft
-from qpeft_ext.adapter_files import load_weights_into
+from qpeft_ext.adapters.files import load_weights_into
 from qpeft_ext.compare.cost import PeakMemory, Work
 from qpeft_ext.compare.methods import PRESETS
 from qpeft_ext.compare.plan import read_plan

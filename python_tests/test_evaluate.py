@@ -12,14 +12,7 @@ from scipy import stats
 from small_data import shared_data
 
 from qpeft_ext import formats
-from qpeft_ext.evaluate import (
-    compare_table,
-    evaluate,
-    format_p,
-    holm,
-    paired_test,
-    parse_measures,
-)
+from qpeft_ext.evaluation.measures import compare_table, evaluate, format_p, holm, paired_test, parse_measures
 
 QRELS = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"x": 1}, "c": {"w": 1}}
 RUN = {"a": [("y", 3.0), ("n", 2.0), ("x", 1.0)], "b": [("n", 1.0), ("x", 0.5)], "other": [("x", 1.0)]}
@@ -263,7 +256,7 @@ def test_measures_of_gdeval_with_any_ids():
 
 
 def test_commas_within_the_brackets_of_a_measure():
-    from qpeft_ext.commands.common import measure_names
+    from qpeft_ext.cli.common import measure_names
 
     names = ["nDCG@10,RR P(rel=2,judged_only=True)@5", "AP(rel=2)@10, R@5"]
     assert measure_names(names) == ["nDCG@10", "RR", "P(rel=2,judged_only=True)@5", "AP(rel=2)@10", "R@5"]

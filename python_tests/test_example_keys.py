@@ -12,8 +12,8 @@ from small_data import write_lines
 from test_train import EXAMPLES, trainer, weights
 
 from qpeft_ext import formats
-from qpeft_ext.examples import StreamedTrainingExamples, TrainingExamples
 from qpeft_ext.formats.example_keys import ExampleKeys, view
+from qpeft_ext.training.examples import StreamedTrainingExamples, TrainingExamples
 
 OWN = {"query": "why tides", "positives": ["the sea"], "negatives": ["a lamp", "fog"]}
 SPELLINGS = [
@@ -151,7 +151,7 @@ def test_a_loss_without_anything_to_compare_with(tmp_path, caplog, options, with
         with pytest.raises(ValueError, match="12 of 12 training examples have no negatives.*set in_batch_negatives"):
             trainer(tmp_path, model, examples)
         return
-    with caplog.at_level(logging.WARNING, "qpeft_ext.train"):
+    with caplog.at_level(logging.WARNING, "qpeft_ext.training.trainer"):
         trainer(tmp_path, model, examples)
     assert ("have no negatives" in caplog.text) == (wanted == "warning")
 

@@ -9,9 +9,9 @@ import pytest
 from small_data import DOCUMENTS, QUERIES, shared_data, write_folder
 
 from qpeft_ext import formats
-from qpeft_ext.evaluate import evaluate
-from qpeft_ext.first_stage import BM25, bm25_run
+from qpeft_ext.evaluation.measures import evaluate
 from qpeft_ext.formats.ir_datasets import Documents
+from qpeft_ext.ranking.first_stage import BM25, bm25_run
 
 CORPUS = {i: {"id": i, "title": title, "text": text} for i, (title, text) in DOCUMENTS.items()}
 
@@ -120,7 +120,7 @@ def test_an_interrupted_build_leaves_no_index(kept, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qpeft_ext.first_stage._rename_folder", interrupt)
+    monkeypatch.setattr("qpeft_ext.ranking.first_stage._rename_folder", interrupt)
     with pytest.raises(KeyboardInterrupt):
         bm25_run(formats.Corpus(folder), QUERIES)
     assert indexes() == []
@@ -140,13 +140,13 @@ def test_bm25s_without_jax(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
-from qpeft_ext.clue_filters import stop_words
-from qpeft_ext.first_stage import BM25
+from qpeft_ext.adapters.filters import stop_words
+from qpeft_ext.ranking.first_stage import BM25
 assert "the" in stop_words()
 assert BM25({{"d": {{"text": "red fox"}}}}).search("fox", 1)[0][0] == "d"
 assert "jax" not in sys.modules
 import jax
-from qpeft_ext.without_jax import import_bm25s
+from qpeft_ext.utils.optional import import_bm25s
 import_bm25s()
 assert sys.modules["jax"] is jax
 import bm25s.selection

@@ -6,7 +6,7 @@ import pytest
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.fusion import choose_weights, fuse, reciprocal_rank_fusion
+from qpeft_ext.evaluation.fusion import choose_weights, fuse, reciprocal_rank_fusion
 
 ONE = {"q": [("a", 10.0), ("b", 6.0), ("c", 2.0)], "single": [("a", 1.0)]}
 TWO = {"q": [("c", 1.0), ("d", 0.0)]}

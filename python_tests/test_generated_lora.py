@@ -8,10 +8,10 @@ import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.batch import assemble_rows
-from qpeft_ext.generated_lora import find_targets
-from qpeft_ext.losses import pairwise
-from qpeft_ext.suffix_pass import log_likelihood
+from qpeft_ext.adapters.generated_lora import find_targets
+from qpeft_ext.engine.suffix_pass import log_likelihood
+from qpeft_ext.prompts.pairs import assemble_rows
+from qpeft_ext.training.losses import pairwise
 
 
 def model_with(lm=None, moved: bool = True, **options) -> qpeft.QPeftModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qpeft_ext.heap import return_freed_memory
+from qpeft_ext.utils.memory import return_freed_memory
 
 
 def resident_bytes() -> int:

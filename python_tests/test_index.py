@@ -22,12 +22,14 @@ from small_data import DOCUMENTS, QUERIES, RUN
 from tiny_job import copy_job, make_job
 
 import qpeft_ext as qpeft
-from qpeft_ext import formats, index_run, prefix_index
+from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.engine import Engine
-from qpeft_ext.index_run import IndexWriter
-from qpeft_ext.prefix_cache import PrefixKV
-from qpeft_ext.prefix_index import PrefixIndex, shard_paths
+from qpeft_ext.engine.causal import Engine
+from qpeft_ext.prefixes import index as prefix_index
+from qpeft_ext.prefixes import index_writer as index_run
+from qpeft_ext.prefixes.index import PrefixIndex, shard_paths
+from qpeft_ext.prefixes.index_writer import IndexWriter
+from qpeft_ext.prefixes.kv import PrefixKV
 from qpeft_ext.utils.files import AtomicWriter
 
 

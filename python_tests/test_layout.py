@@ -7,7 +7,7 @@ import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.index_run import IndexWriter
+from qpeft_ext.prefixes.index_writer import IndexWriter
 
 
 def model_with(family: str = "llama", **options) -> qpeft.QPeftModel:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from long_job import CANDIDATES, QUERIES, Process, children, command, make_long_job
 
-from qpeft_ext import formats, rerank_systems
+from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.rerank_run import PAIRS_PER_BLOCK
+from qpeft_ext.ranking import systems as rerank_systems
+from qpeft_ext.ranking.run import PAIRS_PER_BLOCK
 
 LINES = QUERIES * CANDIDATES
 PER_BLOCK = PAIRS_PER_BLOCK // CANDIDATES  # queries

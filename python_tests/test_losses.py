@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qpeft_ext import QPeftConfig
-from qpeft_ext.losses import (
+from qpeft_ext.training.losses import (
     LOSSES,
     configured_loss,
     contrastive,

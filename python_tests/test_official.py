@@ -12,10 +12,10 @@ from families.tiny_llama import tiny_llama, tiny_llama_tokenizer
 from official_restatement import Official, Refused
 
 import qpeft_ext as qpeft
-from qpeft_ext.batch import assemble_rows
 from qpeft_ext.official.filters import allowed_pieces
 from qpeft_ext.official.likelihood import counted_tokens
-from qpeft_ext.without_jax import import_bm25s
+from qpeft_ext.prompts.pairs import assemble_rows
+from qpeft_ext.utils.optional import import_bm25s
 
 QUERIES = ["why is the tide high?", "boats", "the moon"]
 DOCUMENTS = [

@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
-from qpeft_ext.loading import load_tokenizer
-from qpeft_ext.prefix_index import expect_same_prompt, prompt_settings
-from qpeft_ext.prompt import Prompt, document_text
+from qpeft_ext.lm.loading import load_tokenizer
+from qpeft_ext.prefixes.index import expect_same_prompt, prompt_settings
+from qpeft_ext.prompts.prompt import Prompt, document_text
 from qpeft_ext.utils.text_tokens import TextTokenizer
 
 BASE_LM = Path(qpeft.__file__).parent / "demo" / "base_lm"

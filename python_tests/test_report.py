@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from qpeft_ext.evaluate import compare_table, evaluate
-from qpeft_ext.report import Clue, Example, Report, html, mean_interval, render, segments, write_html
+from qpeft_ext.evaluation.measures import compare_table, evaluate
+from qpeft_ext.evaluation.report import Clue, Example, Report, html, mean_interval, render, segments, write_html
 
 CODE = '''def bfs_tree(graph, source, depth_limit=None):
     """A tree of the <nodes> & edges that a breadth-first search visits."""

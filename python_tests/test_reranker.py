@@ -11,9 +11,8 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 from transformers import LlamaForSequenceClassification
 
 import qpeft_ext as qpeft
-from qpeft_ext.memory import FIXED_BYTES, bytes_per_token, plan_memory
-from qpeft_ext.prompt import document_text
-from qpeft_ext.schedule import (
+from qpeft_ext.engine.memory import FIXED_BYTES, bytes_per_token, plan_memory
+from qpeft_ext.engine.schedule import (
     document_jobs,
     prefix_groups,
     prefix_tokens,
@@ -21,6 +20,7 @@ from qpeft_ext.schedule import (
     suffix_groups,
     suffix_jobs,
 )
+from qpeft_ext.prompts.prompt import document_text
 
 
 @pytest.fixture(scope="module", params=["attention", "top_k", "none"])
@@ -46,7 +46,7 @@ def test_rank_sorts_and_can_return_the_documents(model):
 
 
 def test_rank_many_equals_rank(model, monkeypatch):
-    monkeypatch.setattr("qpeft_ext.reranker._PAIRS_PER_BLOCK", 5)  # several blocks
+    monkeypatch.setattr("qpeft_ext.ranking.reranker._PAIRS_PER_BLOCK", 5)  # several blocks
     reranker = qpeft.Reranker(model, cache=qpeft.DocumentCache(1 << 20))
     queries, candidates = [*QUERIES, "none", "sea"], [DOCUMENTS, DOCUMENTS[:2], [], DOCUMENTS[::-1]]
     together = reranker.rank_many(queries, candidates)
@@ -213,7 +213,7 @@ def test_similarity_needs_no_language_model_pass(model, monkeypatch):
 
 
 def test_similarity_knows_which_list_a_document_is_in(monkeypatch):
-    monkeypatch.setattr("qpeft_ext.reranker._PAIRS_PER_LIST_BLOCK", 5)
+    monkeypatch.setattr("qpeft_ext.ranking.reranker._PAIRS_PER_LIST_BLOCK", 5)
     config = qpeft.QPeftConfig(clues="top_k", k=12, rank=8, source="candidates")
     reranker = qpeft.Reranker(qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer()))
     lists = [DOCUMENTS[2:], DOCUMENTS[:2], DOCUMENTS, []]

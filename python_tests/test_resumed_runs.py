@@ -9,8 +9,9 @@ import torch
 from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext import formats, rerank_run
-from qpeft_ext.rerank_run import RankedBlock, by_likelihood, run_blocks
+from qpeft_ext import formats
+from qpeft_ext.ranking import run as rerank_run
+from qpeft_ext.ranking.run import RankedBlock, by_likelihood, run_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,7 +174,7 @@ def test_a_full_disk_leaves_whole_blocks(whole, tmp_path, monkeypatch):
 
 def test_a_process_that_waited_while_another_finished(tmp_path, monkeypatch):
     """It has opened the part before the other one gave it its name: it must not write into the result."""
-    from qpeft_ext.formats import partial_file
+    from qpeft_ext.utils import partial_file
 
     out = tmp_path / "run"
     first, real = partial_run(out), partial_file.fcntl.flock

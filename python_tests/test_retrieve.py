@@ -9,11 +9,10 @@ from small_data import QUERIES, shared_data, write_folder, write_lines
 from tiny_job import save_lm
 
 from qpeft_ext import formats
-from qpeft_ext.cli import main
-from qpeft_ext.commands import train
-from qpeft_ext.evaluate import evaluate
-from qpeft_ext.first_stage import bm25_run
+from qpeft_ext.cli import main, train
+from qpeft_ext.evaluation.measures import evaluate
 from qpeft_ext.formats.answers import has_answer
+from qpeft_ext.ranking.first_stage import bm25_run
 
 PASSAGES = ["id\ttext\ttitle", "1\tthe sea rose in 1984\tTides", "2\tthe moon is round\tMoon", "3\tround sea\tSea"]
 RECORDS = [

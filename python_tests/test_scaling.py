@@ -9,6 +9,7 @@ import torch
 from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
+from qpeft_ext.engine.causal import Engine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -100,7 +101,7 @@ def test_flops_are_those_of_the_products():
     rotary = config.hidden_size // config.num_attention_heads * tokens  # positions times frequencies: a product too
     assert counter.get_total_flops() == pytest.approx(
         shape.flops(tokens, head_tokens=tokens) + masked + rotary, rel=1e-3)
-    cache = qpeft.engine.Engine(lm).prefill([[1] * tokens])
+    cache = Engine(lm).prefill([[1] * tokens])
     assert cache.nbytes == tokens * shape.kv_bytes * 2  # float32 here, 16 bits there
 
 

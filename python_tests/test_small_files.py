@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpeft_ext.checkpoints import MANIFEST, why_incomplete
 from qpeft_ext.cli import main
 from qpeft_ext.compare.plan import read_plan
-from qpeft_ext.prefix_files import Damaged, read_contents
+from qpeft_ext.prefixes.files import Damaged, read_contents
+from qpeft_ext.training.checkpoints import MANIFEST, why_incomplete
 from qpeft_ext.utils.console import Stream
 from qpeft_ext.utils.small_files import check_depth, parse_json, read_json, read_yaml
 from qpeft_ext.utils.text import one_line, shorten

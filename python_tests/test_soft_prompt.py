@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 import qpeft_ext as qpeft
 from qpeft_ext.cli import main
-from qpeft_ext.index_run import IndexWriter
+from qpeft_ext.prefixes.index_writer import IndexWriter
 
 
 def model(lm=None, **options) -> qpeft.QPeftModel:
@@ -222,7 +222,7 @@ def test_train_index_and_rerank(tmp_path, capsys, monkeypatch):
 
 
 def test_with_clues_it_keeps_the_name_of_the_method(tmp_path):
-    from qpeft_ext.rerank_systems import SystemsSpec
+    from qpeft_ext.ranking.systems import SystemsSpec
 
     lm = make_job(tmp_path / "job") / "lm"
     for place, (options, name) in enumerate([

@@ -9,9 +9,9 @@ import torch
 from test_train import EXAMPLES, Stream, tiny_model, trainer
 
 from qpeft_ext import QPeftConfig
-from qpeft_ext.checkpoints import mark_complete
-from qpeft_ext.losses import configured_loss
-from qpeft_ext.temperature import best_temperature
+from qpeft_ext.training.checkpoints import mark_complete
+from qpeft_ext.training.losses import configured_loss
+from qpeft_ext.training.temperature import best_temperature
 
 
 def tables(*rows: list[float]):

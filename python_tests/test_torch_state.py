@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import qpeft_ext as qpeft
 from qpeft_ext import ops
-from qpeft_ext.vocabulary import vocabulary_topk
+from qpeft_ext.ops.vocabulary_topk import vocabulary_topk
 
 KINDS = {
     "none": {"clues": "none"},

@@ -83,7 +83,7 @@ def config_of(monkeypatch, job, tmp_path, *options) -> qpeft.QPeftConfig:
 
     monkeypatch.setattr(model, "get_qpeft_model", stop)
     with pytest.raises(Asked) as asked:
-        qpeft.cli.app(["train", "--base-model", str(job / "lm"), "--output", str(tmp_path / "adapter"), "--device",
+        qpeft.cli.app.app(["train", "--base-model", str(job / "lm"), "--output", str(tmp_path / "adapter"), "--device",
                        "cpu", *map(str, options)], standalone_mode=False)
     return asked.value.args[0]
 
@@ -155,7 +155,7 @@ def test_resume_without_a_checkpoint_does_not_replace_an_adapter(job, tmp_path, 
 
 def arguments_of(monkeypatch, job, tmp_path, *options):
     """The `TrainingArguments` of a training with these options."""
-    from qpeft_ext import train as module
+    from qpeft_ext.training import trainer as module
 
     class Asked(Exception):
         pass

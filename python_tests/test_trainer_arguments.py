@@ -11,7 +11,7 @@ import transformers
 from test_train import EACH_STEP, EXAMPLES, tiny_model, trainer, weights
 
 import qpeft_ext as qpeft
-from qpeft_ext.batch import PairBatch
+from qpeft_ext.prompts.pairs import PairBatch
 
 # 1 + 3, 1 + 1, 2 + 2 documents; the third brings one of its positives again as a negative
 UNEVEN = [EXAMPLES[0], {**EXAMPLES[1], "negatives": EXAMPLES[1]["negatives"][:1]},
@@ -130,7 +130,7 @@ def test_settings_that_would_do_nothing(tmp_path, settings, message):
 
 
 def test_settings_without_effect_are_said_once(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "qpeft_ext.train_arguments"):
+    with caplog.at_level(logging.WARNING, "qpeft_ext.training.arguments"):
         trainer(tmp_path, label_names=["x"], average_tokens_across_devices=False)
         trainer(tmp_path, label_names=None, remove_unused_columns=False)
     line, = (record.message for record in caplog.records)

@@ -20,7 +20,7 @@ from tiny_job import copy_job, make_job
 import qpeft_ext as qpeft
 from qpeft_ext.cli import main
 from qpeft_ext.formats import Corpus
-from qpeft_ext.loading import lm_digest, load_config, load_lm, load_tokenizer
+from qpeft_ext.lm.loading import lm_digest, load_config, load_lm, load_tokenizer
 from qpeft_ext.utils.files import AtomicWriter, open_lock, save_file_with, save_folder_with, write_text
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from tiny_job import save_lm
 import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.prompt import Prompt, document_text
+from qpeft_ext.prompts.prompt import Prompt, document_text
 
 INSTRUCTION = "Please write a question based on this passage."
 

@@ -8,18 +8,18 @@ __version__ = "0.1.0"
 
 # The public names and their modules; loaded on first use, so that `qpeft --help` does not wait for torch.
 _PUBLIC = {
-    "AttentionClues": "clues",
-    "Clues": "clues",
-    "DocumentCache": "cache",
-    "Explanation": "explain",
-    "GeneratedLora": "generated_lora",
+    "AttentionClues": "adapters.attention_clues",
+    "Clues": "adapters.layers",
+    "DocumentCache": "prefixes.cache",
+    "Explanation": "ranking.explain",
+    "GeneratedLora": "adapters.generated_lora",
     "QPeftConfig": "config",
     "QPeftModel": "model",
-    "QPeftTrainer": "train",
-    "Reranker": "reranker",
-    "TopKClues": "clues",
+    "QPeftTrainer": "training.trainer",
+    "Reranker": "ranking.reranker",
+    "TopKClues": "adapters.top_k_clues",
     "get_qpeft_model": "model",
-    "load_lm": "loading",
+    "load_lm": "lm.loading",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -28,8 +28,10 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str):
     if name in _PUBLIC:
         return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-    if name in ("ops", "losses"):
-        return importlib.import_module(f".{name}", __name__)
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name == "losses":
+        return importlib.import_module(".training.losses", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

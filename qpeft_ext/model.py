@@ -14,18 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .batch import ClueInputs, PairBatch, Rows, to_device
-from .cache import DocumentCache
-from .clues import Clues, build_clues
+from .adapters.build import Clues, build_clues
+from .adapters.generated_lora import GeneratedLora
+from .adapters.soft_prompt import build_soft_prompt
 from .config import QPeftConfig
-from .encoder_decoder import EncoderStates, make_engine
-from .generated_lora import GeneratedLora
-from .lm_lock import lm_lock
-from .model_arguments import expect_lm_arguments
-from .official.likelihood import counted_tokens
-from .prefix_cache import PrefixKV
-from .prompt import Document, as_pairs, build_prompt
-from .schedule import (
+from .engine.encoder_decoder import EncoderStates, make_engine
+from .engine.schedule import (
     READ_TOKENS_PER_TOKEN,
     default_tokens,
     prefix_groups,
@@ -34,7 +28,13 @@ from .schedule import (
     suffix_groups,
     tokens_worth_a_pass,
 )
-from .soft_prompt import build_soft_prompt
+from .lm.arguments import expect_lm_arguments
+from .lm.lock import lm_lock
+from .official.likelihood import counted_tokens
+from .prefixes.cache import DocumentCache
+from .prefixes.kv import PrefixKV
+from .prompts.pairs import ClueInputs, PairBatch, Rows, to_device
+from .prompts.prompt import Document, as_pairs, build_prompt
 from .utils.forked import computes_now
 from .utils.torch_state import own_state, refuse_backward_in_autocast
 
@@ -403,20 +403,20 @@ class QPeftModel(nn.Module):
 
     def save_pretrained(self, folder) -> None:
         """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card; see `adapter_files`."""
-        from .adapter_files import save_adapter
+        from .adapters.files import save_adapter
 
         save_adapter(self, folder)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Save to a temporary folder and upload it; ``kwargs`` go to `huggingface_hub.HfApi.create_repo`."""
-        from .adapter_files import push_adapter
+        from .adapters.files import push_adapter
 
         return push_adapter(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, folder, lm=None, tokenizer=None, is_trainable: bool = False, **lm_kwargs) -> QPeftModel:
         """Load an adapter; the LM named in its config is loaded unless ``lm`` (a model or a name) is given."""
-        from .adapter_files import load_adapter
+        from .adapters.files import load_adapter
 
         return load_adapter(cls, folder, lm, tokenizer, is_trainable, **lm_kwargs)
 
@@ -436,8 +436,8 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
         a pipeline, a classifier, swapped arguments), with the right call.
     """
     expect_lm_arguments("get_qpeft_model", lm, config, tokenizer)
-    from .adapter_files import describe_lm
-    from .loading import load_tokenizer
+    from .adapters.files import describe_lm
+    from .lm.loading import load_tokenizer
 
     name = getattr(lm, "name_or_path", None) or getattr(lm.config, "_name_or_path", None) or None
     if tokenizer is None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qpeft_ext.config import QPeftConfig
 from qpeft_ext.demo import harvest
-from qpeft_ext.prompt import Prompt
+from qpeft_ext.prompts.prompt import Prompt
 
 
 @dataclass(frozen=True)

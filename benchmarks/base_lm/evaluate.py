@@ -16,9 +16,9 @@ from likelihood import hidden_states, log_likelihoods
 
 from qpeft_ext import QPeftConfig
 from qpeft_ext.demo import harvest
-from qpeft_ext.loading import load_lm, load_tokenizer
-from qpeft_ext.prompt import Prompt
-from qpeft_ext.without_jax import import_bm25s
+from qpeft_ext.lm.loading import load_lm, load_tokenizer
+from qpeft_ext.prompts.prompt import Prompt
+from qpeft_ext.utils.optional import import_bm25s
 
 bm25s = import_bm25s()
 HUMPS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")

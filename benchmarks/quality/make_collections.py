@@ -22,8 +22,8 @@ from pathlib import Path
 from qpeft_ext.config import QPeftConfig
 from qpeft_ext.demo import harvest
 from qpeft_ext.demo.run import BASE_LM, MAX_QUERY_TOKENS
-from qpeft_ext.loading import load_tokenizer
-from qpeft_ext.prompt import Prompt
+from qpeft_ext.lm.loading import load_tokenizer
+from qpeft_ext.prompts.prompt import Prompt
 from qpeft_ext.utils.files import write_text
 
 # Installed beside torch and the tests, and in none of the demo's lists: the packaged LM has not read them.

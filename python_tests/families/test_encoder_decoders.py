@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
-from qpeft_ext.batch import PairBatch
-from qpeft_ext.prompt import document_text
+from qpeft_ext.prompts.pairs import PairBatch
+from qpeft_ext.prompts.prompt import document_text
 
 AROUND = {"t5": "$A </s>", "flan_t5": "$A </s>", "bart": "<s> $A </s>", "pegasus": "$A </s>"}
 

@@ -13,8 +13,8 @@ import torch
 from tiny import DOCUMENTS, FAMILIES, PAIRS, PLAIN_ONLY, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext import engine
-from qpeft_ext.adapter_files import save_adapter
+from qpeft_ext.adapters.files import save_adapter
+from qpeft_ext.engine import causal as engine
 
 CLUES = ["attention", "top_k", "none"]
 

@@ -11,8 +11,8 @@ from transformers import AttentionInterface
 from transformers.integrations import sdpa_attention
 
 import qpeft_ext as qpeft
-from qpeft_ext import lm_attention
-from qpeft_ext.lm_attention import OURS, SDPA, LMAttention, attention
+from qpeft_ext.lm import attention as lm_attention
+from qpeft_ext.lm.attention import OURS, SDPA, LMAttention, attention
 from qpeft_ext.ops._common import multiplies_bfloat16_by_tiles
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
 

@@ -10,7 +10,7 @@ from test_families import scores_and_gradients
 from tiny import FAMILIES, PAIRS, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.lm_norms import LMNorms
+from qpeft_ext.lm.norms import LMNorms
 from qpeft_ext.ops._common import has_bfloat16_products
 
 native = pytest.mark.skipif(not has_bfloat16_products(), reason="this processor has no products of bfloat16")

@@ -11,7 +11,7 @@ from test_families import assert_same, scores_and_gradients, trained_model
 from tiny import own_scores, tiny_lm
 
 import qpeft_ext as qpeft
-from qpeft_ext.lm_rope import find_rotary_tables
+from qpeft_ext.lm.rope import find_rotary_tables
 
 QUERY = "why tides?"
 DOCUMENTS = ["a sea", "the moon pulls the sea twice a day", "boats in a harbour, " * 4, "tides rise and fall, " * 3]

@@ -10,8 +10,8 @@ from tiny import FAMILIES, PAIRS, draw_weights, own_scores, tiny_lm, tiny_tokeni
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qpeft_ext as qpeft
-from qpeft_ext.engine import Engine
-from qpeft_ext.path_check import ordinary_ids
+from qpeft_ext.engine.causal import Engine
+from qpeft_ext.engine.path_check import ordinary_ids
 
 _BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
          "max_position_embeddings": 512, "is_decoder": True, "is_encoder_decoder": False, "pad_token_id": 0,

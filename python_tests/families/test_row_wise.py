@@ -8,7 +8,7 @@ from test_families import assert_same, scores_and_gradients
 from tiny import FAMILIES, PAIRS, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.engine import Engine
+from qpeft_ext.engine.causal import Engine
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ from test_families import assert_same, scores_and_gradients
 from tiny import DOCUMENTS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.losses import pointwise_pairwise
+from qpeft_ext.training.losses import pointwise_pairwise
 
 VARIANTS = {
     "attention, no residual": {"clues": "attention", "residual": False},

@@ -45,7 +45,7 @@ from tiny_job import make_job
 import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.loading import load_tokenizer
+from qpeft_ext.lm.loading import load_tokenizer
 from qpeft_ext.utils.text import one_line
 
 CPU_SECONDS, WALL_SECONDS, MEGABYTES = 10, 100, 500

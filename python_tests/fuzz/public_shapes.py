@@ -21,7 +21,7 @@ from families.tiny import tiny_lm, tiny_tokenizer
 from fuzz.runner import run
 
 import qpeft_ext as qpeft
-from qpeft_ext import _library
+from qpeft_ext.ops import _library
 
 FILTERS = ("query_tokens", "stop_words", "non_alphabetic")
 ONE_ROW = 2 * 32 * 4  # bytes of a projected row

@@ -3,7 +3,7 @@
 import pytest
 from on_cuda import OnGPU, OnReplica, build_replica
 
-from qpeft_ext import _library
+from qpeft_ext.ops import _library
 
 
 @pytest.fixture(scope="session")

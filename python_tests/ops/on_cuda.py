@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import qpeft_ext.ops  # noqa: F401  loads the library
-from qpeft_ext import _library
+from qpeft_ext.ops import _library
 
 ROOT = Path(__file__).parents[2]
 cpu = torch.ops.qpeft_ext

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..heap import return_freed_memory
+from ..utils.memory import return_freed_memory
 
 PETA = 1e15
 

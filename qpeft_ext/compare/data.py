@@ -12,10 +12,10 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from .. import formats
-from ..commands.common import asked_queries, first_stage
+from ..cli.common import asked_queries, first_stage
 from ..formats.trec import Qrels, Run
-from ..prompt import Prompt
-from ..rerank_run import check_candidates
+from ..prompts.prompt import Prompt
+from ..ranking.run import check_candidates
 from .plan import Collection, Part, Training
 
 SAMPLE_SEED = 0  # of test and dev queries: the same for all seeds of a plan

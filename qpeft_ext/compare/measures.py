@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..evaluate import evaluate, parse_measures
+from ..evaluation.measures import evaluate, parse_measures
 from ..formats.trec import Qrels, Run
 
 _CANDIDATE_RECALL = re.compile(r"CandidateRecall@([1-9][0-9]*)")

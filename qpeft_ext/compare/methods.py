@@ -90,8 +90,8 @@ def build_model(plan, method, seed: int, device: str):
     """
     import torch
 
-    from ..adapter_files import describe_lm
-    from ..loading import load_lm, load_tokenizer
+    from ..adapters.files import describe_lm
+    from ..lm.loading import load_lm, load_tokenizer
     from ..model import QPeftModel
     from .prefix_tuning import PrefixTuningModel
     from .yes_no import YesNoModel

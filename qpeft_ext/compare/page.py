@@ -8,8 +8,8 @@ from html import escape
 
 import numpy as np
 
-from ..html_page import INK, draw_svg, page, plain
-from ..report import mean_interval
+from ..evaluation.html_page import INK, draw_svg, page, plain
+from ..evaluation.report import mean_interval
 from .label_places import label_places
 from .plan import Plan
 from .tables import COSTS, CollectionTable, Row, describe_methods, sections

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..attention_backend import without_cudnn_attention
-from ..batch import pad
 from ..config import QPeftConfig
-from ..engine import Engine, _PrefixCache, _PrefixIsStored
+from ..engine.causal import Engine, _PrefixCache, _PrefixIsStored
+from ..lm.attention_backend import without_cudnn_attention
 from ..model import QPeftModel
-from ..prefix_cache import LayerKV, PrefixKV
-from ..prompt import Document, DocumentPrefix, Prompt
+from ..prefixes.kv import LayerKV, PrefixKV
+from ..prompts.pairs import pad
+from ..prompts.prompt import Document, DocumentPrefix, Prompt
 
 
 class PrefixTuningModel(QPeftModel):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..cache import DocumentCache
-from ..prefix_index import PrefixIndex, prompt_settings
-from ..prompt import Prompt
+from ..prefixes.cache import DocumentCache
+from ..prefixes.index import PrefixIndex, prompt_settings
+from ..prompts.prompt import Prompt
 from .plan import Method
 
 

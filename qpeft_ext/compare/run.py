@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import formats
-from ..commands.common import say
+from ..cli.common import say
 from ..formats.trec import Run
 from ..utils.files import write_text
 from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
@@ -26,7 +26,7 @@ from .plan import Method, Plan, file_name
 from .train import trained_model
 
 if TYPE_CHECKING:
-    from ..prefix_index import PrefixIndex
+    from ..prefixes.index import PrefixIndex
     from .prefixes import Prefixes
 
 NOT_TRAINED_ON = ("test",)  # the setting that an adapter does not depend on
@@ -41,8 +41,8 @@ class Comparison:
     """
 
     def __init__(self, plan: Plan, root: Path, output: Path, device: str) -> None:
-        from ..loading import load_tokenizer
-        from ..prompt import Prompt
+        from ..lm.loading import load_tokenizer
+        from ..prompts.prompt import Prompt
 
         self.plan, self.root, self.output, self.device = plan, root, output, device
         self._prompt = Prompt(load_tokenizer(plan.lm_name), plan.config(Method(UPR), plan.seeds[0]))
@@ -55,7 +55,7 @@ class Comparison:
         return self._data[collection]
 
     def index(self, collection: str) -> PrefixIndex | None:
-        from ..prefix_index import PrefixIndex
+        from ..prefixes.index import PrefixIndex
 
         folder = self.plan.collections[collection].index
         if folder and collection not in self._indexes:
@@ -65,7 +65,7 @@ class Comparison:
 
     @cached_property
     def lm_digest(self) -> str:
-        from ..loading import lm_digest
+        from ..lm.loading import lm_digest
 
         return lm_digest(self.plan.lm_name)
 
@@ -203,7 +203,7 @@ class Comparison:
     def _rank(self, cell: Cell, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
         """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
         from .. import Reranker
-        from ..rerank_run import by_likelihood, by_similarity, rerank_run, run_blocks
+        from ..ranking.run import by_likelihood, by_similarity, rerank_run, run_blocks
         from .cost import PETA, PeakMemory, Work
 
         method, prefixes = cell.method, self._prefixes(cell, model)
@@ -236,7 +236,7 @@ class Comparison:
 
     def _fuse(self, cell: Cell, test: Ranked) -> tuple[Run, dict[str, Any]]:
         """Scores of a method and the first stage, weights chosen on dev queries."""
-        from ..fusion import choose_weights, fuse
+        from ..evaluation.fusion import choose_weights, fuse
 
         source, dev = self._fused(cell), self.data(cell.collection).dev
         if source.read() is None:
@@ -288,7 +288,7 @@ def differences(then: dict, now: dict, but: Collection[str] = (), prefix: str = 
 @cache
 def provenance() -> dict[str, Any]:
     """Versions, commit, machine and date: what a result was made with."""
-    from ..commands.info import machine, versions
+    from ..cli.info import machine, versions
 
     return {"versions": versions(), "commit": _commit(), "machine": machine(),
             "date": datetime.date.today().isoformat()}

@@ -26,7 +26,7 @@ def trained_model(plan: Plan, cell: Cell, data: CollectionData, device: str,
     An adapter that is there whole is loaded: its folder holds none with other settings. One that was taken away is
     trained again.
     """
-    from ..adapter_files import load_weights_into
+    from ..adapters.files import load_weights_into
 
     model = build_model(plan, cell.method, cell.seed, device)
     trainable, total = model.get_nb_trainable_parameters()
@@ -53,8 +53,8 @@ def _train(model, cell: Cell, examples: list[dict], device: str, prefixes: Prefi
     """Train in place; linear schedule, a tenth of the steps warms up."""
     from transformers import TrainingArguments
 
-    from ..demo.progress import TrainingBar
-    from ..train import QPeftTrainer
+    from ..training.progress import TrainingBar
+    from ..training.trainer import QPeftTrainer
     from .cost import PeakMemory
 
     method = cell.method

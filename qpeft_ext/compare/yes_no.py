@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import PairBatch, Rows, pad, to_device
 from ..config import QPeftConfig
 from ..model import QPeftModel, Scores
+from ..prompts.pairs import PairBatch, Rows, pad, to_device
 
 ANSWERS = "yes", "no"
 

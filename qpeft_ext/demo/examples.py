@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..evaluation.report import Clue, Example
 from ..formats.trec import Run
-from ..report import Clue, Example
 from .data import Part
 
 

@@ -12,20 +12,20 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..commands.common import say
+from ..cli.common import say
 from ..config import QPeftConfig
-from ..evaluate import compare_table, evaluate, format_p
-from ..first_stage import bm25_run
+from ..evaluation.fusion import fuse
+from ..evaluation.measures import compare_table, evaluate, format_p
+from ..evaluation.report import Report, render, write_html
 from ..formats import training_examples, write_run
 from ..formats.trec import Run
-from ..fusion import fuse
-from ..prompt import Prompt
-from ..report import Report, render, write_html
-from ..rerank_run import by_likelihood, by_similarity, rerank_run
+from ..prompts.prompt import Prompt
+from ..ranking.first_stage import bm25_run
+from ..ranking.run import by_likelihood, by_similarity, rerank_run
+from ..training.progress import TrainingBar
 from ..utils.files import write_text
 from .data import DemoData, load_demo_data
 from .examples import report_examples
-from .progress import TrainingBar
 
 BASE_LM = Path(__file__).parent / "base_lm"
 ADAPTER = Path(__file__).parent / "adapter"  # of it; benchmarks/quality/package_adapter.py
@@ -91,7 +91,7 @@ def main(
         queries: test queries, sampled by ``seed``.
     """
     from .. import DocumentCache, Reranker, get_qpeft_model
-    from ..loading import is_encoder_decoder, load_lm, load_tokenizer, quiet_transformers
+    from ..lm.loading import is_encoder_decoder, load_lm, load_tokenizer, quiet_transformers
 
     started, settings, output = time.perf_counter(), settings or Settings(), Path(output)
     quiet_transformers()
@@ -202,7 +202,7 @@ def _train(system: str, model, examples: list, dev_examples: list, output: Path,
     """Train one adapter in place; returns a line on how it went."""
     from transformers import TrainingArguments
 
-    from ..train import QPeftTrainer
+    from ..training.trainer import QPeftTrainer
 
     count, learning_rate = settings.training_of(system)
     examples = examples[:count]
@@ -268,7 +268,7 @@ def _best_fusion(runs: dict[str, Run], qrels, weights: tuple[float, ...]) -> tup
 def _setting(collections: DemoData, rerankers, settings: Settings, seed: int, name, packaged: bool) -> dict[str, str]:
     import torch
 
-    from ..commands.info import versions
+    from ..cli.info import versions
 
     trained = {system: settings.training_of(system) for system in (CLUES, BEST)}
     if packaged:

@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 
 from ..utils.files import AnyPath, AtomicWriter, is_gzip, sync_folder, write_text
-from .partial_file import PartialFile
+from ..utils.partial_file import PartialFile
 from .trec import Run, check_id, run_lines, written_ranking
 
 _LARGEST = float(np.finfo(np.float32).max)

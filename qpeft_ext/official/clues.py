@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..batch import ClueInputs
-from ..clue_filters import ClueFilter
-from ..clue_layers import ClueEmbeddings, Clues, Float32Module
+from ..adapters.filters import ClueFilter
+from ..adapters.layers import ClueEmbeddings, Clues, Float32Module
 from ..config import QPeftConfig
 from ..ops.similarity_topk import SimilarityTopK, round_scores
+from ..prompts.pairs import ClueInputs
 from .filters import allowed_pieces
 from .prompt import BOS, EOS, OfficialTokens
 

@@ -7,7 +7,7 @@ import string
 import torch
 from torch import Tensor
 
-from ..clue_filters import stop_words
+from ..adapters.filters import stop_words
 from .prompt import BOS, EOS
 
 _LETTERS = frozenset(string.ascii_letters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..batch import PairBatch, Rows
+from ..prompts.pairs import PairBatch, Rows
 
 
 @torch.no_grad()

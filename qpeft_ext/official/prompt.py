@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import QPeftConfig
-from ..prompt import CluesFirstPieces, Document, DocumentPrefix, Prompt, SuffixPieces, document_text
+from ..prompts.prompt import CluesFirstPieces, Document, DocumentPrefix, Prompt, SuffixPieces, document_text
 from ..utils.inputs import short
 
 BOS, EOS = 1, 2  # fixed in the official code

@@ -1,6 +1,6 @@
 """The operators. Each module: the public function with its checks, its parts for both devices, and ``reference``."""
 
-from .. import _library
+from . import _library
 
 _library.load()  # before the modules below: they add their Python parts to the schemas of the library
 

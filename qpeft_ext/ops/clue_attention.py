@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .._library import uses_reference
 from ._common import (
     check_documents,
     check_ids,
@@ -21,6 +20,7 @@ from ._common import (
     sum_dtype,
     with_plain_rows,
 )
+from ._library import uses_reference
 from ._pairs import Pairs, shared_rows
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .._library import uses_reference
 from ._common import exact_float32, outside_autocast, refuse_forward_mode, sum_dtype
+from ._library import uses_reference
 from ._pairs import Pairs
 from .clue_attention import _heads, clue_attention, project_heads
 from .clue_attention_cuda import projected_heads

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import uses_reference
 from ._common import (
     blocks_of_rows,
     check_documents,
@@ -23,6 +22,7 @@ from ._common import (
     sum_dtype,
     with_plain_rows,
 )
+from ._library import uses_reference
 
 METRICS = ("cosine", "dot")
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import uses_reference
 from ._common import (
     add_product,
     check_ids,
@@ -27,6 +26,7 @@ from ._common import (
     refuse_forward_mode,
     sum_dtype,
 )
+from ._library import uses_reference
 
 
 @outside_autocast

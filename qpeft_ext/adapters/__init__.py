@@ -1,0 +1,1 @@
+"""The trained modules: clues, the generated LoRA, the soft prompt; and their files."""

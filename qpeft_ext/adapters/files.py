@@ -1,0 +1,243 @@
+"""Adapters on disk, with PEFT's file names: adapter_config.json, adapter_model.safetensors, README.md.
+
+An LM that is itself a `peft` model is saved by `peft` in the sub-folder ``lm_adapter``, one that was trained itself
+(``train_lm``) as a whole in ``lm``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..config import QPeftConfig
+from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights
+from ..lm.loading import files_digest, load_lm, load_tokenizer
+from ..utils.files import save_file_with, save_folder_with, write_text
+from ..utils.torch_state import own_state
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+LM_ADAPTER, TRAINED_LM = "lm_adapter", "lm"
+_PROBES = 16  # embedding entries by which an LM is recognised
+
+
+@own_state()
+def save_adapter(model, folder: str | Path) -> None:
+    """Save the trained modules; each file appears whole or not at all, the config last.
+
+    Raises: ValueError if a weight is not finite; OSError if the folder cannot be written.
+    """
+    from .. import __version__
+
+    folder = Path(folder)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(model).items()}
+    _expect_finite(state, f"the adapter for {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"cannot save an adapter to {folder}: it is not a folder") from None
+    if hasattr(model.lm, "peft_config"):
+        save_folder_with(folder / LM_ADAPTER, model.lm.save_pretrained)
+    if model.qpeft_config.train_lm:
+        _expect_finite(model.lm.state_dict(), f"the LM for {folder}")
+        save_folder_with(folder / TRAINED_LM, model.lm.save_pretrained)
+    config = model.qpeft_config.to_dict() | {"qpeft_version": __version__}
+    save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    write_text(folder / CARD, _model_card(model, __version__), follow=False)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
+
+
+def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = False, **lm_kwargs):
+    """Load an adapter and, unless given, its base LM.
+
+    Raises: FileNotFoundError for a missing file; ValueError for a damaged one, for keys that are missing or unknown,
+        weights that are not finite, or an LM other than the adapter's.
+    """
+    folder = local_folder(folder)
+    config = QPeftConfig.from_pretrained(folder)
+    state = read_weights(folder / WEIGHTS)
+    if config.train_lm:
+        if lm is not None:
+            raise ValueError(f"{folder} holds a whole LM, trained with train_lm=True; do not pass another")
+        lm = load_lm(folder / TRAINED_LM, **lm_kwargs)
+        tokenizer = tokenizer or load_tokenizer(config.base_model_name_or_path)
+    elif lm is None or isinstance(lm, (str, os.PathLike)):
+        name = lm or config.base_model_name_or_path
+        if not name:
+            raise ValueError(f"{folder}: the adapter does not name its base LM; pass one")
+        lm = load_lm(name, **lm_kwargs)
+    if (folder / LM_ADAPTER).is_dir() and not hasattr(lm, "peft_config"):
+        lm = load_lm_adapter(lm, folder / LM_ADAPTER, is_trainable)
+    if tokenizer is None:
+        name = getattr(lm, "name_or_path", None) or config.base_model_name_or_path
+        if not name:
+            raise ValueError(f"{folder}: tokenizer must be given, because the base LM has no name")
+        tokenizer = load_tokenizer(name)
+    model = cls(lm, config, tokenizer)
+    _expect_same_lm(folder, config, model)
+    _load_state(folder / WEIGHTS, model, state)
+    for module in (*model.trained_modules.values(), *([model.lm] if config.train_lm else ())):
+        module.requires_grad_(is_trainable)
+    return model
+
+
+def load_weights_into(model, folder: str | Path) -> None:
+    """Load the weights of an adapter folder into a model that has the same parts (resuming, the best checkpoint).
+
+    Raises: as `load_adapter`.
+    """
+    folder = Path(folder)
+    _load_state(folder / WEIGHTS, model, read_weights(folder / WEIGHTS))
+    if model.qpeft_config.train_lm:
+        trained = load_lm(folder / TRAINED_LM, dtype=model.engine.table.dtype)
+        model.lm.load_state_dict(trained.state_dict())
+    if hasattr(model.lm, "peft_config"):
+        if not (folder / LM_ADAPTER).is_dir():
+            raise FileNotFoundError(f"{folder} has no {LM_ADAPTER}, but the LM has an adapter")
+        load_lm_adapter_weights(model.lm, folder / LM_ADAPTER, str(model.device))
+
+
+def push_adapter(model, repo_id: str, **kwargs) -> str:
+    """Upload an adapter; returns its URL."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repo = api.create_repo(repo_id, exist_ok=True, **kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder)
+    return str(repo)
+
+
+def describe_lm(engine) -> dict:
+    """What an adapter remembers of its LM: its type, sizes, and a few entries of the embedding table."""
+    table = engine.table.detach()
+    vocabulary, width = table.shape
+    probes = [(i * 7919 % vocabulary, i * 104729 % width) for i in range(1, _PROBES + 1)]
+    return {
+        "model_type": engine.lm.config.model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "embedding_probe": [float(table[row, column]) for row, column in probes],
+    }
+
+
+def adapter_digest(folder: Path) -> str:
+    """A short fingerprint of an adapter's files."""
+    return files_digest([*folder.glob("*"), *folder.glob(f"{LM_ADAPTER}/*"), *folder.glob(f"{TRAINED_LM}/*")])
+
+
+@own_state()
+def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
+    expected, got = config.base_model, describe_lm(model.engine)
+    if expected is None or config.train_lm:  # then the LM came from the adapter's own folder
+        return
+    for name in ("model_type", "vocab_size", "hidden_size"):
+        if expected.get(name) != got[name]:
+            raise ValueError(
+                f"{folder}: the adapter was trained on an LM with {name} {expected.get(name)}, "
+                f"this one has {got[name]}; load its own base LM, {config.base_model_name_or_path}"
+            )
+    # other entries than rounding to half precision explains: another LM of the same shape
+    ours, theirs = (torch.tensor(lm["embedding_probe"], dtype=torch.float32) for lm in (got, expected))
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{folder}: embedding_probe of the adapter must have {len(ours)} numbers, got {len(theirs)}; "
+                         "save the adapter again")
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max())):
+        raise ValueError(
+            f"{folder}: the adapter was trained on an LM with other weights than this "
+            f"{got['model_type']}; load its own base LM, {config.base_model_name_or_path}"
+        )
+
+
+def _state(model) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for prefix, module in model.trained_modules.items()
+            for name, tensor in module.state_dict().items()}
+
+
+@own_state()
+def _load_state(path: Path, model, state: dict) -> None:
+    own = _state(model)
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{path}: missing keys: {', '.join(missing) or 'none'}; unknown keys: "
+            f"{', '.join(unknown) or 'none'}; save the adapter again"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{path}: {name} must have shape {list(own[name].shape)}, got {list(tensor.shape)}")
+    _expect_finite(state, str(path))
+    for prefix, module in model.trained_modules.items():
+        module.load_state_dict({name: state[prefix + name] for name in module.state_dict()})
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a complete Q-PEFT adapter: it has no {path.name}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); save the adapter again") from None
+
+
+def _expect_finite(state: dict[str, torch.Tensor], where: str) -> None:
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: {name} has values that are not finite; train with a lower learning rate")
+
+
+def local_folder(folder: str | Path) -> Path:
+    """The adapter's folder; a Hub id is downloaded."""
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if str(folder).startswith(("/", ".", "~")) or str(folder).count("/") != 1:
+        raise FileNotFoundError(f"there is no adapter folder {folder}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"there is no adapter folder {folder}, and the Hub did not give one ({' '.join(str(error).split())[:120]})"
+        ) from None
+
+
+def _model_card(model, version: str) -> str:
+    config = replace(model.qpeft_config, base_model=None)
+    trainable, total = model.get_nb_trainable_parameters()
+    base = config.base_model_name_or_path or "unknown"
+    card = [
+        "---",
+        "library_name: qpeft_ext",
+        f"base_model: {base}",
+        "tags: [reranking, q-peft]",
+        "---",
+        "",
+        "# Q-PEFT adapter",
+        "",
+        f"Reranks documents by the log-likelihood that `{base}` gives the query after reading the document and its "
+        "clues.",
+        "",
+        "```python",
+        "import qpeft_ext as qpeft",
+        "",
+        'reranker = qpeft.Reranker.from_pretrained("this-folder")',
+        'reranker.rank("a query", ["a document", "another"])',
+        "```",
+        "",
+        f"Trainable parameters: {trainable:,} of {total:,}. Written by qpeft_ext {version}.",
+        "",
+        "| option | value |",
+        "|---|---|",
+    ]
+    card += [f"| {name} | {value} |" for name, value in config.to_dict().items() if value is not None]
+    return "\n".join(card) + "\n"

@@ -1,0 +1,176 @@
+"""A low-rank update of the LM that the query generates: W + B·diag(g(q))·A, on the query suffix only.
+
+Document prefixes are read with W itself, so they stay shared between queries. The suffix of an encoder–decoder LM is
+all that its decoder does, with its attention to the encoder's states; the encoder keeps W. Nothing is patched: forward
+hooks are there during a suffix pass and gone afterwards.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..lm.lock import in_this_thread
+from ..prompts.pairs import PairBatch, pad
+from .layers import Float32Module
+
+DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("q", "v"))  # first there
+ALL_LINEAR = "all-linear"  # peft's word
+_BOTTLENECK = 64  # between the pooled query and the gates of all layers
+
+
+class GeneratedLora(Float32Module):
+    """The query-dependent parameter generator.
+
+    g(q) = 1 + W₂·tanh(W₁·p) with p the mean of the query's embeddings (rows of E, scaled to root mean square 1). W₂ = 0
+    and B = 0 at the start, where the LM is the frozen one. All rows of a batch take one product with A and one with B.
+
+    Args:
+        lm: the language model, or a `peft` model of it, whose own adapters stay in force.
+        width: D, of the embeddings.  rank: of the update.
+        decoder: the LM's; None: ``lm.get_decoder()``.
+        target_modules: endings of module names, as in `peft`, or "all-linear", every linear layer but the head and
+            gates of one output; None takes the first of `DEFAULT_TARGETS` that is there.
+    Raises: ValueError for a target that is not there, is no linear layer, or has fewer than ``rank`` inputs or outputs.
+    """
+
+    def __init__(self, lm: nn.Module, width: int, rank: int = 16, target_modules: Sequence[str] | None = None,
+                 decoder: nn.Module | None = None) -> None:  # fmt: skip
+        super().__init__()
+        targets = find_targets(lm, target_modules, decoder)
+        sizes = {name: _sizes(name, module) for name, module in targets.items()}
+        for name, both in sizes.items():
+            if rank > min(both):
+                raise ValueError(f"QPeftConfig: generated_lora_rank must be at most {min(both)}, the smaller side of "
+                                 f"{name}, got {rank}")
+        self.rank, self.names = rank, list(targets)
+        self.targets = list(targets.values())  # a list of modules is no sub-module: they belong to the LM
+        self.pool = nn.Linear(width, _BOTTLENECK)
+        self.generate = nn.Linear(_BOTTLENECK, len(targets) * rank)
+        nn.init.zeros_(self.generate.weight)
+        nn.init.zeros_(self.generate.bias)
+        self.a = nn.ParameterList([nn.Parameter(torch.randn(rank, n) / n**0.5) for n, _ in sizes.values()])
+        self.b = nn.ParameterList([nn.Parameter(torch.zeros(n, rank)) for _, n in sizes.values()])
+
+    def gates(self, queries: Sequence[Sequence[int]], table: Tensor) -> Tensor:
+        """g of each query, [Q, layers, rank]; ``queries`` are token ids, ``table`` is E."""
+        ids, mask = pad(queries, table.device)
+        rows = table[ids].to(self.pool.weight.dtype) * mask[..., None]
+        pooled = rows.sum(1) / mask.sum(1, keepdim=True)
+        pooled = pooled * pooled.square().mean(1, keepdim=True).clamp_min(1e-30).rsqrt()
+        return 1 + self.generate(torch.tanh(self.pool(pooled))).view(len(queries), -1, self.rank)
+
+    def gates_of_pairs(self, batch: PairBatch, table: Tensor) -> Tensor:
+        """g of the query of each pair, [B, layers, rank]."""
+        used = sorted({query for query, _ in batch.pairs})
+        place = {query: i for i, query in enumerate(used)}
+        rows = torch.tensor([place[query] for query, _ in batch.pairs], device=table.device)
+        return self.gates([batch.queries[query] for query in used], table)[rows]
+
+    @contextmanager
+    def active(self, gates: Tensor, suffix: Tensor | None = None) -> Iterator[None]:
+        """While this is entered, the target layers have the update in this thread.
+
+        gates: [B, layers, rank], of the rows that the LM will read.  suffix: bool [B, L], where the update is in force;
+            None: everywhere.
+        """
+        handles = []
+        try:
+            for layer, module in enumerate(self.targets):
+                hook = in_this_thread(self._hook(layer, gates[:, layer], suffix))
+                handles.append(module.register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: int, gate: Tensor, suffix: Tensor | None):
+        def add_update(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            x = inputs[0]
+            if x.dim() != 3 or len(x) != len(gate):
+                raise ValueError(f"QPeftConfig: target module {self.names[layer]} reads {list(x.shape)}, expected "
+                                 f"[{len(gate)}, L, D]: what does not see the rows apart, as in a mixture of experts, "
+                                 "cannot be updated per query; leave it out of target_modules")
+            a, b = (weight[layer].to(x.device, x.dtype) for weight in (self.a, self.b))
+            inner = (x @ a.T) * gate[:, None].to(x.device, x.dtype)
+            if suffix is not None:
+                inner = inner * suffix[..., None].to(x.device)
+            rows = output.reshape(-1, output.shape[-1])
+            # a quantised layer may give another dtype than it reads
+            inner, b = inner.reshape(-1, self.rank).to(rows.dtype), b.to(rows.dtype)
+            # In place where nothing is recorded. Otherwise not: the output of a quantised layer may be a view, which
+            # autograd refuses to have changed.
+            updated = torch.addmm(rows, inner, b.T) if torch.is_grad_enabled() else rows.addmm_(inner, b.T)
+            return updated.view_as(output)
+
+        return add_update
+
+    @torch.no_grad()
+    def merged(self, query: Sequence[int], table: Tensor) -> dict[str, Tensor]:
+        """Weights of the suffix pass for one query, by parameter name of the LM: W + B·diag(g)·A.
+
+        They are not those of the prefixes. A `peft` adapter on a target is not merged; it adds its part as before.
+        """
+        gates, weights = self.gates([query], table)[0], {}
+        for layer, (name, module) in enumerate(zip(self.names, self.targets, strict=True)):
+            base = getattr(module, "base_layer", module)
+            update = (self.b[layer] * gates[layer]) @ self.a[layer]
+            if _is_transposed(base):
+                update = update.T
+            place = name if base is module else f"{name}.base_layer"
+            weights[f"{place}.weight"] = (base.weight + update).to(base.weight.dtype)
+        return weights
+
+
+def find_targets(
+    lm: nn.Module, target_modules: Sequence[str] | None, decoder: nn.Module | None = None
+) -> dict[str, nn.Module]:
+    """Linear layers whose name ends with one of ``target_modules`` (or all), in the order of the LM.
+
+    Only those of the decoder: an encoder reads the document, and the head's weight is read without calling the head.
+    """
+    inside = {id(module) for module in (lm.get_decoder() if decoder is None else decoder).modules()}
+    modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in inside}
+    if target_modules is not None and list(target_modules) == [ALL_LINEAR]:
+        return {name: module for name, module in modules.items() if _sizes(name, module)[1] > 1}  # no gates
+    for wanted in DEFAULT_TARGETS if target_modules is None else (target_modules,):
+        found = {name: module for name, module in modules.items() if any(_ends(name, ending) for ending in wanted)}
+        if target_modules is None and not found:
+            continue
+        for ending in wanted:
+            if not any(_ends(name, ending) for name in found):
+                raise ValueError(_unknown(ending, modules))
+        return found
+    raise ValueError("QPeftConfig: none of the generated LoRA's usual target modules is in this LM; name them in "
+                     "target_modules, e.g. " + ", ".join(sorted({name.rpartition(".")[2] for name in modules})[:8]))
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _unknown(ending: str, modules: dict[str, nn.Module]) -> str:
+    endings = sorted({name.rpartition(".")[2] for name in modules})
+    close = difflib.get_close_matches(ending, endings, n=1, cutoff=0.4)
+    nearest = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(endings)}"
+    return f"QPeftConfig: target module {ending!r} is not a linear layer of this LM's decoder{nearest}"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer, a Conv1D of transformers (GPT-2), or one of these inside an adapter of peft."""
+    base = getattr(module, "base_layer", module)
+    return isinstance(base, nn.Linear) or _is_transposed(base)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _sizes(name: str, module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs."""
+    base = getattr(module, "base_layer", module)
+    return tuple(base.weight.shape) if _is_transposed(base) else (base.in_features, base.out_features)

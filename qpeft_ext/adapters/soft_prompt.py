@@ -1,0 +1,66 @@
+"""The soft prompt: trained virtual tokens in the place of the instruction, the same for every query and document."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QPeftConfig
+from ..engine.causal import Engine
+from ..prompts.prompt import Prompt
+from .filters import allowed_ids
+from .layers import Float32Module, ResidualMLP
+
+
+class SoftPrompt(Float32Module):
+    """P virtual tokens at a fixed place of every document prefix (prompt tuning, https://arxiv.org/abs/2104.08691).
+
+    They belong to the prefix like tokens of the text: what pads a batch stands to the left of the whole prefix.
+
+    Args:
+        rows: what the virtual tokens are at the start, in the space of table rows, [P, D].
+        scale: what the LM's embedding module multiplies a row with.
+        start: tokens of the prefix that stand before them.
+        mlp: inner width of an MLP that the trained rows pass through (with a residual path, the identity at the
+            start); None: no MLP. It stays part of the adapter, so that training can go on.
+    """
+
+    def __init__(self, rows: Tensor, scale: float, start: int, mlp: int | None = None) -> None:
+        super().__init__()
+        self.scale, self.start = scale, start
+        self.rows = nn.Parameter(rows.detach().float().clone())
+        self.mlp = None if mlp is None else ResidualMLP(rows.shape[1], mlp)
+
+    def forward(self) -> Tensor:
+        """The virtual tokens in the space of ``inputs_embeds``, [P, D] float32."""
+        return (self.rows if self.mlp is None else self.mlp(self.rows)) * self.scale
+
+    def put_into(self, embeds: Tensor, starts: Tensor) -> Tensor:
+        """``embeds`` [B, L, D] with the virtual tokens in their slots; the prefix of row i begins at ``starts[i]``."""
+        vectors = self().expand(len(embeds), -1, -1).to(embeds.dtype)  # in this order: gradients are summed in float32
+        slots = starts[:, None] + torch.arange(self.start, self.start + vectors.shape[1], device=starts.device)
+        return embeds.index_put((torch.arange(len(embeds), device=starts.device)[:, None], slots), vectors)
+
+
+def build_soft_prompt(config: QPeftConfig, prompt: Prompt, engine: Engine) -> SoftPrompt | None:
+    """The soft prompt of a config for an LM; None without ``num_virtual_tokens``.
+
+    Raises: ValueError if the LM's context cannot hold it, or there is no text to take its rows from.
+    """
+    P, table = config.num_virtual_tokens, engine.table
+    if P is None:
+        return None
+    rest = prompt.least_tokens - P
+    if engine.context and P + rest > engine.context:
+        raise ValueError(f"QPeftConfig: num_virtual_tokens must be at most {engine.context - rest}, got {P}: the LM's "
+                         f"context is {engine.context}, and the rest of a prompt takes {rest} or more")
+    if config.soft_prompt_init == "text":
+        ids = prompt.instruction_ids
+        if not ids:
+            raise ValueError("QPeftConfig: soft_prompt_init='text' needs an instruction; set one, or "
+                             "soft_prompt_init='random'")
+        ids = torch.tensor((ids * -(-P // len(ids)))[:P])
+    else:
+        known = allowed_ids(prompt.tokenizer, len(table))[: len(prompt.tokenizer)].nonzero()[:, 0]
+        ids = known[torch.randint(len(known), (P,))]
+    return SoftPrompt(table[ids.to(table.device)], engine.scale, prompt.soft_prompt_start, config.soft_prompt_mlp)

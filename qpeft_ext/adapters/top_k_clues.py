@@ -1,0 +1,159 @@
+"""Q-PEFT-R: the k tokens most similar to the query, each re-embedded by a small MLP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import QPeftConfig
+from ..lm.state import writes
+from ..ops import similarity_topk
+from ..ops.similarity_topk import SimilarityTopK
+from ..ops.vocabulary_topk import row_scales, vocabulary_topk
+from ..prompts.pairs import ClueInputs
+from .filters import ClueFilter
+from .layers import ClueEmbeddings, Clues, Float32Module, Projection, ResidualMLP, SharedClues
+
+
+class TopKClues(Float32Module):
+    """Q-PEFT-R: the k tokens most similar to any query token, each re-embedded by a small MLP.
+
+    s(u) = max_i sim(e_q(q_i), E[u]) for each distinct token id u of the source; larger s first, ties to the id that
+    occurs earlier. Fewer than k candidates give fewer clues, none gives none: never random, masked or template tokens.
+
+    The source is the pair's document, or one list of clues per query: the query's concatenated candidate documents,
+    the whole vocabulary, or for every query token its k neighbours in the vocabulary other than itself.
+
+    With ``score_gate`` e_q is a trained projection of E, and a clue vector is multiplied by 2·σ(a·(s − s̄) + b), s̄ the
+    mean over the pair's clues: the loss then trains the scores of the chosen clues, as in a top-k router. Training
+    chooses 2k, so that those just below the cut are heard. Without it e_q is E itself and the choice is fixed.
+
+    Args:
+        config: resolved `QPeftConfig`.  table: E, [V, D].
+        allowed: bool [V]; False for ids that never qualify (special tokens and the filters).
+    """
+
+    def __init__(self, config: QPeftConfig, table: Tensor, allowed: Tensor) -> None:
+        super().__init__()
+        width = table.shape[1]
+        self.k, self.source, self.similarity = config.k, config.source, config.similarity
+        self.random_seed = config.seed if config.selection == "random" else None
+        self.filter = ClueFilter(allowed, "query_tokens" in config.filters)
+        self.embeddings = ClueEmbeddings(config.clue_embeddings, table, config.rank)
+        self.mlp = ResidualMLP(width, config.rank, config.residual)
+        self.query_projection = Projection(width, config.rank, bias=False) if config.score_gate else None
+        if config.score_gate:
+            self.gate = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, b
+        self._row_scales: tuple[tuple, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_row_scales": None}  # they are known by addresses, which mean nothing elsewhere
+
+    def select(self, inputs: ClueInputs, table: Tensor) -> SimilarityTopK:
+        """The clues of each list, [R, K]: R = B for the source "document", one list per query (R = Q) for others."""
+        trained = self.query_projection is not None
+        k = 2 * self.k if trained and self.training else self.k
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):  # the frozen table's scores train nothing
+            query_embeds = table[inputs.query_ids]
+            if trained:
+                query_embeds = self.query_projection(query_embeds).to(table.dtype)
+            if self.source == "vocabulary_per_token":
+                return self._neighbours(inputs, query_embeds, table, k)
+            Q = len(inputs.query_ids)
+            query_index = inputs.query_index if self.source == "document" else torch.arange(Q, device=table.device)
+            if self.source == "vocabulary":
+                ids = self._vocabulary(query_embeds, inputs, table, k)
+                mask = ids >= 0
+            else:
+                ids, mask = inputs.document_ids, self.filter.tokens(inputs, query_index)
+            if self.random_seed is not None:
+                return _random_choice(ids, mask, _seeds(inputs, query_index, self.random_seed), k)
+            documents = table, ids, mask, query_index
+            return similarity_topk(query_embeds, inputs.query_mask, *documents, k, self.similarity)
+
+    def _vocabulary(self, query_embeds: Tensor, inputs: ClueInputs, table: Tensor, k: int, per_token=False) -> Tensor:
+        norms = self._scales_of(table) if self.similarity == "cosine" else None
+        allowed = self.filter.ids(inputs)
+        return vocabulary_topk(query_embeds, inputs.query_mask, table, allowed, k, self.similarity, per_token, norms)
+
+    def _neighbours(self, inputs: ClueInputs, query_embeds: Tensor, table: Tensor, k: int) -> SimilarityTopK:
+        """The k ids next to each query token, the token itself left out: [Q, T · k], token after token."""
+        Q, T, D = query_embeds.shape
+        ids = self._vocabulary(query_embeds, inputs, table, k + 1, per_token=True)
+        tokens = inputs.query_mask.flatten().nonzero()[:, 0]  # N tokens, each a query of its own
+        ids, own = ids.view(Q * T, k + 1)[tokens], inputs.query_ids.flatten()[tokens]
+        found = similarity_topk(
+            query_embeds.reshape(Q * T, 1, D)[tokens], torch.ones_like(own, dtype=torch.bool)[:, None], table,
+            ids, (ids >= 0) & (ids != own[:, None]), torch.arange(len(own), device=own.device), k, self.similarity,
+        )  # fmt: skip
+        # `found.query_positions` is 0 everywhere: a query of one token
+        positions = torch.where(found.clue_ids >= 0, (tokens % T)[:, None], -1)
+        lists = (found.scores, -torch.inf), (found.clue_ids, -1), (positions, -1)
+        return SimilarityTopK(*(
+            x.new_full((Q * T, k), padding).index_copy(0, tokens, x).view(Q, T * k) for x, padding in lists
+        ))  # fmt: skip
+
+    def _scales_of(self, table: Tensor) -> Tensor:
+        """1 / norm of the table's rows, computed once as long as the table stays."""
+        state = table.data_ptr(), writes(table), table.dtype
+        if self._row_scales is None or self._row_scales[0] != state:
+            # with the table, so that no other can take its address
+            self._row_scales = state, row_scales(table), table.detach()
+        return self._row_scales[1]
+
+    def forward(
+        self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False, alone: bool = False
+    ) -> Clues:
+        """Clues of B pairs. ``table`` [V, D] is the LM's frozen embedding table, ``scale`` its factor."""
+        selected = self.select(inputs, table)
+        mask = selected.clue_ids >= 0
+        rows = self.embeddings(table, selected.clue_ids.clamp_min(0), self.mlp.up.weight.dtype)
+        embeds = self.mlp(rows) * scale * mask[..., None]
+        facts = selected._asdict()
+        if self.query_projection is not None:
+            facts["gates"] = self._gates(selected.scores, mask)
+            embeds = embeds * facts["gates"][..., None]
+        clues = Clues(embeds, mask, facts if explain else None)
+        return clues if self.source == "document" else SharedClues(clues, inputs.query_index)
+
+    def _gates(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """2·σ(a·(s − s̄) + b), [R, K]: 1 for a clue of average score."""
+        scores = scores.masked_fill(~mask, 0).to(self.gate.dtype)
+        mean = scores.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+        return 2 * torch.sigmoid(self.gate[0] * (scores - mean) + self.gate[1])
+
+
+def _random_choice(ids: Tensor, mask: Tensor, seeds: Tensor, k: int) -> SimilarityTopK:
+    """k distinct ids of each row [R, S], by the order of a hash of (seed of the row, id): the paper's ablation."""
+    keys = _mix(ids ^ seeds[:, None]).masked_fill(~mask, _LAST)
+    keys, order = keys.sort(dim=1)
+    repeated = torch.zeros_like(mask)
+    repeated[:, 1:] = keys[:, 1:] == keys[:, :-1]  # of one row, equal keys are equal ids
+    keys, again = keys.masked_fill(repeated, _LAST).sort(dim=1, stable=True)
+    missing = max(k - ids.shape[1], 0)
+    chosen = nn.functional.pad(ids.gather(1, order).gather(1, again), (0, missing))[:, :k]
+    found = nn.functional.pad(keys < _LAST, (0, missing))[:, :k]
+    scores = torch.where(found, 1.0, -torch.inf)
+    return SimilarityTopK(scores, chosen.where(found, -1), torch.full_like(chosen, -1))
+
+
+def _seeds(inputs: ClueInputs, query_index: Tensor, seed: int) -> Tensor:
+    """A number for each (query, document) from their token ids and the seed alone, int64 [R]."""
+
+    def digest(ids: Tensor, mask: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1], device=ids.device) << 32
+        return _mix(ids + places).masked_fill(~mask, 0).sum(1)
+
+    queries = digest(inputs.query_ids, inputs.query_mask)[query_index]
+    documents = digest(inputs.document_ids, inputs.document_mask)
+    return _mix(_mix(queries + seed) + documents)
+
+
+_LAST = torch.iinfo(torch.int64).max
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scrambles int64 one to one (the finaliser of splitmix64); integer products wrap."""
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))

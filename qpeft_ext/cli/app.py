@@ -1,0 +1,121 @@
+"""The command ``qpeft``: info, retrieve, synthesize, train, index, rerank, evaluate, compare, fuse, convert, demo.
+
+The commands are the modules beside this one. They import torch when they run, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..utils.console import standard_streams
+from ..utils.interrupts import Interrupts
+from ..utils.text import one_line
+from . import compare, convert, demo, evaluate, fuse, index, info, rerank, retrieve, synthesize, train
+from .common import Interrupted, spread_measures
+
+# the base of every complaint about arguments; typer has no public name for it
+ClickException = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    help="Rerank text with a frozen language model and a few trained clues (Q-PEFT).",
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)
+for module in (info, retrieve, synthesize, train, index, rerank, evaluate, compare, fuse, convert, demo):
+    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for an error, 130 after Ctrl-C, 141 where the reader of
+    stdout left early (``| head``) and all else is done and saved.
+
+    An error is one line on stderr; ``QPEFT_DEBUG=1`` shows the traceback instead.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with standard_streams() as stdout:
+        code = _run(arguments)
+        stdout.flush()
+        if stdout.error and not code:
+            if isinstance(stdout.error, BrokenPipeError):
+                return 141
+            return _fail(arguments, f"cannot write to stdout: {stdout.error.strerror}; all else is done")
+        return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    with Interrupts() as interrupts:
+        try:
+            code = app(spread_measures(arguments), prog_name="qpeft", standalone_mode=False) or 0
+            return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
+        except (KeyboardInterrupt, typer.Abort):
+            return _fail(arguments, "interrupted", 130)
+        except Interrupted as error:
+            return _fail(arguments, str(error), 130)
+        except ClickException as error:  # an unknown option, a missing argument, ...
+            return _fail(arguments, error.format_message() + (_one_value_each(error, arguments) or " (see --help)"))
+        except Exception as error:
+            notes = getattr(error, "__notes__", ())
+            if interrupts.caused(error):
+                return _fail(arguments, "; ".join(["interrupted", *notes]), 130)
+            if not _is_the_users(error) or os.environ.get("QPEFT_DEBUG", "0") not in ("", "0"):
+                raise
+            return _fail(arguments, "; ".join([_message(error), *notes]))
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Of torch's own errors only this one is the user's to solve; the others are ours, with their traceback."""
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ in ("OutOfMemoryError", "RecursionError")
+    return isinstance(error, (ValueError, TypeError, OSError, ImportError, MemoryError))
+
+
+def _fail(arguments: Sequence[str], message: str, code: int = 2) -> int:
+    names = [command.name for command in app.registered_commands]
+    command = next((argument for argument in arguments if argument in names), None)
+    print(one_line(f"{'qpeft ' + command if command else 'qpeft'}: error: {message}"), file=sys.stderr)
+    return code
+
+
+def _one_value_each(error: Exception, arguments: Sequence[str]) -> str:
+    """What to do where an option was given several values: they are then arguments that nothing expects."""
+    found = re.match(r"Got unexpected extra argument(?:s|\(s\))? \((\S+?)\)*(?: |$)", getattr(error, "message", ""))
+    before = [argument for argument in arguments[: arguments.index(found[1])] if argument.startswith("--")] \
+        if found and found[1] in arguments else []
+    option = before[-1].partition("=")[0] if before else ""
+    return f"; {option} takes one value: repeat it, or put commas between them, as --help says" if option else ""
+
+
+def _message(error: Exception) -> str:
+    """The message of an error; of the system's own errors ("[Errno 13] ...") the readable part."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error})" if str(error) else "not enough memory"
+    if isinstance(error, RecursionError):
+        return "an input is nested too deeply"
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""``qpeft fuse``: one run out of several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="TREC runs, two or more.")],
+    output: Annotated[Path, typer.Option(help="TREC run to write; .gz by its name.")],
+    method: Annotated[str, typer.Option(help="rrf (reciprocal ranks) or scores (weighted sums).")] = "rrf",
+    k: Annotated[int, typer.Option(help="Of rrf: 1 / (k + rank) is summed.")] = 60,
+    weights: Annotated[str | None, typer.Option(help="Of scores: one per run, such as 0.3,0.7.")] = None,
+    normalization: Annotated[str, typer.Option(help="Of scores: min_max or z_score, per query.")] = "min_max",
+    dev_run: Annotated[
+        list[Path] | None, typer.Option(help="Choose the weights on these runs: one for each RUN, in its order.")
+    ] = None,
+    dev_qrels: Annotated[str | None, typer.Option(help="Qrels of the dev queries.")] = None,
+    measure: Annotated[str, typer.Option(help="What the weights are chosen by.")] = "nDCG@10",
+) -> None:
+    """Fuse runs by reciprocal ranks, or by weighted sums of scores with weights that are given or chosen on dev.
+
+    Dev queries must be others than those fused: weights chosen on the test queries would be no result.
+    Example: qpeft fuse bm25.trec mine.trec --method scores --dev-run bm25-dev.trec --dev-run mine-dev.trec
+    --dev-qrels dev.tsv --output fused.trec
+    """
+    from .. import formats
+    from ..evaluation.fusion import choose_weights, fuse, reciprocal_rank_fusion
+    from .common import say
+
+    if method not in ("rrf", "scores"):
+        raise ValueError(f"--method must be rrf or scores, got {method!r}")
+    if len(runs) < 2:
+        raise ValueError(f"expected at least two runs, got {len(runs)}")
+    chosen = _numbers(weights, len(runs))
+    if method == "rrf":
+        if weights or dev_run or dev_qrels:
+            raise ValueError(f"--{'weights' if weights else 'dev-run'} belongs to --method scores")
+        fused = reciprocal_rank_fusion([formats.read_run(run) for run in runs], k)
+        how = f"reciprocal ranks, k {k}"
+    else:
+        read, how = [formats.read_run(run) for run in runs] if chosen else [], "weights as given"
+        if chosen is None:
+            if not (dev_run and dev_qrels):
+                raise ValueError("--method scores needs --weights, or --dev-run for each run and --dev-qrels")
+            if len(dev_run) != len(runs):
+                raise ValueError(f"expected {len(runs)} --dev-run, in the order of the runs, got {len(dev_run)}; "
+                                 "write --dev-run before each")
+            read, qrels = [formats.read_run(run) for run in runs], formats.read_qrels(dev_qrels)
+            for query_id in qrels:
+                if any(query_id in run for run in read):
+                    raise ValueError(f"query {query_id!r} is among the dev queries and among those to fuse; "
+                                     f"choose weights on other queries")
+            chosen, value = choose_weights([formats.read_run(run) for run in dev_run], qrels, measure, normalization)
+            how = (f"weights {', '.join(f'{weight:g}' for weight in chosen)} chosen on {len(qrels)} dev queries "
+                   f"({measure} {value:.4f} there)")
+        fused = fuse(read, chosen, normalization)
+    lines = formats.write_run(output, fused)
+    say(f"{how}; wrote {lines} lines for {len(fused)} queries to {output}")
+
+
+def _numbers(weights: str | None, count: int) -> list[float] | None:
+    if weights is None:
+        return None
+    try:
+        numbers = [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights: expected numbers with commas between them, got {weights!r}") from None
+    if len(numbers) != count:
+        raise ValueError(f"--weights: expected {count} numbers with commas between them, one for each run, got "
+                         f"{len(numbers)}")
+    return numbers

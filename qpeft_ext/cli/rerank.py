@@ -1,0 +1,204 @@
+"""``qpeft rerank``: rerank a run with an adapter, and compare with what there was before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Attention, Device, Dtype, IgnoreIdenticalIds, Measures
+
+
+def command(
+    data: Annotated[str, typer.Option(help="Collection: a folder or file of any format, or an id (see README).")],
+    output: Annotated[Path, typer.Option(help="TREC run to write; .gz by its name.")],
+    model: Annotated[str | None, typer.Option(help="Adapter: a folder or a Hub id.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="LM.  [default: the one the adapter names]")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="TREC run of the first stage.  [default: the data's candidates, else BM25]")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Whose queries.  [default: test, or the only one]")] = None,
+    top_k: Annotated[int, typer.Option(help="Candidates per query.")] = 100,
+    ignore_identical_ids: IgnoreIdenticalIds = False,
+    upr: Annotated[bool, typer.Option("--upr", help="Also rerank without clues (UPR), for comparison.")] = False,
+    similarity_only: Annotated[
+        bool, typer.Option("--similarity-only", help="Also rank by the clues' similarities alone, without the LM.")
+    ] = False,
+    measures: Measures = None,
+    dtype: Dtype = None,
+    attention: Attention = None,
+    device: Device = None,
+    devices: Annotated[
+        str | None, typer.Option(help="One process with its own model for each, such as cuda:0,cuda:1 or cpu,cpu.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: one Ray actor for each of --devices.")] = "local",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with OUTPUT.part, which the same job left when it was "
+                                                        "interrupted; or start over.")
+    ] = True,
+    cache_bytes: Annotated[
+        int, typer.Option(help="Memory per device for documents' prefixes, kept from query to query.")
+    ] = 0,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Bytes per device besides the weights, or free (CUDA): gives token budget and "
+                                      "caches, instead of --cache-bytes.")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="Folder made by qpeft index: documents' prefixes are read from there.")
+    ] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal scores; slower.")] = False,
+    max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a pass.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt of --upr without an adapter: qpeft, or upr as published.  [default: the "
+                                      "adapter's, or qpeft]")
+    ] = None,
+    max_query_tokens: Annotated[
+        int | None, typer.Option(help="A longer query is an error.  [default: the adapter's, or 64]")
+    ] = None,
+    truncate_queries: Annotated[
+        bool, typer.Option("--truncate-queries", help="Cut longer queries at their end, instead of the error.")
+    ] = False,
+    max_document_tokens: Annotated[
+        int | None, typer.Option(help="A longer document is cut.  [default: the adapter's, or 256]")
+    ] = None,
+) -> None:
+    """Rerank the candidates of a first stage.
+
+    --output is the ranking of the adapter. Without --model it is that of --upr, else that of --similarity-only, and
+    --base-model says which LM. If the collection judges, a table shows the measures before and after.
+    """
+    from .. import formats
+    from ..evaluation.measures import compare_table, parse_measures
+    from ..prefixes.index import PrefixIndex
+    from ..ranking.run import check_candidates, rerank_blocks, run_blocks
+    from ..ranking.systems import SystemsSpec
+    from .common import Interrupted, asked_queries, first_stage, measure_names, say
+
+    if not (model or upr or similarity_only):
+        raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")
+    if not (model or base_model):
+        raise ValueError("expected --base-model LM, since there is no adapter that names one")
+    for option, value, least in (("--top-k", top_k, 1), ("--max-query-tokens", max_query_tokens, 1),
+                                 ("--max-document-tokens", max_document_tokens, 1), ("--cache-bytes", cache_bytes, 0),
+                                 ("--max-tokens-per-batch", max_tokens_per_batch, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{option} must be at least {least}, got {value}")
+    if max_memory is not None and (cache_bytes or not (max_memory == "free" or max_memory.isdigit())):
+        raise ValueError("--max-memory and --cache-bytes exclude each other" if cache_bytes else
+                         f"--max-memory must be a number of bytes or free, got {max_memory!r}")
+    places = _devices(device, devices, engine)
+    collection = formats.open_collection(data)
+    corpus, asked, queries = collection.corpus, asked_queries(collection, split), collection.queries(split)
+    names = measure_names(measures)
+    if {"qrels", "answers"} & set(collection.parts):
+        parse_measures(names)
+    candidates, before = first_stage(collection, split, asked, run, top_k, ignore_identical_ids)
+    check_candidates(candidates, queries, corpus, run)
+    qrels = collection.judge(split, [candidates])
+    spec = SystemsSpec(
+        data=os.path.abspath(data) if os.path.exists(data) else data,
+        model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
+        dtype=dtype, attention=attention, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
+        max_query_tokens=max_query_tokens, truncate_queries=truncate_queries,
+        max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
+        max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
+        index=index.absolute() if index else None,
+        template=template,
+    )
+
+    with contextlib.ExitStack() as stack:
+        partials = {}  # opened before the LM is loaded: a bad --output is known at once
+        stack.callback(lambda: [partial.close() for partial in partials.values()])
+        settings, about = spec.settings(queries, candidates), spec.about()
+        for place, name in enumerate(spec.names):
+            partials[name] = formats.PartialRun(output, candidates, settings | {"system": name}, about=about,
+                                                name=name.replace(" ", "-") if place else "", resume=resume,
+                                                blocks=run_blocks(candidates))
+            if partials[name].num_resumed:
+                say(f"{partials[name]}: going on from there")
+        if index:
+            PrefixIndex(index).expect_prompt(spec.prompt())
+        cut = _check_queries(spec.prompt(), {query_id: queries[query_id] for query_id in candidates}, truncate_queries)
+        if cut:
+            say(f"{cut} of {len(candidates)} queries are cut to max_query_tokens = {spec.limits['max_query_tokens']}")
+        runs, results = {before: candidates}, {}
+        try:
+            with _engine(engine, spec, places) as rank:
+                for name, partial in partials.items():
+                    results[name] = rerank_blocks(rank, queries, candidates, name=name, partial=partial)
+                    runs[name] = results[name].run
+            main, *others = partials.values()
+            main.finish()
+            for partial in others:
+                partial.discard()
+        except KeyboardInterrupt:
+            raise Interrupted("; ".join(["interrupted", *_kept(partials)])) from None
+        except Exception as error:
+            for note in _kept(partials):
+                error.add_note(note)
+            raise
+    for name, result in results.items():
+        say(f"{name}: {result}")
+    say(f"wrote {sum(map(len, runs[spec.names[0]].values()))} lines to {output}")
+    if qrels:
+        say(compare_table(runs, qrels, names).render())
+    else:
+        splits = ", ".join(collection.splits) or "none"
+        say(f"{data} has no judgements for these queries, so nothing is evaluated; its splits: {splits}")
+
+
+def _devices(device: str | None, devices: str | None, engine: str) -> list[str | None]:
+    """Where to rank; None leaves it to the engine."""
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine must be local or ray, got {engine!r}")
+    if devices is None:
+        return [device]
+    if device is not None:
+        raise ValueError("give either --device or --devices")
+    places = [place.strip() for place in devices.split(",")]
+    if not all(places):
+        raise ValueError(f"--devices must be names with commas between them, such as cuda:0,cuda:1, got {devices!r}")
+    return places
+
+
+@contextlib.contextmanager
+def _engine(engine: str, spec, devices: list[str | None]):
+    """The `Engine` of the job, for as long as it is needed."""
+    if engine == "ray":
+        from ..ranking.ray_actors import RayActors
+
+        with RayActors(spec, [device for device in devices if device]) as actors:
+            yield actors.rank
+    elif len(devices) > 1:
+        from ..ranking.workers import WorkerProcesses
+
+        with WorkerProcesses(spec, devices) as workers:
+            yield workers.rank
+    else:
+        from ..ranking.systems import Systems
+
+        systems = Systems(spec, devices[0])
+        yield lambda blocks: (systems(block) for block in blocks)
+
+
+def _kept(partials: dict) -> list[str]:
+    """What is left of the work, if anything."""
+    kept = [str(partial) for partial in partials.values() if partial.rankings]
+    return [f"{', '.join(kept)}: the same command goes on from there"] if kept else []
+
+
+def _check_queries(prompt, queries: dict[str, str], truncate: bool) -> int:
+    """Tokenise all queries first: one that is too long is an error now, not after an hour.
+
+    Returns: how many are cut, with ``truncate``.
+    """
+    cut: list[int] | None = [] if truncate else None
+    for query_id, text in queries.items():
+        try:
+            prompt.queries([text], cut)
+        except ValueError as error:
+            raise ValueError(f"query {query_id!r}: {error}") from None
+    return len(cut or ())

@@ -1,0 +1,59 @@
+"""``qpeft retrieve``: the first stage, BM25, as a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import IgnoreIdenticalIds, Measures
+
+
+def command(
+    data: Annotated[str, typer.Option(help="Collection: a folder or file of any format, or an id (see README).")],
+    output: Annotated[Path, typer.Option(help="TREC run to write; .gz by its name.")],
+    split: Annotated[str | None, typer.Option(help="Whose queries.  [default: test, or the only one]")] = None,
+    top_k: Annotated[int, typer.Option(help="Candidates per query.")] = 100,
+    ignore_identical_ids: IgnoreIdenticalIds = False,
+    k1: Annotated[float, typer.Option(help="Of BM25: how soon repeated words stop to count.")] = 0.9,
+    b: Annotated[float, typer.Option(help="Of BM25: how much long documents lose, 0 to 1.")] = 0.4,
+    measures: Measures = None,
+) -> None:
+    """Retrieve candidates with BM25 and, where the collection judges, evaluate them.
+
+    The index is built once and kept. Example: qpeft retrieve --data FOLDER --top-k 1000 --output bm25.trec.gz
+    """
+    from .. import formats
+    from ..evaluation.measures import compare_table, parse_measures
+    from ..formats.trec import check_id
+    from ..ranking.first_stage import BM25
+    from .common import asked_queries, measure_names, say, say_identical
+
+    if top_k < 1:
+        raise ValueError(f"--top-k must be at least 1, got {top_k}")
+    collection = formats.open_collection(data)
+    names = measure_names(measures)
+    judges = {"qrels", "answers"} & set(collection.parts)
+    if judges:
+        parse_measures(names)
+    queries = asked_queries(collection, split)
+    for query_id in queries:
+        check_id(f"{data}: query_id", query_id)
+    with formats.RunWriter(output) as writer:  # opened before the work: a bad --output is known at once
+        index = BM25(collection.corpus, k1=k1, b=b)
+        # one more than asked for, which may be the query itself
+        run = {query_id: index.search(text, top_k + ignore_identical_ids) for query_id, text in queries.items()}
+        if ignore_identical_ids:
+            whole, identical = formats.without_identical_ids(run)
+            run = {query_id: ranking[:top_k] for query_id, ranking in whole.items()}
+            say_identical("BM25", identical)
+        for query_id, ranking in run.items():
+            writer.add(query_id, ranking)
+    say(f"BM25 (k1 {k1:g}, b {b:g}) over {len(index.doc_ids)} documents: wrote {writer.num_lines} lines for "
+        f"{len(queries)} queries to {output}")
+    if without := sum(not ranking for ranking in run.values()):
+        say(f"{without} queries have no candidate: no document holds a word of theirs")
+    qrels = collection.judge(split, [run]) if judges else None
+    if qrels:
+        say(compare_table({"BM25": run}, qrels, names).render())

@@ -1,1 +1,0 @@
-"""The commands of ``qpeft``: each module has one function, ``command``."""

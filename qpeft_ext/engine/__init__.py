@@ -1,0 +1,1 @@
+"""Passes over an LM: which pairs share one, and how it is run."""

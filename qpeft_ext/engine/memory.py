@@ -1,0 +1,64 @@
+"""Token budget and cache budgets from one budget in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .causal import BaseEngine
+from .schedule import READ_TOKENS_PER_TOKEN, default_tokens
+
+FIXED_BYTES = 192 << 20  # chunk of the head (64 MiB), clue vectors (32), the clue operators' blocks, token ids
+FREE_SHARE = 0.9  # of the free memory of a GPU; the rest is for fragments
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """max_tokens_per_batch: of a pass.  cache_bytes: for a `DocumentCache`.  projected_bytes: for Q-PEFT-A's rows."""
+
+    max_tokens_per_batch: int
+    cache_bytes: int
+    projected_bytes: int
+
+
+def bytes_per_token(engine: BaseEngine) -> int:
+    """What a token of the budget takes at most in a pass, in bytes.
+
+    What is kept of it for later passes (its keys and values, or its encoder state); what a layer holds of the 8 prefix
+    tokens that a suffix token's share of the budget may read; and a layer's results: 8 vectors of the hidden size and
+    3 of the MLP's inner size.
+    """
+    config = engine.lm.config.get_text_config()
+    width, itemsize = engine.table.shape[1], engine.table.element_size()
+    names = ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim")
+    inner = next((size for name in names if (size := getattr(config, name, None))), 4 * width)
+    kept, read = engine.token_bytes()
+    return kept + int(READ_TOKENS_PER_TOKEN * read) + itemsize * (8 * width + 3 * inner)
+
+
+def plan_memory(engine: BaseEngine, max_memory: int | str, attention_clues: bool) -> MemoryPlan:
+    """Split ``max_memory`` bytes, which do not include the weights.
+
+    192 MiB are set aside. Half of the rest is for passes, as many tokens as `bytes_per_token` allows, but not more than
+    `default_tokens`, which the device can use; a sixteenth, at most 256 MiB, for projected rows of Q-PEFT-A; what
+    remains for cached prefixes.
+
+    Args:
+        max_memory: bytes; or "free": nine tenths of what is free on a CUDA device.
+    Raises: ValueError if it is too small for passes of 256 tokens, or "free" and not on CUDA.
+    """
+    if max_memory == "free":
+        if engine.device.type != "cuda":
+            raise ValueError("max_memory must be given in bytes: only a CUDA device says how much is free")
+        max_memory = int(FREE_SHARE * torch.cuda.mem_get_info(engine.device)[0])
+    if not isinstance(max_memory, int):
+        raise ValueError(f"max_memory must be a whole number of bytes or 'free', got {max_memory!r}")
+    each, rest = bytes_per_token(engine), max_memory - FIXED_BYTES
+    least = FIXED_BYTES + 512 * each
+    if max_memory < least:
+        raise ValueError(f"max_memory must be at least {least / 2**20:.0f} MiB for this LM, besides its weights; got "
+                         f"{max_memory / 2**20:.0f} MiB")
+    tokens = min(rest // 2 // each, default_tokens(engine.device))
+    projected = min(rest // 16, 256 << 20) if attention_clues else 0
+    return MemoryPlan(tokens, rest - tokens * each - projected, projected)

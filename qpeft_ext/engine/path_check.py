@@ -1,0 +1,167 @@
+"""Do our passes give an LM's own numbers? Tried on two short prompts when an LM is taken, for each way to read them.
+
+What can be wrong is many things with one effect: a decoder that counts slots where a batch is padded on the left (BART
+as a causal LM), one that reads padding, embeddings that are not read as ids are. So the effect is looked at, not a list
+of families: hidden states of a pass against those of the LM's own forward from ids, one prompt by itself, unpadded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..prompts.pairs import PairBatch
+from ..prompts.prompt import DocumentPrefix, SuffixPieces
+
+# two prefixes and what follows them, as lengths: far enough apart that a place counted from the wrong end is far off
+_PREFIXES, _BETWEEN, _SCORED = (3, 12), 2, (5, 3)
+LM_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError,
+             ValueError)  # fmt: skip; what code of other projects raises where something does not fit
+_LARGEST_NOISE = 0.2  # no more is taken for rounding
+
+
+@dataclass
+class Findings:
+    """Reasons in words, "" where there is none.
+
+    why_plain: why a prefix cannot be read once for several suffixes.
+    why_unpadded: why prompts of different lengths cannot be read together, so that each is read by itself.
+    """
+
+    why_plain: str = ""
+    why_unpadded: str = ""
+
+
+@torch.no_grad()
+def check_paths(engine, try_shared: bool) -> Findings:
+    """Four to eight forwards of 16 tokens or less a row.
+
+    try_shared: whether the path with shared prefixes is to be tried.
+    Raises: ValueError if not even a prompt by itself gives what the LM's own forward does.
+    """
+    probe, found = _Probe(engine), Findings()
+    noise, reason = probe.error(shared=False, together=True)
+    if not noise <= probe.rounding:
+        alone, reason_alone = probe.error(shared=False, together=False)
+        if not alone <= probe.rounding:
+            raise ValueError(
+                f"this {engine.lm.config.model_type} LM does not give its own scores for embedded tokens "
+                f"({reason_alone}), which clues need; merge its adapter (merge_and_unload) if it has one, or use "
+                "another LM")  # fmt: skip
+        found.why_unpadded = f"prompts of different lengths disturb each other in it ({reason})"
+        found.why_plain = found.why_unpadded
+    elif try_shared:
+        largest = min(_LARGEST_NOISE, max(probe.rounding, 3 * noise))
+        error, reason = probe.error(shared=True, together=True)
+        if error <= largest and _has_window(engine):
+            with _narrow_window(engine.decoder.config):
+                error, reason = _Probe(engine).error(shared=True, together=True)
+        if not error <= largest:
+            found.why_plain = f"it reads a prompt in two parts otherwise than as a whole ({reason})"
+    return found
+
+
+def _has_window(engine) -> bool:
+    """Whether a few tokens can be read with a narrow sliding window as well.
+
+    A cache may drop what its LM's masks still show (Moshi), which short prompts would not tell. Kernels that get the
+    window from each layer would not see the narrow one.
+    """
+    if engine.is_encoder_decoder or not any(layer and layer[-1] for layer in engine.layout.layers):
+        return False
+    config = getattr(engine.decoder, "config", None)
+    known = isinstance(getattr(config, "sliding_window", None), int) and config is engine.lm.config.get_text_config()
+    return known and config._attn_implementation in ("eager", "sdpa")
+
+
+@contextmanager
+def _narrow_window(config) -> Iterator[None]:
+    window, config.sliding_window = config.sliding_window, min(4, config.sliding_window)
+    try:
+        yield
+    finally:
+        config.sliding_window = window
+
+
+class _Probe:
+    """Two pairs, and what the LM itself makes of them.
+
+    rounding: the largest relative error that counts as rounding.
+    """
+
+    def __init__(self, engine) -> None:
+        self.engine = engine
+        between = 0 if engine.is_encoder_decoder else _BETWEEN  # without clues, its encoder reads the document alone
+        room = (engine.context or 1000) - between - max(_SCORED)
+        lengths = [max(1, min(length, room)) for length in _PREFIXES]
+        ids = ordinary_ids(engine.lm, sum(lengths) + between + sum(_SCORED))
+
+        def take(count: int) -> tuple[int, ...]:
+            taken, ids[:] = tuple(ids[:count]), ids[count:]
+            return taken
+
+        documents = [DocumentPrefix(take(length), 0, length, 0) for length in lengths]
+        self.pieces = SuffixPieces(hints=(), question=(), bare_question=take(between))
+        queries = [take(length) for length in _SCORED]
+        self.pairs = [PairBatch(queries, documents, [(i, i)]) for i in range(len(lengths))]
+        self.both = PairBatch(queries, documents, [(i, i) for i in range(len(lengths))])
+        self.expected = [self._own(document.ids, query) for document, query in zip(documents, queries, strict=True)]
+        self.rounding = _rounding(engine)
+
+    def _own(self, prefix: tuple[int, ...], query: tuple[int, ...]) -> Tensor:
+        logits, hidden = self.engine.own_forward((*prefix, *self.pieces.bare_question), query[:-1])
+        return (hidden if self.engine.head.fused else logits)[-len(query) :].float()
+
+    def error(self, shared: bool, together: bool) -> tuple[float, str]:
+        """Relative error of what the head reads, and words for it. Infinite where the pass fails.
+
+        In low precision the middle one of a pair's tokens counts: rounding may send one to another expert.
+        """
+        try:
+            got = self._read(self.both, shared) if together else torch.cat(
+                [self._read(pair, shared) for pair in self.pairs])  # fmt: skip
+        except torch.OutOfMemoryError:
+            raise
+        except LM_ERRORS as error:
+            return float("inf"), in_one_line(error)
+        rows = got.float().split([len(expected) for expected in self.expected])
+        errors = [(a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
+                  for a, b in zip(rows, self.expected, strict=True)]  # fmt: skip
+        worst = max(float(e.max() if self.engine.table.dtype.itemsize >= 4 else e.median()) for e in errors)
+        return (worst if worst == worst else float("inf")), f"its hidden states are {worst:.1g} off"
+
+    def _read(self, batch: PairBatch, shared: bool) -> Tensor:
+        rows = self.engine.assemble(batch, self.pieces, [0] * len(batch), with_prefix=not shared)
+        prefix = None
+        if shared:
+            prefix = self.engine.read_prefixes([batch.documents[d].ids for _, d in batch.pairs])
+        return self.engine.outputs(rows, None, prefix)
+
+
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _rounding(engine) -> float:
+    dtype = engine.table.dtype
+    if dtype.itemsize >= 4:
+        exact = torch.get_float32_matmul_precision() == "highest"
+        return 1e-4 if exact else 0.02
+    return 0.02 if dtype == torch.float16 else 0.06
+
+
+def ordinary_ids(lm, count: int) -> list[int]:
+    """Token ids spread over the vocabulary, none of them one that a config names (padding, images, ends)."""
+    size = len(lm.get_input_embeddings().weight)
+    named = set()
+    for config in (lm.config, lm.config.get_text_config()):
+        for name, value in config.to_dict().items():
+            if name.endswith(("_token_id", "_token_ids", "_token_index", "_id")):
+                named.update(i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int))
+    free = [i for i in range(size // 16, size) if i not in named] or list(range(size))
+    free = free[: max(count, len(free) // 2)]  # ends of tables are often not trained
+    return [free[i * len(free) // count] for i in range(count)]

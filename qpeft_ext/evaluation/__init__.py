@@ -1,0 +1,1 @@
+"""Measures, comparisons with tests of significance, fusion, and reports."""

@@ -1,0 +1,1 @@
+"""One loaded language model: loading it, its head, and what a pass sets on it."""

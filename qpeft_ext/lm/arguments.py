@@ -1,0 +1,64 @@
+"""What is given as a model, an LM, a config or a tokenizer by mistake: errors that name the right call."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..config import QPeftConfig
+from ..utils.inputs import kind_of
+
+_LOAD = "load_lm(name) loads one"
+
+
+def expect_model(model: object) -> None:
+    """Raises: TypeError if ``model``, of a `Reranker`, is no `QPeftModel`."""
+    if hasattr(model, "qpeft_config") and hasattr(model, "prompt"):
+        return
+    if isinstance(model, str) or hasattr(model, "__fspath__"):
+        raise TypeError(f"Reranker: model must be a QPeftModel, got {kind_of(model)}; Reranker.from_pretrained(…) "
+                        "loads an adapter, load_lm and get_qpeft_model make a model of an LM")
+    if reason := _why_no_lm(model):
+        raise TypeError(f"Reranker: model must be a QPeftModel, got {reason}")
+    raise TypeError(f"Reranker: model must be a QPeftModel, got the LM {type(model).__name__}; wrap it: "
+                    "Reranker(get_qpeft_model(lm, QPeftConfig(clues='none')))")
+
+
+def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object = None) -> None:
+    """Raises: TypeError for what is no LM, no config or no tokenizer; it begins with ``what``."""
+    if reason := _why_no_lm(lm):
+        raise TypeError(f"{what}: lm must be a causal or an encoder–decoder LM, got {reason}")
+    if not isinstance(config, QPeftConfig):
+        got = "a tokenizer, which comes after it" if _is_tokenizer(config) else kind_of(config)
+        raise TypeError(f"{what}: config must be a QPeftConfig, got {got}; give QPeftConfig(clues='top_k', …)")
+    if tokenizer is not None and not _is_tokenizer(tokenizer):
+        raise TypeError(f"{what}: tokenizer must be a transformers tokenizer, got {kind_of(tokenizer)}; load it: "
+                        "AutoTokenizer.from_pretrained(name)")
+
+
+def _why_no_lm(lm: object) -> str:
+    """What it is instead, and what to do; "" for an LM (whether it has a head is tried later)."""
+    if isinstance(lm, str) or hasattr(lm, "__fspath__"):
+        return f"{kind_of(lm)}; {_LOAD}"
+    if _is_tokenizer(lm):
+        return f"a tokenizer ({type(lm).__name__}), which comes after the config; {_LOAD}"
+    if isinstance(lm, QPeftConfig):
+        return "a QPeftConfig, which comes after the LM"
+    if hasattr(lm, "qpeft_config"):
+        return f"a {type(lm).__name__}, which holds an LM already; take its own: model.lm"
+    if hasattr(lm, "model") and hasattr(lm, "tokenizer") and not isinstance(lm, nn.Module):
+        return f"a pipeline ({type(lm).__name__}); give its model: pipeline.model"
+    if type(lm).__module__.startswith("sentence_transformers"):
+        return f"a {type(lm).__name__} of sentence-transformers, which is an encoder; {_LOAD}"
+    if isinstance(lm, type):
+        return f"the class {lm.__name__}; load a model with it: {lm.__name__}.from_pretrained(name)"
+    if not isinstance(lm, nn.Module) or not hasattr(lm, "get_input_embeddings"):
+        return f"{kind_of(lm) if not isinstance(lm, nn.Module) else f'the module {type(lm).__name__}'}; {_LOAD}"
+    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"):
+        if f"For{kind}" in type(lm).__name__:
+            return (f"a {type(lm).__name__}, which does not write text; load the LM itself: load_lm(name), or "
+                    "AutoModelForCausalLM.from_pretrained(name)")
+    return ""
+
+
+def _is_tokenizer(value: object) -> bool:
+    return hasattr(value, "convert_ids_to_tokens") and not isinstance(value, nn.Module)

@@ -1,0 +1,51 @@
+"""Which module of an LM is its decoder: the one whose hidden states the head reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .lock import in_this_thread
+
+
+@torch.no_grad()
+def find_decoder(lm: nn.Module, run: Callable[[], object]) -> nn.Module:
+    """``lm.get_decoder()`` if it is that module; transformers guesses it by names, and some families have others.
+
+    Otherwise the outermost module with a ``last_hidden_state`` which is what the head reads, or else the last one that
+    ends (ModernBERT's has one more layer before the head).
+    run: one forward of the LM.
+    Raises: ValueError if there is none.
+    """
+    ended: dict[nn.Module, Tensor] = {}
+    read: list[Tensor] = []
+
+    def note(module: nn.Module, inputs: tuple, output: object) -> None:
+        hidden = getattr(output, "last_hidden_state", None)
+        if isinstance(hidden, Tensor) and hidden.dim() == 3:
+            ended.pop(module, None)  # the order is that of the last call
+            ended[module] = hidden
+
+    inner = [module for module in lm.modules() if module is not lm]
+    handles = [module.register_forward_hook(in_this_thread(note)) for module in inner]
+    if (head := lm.get_output_embeddings()) is not None:
+        first = in_this_thread(lambda _, inputs: read.extend(inputs[:1]))
+        handles.append(head.register_forward_pre_hook(first))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    named = lm.get_decoder() if hasattr(lm, "get_decoder") else None
+    if named in ended:
+        return named
+    outermost_first = list(reversed(ended))
+    for module in outermost_first:
+        if read and read[-1].shape == ended[module].shape and torch.equal(read[-1], ended[module]):
+            return module
+    if not outermost_first:
+        raise ValueError(f"no module of this {lm.config.model_type} LM gives the hidden states that its head reads, so "
+                         "that prompts with clues cannot be given to it; use another LM")
+    return outermost_first[0]

@@ -1,0 +1,89 @@
+"""The LM head as a formula, checked once against the model's own logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import token_log_likelihood
+
+
+class LikelihoodHead:
+    """log p of given tokens from final hidden states: z = cap·tanh((scale·h·Wᵀ + bias)/cap), then log-softmax.
+
+    The three settings come from the LM's config (``final_logit_softcapping``, ``logit_scale``,
+    ``logits_scaling``) or from the caller; the bias is the layer's, and the LM's own where it has one (BART). Names
+    differ between families, so a probe compares the formula with the model's logits.
+
+    Args:
+        lm: the language model.
+        probe: gives the LM's own logits [L, V] and the final hidden states [L, D] of two pieces of a prompt, ids.
+        logit_scale: None takes the config's.
+
+    Attributes:
+        fused: True when the formula agrees; False when the model's own logits must be used.
+        reason: why not, in words ("" when fused).
+    """
+
+    def __init__(
+        self, lm, probe: Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]],
+        logit_scale: float | None = None,
+    ) -> None:
+        self.lm = lm
+        self.module = lm.get_output_embeddings()
+        config = lm.config.get_text_config()
+        scaling = getattr(config, "logits_scaling", None)
+        of_config = getattr(config, "logit_scale", None) or (1.0 / scaling if scaling else 1.0)
+        self.logit_scale = float(of_config if logit_scale is None else logit_scale)
+        self.soft_cap = getattr(config, "final_logit_softcapping", None)
+        self.reason = self._why_not_fused(probe)
+        self.fused = not self.reason
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], or None. Asked for again each time: a buffer is another tensor after the LM has moved."""
+        of_layer, of_lm = self.module.bias, getattr(self.lm, "final_logits_bias", None)
+        if of_lm is None:
+            return of_layer
+        of_lm = of_lm[0].to(self.module.weight.dtype)
+        return of_lm if of_layer is None else of_layer + of_lm
+
+    def _why_not_fused(self, probe) -> str:
+        if type(self.module) is not nn.Linear:  # quantised, or a LoRA layer whose product is not yet zero
+            return f"the LM head is a {type(self.module).__name__}, not a plain Linear layer"
+        if not self.module.weight.is_floating_point():
+            return f"the LM head's weight is {self.module.weight.dtype}"
+        ids = [i % len(self.module.weight) for i in range(4)]
+        with torch.no_grad():
+            own, hidden = probe(ids, ids)
+            own, ours = own.float(), self._logits(hidden).float()
+        if not own.isfinite().all():
+            raise ValueError(
+                "the LM's logits are not finite: its weights are broken, or its dtype overflows "
+                "(try bfloat16 or float32)"
+            )
+        # both round once to the model's dtype, in a different order
+        tolerance = 1e-4 if own.dtype == hidden.dtype else 4 * torch.finfo(hidden.dtype).eps
+        atol = tolerance * float(own.abs().max())
+        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=tolerance, atol=atol):
+            return "the head formula does not give this model's logits"
+        return ""
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.logit_scale * nn.functional.linear(hidden.to(self.module.weight.dtype), self.module.weight)
+        logits = logits if self.bias is None else logits + self.bias
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def __call__(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
+        """log p of ``target_ids`` [N] given ``hidden`` [N, D]; float32 [N], nats. Only when `fused`."""
+        weight = self.module.weight
+        return token_log_likelihood(
+            hidden.to(weight.dtype), weight, target_ids, self.bias, self.soft_cap, self.logit_scale
+        )
+
+
+def log_likelihood_of_logits(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """log p of ``target_ids`` [N] from the model's own ``logits`` [N, V]; float32 [N], nats."""
+    return logits.float().log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]

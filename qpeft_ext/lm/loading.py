@@ -1,0 +1,212 @@
+"""Loading base LMs and tokenizers from the Hub or a folder; one clear line when that fails."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from ..utils.small_files import read_json
+
+
+def load_lm(
+    name_or_path: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    attention: str | None = None,
+    **kwargs,
+):
+    """An `AutoModelForCausalLM`, or an `AutoModelForSeq2SeqLM` where the config says that the LM is an encoder–decoder.
+
+    In eval mode; safetensors only, no remote code.
+
+    Args:
+        name_or_path: Hub id or folder.
+        dtype: e.g. "bfloat16"; None takes the checkpoint's own.
+        device: e.g. "cuda"; None leaves it to transformers (the CPU, unless ``device_map`` is given).
+        attention: transformers' ``attn_implementation``, e.g. "flash_attention_2"; None leaves it to transformers
+            ("sdpa" where the LM has it).
+        kwargs: go to ``from_pretrained`` (``device_map``, ``quantization_config``, …), but not ``trust_remote_code``.
+    Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither, or that
+        needs code or an adapter that lies beside it.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+    )
+
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        dtype = getattr(torch, dtype)
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError(f"load_lm: the code in {str(name_or_path)!r} is not run (trust_remote_code); load that LM "
+                         "with transformers yourself, if you trust it, and pass it")
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    config = kwargs.get("config") or load_config(name_or_path, **kwargs)
+    auto, mapping = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+    if is_encoder_decoder(config):
+        auto, mapping = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
+        _expect_lm_alone(name_or_path, kwargs)
+        if attention is None:
+            _expect_no_kernels(config)
+        if type(config) not in mapping:
+            raise ValueError(f"expected a causal or an encoder–decoder LM, got model_type {config.model_type!r}, which "
+                             "is neither")
+        lm = auto.from_pretrained(_existing(name_or_path), dtype=dtype or "auto", use_safetensors=True,
+                                  trust_remote_code=False, **kwargs)
+        return (lm.to(device) if device else lm).eval()
+
+
+def load_config(name_or_path: str | Path, **kwargs):
+    """The `AutoConfig` of a model, no remote code; of ``kwargs``, those that say where it is are used."""
+    from transformers import AutoConfig
+
+    with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
+        return AutoConfig.from_pretrained(_existing(name_or_path), trust_remote_code=False, **_where(kwargs))
+
+
+def is_encoder_decoder(config) -> bool:
+    """Whether a config is that of an encoder–decoder."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def load_tokenizer(name_or_path: str | Path):
+    """The `AutoTokenizer` of a model; no remote code."""
+    from transformers import AutoTokenizer
+
+    with one_line(f"cannot load the tokenizer of {str(name_or_path)!r}"):
+        return AutoTokenizer.from_pretrained(_existing(name_or_path), trust_remote_code=False)
+
+
+def lm_digest(name_or_path: str | Path) -> str:
+    """A short fingerprint of a base LM that is not loaded: of its files, or its name and commit on the Hub."""
+    from transformers import AutoConfig
+
+    with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
+        name = _existing(name_or_path)
+        if Path(name).is_dir():
+            return files_digest(Path(name).glob("*"))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return f"{name} {getattr(config, '_commit_hash', None) or ''}".strip()
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """A short fingerprint of the json and safetensors files among ``paths``: their names and content.
+
+    Of a file above 16 MiB its size and 64 pieces count, so that a 7B model takes milliseconds.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in paths if path.suffix in (".json", ".safetensors") and path.is_file()):
+        size, piece = path.stat().st_size, 1 << 16
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            if size <= 1 << 24:
+                digest.update(file.read())
+            else:
+                for i in range(64):
+                    file.seek((size - piece) * i // 63)
+                    digest.update(file.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def quiet_transformers() -> None:
+    """Only errors from transformers: its notes on loading would bury our own."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def default_device(device: str | None) -> str:
+    """``device``, or the best there is. Raises: ValueError for one that this machine or this torch does not have."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":  # under torchrun each process has its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the device {device!r} cannot be used: {reason}; try --device cpu") from None
+    return device
+
+
+def _existing(name_or_path: str | Path) -> str:
+    """A folder that looks like a path must exist: otherwise the Hub would be asked for it."""
+    name = str(name_or_path)
+    if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {name}")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError("the folder has no config.json")
+    if Path(name).is_dir():
+        expect_plain_files(Path(name))
+    return name
+
+
+def expect_plain_files(folder: Path) -> None:
+    """Raises: ValueError if something in a folder is neither a file nor a folder: reading a pipe would never end."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is not a regular file; remove it")
+
+
+def _where(kwargs: dict) -> dict:
+    """Of the keywords of ``from_pretrained``, those that say where a model is."""
+    where = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+    return {name: kwargs[name] for name in where if name in kwargs}
+
+
+def _expect_lm_alone(name_or_path: str | Path, kwargs: dict) -> None:
+    """transformers would load an adapter that lies beside an LM too, pickled ones among them, and a file of weights of
+    any kind and place that the index of a sharded LM names."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    name = _existing(name_or_path)
+    if find_adapter_config_file(name, **_where(kwargs)):
+        raise ValueError("it is an adapter, or has one beside it (adapter_config.json); load that with peft on its LM, "
+                         "and pass the result")
+    index = Path(name) / kwargs.get("subfolder", "") / "model.safetensors.index.json"
+    if index.is_file():
+        content = read_json(index)
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index.name} has no weight_map")
+        if wrong := [shard for shard in map(str, shards.values()) if not re.fullmatch(r"[^/\\]+\.safetensors", shard)]:
+            raise ValueError(f"{index.name} names {wrong[0][:80]!r}, which is no safetensors file of the folder")
+
+
+def _expect_no_kernels(config) -> None:
+    """An attention implementation with a "/" is code that transformers would fetch from the Hub: the user may ask for
+    it (``attention``), a config.json may not."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(getattr(part, name, None)):
+                raise ValueError(f"its config.json asks for code from the Hub ({getattr(part, name)!r} as {name}); "
+                                 "remove that, or name an attention implementation")
+
+
+class one_line:
+    """Turns the many-line errors of transformers into one line that starts with what was tried."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if error is None or isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
+            return False
+        # safetensors and tokenizers raise plain Exceptions for a damaged file
+        reason = " ".join(str(error).split())[:300] or kind.__name__
+        if "contains custom code" in reason:
+            reason = "it needs Python code beside it, which is never run; expected an LM that transformers has"
+        raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.what}: {reason}") from error

@@ -1,0 +1,1 @@
+"""Keys and values of document prefixes: in memory, on disk, and as an index."""

@@ -1,0 +1,156 @@
+"""Document prefixes on disk: safetensors files that hold one flat tensor a prefix, each with a checksum.
+
+The disk tier of `DocumentCache` writes one prefix a file, `qpeft index` many. A file appears whole or not at all; what
+is damaged later is found by the checksum when it is read, so a wrong score is never the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..utils.files import AtomicWriter
+from ..utils.small_files import open_regular
+
+_FORMAT = "qpeft_ext prefixes 1"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_MAX_HEADER = 16 << 20  # bytes; that of a shard with the most prefixes takes 10 MB
+_BLOCK = 512  # 8-byte words in a block of the checksum
+
+
+class Damaged(ValueError):
+    """A file, or a prefix in it, is not what was written."""
+
+
+class Place(NamedTuple):
+    """Where a prefix lies: bytes ``offset`` to ``offset + nbytes`` of a file, and the checksum they must have."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    checksum: int
+
+
+@dataclass
+class Contents:
+    """What a file says that it holds: names and places of prefixes in order, and the writer's metadata."""
+
+    places: dict[str, Place]
+    metadata: dict[str, str]
+    nbytes: int
+
+
+def write_prefixes(path: Path, prefixes: Sequence[tuple[str, Tensor]], metadata: dict[str, str],
+                   mode: int = 0o666) -> int:
+    """Write prefixes (name, flat tensor on the CPU) to a new file; it appears when it is complete and synced.
+
+    Args:
+        mode: permissions, of which the umask takes away what it does.
+
+    Returns: its size in bytes.
+    Raises: OSError if it cannot be written; nothing is left then.
+    """
+    parts = [_bytes(flat) for _, flat in prefixes]
+    header: dict = {"__metadata__": {**metadata, "format": _FORMAT,
+                                     "checksums": " ".join(f"{checksum(part):08x}" for part in parts)}}
+    start = 0
+    for (name, flat), part in zip(prefixes, parts, strict=True):
+        header[name] = {"dtype": _DTYPES[flat.dtype], "shape": [flat.numel()],
+                        "data_offsets": [start, start + len(part)]}
+        start += len(part)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with AtomicWriter(path, mode, follow=False) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for part in parts:
+            file.write(part)
+    return 8 + len(text) + start
+
+
+def header_bytes(prefixes: int) -> int:
+    """About how long the header of a file with so many prefixes is."""
+    return 600 + 160 * prefixes
+
+
+def read_contents(path: Path) -> Contents:
+    """Read the header of a file. Raises: `Damaged`, or OSError if the file cannot be read."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            length, = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise Damaged("cut short")
+            if length > _MAX_HEADER:
+                raise Damaged(f"a header of {length:,} bytes")
+            header = json.loads(file.read(length))  # as fast as it can be: a shard has up to 65,536 entries
+            metadata = header.pop("__metadata__")
+            if metadata["format"] != _FORMAT:
+                raise Damaged(f"expected the format {_FORMAT!r}, got {str(metadata['format'])[:60]!r}")
+            checksums = [int(text, 16) for text in metadata["checksums"].split()]
+            if not all(0 <= checksum < 1 << 32 for checksum in checksums):
+                raise Damaged("a checksum of more than 32 bits")
+            places, end = {}, 0
+            for (name, entry), expected in zip(header.items(), checksums, strict=True):
+                start, (begin, end) = end, entry["data_offsets"]
+                if begin != start or type(end) is not int or not start <= end <= size:
+                    raise Damaged(f"{name[:64]!r} is not where it must be")
+                places[name] = Place(path, 8 + length + start, end - start, expected)
+        except Damaged:
+            raise
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Damaged(f"not a readable header ({type(error).__name__})") from None
+        if size != 8 + length + end:
+            raise Damaged(f"expected {8 + length + end} bytes, got {size}")
+    return Contents(places, metadata, size)
+
+
+def read_prefix(place: Place, into: Tensor) -> None:
+    """Read a prefix into uint8 memory of the CPU, [nbytes].
+
+    One copy, from the page cache: on the CPUs tried that is twice as fast as reading through a memory map, and a file
+    that is cut short while it is read is an error, not a bus error.
+    Raises: `Damaged`, or OSError if the file cannot be read.
+    """
+    view = memoryview(into.numpy())
+    with open_regular(place.path, buffering=0) as file:
+        done = 0
+        while done < place.nbytes:
+            count = os.preadv(file.fileno(), [view[done:]], place.offset + done)
+            if not count:
+                raise Damaged("cut short")
+            done += count
+    if checksum(view) != place.checksum:
+        raise Damaged("wrong checksum")
+
+
+def prefetch(path: Path, offset: int = 0, nbytes: int = 0) -> None:
+    """Ask the system to read a part of a file into its page cache, without waiting; 0 bytes: to its end."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError, ValueError), open_regular(path, buffering=0) as file:  # reading will say why
+            os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def checksum(data) -> int:
+    """CRC-32 of the sums (mod 2^64) of the blocks of 4 KiB, and of the bytes after the last whole one.
+
+    Reads at the speed of the memory, which a CRC of every byte does not; a flipped bit, a lost or a moved block shows.
+    """
+    data = np.frombuffer(data, dtype=np.uint8)
+    whole = len(data) // (8 * _BLOCK) * 8 * _BLOCK
+    sums = data[:whole].view(np.uint64).reshape(-1, _BLOCK).sum(axis=1)
+    return zlib.crc32(data[whole:], zlib.crc32(sums))
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return memoryview(flat.contiguous().view(torch.uint8).numpy())

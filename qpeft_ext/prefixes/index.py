@@ -1,0 +1,174 @@
+"""`PrefixIndex`: the prefix caches of a corpus on disk, made by ``qpeft index`` (`index_run`) and read here.
+
+A folder of shards (`prefix_files`) and ``manifest.json``, which says which LM and which prompt they belong to. A shard
+names its prefixes by the SHA-256 of their ids; where each lies is held in memory, 56 bytes a document.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.recfunctions import repack_fields
+
+from ..utils.small_files import read_json
+from ..utils.text import shorten
+from .files import Place, prefetch, read_contents
+from .tiers import PrefixKey, Tier
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FORMAT = "qpeft_ext index 1"
+# S32 compares like bytes do; zeros at its end are put back when it is read
+_ROW = np.dtype([("digest", "S32"), ("shard", "i4"), ("offset", "i8"), ("nbytes", "i8"), ("checksum", "u4")])
+_PROBE = "The moon's 2 tides, rising & falling; naïve été (x_1 = 10%)."
+
+
+class PrefixIndex(Tier):
+    """An index, open for reading: the lowest tier of a `DocumentCache`.
+
+    Args:
+        folder: made by ``qpeft index``; it must be complete.
+    Attributes: manifest: its settings and counts.
+    Raises: FileNotFoundError if there is none; ValueError if it is not complete or not readable.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        super().__init__("index", 0)
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if not self.manifest["complete"]:
+            raise ValueError(f"{self.folder} is not complete: run the same qpeft index command again, it goes on")
+        self._checked: object = None
+        self._told: set[str] = set()
+        self._paths = shard_paths(self.folder)
+        rows = np.concatenate([np.zeros(0, _ROW), *map(self._read_shard, range(len(self._paths)))])
+        order = np.argsort(rows["digest"])
+        self._digests = rows["digest"][order]  # on their own, or each search would gather them first
+        self._rows = repack_fields(rows[["shard", "offset", "nbytes", "checksum"]])[order]
+        self.nbytes = int(self._rows["nbytes"].sum())
+
+    def __reduce__(self) -> tuple:
+        return PrefixIndex, (self.folder,)  # read again where it arrives: no rows to send, no LM that is known by now
+
+    def _read_shard(self, shard: int) -> np.ndarray:
+        """Rows of what a shard holds."""
+        try:
+            places = read_contents(self._paths[shard]).places
+            return np.array([(bytes.fromhex(name), shard, place.offset, place.nbytes, place.checksum)
+                             for name, place in places.items()], dtype=_ROW)
+        except (ValueError, OSError) as error:
+            self._tell(self._paths[shard], error)
+            return np.zeros(0, _ROW)
+
+    def locate(self, key: PrefixKey) -> Place | None:
+        """Where the prefix is; None if the index does not have it.
+
+        Raises: ValueError if the index belongs to another LM, or does not do for ``deterministic=True``.
+        """
+        if key.model is not self._checked:
+            expect_same_lm(self.folder, self.manifest, key.model.fingerprint())
+            self._checked = key.model
+        if key.alone and not self.manifest["alone"]:
+            raise ValueError(f"{self.folder} was computed in batches, which deterministic scores cannot use; make "
+                             f"another one with qpeft index --deterministic")
+        row = self._find(key.digest)
+        if row is None:
+            return None
+        return Place(self._paths[row["shard"]], int(row["offset"]), int(row["nbytes"]), int(row["checksum"]))
+
+    def prefetch(self, key: PrefixKey) -> bool:
+        """Have the system read the prefix from its shard. Returns: whether the index has it. Raises: as `locate`."""
+        place = self.locate(key)
+        if place is not None:
+            prefetch(place.path, place.offset, place.nbytes)
+        return place is not None
+
+    def drop(self, key: PrefixKey, reason: object) -> None:
+        """Say once for each shard that something in it is damaged; nothing is changed."""
+        self._tell(self._paths[self._find(key.digest)["shard"]], reason)
+
+    def expect_prompt(self, prompt) -> None:
+        """Raises: ValueError naming what differs if ``prompt`` (a `Prompt`) makes other prefixes of the same text."""
+        expect_same_prompt(self.folder, self.manifest, prompt_settings(prompt))
+
+    def _find(self, digest: bytes) -> np.void | None:
+        row = int(np.searchsorted(self._digests, np.array(digest, dtype="S32")))
+        return self._rows[row] if row < len(self) and self._digests[row].ljust(32, b"\0") == digest else None
+
+    def _tell(self, path: Path, reason: object) -> None:
+        if path.name not in self._told:
+            self._told.add(path.name)
+            logger.warning("%s is damaged (%s); what cannot be read from it is computed again", path, reason)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("shard-*.safetensors") if path.stem[6:].isdecimal())
+
+
+def read_manifest(folder: Path) -> dict:
+    """Raises: FileNotFoundError or ValueError if ``folder`` is no index."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no index: it has no {MANIFEST}; make one with qpeft index")
+    try:
+        manifest = read_json(path)
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"expected the format {FORMAT!r}, got {shorten(manifest['format'])}")
+        for name, kind in (("complete", bool), ("alone", bool), ("model", dict), ("prompt", dict)):
+            if not isinstance(manifest[name], kind):
+                raise ValueError(f"{name} must be a {kind.__name__}")
+    except (ValueError, KeyError, TypeError) as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: not a readable manifest ({why}); make the index again") from None
+    return manifest
+
+
+def prompt_settings(prompt) -> dict:
+    """What decides about the prefix ids of a text: template, tokenizer, limit."""
+    empty, probe = prompt.documents(["", _PROBE])
+    return {"template": list(empty.ids), "tokenizer": list(probe.document_ids),
+            "max_document_tokens": prompt.max_document_tokens, "allow_special_tokens": prompt.allow_special_tokens}
+
+
+_LM_DIFFERENCES = {
+    "model_type": "an LM of type {0}, this one is of type {1}",
+    "dtype": "the LM in {0}, this one is in {1}; say --dtype {0}",
+    "attention": "the attention implementation {0}, this LM uses {1}",
+    "config": "another configuration of the LM (config.json)",
+    "weights": "an LM with other weights than this one",
+    "adapter": "another adapter in the LM (LoRA), or with none where this LM has one, or the reverse",
+    "soft_prompt": "another soft prompt, or with none where this adapter has one, or the reverse",
+}
+_PROMPT_DIFFERENCES = {
+    "max_document_tokens": "max_document_tokens {0}, here it is {1}",
+    "tokenizer": "another tokenizer",
+    "template": "another template (instruction, num_virtual_tokens)",
+    "allow_special_tokens": "allow_special_tokens={0}, here it is {1}",
+}
+
+
+def expect_same_lm(folder: Path, manifest: dict, fingerprint: dict[str, str]) -> None:
+    """Raises: ValueError naming what differs if ``fingerprint`` (`fingerprint_of`) is not the index's."""
+    _expect_equal(folder, manifest["model"], fingerprint, _LM_DIFFERENCES)
+
+
+def expect_same_prompt(folder: Path, manifest: dict, settings: dict) -> None:
+    """Raises: ValueError naming what differs if ``settings`` (`prompt_settings`) are not the index's."""
+    # the words of special tokens were special tokens before there was a choice
+    _expect_equal(folder, {"allow_special_tokens": True} | manifest["prompt"], settings, _PROMPT_DIFFERENCES)
+
+
+def _expect_equal(folder: Path, expected: dict, got: dict, words: dict[str, str]) -> None:
+    for name, difference in words.items():
+        then, now = expected.get(name), got.get(name)
+        if then != now:
+            values = (str(value)[:80] for value in (then, now))
+            raise ValueError(f"the index {folder} was made with {difference.format(*values)}; use "
+                             "what it was made with, or make another one with qpeft index")

@@ -1,0 +1,302 @@
+"""Make an index: the prefix caches of a corpus, computed once and written in shards.
+
+A run that was killed is resumed to the same bytes: which prefixes share a pass depends on what was there when the run
+began, not on how far it came, and a shard that an interrupt left short is filled up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..prompts.prompt import DocumentPrefix
+from ..utils.files import drop_temporary, folder_permissions, permissions_of, write_text
+from .cache import prefix_digest
+from .files import Contents, Place, header_bytes, read_contents, read_prefix, write_prefixes
+from .index import FORMAT, MANIFEST, expect_same_lm, expect_same_prompt, prompt_settings, read_manifest, shard_paths
+from .kv import PrefixKV
+from .tiers import copies, lock_folder
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 256 << 20
+_CHUNK = 1024  # documents that are tokenised and sorted by length together
+_MAX_PREFIXES = 1 << 16  # in a shard, so that its header stays small
+
+_Pending = tuple[str, torch.Tensor, torch.cuda.Event | None]  # name, flat prefix, when it may be read
+
+
+@dataclass
+class Plan:
+    """What is to be done.
+
+    documents: in the corpus.  distinct: different prefixes.  there: of those, in the index already.
+    nbytes: bytes that the others take.  cut: documents cut to max_document_tokens.
+    """
+
+    documents: int
+    distinct: int
+    there: int
+    nbytes: int
+    cut: int
+
+    @property
+    def missing(self) -> int:
+        return self.distinct - self.there
+
+
+class IndexWriter:
+    """Writes an index of a corpus, or goes on with one; one process at a time.
+
+    A document whose text is already there costs nothing, so a corpus that grew or changed is brought up to date by
+    the same call. Prefixes are computed in batches (equal to 1e-5 in float32 to computing each alone), or one by one
+    with ``alone``, which `QPeftModel.forward` needs for ``deterministic=True``.
+
+    Args:
+        model: a `QPeftModel`; its LM, prompt and soft prompt are used, not its clues.
+        corpus: documents by id.
+        folder: of the index.
+        alone: compute each prefix alone and unpadded.
+        max_tokens_per_batch: token budget of a pass; halved when the device runs out of memory.
+        shard_bytes: of a shard; so much work is lost by a kill, and so much memory is held.
+    Raises: ValueError if the folder holds an index of another LM or prompt, or the LM's cache cannot be shared.
+    """
+
+    def __init__(self, model, corpus: Mapping[str, dict], folder: str | os.PathLike, *, alone: bool = False,
+                 max_tokens_per_batch: int = 8192, shard_bytes: int = SHARD_BYTES) -> None:
+        if model.engine.why_plain:
+            raise ValueError(f"an index is of no use to this model: {model.engine.why_plain}")
+        self.model, self.corpus, self.folder, self.alone = model, corpus, Path(folder), alone
+        self.max_tokens_per_batch, self.shard_bytes = max_tokens_per_batch, shard_bytes
+        self._link = copies(model.engine.device)
+        self._mode = permissions_of(getattr(corpus, "path", None))  # what is made of a private corpus is as private
+        self.folder.mkdir(folder_permissions(self._mode), parents=True, exist_ok=True)
+        self._lock = lock_folder(self.folder)
+        self._first_shard: int | None = None  # of this run, which an earlier process may have begun
+        self._settings = self._check_settings()
+        drop_temporary(self.folder)
+        self._shards = 0
+        self._keys = np.zeros(0, dtype=np.int64)
+        self._done = np.zeros(0, dtype=bool)  # by key: there when the run began, or yielded by `_missing`
+        self._written = np.zeros(0, dtype=bool)  # by key: by this run, in earlier processes
+        self._pending: list[_Pending] = []
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> IndexWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # -- before ---------------------------------------------------------------------------------------------------
+
+    def plan(self, show_progress_bar: bool | None = None) -> Plan:
+        """Tokenise the corpus and look at what is there: how much is to be done, exactly."""
+        layout = self.model.engine.layout
+        keys, lengths, cut = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+        for chunk in self._chunks("reading", show_progress_bar):
+            keys.append(_keys(chunk))
+            lengths.append(np.array([len(prefix.ids) for prefix in chunk]))
+            cut += sum(prefix.cut > 0 for prefix in chunk)
+        keys, first = np.unique(np.concatenate(keys), return_index=True)
+        lengths = np.concatenate(lengths)[first]
+        before, written = self._keys_there()
+        self._keys, self._done = keys, np.isin(keys, before)
+        self._written = np.isin(keys, written) & ~self._done
+        there = self._done | self._written
+        sizes = {int(length): layout.nbytes(int(length)) for length in np.unique(lengths)}
+        missing = lengths[~there]
+        nbytes = sum(sizes[int(length)] for length in missing) + header_bytes(len(missing))
+        return Plan(len(self.corpus), len(keys), int(there.sum()), nbytes if len(missing) else 0, cut)
+
+    def expect_room(self, plan: Plan) -> None:
+        """Raises: ValueError with the figures if the index will not fit on the disk."""
+        free = shutil.disk_usage(self.folder).free
+        if plan.nbytes > free:
+            raise ValueError(f"the index needs {size(plan.nbytes)} more, but {self.folder} has {size(free)} free; free "
+                             f"some space, name another disk, or lower max_document_tokens")
+
+    # -- the work -------------------------------------------------------------------------------------------------
+
+    def run(self, plan: Plan, show_progress_bar: bool | None = None) -> None:
+        """Compute what is missing. An interrupt (Ctrl-C) writes what is computed before it is raised."""
+        if plan.missing:
+            self._write_manifest(plan, complete=False)
+        hidden = None if show_progress_bar is None else not show_progress_bar
+        held, taken_up = sum(flat.nbytes for _, flat, _ in self._pending), len(self._pending)
+        with tqdm(total=plan.missing, desc="index", unit=" documents", disable=hidden) as progress:
+            try:
+                for chunk in self._chunks() if plan.missing else ():
+                    for group in self._groups(chunk):
+                        written = self._written[np.searchsorted(self._keys, _keys(group))]
+                        if written.all():
+                            continue
+                        for (prefix, stored), there in zip(self._compute(group), written, strict=True):
+                            if there:  # it was computed for the others' sake: a pass is the same each time
+                                continue
+                            self._pending.append((prefix_digest(prefix.ids).hex(), stored.flat, stored.ready))
+                            held += stored.nbytes
+                            progress.update()
+                            if held >= self.shard_bytes or len(self._pending) == _MAX_PREFIXES:
+                                held = taken_up = 0
+                                self._write_shard()
+            finally:  # also when something went wrong: what is computed is right
+                if len(self._pending) > taken_up:
+                    self._write_shard()
+        self._write_manifest(plan, complete=True)
+
+    def _groups(self, chunk: list[DocumentPrefix]) -> Iterator[list[DocumentPrefix]]:
+        """Prefixes of a chunk that were missing when the run began, of similar length and within the token budget."""
+        group: list[DocumentPrefix] = []
+        for prefix in sorted(self._missing(chunk), key=lambda prefix: len(prefix.ids)):
+            if group and (self.alone or (len(group) + 1) * len(prefix.ids) > self.max_tokens_per_batch):
+                yield group
+                group = []
+            group.append(prefix)
+        if group:
+            yield group
+
+    def _missing(self, chunk: list[DocumentPrefix]) -> Iterator[DocumentPrefix]:
+        for prefix, row in zip(chunk, np.searchsorted(self._keys, _keys(chunk)), strict=True):
+            if row < len(self._keys) and not self._done[row]:
+                self._done[row] = True  # the next document with the same text is not missing
+                yield prefix
+
+    @torch.no_grad()
+    def _compute(self, group: list[DocumentPrefix]) -> Iterator[tuple[DocumentPrefix, PrefixKV]]:
+        try:
+            with self.model.passes(evaluating=True):
+                prefixes = self.model.engine.prefill([prefix.ids for prefix in group]).split()
+            stored = [self._link.to_host(prefix) for prefix in prefixes]
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise
+            self.max_tokens_per_batch = max(1, self.max_tokens_per_batch // 2)
+            logger.warning("out of memory: going on with max_tokens_per_batch=%d", self.max_tokens_per_batch)
+            for half in (group[: len(group) // 2], group[len(group) // 2 :]):
+                yield from self._compute(half)
+        else:
+            yield from zip(group, stored, strict=True)
+
+    def _write_shard(self) -> None:
+        pending, self._pending = self._pending, []
+        for _, _, ready in pending:
+            if ready is not None:
+                ready.synchronize()
+        path = self.folder / f"shard-{self._shards:06d}.safetensors"
+        try:
+            write_prefixes(path, [(name, flat) for name, flat, _ in pending],
+                           {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.alone)}, self._mode)
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror or error}; make room and run the same command again, "
+                          f"it goes on") from None
+        self._shards += 1
+
+    def _chunks(self, title: str = "", show_progress_bar: bool | None = False) -> Iterator[list[DocumentPrefix]]:
+        """The corpus in its order, tokenised; only a chunk is held."""
+        hidden = None if show_progress_bar is None else not show_progress_bar
+        texts: list[dict] = []
+        with tqdm(total=len(self.corpus), desc=title, unit=" documents", delay=1, disable=hidden) as progress:
+            for place, doc_id in enumerate(self.corpus, 1):
+                texts.append(self.corpus[doc_id])
+                if len(texts) == _CHUNK or place == len(self.corpus):
+                    yield self.model.prompt.documents(texts)
+                    progress.update(len(texts))
+                    texts = []
+
+    # -- the folder -----------------------------------------------------------------------------------------------
+
+    def _check_settings(self) -> dict:
+        """This run's settings; those of an index that is there already must be the same."""
+        engine = self.model.engine
+        settings = {"format": FORMAT, "model": engine.version().fingerprint(),
+                    "prompt": prompt_settings(self.model.prompt), "alone": self.alone}
+        if not (self.folder / MANIFEST).exists():
+            if others := [file.name for file in self.folder.iterdir() if not file.name.startswith(".")]:
+                raise ValueError(f"{self.folder} is no index and holds {others[0]}; name an empty or a new folder")
+            return settings
+        there = read_manifest(self.folder)
+        if not there["complete"] and isinstance(first := there.get("first_shard"), int):
+            self._first_shard = first
+        expect_same_lm(self.folder, there, settings["model"])
+        expect_same_prompt(self.folder, there, settings["prompt"])
+        if there["alone"] != self.alone:
+            raise ValueError(f"the index {self.folder} was made {'with' if there['alone'] else 'without'} "
+                             f"--deterministic; do so again, or name another folder")
+        return settings
+
+    def _keys_there(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys of what the shards hold that were there when the run began, and of those that it has written.
+
+        A damaged shard is removed, so that its prefixes are computed again. The last one, if it is of this run and not
+        full, is taken up to be filled.
+        """
+        keys: dict[bool, list[int]] = {False: [], True: []}
+        paths = shard_paths(self.folder)
+        numbers = [int(re.sub(r"\D", "", path.stem)) for path in paths]
+        self._shards = max(numbers, default=-1) + 1
+        if self._first_shard is None:
+            self._first_shard = self._shards
+        for number, path in zip(numbers, paths, strict=True):
+            own = number >= self._first_shard
+            try:
+                contents = read_contents(path)
+                if own and number == max(numbers) and self._is_short(contents):
+                    self._pending = [(name, self._read(place), None) for name, place in contents.places.items()]
+                    self._shards = number
+                keys[own] += [_key(bytes.fromhex(name)) for name in contents.places]
+            except ValueError as error:
+                logger.warning("%s is damaged (%s): it is removed, its documents are computed again", path, error)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return np.array(keys[False], dtype=np.int64), np.array(keys[True], dtype=np.int64)
+
+    def _is_short(self, contents: Contents) -> bool:
+        held = sum(place.nbytes for place in contents.places.values())
+        return held < self.shard_bytes and len(contents.places) < _MAX_PREFIXES
+
+    def _read(self, place: Place) -> torch.Tensor:
+        flat = torch.empty(place.nbytes, dtype=torch.uint8)
+        read_prefix(place, flat)
+        return flat.view(self.model.engine.layout.dtype)
+
+    def _write_manifest(self, plan: Plan, complete: bool) -> None:
+        from .. import __version__
+
+        shards = shard_paths(self.folder)
+        begun = {} if complete else {"first_shard": self._first_shard}
+        manifest = self._settings | begun | {
+            "complete": complete, "documents": plan.documents, "prefixes": plan.distinct, "shards": len(shards),
+            "bytes": sum(path.stat().st_size for path in shards), "qpeft_version": __version__,
+        }
+        write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n", self._mode, follow=False)
+
+
+def _key(digest: bytes) -> int:
+    """8 bytes of a digest: enough to tell the documents of a corpus apart; a clash only costs a computation later."""
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _keys(chunk: list[DocumentPrefix]) -> np.ndarray:
+    return np.array([_key(prefix_digest(prefix.ids)) for prefix in chunk], dtype=np.int64)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError

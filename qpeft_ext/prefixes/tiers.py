@@ -1,0 +1,311 @@
+"""The tiers of `DocumentCache`, each with a budget in bytes: the model's device, the host's memory, files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..lm.state import LMVersion
+from ..utils.files import drop_temporary, open_lock
+from .files import Place, prefetch, read_contents, write_prefixes
+from .kv import Layout, PrefixKV
+
+logger = logging.getLogger(__name__)
+
+
+class PrefixKey(NamedTuple):
+    """What a cached prefix is of.
+
+    model: the version of the LM.  digest: SHA-256 of the prefix ids.  length: how many there are.
+    alone: computed alone and unpadded (``deterministic=True``), which differs in the last bits.
+    """
+
+    model: LMVersion
+    digest: bytes
+    length: int
+    alone: bool
+
+
+@dataclass
+class Tier:
+    """Counts of a tier: look-ups that found something, those that did not, prefixes that had to leave, bytes in it."""
+
+    name: str
+    max_bytes: int
+    nbytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+    def count(self, found: bool) -> None:
+        self.hits += found
+        self.misses += not found
+
+    def __str__(self) -> str:
+        asked = self.hits + self.misses
+        budget = f" of {self.max_bytes / 2**20:.1f}" if self.max_bytes else ""
+        return (f"{self.name}: {len(self)} prefixes, {self.nbytes / 2**20:.1f}{budget} MiB, "
+                f"{f'{self.hits / asked:.0%} hits' if asked else 'unused'}")
+
+
+class MemoryTier(Tier):
+    """Prefixes in memory, least recently used first."""
+
+    def __init__(self, name: str, max_bytes: int) -> None:
+        super().__init__(name, max_bytes)
+        self._entries: OrderedDict[PrefixKey, PrefixKV] = OrderedDict()
+
+    def get(self, key: PrefixKey) -> PrefixKV | None:
+        entry = self._entries.get(key)
+        self.count(entry is not None)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
+
+    def put(self, key: PrefixKey, prefix: PrefixKV) -> list[tuple[PrefixKey, PrefixKV]]:
+        """Store a prefix. Returns those that have no room: older ones, or itself if larger than the budget."""
+        cost, leaving = self.cost(prefix), []
+        if cost > self.max_bytes:
+            return [(key, prefix)]
+        if key in self._entries:
+            self.take(key)
+        while self.nbytes + cost > self.max_bytes:
+            oldest = next(iter(self._entries))
+            leaving.append((oldest, self.take(oldest)))
+            self.evictions += 1
+        self._entries[key] = self.stored(prefix)
+        self.nbytes += cost
+        return leaving
+
+    def take(self, key: PrefixKey) -> PrefixKV:
+        """Remove a prefix that is there."""
+        prefix = self._entries.pop(key)
+        self.nbytes -= self.cost(prefix)
+        return prefix
+
+    def cost(self, prefix: PrefixKV) -> int:
+        return prefix.nbytes
+
+    def stored(self, prefix: PrefixKV) -> PrefixKV:
+        return prefix
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: PrefixKey) -> bool:
+        return key in self._entries
+
+
+class HostTier(MemoryTier):
+    """Prefixes in the host's memory: pinned for a CUDA model, whose prefixes are copied; for a model on the CPU it is
+    the same memory, and nothing is copied."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__("host", max_bytes)
+
+    def stored(self, prefix: PrefixKV) -> PrefixKV:
+        return copies(prefix.flat.device).to_host(prefix)
+
+    def cost(self, prefix: PrefixKV) -> int:
+        """Bytes it takes here: torch rounds pinned memory up to a power of two."""
+        pinned = prefix.flat.is_cuda or prefix.flat.is_pinned() if torch.cuda.is_available() else False
+        return 1 << (prefix.nbytes - 1).bit_length() if pinned else prefix.nbytes
+
+
+class DiskTier(Tier):
+    """Prefixes in a folder, a file each, named by a digest of the LM's content and the prefix ids: they outlive the
+    process and are found by the next one with the same LM.
+
+    Args:
+        folder: made if need be; one tier at a time may use it.  max_bytes: budget for the files.
+    Raises: ValueError if the folder is in use; OSError if it cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+        super().__init__("disk", max_bytes)
+        self.folder = Path(folder)
+        self.folder.mkdir(0o700, parents=True, exist_ok=True)  # prefixes tell what the documents say
+        self._lock = lock_folder(self.folder)
+        drop_temporary(self.folder)
+        found = sorted((file.stat().st_mtime_ns, file) for file in self.folder.glob("*.safetensors"))
+        self._sizes: OrderedDict[str, int] = OrderedDict((file.stem, file.stat().st_size) for _, file in found)
+        self.nbytes = sum(self._sizes.values())
+        self._stopped = False
+        self._make_room(0)
+
+    def locate(self, key: PrefixKey) -> Place | None:
+        """Where the prefix is; None if it is not here or its file is damaged."""
+        name = _file_name(key)
+        if name not in self._sizes:
+            return None
+        path = self._path(name)
+        try:
+            place, = read_contents(path).places.values()
+            os.utime(path)  # the order of use outlives the process
+        except (OSError, ValueError) as error:
+            self.drop(key, error)
+            return None
+        self._sizes.move_to_end(name)
+        return place
+
+    def prefetch(self, key: PrefixKey) -> bool:
+        """Have the system read the file of the prefix. Returns: whether there is one."""
+        name = _file_name(key)
+        if name in self._sizes:
+            prefetch(self._path(name))
+        return name in self._sizes
+
+    def put(self, key: PrefixKey, prefix: PrefixKV) -> list:
+        """Write a prefix, unless it is there. It never moves further down, so the list is empty."""
+        name = _file_name(key)
+        if name in self._sizes or self._stopped or prefix.nbytes > self.max_bytes:
+            return []
+        if not self._make_room(prefix.nbytes + 1024):  # 1024: the header is shorter
+            return []
+        if prefix.ready is not None:
+            prefix.ready.synchronize()
+        metadata = {"fingerprint": json.dumps(key.model.fingerprint()), "alone": str(key.alone)}
+        try:
+            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.flat.cpu())], metadata,
+                                  mode=0o600)
+        except (OSError, ValueError) as error:
+            self._stopped = True
+            logger.warning("the disk tier %s stores nothing more: %s; what is there is still used", self.folder,
+                           getattr(error, "strerror", None) or error)
+            return []
+        self._sizes[name] = size
+        self.nbytes += size
+        return []
+
+    def drop(self, key: PrefixKey, reason: object) -> None:
+        """Forget a damaged file."""
+        logger.warning("%s is damaged (%s); its prefix is computed again", self._path(_file_name(key)), reason)
+        self._remove(_file_name(key))
+
+    def clear(self) -> None:
+        """Delete the files."""
+        for name in list(self._sizes):
+            self._remove(name)
+
+    def _make_room(self, nbytes: int) -> bool:
+        if nbytes > self.max_bytes:
+            return False
+        while self.nbytes + nbytes > self.max_bytes:
+            self._remove(next(iter(self._sizes)))
+            self.evictions += 1
+        return True
+
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(OSError):  # a folder of this name, or gone already
+            self._path(name).unlink()
+        self.nbytes -= self._sizes.pop(name)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+
+def _file_name(key: PrefixKey) -> str:
+    content = json.dumps([key.model.fingerprint(), key.alone], sort_keys=True)
+    return hashlib.sha256(content.encode() + key.digest).hexdigest()
+
+
+def lock_folder(folder: Path) -> IO:
+    """Hold a folder until the file that is returned is closed, or its owner is gone.
+
+    Raises: ValueError if somebody else holds it.
+    """
+    import fcntl  # where there is none (Windows), prefixes cannot be kept on disk
+
+    lock = open_lock(folder / ".lock")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"{folder} is in use by another process, or by another cache of this one; name another "
+                         f"folder") from None
+    return lock
+
+
+class Copies:
+    """Copies of prefixes between one device and the host.
+
+    On CUDA they are asynchronous, through pinned memory, on two streams of their own, so that they run beside the
+    passes: the CPU is usually a group of prefixes ahead of the device. Elsewhere there is nothing to copy. Only a GPU
+    can show that the streams wait for each other as they must: the test marked ``cuda``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._staging_read: torch.cuda.Event | None = None
+
+    def to_host(self, prefix: PrefixKV) -> PrefixKV:
+        if not prefix.flat.is_cuda:
+            return prefix
+        current = torch.cuda.current_stream(self.device)
+        flat = torch.empty(prefix.flat.shape, dtype=prefix.flat.dtype, pin_memory=True)
+        self._down.wait_stream(current)  # the pass that computes the prefix
+        with torch.cuda.stream(self._down):
+            flat.copy_(prefix.flat, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        prefix.flat.record_stream(self._down)  # its memory is not used anew before that
+        host = Layout.of(prefix).unpack(flat, *prefix.lengths)
+        host.ready = ready
+        return host
+
+    def to_device(self, prefix: PrefixKV) -> PrefixKV:
+        if not self.cuda:
+            return prefix
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._up):
+            if prefix.ready is not None:
+                self._up.wait_event(prefix.ready)
+            flat = prefix.flat.to(self.device, non_blocking=True)
+        current.wait_stream(self._up)
+        flat.record_stream(current)
+        return Layout.of(prefix).unpack(flat, *prefix.lengths)
+
+    def staging(self, nbytes: int) -> Tensor:
+        """uint8 memory of the host to read files into, [nbytes]; the next call takes it away again."""
+        if self._staging_read is not None:
+            self._staging_read.synchronize()
+        if self._staging.numel() < nbytes:
+            self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.cuda)
+        return self._staging[:nbytes]
+
+    def staging_is_read(self) -> None:
+        """Everything that was to be copied from `staging` has been asked for."""
+        if self.cuda:
+            self._staging_read = torch.cuda.Event()
+            self._staging_read.record(self._up)
+
+
+_COPIES: dict[torch.device, Copies] = {}
+
+
+def copies(device: torch.device) -> Copies:
+    """The one of a device."""
+    if device not in _COPIES:
+        _COPIES[device] = Copies(device)
+    return _COPIES[device]

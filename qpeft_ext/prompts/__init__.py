@@ -1,0 +1,1 @@
+"""Text as token ids: prompts, and batches of query–document pairs."""

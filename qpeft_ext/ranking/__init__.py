@@ -1,0 +1,1 @@
+"""`Reranker`, runs over many queries, their workers, and the first stage."""

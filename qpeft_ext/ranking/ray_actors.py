@@ -1,0 +1,129 @@
+"""`RayActors`: reranking on a Ray cluster with Ray Data, one actor per device (extra: ray)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator, Iterator, Sequence
+
+from .run import Block, RankedBlock
+from .systems import Systems, SystemsSpec
+
+_RETRIES = 3  # of a block whose actor died, or could not read the corpus; each time on a fresh actor or another one
+
+
+class RayActors:
+    """An `Engine` on Ray.
+
+        with RayActors(spec, ["cuda", "cuda"]) as actors:
+            rerank_blocks(actors.rank, queries, run)
+
+    Each actor loads the models and opens the corpus by itself, so the paths of the spec (or Hub ids) must be valid on
+    every machine of the cluster. Only ids and query texts travel. Blocks stream through the actors and come back in
+    order; when an actor or its machine dies, Ray starts another one and repeats its block.
+
+    Args:
+        spec: what each actor loads.
+        devices: one actor each, "cuda" or "cpu"; Ray says which GPU. Empty: one for each GPU of the cluster, or one
+            CPU actor where there is none.
+
+    Uses the Ray that runs, or that ``RAY_ADDRESS`` names; otherwise one is started on this machine until `close`.
+    Raises: ImportError without Ray; ValueError for devices that Ray does not have.
+    """
+
+    def __init__(self, spec: SystemsSpec, devices: Sequence[str] = ()) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes back as an exception
+        try:
+            import ray
+            import ray.data
+        except ImportError:
+            raise ImportError("--engine ray needs Ray: pip install qpeft_ext[ray]") from None
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self._ray, self._spec = ray, spec
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            local = {} if os.environ.get("RAY_ADDRESS") else {
+                "num_cpus": max(len(devices), os.cpu_count() or 1), "include_dashboard": False}
+            ray.init(logging_level="error", log_to_driver=False, **local)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        kinds = {device.partition(":")[0] for device in devices} or {"cuda" if gpus else "cpu"}
+        self._kind = kinds.pop()
+        self._actors = len(devices) or gpus or 1
+        wrong = ""
+        if kinds or self._kind not in ("cuda", "cpu"):
+            wrong = f"--devices with --engine ray must be all cuda or all cpu, got {', '.join(devices)}"
+        elif self._kind == "cuda" and gpus < self._actors:
+            wrong = f"--devices asks for {self._actors} GPUs, Ray has {gpus}"
+        if wrong:
+            self.close()
+            raise ValueError(wrong)
+        # Ray gives an actor as many threads as CPUs; each must fit on one machine
+        machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        self._cpus = 1 if self._kind == "cuda" else max(1, int(min(sum(machines) // self._actors, max(machines))))
+
+    def rank(self, blocks: Iterator[Block]) -> Generator[RankedBlock]:
+        """Rank the blocks; see `Engine`. Raises: what an actor raised; ChildProcessError when too many died."""
+        rows = [{"block": i, "system": block.system, "query_ids": block.query_ids, "queries": block.queries,
+                 "doc_ids": block.doc_ids} for i, block in enumerate(blocks)]
+        if not rows:
+            return
+        data = self._ray.data
+        context = data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.actor_task_retry_on_errors = [OSError]
+        # one row in a Ray block: what streams, and what is repeated after a failure
+        dataset = data.from_items(rows, override_num_blocks=len(rows)).map(
+            _Actor, fn_constructor_args=(self._spec, self._kind), compute=data.ActorPoolStrategy(size=self._actors),
+            num_gpus=int(self._kind == "cuda"), num_cpus=self._cpus, max_restarts=_RETRIES, max_task_retries=_RETRIES)
+        try:
+            for i, row in enumerate(dataset.iter_rows()):
+                if row["block"] != i:
+                    raise ChildProcessError(f"Ray returned block {row['block']} where {i} was expected")
+                rankings = [list(zip(map(int, places), map(float, scores), strict=True))
+                            for places, scores in zip(row["places"], row["scores"], strict=True)]
+                yield RankedBlock(rankings, *map(int, row["counts"]))
+        except self._ray.exceptions.RayError as error:
+            raise _readable(error) from error
+
+    def close(self) -> None:
+        """Stop the Ray that was started here; one that ran before goes on."""
+        if self._ours:
+            self._ray.shutdown()
+            self._ours = False
+
+    def __enter__(self) -> RayActors:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
+
+
+class _Actor:
+    """Ranks rows that hold a `Block`; Ray makes one per device."""
+
+    def __init__(self, spec: SystemsSpec, device: str) -> None:
+        self.systems = Systems(spec, device)
+
+    def __call__(self, row: dict) -> dict:
+        block = Block(list(row["query_ids"]), list(row["queries"]), [list(ids) for ids in row["doc_ids"]],
+                      row["system"])
+        ranked = self.systems(block)
+        return {
+            "block": row["block"],
+            "places": [[place for place, _ in ranking] for ranking in ranked.rankings],
+            "scores": [[score for _, score in ranking] for ranking in ranked.rankings],
+            "counts": [ranked.truncated, ranked.cache_hits, ranked.cache_misses],
+        }
+
+
+def _readable(error: Exception) -> Exception:
+    """Our own error inside Ray's, or Ray's in one line."""
+    inner = error
+    while inner is not None:
+        if isinstance(inner, (ValueError, TypeError, OSError)) and not type(inner).__module__.startswith("ray"):
+            return type(inner)(str(inner).splitlines()[0])
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return ChildProcessError(f"Ray gave up: {str(error).strip().splitlines()[-1]}")

@@ -1,0 +1,190 @@
+"""The systems of one reranking job: what they are made of, their fingerprint, and loading them in any process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from ..adapters.files import adapter_digest, local_folder
+from ..config import QPeftConfig
+from ..formats import open_collection
+from ..formats.trec import Run
+from ..lm.loading import (
+    default_device,
+    is_encoder_decoder,
+    lm_digest,
+    load_config,
+    load_lm,
+    load_tokenizer,
+    quiet_transformers,
+)
+from ..prompts.prompt import Prompt, build_prompt
+from .run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_documents
+
+UPR, SIMILARITY = "UPR", "similarity only"
+
+
+@dataclass(frozen=True)
+class SystemsSpec:
+    """What a process must know to rank: plain values, so that they can be sent to another process or machine.
+
+    Args:
+        data: what `formats.open_collection` finds the corpus in; a path is absolute.
+        model: adapter folder or Hub id.  base_model: overrides the LM it names.
+        upr, similarity_only: also rank without clues, and by the similarities of the clues alone (the adapter's
+            clues, or the defaults without one).
+        dtype, attention, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the
+            defaults.
+        template: of the prompt, where there is no adapter that says it.
+        truncate_queries: of `Reranker`.
+        cache_bytes: of a `DocumentCache` per process; 0: none.
+        max_memory: of `Reranker`, instead of cache_bytes.
+        index: folder of prefixes on disk, made by ``qpeft index``.
+    """
+
+    data: str
+    model: str | None = None
+    base_model: str | None = None
+    upr: bool = False
+    similarity_only: bool = False
+    dtype: str | None = None
+    attention: str | None = None
+    deterministic: bool = False
+    max_tokens_per_batch: int | None = None
+    max_query_tokens: int | None = None
+    max_document_tokens: int | None = None
+    cache_bytes: int = 0
+    max_memory: int | str | None = None
+    index: Path | None = None
+    template: str | None = None
+    truncate_queries: bool = False
+
+    @cached_property
+    def config(self) -> QPeftConfig:
+        """Of the adapter; the defaults without one.
+
+        Raises: ValueError if ``template`` is not the adapter's.
+        """
+        if not self.model:
+            return QPeftConfig(template=self.template or "qpeft")
+        config = QPeftConfig.from_pretrained(local_folder(self.model))
+        if self.template not in (None, config.template):
+            raise ValueError(f"{self.model}: the adapter was trained with template {config.template!r}, got "
+                             f"{self.template!r}; leave --template out")
+        return config
+
+    @property
+    def lm_name(self) -> str:
+        """Raises: ValueError if nobody names the LM."""
+        name = self.base_model or self.config.base_model_name_or_path
+        if not name:
+            raise ValueError(f"{self.model}: the adapter does not name its base LM; give --base-model")
+        return name
+
+    @property
+    def names(self) -> list[str]:
+        """The systems, the main one first."""
+        without = "UPR adapter" if self.config.num_virtual_tokens is None else "prompt tuning"
+        method = {"top_k": "Q-PEFT-R", "attention": "Q-PEFT-A"}.get(self.config.clues, without)
+        return [method] * bool(self.model) + [UPR] * self.upr + [SIMILARITY] * self.similarity_only
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """max_query_tokens and max_document_tokens."""
+        return {name: getattr(self, name) or getattr(self.config, name)
+                for name in ("max_query_tokens", "max_document_tokens")}
+
+    def prompt(self) -> Prompt:
+        """The `Prompt`, without loading the LM."""
+        config, encoder_decoder = replace(self.config, **self.limits), is_encoder_decoder(load_config(self.lm_name))
+        return build_prompt(load_tokenizer(self.lm_name), config, encoder_decoder)
+
+    def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
+        """What the scores of the job depend on, beyond rounding; see `PartialRun`."""
+        content = hashlib.sha256()
+        for query_id, ranking in candidates.items():
+            content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
+        return {
+            "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
+            "base model": lm_digest(self.lm_name),
+            "dtype": self.dtype,
+            "attention": self.attention,
+            "template": self.config.template,
+            "allow_special_tokens": self.config.allow_special_tokens,
+            "deterministic": self.deterministic,
+            **self.limits,
+            "queries and candidates": content.hexdigest()[:16],
+            "corpus": open_collection(self.data).corpus.version(),
+        }
+
+    def about(self) -> dict[str, object]:
+        """For people, beside the settings: names and versions."""
+        import torch
+        import transformers
+
+        from .. import __version__
+
+        return {"adapter": self.model, "base model": self.lm_name, "systems": self.names,
+                "versions": {"qpeft_ext": __version__, "torch": torch.__version__,
+                             "transformers": transformers.__version__}}
+
+
+class Systems:
+    """The systems of a job, loaded on one device: ``systems(block)`` ranks a block.
+
+    Raises: ValueError for a device that cannot be used, or a model that cannot be loaded.
+    """
+
+    def __init__(self, spec: SystemsSpec, device: str | None) -> None:
+        from .. import DocumentCache, Reranker, get_qpeft_model
+
+        device = default_device(device)
+        quiet_transformers()
+
+        self.corpus = open_collection(spec.data).corpus
+        cached = spec.cache_bytes or spec.index is not None
+        cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
+        options = {"deterministic": spec.deterministic, "cache": cache, "max_memory": spec.max_memory,
+                   "truncate_queries": spec.truncate_queries}
+        if spec.max_tokens_per_batch is not None:
+            options["max_tokens_per_batch"] = spec.max_tokens_per_batch
+        self.rerankers = {}
+        lm, tokenizer = None, None
+        if spec.model:
+            folder = local_folder(spec.model)
+            adapter = Reranker.from_pretrained(folder, spec.base_model, device=device, dtype=spec.dtype,
+                                               lm_kwargs={"attention": spec.attention}, **options)
+            self.rerankers = {name: adapter for name in spec.names if name != UPR}  # its clues' similarities, too
+            lm, tokenizer = adapter.model.lm, adapter.model.tokenizer
+            options["cache"] = adapter.cache
+        plain = [name for name in spec.names if name not in self.rerankers]
+        if plain:  # the adapter's prompt and limits, so that only the clues differ
+            lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention)
+            same = {name: getattr(spec.config, name)
+                    for name in ("compat", "template", "instruction", "allow_special_tokens", "max_document_tokens",
+                                 "max_query_tokens")}
+            if spec.index is not None and spec.config.num_virtual_tokens is not None:
+                options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
+            reranker = Reranker(get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer), **options)
+            self.rerankers |= dict.fromkeys(plain, reranker)
+        for reranker in self.rerankers.values():
+            for name, limit in spec.limits.items():
+                setattr(reranker.model.prompt, name, limit)
+
+    def ranker(self, name: str) -> Ranker:
+        """How the system of this name ranks."""
+        return (by_similarity if name == SIMILARITY else by_likelihood)(self.rerankers[name])
+
+    def __call__(self, block: Block) -> RankedBlock:
+        before = self._counts(block.system)
+        rankings = self.ranker(block.system)(block.queries, read_documents(self.corpus, block))
+        after = self._counts(block.system)
+        return RankedBlock(rankings, *(now - then for now, then in zip(after, before, strict=True)))
+
+    def _counts(self, name: str) -> tuple[int, int, int]:
+        reranker = self.rerankers[name]
+        hits, misses = (0, 0) if reranker.cache is None else (reranker.cache.hits, reranker.cache.misses)
+        return reranker.truncated, hits, misses

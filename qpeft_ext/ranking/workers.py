@@ -1,0 +1,197 @@
+"""One process per device: each loads the models, ranks blocks, and ends with the process that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+
+from .run import Block, RankedBlock
+from .systems import Systems, SystemsSpec
+
+logger = logging.getLogger(__name__)
+
+_READY = -1  # what a worker sends when its models are loaded; blocks are numbered from 0
+_AHEAD = 4  # blocks that may wait, per worker, for an earlier one that takes long
+
+
+@dataclass
+class _Worker:
+    device: str
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    number: int | None = _READY  # the block that it ranks; None: it waits
+
+
+@dataclass
+class _State:
+    """Blocks by number.  given: being ranked.  lost: their worker has died.  retried: have been lost once."""
+
+    given: dict[int, Block] = field(default_factory=dict)
+    lost: deque[tuple[int, Block]] = field(default_factory=deque)
+    retried: set[int] = field(default_factory=set)
+    ranked: dict[int, RankedBlock] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception in a worker and its traceback, which exceptions lose on their way through a pipe."""
+
+    error: Exception
+    trace: str
+
+
+class WorkerProcesses:
+    """An `Engine` on several devices.
+
+        with WorkerProcesses(spec, ["cuda:0", "cuda:1"]) as workers:
+            rerank_blocks(workers.rank, queries, run)
+
+    Blocks are handed out in order to whoever is free, and their rankings come back in order, a few blocks ahead at
+    most. When a worker dies (out of memory, a broken device), its block goes to another one, once; the job ends with
+    an error when a block has lost two workers, or no worker is left. An error in a worker is raised here. CPU workers
+    share the threads that torch has here.
+
+    Args:
+        spec: what each worker loads.
+        devices: one worker each; a device may occur several times.
+    """
+
+    def __init__(self, spec: SystemsSpec, devices: Sequence[str]) -> None:
+        import torch
+
+        threads = max(1, torch.get_num_threads() // max(1, sum(device.startswith("cpu") for device in devices)))
+        # spawn: a forked process could use neither CUDA nor the threads of this one
+        context = multiprocessing.get_context("spawn")
+        self._workers: list[_Worker] = []
+        with _interrupts_held():
+            try:
+                for device in devices:
+                    ours, theirs = context.Pipe()
+                    process = context.Process(target=_work, args=(theirs, spec, device, threads), daemon=True,
+                                              name=f"qpeft rerank on {device}")
+                    process.start()
+                    theirs.close()  # so that its end of the pipe closes when it dies
+                    self._workers.append(_Worker(device, process, ours))
+            except BaseException:
+                self.close()
+                raise
+
+    def rank(self, blocks: Iterator[Block]) -> Generator[RankedBlock]:
+        """Rank the blocks; see `Engine`.
+
+        Raises: ChildProcessError when too many workers died; whatever a worker raised.
+        """
+        numbered = enumerate(blocks)
+        state = _State()
+        following = 0  # the block to yield next
+        while True:
+            for worker in self._workers:
+                if worker.number is None and (state.lost or len(state.ranked) < _AHEAD * len(self._workers)):
+                    number, block = state.lost.popleft() if state.lost else next(numbered, (None, None))
+                    if block is None:
+                        break
+                    worker.number, state.given[number] = number, block
+                    with contextlib.suppress(OSError):  # it has died: its pipe says so below
+                        worker.connection.send((number, block))
+            if not state.given:
+                if (first := next(numbered, None)) is None:
+                    return
+                state.lost.append(first)  # nobody could take it: all are still loading
+            for connection in wait([worker.connection for worker in self._workers]):
+                worker = next(worker for worker in self._workers if worker.connection is connection)
+                try:
+                    number, answer = connection.recv()
+                except (EOFError, OSError):
+                    self._bury(worker, state)
+                    continue
+                worker.number = None
+                if isinstance(answer, _Failure):
+                    raise answer.error from RuntimeError(answer.trace)
+                if state.given.pop(number, None) is not None:
+                    state.ranked[number] = answer
+            while following in state.ranked:
+                yield state.ranked.pop(following)
+                following += 1
+
+    def _bury(self, worker: _Worker, state: _State) -> None:
+        """A worker has died: put its block back."""
+        self._workers.remove(worker)
+        worker.connection.close()
+        worker.process.join()
+        code = worker.process.exitcode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        what = f"the worker on {worker.device} {how}"
+        if code == -signal.SIGKILL:
+            what += " (the system does that when memory runs out)"
+        if not self._workers:
+            raise ChildProcessError(f"{what}, and no other is left")
+        if worker.number in state.retried:
+            raise ChildProcessError(f"{what}, as one before it on the same queries")
+        if worker.number in state.given:
+            state.retried.add(worker.number)
+            state.lost.append((worker.number, state.given.pop(worker.number)))
+        logger.warning("%s; the others go on with its queries", what)
+
+    def close(self) -> None:
+        """End all workers, whatever they do."""
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(5)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self._workers.clear()
+
+    def __enter__(self) -> WorkerProcesses:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
+
+
+def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int) -> None:
+    """The life of a worker: it ends when the pipe does, so also when the process that started it was killed."""
+    number = _READY
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+        if device.startswith("cuda:"):
+            with contextlib.suppress(RuntimeError, AssertionError):  # `Systems` says what is wrong with the device
+                torch.cuda.set_device(device)
+        systems = Systems(spec, device)
+        connection.send((_READY, None))
+        while True:
+            number, block = connection.recv()
+            connection.send((number, systems(block)))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # an exception class may be unable to travel in any way it likes
+            error = ValueError(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):
+            connection.send((number, _Failure(error, traceback.format_exc())))
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Children started here never see Ctrl-C, which the terminal sends to all: this process ends them in order."""
+    resource_tracker.ensure_running()  # now, since its own start would let the signals through again
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)

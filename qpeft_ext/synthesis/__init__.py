@@ -1,0 +1,1 @@
+"""Queries written by an LM, for training without queries."""

@@ -1,0 +1,229 @@
+"""`QueryGenerator`: queries that an LM writes for documents, in the very prompt that it scores them in.
+
+A document's queries depend on seed, document and LM alone, whatever else is in the batch: every row of a batch draws
+from a generator of its own. Only rounding can differ between batches, and with it a token whose draw falls on the
+border of two.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..engine.schedule import default_tokens, generation_groups
+from ..model import QPeftModel
+from ..prompts.pairs import pad
+from ..prompts.prompt import Document
+from ..ranking.reranker import Reranker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How queries are drawn.
+
+    Args:
+        queries_per_document: how many are drawn for each document.
+        temperature: divides the logits; 0 takes the likeliest token each time.
+        top_p: only the likeliest tokens that have this share of the probability together.
+        top_k: only so many of the likeliest tokens; 0: all.
+        max_new_tokens: a query that has no end by then is cut.
+        seed: of the draws.
+    Raises: ValueError for an impossible value.
+    """
+
+    queries_per_document: int = 1
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 0
+    max_new_tokens: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("queries_per_document", 1), ("top_k", 0), ("max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.temperature == 0 and self.queries_per_document > 1:
+            raise ValueError(f"temperature 0 writes the same query each time, but queries_per_document is "
+                             f"{self.queries_per_document}; use a temperature above 0")
+
+
+@dataclass(frozen=True)
+class GeneratedQuery:
+    """text: up to the first line end or end token.  ended: whether there was one.
+
+    log_likelihood: of the text given the document, the mean per token, nats; None where the text has no token or more
+    than ``max_query_tokens``.  num_tokens: of the text.
+    """
+
+    text: str
+    ended: bool
+    log_likelihood: float | None
+    num_tokens: int
+
+
+class QueryGenerator:
+    """Writes queries for documents with a causal LM, and scores each as `Reranker` does.
+
+    Args:
+        model: a `QPeftModel` with ``clues="none"``: its LM and its prompt are used.
+        sampling: `Sampling`.
+        max_tokens_per_batch: token budget of a batch, new tokens included; None: what suits the device. A batch that
+            does not fit in memory is halved.
+
+    Attributes: has_end: whether the tokenizer has a line end or an end token; without one no query ends by itself.
+    Raises: ValueError for an LM that is no causal one.
+    """
+
+    def __init__(self, model: QPeftModel, sampling: Sampling, max_tokens_per_batch: int | None = None) -> None:
+        if getattr(model.lm.config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(model.lm).__name__} is an encoder–decoder; queries are written by a causal LM")
+        self.model, self.sampling = model.eval(), sampling
+        self.max_tokens_per_batch = max_tokens_per_batch or 4 * default_tokens(model.device)  # decoding: 1 token a row
+        self._scorer = Reranker(model)
+        self._ends, self._line_ends = _end_tokens(model)
+        self.has_end = bool(self._ends.any())
+        words = model.tokenizer("a b", add_special_tokens=False)["input_ids"]
+        self._keeps_spaces = " " in model.tokenizer.decode(words).strip()
+
+    def batches(self, documents: Sequence[Document]) -> list[list[int]]:
+        """Places of the documents that share a batch, the longest first. Raises: ValueError if one does not fit."""
+        lengths = [len(prefix.ids) for prefix in self.model.prompt.documents(documents)]
+        new = len(self.model.prompt.suffix.bare_question) + self.sampling.max_new_tokens
+        self.model.engine.expect_fits(max(lengths, default=0) + new)
+        copies = self.sampling.queries_per_document
+        return list(generation_groups(lengths, new, self.max_tokens_per_batch // copies))
+
+    def __call__(self, keys: Sequence[str], documents: Sequence[Document]) -> list[list[GeneratedQuery]]:
+        """The queries of each document.
+
+        Args:
+            keys: names of the documents, which their draws depend on.
+        """
+        copies = self.sampling.queries_per_document
+        prompts = [(*prefix.ids, *self.model.prompt.suffix.bare_question)
+                   for prefix in self.model.prompt.documents(documents) for _ in range(copies)]
+        seeds = [f"{self.sampling.seed} {i} {key}" for key in keys for i in range(copies)]
+        tokens = self._generate(prompts, seeds)
+        queries = [self._query(ids) for ids in tokens]
+        scored = [i for i, query in enumerate(queries) if query.text and self.model.prompt.fits(query.text)]
+        scores = self._scorer.predict([(queries[i].text, documents[i // copies]) for i in scored],
+                                      show_progress_bar=False) if scored else []
+        for i, score in zip(scored, scores, strict=True):
+            mean = round(float(score) / queries[i].num_tokens, 6)
+            queries[i] = replace(queries[i], log_likelihood=mean)
+        return [queries[start : start + copies] for start in range(0, len(queries), copies)]
+
+    def _generate(self, prompts: list[tuple[int, ...]], seeds: list[str]) -> list[list[int]]:
+        """`_continue`, in halves when the device runs out of memory."""
+        try:
+            return self._continue(prompts, seeds)
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise
+        # after the except clause: until then the error keeps the failed pass's tensors alive
+        half = len(prompts) // 2
+        logger.warning("out of memory: generating %d prompts at a time instead of %d", half, len(prompts))
+        return [row for part in (slice(half), slice(half, None)) for row in self._generate(prompts[part], seeds[part])]
+
+    @torch.no_grad()
+    def _continue(self, prompts: list[tuple[int, ...]], seeds: list[str]) -> list[list[int]]:
+        """New tokens of each prompt, up to the first end, which is kept."""
+        model, sampling = self.model, self.sampling
+        width = max(map(len, prompts))
+        ids, _ = pad([(0,) * (width - len(prompt)) + prompt for prompt in prompts], model.device)
+        starts = width - torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        mask = (torch.arange(width, device=model.device) >= starts[:, None]).long()
+        processors = LogitsProcessorList()
+        if sampling.temperature:
+            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k:
+                processors.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                processors.append(TopPLogitsWarper(float(sampling.top_p)))
+            processors.append(_Draw(seeds))
+        settings = GenerationConfig(  # nothing that changes the draws is left to the LM's generation_config.json
+            do_sample=False, num_beams=1, max_new_tokens=sampling.max_new_tokens, min_length=0,
+            repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, pad_token_id=0,
+        )  # fmt: skip
+        stop = StoppingCriteriaList([_AtEnd(self._ends.to(model.device))])
+        with model.passes(evaluating=True):
+            out = model.lm.generate(input_ids=ids, attention_mask=mask, generation_config=settings,
+                                    logits_processor=processors, stopping_criteria=stop)
+        return [_until_end(row, self._ends) for row in out[:, width:].tolist()]
+
+    def _query(self, ids: list[int]) -> GeneratedQuery:
+        """The text of new tokens, of which only the last may be an end."""
+        tokenizer = self.model.tokenizer
+        ended = bool(ids) and bool(self._ends[ids[-1]])
+        if ended and not self._line_ends[ids[-1]]:
+            ids = ids[:-1]  # an end token has no text
+        if self._keeps_spaces:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+        else:  # a tokenizer that drops white space (the demo's): where words end is not known
+            text = " ".join(tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True))
+        text = " ".join((text.splitlines() or [""])[0].split())
+        return GeneratedQuery(text, ended, None, self.model.prompt.count(text))
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row, drawn from its distribution with one number of the row's own generator."""
+
+    def __init__(self, seeds: Sequence[str]) -> None:
+        self.generators = [random.Random(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # in the order of the vocabulary: an order by probability would change with the last bit of a logit
+        cumulative = scores.double().softmax(-1).cumsum(-1)
+        numbers = torch.tensor([[generator.random()] for generator in self.generators], dtype=torch.float64)
+        chosen = torch.searchsorted(cumulative, numbers.to(scores.device) * cumulative[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class _AtEnd(StoppingCriteria):
+    """A row is complete with its first end token; what others make it write behind that is cut off later."""
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        return self.ends[input_ids[:, -1]]
+
+
+def _until_end(ids: list[int], ends: Tensor) -> list[int]:
+    """The tokens up to the first end, which is kept."""
+    place = next((place for place, i in enumerate(ids) if ends[i]), len(ids))
+    return ids[: place + 1]
+
+
+def _end_tokens(model: QPeftModel) -> tuple[Tensor, Tensor]:
+    """Which tokens end a query, and which of those by a line end in their text: bool [V] each."""
+    tokenizer, vocabulary = model.tokenizer, len(model.engine.table)
+    pieces = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
+    line_ends = torch.zeros(vocabulary, dtype=torch.bool)
+    line_ends[[i for i, piece in enumerate(pieces) if len(f"{piece}.".splitlines()) > 1]] = True
+    ends = line_ends.clone()
+    for eos in (tokenizer.eos_token_id, getattr(model.lm.generation_config, "eos_token_id", None)):
+        ends[[i for i in (eos if isinstance(eos, list) else [eos]) if i is not None and i < vocabulary]] = True
+    return ends, line_ends

@@ -1,0 +1,1 @@
+"""`QPeftTrainer`, its examples, losses and checkpoints."""

@@ -1,0 +1,114 @@
+"""Which `TrainingArguments` fit the training of clues: the others are refused, with what to set instead."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+
+import torch
+from transformers import TrainingArguments
+
+from ..model import QPeftModel
+
+logger = logging.getLogger(__name__)
+
+# TrainingArguments that would do nothing here, or the wrong thing: (name, the value that is fine, what to do instead)
+_UNSUPPORTED = (
+    ("activation_checkpointing", False, "set suffix_micro_batch in QPeftConfig: the suffixes are then recomputed"),
+    ("gradient_checkpointing", False, "set suffix_micro_batch in QPeftConfig: the suffixes are then recomputed"),
+    ("auto_find_batch_size", False, "set suffix_micro_batch in QPeftConfig; the group of queries stays whole"),
+    ("label_smoothing_factor", 0, "the losses of QPeftConfig have no labels"),
+    ("neftune_noise_alpha", None, "the LM is frozen"),
+    ("use_liger_kernel", False, "the LM is not patched; the likelihood is fused already"),
+    ("torch_compile", False, "the engine's shapes change from step to step"),
+    ("bf16_full_eval", False, "load the LM with dtype='bfloat16'; the clue module stays in float32"),
+    ("fp16_full_eval", False, "load the LM with dtype='float16'; the clue module stays in float32"),
+    ("deepspeed", None, "one GPU, or several with torchrun"),
+    ("parallelism_config", None, "one GPU, or several with torchrun"),
+    ("batch_eval_metrics", False, "compute_metrics is called once, with all queries"),
+    ("include_for_metrics", [], "compute_metrics gets the scores and which documents are relevant"),
+    ("include_num_input_tokens_seen", "no", "prefixes are read once for many pairs; documents_read counts"),
+    ("eval_do_concat_batches", True, "compute_metrics gets one table of all queries"),
+)
+# TrainingArguments that do nothing here, and harm nothing: said once
+_WITHOUT_EFFECT = (
+    ("label_names", None, "labels are those of the examples"),
+    ("length_column_name", "length", "prefixes are sorted by length anyway"),
+    ("average_tokens_across_devices", True, "the loss is the mean over the queries of all ranks"),
+    ("use_cache", False, "cache_bytes and cache keep prefixes"),
+)
+
+# arguments of `Trainer` that `QPeftTrainer` does not take -> why
+_NOT_TAKEN = {
+    "data_collator": "queries are put into groups by the trainer itself, see queries_per_group of QPeftConfig",
+    "processing_class": "the model has its tokenizer: get_qpeft_model(lm, config, tokenizer)",
+    "tokenizer": "the model has its tokenizer: get_qpeft_model(lm, config, tokenizer)",
+    "model_init": "give a model; for several trials make a model and a trainer for each",
+    "compute_loss_func": "the loss is that of QPeftConfig(loss=...)",
+    "peft_config": "give the LM with its adapter to get_qpeft_model",
+}
+
+
+def refuse_others(others: Mapping[str, object], trainer: type) -> None:
+    """Raises: TypeError for an argument that is not taken: why not, or what is taken."""
+    for name in others:
+        if name in _NOT_TAKEN:
+            raise TypeError(f"QPeftTrainer does not take {name}: {_NOT_TAKEN[name]}")
+        taken = [known for known, parameter in inspect.signature(trainer).parameters.items()
+                 if parameter.kind is not parameter.VAR_KEYWORD]
+        raise TypeError(f"QPeftTrainer does not take {name}; it takes {', '.join(taken)}")
+
+
+def _is_set(args: TrainingArguments, name: str, fine: object) -> bool:
+    value = getattr(args, name, fine)
+    return value != fine and not (value is None or not value and not fine)  # None and False are as good as each other
+
+
+def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArguments:
+    """A copy of the arguments, fit for this model.
+
+    Raises: ValueError for a setting that would be ignored, or would break a group of queries.
+    """
+    for name, fine, instead in _UNSUPPORTED:
+        if _is_set(args, name, fine):
+            raise ValueError(f"QPeftTrainer: {name}={getattr(args, name)!r} is not supported: {instead}")
+    unused = [f"{name}={getattr(args, name)!r} ({why})" for name, fine, why in _WITHOUT_EFFECT
+              if _is_set(args, name, fine)]
+    if unused:
+        logger.warning("QPeftTrainer: without effect here: %s", ", ".join(unused))
+    if args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau") and args.warmup_steps:
+        raise ValueError(f"QPeftTrainer: warmup_steps={args.warmup_steps} does nothing with lr_scheduler_type="
+                         f"{str(args.lr_scheduler_type.value)!r}; use constant_with_warmup, linear or cosine")
+    if getattr(args, "fsdp", None):
+        raise ValueError("QPeftTrainer: fsdp is not supported: the LM is frozen, use torchrun without it")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError("QPeftTrainer: train_sampling_strategy must be random or sequential, got "
+                         f"{args.train_sampling_strategy!r}; prefixes are sorted by length anyway")
+    group, size = model.qpeft_config.queries_per_group, args.per_device_train_batch_size
+    if size % group:
+        raise ValueError(f"QPeftTrainer: per_device_train_batch_size must be a multiple of queries_per_group, {group}, "
+                         f"got {size}: a group of queries that share their documents is never split")
+    if args.accelerator_config.split_batches:
+        raise ValueError("QPeftTrainer: split_batches=True is not supported: it splits groups of queries over ranks")
+    if not (model.qpeft_config.train_lm or hasattr(model.lm, "peft_config")) and \
+            any(parameter.requires_grad for parameter in model.lm.parameters()):
+        raise ValueError("QPeftTrainer: weights of the LM require a gradient, but an adapter does not save them; call "
+                         "lm.requires_grad_(False), or set train_lm=True in QPeftConfig")
+    dtype = model.engine.table.dtype
+    for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if getattr(args, name) and dtype != wanted:
+            raise ValueError(f"QPeftTrainer: {name}=True but the LM is in {str(dtype)[6:]}; the precision is the LM's "
+                             f"own: load it with load_lm(..., dtype={str(wanted)[6:]!r}), or leave {name} out")
+    args = copy.copy(args)
+    args.accelerator_config = copy.deepcopy(args.accelerator_config)
+    args.accelerator_config.dispatch_batches = False  # a batch is more than tensors: each rank reads its own
+    if args.n_gpu > 1:
+        logger.warning("%d GPUs are visible, one process uses one of them; torchrun uses all", args.n_gpu)
+        args._n_gpu = 1
+    args.bf16, args.fp16 = False, dtype == torch.float16 and args.device.type == "cuda"
+    args.mixed_precision = "fp16" if args.fp16 else "no"
+    # what a callback has counted (patience of early stopping) survives a kill
+    args.restore_callback_states_from_checkpoint = True
+    return args

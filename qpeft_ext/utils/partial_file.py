@@ -1,0 +1,205 @@
+"""`PartialFile`: the result of a long job that grows on the disk, survives a kill, and is resumed.
+
+``OUTPUT.part`` holds what is done; ``OUTPUT.part.json`` says which job it is of; ``OUTPUT.part.sums`` has a line for
+each complete piece, written after it, so that a torn or changed piece is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from typing import IO
+
+from .files import AnyPath, check_target, write_text
+from .small_files import read_json
+
+logger = logging.getLogger(__name__)
+
+_SUM_BYTES = 32  # of a line of OUTPUT.part.sums: bytes of the piece, checksum
+
+
+class PartialFile:
+    """What is done of a job, on the disk. One process at a time may hold it.
+
+    A piece is there as a whole or not at all, and a kill costs at most the one being written. Opening the same job
+    again finds the complete pieces and cuts off what follows: a torn piece, or, with a warning, everything from the
+    first piece on that is not as it was written.
+
+    Args:
+        path: the final name of the result; the part lies beside it.
+        settings: what the result depends on, name -> value; a part of a job with other settings is refused.
+        about: what else to write beside the settings, for people.
+        name: where several share ``path``; it becomes part of the file's name.
+        resume: False starts over.
+
+    Attributes: target: where the result will lie.  part: the growing file.  num_pieces: the complete ones.
+    Raises: ValueError for other settings; OSError if ``path`` cannot be written.
+    """
+
+    def __init__(
+        self, path: AnyPath, settings: dict[str, object], *, about: dict | None = None, name: str = "",
+        resume: bool = True,
+    ) -> None:
+        self.target = check_target(path)
+        self.part = self.target.with_name(f"{self.target.name}{f'.{name}' if name else ''}.part")
+        self._about, self._sums = (self.part.with_name(f"{self.part.name}.{ending}") for ending in ("json", "sums"))
+        self.num_pieces = 0
+        self._size: int | None = None  # bytes of complete pieces; None while the file is not ours
+        self._file = self._sums_file = None
+        try:
+            self._file = self._open_locked(path)
+            there = self._sums.exists()
+            check_target(self._sums)
+            self._sums_file = _open(path, self._sums)
+            if resume and os.fstat(self._file).st_size:
+                self._expect_settings(json.loads(json.dumps(settings)))
+                self._read(there)
+            else:
+                self._size = 0
+            self._cut()
+            if not self.num_pieces:
+                write_text(self._about, json.dumps({"settings": settings} | (about or {}), indent=2) + "\n",
+                           follow=False)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, piece: bytes) -> None:
+        """A complete piece of the part, in the order of writing. Raises: ValueError if this job writes no such one."""
+        raise NotImplementedError
+
+    def _split(self, file: IO[bytes]) -> Iterator[bytes]:
+        """The pieces of a part without checksums, as earlier versions wrote it; the last one may be torn."""
+        raise NotImplementedError
+
+    def append(self, piece: bytes) -> None:
+        """Write a piece. Raises: OSError if the disk is full; nothing of the piece is kept then."""
+        try:
+            _write(self._file, piece)
+            _write(self._sums_file, _sum(piece))
+        except OSError as error:
+            self._cut()
+            raise OSError(f"cannot write {self.part}: {error.strerror}; make room for it") from None
+        self._size += len(piece)
+        self.num_pieces += 1
+
+    def discard(self) -> None:
+        """Nothing of it is kept."""
+        self._size = self.num_pieces = 0
+        self._cut()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; what is in it can be resumed. A part without any piece is removed."""
+        if self._file is None:
+            return
+        if self.num_pieces and self._size is not None:
+            self._cut()
+        elif self._size == 0:  # the part last: its lock keeps other processes from the three of them
+            for path in (self._sums, self._about, self.part):
+                path.unlink(missing_ok=True)
+        for file in (self._sums_file, self._file):
+            if file is not None:
+                os.close(file)
+        self._file = self._sums_file = None
+
+    def _renamed(self) -> None:
+        """The part was given its final name: what is beside it is not needed any more."""
+        self._size = None
+        for path in (self._sums, self._about):
+            path.unlink(missing_ok=True)
+        self.close()
+
+    def _open_locked(self, path: AnyPath) -> int:
+        """The part, locked; the lock goes with the process, however it ends."""
+        while True:
+            check_target(self.part)
+            file = _open(path, self.part)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                raise ValueError(f"{self.part} is being written by another process; let it end, or write to another "
+                                 "file") from None
+            except OSError:
+                return file  # a file system without locks
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(self.part)):
+                    return file
+            os.close(file)  # another process has finished it since it was opened: it is a result now, or gone
+
+    def _expect_settings(self, settings: dict) -> None:
+        try:
+            then = read_json(self._about)["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.part} is of an unknown job, since {self._about.name} is missing or damaged; "
+                             "start over with --no-resume (resume=False)") from None
+        differences = [f"{name} was {then.get(name)}, is {settings.get(name)}"
+                       for name in (*settings, *(name for name in then if name not in settings))
+                       if then.get(name) != settings.get(name)]
+        if differences:
+            raise ValueError(f"{self.part} is of a job with other settings: {'; '.join(differences)}; give those again "
+                             "to go on with it, or start over with --no-resume (resume=False)")
+
+    def _read(self, with_sums: bool) -> None:
+        """Take the complete pieces of the part, up to the first that is torn or changed."""
+        sums = _lines(self._sums.read_bytes()) if with_sums else None
+        size = lines = 0
+        with open(self.part, "rb") as file:
+            for number, piece in enumerate(self._split(file) if sums is None else _recorded(file, sums)):
+                try:
+                    if sums is not None and _sum(piece) != sums[number]:
+                        raise ValueError("another checksum")
+                    self._take(piece)
+                except ValueError:
+                    if sums is not None:
+                        logger.warning("%s was changed from line %d on since it was written: those lines are dropped "
+                                       "and made again", self.part, lines + 1)
+                    break
+                size, lines = size + len(piece), lines + piece.count(b"\n")
+                self.num_pieces += 1
+                if sums is None:
+                    _write(self._sums_file, _sum(piece))
+        self._size = size
+
+    def _cut(self) -> None:
+        """Drop what stands behind the complete pieces."""
+        for file, size in ((self._file, self._size), (self._sums_file, self.num_pieces * _SUM_BYTES)):
+            with contextlib.suppress(OSError):  # it is dropped when the part is read, at the latest
+                os.ftruncate(file, size)
+                os.lseek(file, size, os.SEEK_SET)
+
+
+def _open(path: AnyPath, file: AnyPath) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose another place") from None
+
+
+def _write(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _sum(piece: bytes) -> bytes:
+    """The line that says what a piece is."""
+    return f"{len(piece):<14} {hashlib.sha256(piece).hexdigest()[:16]}\n".encode()
+
+
+def _lines(sums: bytes) -> list[bytes]:
+    """Those that are whole."""
+    return [sums[start : start + _SUM_BYTES] for start in range(0, len(sums) - _SUM_BYTES + 1, _SUM_BYTES)]
+
+
+def _recorded(file: IO[bytes], sums: list[bytes]) -> Iterator[bytes]:
+    """The pieces that have a checksum; what its line does not say is empty."""
+    for line in sums:
+        length = line.split(b" ")[0]
+        yield file.read(int(length)) if length.isdigit() else b""
