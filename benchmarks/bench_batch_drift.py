@@ -27,8 +27,7 @@ from common import RESULTS, result_name, write
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qpeft_ext as qpeft
-from qpeft_ext.demo.run import BASE_LM
-from qpeft_ext.lm.loading import load_tokenizer
+from qpeft_ext.lm.loading import BASE_LM, load_tokenizer
 
 LIMIT = 1e-5  # nats a query token, float32
 THREADS = 8

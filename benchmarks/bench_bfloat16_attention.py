@@ -23,8 +23,8 @@ from common import Case, main, run_tiny
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qpeft_ext.ops._common import multiplies_bfloat16_by_tiles
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
+from qpeft_ext.ops.hardware import multiplies_bfloat16_by_tiles
 
 
 class Inputs(NamedTuple):

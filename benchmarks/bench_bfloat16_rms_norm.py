@@ -22,8 +22,8 @@ from common import Case, main, run_tiny
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qpeft_ext.ops._common import has_bfloat16_products
 from qpeft_ext.ops.bfloat16_rms_norm import bfloat16_rms_norm
+from qpeft_ext.ops.hardware import has_bfloat16_products
 
 EPS = 1e-6
 

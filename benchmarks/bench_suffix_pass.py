@@ -23,9 +23,11 @@ from bench_training import TINY, Shape, make_model
 from common import Case, main, run_tiny
 from torch import Tensor
 
-from qpeft_ext.engine.suffix_pass import log_likelihood, shared_cache
+from qpeft_ext.engine.causal import log_likelihood
+from qpeft_ext.engine.rows import assemble_rows
+from qpeft_ext.engine.shared_cache import shared_cache
 from qpeft_ext.lm.attention import LMAttention
-from qpeft_ext.prompts.pairs import PairBatch, assemble_rows
+from qpeft_ext.prompts.pairs import PairBatch
 from qpeft_ext.prompts.prompt import DocumentPrefix
 
 

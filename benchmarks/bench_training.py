@@ -27,7 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
-from qpeft_ext.prompts.pairs import PairBatch, assemble_rows
+from qpeft_ext.engine.rows import assemble_rows
+from qpeft_ext.prompts.pairs import PairBatch
 from qpeft_ext.prompts.prompt import DocumentPrefix, SuffixPieces
 from qpeft_ext.training.losses import configured_loss
 

@@ -19,10 +19,11 @@ from bench_training import TINY, Shape, make_batch, make_model
 from common import POOLS, Case, T, main, normal, run_tiny, seconds
 
 import qpeft_ext as qpeft
-from qpeft_ext.adapters.build import Clues
+from qpeft_ext.adapters.inputs import ClueInputs
+from qpeft_ext.adapters.layers import Clues
 from qpeft_ext.ops.similarity_topk import round_scores
 from qpeft_ext.ops.vocabulary_topk import row_scales, vocabulary_topk
-from qpeft_ext.prompts.pairs import ClueInputs, PairBatch
+from qpeft_ext.prompts.pairs import PairBatch
 from qpeft_ext.prompts.prompt import DocumentPrefix
 
 K, RANK = 10, 16  # RANK: the default of `GeneratedLora`

@@ -87,7 +87,7 @@ export -f build
 step "build" 240 bash -c build || { note "NOT RUN  everything else: the build failed"; finish; }
 step "kernels live" 60 "$PYTHON" -c '
 import os
-from qpeft_ext import _library
+from qpeft_ext.ops import _library
 live = _library.kernels_live()
 print(*(f"{device}: {why}" for device, (_, why) in live.items()), sep="; ")
 assert all(ok for device, (ok, _) in live.items() if device == "cpu" or not os.environ["DRY"])'

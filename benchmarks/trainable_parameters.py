@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qpeft_ext.adapters.build import AttentionClues, TopKClues
+from qpeft_ext.adapters.attention_clues import AttentionClues
 from qpeft_ext.adapters.generated_lora import GeneratedLora
 from qpeft_ext.adapters.soft_prompt import SoftPrompt
+from qpeft_ext.adapters.top_k_clues import TopKClues
 from qpeft_ext.config import QPeftConfig
 from qpeft_ext.official.clues import OfficialAttentionClues, OfficialTopKClues
 from qpeft_ext.official.prompt import OfficialTokens

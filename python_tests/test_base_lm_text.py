@@ -87,7 +87,7 @@ def test_likelihoods_and_validation_loss_are_the_rerankers(monkeypatch):
 
     import qpeft_ext as qpeft
     from qpeft_ext.demo import harvest
-    from qpeft_ext.demo.run import BASE_LM
+    from qpeft_ext.lm.loading import BASE_LM
 
     texts = ["def add(x, y): return x + y", "def area(r): return 3.14 * r ** 2", "class Stack: pop = push = None"]
     documents = {f"d{i}": {"id": f"d{i}", "title": f"m.f{i}", "text": text} for i, text in enumerate(texts)}

@@ -5,7 +5,7 @@ import torch
 from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.adapters.build import allowed_ids
+from qpeft_ext.adapters.filters import allowed_ids
 from qpeft_ext.ops._library import REFERENCE
 
 QUERY = "ab"

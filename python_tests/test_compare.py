@@ -17,10 +17,9 @@ from test_report import Tags
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.compare.measures import per_query
 from qpeft_ext.compare.plan import read_plan
 from qpeft_ext.compare.tables import build_tables, csv_text, markdown
-from qpeft_ext.evaluation.measures import evaluate
+from qpeft_ext.evaluation.measures import evaluate, per_query
 
 pytest.importorskip("peft")
 pytest.importorskip("bm25s")

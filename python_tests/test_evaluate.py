@@ -12,7 +12,9 @@ from scipy import stats
 from small_data import shared_data
 
 from qpeft_ext import formats
-from qpeft_ext.evaluation.measures import compare_table, evaluate, format_p, holm, paired_test, parse_measures
+from qpeft_ext.evaluation.comparison import compare_table
+from qpeft_ext.evaluation.measures import evaluate, parse_measures
+from qpeft_ext.evaluation.significance import format_p, holm, paired_test
 
 QRELS = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"x": 1}, "c": {"w": 1}}
 RUN = {"a": [("y", 3.0), ("n", 2.0), ("x", 1.0)], "b": [("n", 1.0), ("x", 0.5)], "other": [("x", 1.0)]}

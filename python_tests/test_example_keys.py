@@ -13,7 +13,7 @@ from test_train import EXAMPLES, trainer, weights
 
 from qpeft_ext import formats
 from qpeft_ext.formats.example_keys import ExampleKeys, view
-from qpeft_ext.training.examples import StreamedTrainingExamples, TrainingExamples
+from qpeft_ext.training.sampling import StreamedTrainingExamples, TrainingExamples
 
 OWN = {"query": "why tides", "positives": ["the sea"], "negatives": ["a lamp", "fog"]}
 SPELLINGS = [

@@ -9,8 +9,8 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 from qpeft_ext.adapters.generated_lora import find_targets
-from qpeft_ext.engine.suffix_pass import log_likelihood
-from qpeft_ext.prompts.pairs import assemble_rows
+from qpeft_ext.engine.causal import log_likelihood
+from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.training.losses import pairwise
 
 

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from qpeft_ext.evaluation.measures import compare_table, evaluate
+from qpeft_ext.evaluation.comparison import compare_table
+from qpeft_ext.evaluation.measures import evaluate
 from qpeft_ext.evaluation.report import Clue, Example, Report, html, mean_interval, render, segments, write_html
 
 CODE = '''def bfs_tree(graph, source, depth_limit=None):

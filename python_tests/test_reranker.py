@@ -12,14 +12,8 @@ from transformers import LlamaForSequenceClassification
 
 import qpeft_ext as qpeft
 from qpeft_ext.engine.memory import FIXED_BYTES, bytes_per_token, plan_memory
-from qpeft_ext.engine.schedule import (
-    document_jobs,
-    prefix_groups,
-    prefix_tokens,
-    shape_step,
-    suffix_groups,
-    suffix_jobs,
-)
+from qpeft_ext.engine.schedule import document_jobs, prefix_groups, prefix_tokens, suffix_groups, suffix_jobs
+from qpeft_ext.ops.hardware import shape_step
 from qpeft_ext.prompts.prompt import document_text
 
 

@@ -17,7 +17,7 @@ import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.lm.lock import lm_lock
+from qpeft_ext.lm.passes import lm_lock
 
 KINDS = {
     "top_k": {"clues": "top_k", "k": 4, "rank": 8},

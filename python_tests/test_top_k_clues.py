@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qpeft_ext as qpeft
+from qpeft_ext.adapters.inputs import ClueInputs
 from qpeft_ext.ops import _common
 from qpeft_ext.ops import vocabulary_topk as vocabulary
 from qpeft_ext.ops.similarity_topk import round_scores
 from qpeft_ext.ops.vocabulary_topk import vocabulary_topk
-from qpeft_ext.prompts.pairs import ClueInputs
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -13,16 +13,12 @@ import transformers
 from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.lm.attention_backend import without_cudnn_attention
+from qpeft_ext.lm.passes import without_cudnn_attention
 from qpeft_ext.prompts.prompt import Prompt
 from qpeft_ext.training.checkpoints import MANIFEST, last_complete, mark_complete, rotate, why_incomplete
-from qpeft_ext.training.examples import (
-    EpochOrder,
-    GroupCollator,
-    StreamedTrainingExamples,
-    TrainingExamples,
-    drawn_member,
-)
+from qpeft_ext.training.collator import GroupCollator
+from qpeft_ext.training.examples import drawn_member
+from qpeft_ext.training.sampling import EpochOrder, StreamedTrainingExamples, TrainingExamples
 
 TOPICS = ["tides", "boats", "harbours", "lamps", "ropes", "sails", "storms", "gulls", "nets", "piers", "fog", "maps"]
 EXAMPLES = [

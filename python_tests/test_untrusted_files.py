@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_job import copy_job, make_job
 
 import qpeft_ext as qpeft
+from qpeft_ext.adapters.files import load_weights_into
 from qpeft_ext.cli import main
 from qpeft_ext.formats import Corpus
 from qpeft_ext.lm.loading import lm_digest, load_config, load_lm, load_tokenizer
@@ -156,7 +157,7 @@ def load_it(model, folder, job):
 
 
 def load_into(model, folder, job):
-    return qpeft.adapter_files.load_weights_into(model, folder)
+    return load_weights_into(model, folder)
 
 
 @pytest.mark.parametrize("load", [load_it, load_into])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.1.0"
+from .utils.environment import VERSION as __version__
 
 # The public names and their modules; loaded on first use, so that `qpeft --help` does not wait for torch.
 _PUBLIC = {

@@ -14,27 +14,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .adapters.build import Clues, build_clues
+from .adapters.attention_clues import AttentionClues
+from .adapters.filters import allowed_ids
 from .adapters.generated_lora import GeneratedLora
+from .adapters.inputs import ClueInputs
+from .adapters.layers import Clues
 from .adapters.soft_prompt import build_soft_prompt
+from .adapters.top_k_clues import TopKClues
 from .config import QPeftConfig
-from .engine.encoder_decoder import EncoderStates, make_engine
+from .engine.encoder_decoder import EncoderStates
+from .engine.factory import make_engine
+from .engine.rows import Rows
 from .engine.schedule import (
     READ_TOKENS_PER_TOKEN,
     default_tokens,
     prefix_groups,
     prefix_tokens,
-    shape_step,
     suffix_groups,
     tokens_worth_a_pass,
 )
 from .lm.arguments import expect_lm_arguments
-from .lm.lock import lm_lock
+from .lm.passes import lm_lock
+from .official.clues import build_official_clues
 from .official.likelihood import counted_tokens
+from .ops.hardware import shape_step
 from .prefixes.cache import DocumentCache
 from .prefixes.kv import PrefixKV
-from .prompts.pairs import ClueInputs, PairBatch, Rows, to_device
-from .prompts.prompt import Document, as_pairs, build_prompt
+from .prompts.pairs import PairBatch, to_device
+from .prompts.prompt import Document, Prompt, as_pairs
 from .utils.forked import computes_now
 from .utils.torch_state import own_state, refuse_backward_in_autocast
 
@@ -122,7 +129,8 @@ class QPeftModel(nn.Module):
                 width = self.engine.table.shape[1]
                 self.generated_lora = GeneratedLora(lm, width, config.generated_lora_rank, config.target_modules,
                                                     self.engine.decoder)  # fmt: skip
-            self.soft_prompt = build_soft_prompt(config, self.prompt, self.engine)
+            self.soft_prompt = build_soft_prompt(
+                config, self.prompt, self.engine.table, self.engine.scale, self.engine.context)
         self._tell_engine()
         self.to_device_of_lm()
         self.eval()
@@ -360,7 +368,7 @@ class QPeftModel(nn.Module):
         else:
             log_p = run(*arguments)
         if self.qpeft_config.compat == "official":
-            num_tokens = counted_tokens(log_p, rows, batch, self.tokenizer.decode)
+            num_tokens = counted_tokens(rows.sum_of_each_pair((log_p != 0).long()), batch, self.tokenizer.decode)
         else:
             num_tokens = rows.sum_of_each_pair(torch.ones_like(rows.target_ids))
         return Scores(rows.sum_of_each_pair(log_p), num_tokens)
@@ -479,3 +487,34 @@ def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Score
         refuse_backward_in_autocast(torch.cat([part.query_log_likelihood for part in parts])[order]),
         torch.cat([part.num_tokens for part in parts])[order],
     )
+
+
+def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> Prompt:
+    """The prompt of a config: `Prompt`, or `official.prompt.OfficialPrompt`.
+
+    encoder_decoder: whether the LM is one.
+    Raises: ValueError for an option that such an LM does not have.
+    """
+    for name, value in (("layout", "document_first"), ("compat", "none")):
+        if encoder_decoder and getattr(config, name) != value:
+            raise ValueError(f"QPeftConfig: {name}={getattr(config, name)!r} is for causal LMs, this one is an "
+                             f"encoder–decoder; leave {name} out")
+    if config.compat == "official":
+        from .official.prompt import OfficialPrompt
+
+        return OfficialPrompt(tokenizer, config)
+    return Prompt(tokenizer, config, encoder_decoder)
+
+
+def build_clues(config: QPeftConfig, table: Tensor, tokenizer) -> nn.Module | None:
+    """The clue module of a resolved config over an embedding table [V, D]; None for ``clues="none"`` (UPR)."""
+    if config.clues == "none":
+        return None
+    if config.compat == "official":
+        return build_official_clues(config, table, tokenizer)
+    if config.clues == "attention" and not config.filters:
+        return AttentionClues(config, table.shape[1])
+    allowed = allowed_ids(tokenizer, len(table), config.filters)
+    if config.clues == "attention":
+        return AttentionClues(config, table.shape[1], allowed)
+    return TopKClues(config, table, allowed)

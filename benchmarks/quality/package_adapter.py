@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from qpeft_ext import QPeftModel
-from qpeft_ext.demo.run import ADAPTER, BASE_LM
-from qpeft_ext.lm.loading import load_lm, load_tokenizer
+from qpeft_ext.demo.run import ADAPTER
+from qpeft_ext.lm.loading import BASE_LM, load_lm, load_tokenizer
 
 
 def main() -> None:

@@ -13,8 +13,8 @@ from transformers.integrations import sdpa_attention
 import qpeft_ext as qpeft
 from qpeft_ext.lm import attention as lm_attention
 from qpeft_ext.lm.attention import OURS, SDPA, LMAttention, attention
-from qpeft_ext.ops._common import multiplies_bfloat16_by_tiles
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
+from qpeft_ext.ops.hardware import multiplies_bfloat16_by_tiles
 
 UNGROUPED = {"gpt2", "gpt_neox", "bloom", "opt"}  # a head of keys for every head of queries
 EAGER = {"gemma2"}  # whose soft cap "sdpa" does not have

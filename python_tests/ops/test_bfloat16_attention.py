@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from qpeft_ext.ops._common import multiplies_bfloat16_by_tiles
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention, is_supported, reference
+from qpeft_ext.ops.hardware import multiplies_bfloat16_by_tiles
 
 native = pytest.mark.skipif(not multiplies_bfloat16_by_tiles(), reason="this processor has no AMX")
 SHAPES = [  # B, H, heads of keys, L, T, D

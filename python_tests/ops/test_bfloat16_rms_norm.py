@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qpeft_ext.ops._common import has_bfloat16_products
 from qpeft_ext.ops.bfloat16_rms_norm import bfloat16_rms_norm, is_supported, reference
+from qpeft_ext.ops.hardware import has_bfloat16_products
 
 native = pytest.mark.skipif(not has_bfloat16_products(), reason="this processor has no products of bfloat16")
 SHAPES = [(3, 50, 64), (1, 1, 16), (2, 7, 77), (400, 512), (2, 3, 5, 33), (5, 2048), (0, 8), (4, 1)]

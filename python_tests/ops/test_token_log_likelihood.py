@@ -7,7 +7,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from qpeft_ext.ops import _common, token_log_likelihood
-from qpeft_ext.ops._common import exact_float32, few_heights, multiply_rows
+from qpeft_ext.ops._common import exact_float32, multiply_rows
+from qpeft_ext.ops.hardware import few_heights
 from qpeft_ext.ops.token_log_likelihood import CPU_BUFFER, _sizes, reference
 
 SETTINGS = [{}, {"soft_cap": 3.0}, {"logit_scale": 0.3}, {"soft_cap": 2.0, "logit_scale": 1.7}]

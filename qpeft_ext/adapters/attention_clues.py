@@ -9,8 +9,8 @@ from ..config import QPeftConfig
 from ..lm.state import writes
 from ..ops import ProjectedTable, clue_attention
 from ..ops.clue_attention import attention_weights
-from ..prompts.pairs import ClueInputs
 from .filters import ClueFilter
+from .inputs import ClueInputs
 from .layers import Clues, Float32Module, Projection, ResidualMLP
 
 

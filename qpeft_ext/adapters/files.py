@@ -33,7 +33,7 @@ def save_adapter(model, folder: str | Path) -> None:
 
     Raises: ValueError if a weight is not finite; OSError if the folder cannot be written.
     """
-    from .. import __version__
+    from ..utils.environment import VERSION
 
     folder = Path(folder)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in _state(model).items()}
@@ -47,9 +47,9 @@ def save_adapter(model, folder: str | Path) -> None:
     if model.qpeft_config.train_lm:
         _expect_finite(model.lm.state_dict(), f"the LM for {folder}")
         save_folder_with(folder / TRAINED_LM, model.lm.save_pretrained)
-    config = model.qpeft_config.to_dict() | {"qpeft_version": __version__}
+    config = model.qpeft_config.to_dict() | {"qpeft_version": VERSION}
     save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    write_text(folder / CARD, _model_card(model, __version__), follow=False)
+    write_text(folder / CARD, _model_card(model, VERSION), follow=False)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
 
 

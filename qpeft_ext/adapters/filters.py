@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..prompts.pairs import ClueInputs
 from ..utils.optional import import_bm25s
+from .inputs import ClueInputs
 
 
 class ClueFilter(nn.Module):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QPeftConfig
-from ..engine.causal import Engine
 from ..prompts.prompt import Prompt
 from .filters import allowed_ids
 from .layers import Float32Module, ResidualMLP
@@ -42,18 +41,23 @@ class SoftPrompt(Float32Module):
         return embeds.index_put((torch.arange(len(embeds), device=starts.device)[:, None], slots), vectors)
 
 
-def build_soft_prompt(config: QPeftConfig, prompt: Prompt, engine: Engine) -> SoftPrompt | None:
+def build_soft_prompt(
+    config: QPeftConfig, prompt: Prompt, table: Tensor, scale: float, context: int | None
+) -> SoftPrompt | None:
     """The soft prompt of a config for an LM; None without ``num_virtual_tokens``.
+
+    table, scale, context: the LM's input embeddings [V, D], what its embedding module multiplies a row with, and the
+        longest prompt in tokens (None: unlimited).
 
     Raises: ValueError if the LM's context cannot hold it, or there is no text to take its rows from.
     """
-    P, table = config.num_virtual_tokens, engine.table
+    P = config.num_virtual_tokens
     if P is None:
         return None
     rest = prompt.least_tokens - P
-    if engine.context and P + rest > engine.context:
-        raise ValueError(f"QPeftConfig: num_virtual_tokens must be at most {engine.context - rest}, got {P}: the LM's "
-                         f"context is {engine.context}, and the rest of a prompt takes {rest} or more")
+    if context and P + rest > context:
+        raise ValueError(f"QPeftConfig: num_virtual_tokens must be at most {context - rest}, got {P}: the LM's "
+                         f"context is {context}, and the rest of a prompt takes {rest} or more")
     if config.soft_prompt_init == "text":
         ids = prompt.instruction_ids
         if not ids:
@@ -63,4 +67,4 @@ def build_soft_prompt(config: QPeftConfig, prompt: Prompt, engine: Engine) -> So
     else:
         known = allowed_ids(prompt.tokenizer, len(table))[: len(prompt.tokenizer)].nonzero()[:, 0]
         ids = known[torch.randint(len(known), (P,))]
-    return SoftPrompt(table[ids.to(table.device)], engine.scale, prompt.soft_prompt_start, config.soft_prompt_mlp)
+    return SoftPrompt(table[ids.to(table.device)], scale, prompt.soft_prompt_start, config.soft_prompt_mlp)

@@ -10,8 +10,8 @@ from ..lm.state import writes
 from ..ops import similarity_topk
 from ..ops.similarity_topk import SimilarityTopK
 from ..ops.vocabulary_topk import row_scales, vocabulary_topk
-from ..prompts.pairs import ClueInputs
 from .filters import ClueFilter
+from .inputs import ClueInputs
 from .layers import ClueEmbeddings, Clues, Float32Module, Projection, ResidualMLP, SharedClues
 
 

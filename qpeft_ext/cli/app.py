@@ -13,12 +13,12 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
-from ..utils.console import standard_streams
+from ..utils.console import Interrupted, standard_streams
+from ..utils.environment import VERSION
 from ..utils.interrupts import Interrupts
 from ..utils.text import one_line
 from . import compare, convert, demo, evaluate, fuse, index, info, rerank, retrieve, synthesize, train
-from .common import Interrupted, spread_measures
+from .common import spread_measures
 
 # the base of every complaint about arguments; typer has no public name for it
 ClickException = typer.BadParameter.__mro__[2]
@@ -33,7 +33,7 @@ for module in (info, retrieve, synthesize, train, index, rerank, evaluate, compa
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        print(VERSION)
         raise typer.Exit
 
 

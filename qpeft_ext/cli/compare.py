@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import Device, say
+from ..utils.console import say
+from .common import Device
 
 
 def command(

@@ -23,7 +23,7 @@ def command(
     """
     from .. import formats
     from ..formats.convert import TARGETS, Source, convert
-    from .common import say
+    from ..utils.console import say
 
     if to not in TARGETS:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}, got {to!r}")

@@ -32,9 +32,12 @@ def command(
     --measures nDCG@10 RR@10
     """
     from .. import formats
-    from ..evaluation.measures import compare_table, parse_measures
+    from ..evaluation.comparison import compare_table
+    from ..evaluation.measures import parse_measures
+    from ..ranking.run import system_name
+    from ..utils.console import say
     from ..utils.files import write_text
-    from .common import measure_names, say, system_name
+    from .common import measure_names
 
     names = measure_names(measures)
     parse_measures(names)

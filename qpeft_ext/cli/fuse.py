@@ -29,7 +29,7 @@ def command(
     """
     from .. import formats
     from ..evaluation.fusion import choose_weights, fuse, reciprocal_rank_fusion
-    from .common import say
+    from ..utils.console import say
 
     if method not in ("rrf", "scores"):
         raise ValueError(f"--method must be rrf or scores, got {method!r}")

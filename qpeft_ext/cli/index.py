@@ -38,11 +38,12 @@ def command(
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     from .. import formats
-    from .common import Interrupted, say
+    from ..utils.console import Interrupted, say
 
     documents = formats.open_collection(corpus).corpus
-    from .. import QPeftConfig, QPeftModel, get_qpeft_model
+    from ..config import QPeftConfig
     from ..lm.loading import default_device, load_lm, quiet_transformers
+    from ..model import QPeftModel, get_qpeft_model
     from ..prefixes.index_writer import IndexWriter, size
 
     device = default_device(device)

@@ -71,11 +71,14 @@ def command(
     --base-model says which LM. If the collection judges, a table shows the measures before and after.
     """
     from .. import formats
-    from ..evaluation.measures import compare_table, parse_measures
+    from ..evaluation.comparison import compare_table
+    from ..evaluation.measures import parse_measures
     from ..prefixes.index import PrefixIndex
+    from ..ranking.first_stage import asked_queries, first_stage
     from ..ranking.run import check_candidates, rerank_blocks, run_blocks
     from ..ranking.systems import SystemsSpec
-    from .common import Interrupted, asked_queries, first_stage, measure_names, say
+    from ..utils.console import Interrupted, say
+    from .common import measure_names
 
     if not (model or upr or similarity_only):
         raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")

@@ -25,10 +25,12 @@ def command(
     The index is built once and kept. Example: qpeft retrieve --data FOLDER --top-k 1000 --output bm25.trec.gz
     """
     from .. import formats
-    from ..evaluation.measures import compare_table, parse_measures
+    from ..evaluation.comparison import compare_table
+    from ..evaluation.measures import parse_measures
     from ..formats.trec import check_id
-    from ..ranking.first_stage import BM25
-    from .common import asked_queries, measure_names, say, say_identical
+    from ..ranking.first_stage import BM25, asked_queries, say_identical
+    from ..utils.console import say
+    from .common import measure_names
 
     if top_k < 1:
         raise ValueError(f"--top-k must be at least 1, got {top_k}")

@@ -64,7 +64,7 @@ def command(
     from ..model import get_qpeft_model
     from ..synthesis.generator import QueryGenerator, Sampling
     from ..synthesis.training_set import Filters, PartialQueries, choose_documents, generate_queries, write_training_set
-    from .common import Interrupted, say
+    from ..utils.console import Interrupted, say
 
     sampling = Sampling(queries_per_document, temperature, top_p, top_k, max_new_tokens, seed)
     filters = Filters(min_tokens, keep_unfinished, min_log_likelihood, keep_fraction,
@@ -108,6 +108,6 @@ def _versions() -> dict[str, str]:
     import torch
     import transformers
 
-    from .. import __version__
+    from ..utils.environment import VERSION
 
-    return {"qpeft_ext": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"qpeft_ext": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}

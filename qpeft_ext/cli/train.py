@@ -11,12 +11,13 @@ from typing import Annotated
 
 import typer
 
+from ..training.recipe import _generated_lora, _have_negatives, _of_the_clues
+from ..utils.console import is_first_process
 from ..utils.files import drop_temporary, private_folder
 from ..utils.locks import locked_folder
-from .common import Attention, Device, Dtype, IgnoreIdenticalIds, is_first_process
+from .common import Attention, Device, Dtype, IgnoreIdenticalIds
 
 CHECKPOINTS = "checkpoints"
-ENOUGH_NEGATIVES = 7
 # of transformers, those that need no further settings
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
               "inverse_sqrt")
@@ -126,7 +127,7 @@ def command(
     from ..config import QPeftConfig, parse_options
     from ..lm.loading import default_device, load_lm, quiet_transformers
     from ..prefixes.cache import DocumentCache
-    from .common import say
+    from ..utils.console import say
 
     settings = {"clues": clues, "rank": "auto" if rank is None else rank, "loss": loss, "margin": margin,
                 "queries_per_group": queries_per_group, "num_hard_negatives": num_negatives,
@@ -211,42 +212,12 @@ def _batch_size(asked: int | None, group: int) -> int:
     return group if asked is None else asked
 
 
-def _of_the_clues(clues: str, k: int | None, num_heads: int | None) -> dict[str, int]:
-    """Raises: ValueError for an option of another kind of clues, which would do nothing."""
-    from ..config import CLUES
-
-    options = {}
-    for flag, name, value, kind in (("--k", "k", k, "top_k"), ("--num-heads", "num_heads", num_heads, "attention")):
-        if value is not None and clues in CLUES and clues != kind:  # a typo is the config's to name
-            raise ValueError(f"{flag} {value} is of --clues {kind} and does nothing with {clues}; leave it out, or "
-                             f"train with --clues {kind}")
-        if value is not None:
-            options[name] = value
-    return options
-
-
-def _have_negatives(examples: list, asked: int) -> bool:
-    """Whether the group's other documents can be left out: beside 7 hard negatives they brought nothing, for 2.3 times
-    the time (`benchmarks/quality/NOTES.md`, ablations)."""
-    fewest = min((len(example.get("negatives", ())) for example in examples), default=0)
-    return min(asked, fewest) >= ENOUGH_NEGATIVES
-
-
-def _generated_lora(rank: int | None, settings: dict) -> dict:
-    """Beside clues it is the default, since both together rank best (`benchmarks/quality/NOTES.md`)."""
-    if "generated_lora_rank" in settings:  # an --option
-        return {}
-    if rank is None:
-        alone = settings["clues"] == "none" or settings["loss"] == "pointwise" or settings.get("compat") == "official"
-        rank = 0 if alone else 16
-    return {"generated_lora_rank": rank, "target_modules": ("all-linear",)} if rank else {}
-
-
 def _read(data, split, train, dev, run, num_negatives, depth, seed,
           ignore_identical_ids=False) -> tuple[list, list | None]:
     """Training examples and, if asked for, those for evaluation."""
     from .. import formats
-    from .common import first_stage, say
+    from ..ranking.first_stage import first_stage
+    from ..utils.console import say
 
     dev_examples = formats.read_examples(dev) if dev else None
     if train:
@@ -282,7 +253,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool, resumed: bool) ->
 
     resumed: ``resume`` found a checkpoint.
     """
-    from .common import say
+    from ..utils.console import say
 
     adapter, checkpoints = output / "adapter_config.json", output / CHECKPOINTS
     if output.exists() and not output.is_dir():

@@ -12,9 +12,9 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from .. import formats
-from ..cli.common import asked_queries, first_stage
 from ..formats.trec import Qrels, Run
 from ..prompts.prompt import Prompt
+from ..ranking.first_stage import asked_queries, first_stage
 from ..ranking.run import check_candidates
 from .plan import Collection, Part, Training
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..config import QPeftConfig
+from ..evaluation.measures import check_measures
 from ..utils.small_files import read_yaml
 from ..utils.text import shorten
-from .measures import check_measures
 from .methods import FIRST_STAGE, PRESETS, peft_options
 
 PACKAGED = "packaged"  # the name of the LM that the demo comes with
@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def lm_name(self) -> str:
-        from ..demo.run import BASE_LM
+        from ..lm.loading import BASE_LM
 
         return str(BASE_LM) if self.lm == PACKAGED else self.lm
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import QPeftConfig
 from ..engine.causal import Engine, _PrefixCache, _PrefixIsStored
-from ..lm.attention_backend import without_cudnn_attention
+from ..lm.passes import without_cudnn_attention
 from ..model import QPeftModel
 from ..prefixes.kv import LayerKV, PrefixKV
 from ..prompts.pairs import pad

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import formats
-from ..cli.common import say
+from ..evaluation.measures import per_query
 from ..formats.trec import Run
-from ..utils.files import write_text
+from ..utils.console import say
+from ..utils.files import claim, write_text
 from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
-from .claims import claim
 from .data import CollectionData, Ranked, digest
-from .measures import per_query
 from .methods import FIRST_STAGE, UPR, peft_options
 from .plan import Method, Plan, file_name
 from .train import trained_model
@@ -202,7 +201,7 @@ class Comparison:
 
     def _rank(self, cell: Cell, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
         """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
-        from .. import Reranker
+        from ..ranking.reranker import Reranker
         from ..ranking.run import by_likelihood, by_similarity, rerank_run, run_blocks
         from .cost import PETA, PeakMemory, Work
 
@@ -288,7 +287,7 @@ def differences(then: dict, now: dict, but: Collection[str] = (), prefix: str = 
 @cache
 def provenance() -> dict[str, Any]:
     """Versions, commit, machine and date: what a result was made with."""
-    from ..cli.info import machine, versions
+    from ..utils.environment import machine, versions
 
     return {"versions": versions(), "commit": _commit(), "machine": machine(),
             "date": datetime.date.today().isoformat()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.measures import format_p, holm, paired_test
+from ..evaluation.significance import format_p, holm, paired_test
 from .cells import cells
 from .methods import FIRST_STAGE, UPR
 from .plan import Method, Plan

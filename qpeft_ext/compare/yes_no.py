@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config import QPeftConfig
+from ..engine.rows import Rows
 from ..model import QPeftModel, Scores
-from ..prompts.pairs import PairBatch, Rows, pad, to_device
+from ..prompts.pairs import PairBatch, pad, to_device
 
 ANSWERS = "yes", "no"
 

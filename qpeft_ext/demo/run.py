@@ -12,22 +12,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli.common import say
 from ..config import QPeftConfig
+from ..evaluation.comparison import compare_table
 from ..evaluation.fusion import fuse
-from ..evaluation.measures import compare_table, evaluate, format_p
+from ..evaluation.measures import evaluate
 from ..evaluation.report import Report, render, write_html
+from ..evaluation.significance import format_p
 from ..formats import training_examples, write_run
 from ..formats.trec import Run
+from ..lm.loading import BASE_LM
 from ..prompts.prompt import Prompt
 from ..ranking.first_stage import bm25_run
 from ..ranking.run import by_likelihood, by_similarity, rerank_run
 from ..training.progress import TrainingBar
+from ..utils.console import say
 from ..utils.files import write_text
 from .data import DemoData, load_demo_data
 from .examples import report_examples
 
-BASE_LM = Path(__file__).parent / "base_lm"
 ADAPTER = Path(__file__).parent / "adapter"  # of it; benchmarks/quality/package_adapter.py
 QUERIES = 1000
 MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
@@ -90,8 +92,10 @@ def main(
         data: BEIR folder; None: functions and docstrings harvested from the installed packages.
         queries: test queries, sampled by ``seed``.
     """
-    from .. import DocumentCache, Reranker, get_qpeft_model
     from ..lm.loading import is_encoder_decoder, load_lm, load_tokenizer, quiet_transformers
+    from ..model import get_qpeft_model
+    from ..prefixes.cache import DocumentCache
+    from ..ranking.reranker import Reranker
 
     started, settings, output = time.perf_counter(), settings or Settings(), Path(output)
     quiet_transformers()
@@ -190,7 +194,7 @@ def _without_spaces(system: str) -> str:
 
 def _packaged(lm, tokenizer):
     """The adapter that comes along, and a line about it."""
-    from .. import QPeftModel
+    from ..model import QPeftModel
 
     adapted = QPeftModel.from_pretrained(ADAPTER, lm, tokenizer).eval()
     added = sum(p.numel() for p in adapted.parameters()) - sum(p.numel() for p in lm.parameters())
@@ -268,7 +272,7 @@ def _best_fusion(runs: dict[str, Run], qrels, weights: tuple[float, ...]) -> tup
 def _setting(collections: DemoData, rerankers, settings: Settings, seed: int, name, packaged: bool) -> dict[str, str]:
     import torch
 
-    from ..cli.info import versions
+    from ..utils.environment import versions
 
     trained = {system: settings.training_of(system) for system in (CLUES, BEST)}
     if packaged:

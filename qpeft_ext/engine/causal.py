@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from ..lm.attention import LMAttention, find_attention
-from ..lm.attention_backend import without_cudnn_attention
-from ..lm.decoder import find_decoder
-from ..lm.head import LikelihoodHead
-from ..lm.lock import in_this_thread
-from ..lm.norms import LMNorms, find_norms
-from ..lm.rope import RotaryTables, find_rotary_tables
+from ..lm.head import LikelihoodHead, log_likelihood_of_logits
+from ..lm.norms import find_norms
+from ..lm.passes import without_cudnn_attention
+from ..lm.rope import find_rotary_tables
 from ..lm.row_wise import RowWiseModules, find_row_wise
-from ..lm.state import LMState, LMVersion
+from ..ops.hardware import shape_step
 from ..prefixes.cache import DocumentCache
-from ..prefixes.kv import Layout, PrefixKV
-from ..prefixes.tiers import PrefixKey
-from ..prompts.pairs import PairBatch, Rows, assemble_rows, pad
+from ..prefixes.kv import Layout, PrefixKey, PrefixKV
+from ..prompts.pairs import PairBatch, pad
 from ..prompts.prompt import DocumentPrefix, SuffixPieces
 from ..utils.memory import return_freed_memory
+from .base import BaseEngine
 from .path_check import check_paths
-from .schedule import shape_step
-from .suffix_pass import log_likelihood, outputs
+from .rows import Rows, assemble_rows, with_clues
+from .shared_cache import shared_cache
 
 
 class _PrefixIsStored(Exception):
@@ -48,152 +46,6 @@ class _PrefixCache(DynamicCache):
             if self.ends:
                 raise _PrefixIsStored
         return result
-
-
-class BaseEngine:
-    """What is known of a frozen LM of any kind; see `Engine` and `encoder_decoder.EncoderDecoderEngine`.
-
-    Attributes:
-        table: input embeddings [V, D].  scale: what the embedding module multiplies a row with.
-        head: `LikelihoodHead`.
-        soft_prompt: trained virtual tokens in every prefix (`SoftPrompt`), or None.
-        why_plain: why keys and values of prefixes cannot be shared ("" when they can).
-        why_unpadded: why each pair has a pass of its own ("" where several share one).
-        context: the longest prompt, in tokens (None: unlimited).
-        rotary: which prompts are read with the same rotary tables.
-        suffix_decoder: what suffix passes run: the decoder, compiled or not.
-        row_wise: what follows the last attention; suffix passes run it on the rows that the head reads.
-        norms: norms of the layers that have a faster form, for the passes.
-    """
-
-    is_encoder_decoder = False
-
-    def __init__(self, lm) -> None:
-        self.lm = lm
-        self.decoder = self.suffix_decoder = find_decoder(lm, lambda: self._own_logits((0, 1, 2), (1,)))
-        self.why_unpadded = ""
-        self.soft_prompt = None
-        self.row_wise = RowWiseModules()
-        self.norms = LMNorms()
-        self.context, self._context_is = _context(lm.config.get_text_config())
-        self.rotary = RotaryTables()
-
-    def compile(self, backend: str = "inductor") -> None:
-        """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
-        if not self.is_compiled:
-            self.suffix_decoder = torch.compile(self.decoder, dynamic=True, backend=backend)
-            self.row_wise, self.norms = RowWiseModules(), LMNorms()  # what comes and goes would compile it again
-
-    def own_forward(self, before: Sequence[int], query: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What the LM itself makes of one prompt, from ids: logits [L, V] and its decoder's hidden states [L, D].
-
-        query: what is given of it.  L: of the whole prompt, or of what the decoder of an encoder–decoder LM reads.
-        """
-        hidden = []
-        note = in_this_thread(lambda *call: hidden.append(call[-1].last_hidden_state))
-        handle = self.decoder.register_forward_hook(note)
-        try:
-            logits = self._own_logits(before, query)
-        finally:
-            handle.remove()
-        return logits[0], hidden[-1][0]
-
-    def _own_logits(self, before: Sequence[int], query: Sequence[int]) -> Tensor:
-        ids = torch.tensor([[*before, *query]], device=self.device)
-        return self.lm(input_ids=ids, use_cache=False).logits
-
-    @property
-    def is_compiled(self) -> bool:
-        return self.suffix_decoder is not self.decoder
-
-    @property
-    def embeddings(self):
-        """The module that embeds document and clue tokens."""
-        return self.lm.get_input_embeddings()
-
-    @property
-    def table(self) -> Tensor:
-        return self.embeddings.weight
-
-    @property
-    def device(self) -> torch.device:
-        return self.table.device
-
-    @property
-    def prefix_is_trained(self) -> bool:
-        """Whether prefixes get gradients: of an adapter in the LM, or of a soft prompt."""
-        modules = (module for module in (self.soft_prompt, self.lm) if module is not None)
-        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
-
-    def version(self) -> LMVersion:
-        """What prefixes are computed with: the LM and the soft prompt, as they are now."""
-        return LMState.of(self.lm, self.soft_prompt).version()
-
-    def embed(self, ids: Tensor, prefix_starts: Tensor | None = None) -> Tensor:
-        """``inputs_embeds`` of ids [B, L]; with the soft prompt if rows hold prefixes, that of row i from slot
-        ``prefix_starts[i]`` on.
-        """
-        embeds = self._embed_tokens(ids)
-        if prefix_starts is None or self.soft_prompt is None:
-            return embeds
-        return self.soft_prompt.put_into(embeds, prefix_starts)
-
-    def _embed_tokens(self, ids: Tensor) -> Tensor:
-        return self.embeddings(ids)
-
-    def _embedding_scale(self) -> float:
-        module, table = self.embeddings, self.table
-        if not table.is_floating_point() or table.dim() != 2:
-            raise ValueError(
-                f"the input embeddings must be a floating [V, D] table, got {table.dtype} {list(table.shape)}"
-            )
-        wrapped = hasattr(module, "base_layer")  # an adapter may have changed a few rows anywhere
-        ids = torch.arange(len(table) if wrapped else min(64, len(table)), device=table.device)
-        rows, embedded = table[ids].float(), module(ids).float()
-        if embedded.shape != rows.shape:
-            raise ValueError(f"the input embeddings give width {embedded.shape[-1]}, their table has {rows.shape[-1]}")
-        scale = float((rows * embedded).sum() / (rows * rows).sum().clamp_min(1e-30))
-        scale = float(getattr(module, "scalar_embed_scale", scale))  # exact where the module states it (Gemma 3)
-        if not torch.allclose(rows * scale, embedded, rtol=2e-2, atol=1e-6):
-            raise ValueError("the input embeddings are not a scaled table; clues need the table (merge an adapter on "
-                             "them: merge_and_unload)")
-        return 1.0 if abs(scale - 1) < 1e-6 else scale
-
-    def table_of_each(
-        self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Callable[[], Sequence[int]], most_clues: int
-    ) -> list[int]:
-        """Which rotary table each pair's prompt is read with (`RotaryTables.of`).
-
-        clue_counts: gives the clues of each pair; only asked if ``most_clues``, the most that one may have, matter.
-        """
-        def tables(counts: Sequence[int]) -> list[int]:
-            return [self.rotary.of(len(pieces.lay_out(batch.documents[d].ids, count)[0])
-                                   + len(pieces.scored(batch.queries[q])))
-                    for (q, d), count in zip(batch.pairs, counts, strict=True)]  # fmt: skip
-
-        if self.rotary.limit is None or not any(tables([most_clues] * len(batch))):
-            return [0] * len(batch)
-        return tables(clue_counts())
-
-    def expect_fits(self, tokens: int) -> None:
-        if self.context and tokens > self.context:
-            raise ValueError(
-                f"a prompt of {tokens} tokens or more does not fit the LM's {self._context_is} of {self.context}; "
-                f"lower max_document_tokens{'' if self.soft_prompt is None else ', num_virtual_tokens'} or "
-                "max_query_tokens"
-            )
-
-
-def _context(config) -> tuple[int | None, str]:
-    """The longest prompt, and what it is.
-
-    Sparse attention chooses some keys for each query where there are more (Doge, DeepSeek-V3.2). Ties are broken in a
-    way that depends on all that is read, so that an LM's own scores of a longer prompt depend on what shares its pass.
-    """
-    limits = {"max_position_embeddings": "context", "keep_window_size": "full attention (keep_window_size)",
-              "index_topk": "full attention (index_topk)"}  # fmt: skip
-    found = [(value, words) for name, words in limits.items() if isinstance(value := getattr(config, name, None), int)]
-    return min(found, default=(None, "context"), key=lambda limit: limit[0])
 
 
 class Engine(BaseEngine):
@@ -353,3 +205,68 @@ class Engine(BaseEngine):
         # a GPU would make a launch of every copy, and a compiled pass a graph of every number of prefixes
         one_by_one_copies = self.device.type == "cpu" and not self.is_compiled
         return (PrefixKV.side_by_side if one_by_one_copies else PrefixKV.collate)(stored)
+
+
+def log_likelihood(
+    engine: Engine,
+    rows: Rows,
+    clue_embeds: Tensor | None,
+    prefix: PrefixKV | None = None,
+    prefix_rows: Tensor | None = None,
+) -> Tensor:
+    """log p of every query token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
+
+    Args and Raises: those of `outputs`.
+    """
+    found = outputs(engine, rows, clue_embeds, prefix, prefix_rows)
+    return (engine.head if engine.head.fused else log_likelihood_of_logits)(found, rows.target_ids)
+
+
+def outputs(
+    engine: Engine,
+    rows: Rows,
+    clue_embeds: Tensor | None,
+    prefix: PrefixKV | None = None,
+    prefix_rows: Tensor | None = None,
+) -> Tensor:
+    """What the head reads for each query token of the rows, [N, D]; where it is left to the LM, its logits [N, V].
+
+    Args:
+        rows: suffixes (with ``prefix``) or whole prompts (without).
+        clue_embeds: the clue vectors of ``rows.clue_slots``, [number of clues, D], or None.
+        prefix, prefix_rows: caches of the distinct documents and the one of each row, int64 [B].
+    Raises: ValueError if a prompt is longer than the LM's context.
+    """
+    B, L = rows.ids.shape
+    engine.expect_fits(rows.end)
+    engine.rotary.reset()
+    embeds = engine.embed(rows.ids, rows.ids.new_zeros(B) if prefix is None else None)
+    embeds = with_clues(embeds, rows, clue_embeds)
+    arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
+    # those of padding may lie past a learned position table, and past where a rotary table becomes another
+    positions = rows.positions.clamp_max(rows.end - 1)
+    if prefix is not None:
+        prefix_mask = prefix.mask(engine.device)
+        if prefix_rows is not None:
+            prefix_mask = prefix_mask[prefix_rows]
+        arguments |= {
+            "attention_mask": torch.cat([prefix_mask, rows.mask], dim=1),
+            engine.cache_argument: shared_cache(prefix, prefix_rows),
+            "use_cache": True,
+        }
+    if engine.takes_positions:
+        arguments["position_ids"] = positions
+    if prefix is None:
+        return _run(engine, engine.decoder, arguments, rows)
+    with engine.row_wise.only(rows.read, (B, L)), engine.attention.active(), engine.norms.active():
+        return _run(engine, engine.suffix_decoder, arguments, rows)
+
+
+def _run(engine: Engine, decoder, arguments: dict, rows: Rows) -> Tensor:
+    if engine.head.fused:
+        return decoder(**arguments).last_hidden_state.flatten(0, 1)[rows.before_query]
+    keep = torch.zeros(rows.ids.numel(), dtype=torch.bool, device=rows.ids.device)
+    keep[rows.before_query] = True
+    logits = engine.lm(**arguments, logits_to_keep=keep.view_as(rows.ids)).logits
+    logits = logits.reshape(-1, logits.shape[-1])
+    return logits[rows.before_query] if len(logits) == rows.ids.numel() else logits  # an LM may not know what to keep

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..lm.adapter_kinds import expect_readable_adapters
-from ..lm.attention_backend import without_cudnn_attention
 from ..lm.head import LikelihoodHead, log_likelihood_of_logits
-from ..lm.loading import is_encoder_decoder
+from ..lm.passes import without_cudnn_attention
 from ..lm.rope import find_rotary_tables
-from ..prompts.pairs import PairBatch, Rows, assemble_rows, pack_ragged, pad, to_device
+from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
 from ..prompts.prompt import SuffixPieces
-from .causal import BaseEngine, Engine
-from .path_check import LM_ERRORS, check_paths, in_one_line, ordinary_ids
-from .suffix_pass import with_clues
+from .base import BaseEngine
+from .path_check import check_paths, ordinary_ids
+from .rows import Rows, assemble_rows, with_clues
 
 
 @dataclass
@@ -193,51 +191,6 @@ class EncoderDecoderEngine(BaseEngine):
         logits = self.lm(encoder_outputs=BaseModelOutput(hidden), attention_mask=mask, decoder_input_ids=rows.ids,
                          use_cache=False).logits  # fmt: skip
         return logits.flatten(0, 1)[rows.slots]
-
-
-def make_engine(lm, why_plain: str = "") -> Engine | EncoderDecoderEngine:
-    """The engine that fits the LM; ``why_plain`` is for `Engine`.
-
-    Raises: ValueError for a model that is neither a causal LM nor an encoder–decoder LM, for one that fails, and for
-        an adapter in it that would not be read.
-    """
-    try:
-        return _make_engine(lm, why_plain)
-    except (ValueError, torch.OutOfMemoryError):
-        raise
-    except LM_ERRORS as error:
-        raise ValueError(f"this {lm.config.model_type} LM cannot be used: {in_one_line(error)}") from error
-
-
-def _make_engine(lm, why_plain: str) -> Engine | EncoderDecoderEngine:
-    expect_readable_adapters(lm)
-    if hasattr(lm.config, "lsh_attn_chunk_length"):
-        raise ValueError(f"a {lm.config.model_type} LM pads token ids to chunks of its own, which embeddings do not go "
-                         "through; use another LM")
-    if reason := _why_not_language_model(lm):
-        raise ValueError("expected a causal LM (Llama, Qwen, GPT-2, …) or an encoder–decoder LM (T5, BART, …), got a "
-                         f"{lm.config.model_type} model {reason}; load_lm loads one")  # fmt: skip
-    return EncoderDecoderEngine(lm) if is_encoder_decoder(lm.config) else Engine(lm, why_plain)
-
-
-@torch.no_grad()
-def _why_not_language_model(lm) -> str:
-    """A causal LM's logits do not change with the tokens behind them."""
-    table = lm.get_input_embeddings().weight
-    first = torch.arange(4, device=table.device)[None] % len(table)
-    other = first.clone()
-    other[:, -1] = len(table) - 1
-    before = []
-    for ids in (first, other):  # by themselves: in one batch both would be changed alike by what mixes its rows
-        read = {"input_ids": first, "decoder_input_ids": ids} if is_encoder_decoder(lm.config) else {"input_ids": ids}
-        logits = getattr(lm(**read), "logits", None)
-        if logits is None or logits.dim() != 3:
-            return "without an LM head"
-        before.append(logits[:, :-1].float())
-    tolerance = 1e-4 if table.dtype.itemsize >= 4 else 4 * torch.finfo(torch.bfloat16).eps
-    if float((before[0] - before[1]).abs().max()) > tolerance * float(before[0].abs().max()):
-        return "whose tokens see those behind them, as in encoder-only models"
-    return ""
 
 
 def _start_token(lm) -> int:

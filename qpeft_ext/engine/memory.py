@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .causal import BaseEngine
+from .base import BaseEngine
 from .schedule import READ_TOKENS_PER_TOKEN, default_tokens
 
 FIXED_BYTES = 192 << 20  # chunk of the head (64 MiB), clue vectors (32), the clue operators' blocks, token ids

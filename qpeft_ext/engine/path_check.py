@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..lm.errors import LM_ERRORS, in_one_line
 from ..prompts.pairs import PairBatch
 from ..prompts.prompt import DocumentPrefix, SuffixPieces
 
 # two prefixes and what follows them, as lengths: far enough apart that a place counted from the wrong end is far off
 _PREFIXES, _BETWEEN, _SCORED = (3, 12), 2, (5, 3)
-LM_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError,
-             ValueError)  # fmt: skip; what code of other projects raises where something does not fit
 _LARGEST_NOISE = 0.2  # no more is taken for rounding
 
 
@@ -140,10 +139,6 @@ class _Probe:
         if shared:
             prefix = self.engine.read_prefixes([batch.documents[d].ids for _, d in batch.pairs])
         return self.engine.outputs(rows, None, prefix)
-
-
-def in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _rounding(engine) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..ops._common import multiplies_bfloat16_by_tiles
+from ..ops.hardware import multiplies_bfloat16_by_tiles
 from ..prompts.pairs import PairBatch
 
 READ_TOKENS_PER_TOKEN = 8  # a prefix token that is only read from a cache takes about an eighth of one that is computed
@@ -33,15 +33,6 @@ def tokens_worth_a_pass(device: torch.device, dtype: torch.dtype) -> int:
     if device.type == "cuda":
         return 1024
     return 512 if dtype == torch.bfloat16 and multiplies_bfloat16_by_tiles() else 64
-
-
-def shape_step(device: torch.device, dtype: torch.dtype) -> int:
-    """Of what the pairs and the width of a suffix pass are multiples, as far as they can. ``dtype``: of the LM.
-
-    On a CPU oneDNN, which multiplies bf16, makes code for every new number of rows (1.6 ms and 0.9 MB for each of the 5
-    to 25 shapes of a pass) and keeps that of the last 1,024.
-    """
-    return 8 if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def query_blocks(candidates: Sequence[int], max_pairs: int) -> Iterator[slice]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -21,7 +22,6 @@ from ..formats.trec import Qrels, Run, decreasing_scores, without_identical_ids
 from ..utils.inputs import as_list
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
-TESTS = ("t-test", "permutation")
 TIES = ("order", "trec_eval")
 JUDGED_AT = 10
 _MAX_GRADE = 4  # of gdeval
@@ -200,165 +200,30 @@ def closest_measure(name: str) -> str | None:
     return None
 
 
-def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: str = "t-test", seed: int = 0) -> float:
-    """Two-sided p-value of the paired difference between two systems over the same queries.
+_CANDIDATE_RECALL = re.compile(r"CandidateRecall@([1-9][0-9]*)")
 
-    Args:
-        first, second: query_id -> value, same queries.
-        test: "t-test" (`scipy.stats.ttest_rel`) or "permutation" (signs of the differences, 9,999 draws or all).
-    Returns: p; 1.0 if no query differs, NaN with fewer than two queries.
+
+def check_measures(names: Sequence[str]) -> None:
+    """Raises: ValueError for a name that is no measure."""
+    if rest := [name for name in names if not _CANDIDATE_RECALL.fullmatch(name)]:
+        try:
+            parse_measures(rest)
+        except ValueError as error:
+            raise ValueError(f"{error}, or CandidateRecall@5") from None
+
+
+def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, dict[str, float]]:
+    """measure -> query_id -> value.
+
+    ``CandidateRecall@k`` is the recall of the Q-PEFT paper's code: relevant documents among the first k, divided by
+    those among all candidates. Queries without a relevant candidate have no such value, so it averages over fewer
+    queries (the code's "clean" variant). Everything else is as `evaluate` has it, over all queries of the qrels.
     """
-    if test not in TESTS:
-        raise ValueError(f"paired_test: test must be one of {', '.join(TESTS)}, got {test!r}")
-    if first.keys() != second.keys():
-        raise ValueError(f"paired_test: both systems need the same queries, got {len(first)} and {len(second)}, "
-                         f"{len(first.keys() & second.keys())} in common")
-    difference = np.array([first[query_id] - second[query_id] for query_id in first])
-    if len(difference) < 2:
-        return float("nan")
-    if not difference.any():
-        return 1.0
-    if np.ptp(difference) == 0 and test == "t-test":
-        return 0.0  # the same difference on every query: no variance to test against
-    try:
-        from scipy import stats
-    except ImportError:
-        raise ImportError(_EVAL_EXTRA) from None
-    if test == "t-test":
-        return float(stats.ttest_1samp(difference, 0.0).pvalue)  # ttest_rel is this test on the difference
-    result = stats.permutation_test((difference,), np.mean, permutation_type="samples", vectorized=True,
-                                    n_resamples=9999, rng=np.random.default_rng(seed))
-    return float(result.pvalue)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction (1979) for that many comparisons at once; a NaN is no comparison and stays one.
-
-    The smallest of m is multiplied by m, the next by m − 1, and so on; none becomes smaller than one before it, or
-    larger than 1.
-    """
-    order = sorted((place for place, p in enumerate(p_values) if p == p), key=lambda place: p_values[place])
-    corrected, largest = list(p_values), 0.0
-    for left, place in zip(range(len(order), 0, -1), order, strict=True):
-        largest = max(largest, min(1.0, left * p_values[place]))
-        corrected[place] = largest
-    return corrected
-
-
-@dataclass
-class System:
-    """One row of a `ComparisonTable`; ``difference``, ``p_value`` and ``p_holm`` (against the baseline) are empty for
-    it. ``p_holm`` is corrected for the number of systems compared, measure by measure; it is what tables show."""
-
-    name: str
-    values: dict[str, float]
-    difference: dict[str, float] = field(default_factory=dict)
-    p_value: dict[str, float] = field(default_factory=dict)
-    p_holm: dict[str, float] = field(default_factory=dict)
-    num_missing: int = 0
-    num_unjudged: int = 0
-    judged: float = 1.0
-    num_identical: int = 0
-
-
-@dataclass
-class ComparisonTable:
-    """Systems over the same queries, each against the baseline. ``render`` shows it, ``to_dict`` is for JSON."""
-
-    measures: list[str]
-    baseline: str
-    test: str
-    num_queries: int
-    systems: list[System]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; a p-value that does not exist (fewer than two queries) is None."""
-        result = asdict(self)
-        for system in result["systems"]:
-            for key in ("p_value", "p_holm"):
-                system[key] = {name: None if p != p else p for name, p in system[key].items()}
-        return result
-
-    def notes(self) -> list[str]:
-        """What a reader must know beside the numbers, one sentence each."""
-        lines = [f"{self.num_queries} queries"]
-        if (others := len(self.systems) - 1) > 0:
-            lines[0] += (f"; difference to {self.baseline} and two-sided p-value, "
-                         f"paired {'t-test' if self.test == 't-test' else 'permutation test'}")
-            lines[0] += f", Holm-corrected for {others} comparisons" if others > 1 else ""
-        if any(system.judged < 1 for system in self.systems):
-            shares = ", ".join(f"{system.name} {system.judged:.3f}" for system in self.systems)
-            lines.append(f"Judged@{JUDGED_AT}: {shares}; documents without a judgement count as not relevant")
-        for system in self.systems:
-            if system.num_identical:
-                lines.append(f"{system.name}: {system.num_identical} documents with the id of their query left out")
-            if system.num_missing:
-                lines.append(f"{system.name}: no candidates for {system.num_missing} queries; they count as 0")
-            if system.num_unjudged:
-                lines.append(f"{system.name}: {system.num_unjudged} queries are not in the qrels and do not count")
-        return lines
-
-    def render(self, seconds_per_query: Mapping[str, str] | None = None):
-        """The table and its notes, for rich to print: one column per measure, and one for times if there are any."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(pad_edge=False)
-        table.add_column("system")
-        for measure in [*self.measures, *(["s per query"] if seconds_per_query else [])]:
-            table.add_column(measure, justify="right", no_wrap=True)
-        best = {m: max(system.values[m] for system in self.systems) for m in self.measures}
-        for system in self.systems:
-            cells = []
-            for measure in self.measures:
-                value = system.values[measure]
-                cell = Text(f"{value:.4f}", style="bold" if value == best[measure] else "")
-                if system.difference:
-                    cell.append(f"\n{system.difference[measure]:+.4f}", style="not bold")
-                    cell.append(f"\n{format_p(system.p_holm[measure])}", style="not bold dim")
-                cells.append(cell)
-            if seconds_per_query:
-                cells.append(Text(seconds_per_query.get(system.name, "–")))
-            table.add_row(Text(system.name), *cells)
-        return Group(table, *map(Text, self.notes()))
-
-
-def compare_table(
-    runs: Mapping[str, Run], qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES, baseline: str | None = None, *,
-    test: str = "t-test", ignore_identical_ids: bool = False, ties: str = "order",
-) -> ComparisonTable:
-    """Evaluate several runs and compare each with the baseline, query by query.
-
-    Args:
-        runs: name of the system -> run, in the order of the table.
-        baseline: a name of ``runs``; None: the first one.
-        test: see `paired_test`.  ties: see `evaluate`.
-    """
-    if not runs:
-        raise ValueError("compare_table: expected at least one run")
-    baseline = next(iter(runs)) if baseline is None else baseline
-    if baseline not in runs:
-        raise ValueError(f"compare_table: the baseline {baseline!r} is not among the runs {', '.join(runs)}")
-    results = {name: evaluate(run, qrels, measures, ignore_identical_ids=ignore_identical_ids, ties=ties)
-               for name, run in runs.items()}
-    base = results[baseline]
-    systems = []
-    for name, result in results.items():
-        system = System(name, result.means, num_missing=result.num_missing, num_unjudged=result.num_unjudged,
-                        judged=result.judged, num_identical=result.num_identical)
-        if name != baseline:
-            for measure in result.means:
-                system.difference[measure] = result.means[measure] - base.means[measure]
-                system.p_value[measure] = paired_test(result.per_query[measure], base.per_query[measure], test)
-        systems.append(system)
-    others = [system for system in systems if system.p_value]
-    for measure in base.means:
-        for system, p in zip(others, holm([other.p_value[measure] for other in others]), strict=True):
-            system.p_holm[measure] = p
-    return ComparisonTable(list(base.means), baseline, test, base.num_queries, systems)
-
-
-def format_p(p: float) -> str:
-    """A p-value as a table shows it."""
-    return "p –" if p != p else "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1)
+    own = {name: int(match[1]) for name in measures if (match := _CANDIDATE_RECALL.fullmatch(name))}
+    rest = [name for name in measures if name not in own]
+    values = evaluate(run, qrels, rest).per_query if rest else {}
+    for name, k in own.items():
+        hits = {query_id: [qrels[query_id].get(doc_id, 0) > 0 for doc_id, _ in run.get(query_id, ())]
+                for query_id in qrels}
+        values[name] = {query_id: sum(found[:k]) / sum(found) for query_id, found in hits.items() if any(found)}
+    return {name: values[name] for name in measures if name in values}

@@ -13,8 +13,9 @@ from itertools import groupby
 import numpy as np
 
 from ..utils.files import AnyPath, write_text
+from .comparison import ComparisonTable, System
 from .html_page import INK, draw_svg, page, plain
-from .measures import ComparisonTable, System, format_p
+from .significance import format_p
 
 _TERMINAL_CHARACTERS = 700
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..utils.files import AnyPath
 from . import beir, dpr, hf_datasets, ir_datasets, jsonl, msmarco, rankllm, upr
 from .beir import Corpus, read_queries
 from .collection import Collection, Glance
-from .io import AnyPath, read_lines
+from .io import read_lines
 from .jsonl import read_examples, training_examples, write_examples
 from .partial_run import PartialRun
 from .qrels import read_table

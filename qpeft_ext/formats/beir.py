@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from ..utils.files import AnyPath
 from . import corpus
 from .collection import Collection, Glance
-from .io import AnyPath, line_error, parse_object, read_lines, require_id, require_text
+from .io import line_error, parse_object, read_lines, require_id, require_text
 from .qrels import read_table
 from .trec import Qrels
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .io import AnyPath, check_file, open_bytes, read_lines, reading
+from ..utils.files import AnyPath
+from .io import check_file, open_bytes, read_lines, reading
 from .json_records import read_records
 from .trec import Qrels, Run
 

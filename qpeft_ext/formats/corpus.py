@@ -18,19 +18,9 @@ from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
-from ..utils.files import AnyPath, is_gzip, permissions_of, restrict
+from ..utils.files import AnyPath, cache_folder, is_gzip, permissions_of, restrict
 from ..utils.small_files import open_regular
-from .io import (
-    cache_folder,
-    check_file,
-    decode,
-    line_error,
-    open_bytes,
-    parse_object,
-    reading,
-    require_id,
-    require_text,
-)
+from .io import check_file, decode, line_error, open_bytes, parse_object, reading, require_id, require_text
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import AnyPath
 from . import corpus
 from .answers import answer_qrels
 from .collection import Collection, Glance
-from .io import AnyPath, check_unicode, line_error, read_lines, require_text, shorten
+from .io import check_unicode, line_error, read_lines, require_text, shorten
 from .json_records import Place, read_records
 from .jsonl import Example
 from .trec import Qrels, Run

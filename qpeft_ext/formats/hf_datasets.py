@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import AnyPath
 from .collection import Collection, Example, Glance
 from .example_keys import ExampleKeys
-from .io import AnyPath
 from .qrels import whole_relevance
 from .trec import Qrels
 

@@ -117,14 +117,3 @@ def check_unicode(path: AnyPath, number: int, key: str, value: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise line_error(path, number, f"half a surrogate pair under {key!r}; repair the \\u escape") from None
-
-
-def cache_folder() -> Path:
-    """``$QPEFT_CACHE``, else ``~/.cache/qpeft_ext``; created if need be."""
-    folder = Path(os.environ.get("QPEFT_CACHE") or Path.home() / ".cache" / "qpeft_ext").absolute()
-    try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds copies of corpora
-    except OSError as error:
-        raise OSError(f"cannot create the cache folder {folder} ({error.strerror}); "
-                      f"set QPEFT_CACHE to a folder that can be written") from None
-    return folder

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
+from ..utils.files import AnyPath
 from . import corpus
 from .collection import Collection, Glance, plain_name
-from .io import AnyPath, line_error, read_lines, shorten
+from .io import line_error, read_lines, shorten
 from .jsonl import Example
 from .qrels import read_table
 from .trec import Qrels, Run

@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from .io import AnyPath, line_error, read_lines, shorten
+from ..utils.files import AnyPath
+from .io import line_error, read_lines, shorten
 from .trec import Qrels, split_columns, whole_number
 
 BEIR_HEADER = ("query-id", "corpus-id", "score")

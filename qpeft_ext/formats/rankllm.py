@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..utils.files import AnyPath
 from . import corpus
 from .collection import Collection, Glance
-from .io import AnyPath, line_error, require_id, require_text, shorten
+from .io import line_error, require_id, require_text, shorten
 from .json_records import Place, read_records
 from .trec import Run
 from .upr import read_score

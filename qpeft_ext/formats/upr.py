@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import AnyPath
 from . import corpus, dpr
 from .answers import answer_qrels, has_answer
 from .collection import Collection, Glance, plain_name
-from .io import AnyPath, check_unicode, line_error, require_text, shorten
+from .io import check_unicode, line_error, require_text, shorten
 from .json_records import Place, read_records
 from .trec import Qrels, Run
 

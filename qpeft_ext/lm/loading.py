@@ -210,3 +210,6 @@ class one_line:
         if "contains custom code" in reason:
             reason = "it needs Python code beside it, which is never run; expected an LM that transformers has"
         raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.what}: {reason}") from error
+
+
+BASE_LM = Path(__file__).parents[1] / "demo" / "base_lm"

@@ -8,21 +8,10 @@ gets.
 from __future__ import annotations
 
 from collections.abc import Callable
-from threading import Lock, RLock, get_ident
-from weakref import WeakKeyDictionary
+from threading import get_ident
 
 import torch
 from torch import nn
-
-_locks: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()  # beside the LM: a lock can't be copied or pickled
-_of_locks = Lock()
-
-
-def lm_lock(lm: nn.Module) -> RLock:
-    """The lock of an LM, the same for all models around it; a thread that has it may take it again."""
-    lm = without_wrappers(lm)
-    with _of_locks:
-        return _locks.setdefault(lm, RLock())
 
 
 def without_wrappers(lm: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..engine.path_check import LM_ERRORS
+from .errors import LM_ERRORS
 
 _FEW = 4
 

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..engine.schedule import shape_step
-from ..ops._common import few_heights
+from ..ops.hardware import few_heights, shape_step
 from .lock import in_this_thread
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.filters import ClueFilter
+from ..adapters.filters import ClueFilter, stop_words
+from ..adapters.inputs import ClueInputs
 from ..adapters.layers import ClueEmbeddings, Clues, Float32Module
 from ..config import QPeftConfig
 from ..ops.similarity_topk import SimilarityTopK, round_scores
-from ..prompts.pairs import ClueInputs
-from .filters import allowed_pieces
 from .prompt import BOS, EOS, OfficialTokens
 
 _LISTED = 1000  # (query token, position) pairs that are looked at, best first
@@ -165,3 +165,23 @@ def _first_of_each(ids: Tensor) -> Tensor:
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     return torch.empty_like(first).scatter_(1, places, first)
+
+
+_LETTERS = frozenset(string.ascii_letters)
+
+
+def allowed_pieces(tokenizer, vocabulary: int, filters: tuple[str, ...]) -> Tensor:
+    """Token ids that may become clues: bool [V]; BOS and EOS never may.
+
+    Both filters look at the vocabulary's own pieces. ``stop_words`` takes the ASCII "_" out of them where "▁" is meant,
+    so that it finds stop words inside of words only ("the", not "▁the"); the list is that of bm25s, not the official
+    one, which has no licence. ``non_alphabetic`` asks for an ASCII letter: it keeps byte pieces such as "<0x0A>" and
+    drops digits and every other script.
+    """
+    allowed = torch.ones(vocabulary, dtype=torch.bool)
+    allowed[[BOS, EOS]] = False
+    words = stop_words() if "stop_words" in filters else frozenset()
+    for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(min(vocabulary, len(tokenizer))))):
+        if piece.replace("_", "") in words or ("non_alphabetic" in filters and not _LETTERS & set(piece)):
+            allowed[i] = False
+    return allowed

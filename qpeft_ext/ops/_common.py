@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import wraps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._library import registered
+from .hardware import _has_onednn, few_heights, has_bfloat16_products
+
 BLOCK_BYTES = 2 << 20  # gathered rows at a time: 128 of 4096 float32, which stay in the cache for the GEMM
-
-
-def registered() -> bool:
-    """Whether the library, and with it the schemas of csrc/ops.cpp, is loaded."""
-    return hasattr(torch.ops.qpeft_ext, "document_rows_distinct")
 
 
 def implement(name: str, keys: str | tuple[str, ...] = ("cpu", "cuda")):
@@ -100,74 +98,6 @@ def outside_autocast(function: Callable) -> Callable:
 # ---- wrong inputs ----------------------------------------------------------------------------------------------------
 
 
-def expect_shape(op: str, name: str, x: Tensor, words: str, shape: tuple[int | None, ...]) -> None:
-    """``shape``: one entry per dimension, None for any size; ``words``: the same in letters."""
-    if x.dim() != len(shape) or any(size is not None and size != got for size, got in zip(shape, x.shape, strict=True)):
-        known = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{op}: {name} must have shape {words} = [{known}], got {list(x.shape)}")
-
-
-def expect_dtype(op: str, name: str, x: Tensor, dtype: torch.dtype) -> None:
-    if x.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {_word(dtype)}, got {_word(x.dtype)}")
-
-
-def expect_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    """Same floating dtype and device as ``like``."""
-    if not like.is_floating_point():
-        raise TypeError(f"{op}: {like_name} must be floating, got {_word(like.dtype)}")
-    if x.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} must have the dtype of {like_name}, {_word(like.dtype)}, got {_word(x.dtype)}")
-    expect_device(op, name, x, like_name, like)
-
-
-def expect_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    if x.device != like.device:
-        raise ValueError(f"{op}: {name} must be on the device of {like_name}, {like.device}, got {x.device}")
-
-
-def check_documents(
-    op: str,
-    query_embeds: Tensor,
-    query_mask: Tensor,
-    table: Tensor,
-    document_ids: Tensor,
-    document_mask: Tensor,
-    query_index: Tensor,
-) -> None:
-    """The inputs that `similarity_topk` and `clue_attention` have in common."""
-    expect_shape(op, "table", table, "[V, D]", (None, None))
-    expect_shape(op, "query_embeds", query_embeds, "[Q, T, D]", (None, None, table.shape[1]))
-    expect_shape(op, "query_mask", query_mask, "[Q, T]", tuple(query_embeds.shape[:2]))
-    expect_shape(op, "document_ids", document_ids, "[B, S]", (None, None))
-    expect_shape(op, "document_mask", document_mask, "[B, S]", tuple(document_ids.shape))
-    expect_shape(op, "query_index", query_index, "[B]", (document_ids.shape[0],))
-    expect_like(op, "query_embeds", query_embeds, "table", table)
-    expect_dtype(op, "document_ids", document_ids, torch.int64)
-    expect_dtype(op, "query_index", query_index, torch.int64)
-    for name, mask in (("query_mask", query_mask), ("document_mask", document_mask)):
-        expect_dtype(op, name, mask, torch.bool)
-        expect_device(op, name, mask, "table", table)
-    for name, ids in (("document_ids", document_ids), ("query_index", query_index)):
-        expect_device(op, name, ids, "table", table)
-
-
-def check_ids(op: str, name: str, ids: Tensor, size: int, size_name: str, mask: Tensor | None = None) -> None:
-    """IndexError for an id outside [0, size) that counts. On CUDA looking would wait for the GPU; the kernels trap."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = (ids < 0) | (ids >= size)
-    if mask is not None:
-        wrong &= mask
-    if wrong.any():
-        at = wrong.nonzero()[0].tolist()
-        raise IndexError(f"{op}: {name}{at} = {int(ids[tuple(at)])} is outside [0, {size_name}) = [0, {size})")
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # ---- documents as rows of a table ------------------------------------------------------------------------------------
 
 
@@ -213,18 +143,6 @@ def product_dtype(rows: Tensor) -> torch.dtype:
     return block_dtype(rows)
 
 
-@cache
-def has_bfloat16_products() -> bool:
-    """Whether this processor has instructions for them that are faster than float32."""
-    return registered() and torch.ops.qpeft_ext.bfloat16_instructions() > 0
-
-
-@cache
-def multiplies_bfloat16_by_tiles() -> bool:
-    """Whether this processor has AMX, with which the products of a bf16 LM are several times faster than all else."""
-    return registered() and torch.ops.qpeft_ext.bfloat16_instructions() == 2
-
-
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` in the dtype of sums: rounding it to bf16 would lose what the inputs had. In ``out`` where given."""
     if a.dtype == sum_dtype(a.dtype):
@@ -255,18 +173,6 @@ def multiply_rows(a: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
             a = torch.nn.functional.pad(a, (0, 0, 0, missing))
         return torch.ops.mkldnn._linear_pointwise(a, rows, None, "none", [], "")[:height]
     return multiply(a, rows.T, out=out)
-
-
-def few_heights(height: int) -> int:
-    """The height or a little more (3 % on average, 6 % at most): one of 16 between a power of two and the next."""
-    step = 1 << max(0, height.bit_length() - 5)
-    return -(-height // step) * step
-
-
-@cache
-def _has_onednn() -> bool:
-    """Whether this torch has oneDNN, and the product that torch.compile takes for linear layers."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -151,3 +151,8 @@ def _host_info() -> dict[str, str]:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def registered() -> bool:
+    """Whether the library, and with it the schemas of csrc/ops.cpp, is loaded."""
+    return hasattr(torch.ops.qpeft_ext, "document_rows_distinct")

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._common import blocks_of_rows, check_ids, distinct_rows, rows_per_block, sum_dtype
+from ._checks import check_ids
+from ._common import blocks_of_rows, distinct_rows, rows_per_block, sum_dtype
 
 # 16 and 32 MB, 4 and 8 MB measure alike (48 documents, one thread)
 CONTEXT_BYTES = 16 << 20  # contexts [P, T, H, D] of one block of pairs; one GEMM with each head of W_v follows

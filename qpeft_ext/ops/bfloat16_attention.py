@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, multiplies_bfloat16_by_tiles, refuse_forward_mode
+from ._common import differentiable, fake, refuse_forward_mode
+from .hardware import multiplies_bfloat16_by_tiles
 
 _STEP = 32  # numbers that an instruction multiplies
 _HERE = multiplies_bfloat16_by_tiles()  # a constant, since torch.compile cannot ask for it

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, has_bfloat16_products, refuse_forward_mode
+from ._common import differentiable, fake, refuse_forward_mode
+from .hardware import has_bfloat16_products
 
 _HERE = has_bfloat16_products()  # a constant, since torch.compile cannot ask for it
 

@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._checks import check_documents, check_ids, expect_like, expect_shape
 from ._common import (
-    check_documents,
-    check_ids,
     differentiable,
-    expect_like,
-    expect_shape,
     fake,
     implement,
     outside_autocast,

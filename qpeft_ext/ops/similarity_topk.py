@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import check_documents, check_ids
 from ._common import (
     blocks_of_rows,
-    check_documents,
-    check_ids,
     differentiable,
     distinct_rows,
     fake,

@@ -9,15 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import check_ids, expect_device, expect_dtype, expect_like, expect_shape
 from ._common import (
     add_product,
-    check_ids,
     differentiable,
     exact_float32,
-    expect_device,
-    expect_dtype,
-    expect_like,
-    expect_shape,
     fake,
     implement,
     multiply_rows,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..lm.state import LMState, LMVersion
+from .copies import Copies, copies
 from .files import Place, prefetch, read_prefix
 from .index import PrefixIndex
-from .kv import Layout, PrefixKV
-from .tiers import Copies, DiskTier, HostTier, MemoryTier, PrefixKey, Tier, copies
+from .kv import Layout, PrefixKey, PrefixKV, prefix_digest
+from .tiers import DiskTier, HostTier, MemoryTier, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +201,3 @@ def _copied(max_bytes: int, host_bytes: int, disk: Path | None, disk_bytes: int,
             raise
         logger.warning("a copy of a DocumentCache does without its disk tier: %s", error)
         return DocumentCache(max_bytes, host_bytes, index=index)
-
-
-def prefix_digest(prefix_ids: Sequence[int]) -> bytes:
-    """SHA-256 of the ids of a prefix."""
-    return hashlib.sha256(np.asarray(prefix_ids, dtype=np.int64).tobytes()).digest()

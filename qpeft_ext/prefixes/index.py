@@ -16,7 +16,8 @@ from numpy.lib.recfunctions import repack_fields
 from ..utils.small_files import read_json
 from ..utils.text import shorten
 from .files import Place, prefetch, read_contents
-from .tiers import PrefixKey, Tier
+from .kv import PrefixKey
+from .tiers import Tier
 
 logger = logging.getLogger(__name__)
 

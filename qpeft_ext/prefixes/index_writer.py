@@ -20,12 +20,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..prompts.prompt import DocumentPrefix
-from ..utils.files import drop_temporary, folder_permissions, permissions_of, write_text
-from .cache import prefix_digest
+from ..utils.files import drop_temporary, folder_permissions, lock_folder, permissions_of, write_text
+from .copies import copies
 from .files import Contents, Place, header_bytes, read_contents, read_prefix, write_prefixes
 from .index import FORMAT, MANIFEST, expect_same_lm, expect_same_prompt, prompt_settings, read_manifest, shard_paths
-from .kv import PrefixKV
-from .tiers import copies, lock_folder
+from .kv import PrefixKV, prefix_digest
 
 logger = logging.getLogger(__name__)
 
@@ -273,13 +272,13 @@ class IndexWriter:
         return flat.view(self.model.engine.layout.dtype)
 
     def _write_manifest(self, plan: Plan, complete: bool) -> None:
-        from .. import __version__
+        from ..utils.environment import VERSION
 
         shards = shard_paths(self.folder)
         begun = {} if complete else {"first_shard": self._first_shard}
         manifest = self._settings | begun | {
             "complete": complete, "documents": plan.documents, "prefixes": plan.distinct, "shards": len(shards),
-            "bytes": sum(path.stat().st_size for path in shards), "qpeft_version": __version__,
+            "bytes": sum(path.stat().st_size for path in shards), "qpeft_version": VERSION,
         }
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n", self._mode, follow=False)
 

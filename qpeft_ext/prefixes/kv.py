@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..lm.state import LMVersion
 
 
 @dataclass
@@ -178,3 +183,21 @@ def left_pad(tensors: Sequence[Tensor], length: int | None = None, room: int = 0
         row[:, :gap] = 0  # masked, but NaN times zero would still be NaN
         row[:, gap:length] = tensor[0]
     return padded
+
+
+class PrefixKey(NamedTuple):
+    """What a cached prefix is of.
+
+    model: the version of the LM.  digest: SHA-256 of the prefix ids.  length: how many there are.
+    alone: computed alone and unpadded (``deterministic=True``), which differs in the last bits.
+    """
+
+    model: LMVersion
+    digest: bytes
+    length: int
+    alone: bool
+
+
+def prefix_digest(prefix_ids: Sequence[int]) -> bytes:
+    """SHA-256 of the ids of a prefix."""
+    return hashlib.sha256(np.asarray(prefix_ids, dtype=np.int64).tobytes()).digest()

@@ -10,30 +10,15 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ..lm.state import LMVersion
-from ..utils.files import drop_temporary, open_lock
+from ..utils.files import drop_temporary, lock_folder
+from .copies import copies
 from .files import Place, prefetch, read_contents, write_prefixes
-from .kv import Layout, PrefixKV
+from .kv import PrefixKey, PrefixKV
 
 logger = logging.getLogger(__name__)
-
-
-class PrefixKey(NamedTuple):
-    """What a cached prefix is of.
-
-    model: the version of the LM.  digest: SHA-256 of the prefix ids.  length: how many there are.
-    alone: computed alone and unpadded (``deterministic=True``), which differs in the last bits.
-    """
-
-    model: LMVersion
-    digest: bytes
-    length: int
-    alone: bool
 
 
 @dataclass
@@ -224,88 +209,3 @@ class DiskTier(Tier):
 def _file_name(key: PrefixKey) -> str:
     content = json.dumps([key.model.fingerprint(), key.alone], sort_keys=True)
     return hashlib.sha256(content.encode() + key.digest).hexdigest()
-
-
-def lock_folder(folder: Path) -> IO:
-    """Hold a folder until the file that is returned is closed, or its owner is gone.
-
-    Raises: ValueError if somebody else holds it.
-    """
-    import fcntl  # where there is none (Windows), prefixes cannot be kept on disk
-
-    lock = open_lock(folder / ".lock")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ValueError(f"{folder} is in use by another process, or by another cache of this one; name another "
-                         f"folder") from None
-    return lock
-
-
-class Copies:
-    """Copies of prefixes between one device and the host.
-
-    On CUDA they are asynchronous, through pinned memory, on two streams of their own, so that they run beside the
-    passes: the CPU is usually a group of prefixes ahead of the device. Elsewhere there is nothing to copy. Only a GPU
-    can show that the streams wait for each other as they must: the test marked ``cuda``.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._staging = torch.empty(0, dtype=torch.uint8)
-        self._staging_read: torch.cuda.Event | None = None
-
-    def to_host(self, prefix: PrefixKV) -> PrefixKV:
-        if not prefix.flat.is_cuda:
-            return prefix
-        current = torch.cuda.current_stream(self.device)
-        flat = torch.empty(prefix.flat.shape, dtype=prefix.flat.dtype, pin_memory=True)
-        self._down.wait_stream(current)  # the pass that computes the prefix
-        with torch.cuda.stream(self._down):
-            flat.copy_(prefix.flat, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        prefix.flat.record_stream(self._down)  # its memory is not used anew before that
-        host = Layout.of(prefix).unpack(flat, *prefix.lengths)
-        host.ready = ready
-        return host
-
-    def to_device(self, prefix: PrefixKV) -> PrefixKV:
-        if not self.cuda:
-            return prefix
-        current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._up):
-            if prefix.ready is not None:
-                self._up.wait_event(prefix.ready)
-            flat = prefix.flat.to(self.device, non_blocking=True)
-        current.wait_stream(self._up)
-        flat.record_stream(current)
-        return Layout.of(prefix).unpack(flat, *prefix.lengths)
-
-    def staging(self, nbytes: int) -> Tensor:
-        """uint8 memory of the host to read files into, [nbytes]; the next call takes it away again."""
-        if self._staging_read is not None:
-            self._staging_read.synchronize()
-        if self._staging.numel() < nbytes:
-            self._staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.cuda)
-        return self._staging[:nbytes]
-
-    def staging_is_read(self) -> None:
-        """Everything that was to be copied from `staging` has been asked for."""
-        if self.cuda:
-            self._staging_read = torch.cuda.Event()
-            self._staging_read.record(self._up)
-
-
-_COPIES: dict[torch.device, Copies] = {}
-
-
-def copies(device: torch.device) -> Copies:
-    """The one of a device."""
-    if device not in _COPIES:
-        _COPIES[device] = Copies(device)
-    return _COPIES[device]

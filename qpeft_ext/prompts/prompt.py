@@ -270,23 +270,6 @@ class Prompt:
         return [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]
 
 
-def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> Prompt:
-    """The prompt of a config: `Prompt`, or `official.prompt.OfficialPrompt`.
-
-    encoder_decoder: whether the LM is one.
-    Raises: ValueError for an option that such an LM does not have.
-    """
-    for name, value in (("layout", "document_first"), ("compat", "none")):
-        if encoder_decoder and getattr(config, name) != value:
-            raise ValueError(f"QPeftConfig: {name}={getattr(config, name)!r} is for causal LMs, this one is an "
-                             f"encoder–decoder; leave {name} out")
-    if config.compat == "official":
-        from ..official.prompt import OfficialPrompt
-
-        return OfficialPrompt(tokenizer, config)
-    return Prompt(tokenizer, config, encoder_decoder)
-
-
 def document_text(document: Document, place: str = "a document") -> str:
     """Title and text of a document as one string, title first.
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters.build import TopKClues
 from ..adapters.filters import ClueFilter, allowed_ids
+from ..adapters.inputs import ClueInputs
+from ..adapters.top_k_clues import TopKClues
 from ..model import QPeftModel
 from ..ops import similarity_topk
-from ..prompts.pairs import ClueInputs, PairBatch
+from ..prompts.pairs import PairBatch
 
 
 class ClueSimilarity:

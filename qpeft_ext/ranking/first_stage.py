@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from .. import formats
 from ..formats.corpus import drop_leftovers
-from ..formats.io import cache_folder
 from ..formats.trec import Run
-from ..utils.files import folder_permissions, permissions_of, restrict, sync_folder, write_text
+from ..utils.console import say
+from ..utils.files import cache_folder, folder_permissions, permissions_of, restrict, sync_folder, write_text
 from ..utils.optional import import_bm25s
 from ..utils.small_files import open_regular, read_json
 from ..utils.text import shorten
+from .run import system_name
 
 logger = logging.getLogger(__name__)
 
@@ -189,3 +191,48 @@ def _rename_folder(temporary: Path, folder: Path) -> None:
         if not folder.is_dir():  # else another process was quicker; its index is the same
             raise
     sync_folder(folder.parent)
+
+
+def asked_queries(data: formats.Collection, split: str | None) -> dict[str, str]:
+    """The queries of a split: where it has qrels, those that are judged; else all."""
+    if split is not None:
+        data.choose_split(split)
+    queries = data.queries(split)
+    if data.format in ("upr", "dpr questions", "dpr folder") or not data.has("qrels", split):
+        return queries
+    judged = {query_id: queries[query_id] for query_id in data.qrels(split) if query_id in queries}
+    if not judged:
+        raise ValueError(f"{data.place}: no query of the qrels is among the queries; the files do not belong together")
+    return judged
+
+
+def first_stage(
+    data: formats.Collection, split: str | None, queries: dict[str, str], run: Path | None, k: int,
+    ignore_identical_ids: bool = False,
+) -> tuple[Run, str]:
+    """The candidates, at most ``k`` per query, and what to call them: ``run``, else the collection's own, else
+    BM25.
+
+    ignore_identical_ids: documents with the id of their query are left out before the cut.
+    """
+    searched = run is None and not data.has("candidates", split)
+    if searched:
+        from .first_stage import bm25_run
+
+        # one more than asked for, which may be the query itself
+        whole, name = bm25_run(data.corpus, queries, k + ignore_identical_ids), "BM25"
+    else:
+        whole = formats.read_run(run) if run else data.candidates(split)
+        name = system_name(run) if run else "candidates"
+    if ignore_identical_ids:
+        whole, identical = formats.without_identical_ids(whole)
+        say_identical(name, identical)
+    cut = {query_id: candidates[:k] for query_id, candidates in whole.items()}
+    left_out = sum(len(candidates) for candidates in whole.values()) - sum(map(len, cut.values()))
+    if left_out and not searched:
+        say(f"{run or data.place}: {left_out} candidates beyond the {k} best of their query are left out")
+    return cut, name
+
+
+def say_identical(name: str, count: int) -> None:
+    say(f"{name}: {count} candidates with the id of their query are left out")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..adapters.build import AttentionClues
+from ..adapters.attention_clues import AttentionClues
 from ..engine.memory import plan_memory
 from ..engine.schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
 from ..lm.arguments import expect_model

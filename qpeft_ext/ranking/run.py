@@ -11,14 +11,15 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from ..adapters.attention_clues import AttentionClues
 from ..engine.schedule import query_blocks
-from ..formats.io import AnyPath
 from ..formats.partial_run import PartialRun
 from ..formats.trec import Run, check_id, find_line
+from ..utils.files import AnyPath
 
 PAIRS_PER_BLOCK = 256  # several passes of the default token budget, and still some life in the progress bar
 
@@ -200,3 +201,11 @@ def check_candidates(run: Run, queries: Mapping[str, str], corpus: Mapping[str, 
 
 def _place(path: AnyPath | None, query_id: str, doc_id: str | None = None) -> str:
     return "" if path is None else f"{path}, line {find_line(path, query_id, doc_id)}: "
+
+
+def system_name(path: Path) -> str:
+    """A short name for a run file: its name without what says the format."""
+    name = path.name.removesuffix(".gz")
+    for ending in (".trec", ".txt", ".run", ".tsv"):
+        name = name.removesuffix(ending) or name
+    return name

@@ -21,7 +21,8 @@ from ..lm.loading import (
     load_tokenizer,
     quiet_transformers,
 )
-from ..prompts.prompt import Prompt, build_prompt
+from ..model import build_prompt
+from ..prompts.prompt import Prompt
 from .run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_documents
 
 UPR, SIMILARITY = "UPR", "similarity only"
@@ -125,10 +126,10 @@ class SystemsSpec:
         import torch
         import transformers
 
-        from .. import __version__
+        from ..utils.environment import VERSION
 
         return {"adapter": self.model, "base model": self.lm_name, "systems": self.names,
-                "versions": {"qpeft_ext": __version__, "torch": torch.__version__,
+                "versions": {"qpeft_ext": VERSION, "torch": torch.__version__,
                              "transformers": transformers.__version__}}
 
 
@@ -139,7 +140,9 @@ class Systems:
     """
 
     def __init__(self, spec: SystemsSpec, device: str | None) -> None:
-        from .. import DocumentCache, Reranker, get_qpeft_model
+        from ..model import get_qpeft_model
+        from ..prefixes.cache import DocumentCache
+        from .reranker import Reranker
 
         device = default_device(device)
         quiet_transformers()

@@ -26,20 +26,17 @@ from ..prefixes.index import PrefixIndex
 from ..utils.torch_state import own_state
 from .arguments import checked_arguments, refuse_others
 from .checkpoints import last_complete, mark_complete, rotate, why_incomplete
-from .examples import (
-    EVALUATION,
-    TRAINING,
+from .collator import GroupCollator
+from .examples import EVALUATION, TRAINING, check_example, lacking_negatives
+from .losses import configured_loss, needs_temperature
+from .predictions import Predictions
+from .sampling import (
     EpochOrder,
     EvaluationExamples,
-    GroupCollator,
     StreamedEvaluationExamples,
     StreamedTrainingExamples,
     TrainingExamples,
-    check_example,
-    lacking_negatives,
 )
-from .losses import configured_loss, needs_temperature
-from .predictions import Predictions
 from .temperature import AUTO, best_temperature
 
 logger = logging.getLogger(__name__)

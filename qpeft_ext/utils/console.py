@@ -66,3 +66,26 @@ def standard_streams() -> Iterator[Stream]:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = stdout, stderr
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what is left of the work in words."""
+
+
+def is_first_process() -> bool:
+    """False in all processes of torchrun but the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: object = "") -> None:
+    """Print a line, or something of rich, on stdout; 100 columns wide where there is no terminal.
+
+    Under torchrun the first process speaks for all.
+    """
+    if not is_first_process():
+        return
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100
+    console = Console(file=sys.stdout, width=width, highlight=False, markup=False)
+    console.print(message, soft_wrap=isinstance(message, str))

@@ -7,6 +7,7 @@ written through.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gzip
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -247,3 +249,49 @@ def _permissions(path: Path, mode: int) -> int:
     except OSError:
         return mode
     return mode & stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else mode
+
+
+def cache_folder() -> Path:
+    """``$QPEFT_CACHE``, else ``~/.cache/qpeft_ext``; created if need be."""
+    folder = Path(os.environ.get("QPEFT_CACHE") or Path.home() / ".cache" / "qpeft_ext").absolute()
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds copies of corpora
+    except OSError as error:
+        raise OSError(f"cannot create the cache folder {folder} ({error.strerror}); "
+                      f"set QPEFT_CACHE to a folder that can be written") from None
+    return folder
+
+
+def lock_folder(folder: Path) -> IO:
+    """Hold a folder until the file that is returned is closed, or its owner is gone.
+
+    Raises: ValueError if somebody else holds it.
+    """
+    import fcntl  # where there is none (Windows), prefixes cannot be kept on disk
+
+    lock = open_lock(folder / ".lock")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"{folder} is in use by another process, or by another cache of this one; name another "
+                         f"folder") from None
+    return lock
+
+
+@contextmanager
+def claim(folder: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process may work in the folder of a result; without ``wait`` not while another one does.
+
+    The claim goes with the process, however it ends. It is a lock on a hidden file beside the folder, which stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open_lock(folder.with_name(f".{folder.name}.lock")) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass  # a file system without locks
+        yield True

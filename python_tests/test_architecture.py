@@ -1,0 +1,124 @@
+"""Imports go down only: a room of docs/architecture.md imports from floors below its own; nothing goes in circles."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qpeft_ext"
+FLOORS = (  # from the ground; rooms of one floor do not import each other
+    {"utils"},
+    {"config", "ops", "formats"},
+    {"lm", "prompts", "evaluation"},
+    {"prefixes", "adapters"},
+    {"engine", "official"},
+    {"model"},
+    {"training", "ranking"},
+    {"compare", "demo", "synthesis"},
+    {"cli"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}
+COMPILED = ("_C", "_host")  # of csrc/, which imports nothing of ours
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Name below the package -> file; a folder's own name stands for its ``__init__.py``."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports, at the top, in functions and for types alike."""
+    known = modules(package)
+    arrows: dict[str, set[str]] = {}
+    for name, path in known.items():
+        folder = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        if name == "":
+            folder = []
+        arrows[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for target, names in _imported(node, folder, package.name):
+                for imported in names:
+                    whole = f"{target}.{imported}".strip(".")
+                    if whole.split(".")[0] in COMPILED:
+                        continue
+                    arrows[name].add(whole if whole in known else target)
+        arrows[name].discard(name)
+    return arrows
+
+
+def _imported(node: ast.AST, folder: list[str], package: str) -> Iterator[tuple[str, list[str]]]:
+    if isinstance(node, ast.ImportFrom):
+        names = [alias.name for alias in node.names]
+        if node.level:
+            base = folder[: len(folder) - node.level + 1]
+            yield ".".join([*base, *(node.module or "").split(".")]).strip("."), names
+        elif (node.module or "").split(".")[0] == package:
+            yield node.module[len(package) :].strip("."), names
+    elif isinstance(node, ast.Import):
+        for alias in node.names:
+            if alias.name.split(".")[0] == package:
+                yield alias.name[len(package) :].strip("."), [""]
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def upward(arrows: dict[str, set[str]]) -> list[str]:
+    """The imports that go up, or to a neighbour on the same floor."""
+    wrong = []
+    for module, targets in arrows.items():
+        if not module:  # the face of the package names what is public
+            continue
+        for target in targets:
+            here, there = room(module), room(target)
+            if here != there and (not target or FLOOR[there] >= FLOOR[here]):
+                wrong.append(f"{module} -> {target or 'the face of the package'}")
+    return sorted(wrong)
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, in groups: what is left when modules that import nothing left are taken away."""
+    left = {module: {target for target in targets if target in arrows} for module, targets in arrows.items()}
+    for _ in range(2):  # first from below, then from above
+        while free := [module for module, targets in left.items() if not targets & left.keys()]:
+            for module in free:
+                del left[module]
+        left = {module: {other for other, targets in left.items() if module in targets} for module in left}
+    return [sorted(left)] if left else []
+
+
+def test_every_room_has_a_floor():
+    rooms = {room(name) for name in modules(PACKAGE)} - {""}
+    assert rooms == FLOOR.keys()
+    assert len(FLOORS) <= 9
+
+
+def test_imports_go_down_only():
+    assert upward(imports(PACKAGE)) == []
+
+
+def test_nothing_goes_in_circles():
+    assert circles(imports(PACKAGE)) == []
+
+
+@pytest.mark.parametrize(("files", "wrong", "circle"), [
+    ({"utils/files.py": "from ..config import A", "config.py": ""}, ["utils.files -> config"], []),
+    ({"cli/app.py": "def f():\n    from .. import VERSION"}, ["cli.app -> the face of the package"], []),
+    ({"training/x.py": "import qpeft_ext.ranking.y", "ranking/y.py": ""}, ["training.x -> ranking.y"], []),
+    ({"lm/a.py": "from . import b", "lm/b.py": "from .a import c"}, [], [["lm.a", "lm.b"]]),
+    ({"lm/a.py": "from ..utils import files", "utils/files.py": "", "utils/__init__.py": ""}, [], []),
+])  # fmt: skip
+def test_what_is_wrong_is_found(tmp_path, files, wrong, circle):
+    for name, text in {"__init__.py": "", **files}.items():
+        path = tmp_path / "qpeft_ext" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    arrows = imports(tmp_path / "qpeft_ext")
+    assert upward(arrows) == wrong
+    assert circles(arrows) == circle

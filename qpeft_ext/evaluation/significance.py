@@ -1,0 +1,61 @@
+"""Tests whether two systems differ, and corrections for many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .measures import _EVAL_EXTRA
+
+TESTS = ("t-test", "permutation")
+
+
+def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: str = "t-test", seed: int = 0) -> float:
+    """Two-sided p-value of the paired difference between two systems over the same queries.
+
+    Args:
+        first, second: query_id -> value, same queries.
+        test: "t-test" (`scipy.stats.ttest_rel`) or "permutation" (signs of the differences, 9,999 draws or all).
+    Returns: p; 1.0 if no query differs, NaN with fewer than two queries.
+    """
+    if test not in TESTS:
+        raise ValueError(f"paired_test: test must be one of {', '.join(TESTS)}, got {test!r}")
+    if first.keys() != second.keys():
+        raise ValueError(f"paired_test: both systems need the same queries, got {len(first)} and {len(second)}, "
+                         f"{len(first.keys() & second.keys())} in common")
+    difference = np.array([first[query_id] - second[query_id] for query_id in first])
+    if len(difference) < 2:
+        return float("nan")
+    if not difference.any():
+        return 1.0
+    if np.ptp(difference) == 0 and test == "t-test":
+        return 0.0  # the same difference on every query: no variance to test against
+    try:
+        from scipy import stats
+    except ImportError:
+        raise ImportError(_EVAL_EXTRA) from None
+    if test == "t-test":
+        return float(stats.ttest_1samp(difference, 0.0).pvalue)  # ttest_rel is this test on the difference
+    result = stats.permutation_test((difference,), np.mean, permutation_type="samples", vectorized=True,
+                                    n_resamples=9999, rng=np.random.default_rng(seed))
+    return float(result.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction (1979) for that many comparisons at once; a NaN is no comparison and stays one.
+
+    The smallest of m is multiplied by m, the next by m − 1, and so on; none becomes smaller than one before it, or
+    larger than 1.
+    """
+    order = sorted((place for place, p in enumerate(p_values) if p == p), key=lambda place: p_values[place])
+    corrected, largest = list(p_values), 0.0
+    for left, place in zip(range(len(order), 0, -1), order, strict=True):
+        largest = max(largest, min(1.0, left * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def format_p(p: float) -> str:
+    """A p-value as a table shows it."""
+    return "p –" if p != p else "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1)

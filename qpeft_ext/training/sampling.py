@@ -1,0 +1,167 @@
+"""Which examples make up a batch, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from ..formats.example_keys import view
+from .examples import (
+    EVALUATION,
+    TRAINING,
+    DocumentSet,
+    IdentifiedDocument,
+    Member,
+    drawn_member,
+    normalised,
+    whole_member,
+)
+
+
+class TrainingExamples(Dataset):
+    """Map-style examples; an item is asked for by (epoch, index), as `EpochOrder` yields them; −1 is an idle one.
+
+    num_random_negatives: documents of other examples that a member brings besides; see `OtherExamples`.
+    """
+
+    def __init__(self, examples: Sequence, num_hard_negatives: int, seed: int, num_random_negatives: int = 0) -> None:
+        self.examples, self.num_hard_negatives, self.seed = view(examples, TRAINING), num_hard_negatives, seed
+        self.num_random_negatives, self.others = num_random_negatives, OtherExamples(self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Member:
+        epoch, index = key
+        place = max(0, index)
+        known = self.others.known_positives(place)
+        member = drawn_member(self.examples[place], place, epoch, self.num_hard_negatives, self.seed, known)
+        draw = np.random.default_rng([self.seed, epoch, place, 1])
+        member.negatives += self.others.random_negatives(member, self.num_random_negatives, draw)
+        return replace(member, idle=index < 0)
+
+
+class OtherExamples:
+    """What the rest of the examples says about one of them: further positives of its query, and random negatives.
+
+    Examples of one query, by id or normalised text, are known where looking is cheap: in a list or a
+    `datasets.Dataset`.
+    """
+
+    def __init__(self, examples: Sequence) -> None:
+        self.examples = examples
+        places: dict[object, list[int]] = {}
+        for index, key in enumerate(_query_keys(examples)):
+            places.setdefault(key, []).append(index)
+        self._same_query = {index: same for same in places.values() if len(same) > 1 for index in same}
+
+    def known_positives(self, index: int) -> list[IdentifiedDocument]:
+        others = (i for i in self._same_query.get(index, ()) if i != index)
+        return [IdentifiedDocument.of(document) for i in others for document in self.examples[i]["positives"]]
+
+    def random_negatives(self, member: Member, count: int, draw: np.random.Generator) -> list[IdentifiedDocument]:
+        """Up to ``count`` documents of other examples that are neither relevant nor drawn already."""
+        taken, found = DocumentSet((*member.relevant, *member.negatives)), []
+        for _ in range(8 * count):  # tries: in a small set there may be nothing left to draw
+            if len(found) == count:
+                break
+            other = self.examples[int(draw.integers(len(self.examples)))]
+            documents = [*other["positives"], *other["negatives"]]
+            document = IdentifiedDocument.of(documents[draw.integers(len(documents))])
+            if document.text and document not in taken:
+                taken.add(document)
+                found.append(document)
+        return found
+
+
+def _query_keys(examples: Sequence) -> Iterator[object]:
+    """What says that two examples have the same query: the id, or else the normalised text."""
+    if isinstance(examples, (list, tuple)):
+        queries: Iterable = ((example.get("query_id"), example["query"]) for example in examples)
+    else:
+        queries = examples.queries()
+    return (("id", query_id) if query_id is not None else normalised(query) for query_id, query in queries)
+
+
+class EpochOrder(Sampler):
+    """(epoch, index) of every example, in an order that is a pure function of (seed, epoch).
+
+    multiple: filled up with idle items, (epoch, −1), to a multiple of this: the global batch. Otherwise accelerate
+        would fill up the last one with examples of the beginning, which then count twice.
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True, multiple: int = 1) -> None:
+        self.length, self.seed, self.shuffle, self.multiple = length, seed, shuffle, multiple
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length + -self.length % self.multiple
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = self.epoch, range(self.length)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+        yield from ((epoch, int(index)) for index in order)
+        yield from [(epoch, -1)] * (-self.length % self.multiple)
+
+
+class StreamedTrainingExamples(IterableDataset):
+    """Examples of an iterable in its own order, pass after pass without end (``max_steps`` ends the training).
+
+    Being endless it has one epoch for the trainer, so that a resumed run skips exactly what was read, over any number
+    of passes.
+    """
+
+    def __init__(self, examples: Iterable, num_hard_negatives: int, seed: int, num_random_negatives: int = 0) -> None:
+        if num_random_negatives:
+            raise ValueError(f"num_random_negatives={num_random_negatives} needs examples in a list or a "
+                             "datasets.Dataset: an iterable has no other examples to draw from")
+        self.examples, self.num_hard_negatives, self.seed = view(examples, TRAINING), num_hard_negatives, seed
+
+    def __iter__(self) -> Iterator[Member]:
+        epoch = 0
+        while True:
+            if hasattr(self.examples, "set_epoch"):
+                self.examples.set_epoch(epoch)
+            index = -1
+            for index, example in enumerate(self.examples):
+                yield drawn_member(example, index, epoch, self.num_hard_negatives, self.seed)
+            if index < 0:
+                raise ValueError("the training examples are an iterable that yields nothing (the second time, perhaps: "
+                                 "a generator can be read once only)" if epoch else "there are no training examples")
+            epoch += 1
+
+
+class EvaluationExamples(Dataset):
+    """Map-style examples; an item is asked for as of `TrainingExamples`."""
+
+    def __init__(self, examples: Sequence) -> None:
+        self.examples = view(examples, EVALUATION)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Member:
+        _, index = key
+        return replace(whole_member(self.examples[max(0, index)], index), idle=index < 0)
+
+
+class StreamedEvaluationExamples(IterableDataset):
+    """Examples of an iterable, filled up with idle ones to a ``multiple``; see `EpochOrder`."""
+
+    def __init__(self, examples: Iterable, multiple: int = 1) -> None:
+        self.examples, self.multiple = view(examples, EVALUATION), multiple
+
+    def __iter__(self) -> Iterator[Member]:
+        index, member = -1, None
+        for index, example in enumerate(self.examples):
+            member = whole_member(example, index)
+            yield member
+        if member:
+            yield from [replace(member, idle=True)] * (-(index + 1) % self.multiple)
