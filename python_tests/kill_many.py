@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -33,6 +34,7 @@ import torch  # noqa: E402
 from compare_job import make_compare_job, write_plan  # noqa: E402
 from families.tiny import tiny_lm, tiny_tokenizer  # noqa: E402
 from small_data import write_lines  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import qpeft_ext as qpeft  # noqa: E402
 from qpeft_ext.cli import main as qpeft_command  # noqa: E402
@@ -314,6 +316,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for what failed")
     options = parser.parse_args()
     torch.set_num_threads(1)  # before the fork: children inherit no pool of threads
+    tqdm.set_lock(RLock())  # its own lock is shared by all processes, and a killed one would never give it back
     draw, counts, of_command, failures = random.Random(options.seed), Counter(), Counter(), []
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:

@@ -31,6 +31,13 @@ def test_hand_computed():
     assert (result.num_queries, result.num_missing, result.num_unjudged) == (3, 1, 1)
 
 
+@pytest.mark.parametrize("relevance", [1_000_001, 2**31 - 1, -(10**7)])
+def test_grades_that_no_table_of_trec_eval_holds_are_refused(relevance):
+    with pytest.raises(ValueError, match="query 'q', document 'b': expected a relevance of at most 1,000,000, got"):
+        evaluate({"q": [("a", 2.0)]}, {"q": {"a": 1, "b": relevance}}, ["nDCG@10"])
+    assert evaluate({"q": [("a", 2.0)]}, {"q": {"a": 1_000_000}}, ["nDCG@10"]).means == {"nDCG@10": 1.0}
+
+
 def test_ties_keep_the_order_of_the_run():
     """trec_eval alone would order equal scores by id, downwards: "n" before "m"."""
     for order in ("mn", "nm"):

@@ -317,6 +317,7 @@ def test_ids_with_blanks_between_tabs(tmp_path):
     (["q1 0 my doc 1"], "line 1: expected query_id 0 doc_id relevance .TREC. or .*got 5"),
     (["query-id,corpus-id,score", "q1,d1,1"], "line 1: expected columns with tabs or blanks between them, got commas"),
     (["q1 0 d1 0.5"], "line 1: expected a whole number as relevance, got '0.5'"),
+    (["q1 0 d1 1", "q1 0 d2 99999999999"], "line 2: expected a relevance of at most 1,000,000, got '99999999999'"),
     (["q1 0 d1 nan"], "line 1: expected a whole number as relevance, got 'nan'"),
     (["question passage gold", "q1 d1 1"], "line 1: expected a whole number as relevance, or a header such as"),
     (["q1\t0\t\t1"], "line 1: one of the 4 columns is empty"),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..formats.io import shorten
+from ..formats.qrels import LARGEST_RELEVANCE
 from ..formats.trec import Qrels, Run, decreasing_scores, without_identical_ids
 from ..utils.inputs import as_list
 
@@ -63,7 +64,8 @@ def evaluate(
         ignore_identical_ids: leave out a document whose id is that of the query (ArguAna, Quora).
         ties: "order" as above; "trec_eval" gives scores that are equal as float32 the order of trec_eval, the larger
             doc_id first, for its figures to the last digit on a run that has ties.
-    Raises: ImportError without ir_measures; ValueError for an unknown measure, or if no query is in both.
+    Raises: ImportError without ir_measures; ValueError for an unknown measure, a relevance beyond 1,000,000, or if no
+        query is in both.
     """
     if ties not in TIES:
         raise ValueError(f"evaluate: ties must be one of {', '.join(TIES)}, got {ties!r}")
@@ -75,6 +77,11 @@ def evaluate(
     if not run.keys() & qrels.keys():
         raise ValueError(f"evaluate: no query of the run is in the qrels (run: {next(iter(run), None)!r}, ...; "
                          f"qrels: {next(iter(qrels))!r}, ...); the files do not belong together")
+    for query_id, judged_documents in qrels.items():
+        for doc_id, relevance in judged_documents.items():
+            if not -LARGEST_RELEVANCE <= relevance <= LARGEST_RELEVANCE:
+                raise ValueError(f"evaluate: query {query_id!r}, document {doc_id!r}: expected a relevance of at most "
+                                 f"{LARGEST_RELEVANCE:,}, got {relevance}")
     num_identical = 0
     if ignore_identical_ids:
         run, num_identical = without_identical_ids(run)

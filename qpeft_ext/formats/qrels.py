@@ -15,6 +15,7 @@ from .io import line_error, read_lines, shorten
 from .trec import Qrels, split_columns, whole_number
 
 BEIR_HEADER = ("query-id", "corpus-id", "score")
+LARGEST_RELEVANCE = 1_000_000  # trec_eval counts grades in a table of that length, and ends the process where it fails
 _EXPECTED = "query_id 0 doc_id relevance (TREC) or query-id<tab>corpus-id<tab>score (BEIR)"
 _NAMES = {  # what headers call the columns, in lower case and without "-" and "_"
     "query": ("queryid", "qid", "query", "topic", "topicid"),
@@ -61,6 +62,9 @@ def read_table(path: AnyPath) -> Qrels:
             raise line_error(path, number, f"document {shorten(doc_id)} is judged twice for query "
                                            f"{shorten(query_id)}; remove one line")
         judged[doc_id] = whole_number(path, number, "relevance", relevance)
+        if abs(judged[doc_id]) > LARGEST_RELEVANCE:
+            raise line_error(path, number, f"expected a relevance of at most {LARGEST_RELEVANCE:,}, got "
+                                           f"{shorten(relevance)}")
     if not qrels:
         raise ValueError(f"{path}: the qrels are empty; expected lines {_EXPECTED}")
     return qrels

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from ..utils.small_files import read_json
+
+BASE_LM = Path(__file__).parents[1] / "demo" / "base_lm"  # what the demo uses, and plans that name no LM
 
 
 def load_lm(
@@ -194,22 +197,26 @@ def _expect_no_kernels(config) -> None:
 
 
 class one_line:
-    """Turns the many-line errors of transformers into one line that starts with what was tried."""
+    """Turns the many-line errors of transformers into one line that starts with what was tried.
+
+    Warnings of libraries come out afterwards, and not at all beside an error.
+    """
 
     def __init__(self, what: str) -> None:
         self.what = what
+        self._warnings = warnings.catch_warnings(record=True)
 
     def __enter__(self) -> None:
-        return None
+        self._caught = self._warnings.__enter__()
 
     def __exit__(self, kind, error, traceback) -> bool:
+        self._warnings.__exit__(kind, error, traceback)
         if error is None or isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
+            for caught in self._caught:
+                warnings.warn_explicit(caught.message, caught.category, caught.filename, caught.lineno)
             return False
         # safetensors and tokenizers raise plain Exceptions for a damaged file
         reason = " ".join(str(error).split())[:300] or kind.__name__
         if "contains custom code" in reason:
             reason = "it needs Python code beside it, which is never run; expected an LM that transformers has"
         raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.what}: {reason}") from error
-
-
-BASE_LM = Path(__file__).parents[1] / "demo" / "base_lm"
