@@ -38,6 +38,15 @@ def test_grades_that_no_table_of_trec_eval_holds_are_refused(relevance):
     assert evaluate({"q": [("a", 2.0)]}, {"q": {"a": 1_000_000}}, ["nDCG@10"]).means == {"nDCG@10": 1.0}
 
 
+@pytest.mark.parametrize("grades", [{"a": -2}, {"a": -11}, {"a": -1000, "c": -3}])
+def test_a_query_with_grades_below_0_alone(grades):
+    """trec_eval ends the process for some of them."""
+    run = {"q": [("a", 2.0), ("b", 1.0)], "r": [("x", 1.0)]}
+    found = evaluate(run, {"q": grades, "r": {"x": 1}}, ["nDCG@10", "RR@10", "AP", "R@5", "Judged@1"])
+    assert found.per_query["nDCG@10"] == found.per_query["RR@10"] == found.per_query["AP"] == {"q": 0.0, "r": 1.0}
+    assert found.per_query["Judged@1"] == {"q": 1.0, "r": 1.0}
+
+
 def test_ties_keep_the_order_of_the_run():
     """trec_eval alone would order equal scores by id, downwards: "n" before "m"."""
     for order in ("mn", "nm"):

@@ -25,6 +25,7 @@ from ..utils.inputs import as_list
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 TIES = ("order", "trec_eval")
 JUDGED_AT = 10
+_NOBODY = "\N{REPLACEMENT CHARACTER} no document"
 _MAX_GRADE = 4  # of gdeval
 _EVAL_EXTRA = "evaluation needs the packages ir_measures and scipy: pip install qpeft_ext[eval]"
 
@@ -82,6 +83,9 @@ def evaluate(
             if not -LARGEST_RELEVANCE <= relevance <= LARGEST_RELEVANCE:
                 raise ValueError(f"evaluate: query {query_id!r}, document {doc_id!r}: expected a relevance of at most "
                                  f"{LARGEST_RELEVANCE:,}, got {relevance}")
+    # where all grades of a query are below 0 trec_eval writes beside its memory; a document that nobody retrieves helps
+    qrels = {query_id: grades if max(grades.values(), default=0) >= 0 else {**grades, _NOBODY: 0}
+             for query_id, grades in qrels.items()}
     num_identical = 0
     if ignore_identical_ids:
         run, num_identical = without_identical_ids(run)
