@@ -163,7 +163,7 @@ class Child:
             code = 1
             try:
                 code = self._run(arguments, theirs, room)
-            finally:  # whatever happens: this process must not go on with what its parent does
+            finally:  # even after an error, so that the child never runs the rest of its parent's program
                 os._exit(code)
         os.close(theirs)
 

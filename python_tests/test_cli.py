@@ -136,7 +136,7 @@ def test_rerank(job, tmp_path, capsys):
 
 
 def test_identical_ids_are_left_out_and_counted(job, tmp_path, capsys):
-    """Of a run, of the candidates that BM25 finds (which stay as many as asked for), and of negatives."""
+    """They leave a given run, BM25's candidates (of which there are still as many as asked for), and negatives."""
     data = tmp_path / "data"
     data.mkdir()
     write_lines(data / "corpus.jsonl", [json.dumps({"_id": i, "text": text}) for i, text in (

@@ -43,7 +43,7 @@ def model_of(lm, clues: str = "none") -> qpeft.QPeftModel:
 
 
 def own_scores_by_length(model) -> torch.Tensor:
-    """As after loading: "dynamic" scaling keeps the table of the longest prompt until a short one comes."""
+    """Scores of the pairs, each read as by an LM just loaded ("dynamic" scaling keeps the longest prompt's table)."""
     scores = []
     for pair in PAIRS:
         with torch.no_grad():

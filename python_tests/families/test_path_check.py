@@ -119,7 +119,7 @@ def test_an_lm_that_fails_in_its_own_way_is_refused_in_one_line():
 
 
 def test_rows_that_disturb_each_other_are_read_one_by_one():
-    """As experts with a capacity do: what a row is makes a difference to its neighbours."""
+    """A row changes the results of its neighbours, as in a mixture of experts with a capacity."""
     lm = tiny_lm("llama")
 
     def mix(module, inputs, output):

@@ -79,7 +79,7 @@ class Kind:
 
     @property
     def parts(self) -> set[str]:
-        """Of the job, what the command needs."""
+        """Names of the job's files and folders that the command needs."""
         named = re.findall(r"\{job\}/([\w.]+)", self.command) if isinstance(self.command, str) else ["adapter"]
         return {self.file.partition("/")[0], "lm", "data", "cache", *named}
 
@@ -298,7 +298,7 @@ def _close(expected: dict, got: dict) -> bool:
 
 
 def _limit(said: Path) -> None:
-    """Of this child: standard streams, CPU time, memory, and a traceback before it is killed."""
+    """Redirect this child's standard streams, limit its CPU time and memory, and print a traceback if it is killed."""
     for number, path in ((0, os.devnull), (1, os.devnull), (2, said)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC if number == 2 else os.O_RDWR, 0o600), number)
     sys.stdout = os.fdopen(1, "w", closefd=False)
