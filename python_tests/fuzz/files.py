@@ -37,10 +37,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from format_readers import READERS, VALID
+from formats.format_readers import READERS, VALID
 from fuzz.mutations import damaged, put
+from jobs.tiny_job import make_job
 from peft import LoraConfig, get_peft_model
-from tiny_job import make_job
 
 import qpeft_ext as qpeft
 from qpeft_ext import formats

@@ -1,0 +1,50 @@
+"""The benchmark of reranking: its systems give the same scores, and its counts are those of the design."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+bench = pytest.importorskip("bench_reranking")
+
+
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory):
+    return bench.Systems(bench.SETTINGS["tiny"], "cpu", torch.float32, 1 << 26, tmp_path_factory.mktemp("bench"))
+
+
+def test_all_systems_agree(systems):
+    data = bench.make_pairs(systems.setting, 2.0)
+    assert bench.check(systems, data) < 1e-5
+    documents = {d for _, d in data.pairs}
+    assert systems.cache.misses == len(documents) and systems.cache.hits > 0
+    assert systems.disk_cache.tiers["disk"].hits == len(documents) and systems.disk_cache.misses == 0
+    wrong = systems.plain
+    systems.plain = lambda part: wrong(part) + 1
+    with pytest.raises(ValueError, match="differ from the plain path's"):
+        bench.check(systems, data)
+    del systems.plain
+
+
+def test_parts_are_the_whole_work_and_candidates_are_shared_as_asked():
+    setting = bench.SETTINGS["small"]
+    data = bench.make_pairs(setting, 2.0)
+    assert len(data.pairs) == len(set(data.pairs)) == 5000
+    assert 1.8 < 5000 / len({d for _, d in data.pairs}) <= 2.0
+    for by_query in (False, True):
+        parts = [data.part(r, setting.parts, by_query).pairs for r in range(setting.parts)]
+        assert sorted(pair for part in parts for pair in part) == sorted(data.pairs)
+    lengths = np.array([len(document.split()) for document in data.documents])
+    assert 190 < lengths.mean() < 205 and 0.3 < lengths.std() / lengths.mean() < 0.4  # cut at 320
+
+
+def test_token_counts(systems):
+    data = bench.make_pairs(systems.setting, 1.0)
+    counts = bench.count_tokens(systems, data)
+    assert counts["cold"].tokens == counts["plain"].tokens  # nothing is shared
+    assert counts["cold"].attended == counts["plain"].attended
+    assert counts["warm"].tokens < counts["plain"].tokens / 2

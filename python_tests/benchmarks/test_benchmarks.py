@@ -1,0 +1,110 @@
+"""What turns measurements into tables, pictures and verdicts."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("benchmarks/ is not here", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+
+common, readme_tables, sass_check = (
+    pytest.importorskip(name) for name in ("common", "readme_tables", "sass_check")
+)
+
+
+def row(work, ours=2.0, **baselines):
+    return {
+        "work": work, "ours_ms": ours, "baselines_ms": baselines,
+        "ratio": {name: ms / ours for name, ms in baselines.items()}, "ours_peak_bytes": 3_000_000,
+        "baselines_peak_bytes": {name: 0 for name in baselines}, "bound_share": 0.5, "max_error": 0.0,
+        "bound": {"bytes": 1e6, "flops": 1e9, "by": "copy"}, "not_run": {"liger": "not installed"},
+    }
+
+
+@pytest.fixture
+def gpu_result(tmp_path):
+    result = {
+        "machine": "NVIDIA H200", "device": "cuda", "threads": 1, "versions": {"torch": "2.11"}, "commit": None,
+        "command": "bash benchmarks/gpu_check.sh", "date": "2026-11-23", "rates": {"copy": 4e12, "gemm": 8e14},
+        "rows": [row("similarity_topk/1x100", textbook=9.0, same=1.0), row("similarity_topk/1x100@qwen2.5-7b", a=3.0)],
+    }
+    path = tmp_path / "h200_ops.json"
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_table_with_and_without_a_gpu_result(gpu_result, monkeypatch):
+    monkeypatch.setattr(readme_tables, "RESULTS", gpu_result.parent)
+    assert readme_tables.table("h200_ops").splitlines()[:3] == [
+        "| work | ours, ms | of the bound | ours, MB | textbook | same |",
+        "|---|---|---|---|---|---|",
+        "| `similarity_topk/1x100` | 2.0 | 50% | 3 | 9.0 (4.50×) | 1.0 (**0.50×**) |",  # a loss is seen
+    ]
+    assert "`liger` (not installed)" in readme_tables.table("h200_ops")
+    gpu_result.unlink()
+    assert "Not run yet" in readme_tables.table("h200_ops")
+
+
+def test_readme_shows_the_committed_results(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["readme_tables.py", "--check"])
+    assert readme_tables.main() == 0
+
+
+def test_roofline(gpu_result, tmp_path):
+    roofline = pytest.importorskip("roofline", reason="matplotlib is missing", exc_type=ImportError)
+    result = json.loads(gpu_result.read_text())
+    assert roofline.points(result)[0] == ("similarity_topk/1x100", 1000, 5e11, 1e12)  # 1e9 FLOPs in 2 ms and in 1 ms
+    assert roofline.plot(result, tmp_path / "h200_ops.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no measured rates"):
+        roofline.plot({"rows": []}, tmp_path / "none.png")
+
+
+SASS = """
+arch = sm_90a
+\t\tFunction : _ZN24_similarity_topk_kernel_cu_tile
+        /*0000*/  LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0010*/  HMMA.16816.F32.BF16 R4, R8, R6, R4 ;
+\t\tFunction : _ZN22_clue_attention_kernel_cu_tile
+        /*0000*/  LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0010*/  HMMA.16816.F32 R4, R8, R6, R4 ;
+\t\tFunction : _ZN28_token_log_likelihood_kernel_cu_chunk
+        /*0000*/  LDG.E.128 R4, [R2.64] ;
+"""
+
+
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        (("", ""), []),
+        (("HMMA.16816.F32.BF16", "FFMA"), ["sm_90a: similarity_topk has no tensor cores"]),
+        (("LDG.E.128 R4", "LDG.E.64 R4"), ["sm_90a: token_log_likelihood has no 16-byte loads"]),
+        (("LDG.E.128 R4", "LDL.128 R4"), ["sm_90a: _ZN28_token_log_likelihood_kernel_cu_chunk uses local memory",
+                                          "sm_90a: token_log_likelihood has no 16-byte loads"]),
+        ((SASS, ""), ["no machine code found"]),
+    ],
+)
+def test_machine_code(change, wrong):
+    assert sass_check.check(SASS.replace(*change) if change[0] else SASS)[1] == wrong
+
+
+def test_names_of_works():
+    found = common.works("similarity_topk", lambda *arguments: arguments)
+    assert found["similarity_topk/1x100"] == (1, 100, False, 4096, 32000, False)
+    assert found["similarity_topk/32x100/backward@qwen2.5-0.5b"] == (32, 100, False, 896, 151936, True)
+    assert len(found) == 24
+
+
+def test_measure_says_what_it_measured():
+    x = torch.ones(4)
+    case = common.Case([x], torch.exp, {"textbook": torch.exp}, lambda a, b: float((a - b).abs().max()), 1e9, 1e6)
+    measured = common.measure("op/tiny", case, torch.device("cpu"), 3, common.Rates(1e9, 1e9))
+    assert measured["bound"]["by"] == "copy" and measured["bound_share"] == pytest.approx(1e3 / measured["ours_ms"])
+    assert measured["max_error"] == 0 and measured["timing"] == {"ours": "wall", "textbook": "wall"}
+    wrong = case._replace(error=lambda a, b: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # nothing is timed that is not right
+        common.measure("op/tiny", wrong, torch.device("cpu"), 3, common.Rates(1e9, 1e9))

@@ -1,0 +1,78 @@
+"""A disk that is full: one line that names the file, and nothing half-written. Files may not grow beyond a limit here,
+which gives the same kind of error."""
+
+import os
+import resource
+import sys
+import traceback
+
+import pytest
+import torch
+from jobs.tiny_job import copy_job, make_job
+
+from qpeft_ext.cli import main
+
+RERANK = "rerank --model {job}/adapter --data {job}/data --run {job}/data/run.trec --output {out} --device cpu"
+TRAIN = ("train --base-model {job}/lm --data {job}/data --output {out} --num-negatives 1 --max-steps 2 --device cpu "
+         "--generated-lora-rank 0")
+COMMANDS = {  # name: (command, bytes that a file may have, what the line names)
+    "run": (RERANK, 150, "out"),
+    "packed run": (RERANK.replace("{out}", "{out}.gz"), 150, "out.gz"),
+    "settings of a run": (RERANK, 10, "out.part"),
+    "cache": ("retrieve --data {job}/data --output {out}", 4000, "cache/corpus-"),
+    "BM25": ("retrieve --data {job}/data --output {out}", 60, "cache/bm25-"),
+    "table": ("evaluate --qrels {job}/data/qrels/test.tsv {job}/data/run.trec --output {out}", 50, "out"),
+    "fused run": ("fuse {job}/data/run.trec {job}/data/run.trec --output {out}", 50, "out"),
+    "converted": ("convert {job}/data {out} --to rankllm --run {job}/data/run.trec", 200, "out"),
+    "shard": ("index {job}/data --out {out} --base-model {job}/lm --device cpu", 5000, "out/shard-000000.safetensors"),
+    "manifest": ("index {job}/data --out {out} --base-model {job}/lm --device cpu", 100, "out/manifest.json"),
+    "adapter": (TRAIN, 2000, "out/adapter_model.safetensors"),
+    "checkpoint": (TRAIN + " --save-steps 1", 10_000, "checkpoint-1"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_job(tmp_path_factory):
+    return make_job(tmp_path_factory.mktemp("full"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_line_names_the_file(name, whole_job, tmp_path, monkeypatch):
+    command, most, named = COMMANDS[name]
+    job, out = copy_job(whole_job, tmp_path / "job"), tmp_path / "out"
+    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
+    if name != "cache":
+        from qpeft_ext.formats.beir import Corpus
+
+        Corpus(job / "data" / "corpus.jsonl")  # so that it is not the corpus' index that is too large
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # before the fork
+    said, write = os.pipe()  # a pipe has no limit
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            sys.dont_write_bytecode = True  # a .pyc would be cut short too, without a word
+            sys.stderr = os.fdopen(write, "w")
+            handle = os.open("/dev/null", os.O_WRONLY)
+            sys.stdout = os.fdopen(handle, "w")
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+            code = main([word.format(job=job, out=out) for word in command.split()])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            sys.stderr.flush()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(said) as file:
+        lines = file.read().splitlines()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    torch.set_num_threads(threads)
+    assert code == 2 and lines, lines
+    assert str(tmp_path / named) in lines[-1] or name == "checkpoint" and named in lines[-1], lines
+    assert "File too large" in lines[-1] or "disk I/O error" in lines[-1], lines
+    left = [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp") or path == out and path.is_file()]
+    assert not left

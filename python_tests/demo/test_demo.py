@@ -1,0 +1,65 @@
+"""``qpeft demo`` on a small collection: its files, that its adapters give its runs again, the packaged adapter."""
+
+import json
+
+import pytest
+from jobs.tiny_job import save_lm
+from small_data import write_lines
+
+import qpeft_ext as qpeft
+from qpeft_ext import formats
+from qpeft_ext.cli import main
+from qpeft_ext.demo import run as demo
+from qpeft_ext.demo.data import load_demo_data
+
+pytest.importorskip("bm25s", reason="the extra qpeft_ext[bm25] is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = "moon tide harbour wind boat earth sea month wave river cloud stone".split()
+DOCUMENTS = {f"d{i}": f"The {word} and the {WORDS[i - 1]}: a {word} that all know." for i, word in enumerate(WORDS)}
+QUERIES = {f"q{i}": f"what {word} is it" for i, word in enumerate(WORDS)}
+SYSTEMS = ["BM25", "similarity only", "UPR", "Q-PEFT-R", "Q-PEFT-R + generated LoRA"]
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    """Ten queries for training (two of them become dev), two for the test."""
+    folder = tmp_path_factory.mktemp("demo") / "small"
+    write_lines(folder / "corpus.jsonl", (json.dumps({"_id": i, "text": text}) for i, text in DOCUMENTS.items()))
+    write_lines(folder / "queries.jsonl", (json.dumps({"_id": i, "text": text}) for i, text in QUERIES.items()))
+    for split, numbers in (("train", range(10)), ("test", range(10, 12))):
+        rows = [f"q{i}\td{i}\t1" for i in numbers]
+        write_lines(folder / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *rows])
+    return folder
+
+
+def test_on_a_collection_both_are_trained_and_saved(collection, tmp_path, capsys):
+    lm, out = save_lm(tmp_path / "lm"), tmp_path / "out"
+    assert main(["demo", "--model", str(lm), "--data", str(collection), "--output", str(out)]) == 0
+    said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    *names, fused = [system["name"] for system in results["systems"]]
+    assert names == SYSTEMS and fused.endswith(" + BM25") and fused.removesuffix(" + BM25") in SYSTEMS[2:]
+    assert all(name in said and name in (out / "report.html").read_text() for name in names)
+    assert {line.split(":")[0] for line in results["notes"] if "trainable parameters" in line} == set(SYSTEMS[3:])
+    assert [line.split(":")[0] for line in results["notes"] if "against UPR" in line] == [
+        f"{name} against UPR" for name in SYSTEMS[3:]]  # fmt: skip
+    for name in SYSTEMS[3:]:
+        file = name.replace(" ", "")
+        ranked = formats.read_run(out / f"{file}.trec")
+        reranker = qpeft.Reranker.from_pretrained(out / f"adapter-{file}")
+        assert set(ranked) == {"q10", "q11"}
+        for query, ranking in ranked.items():
+            again = reranker.predict([(QUERIES[query], DOCUMENTS[document]) for document, _ in ranking])
+            assert again == pytest.approx([score for _, score in ranking], abs=1e-3)
+    assert reranker.model.qpeft_config.generated_lora_rank == 16
+
+
+def test_on_the_installed_packages_the_second_comes_along(collection, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "load_demo_data", lambda data, *others: load_demo_data(collection, *others))
+    report = demo.main(output=tmp_path, settings=demo.Settings(candidates=5, evaluations=1))
+    assert "comes with the package" in report.notes[1] and report.notes[1].startswith(f"{demo.BEST}: ")
+    assert sorted(path.name for path in tmp_path.glob("adapter-*")) == ["adapter-Q-PEFT-R"]
+    ranked = formats.read_run(tmp_path / "Q-PEFT-R+generatedLoRA.trec")
+    packaged = qpeft.QPeftModel.from_pretrained(demo.ADAPTER, qpeft.load_lm(demo.BASE_LM, dtype="float32"))
+    pairs = [(QUERIES["q10"], DOCUMENTS[document]) for document, _ in ranked["q10"]]
+    assert qpeft.Reranker(packaged).predict(pairs) == pytest.approx([score for _, score in ranked["q10"]], abs=1e-3)
