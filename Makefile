@@ -31,11 +31,13 @@ help:            ## show this list
 venv: .venv/.ready   ## make .venv with everything that development needs
 build: .venv/.built  ## compile the operators
 
-lint: .venv/.ready   ## ruff, and the style of csrc
+lint: .venv/.ready   ## ruff (rules and format), and the style of csrc
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
-format: .venv/.ready ## clang-format over csrc
+format: .venv/.ready ## ruff format, and clang-format over csrc
+	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
 check: build lint    ## the inner loop: lint and the fast tests (all but the files of conftest.SLOW)

@@ -31,12 +31,26 @@ from qpeft_ext.lm.loading import BASE_LM, load_tokenizer
 
 LIMIT = 1e-5  # nats a query token, float32
 THREADS = 8
-_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512}
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
 LMS: dict[str, tuple[str, dict] | None] = {
     "llama": ("llama", _SIZES),
-    "gemma3": ("gemma3_text", {**_SIZES, "query_pre_attn_scalar": 16, "sliding_window": 16,
-                               "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **_SIZES,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}),
     "demo": None,
 }
@@ -95,13 +109,16 @@ class Drift:
     def __init__(self, model: qpeft.QPeftModel, folder: Path) -> None:
         self.model = model
         self.queries, self.documents = make_texts()
-        scores = [[model.score([(query, document)], path="plain") for document in self.documents]
-                  for query in self.queries]
+        scores = [
+            [model.score([(query, document)], path="plain") for document in self.documents] for query in self.queries
+        ]
         self.tokens = np.array([[float(score.num_tokens) for score in row] for row in scores])
         self.alone = np.array([[float(score.query_log_likelihood) for score in row] for row in scores]) / self.tokens
         prefix = model.engine.layout.nbytes(80)
-        small = {"memory": qpeft.DocumentCache(6 * prefix),  # of 12 documents: some have to leave
-                 "disk": qpeft.DocumentCache(2 * prefix, disk=folder / "prefixes", disk_bytes=6 * prefix)}
+        small = {
+            "memory": qpeft.DocumentCache(6 * prefix),  # of 12 documents: some have to leave
+            "disk": qpeft.DocumentCache(2 * prefix, disk=folder / "prefixes", disk_bytes=6 * prefix),
+        }
         self.rerankers = {name: qpeft.Reranker(model, cache=small.get(name)) for name in CACHES}
 
     def of_batch(self, reranker: qpeft.Reranker, rng: np.random.Generator) -> np.ndarray:
@@ -122,18 +139,22 @@ class Drift:
 
     def of_threads(self, batches: int) -> dict[str, np.ndarray]:
         """The same with each cache by `THREADS` threads at once, which share a reranker and its cache."""
+
         def work(reranker: qpeft.Reranker, seed: int) -> np.ndarray:
             rng = np.random.default_rng(seed)
             return np.concatenate([self.of_batch(reranker, rng) for _ in range(-(-batches // THREADS))])
 
         with ThreadPoolExecutor(THREADS) as threads:
-            found = {name: [threads.submit(work, reranker, seed) for seed in range(THREADS)]
-                     for name, reranker in self.rerankers.items()}
+            found = {
+                name: [threads.submit(work, reranker, seed) for seed in range(THREADS)]
+                for name, reranker in self.rerankers.items()
+            }
             return {name: np.concatenate([part.result() for part in parts]) for name, parts in found.items()}
 
 
-def measure(lms: list[str], dtypes: list[str], clues: list[str], batches: int, with_batches: bool = True
-            ) -> Iterator[dict]:
+def measure(
+    lms: list[str], dtypes: list[str], clues: list[str], batches: int, with_batches: bool = True
+) -> Iterator[dict]:
     """Rows of results. Raises: ValueError if a float32 score differs by more than `LIMIT`."""
     for lm in lms:
         for dtype in dtypes:
@@ -146,16 +167,20 @@ def measure(lms: list[str], dtypes: list[str], clues: list[str], batches: int, w
                         found = part(count)
                         differences = np.concatenate(list(found.values()))
                         row = {
-                            "work": f"batch_drift/{lm}/{dtype}/{kind}/{name}", "batches": count,
-                            "pairs": len(differences), "max_error": float(differences.max()),
+                            "work": f"batch_drift/{lm}/{dtype}/{kind}/{name}",
+                            "batches": count,
+                            "pairs": len(differences),
+                            "max_error": float(differences.max()),
                             "median_error": float(np.median(differences)),
                             "max_error_by_cache": {cache: float(part.max()) for cache, part in found.items()},
                             "spread": float(drift.alone.std()),  # of the scores themselves, nats a query token
                         }
                         yield row
                         if dtype == "float32" and not differences.max() <= LIMIT:
-                            raise ValueError(f"{row['work']}: a score differs by {row['max_error']:.1e} nats a query "
-                                             f"token from that of the pair alone, expected at most {LIMIT}")
+                            raise ValueError(
+                                f"{row['work']}: a score differs by {row['max_error']:.1e} nats a query "
+                                f"token from that of the pair alone, expected at most {LIMIT}"
+                            )
 
 
 def main() -> None:
@@ -172,8 +197,11 @@ def main() -> None:
     device = torch.device("cpu")
     path = arguments.out or RESULTS / result_name(device, "batch_drift")
     for row in measure(arguments.lm, arguments.dtype, arguments.clues, arguments.batches, not arguments.threads_only):
-        print(f"{row['work']}: {row['pairs']} pairs, at most {row['max_error']:.1e}, median {row['median_error']:.1e} "
-              f"nats a query token; the scores spread by {row['spread']:.2f}", flush=True)
+        print(
+            f"{row['work']}: {row['pairs']} pairs, at most {row['max_error']:.1e}, median {row['median_error']:.1e} "
+            f"nats a query token; the scores spread by {row['spread']:.2f}",
+            flush=True,
+        )
         write(path, device, [row])
     print("wrote", path)
 

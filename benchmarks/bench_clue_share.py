@@ -41,8 +41,14 @@ TINY = Shape(2, 64, 96, 4, 300, 5, 20, 4)
 def make_model(shape: Shape, device: torch.device, clues: str) -> qpeft.QPeftModel:
     """A Llama whose weights are drawn on the device: 7 billion numbers take a minute on a CPU."""
     config = LlamaConfig(
-        hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers, bos_token_id=0,
-        num_attention_heads=shape.heads, vocab_size=shape.vocabulary, eos_token_id=1, max_position_embeddings=1024,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        bos_token_id=0,
+        num_attention_heads=shape.heads,
+        vocab_size=shape.vocabulary,
+        eos_token_id=1,
+        max_position_embeddings=1024,
         dtype=default_dtype(device),
     )
     torch.manual_seed(0)
@@ -66,8 +72,10 @@ def make_batch(shape: Shape) -> PairBatch:
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(10, shape.vocabulary, (length,), generator=random).tolist())
 
-    documents = [DocumentPrefix((0, *ids(10), *ids(shape.document), 9), 11, 11 + shape.document, 0)
-                 for _ in range(shape.documents)]
+    documents = [
+        DocumentPrefix((0, *ids(10), *ids(shape.document), 9), 11, 11 + shape.document, 0)
+        for _ in range(shape.documents)
+    ]
     return PairBatch([ids(shape.query)], documents, [(0, d) for d in range(shape.documents)])
 
 

@@ -51,8 +51,17 @@ def child(kind: str, path: str, documents: str) -> None:
     for doc_id in wanted:
         assert corpus[doc_id]["id"] == doc_id
     end, lookup_cpu = time.perf_counter(), time.process_time() - cpu
-    print(json.dumps({"open_ms": (opened - start) * 1e3, "lookup_ms": (end - begin) * 1e3,
-                      "open_cpu_s": open_cpu, "lookup_cpu_s": lookup_cpu, "resident_bytes": _resident() - before}))
+    print(
+        json.dumps(
+            {
+                "open_ms": (opened - start) * 1e3,
+                "lookup_ms": (end - begin) * 1e3,
+                "open_cpu_s": open_cpu,
+                "lookup_cpu_s": lookup_cpu,
+                "resident_bytes": _resident() - before,
+            }
+        )
+    )
 
 
 def measure(documents: int, repeats: int) -> tuple[list[dict], dict[str, float]]:
@@ -68,41 +77,64 @@ def measure(documents: int, repeats: int) -> tuple[list[dict], dict[str, float]]
                     for file in cache.glob("*"):
                         file.unlink()
                 kind = "dictionary" if name == "dictionary" else "ours"
-                done = subprocess.run([sys.executable, "-c", _PROGRAM, kind, str(path), str(documents)],
-                                      capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
-                                      env=os.environ | {"QPEFT_CACHE": str(cache)})
+                done = subprocess.run(
+                    [sys.executable, "-c", _PROGRAM, kind, str(path), str(documents)],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    cwd=Path(__file__).parent,
+                    env=os.environ | {"QPEFT_CACHE": str(cache)},
+                )
                 seen[name].append(json.loads(done.stdout))
 
     def median(name: str, key: str) -> float:
         return statistics.median([result[key] for result in seen[name]])
 
     rows = []
-    for work, name, key in (("corpus_index", "built", "open_ms"), ("corpus_open", "ours", "open_ms"),
-                            ("corpus_lookup", "ours", "lookup_ms")):
+    for work, name, key in (
+        ("corpus_index", "built", "open_ms"),
+        ("corpus_open", "ours", "open_ms"),
+        ("corpus_lookup", "ours", "lookup_ms"),
+    ):
         ours, theirs = median(name, key), median("dictionary", key)
-        rows.append({
-            "work": f"{work}/{documents}", "ours_ms": ours, "baselines_ms": {"dictionary": theirs},
-            "ratio": {"dictionary": theirs / ours}, "ours_peak_bytes": median(name, "resident_bytes"),
-            "baselines_peak_bytes": {"dictionary": median("dictionary", "resident_bytes")},
-            "bound_share": None, "max_error": None,
-        })
-    print(f"CPU time beside the wall time: index {median('built', 'open_cpu_s'):.1f} s, "
-          f"{LOOKUPS / median('ours', 'lookup_cpu_s'):,.0f} lookups a second")
-    measured = {"index_s": rows[0]["ours_ms"] / 1e3, "lookups_per_s": LOOKUPS / rows[2]["ours_ms"] * 1e3,
-                "resident_bytes": max(row["ours_peak_bytes"] for row in rows)}
+        rows.append(
+            {
+                "work": f"{work}/{documents}",
+                "ours_ms": ours,
+                "baselines_ms": {"dictionary": theirs},
+                "ratio": {"dictionary": theirs / ours},
+                "ours_peak_bytes": median(name, "resident_bytes"),
+                "baselines_peak_bytes": {"dictionary": median("dictionary", "resident_bytes")},
+                "bound_share": None,
+                "max_error": None,
+            }
+        )
+    print(
+        f"CPU time beside the wall time: index {median('built', 'open_cpu_s'):.1f} s, "
+        f"{LOOKUPS / median('ours', 'lookup_cpu_s'):,.0f} lookups a second"
+    )
+    measured = {
+        "index_s": rows[0]["ours_ms"] / 1e3,
+        "lookups_per_s": LOOKUPS / rows[2]["ours_ms"] * 1e3,
+        "resident_bytes": max(row["ours_peak_bytes"] for row in rows),
+    }
     return rows, measured
 
 
 def missed(measured: dict[str, float]) -> list[str]:
-    return [f"{name}: {measured[name]:,.0f}, the limit is {limit:,.0f}" for name, limit in LIMITS.items()
-            if (measured[name] < limit if name == "lookups_per_s" else measured[name] > limit)]
+    return [
+        f"{name}: {measured[name]:,.0f}, the limit is {limit:,.0f}"
+        for name, limit in LIMITS.items()
+        if (measured[name] < limit if name == "lookups_per_s" else measured[name] > limit)
+    ]
 
 
 def _dictionary(path: str) -> dict[str, dict]:
     with open(path, encoding="utf-8") as file:
         records = (json.loads(line) for line in file)
-        return {record["_id"]: {"id": record["_id"], "title": record["title"], "text": record["text"]}
-                for record in records}
+        return {
+            record["_id"]: {"id": record["_id"], "title": record["title"], "text": record["text"]} for record in records
+        }
 
 
 def _resident() -> int:
@@ -124,8 +156,10 @@ def main() -> int:
     arguments = parser.parse_args()
     rows, measured = measure(arguments.documents, arguments.repeats)
     for row in rows:
-        print(f"{row['work']}: ours {row['ours_ms']:,.0f} ms, {row['ours_peak_bytes'] / 1e6:,.0f} MB; dictionary "
-              f"{row['baselines_ms']['dictionary']:,.0f} ms, {row['baselines_peak_bytes']['dictionary'] / 1e6:,.0f} MB")
+        print(
+            f"{row['work']}: ours {row['ours_ms']:,.0f} ms, {row['ours_peak_bytes'] / 1e6:,.0f} MB; dictionary "
+            f"{row['baselines_ms']['dictionary']:,.0f} ms, {row['baselines_peak_bytes']['dictionary'] / 1e6:,.0f} MB"
+        )
     print(f"{measured['lookups_per_s']:,.0f} lookups a second")
     import common  # not at the top: the measured processes must not hold torch
     import torch

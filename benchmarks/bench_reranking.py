@@ -57,8 +57,13 @@ class Setting:
 SETTINGS = {
     "25m": Setting(Shape()),
     "small": Setting(Shape(layers=4, width=256, inner=768, heads=4, vocabulary=4000), suffix="/small"),
-    "tiny": Setting(Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=30, query=5),
-                    queries=4, candidates=6, parts=2, suffix="/tiny"),
+    "tiny": Setting(
+        Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=30, query=5),
+        queries=4,
+        candidates=6,
+        parts=2,
+        suffix="/tiny",
+    ),
 }
 
 
@@ -110,8 +115,11 @@ def _shared_candidates(setting: Setting, sharing: float, random: np.random.Gener
     while len(used) * sharing < total:
         popularity = random.pareto(3, pool) + 0.5  # a few documents are candidates of many queries
         popularity /= popularity.sum()
-        pairs = [(q, int(d)) for q in range(setting.queries)
-                 for d in random.choice(pool, setting.candidates, replace=False, p=popularity)]
+        pairs = [
+            (q, int(d))
+            for q in range(setting.queries)
+            for d in random.choice(pool, setting.candidates, replace=False, p=popularity)
+        ]
         used = {d for _, d in pairs}
         pool = round(pool * 1.05)
     place = {d: i for i, d in enumerate(sorted(used))}
@@ -299,8 +307,11 @@ def measure(systems: Systems, data: Pairs, baselines: list[str], only: int | Non
             wall[name].append((time.perf_counter() - start) * 1e3)
             cpu[name].append((time.process_time() - cpu_start) * 1e3)
             pairs_per_second[name].append(1e3 * len(part.pairs) / wall[name][-1])
-        print(f"part {r + 1} of {setting.parts}, pairs/s: " + ", ".join(
-            f"{name} {rates[r]:.1f}" for name, rates in pairs_per_second.items()), flush=True)
+        print(
+            f"part {r + 1} of {setting.parts}, pairs/s: "
+            + ", ".join(f"{name} {rates[r]:.1f}" for name, rates in pairs_per_second.items()),
+            flush=True,
+        )
     sample = data.part(0, setting.parts).few(200)
     systems.write_files(sample)
     peaks = {name: peak_bytes(lambda f=function: f(sample), device) for name, function in {**ours, **against}.items()}
@@ -309,33 +320,42 @@ def measure(systems: Systems, data: Pairs, baselines: list[str], only: int | Non
     for name in ours:
         ratio = {b: sum(wall[b]) / sum(wall[name]) for b in against}
         bound = {b: counts[b].tokens / counts[name].tokens for b in against}
-        rows.append({
-            "work": f"rerank_{name}{setting.suffix}",
-            "ours_ms": sum(wall[name]),
-            "baselines_ms": {b: sum(wall[b]) for b in against},
-            "ratio": ratio,
-            "ours_peak_bytes": peaks[name],
-            "baselines_peak_bytes": {b: peaks[b] for b in against},
-            "bound_share": ratio["plain"] / bound["plain"] if "plain" in ratio else None,
-            "max_error": largest_error,
-            "token_bound": bound,
-            "part_ratios": {b: [y / x for x, y in zip(pairs_per_second[b], pairs_per_second[name], strict=True)]
-                            for b in against},
-            "ours_cpu_ms": sum(cpu[name]),
-            "baselines_cpu_ms": {b: sum(cpu[b]) for b in against},
-            "cpu_ratio": {b: sum(cpu[b]) / sum(cpu[name]) for b in against},
-            "pairs_per_second": {n: len(wall[n]) / sum(1 / x for x in pairs_per_second[n]) for n in (name, *against)},
-            "parts": len(wall[name]),
-            "queries_per_petaflop": {n: 1e15 * setting.queries / counts[n].flops(setting.shape)
-                                     for n in (name, *against)},
-            "shape": vars(setting.shape) | {
-                "queries": setting.queries, "candidates": setting.candidates,
-                "distinct_documents": len({d for _, d in data.pairs}),
-                "tokens": {n: counts[n].tokens for n in (name, *against)},
-                "parameters": sum(p.numel() for p in systems.model.lm.parameters()),
-                "dtype": str(systems.model.engine.table.dtype).removeprefix("torch."),
-            },
-        })
+        rows.append(
+            {
+                "work": f"rerank_{name}{setting.suffix}",
+                "ours_ms": sum(wall[name]),
+                "baselines_ms": {b: sum(wall[b]) for b in against},
+                "ratio": ratio,
+                "ours_peak_bytes": peaks[name],
+                "baselines_peak_bytes": {b: peaks[b] for b in against},
+                "bound_share": ratio["plain"] / bound["plain"] if "plain" in ratio else None,
+                "max_error": largest_error,
+                "token_bound": bound,
+                "part_ratios": {
+                    b: [y / x for x, y in zip(pairs_per_second[b], pairs_per_second[name], strict=True)]
+                    for b in against
+                },
+                "ours_cpu_ms": sum(cpu[name]),
+                "baselines_cpu_ms": {b: sum(cpu[b]) for b in against},
+                "cpu_ratio": {b: sum(cpu[b]) / sum(cpu[name]) for b in against},
+                "pairs_per_second": {
+                    n: len(wall[n]) / sum(1 / x for x in pairs_per_second[n]) for n in (name, *against)
+                },
+                "parts": len(wall[name]),
+                "queries_per_petaflop": {
+                    n: 1e15 * setting.queries / counts[n].flops(setting.shape) for n in (name, *against)
+                },
+                "shape": vars(setting.shape)
+                | {
+                    "queries": setting.queries,
+                    "candidates": setting.candidates,
+                    "distinct_documents": len({d for _, d in data.pairs}),
+                    "tokens": {n: counts[n].tokens for n in (name, *against)},
+                    "parameters": sum(p.numel() for p in systems.model.lm.parameters()),
+                    "dtype": str(systems.model.engine.table.dtype).removeprefix("torch."),
+                },
+            }
+        )
     return rows
 
 
@@ -358,18 +378,23 @@ def main() -> None:
     setting = replace(setting, queries=arguments.queries or setting.queries, parts=arguments.parts or setting.parts)
     data = make_pairs(setting, arguments.sharing)
     with tempfile.TemporaryDirectory() as folder:
-        systems = Systems(setting, arguments.device, getattr(torch, arguments.dtype), int(arguments.cache_gb * 1e9),
-                          Path(folder))
+        systems = Systems(
+            setting, arguments.device, getattr(torch, arguments.dtype), int(arguments.cache_gb * 1e9), Path(folder)
+        )
         rows = measure(systems, data, arguments.baselines, arguments.only)
         if arguments.out or arguments.setting != "tiny":
-            print("wrote", write(arguments.out or RESULTS / f"{machine(systems.device)}_reranking.json",
-                                 systems.device, rows))
+            print(
+                "wrote",
+                write(arguments.out or RESULTS / f"{machine(systems.device)}_reranking.json", systems.device, rows),
+            )
     for row in rows:
         show(row)
         for name, bound in row["token_bound"].items():
-            print(f"    {name:22} {row['ratio'][name]:5.2f} x wall, {row['cpu_ratio'][name]:5.2f} x CPU, bound by "
-                  f"tokens {bound:.2f} x; {row['pairs_per_second'][name]:.1f} pairs/s, "
-                  f"{row['queries_per_petaflop'][name]:.0f} queries per PetaFLOP")
+            print(
+                f"    {name:22} {row['ratio'][name]:5.2f} x wall, {row['cpu_ratio'][name]:5.2f} x CPU, bound by "
+                f"tokens {bound:.2f} x; {row['pairs_per_second'][name]:.1f} pairs/s, "
+                f"{row['queries_per_petaflop'][name]:.0f} queries per PetaFLOP"
+            )
 
 
 if __name__ == "__main__":

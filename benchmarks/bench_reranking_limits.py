@@ -72,14 +72,18 @@ def rerank_memory(arguments) -> None:
             corpus = formats.Corpus(folder)
             index = peak.bytes - before
             queries = {f"q{i}": data.queries[i % len(data.queries)] for i in range(arguments.queries)}
-            run = {q: [(f"d{d}", -float(r)) for r, d in enumerate(rng.choice(len(corpus), 100, replace=False))]
-                   for q in queries}
+            run = {
+                q: [(f"d{d}", -float(r)) for r, d in enumerate(rng.choice(len(corpus), 100, replace=False))]
+                for q in queries
+            }
             reranker = qpeft.Reranker(model, cache=qpeft.DocumentCache(arguments.cache_bytes))
             result = rerank_run(by_likelihood(reranker), queries, corpus, run, show_progress_bar=False)
     growth = peak.bytes - before
-    print(f"rerank_memory: {len(queries)} x 100 of {arguments.documents} documents, {arguments.setting}, cache "
-          f"{arguments.cache_bytes / 1e6:.0f} MB: {result}; resident set {before / 1e6:.0f} MB with the model, at most "
-          f"{growth / 1e6:.0f} MB more ({index / 1e6:.0f} MB of it for the corpus index)")
+    print(
+        f"rerank_memory: {len(queries)} x 100 of {arguments.documents} documents, {arguments.setting}, cache "
+        f"{arguments.cache_bytes / 1e6:.0f} MB: {result}; resident set {before / 1e6:.0f} MB with the model, at most "
+        f"{growth / 1e6:.0f} MB more ({index / 1e6:.0f} MB of it for the corpus index)"
+    )
     if growth >= 300e6:
         raise SystemExit("the resident set grew by more than 300 MB")
 
@@ -94,8 +98,10 @@ def deterministic(arguments) -> None:
         start, cpu = time.perf_counter(), time.process_time()
         qpeft.Reranker(model, deterministic=name).predict(texts)
         rates[name] = time.perf_counter() - start, time.process_time() - cpu
-    print(f"deterministic, {arguments.setting}, {len(texts)} pairs: {rates[True][0] / rates[False][0]:.2f} x the wall "
-          f"time, {rates[True][1] / rates[False][1]:.2f} x the CPU time")
+    print(
+        f"deterministic, {arguments.setting}, {len(texts)} pairs: {rates[True][0] / rates[False][0]:.2f} x the wall "
+        f"time, {rates[True][1] / rates[False][1]:.2f} x the CPU time"
+    )
 
 
 WORKS = {function.__name__: function for function in (rerank_memory, deterministic)}

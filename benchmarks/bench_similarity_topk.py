@@ -157,8 +157,9 @@ def make(queries, each, shared, D, V, backward, **lengths):
         flops = 2 * sets[0].query_embeds.shape[1] * D * pairs_of_rows(sets[0])
         baselines = {name: step(function) for name, function in functions.items()}
         check = gradient_error if backward else error
-        return Case(sets, step(lambda x, k: similarity_topk(*x, k)), baselines, check, distinct_bytes(sets[0]), flops,
-                    not_run)
+        return Case(
+            sets, step(lambda x, k: similarity_topk(*x, k)), baselines, check, distinct_bytes(sets[0]), flops, not_run
+        )
 
     return case
 

@@ -59,8 +59,13 @@ class Work:
     def expanded(self) -> Tensor:
         """The read-only layers over a copy that has one prefix a pair."""
         prefix = self.prefix
-        copy = type(prefix)([type(kv)(*(t.index_select(0, self.prefix_rows) for t in (kv.keys, kv.values)), kv.window)
-                             for kv in prefix.layers], [prefix.lengths[d] for d in self.prefix_rows.tolist()])
+        copy = type(prefix)(
+            [
+                type(kv)(*(t.index_select(0, self.prefix_rows) for t in (kv.keys, kv.values)), kv.window)
+                for kv in prefix.layers
+            ],
+            [prefix.lengths[d] for d in self.prefix_rows.tolist()],
+        )
         return self._result(log_likelihood(self.model.engine, self.rows, self.vectors, copy, None))
 
     def repeated(self) -> Tensor:

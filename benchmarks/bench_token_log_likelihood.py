@@ -124,8 +124,10 @@ def gradient_error(most):
 def make(queries, each, shared, D, V, backward, T=T, dtype=None):
     def case(device):
         low = dtype or default_dtype(device)
-        sets = [x._replace(hidden=x.hidden.to(low), lm_head=x.lm_head.to(low))
-                for x in make_inputs(queries * each * T, D, V, device)]
+        sets = [
+            x._replace(hidden=x.hidden.to(low), lm_head=x.lm_head.to(low))
+            for x in make_inputs(queries * each * T, D, V, device)
+        ]
 
         def step(function):
             def run(x: Inputs):
@@ -161,8 +163,10 @@ def make(queries, each, shared, D, V, backward, T=T, dtype=None):
 
 
 WORKS = {"tiny": make(1, 5, False, 64, 500, True, T=2), **works("token_log_likelihood", make)}
-WORKS |= {f"token_log_likelihood/1x100{end}@bf16": make(1, 100, False, *MODELS[FIRST], bool(end), dtype=torch.bfloat16)
-          for end in ("", "/backward")}  # on a GPU everything is
+WORKS |= {
+    f"token_log_likelihood/1x100{end}@bf16": make(1, 100, False, *MODELS[FIRST], bool(end), dtype=torch.bfloat16)
+    for end in ("", "/backward")
+}  # on a GPU everything is
 CPU = (
     "token_log_likelihood/1x100",
     "token_log_likelihood/1x100/backward",

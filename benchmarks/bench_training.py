@@ -65,11 +65,21 @@ TINY = Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=38,
 def make_model(shape: Shape, device, clues: str, dtype: torch.dtype, **options) -> qpeft.QPeftModel:
     """A Llama with random weights and trained modules that have left the identity; ``options`` of `QPeftConfig`."""
     torch.manual_seed(0)
-    lm = LlamaForCausalLM(LlamaConfig(
-        hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers, bos_token_id=0,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.heads // shape.groups, vocab_size=shape.vocabulary,
-        eos_token_id=1, tie_word_embeddings=True, initializer_range=0.05, max_position_embeddings=1024,
-    )).to(device, dtype)
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=shape.width,
+            intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers,
+            bos_token_id=0,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads // shape.groups,
+            vocab_size=shape.vocabulary,
+            eos_token_id=1,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            max_position_embeddings=1024,
+        )
+    ).to(device, dtype)
     config = qpeft.QPeftConfig(clues=clues, k=shape.query, num_heads=shape.heads, margin=0.5, **options)
     model = qpeft.get_qpeft_model(lm, config, make_tokenizer(shape.vocabulary))
     torch.manual_seed(1)
@@ -95,8 +105,9 @@ def make_batch(shape: Shape) -> PairBatch:
         return tuple(torch.randint(10, shape.vocabulary, (length,), generator=random).tolist())
 
     queries = [ids(shape.query) for _ in range(QUERIES)]
-    documents = [DocumentPrefix((0, *ids(10), *ids(shape.document), 9), 11, 11 + shape.document, 0)
-                 for _ in range(DOCUMENTS)]
+    documents = [
+        DocumentPrefix((0, *ids(10), *ids(shape.document), 9), 11, 11 + shape.document, 0) for _ in range(DOCUMENTS)
+    ]
     return PairBatch(queries, documents, [(q, d) for q in range(QUERIES) for d in range(DOCUMENTS)])
 
 
@@ -182,8 +193,12 @@ class Step:
         embeds = model.lm.get_input_embeddings()(rows.ids)
         vectors = clues.embeds[clues.mask].to(embeds.dtype)
         embeds = embeds.reshape(B * L, -1).index_copy(0, rows.clue_slots, vectors).view_as(embeds)
-        arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "position_ids": rows.positions,
-                     "use_cache": False}
+        arguments = {
+            "inputs_embeds": embeds,
+            "attention_mask": rows.mask,
+            "position_ids": rows.positions,
+            "use_cache": False,
+        }
         if every_position:
             labels = torch.full((B * L,), -100, device=self.device).index_copy(0, rows.before_query, rows.target_ids)
             logits = model.lm(**arguments).logits.float().flatten(0, 1)
@@ -249,8 +264,12 @@ def token_passes(shape: Shape) -> dict[str, int]:
     """Tokens that go through the LM, forward and backward (DESIGN 8: 28,224, 16,128, 4,256 and 2,560)."""
     whole, pairs = shape.prefix + shape.suffix, QUERIES * DOCUMENTS
     cached = 2 * pairs * shape.suffix
-    return {"official": 2 * OFFICIAL_ROWS * whole, "plain_distinct": 2 * pairs * whole,
-            "first_epoch": DOCUMENTS * shape.prefix + cached, "cached": cached}
+    return {
+        "official": 2 * OFFICIAL_ROWS * whole,
+        "plain_distinct": 2 * pairs * whole,
+        "first_epoch": DOCUMENTS * shape.prefix + cached,
+        "cached": cached,
+    }
 
 
 def measure(step: Step, work: str, ours: Callable, baselines: dict[str, Callable], repeats: int) -> dict:
@@ -286,10 +305,14 @@ def measure(step: Step, work: str, ours: Callable, baselines: dict[str, Callable
         "token_pass_bound": bound,
         "ours_cpu_ms": cpu_ms.pop("ours"),
         "baselines_cpu_ms": cpu_ms,
-        "shape": vars(step.shape) | {"prefix": step.shape.prefix, "suffix": step.shape.suffix,
-                                     "parameters": sum(p.numel() for p in step.model.lm.parameters()),
-                                     "clues": step.model.qpeft_config.clues,
-                                     "dtype": str(step.model.engine.table.dtype).removeprefix("torch.")},
+        "shape": vars(step.shape)
+        | {
+            "prefix": step.shape.prefix,
+            "suffix": step.shape.suffix,
+            "parameters": sum(p.numel() for p in step.model.lm.parameters()),
+            "clues": step.model.qpeft_config.clues,
+            "dtype": str(step.model.engine.table.dtype).removeprefix("torch."),
+        },
     }
 
 
@@ -303,12 +326,20 @@ def measure_saved(step: Step) -> dict:
         one.model(one.batch).mean_query_log_likelihood.sum().backward()
 
     checkpoints = saved_bytes(step, step.ours_in_micro_batches)
-    ours = {"one_graph": saved_bytes(step, step.ours),
-            "micro_batches_of_8": checkpoints + saved_bytes(one, graph_of_one_micro_batch)}
+    ours = {
+        "one_graph": saved_bytes(step, step.ours),
+        "micro_batches_of_8": checkpoints + saved_bytes(one, graph_of_one_micro_batch),
+    }
     plain, official = saved_bytes(step, step.plain_distinct_one_graph), saved_bytes(step, step.official)
-    return {"ours": ours, "plain_distinct_one_graph": plain, "official_micro_batch_of_4": official,
-            "ratio": {"one_graph / plain_distinct_one_graph": ours["one_graph"] / plain,
-                      "micro_batches_of_8 / official_micro_batch_of_4": ours["micro_batches_of_8"] / official}}
+    return {
+        "ours": ours,
+        "plain_distinct_one_graph": plain,
+        "official_micro_batch_of_4": official,
+        "ratio": {
+            "one_graph / plain_distinct_one_graph": ours["one_graph"] / plain,
+            "micro_batches_of_8 / official_micro_batch_of_4": ours["micro_batches_of_8"] / official,
+        },
+    }
 
 
 def main() -> None:
@@ -326,19 +357,30 @@ def main() -> None:
     repeats = 1 if arguments.tiny else arguments.repeats
     step.ours_cached()  # fills the cache
     plain = {"official": step.official, "plain_distinct": step.plain_distinct}
-    rows = [measure(step, "train_step", step.ours, plain, repeats),
-            measure(step, "train_epoch_cached", step.ours_cached,
-                    {"first_epoch": step.ours_first_epoch, "official": step.official}, repeats)]
+    rows = [
+        measure(step, "train_step", step.ours, plain, repeats),
+        measure(
+            step,
+            "train_epoch_cached",
+            step.ours_cached,
+            {"first_epoch": step.ours_first_epoch, "official": step.official},
+            repeats,
+        ),
+    ]
     rows[0]["saved_bytes"] = measure_saved(step)
     shape = rows[0]["shape"]
-    print(f"{shape['parameters'] / 1e6:.1f} M parameters, {shape['clues']} clues, {shape['dtype']}, "
-          f"{shape['prefix']} + {shape['suffix']} tokens, {arguments.threads} threads")
+    print(
+        f"{shape['parameters'] / 1e6:.1f} M parameters, {shape['clues']} clues, {shape['dtype']}, "
+        f"{shape['prefix']} + {shape['suffix']} tokens, {arguments.threads} threads"
+    )
     for row in rows:
         show(row)
         for name, bound in row["token_pass_bound"].items():
             cpu = row["baselines_cpu_ms"][name] / row["ours_cpu_ms"]
-            print(f"    {name:22} {row['ratio'][name]:5.2f} x in wall time, {cpu:5.2f} x in CPU time; bound by token "
-                  f"passes {bound:.2f} x")
+            print(
+                f"    {name:22} {row['ratio'][name]:5.2f} x in wall time, {cpu:5.2f} x in CPU time; bound by token "
+                f"passes {bound:.2f} x"
+            )
     for name, ratio in rows[0]["saved_bytes"]["ratio"].items():
         print(f"saved for backward: {name} = {ratio:.2f}")
     if arguments.out or not arguments.tiny:

@@ -1,7 +1,7 @@
 """Write the tables of README.md from benchmarks/results/*.json, between their markers.
 
-    python benchmarks/readme_tables.py          rewrite
-    python benchmarks/readme_tables.py --check  fail if README.md is not what the results say
+python benchmarks/readme_tables.py          rewrite
+python benchmarks/readme_tables.py --check  fail if README.md is not what the results say
 """
 
 from __future__ import annotations

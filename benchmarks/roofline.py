@@ -53,8 +53,13 @@ def plot(result: dict, path: Path) -> Path:
     for work, x, y, _ in drawn:
         if "@" not in work:
             axes.annotate(work.split("/", 1)[-1], (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte (bound)", ylabel="FLOP/s",
-             title=f"{result['machine']}: ours (filled), the fastest baseline (hollow), the roof")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOPs a byte (bound)",
+        ylabel="FLOP/s",
+        title=f"{result['machine']}: ours (filled), the fastest baseline (hollow), the roof",
+    )
     axes.legend(fontsize=8)
     axes.grid(True, which="both", alpha=0.2)
     figure.savefig(path, dpi=150)

@@ -72,8 +72,12 @@ def rerank_tokens(pairs: int, documents: int, prefix: int = PREFIX, suffix: int 
 
     plain: whole prompts.  cold: each distinct prefix once.  warm: prefixes from memory.  disk: from the disk.
     """
-    return {"plain": pairs * (prefix + suffix), "cold": documents * prefix + pairs * suffix,
-            "warm": pairs * suffix, "disk": pairs * suffix}
+    return {
+        "plain": pairs * (prefix + suffix),
+        "cold": documents * prefix + pairs * suffix,
+        "warm": pairs * suffix,
+        "disk": pairs * suffix,
+    }
 
 
 def train_tokens(queries: int = 4, negatives: int = 1, prefix: int = PREFIX, suffix: int = SUFFIX) -> dict[str, int]:
@@ -86,8 +90,12 @@ def train_tokens(queries: int = 4, negatives: int = 1, prefix: int = PREFIX, suf
     documents = queries * (1 + negatives)
     pairs = queries * documents
     rows = 2 * queries * (documents - 1)  # of a query: its positive and a negative, for each other document
-    return {"official": 2 * rows * (prefix + suffix), "distinct": 2 * pairs * (prefix + suffix),
-            "step": documents * prefix + 2 * pairs * suffix, "cached": 2 * pairs * suffix}
+    return {
+        "official": 2 * rows * (prefix + suffix),
+        "distinct": 2 * pairs * (prefix + suffix),
+        "step": documents * prefix + 2 * pairs * suffix,
+        "cached": 2 * pairs * suffix,
+    }
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
@@ -172,18 +180,30 @@ def tokens_table() -> str:
     rows = []
     for reuse in (1, 2, 10, 100):
         cost = {name: count / 1000 for name, count in rerank_tokens(1000, 1000 // reuse).items()}
-        rows.append([str(reuse), *(f"{cost[name]:.1f}" for name in ("plain", "cold", "warm", "disk")),
-                     f"{cost['plain'] / cost['cold']:.2f}× / {cost['plain'] / cost['warm']:.2f}×"])
+        rows.append(
+            [
+                str(reuse),
+                *(f"{cost[name]:.1f}" for name in ("plain", "cold", "warm", "disk")),
+                f"{cost['plain'] / cost['cold']:.2f}× / {cost['plain'] / cost['warm']:.2f}×",
+            ]
+        )
     return table(["queries per document", "plain", "cold", "warm", "disk", "bound: cold / warm against plain"], rows)
 
 
 def training_table() -> str:
     counts = train_tokens()
-    return table(["order of computation", "token passes", "against `train_step`", "against the cached epoch"], [
-        [name, f"{counts[key]:,}", f"{counts[key] / counts['step']:.2f}×", f"{counts[key] / counts['cached']:.2f}×"]
-        for name, key in (("official", "official"), ("each distinct pair once, in full", "distinct"),
-                          ("document first: `train_step`", "step"),
-                          ("document first, prefixes cached: `train_epoch_cached`", "cached"))])
+    return table(
+        ["order of computation", "token passes", "against `train_step`", "against the cached epoch"],
+        [
+            [name, f"{counts[key]:,}", f"{counts[key] / counts['step']:.2f}×", f"{counts[key] / counts['cached']:.2f}×"]
+            for name, key in (
+                ("official", "official"),
+                ("each distinct pair once, in full", "distinct"),
+                ("document first: `train_step`", "step"),
+                ("document first, prefixes cached: `train_epoch_cached`", "cached"),
+            )
+        ],
+    )
 
 
 def work_table() -> str:
@@ -191,24 +211,61 @@ def work_table() -> str:
     for shape in SHAPES:
         plain = shape.flops(PREFIX + SUFFIX, head_tokens=QUERY)
         prefix, suffix = shape.flops(PREFIX), shape.flops(SUFFIX, before=PREFIX, head_tokens=QUERY)
-        rows.append([shape.name, amount(shape.flops(1), "FLOP"), amount(plain, "FLOP"), amount(prefix, "FLOP"),
-                     amount(suffix, "FLOP"), f"{plain / suffix:.2f}×", amount(shape.kv_bytes, "B"),
-                     amount(PREFIX * shape.kv_bytes, "B")])
-    return table(["model", "one token", "plain pair", "prefix", "suffix (= warm pair)", "plain / warm", "KV per token",
-                  "KV of a prefix (read per warm pair)"], rows)
+        rows.append(
+            [
+                shape.name,
+                amount(shape.flops(1), "FLOP"),
+                amount(plain, "FLOP"),
+                amount(prefix, "FLOP"),
+                amount(suffix, "FLOP"),
+                f"{plain / suffix:.2f}×",
+                amount(shape.kv_bytes, "B"),
+                amount(PREFIX * shape.kv_bytes, "B"),
+            ]
+        )
+    return table(
+        [
+            "model",
+            "one token",
+            "plain pair",
+            "prefix",
+            "suffix (= warm pair)",
+            "plain / warm",
+            "KV per token",
+            "KV of a prefix (read per warm pair)",
+        ],
+        rows,
+    )
 
 
 def cache_table() -> str:
-    return table(["model", "one document", "10⁶ documents", "10⁹ documents", "documents in 100 GB of GPU memory"], [
-        [shape.name, *(amount(count * PREFIX * shape.kv_bytes, "B") for count in (1, 10**6, 10**9)),
-         f"{int(100e9 / (PREFIX * shape.kv_bytes)):,}"] for shape in SHAPES])
+    return table(
+        ["model", "one document", "10⁶ documents", "10⁹ documents", "documents in 100 GB of GPU memory"],
+        [
+            [
+                shape.name,
+                *(amount(count * PREFIX * shape.kv_bytes, "B") for count in (1, 10**6, 10**9)),
+                f"{int(100e9 / (PREFIX * shape.kv_bytes)):,}",
+            ]
+            for shape in SHAPES
+        ],
+    )
 
 
 def break_even_table() -> str:
-    return table(["model", "machine", "reading pays above", *(f"queries per document: {name}" for name in MEDIA)], [
-        [shape.name, machine, amount(break_even_bandwidth(shape, speed), "B/s"),
-         *(_queries(break_even_queries(shape, speed, bandwidth)) for bandwidth in MEDIA.values())]
-        for shape in SHAPES for machine, speed in MACHINES.items()])
+    return table(
+        ["model", "machine", "reading pays above", *(f"queries per document: {name}" for name in MEDIA)],
+        [
+            [
+                shape.name,
+                machine,
+                amount(break_even_bandwidth(shape, speed), "B/s"),
+                *(_queries(break_even_queries(shape, speed, bandwidth)) for bandwidth in MEDIA.values()),
+            ]
+            for shape in SHAPES
+            for machine, speed in MACHINES.items()
+        ],
+    )
 
 
 def _queries(count: float) -> str:
@@ -217,10 +274,19 @@ def _queries(count: float) -> str:
 
 def hits_table() -> str:
     shares = popularity(10_000)
-    return table(["cache holds", "hit rate, formula", "hit rate, simulated", "tokens per pair", "against plain"], [
-        [f"{part:.0%} of the documents", f"{(rate := hit_rate(shares, int(part * 10_000))):.3f}",
-         f"{simulated_hit_rate(shares, int(part * 10_000)):.3f}", f"{(cost := SUFFIX + (1 - rate) * PREFIX):.0f}",
-         f"{(PREFIX + SUFFIX) / cost:.2f}×"] for part in (0.01, 0.05, 0.1, 0.25, 0.5)])
+    return table(
+        ["cache holds", "hit rate, formula", "hit rate, simulated", "tokens per pair", "against plain"],
+        [
+            [
+                f"{part:.0%} of the documents",
+                f"{(rate := hit_rate(shares, int(part * 10_000))):.3f}",
+                f"{simulated_hit_rate(shares, int(part * 10_000)):.3f}",
+                f"{(cost := SUFFIX + (1 - rate) * PREFIX):.0f}",
+                f"{(PREFIX + SUFFIX) / cost:.2f}×",
+            ]
+            for part in (0.01, 0.05, 0.1, 0.25, 0.5)
+        ],
+    )
 
 
 def measured_table() -> str:
@@ -234,16 +300,27 @@ def measured_table() -> str:
     return table(["machine", "work", "ours", "plain ÷ ours"], rows) if rows else "(none yet)\n"
 
 
-TABLES = {"tokens": tokens_table, "training": training_table, "work": work_table, "caches": cache_table,
-          "break-even": break_even_table, "hits": hits_table, "measured": measured_table}
+TABLES = {
+    "tokens": tokens_table,
+    "training": training_table,
+    "work": work_table,
+    "caches": cache_table,
+    "break-even": break_even_table,
+    "hits": hits_table,
+    "measured": measured_table,
+}
 
 
 def main() -> int:
     text = PAGE.read_text(encoding="utf-8")
     new = text
     for name, make in TABLES.items():
-        new, found = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda m, make=make: m[1] + make() + m[2],
-                             new, flags=re.DOTALL)
+        new, found = re.subn(
+            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
+            lambda m, make=make: m[1] + make() + m[2],
+            new,
+            flags=re.DOTALL,
+        )
         if found != 1:
             raise SystemExit(f"{PAGE} must have one place for the table {name}, it has {found}")
     if "--check" in sys.argv:

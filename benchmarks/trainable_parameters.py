@@ -82,8 +82,10 @@ def table() -> str:
         more = [f"{name}={value!r}" for name, value in options.items() if name not in ("clues", "rank")]
         words = ", ".join([f"`{config.clues}`", *(f"`{option}`" for option in more)])
         share = 100 * trained / (frozen + trained)
-        share, megabytes = (f"{x:,.{digits if x >= least else digits + 1}f}"
-                            for x, digits, least in ((share, 2, 0.005), (size / 1e6, 0, 1)))  # never a bare zero
+        share, megabytes = (
+            f"{x:,.{digits if x >= least else digits + 1}f}"
+            for x, digits, least in ((share, 2, 0.005), (size / 1e6, 0, 1))
+        )  # never a bare zero
         default = " (default)" if "rank" not in options and not more else ""
         rank = "–" if config.clues == "none" else config.rank
         lines.append(f"| {words}{default} | {rank} | {trained:,} | {share} | {megabytes} MB |")

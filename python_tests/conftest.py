@@ -24,11 +24,31 @@ def pytest_xdist_auto_num_workers(config) -> int:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(CORES, memory // WORKER_BYTES))
 
+
 SLOW = (  # parts of test ids that `make check` leaves out: processes killed and resumed, training, compilers, families
-    "families/", "ops/test_cuda_", "compile", "opcheck", "'D': 4096", "killed", "new_process", "another_process",
-    "trained", "test_batch_drift.py", "test_compare.py", "test_damaged_files.py", "test_demo.py",
-    "test_first_stage.py", "test_fuzz", "test_hostile_calls.py", "test_long_runs.py", "test_resumed_runs.py",
-    "test_synthesize.py", "test_temperature.py", "test_trainer.py", "test_train_command.py", "test_two_ranks.py",
+    "families/",
+    "ops/test_cuda_",
+    "compile",
+    "opcheck",
+    "'D': 4096",
+    "killed",
+    "new_process",
+    "another_process",
+    "trained",
+    "test_batch_drift.py",
+    "test_compare.py",
+    "test_damaged_files.py",
+    "test_demo.py",
+    "test_first_stage.py",
+    "test_fuzz",
+    "test_hostile_calls.py",
+    "test_long_runs.py",
+    "test_resumed_runs.py",
+    "test_synthesize.py",
+    "test_temperature.py",
+    "test_trainer.py",
+    "test_train_command.py",
+    "test_two_ranks.py",
     "test_upr.py",
 )
 

@@ -35,14 +35,22 @@ def write_lines(path: Path, lines) -> Path:
 
 def write_folder(folder: Path, ending: str = "") -> Path:
     """The data as a BEIR folder with ``run.trec``; ``ending`` may be ".gz"."""
-    write_lines(folder / f"corpus.jsonl{ending}",
-                (json.dumps({"_id": i, "title": title, "text": text}) for i, (title, text) in DOCUMENTS.items()))
+    write_lines(
+        folder / f"corpus.jsonl{ending}",
+        (json.dumps({"_id": i, "title": title, "text": text}) for i, (title, text) in DOCUMENTS.items()),
+    )
     write_lines(folder / f"queries.jsonl{ending}", (json.dumps({"_id": i, "text": t}) for i, t in QUERIES.items()))
     rows = [f"{q}\t{d}\t{grade}" for q, judged in QRELS.items() for d, grade in judged.items()]
     for split in ("test", "train"):
         write_lines(folder / "qrels" / f"{split}.tsv{ending}", ["query-id\tcorpus-id\tscore", *rows])
-    write_lines(folder / f"run.trec{ending}", (
-        f"{q} Q0 {d} {rank} {score} first" for q, ranking in RUN.items() for rank, (d, score) in enumerate(ranking, 1)))
+    write_lines(
+        folder / f"run.trec{ending}",
+        (
+            f"{q} Q0 {d} {rank} {score} first"
+            for q, ranking in RUN.items()
+            for rank, (d, score) in enumerate(ranking, 1)
+        ),
+    )
     return folder
 
 

@@ -25,9 +25,19 @@ LAYOUTS = ("document_first", "clues_first")
 COMPAT = ("none", "official")
 OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the input passage"
 # what compat="official" has no choice in: an option that is left at its default takes this value
-OFFICIAL = {"rank": None, "residual": False, "clue_embeddings": "full", "attention_bias": True, "source": "document",
-            "selection": "similarity", "score_gate": False, "generated_lora_rank": None,
-            "num_virtual_tokens": None, "template": "qpeft", "allow_special_tokens": True}
+OFFICIAL = {
+    "rank": None,
+    "residual": False,
+    "clue_embeddings": "full",
+    "attention_bias": True,
+    "source": "document",
+    "selection": "similarity",
+    "score_gate": False,
+    "generated_lora_rank": None,
+    "num_virtual_tokens": None,
+    "template": "qpeft",
+    "allow_special_tokens": True,
+}
 _MAX_TEXT = 1 << 16
 TEMPLATES = ("qpeft", "upr")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
@@ -184,8 +194,11 @@ class QPeftConfig:
                 raise ValueError(f"QPeftConfig: temperature must be 'auto' or above 0, got {self.temperature!r}")
         if self.target_modules is not None:
             names = (self.target_modules,) if isinstance(self.target_modules, str) else self.target_modules
-            if (not isinstance(names, (tuple, list, set, frozenset)) or not names
-                    or not all(isinstance(name, str) and name for name in names)):
+            if (
+                not isinstance(names, (tuple, list, set, frozenset))
+                or not names
+                or not all(isinstance(name, str) and name for name in names)
+            ):
                 raise ValueError(f"QPeftConfig: target_modules must be names of layers, got {shorten(names)}")
             self.target_modules = tuple(names)
         if self.compat == "official":
@@ -199,59 +212,85 @@ class QPeftConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in OFFICIAL.items():
             if (got := getattr(self, name)) not in (defaults[name], value):
-                raise ValueError(f"QPeftConfig: compat='official' has {name}={value!r} and nothing else, got {got!r}; "
-                                 f"leave {name} out")
+                raise ValueError(
+                    f"QPeftConfig: compat='official' has {name}={value!r} and nothing else, got {got!r}; "
+                    f"leave {name} out"
+                )
             setattr(self, name, value)
         _at_least("max_document_tokens of compat='official', which counts its template,", self.max_document_tokens, 5)
 
     def _expect_compatible(self) -> None:
         """An option that does nothing beside the others must not be set in vain."""
         table = OFFICIAL["clue_embeddings"] if self.compat == "official" else "frozen"
-        for name, default in (("source", "document"), ("clue_embeddings", table), ("score_gate", False),
-                              ("similarity", "cosine"), ("selection", "similarity")):
+        for name, default in (
+            ("source", "document"),
+            ("clue_embeddings", table),
+            ("score_gate", False),
+            ("similarity", "cosine"),
+            ("selection", "similarity"),
+        ):
             if self.clues != "top_k" and getattr(self, name) != default:
-                raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues="
-                                 f"{self.clues!r}")
+                raise ValueError(
+                    f"QPeftConfig: {name}={getattr(self, name)!r} needs clues='top_k', got clues={self.clues!r}"
+                )
         if self.clues == "none" and not self.residual and self.compat == "none":
             raise ValueError("QPeftConfig: residual=False is of the clue MLP, but clues='none' has none; leave it out")
         for name, default in (("soft_prompt_init", "text"), ("soft_prompt_mlp", None)):
             if self.num_virtual_tokens is None and getattr(self, name) != default:
-                raise ValueError(f"QPeftConfig: {name}={getattr(self, name)!r} is of a soft prompt; set "
-                                 "num_virtual_tokens")
+                raise ValueError(
+                    f"QPeftConfig: {name}={getattr(self, name)!r} is of a soft prompt; set num_virtual_tokens"
+                )
         if self.layout == "clues_first" and self.clues == "none":
-            raise ValueError("QPeftConfig: layout='clues_first' says where the clues go, but clues='none' has none; "
-                             "leave layout out")
+            raise ValueError(
+                "QPeftConfig: layout='clues_first' says where the clues go, but clues='none' has none; leave layout out"
+            )
         if self.layout == "clues_first" and self.num_virtual_tokens is not None:
-            raise ValueError("QPeftConfig: layout='clues_first' has its instruction as text; leave num_virtual_tokens "
-                             "out")
+            raise ValueError(
+                "QPeftConfig: layout='clues_first' has its instruction as text; leave num_virtual_tokens out"
+            )
         if self.template == "upr" and self.instruction != DEFAULT_INSTRUCTION:
-            raise ValueError("QPeftConfig: template='upr' has an instruction of its own; leave instruction out, or set "
-                             "template='qpeft'")
+            raise ValueError(
+                "QPeftConfig: template='upr' has an instruction of its own; leave instruction out, or set "
+                "template='qpeft'"
+            )
         for name, value in (("num_virtual_tokens", None), ("layout", "document_first")):
             if self.template == "upr" and getattr(self, name) != value:
-                raise ValueError("QPeftConfig: template='upr' has its instruction behind the passage; leave "
-                                 f"{name} out")
+                raise ValueError(
+                    f"QPeftConfig: template='upr' has its instruction behind the passage; leave {name} out"
+                )
         if self.train_lm and (self.clues != "none" or self.generated_lora_rank is not None):
-            raise ValueError("QPeftConfig: train_lm=True needs clues='none' and no generated LoRA: both read an "
-                             "embedding table and weights that are frozen")
+            raise ValueError(
+                "QPeftConfig: train_lm=True needs clues='none' and no generated LoRA: both read an "
+                "embedding table and weights that are frozen"
+            )
         if self.target_modules is not None and self.generated_lora_rank is None:
             raise ValueError("QPeftConfig: target_modules are those of the generated LoRA; set generated_lora_rank")
         if self.generated_lora_rank is not None and self.loss == "pointwise":
-            raise ValueError("QPeftConfig: loss='pointwise' alone would teach the generated LoRA the query itself, "
-                             "whatever the document; use pointwise_pairwise or another loss with negatives")
+            raise ValueError(
+                "QPeftConfig: loss='pointwise' alone would teach the generated LoRA the query itself, "
+                "whatever the document; use pointwise_pairwise or another loss with negatives"
+            )
         if self.loss == "contrastive" and not (self.in_batch_negatives and self.queries_per_group > 1):
-            raise ValueError("QPeftConfig: loss='contrastive' compares the queries and documents of a group; set "
-                             "in_batch_negatives=True and queries_per_group to 2 or more")
+            raise ValueError(
+                "QPeftConfig: loss='contrastive' compares the queries and documents of a group; set "
+                "in_batch_negatives=True and queries_per_group to 2 or more"
+            )
         if self.loss == "margin_mse" and (self.in_batch_negatives or self.num_random_negatives):
-            raise ValueError("QPeftConfig: loss='margin_mse' learns from teacher scores, which documents of other "
-                             "examples do not have; set in_batch_negatives=False and num_random_negatives=0")
+            raise ValueError(
+                "QPeftConfig: loss='margin_mse' learns from teacher scores, which documents of other "
+                "examples do not have; set in_batch_negatives=False and num_random_negatives=0"
+            )
         if self.selection == "random":
             if self.source.startswith("vocabulary"):
-                raise ValueError(f"QPeftConfig: selection='random' needs source='document' or 'candidates', got source="
-                                 f"{self.source!r}: random tokens of the vocabulary say nothing about any text")
+                raise ValueError(
+                    f"QPeftConfig: selection='random' needs source='document' or 'candidates', got source="
+                    f"{self.source!r}: random tokens of the vocabulary say nothing about any text"
+                )
             if self.score_gate:
-                raise ValueError("QPeftConfig: selection='random' has no scores that score_gate=True could train; "
-                                 "set one of them only")
+                raise ValueError(
+                    "QPeftConfig: selection='random' has no scores that score_gate=True could train; "
+                    "set one of them only"
+                )
 
     def resolve(self, width: int) -> QPeftConfig:
         """The config for an LM whose embeddings are ``width`` wide: "auto" replaced, sizes checked."""
@@ -361,8 +400,9 @@ def _expect_description(lm: object) -> None:
         _at_least(f"{name} of base_model", lm.get(name), 1)
     probe = lm.get("embedding_probe")
     if not isinstance(probe, list) or not all(type(x) in (int, float) and abs(x) < 1e38 for x in probe):
-        raise ValueError(f"QPeftConfig: embedding_probe of base_model must be a list of finite numbers, got "
-                         f"{shorten(probe)}")
+        raise ValueError(
+            f"QPeftConfig: embedding_probe of base_model must be a list of finite numbers, got {shorten(probe)}"
+        )
 
 
 def _boolean(name: str, value: object) -> None:

@@ -110,8 +110,10 @@ class QPeftModel(nn.Module):
         if config.train_lm and hasattr(lm, "peft_config"):
             raise ValueError("QPeftModel: train_lm=True trains the whole LM; give it without its peft adapter")
         if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(lm, "peft_config", {}).values()):
-            raise ValueError("QPeftModel: a peft adapter of virtual tokens (prompt tuning, prefix tuning) would not be "
-                             "read; give the LM without it")
+            raise ValueError(
+                "QPeftModel: a peft adapter of virtual tokens (prompt tuning, prefix tuning) would not be "
+                "read; give the LM without it"
+            )
         if not hasattr(lm, "peft_config"):
             lm.requires_grad_(config.train_lm)
         self.lm = lm
@@ -130,7 +132,8 @@ class QPeftModel(nn.Module):
                 self.generated_lora = GeneratedLora(lm, width, config.generated_lora_rank, config.target_modules,
                                                     self.engine.decoder)  # fmt: skip
             self.soft_prompt = build_soft_prompt(
-                config, self.prompt, self.engine.table, self.engine.scale, self.engine.context)
+                config, self.prompt, self.engine.table, self.engine.scale, self.engine.context
+            )
         self._tell_engine()
         self.to_device_of_lm()
         self.eval()
@@ -287,8 +290,7 @@ class QPeftModel(nn.Module):
                 ids = [batch.documents[d].ids for d in documents]
                 prefix = self.engine.cached_prefill(ids, cache, one_by_one=deterministic)
             per_token = self.qpeft_config.clues == "attention"
-            for group in suffix_groups(batch, documents, max_tokens, max_pairs, pass_tokens, shared, per_token,
-                                       step):
+            for group in suffix_groups(batch, documents, max_tokens, max_pairs, pass_tokens, shared, per_token, step):
                 part = batch.select(group)
                 if at_once:
                     own, own_counts = clues and clues[group], [counts[i] for i in group]
@@ -301,6 +303,7 @@ class QPeftModel(nn.Module):
 
     def _rotary_tables(self, batch: PairBatch) -> list[int]:
         """Which rotary table of the LM each pair is read with; 0: the one that prefixes are cached with."""
+
         @torch.no_grad()
         def clue_counts() -> list[int]:
             return _counts(self.compute_clues(batch), len(batch))
@@ -467,8 +470,10 @@ def _usable(lm: nn.Module) -> nn.Module:
         logger.warning("the LM comes from torch.compile; passes run it uncompiled, unless Reranker has compile=True")
         lm = lm._orig_mod
     if getattr(getattr(lm.get_input_embeddings(), "weight", None), "is_meta", False):
-        raise ValueError("QPeftModel: the LM's weights are on the meta device, without values; load the LM outside of "
-                         "torch.device('meta')")
+        raise ValueError(
+            "QPeftModel: the LM's weights are on the meta device, without values; load the LM outside of "
+            "torch.device('meta')"
+        )
     return lm
 
 
@@ -497,8 +502,10 @@ def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) 
     """
     for name, value in (("layout", "document_first"), ("compat", "none")):
         if encoder_decoder and getattr(config, name) != value:
-            raise ValueError(f"QPeftConfig: {name}={getattr(config, name)!r} is for causal LMs, this one is an "
-                             f"encoder–decoder; leave {name} out")
+            raise ValueError(
+                f"QPeftConfig: {name}={getattr(config, name)!r} is for causal LMs, this one is an "
+                f"encoder–decoder; leave {name} out"
+            )
     if config.compat == "official":
         from .official.prompt import OfficialPrompt
 

@@ -1,6 +1,6 @@
 """Ranking quality and validation loss of base LMs on the demo's dev packages: UPR over BM25's candidates.
 
-    python benchmarks/base_lm/evaluate.py qpeft_ext/demo/base_lm build/base_lm_again
+python benchmarks/base_lm/evaluate.py qpeft_ext/demo/base_lm build/base_lm_again
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from transformers import LlamaForCausalLM
 SHAPE_STEP = 64  # rows of a product are filled up to a multiple: oneDNN makes and keeps code for each new number
 
 
-
 def hidden_states(model: LlamaForCausalLM, rows: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Final hidden states of prompt rows, [B, S, D], their ids and is_query, [B, S]; each suffix sees only the prefix
     and itself."""

@@ -21,8 +21,9 @@ def passage_texts(root: Path) -> list[Text]:
     texts = []
     for name in PASSAGES:
         if not (root / name).is_dir():
-            raise FileNotFoundError(f"{root / name} is not there; --passages expects a folder with "
-                                    f"{', '.join(PASSAGES)}")
+            raise FileNotFoundError(
+                f"{root / name} is not there; --passages expects a folder with {', '.join(PASSAGES)}"
+            )
         asked: dict[str, list[str]] = {}
         if name in QUESTIONS:
             folder, split = QUESTIONS[name]

@@ -1,7 +1,7 @@
 """Train the demo's base LM: first copying, then queries of documents. See README.md beside this file.
 
-    python benchmarks/base_lm/train.py --folder build/base_lm           # resumes from the last complete checkpoint
-    python benchmarks/base_lm/train.py --folder build/base_lm --package qpeft_ext/demo/base_lm
+python benchmarks/base_lm/train.py --folder build/base_lm           # resumes from the last complete checkpoint
+python benchmarks/base_lm/train.py --folder build/base_lm --package qpeft_ext/demo/base_lm
 """
 
 from __future__ import annotations
@@ -99,8 +99,11 @@ def query_batches(recipe: Recipe, texts: TokenisedTexts, group: int, decaying: b
     rng = np.random.default_rng([recipe.seed, 2, group])
     has_sentence = np.diff(texts.first_sentence) > 0
     is_passage = np.arange(len(texts.documents)) >= texts.first_passage
-    pools = {(passage, documented): np.flatnonzero((is_passage == passage) & (has_sentence == documented))
-             for passage in (False, True) for documented in (False, True)}
+    pools = {
+        (passage, documented): np.flatnonzero((is_passage == passage) & (has_sentence == documented))
+        for passage in (False, True)
+        for documented in (False, True)
+    }
     rows = []
     for _ in range(8 * recipe.batch):
         passage = recipe.passages > 0 and rng.random() < recipe.passages
@@ -275,8 +278,10 @@ def tokens_seen(recipe: Recipe, texts: TokenisedTexts, copy_steps: int, query_st
     groups = [query_batches(recipe, texts, group, group * 8 >= _decay_start(recipe))
               for group in range(math.ceil(query_steps / 8))]  # fmt: skip
     batches = [batch for group in groups for batch in group][:query_steps]
-    return {"copy": sum(copy_batch(recipe, step).numel() for step in range(copy_steps)),
-            "query": sum(len(row[0]) for batch in batches for row in batch)}
+    return {
+        "copy": sum(copy_batch(recipe, step).numel() for step in range(copy_steps)),
+        "query": sum(len(row[0]) for batch in batches for row in batch),
+    }
 
 
 def package(run: Run, target: Path, dev_queries: int) -> None:

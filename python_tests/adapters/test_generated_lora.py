@@ -74,8 +74,11 @@ def test_a_layer_may_give_another_dtype_than_it_reads():
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     gates = model.generated_lora.gates([(5, 6), (7,)], model.engine.table).detach()
     for recorded in (True, False):  # not in place, and in place
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(recorded), \
-                model.generated_lora.active(gates):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.set_grad_enabled(recorded),
+            model.generated_lora.active(gates),
+        ):
             found.append(model.lm(input_ids=ids).logits.detach().float())
     with torch.no_grad(), model.generated_lora.active(gates):
         expected = model.lm(input_ids=ids).logits
@@ -131,8 +134,16 @@ def test_all_linear_leaves_out_gates_of_one_output():
     """Of a mixture of experts with a shared expert: an update of rank 16 has no room in one number."""
     from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-    config = Qwen2MoeConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_experts=2,
-                            num_attention_heads=2, num_key_value_heads=2, shared_expert_intermediate_size=8)
+    config = Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_experts=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        shared_expert_intermediate_size=8,
+    )
     lm = AutoModelForCausalLM.from_config(config)
     gate = lm.model.layers[0].mlp.shared_expert_gate
     found = find_targets(lm, ["all-linear"])

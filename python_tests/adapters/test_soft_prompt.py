@@ -73,16 +73,28 @@ def test_a_random_start_is_tokens_drawn_with_the_seed():
     model(soft_prompt_init="random", instruction="")
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1, got 0"),
-    ({"num_virtual_tokens": 2.0}, "num_virtual_tokens must be a whole number, got 2.0"),
-    ({"num_virtual_tokens": 4, "soft_prompt_mlp": 0}, "soft_prompt_mlp must be at least 1, got 0"),
-    ({"num_virtual_tokens": 4, "soft_prompt_init": "words"}, "soft_prompt_init must be one of text, random, got 'wo"),
-    ({"num_virtual_tokens": None, "soft_prompt_init": "random"}, "soft_prompt_init='random' is of a soft prompt; set"),
-    ({"num_virtual_tokens": None, "soft_prompt_mlp": 4}, "soft_prompt_mlp=4 is of a soft prompt; set num_virtual"),
-    ({"instruction": " "}, "soft_prompt_init='text' needs an instruction; set one, or soft_prompt_init='random'"),
-    ({"num_virtual_tokens": 493}, r"must be at most 492, got 493: the LM's context is 512, and the rest .* takes 20"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1, got 0"),
+        ({"num_virtual_tokens": 2.0}, "num_virtual_tokens must be a whole number, got 2.0"),
+        ({"num_virtual_tokens": 4, "soft_prompt_mlp": 0}, "soft_prompt_mlp must be at least 1, got 0"),
+        (
+            {"num_virtual_tokens": 4, "soft_prompt_init": "words"},
+            "soft_prompt_init must be one of text, random, got 'wo",
+        ),
+        (
+            {"num_virtual_tokens": None, "soft_prompt_init": "random"},
+            "soft_prompt_init='random' is of a soft prompt; set",
+        ),
+        ({"num_virtual_tokens": None, "soft_prompt_mlp": 4}, "soft_prompt_mlp=4 is of a soft prompt; set num_virtual"),
+        ({"instruction": " "}, "soft_prompt_init='text' needs an instruction; set one, or soft_prompt_init='random'"),
+        (
+            {"num_virtual_tokens": 493},
+            r"must be at most 492, got 493: the LM's context is 512, and the rest .* takes 20",
+        ),
+    ],
+)
 def test_what_is_refused(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         model(**options)
@@ -98,9 +110,14 @@ def test_a_prompt_that_is_too_long_with_the_soft_prompt():
 # -- adapters and training ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"clues": "attention", "soft_prompt_mlp": 4}, {"clues": "top_k", "generated_lora_rank": 2},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clues": "attention", "soft_prompt_mlp": 4},
+        {"clues": "top_k", "generated_lora_rank": 2},
+    ],
+)
 def test_saved_and_loaded_bit_equal(options, tmp_path, capsys):
     ours = changed(model(**options))
     ours.save_pretrained(tmp_path)
@@ -124,9 +141,21 @@ EXAMPLES = [{"query": f"tide {i}", "positives": [f"the moon {i}"], "negatives": 
 def test_the_trainer_caches_for_evaluation_only(loss, tmp_path):
     ours = model(loss=loss, queries_per_group=2, suffix_micro_batch=2)
     trainer = qpeft.QPeftTrainer(
-        model=ours, train_dataset=EXAMPLES, eval_dataset=EXAMPLES, cache_bytes=1 << 24,
-        args=TrainingArguments(str(tmp_path), per_device_train_batch_size=2, num_train_epochs=3, learning_rate=0.05,
-                               report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True))
+        model=ours,
+        train_dataset=EXAMPLES,
+        eval_dataset=EXAMPLES,
+        cache_bytes=1 << 24,
+        args=TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=2,
+            num_train_epochs=3,
+            learning_rate=0.05,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+    )
     before = trainer.evaluate()
     stored, misses = len(trainer.cache), trainer.cache.misses
     assert stored == 6
@@ -175,8 +204,9 @@ def test_files_know_the_soft_prompt_by_its_content(tmp_path):
 
 
 def test_an_index_belongs_to_its_soft_prompt(tmp_path):
-    corpus = {str(i): document if isinstance(document, dict) else {"text": document}
-              for i, document in enumerate(DOCUMENTS)}
+    corpus = {
+        str(i): document if isinstance(document, dict) else {"text": document} for i, document in enumerate(DOCUMENTS)
+    }
     ours = changed(model())
     with IndexWriter(ours, corpus, tmp_path) as writer:
         writer.run(writer.plan())
@@ -205,12 +235,40 @@ def test_train_index_and_rerank(tmp_path, capsys, monkeypatch):
 
     examples = tmp_path / "train.jsonl"
     examples.write_text("\n".join(map(json.dumps, EXAMPLES)) + "\n")
-    out = command("train", "--base-model", job / "lm", "--train", examples, "--output", adapter, "--device", "cpu",
-                  "--clues", "none", "--option", "num_virtual_tokens=20", "--loss", "pointwise", "--max-steps", 3)
+    out = command(
+        "train",
+        "--base-model",
+        job / "lm",
+        "--train",
+        examples,
+        "--output",
+        adapter,
+        "--device",
+        "cpu",
+        "--clues",
+        "none",
+        "--option",
+        "num_virtual_tokens=20",
+        "--loss",
+        "pointwise",
+        "--max-steps",
+        3,
+    )
     assert "640 of " in out and "parameters are trained" in out
     command("index", job / "data", "--out", tmp_path / "index", "--model", adapter)
-    rerank = ["rerank", "--model", adapter, "--data", job / "data", "--run", job / "data" / "run.trec", "--upr",
-              "--similarity-only", "--output", tmp_path / "run.trec"]
+    rerank = [
+        "rerank",
+        "--model",
+        adapter,
+        "--data",
+        job / "data",
+        "--run",
+        job / "data" / "run.trec",
+        "--upr",
+        "--similarity-only",
+        "--output",
+        tmp_path / "run.trec",
+    ]
     plain = command(*rerank)
     for line in ("prompt tuning: 3 queries, 9 pairs", "UPR: 3 queries, 9 pairs", "similarity only: 3 queries, 9 pairs"):
         assert line in plain
@@ -225,9 +283,12 @@ def test_with_clues_it_keeps_the_name_of_the_method(tmp_path):
     from qpeft_ext.ranking.systems import SystemsSpec
 
     lm = make_job(tmp_path / "job") / "lm"
-    for place, (options, name) in enumerate([
-        ({"clues": "attention", "num_heads": 4, "num_virtual_tokens": 2}, "Q-PEFT-A"),
-        ({"clues": "none", "num_virtual_tokens": 2}, "prompt tuning"), ({"clues": "none"}, "UPR adapter"),
-    ]):
+    for place, (options, name) in enumerate(
+        [
+            ({"clues": "attention", "num_heads": 4, "num_virtual_tokens": 2}, "Q-PEFT-A"),
+            ({"clues": "none", "num_virtual_tokens": 2}, "prompt tuning"),
+            ({"clues": "none"}, "UPR adapter"),
+        ]
+    ):
         folder = save_adapter(tmp_path / str(place), lm, **options)
         assert SystemsSpec("data", model=str(folder), upr=True).names == [name, "UPR"]

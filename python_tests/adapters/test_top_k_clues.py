@@ -78,9 +78,16 @@ def test_a_score_that_depends_on_the_list_is_no_pairs_own():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), metric=st.sampled_from(["cosine", "dot"]), per_token=st.booleans(),
-       k=st.integers(1, 12), rows=st.sampled_from([1, 3, 50]), own_masks=st.booleans(), onednn=st.booleans(),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+@given(
+    seed=st.integers(0, 10**6),
+    metric=st.sampled_from(["cosine", "dot"]),
+    per_token=st.booleans(),
+    k=st.integers(1, 12),
+    rows=st.sampled_from([1, 3, 50]),
+    own_masks=st.booleans(),
+    onednn=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
 def test_vocabulary_topk_equals_a_full_sort(set_up, seed, metric, per_token, k, rows, own_masks, onednn, dtype):
     set_up(rows, onednn)
     generator = torch.Generator().manual_seed(seed)

@@ -16,8 +16,14 @@ def test_baselines_compute_the_same_and_keep_more(clues):
     assert len(step.batch) == 32
     expected = step.plain_distinct(), step.gradient()
     assert float(expected[1].norm()) > 0
-    for function in (step.ours, step.ours_cached, step.ours_cached, step.ours_in_micro_batches, step.official,
-                     step.plain_distinct_one_graph):
+    for function in (
+        step.ours,
+        step.ours_cached,
+        step.ours_cached,
+        step.ours_in_micro_batches,
+        step.official,
+        step.plain_distinct_one_graph,
+    ):
         assert bench.error(step, function, expected) < 1e-5, function.__name__
     assert step.cache.hits == bench.DOCUMENTS
     saved = bench.measure_saved(step)
@@ -26,5 +32,9 @@ def test_baselines_compute_the_same_and_keep_more(clues):
 
 
 def test_the_bound_is_that_of_the_design():
-    assert bench.token_passes(bench.Shape()) == {"official": 28224, "plain_distinct": 16128, "first_epoch": 4256,
-                                                 "cached": 2560}
+    assert bench.token_passes(bench.Shape()) == {
+        "official": 28224,
+        "plain_distinct": 16128,
+        "first_epoch": 4256,
+        "cached": 2560,
+    }

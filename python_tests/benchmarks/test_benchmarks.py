@@ -12,25 +12,35 @@ if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks/ is not here", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-common, readme_tables, sass_check = (
-    pytest.importorskip(name) for name in ("common", "readme_tables", "sass_check")
-)
+common, readme_tables, sass_check = (pytest.importorskip(name) for name in ("common", "readme_tables", "sass_check"))
 
 
 def row(work, ours=2.0, **baselines):
     return {
-        "work": work, "ours_ms": ours, "baselines_ms": baselines,
-        "ratio": {name: ms / ours for name, ms in baselines.items()}, "ours_peak_bytes": 3_000_000,
-        "baselines_peak_bytes": {name: 0 for name in baselines}, "bound_share": 0.5, "max_error": 0.0,
-        "bound": {"bytes": 1e6, "flops": 1e9, "by": "copy"}, "not_run": {"liger": "not installed"},
+        "work": work,
+        "ours_ms": ours,
+        "baselines_ms": baselines,
+        "ratio": {name: ms / ours for name, ms in baselines.items()},
+        "ours_peak_bytes": 3_000_000,
+        "baselines_peak_bytes": {name: 0 for name in baselines},
+        "bound_share": 0.5,
+        "max_error": 0.0,
+        "bound": {"bytes": 1e6, "flops": 1e9, "by": "copy"},
+        "not_run": {"liger": "not installed"},
     }
 
 
 @pytest.fixture
 def gpu_result(tmp_path):
     result = {
-        "machine": "NVIDIA H200", "device": "cuda", "threads": 1, "versions": {"torch": "2.11"}, "commit": None,
-        "command": "bash benchmarks/gpu_check.sh", "date": "2026-11-23", "rates": {"copy": 4e12, "gemm": 8e14},
+        "machine": "NVIDIA H200",
+        "device": "cuda",
+        "threads": 1,
+        "versions": {"torch": "2.11"},
+        "commit": None,
+        "command": "bash benchmarks/gpu_check.sh",
+        "date": "2026-11-23",
+        "rates": {"copy": 4e12, "gemm": 8e14},
         "rows": [row("similarity_topk/1x100", textbook=9.0, same=1.0), row("similarity_topk/1x100@qwen2.5-7b", a=3.0)],
     }
     path = tmp_path / "h200_ops.json"
@@ -83,8 +93,13 @@ arch = sm_90a
         (("", ""), []),
         (("HMMA.16816.F32.BF16", "FFMA"), ["sm_90a: similarity_topk has no tensor cores"]),
         (("LDG.E.128 R4", "LDG.E.64 R4"), ["sm_90a: token_log_likelihood has no 16-byte loads"]),
-        (("LDG.E.128 R4", "LDL.128 R4"), ["sm_90a: _ZN28_token_log_likelihood_kernel_cu_chunk uses local memory",
-                                          "sm_90a: token_log_likelihood has no 16-byte loads"]),
+        (
+            ("LDG.E.128 R4", "LDL.128 R4"),
+            [
+                "sm_90a: _ZN28_token_log_likelihood_kernel_cu_chunk uses local memory",
+                "sm_90a: token_log_likelihood has no 16-byte loads",
+            ],
+        ),
         ((SASS, ""), ["no machine code found"]),
     ],
 )

@@ -67,8 +67,13 @@ def test_results_are_packed_and_unpacked(tmp_path):
     """All but runs and adapters; what is there already stays."""
     found = {}
     for method, seed, value in (("UPR", 0, 0.25), ("Q-PEFT-R, gated", 0, 0.5), ("Q-PEFT-R, gated", 1, 1 / 3)):
-        result = {"collection": "SQuAD 100", "method": method, "seed": seed, "settings": {"method": method},
-                  "per_query": {"nDCG@10": {"é1": value}}}
+        result = {
+            "collection": "SQuAD 100",
+            "method": method,
+            "seed": seed,
+            "settings": {"method": method},
+            "per_query": {"nDCG@10": {"é1": value}},
+        }
         folder = tmp_path / "there" / file_name("SQuAD 100") / file_name(method) / f"seed-{seed}"
         write_lines(folder / "result.json", [json.dumps(result)])
         write_lines(folder / "run.trec.gz", ["a run"])

@@ -61,8 +61,12 @@ def test_token_counts_of_reranking(model, lengths, documents):
     pairs = [(query, document) for query in QUERIES for document in documents]
     expected = scaling.rerank_tokens(len(pairs), len(documents), *lengths)
     cache = qpeft.DocumentCache(1 << 20)
-    for name, options in (("plain", {"path": "plain"}), ("cold", {}), ("cold", {"cache": cache}),
-                          ("warm", {"cache": cache})):
+    for name, options in (
+        ("plain", {"path": "plain"}),
+        ("cold", {}),
+        ("cold", {"cache": cache}),
+        ("warm", {"cache": cache}),
+    ):
         with Tokens(model) as tokens:
             model.score(pairs, **options)
         assert tokens.count == expected[name], name
@@ -92,15 +96,23 @@ def test_flops_are_those_of_the_products():
     lm = tiny_lm("llama")
     lm.set_attn_implementation("eager")
     config, tokens = lm.config, 24
-    shape = scaling.Shape("tiny", config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
-                          config.num_key_value_heads, config.hidden_size // config.num_attention_heads,
-                          config.intermediate_size, config.vocab_size)
+    shape = scaling.Shape(
+        "tiny",
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.hidden_size // config.num_attention_heads,
+        config.intermediate_size,
+        config.vocab_size,
+    )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         lm(torch.zeros(1, tokens, dtype=torch.long))
     masked = shape.layers * tokens * 4 * shape.heads * shape.head_width * tokens / 2
     rotary = config.hidden_size // config.num_attention_heads * tokens  # positions times frequencies: a product too
     assert counter.get_total_flops() == pytest.approx(
-        shape.flops(tokens, head_tokens=tokens) + masked + rotary, rel=1e-3)
+        shape.flops(tokens, head_tokens=tokens) + masked + rotary, rel=1e-3
+    )
     cache = Engine(lm).prefill([[1] * tokens])
     assert cache.nbytes == tokens * shape.kv_bytes * 2  # float32 here, 16 bits there
 
@@ -109,7 +121,8 @@ def test_the_cache_formula_is_the_simulation():
     shares = scaling.popularity(2_000)
     for capacity in (20, 200, 1_000):
         assert scaling.hit_rate(shares, capacity) == pytest.approx(
-            scaling.simulated_hit_rate(shares, capacity), abs=0.015)
+            scaling.simulated_hit_rate(shares, capacity), abs=0.015
+        )
 
 
 def test_break_even():
@@ -121,6 +134,7 @@ def test_break_even():
 
 
 def test_the_page_shows_it():
-    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--check"], capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -57,8 +57,14 @@ def test_the_generated_lora_of_default_rank_is_in_the_table(script):
     assert f"| `none`, `generated_lora_rank={r}` | – | {64 * 2 * D * r + generator:,} | 0.13 |" in script["table"]()
 
 
-@pytest.mark.parametrize("options", [{"clues": "attention"}, {"clues": "top_k", "score_gate": True},
-                                     {"clues": "none", "num_virtual_tokens": 20, "soft_prompt_mlp": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clues": "attention"},
+        {"clues": "top_k", "score_gate": True},
+        {"clues": "none", "num_virtual_tokens": 20, "soft_prompt_mlp": 4},
+    ],
+)
 def test_a_saved_adapter_has_the_size_of_its_parameters(options, tmp_path):
     model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(**options), tiny_tokenizer())
     model.save_pretrained(tmp_path)

@@ -68,12 +68,24 @@ def test_info(capsys):
 
 def test_evaluate(tmp_path, capsys):
     data = write_folder(tmp_path / "data", ".gz")
-    better = {q: sorted(ranking, key=lambda c: c[0] != {"q1": "d1", "q2": "d3", "q3": "d2"}[q]) for q, ranking
-              in RUN.items()}
+    better = {
+        q: sorted(ranking, key=lambda c: c[0] != {"q1": "d1", "q2": "d3", "q3": "d2"}[q]) for q, ranking in RUN.items()
+    }
     better = {q: [(d, -float(i)) for i, (d, _) in enumerate(ranking)] for q, ranking in better.items()}
     formats.write_run(tmp_path / "better.trec", better)
-    out = run_command(capsys, "evaluate", "--qrels", data / "qrels" / "test.tsv.gz", data / "run.trec.gz",
-                      tmp_path / "better.trec", "--measures", "nDCG@10", "RR@10", "--output", tmp_path / "table.json")
+    out = run_command(
+        capsys,
+        "evaluate",
+        "--qrels",
+        data / "qrels" / "test.tsv.gz",
+        data / "run.trec.gz",
+        tmp_path / "better.trec",
+        "--measures",
+        "nDCG@10",
+        "RR@10",
+        "--output",
+        tmp_path / "table.json",
+    )
     assert re.search(r"run +│ +0\.7\d{3} │ +0\.6667", out) and re.search(r"better +│ +1\.0000 │ +1\.0000", out)
     assert "3 queries; difference to run and two-sided p-value, paired t-test" in out
     table = json.loads((tmp_path / "table.json").read_text())
@@ -81,13 +93,16 @@ def test_evaluate(tmp_path, capsys):
     assert table["systems"][1]["difference"]["RR@10"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("arguments, columns", [
-    ("bm25.trec --measures nDCG@10 MAP AP@100", ["nDCG@10", "MAP", "AP@100"]),
-    ("--measures MAP RR@10 bm25.trec P@1", ["MAP", "RR@10", "P@1"]),
-    ("RR --measures nDCG@10", ["nDCG@10"]),  # before --measures it is a file
-    ("bm25.trec --measures MAP,RR P@1 --ties order", ["MAP", "RR", "P@1"]),
-    ("bm25.trec --measures nDCG@10 ./RR --measures MAP", ["nDCG@10", "MAP"]),
-])
+@pytest.mark.parametrize(
+    "arguments, columns",
+    [
+        ("bm25.trec --measures nDCG@10 MAP AP@100", ["nDCG@10", "MAP", "AP@100"]),
+        ("--measures MAP RR@10 bm25.trec P@1", ["MAP", "RR@10", "P@1"]),
+        ("RR --measures nDCG@10", ["nDCG@10"]),  # before --measures it is a file
+        ("bm25.trec --measures MAP,RR P@1 --ties order", ["MAP", "RR", "P@1"]),
+        ("bm25.trec --measures nDCG@10 ./RR --measures MAP", ["nDCG@10", "MAP"]),
+    ],
+)
 def test_measures_are_no_runs(arguments, columns, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = write_folder(tmp_path / "data")
@@ -98,15 +113,24 @@ def test_measures_are_no_runs(arguments, columns, tmp_path, capsys, monkeypatch)
     assert table["measures"] == columns and len(table["systems"]) == 1 + ("./RR" in arguments)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ("evaluate --qrels q bm25.trec --measures nDCG@10 RR", "RR is a measure and also a file here; write ./RR for"),
-    ("evaluate --qrels q MAP bm25.trec", "MAP is a measure and no file; name it directly after --measures"),
-    ("evaluate --qrels q bm25.trec --measures nDCG@10 ndgc", "ndgc is neither a run file nor a measure; did you mean"),
-    ("evaluate --qrels q bm25.trec --measures nDCG@10 mrr@10", "mrr@10 is neither a run file nor a measure; did you"),
-    ("retrieve --data d --output o --measures MAP ndgc", "(ndgc); --measures takes one value: repeat it"),
-    ("train --base-model m --output o --option a=1 b=2", "(b=2); --option takes one value: repeat it"),
-    ("fuse RR bm25.trec --method scores --dev-run RR bm25.trec --dev-qrels q --output o", "write --dev-run before"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("evaluate --qrels q bm25.trec --measures nDCG@10 RR", "RR is a measure and also a file here; write ./RR for"),
+        ("evaluate --qrels q MAP bm25.trec", "MAP is a measure and no file; name it directly after --measures"),
+        (
+            "evaluate --qrels q bm25.trec --measures nDCG@10 ndgc",
+            "ndgc is neither a run file nor a measure; did you mean",
+        ),
+        (
+            "evaluate --qrels q bm25.trec --measures nDCG@10 mrr@10",
+            "mrr@10 is neither a run file nor a measure; did you",
+        ),
+        ("retrieve --data d --output o --measures MAP ndgc", "(ndgc); --measures takes one value: repeat it"),
+        ("train --base-model m --output o --option a=1 b=2", "(b=2); --option takes one value: repeat it"),
+        ("fuse RR bm25.trec --method scores --dev-run RR bm25.trec --dev-qrels q --output o", "write --dev-run before"),
+    ],
+)
 def test_options_that_could_swallow_arguments(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     formats.write_run("bm25.trec", RUN)
@@ -117,9 +141,24 @@ def test_options_that_could_swallow_arguments(arguments, message, tmp_path, caps
 
 def test_rerank(job, tmp_path, capsys):
     """The written run is what the public API gives, query by query."""
-    out = run_command(capsys, "rerank", "--model", job / "adapter", "--data", job / "data", "--run",
-                      job / "data" / "run.trec", "--output", tmp_path / "out.trec", "--upr", "--similarity-only",
-                      "--device", "cpu", "--measures", "nDCG@10 RR@10")
+    out = run_command(
+        capsys,
+        "rerank",
+        "--model",
+        job / "adapter",
+        "--data",
+        job / "data",
+        "--run",
+        job / "data" / "run.trec",
+        "--output",
+        tmp_path / "out.trec",
+        "--upr",
+        "--similarity-only",
+        "--device",
+        "cpu",
+        "--measures",
+        "nDCG@10 RR@10",
+    )
     reranker = qpeft.Reranker.from_pretrained(job / "adapter")
     corpus = formats.Corpus(job / "data")
     written = formats.read_run(tmp_path / "out.trec")
@@ -139,16 +178,34 @@ def test_identical_ids_are_left_out_and_counted(job, tmp_path, capsys):
     """They leave a given run, BM25's candidates (of which there are still as many as asked for), and negatives."""
     data = tmp_path / "data"
     data.mkdir()
-    write_lines(data / "corpus.jsonl", [json.dumps({"_id": i, "text": text}) for i, text in (
-        ("a", "the sea and the moon"), ("b", "the moon"), ("c", "the sea"))])
-    write_lines(data / "queries.jsonl", [json.dumps({"_id": i, "text": text}) for i, text in (
-        ("a", "the sea and the moon"), ("b", "the moon"))])
+    write_lines(
+        data / "corpus.jsonl",
+        [
+            json.dumps({"_id": i, "text": text})
+            for i, text in (("a", "the sea and the moon"), ("b", "the moon"), ("c", "the sea"))
+        ],
+    )
+    write_lines(
+        data / "queries.jsonl",
+        [json.dumps({"_id": i, "text": text}) for i, text in (("a", "the sea and the moon"), ("b", "the moon"))],
+    )
     (data / "qrels").mkdir()
     write_lines(data / "qrels" / "test.tsv", ["a\tb\t1", "b\tc\t1"])
     run = {"a": [("a", 3.0), ("b", 2.0), ("c", 1.0)], "b": [("b", 3.0), ("a", 2.0)]}
     formats.write_run(tmp_path / "run.trec", run)
-    out = run_command(capsys, "retrieve", "--data", data, "--top-k", 1, "--output", tmp_path / "bm25", "--measures",
-                      "nDCG@10", "--ignore-identical-ids")
+    out = run_command(
+        capsys,
+        "retrieve",
+        "--data",
+        data,
+        "--top-k",
+        1,
+        "--output",
+        tmp_path / "bm25",
+        "--measures",
+        "nDCG@10",
+        "--ignore-identical-ids",
+    )
     assert "BM25: 2 candidates with the id of their query are left out" in out
     found = formats.read_run(tmp_path / "bm25")
     assert found["a"][0][0] in ("b", "c") and found["b"][0][0] == "a" and set(map(len, found.values())) == {1}
@@ -169,8 +226,22 @@ def test_ids_with_blanks_are_named_before_the_work(job, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     write_lines(tmp_path / "data" / "corpus.jsonl", ['{"_id": "d1", "text": "a"}', '{"_id": "d 2", "text": "b"}'])
     write_lines(tmp_path / "data" / "queries.jsonl", ['{"_id": "q1", "text": "a"}'])
-    assert main(["rerank", "--model", str(job / "adapter"), "--data", str(tmp_path / "data"), "--run",
-                 str(tmp_path / "run.tsv"), "--output", str(tmp_path / "out")]) == 2
+    assert (
+        main(
+            [
+                "rerank",
+                "--model",
+                str(job / "adapter"),
+                "--data",
+                str(tmp_path / "data"),
+                "--run",
+                str(tmp_path / "run.tsv"),
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
     assert "run.tsv, line 2: doc_id must be text without white space in a TREC run" in capsys.readouterr().err
     write_lines(tmp_path / "data" / "queries.jsonl", ['{"_id": "q 1", "text": "a"}'])
     assert main(["retrieve", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]) == 2
@@ -217,25 +288,61 @@ def test_rerank_with_bm25_and_without_qrels(job, tmp_path, capsys):
     data = write_folder(tmp_path / "data")
     for file in (data / "qrels").iterdir():
         file.unlink()
-    out = run_command(capsys, "rerank", "--base-model", job / "lm", "--upr", "--data", data, "--top-k", 2,
-                      "--output", tmp_path / "out.trec.gz")
+    out = run_command(
+        capsys,
+        "rerank",
+        "--base-model",
+        job / "lm",
+        "--upr",
+        "--data",
+        data,
+        "--top-k",
+        2,
+        "--output",
+        tmp_path / "out.trec.gz",
+    )
     written = formats.read_run(tmp_path / "out.trec.gz")
     assert list(written) == list(QUERIES) and max(map(len, written.values())) == 2
     assert "nothing is evaluated" in out and "nDCG" not in out
 
 
 def test_rerank_says_what_it_leaves_out(job, tmp_path, capsys):
-    out = run_command(capsys, "rerank", "--base-model", job / "lm", "--similarity-only", "--data", job / "data",
-                      "--run", job / "data" / "run.trec", "--top-k", 2, "--output", tmp_path / "out.trec")
+    out = run_command(
+        capsys,
+        "rerank",
+        "--base-model",
+        job / "lm",
+        "--similarity-only",
+        "--data",
+        job / "data",
+        "--run",
+        job / "data" / "run.trec",
+        "--top-k",
+        2,
+        "--output",
+        tmp_path / "out.trec",
+    )
     assert "3 candidates beyond the 2 best of their query are left out" in out
     assert sum(map(len, formats.read_run(tmp_path / "out.trec").values())) == 6
 
 
 def test_deterministic_output_does_not_depend_on_the_batch(job, tmp_path, capsys):
     for name, budget in (("a", 64), ("b", 4096)):
-        run_command(capsys, "rerank", "--model", job / "adapter", "--data", job / "data", "--run",
-                    job / "data" / "run.trec", "--output", tmp_path / name, "--deterministic",
-                    "--max-tokens-per-batch", budget)
+        run_command(
+            capsys,
+            "rerank",
+            "--model",
+            job / "adapter",
+            "--data",
+            job / "data",
+            "--run",
+            job / "data" / "run.trec",
+            "--output",
+            tmp_path / name,
+            "--deterministic",
+            "--max-tokens-per-batch",
+            budget,
+        )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -243,8 +350,18 @@ def test_no_error_empty_document_filtered_tokens_and_more_clues_than_tokens(job,
     """d5 is empty, in d6 every token is filtered, k is larger than any document: all get finite scores."""
     mine = copy_job(job, tmp_path / "mine")
     save_adapter(mine / "adapter", mine / "lm", k=500, filters=("non_alphabetic", "query_tokens", "stop_words"))
-    run_command(capsys, "rerank", "--model", mine / "adapter", "--data", mine / "data", "--run",
-                mine / "data" / "run.trec", "--output", tmp_path / "out.trec")
+    run_command(
+        capsys,
+        "rerank",
+        "--model",
+        mine / "adapter",
+        "--data",
+        mine / "data",
+        "--run",
+        mine / "data" / "run.trec",
+        "--output",
+        tmp_path / "out.trec",
+    )
     written = formats.read_run(tmp_path / "out.trec")  # only finite scores can be read
     assert {d for ranking in written.values() for d, _ in ranking} == {"d1", "d2", "d3", "d4", "d5", "d6"}
 
@@ -254,9 +371,22 @@ def test_limits_can_be_raised(job, tmp_path, capsys):
     mine = copy_job(job, tmp_path / "mine")
     lines = (mine / "data" / "queries.jsonl").read_text().replace("moon month", "moon " * 20)
     (mine / "data" / "queries.jsonl").write_text(lines)
-    out = run_command(capsys, "rerank", "--model", mine / "adapter", "--data", mine / "data", "--run",
-                      mine / "data" / "run.trec", "--output", tmp_path / "out.trec", "--max-query-tokens", 200,
-                      "--max-document-tokens", 50)
+    out = run_command(
+        capsys,
+        "rerank",
+        "--model",
+        mine / "adapter",
+        "--data",
+        mine / "data",
+        "--run",
+        mine / "data" / "run.trec",
+        "--output",
+        tmp_path / "out.trec",
+        "--max-query-tokens",
+        200,
+        "--max-document-tokens",
+        50,
+    )
     assert re.search(r"Q-PEFT-R: 3 queries, .*; [1-9] documents cut to max_document_tokens", out)
 
 
@@ -264,8 +394,18 @@ def test_long_queries_are_cut_on_request_and_counted(job, tmp_path, capsys):
     mine = copy_job(job, tmp_path / "mine")
     queries = mine / "data" / "queries.jsonl"
     queries.write_text(queries.read_text().replace("moon month", "moon " * 20))
-    command = ["rerank", "--model", mine / "adapter", "--data", mine / "data", "--run", mine / "data" / "run.trec",
-               "--output", tmp_path / "out.trec", "--truncate-queries"]
+    command = [
+        "rerank",
+        "--model",
+        mine / "adapter",
+        "--data",
+        mine / "data",
+        "--run",
+        mine / "data" / "run.trec",
+        "--output",
+        tmp_path / "out.trec",
+        "--truncate-queries",
+    ]
     assert "1 of 3 queries are cut to max_query_tokens = 64\n" in run_command(capsys, *command)
     ranked = dict(formats.read_run(tmp_path / "out.trec")["q3"])
     corpus = formats.open_collection(str(mine / "data")).corpus
@@ -283,8 +423,19 @@ def test_interrupted(job, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qpeft_ext.ranking.systems.Systems.__call__", interrupt)
-    code = main(["rerank", "--model", str(job / "adapter"), "--data", str(job / "data"), "--run",
-                 str(job / "data" / "run.trec"), "--output", str(tmp_path / "out.trec")])
+    code = main(
+        [
+            "rerank",
+            "--model",
+            str(job / "adapter"),
+            "--data",
+            str(job / "data"),
+            "--run",
+            str(job / "data" / "run.trec"),
+            "--output",
+            str(tmp_path / "out.trec"),
+        ]
+    )
     assert code == 130 and capsys.readouterr().err == "qpeft rerank: error: interrupted\n"
     assert not [file for file in tmp_path.iterdir() if file.name != "cache"]
 
@@ -298,8 +449,12 @@ def test_debug_shows_the_traceback(monkeypatch):
 def test_as_a_process(tmp_path):
     """Exit code and stderr as the shell sees them."""
     (tmp_path / "run").write_text("q1 Q0 d1 1 1.0 t\n")
-    done = subprocess.run([sys.executable, "-m", "qpeft_ext.cli", "evaluate", "--qrels", "missing.tsv", "run"],
-                          capture_output=True, text=True, cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(qpeft.__file__))})
+    done = subprocess.run(
+        [sys.executable, "-m", "qpeft_ext.cli", "evaluate", "--qrels", "missing.tsv", "run"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(qpeft.__file__))},
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "qpeft evaluate: error: missing.tsv: no such file; expected qrels\n"

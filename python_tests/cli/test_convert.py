@@ -44,7 +44,8 @@ def test_msmarco(source, tmp_path):
     assert {i: d["text"] for i, d in data.corpus.items()} == {i: d["text"] for i, d in CORPUS.items()}
     assert data.queries() == QUERIES and data.qrels() == QRELS and data.splits == ["test"]
     assert {q: [d for d, _ in r] for q, r in data.candidates().items()} == {
-        q: [d for d, _ in r] for q, r in RUN.items()}
+        q: [d for d, _ in r] for q, r in RUN.items()
+    }
     assert done.lost["titles"] == 3 and done.lost["scores of candidates (their order is kept)"] == 9
 
 
@@ -52,7 +53,8 @@ def test_trec(source, tmp_path):
     done = convert(source, tmp_path / "out", "trec")
     assert formats.read_qrels(tmp_path / "out" / "qrels.test.txt") == QRELS
     assert [[d for d, _ in r] for r in formats.read_run(tmp_path / "out" / "run.test.trec").values()] == [
-        [d for d, _ in r] for r in RUN.values()]
+        [d for d, _ in r] for r in RUN.values()
+    ]
     assert done.lost["texts of documents"] == 6 and done.lost["texts of queries"] == 3
 
 
@@ -61,7 +63,10 @@ def test_upr(source, tmp_path, name):
     data, done = there_and_back(source, tmp_path / name, "upr")
     assert data.queries() == QUERIES and data.candidates() == RUN and dict(data.corpus) == CORPUS
     assert {q: {d for d, label in labels.items() if label} for q, labels in data.qrels().items()} == {
-        "q1": {"d1"}, "q2": {"d3"}, "q3": {"d2"}}
+        "q1": {"d1"},
+        "q2": {"d3"},
+        "q3": {"d2"},
+    }
     assert +done.lost == {"grades other than 0 and 1": 1}  # d1's 2
 
 
@@ -153,23 +158,33 @@ def test_any_text_comes_back(tmp_path_factory, target, texts, query, number):
 
 def test_command(tmp_path, capsys):
     folder = write_folder(tmp_path / "data", ".gz")
-    assert main(["convert", str(folder), str(tmp_path / "o.jsonl"), "--to", "rankllm", "--run",
-                 str(folder / "run.trec.gz")]) == 0
+    assert (
+        main(
+            ["convert", str(folder), str(tmp_path / "o.jsonl"), "--to", "rankllm", "--run", str(folder / "run.trec.gz")]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "wrote 9 candidates, 3 queries; not held: 4 judgements" in out
     assert open_collection(tmp_path / "o.jsonl").candidates()["q1"] == RUN["q1"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["{data}", "{out}", "--to", "csv"], "must be one of beir, msmarco, trec, upr, rankllm, dpr, jsonl, got 'csv'"),
-    (["{data}", "{out}", "--to", "upr"], "upr is made of queries, candidates, but"),
-    (["{data}", "{data}", "--to", "msmarco"], "is there already; name a new folder"),
-    (["{data}", "{out}/below/it", "--to", "beir"], "does not exist; create it first"),
-    (["{data}", "{out}", "--to", "beir", "--split", "dev"], "has no split 'dev'; there are: test, train"),
-    (["{data}/corpus.jsonl", "{out}", "--to", "trec"], "trec is made of qrels or candidates, but"),
-    (["{data}/corpus.jsonl", "{out}", "--to", "jsonl"], "a training example is made of queries, qrels, corpus, but"),
-    (["{data}/nothing", "{out}", "--to", "beir"], "nothing: no such file or folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{data}", "{out}", "--to", "csv"], "must be one of beir, msmarco, trec, upr, rankllm, dpr, jsonl, got 'csv'"),
+        (["{data}", "{out}", "--to", "upr"], "upr is made of queries, candidates, but"),
+        (["{data}", "{data}", "--to", "msmarco"], "is there already; name a new folder"),
+        (["{data}", "{out}/below/it", "--to", "beir"], "does not exist; create it first"),
+        (["{data}", "{out}", "--to", "beir", "--split", "dev"], "has no split 'dev'; there are: test, train"),
+        (["{data}/corpus.jsonl", "{out}", "--to", "trec"], "trec is made of qrels or candidates, but"),
+        (
+            ["{data}/corpus.jsonl", "{out}", "--to", "jsonl"],
+            "a training example is made of queries, qrels, corpus, but",
+        ),
+        (["{data}/nothing", "{out}", "--to", "beir"], "nothing: no such file or folder"),
+    ],
+)
 def test_what_cannot_be_converted(tmp_path, capsys, arguments, message):
     folder = write_folder(tmp_path / "data")
     places = {"data": folder, "out": tmp_path / "out"}

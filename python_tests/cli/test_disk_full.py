@@ -13,8 +13,10 @@ from jobs.tiny_job import copy_job, make_job
 from qpeft_ext.cli import main
 
 RERANK = "rerank --model {job}/adapter --data {job}/data --run {job}/data/run.trec --output {out} --device cpu"
-TRAIN = ("train --base-model {job}/lm --data {job}/data --output {out} --num-negatives 1 --max-steps 2 --device cpu "
-         "--generated-lora-rank 0")
+TRAIN = (
+    "train --base-model {job}/lm --data {job}/data --output {out} --num-negatives 1 --max-steps 2 --device cpu "
+    "--generated-lora-rank 0"
+)
 COMMANDS = {  # name: (command, bytes that a file may have, what the line names)
     "run": (RERANK, 150, "out"),
     "packed run": (RERANK.replace("{out}", "{out}.gz"), 150, "out.gz"),

@@ -90,13 +90,16 @@ def test_disk_full(job, expected, tmp_path, capsys):
     code, _, err = process.end()
     there = whole_queries(part)
     assert code == 2 and 0 < there < QUERIES
-    assert err == (f"qpeft rerank: error: cannot write {part}: File too large; make room for it; {part} keeps {there} "
-                   f"of {QUERIES} queries: the same command goes on from there\n")
+    assert err == (
+        f"qpeft rerank: error: cannot write {part}: File too large; make room for it; {part} keeps {there} "
+        f"of {QUERIES} queries: the same command goes on from there\n"
+    )
     finish(job, out, expected, capsys, there)
 
 
 def test_a_vanished_corpus(job, expected, tmp_path, capsys, monkeypatch):
     """While it runs (as a network file system does it), and before it is gone on with."""
+
     def read(self, *place):
         seen.append(place)
         if len(seen) > 900:
@@ -109,7 +112,8 @@ def test_a_vanished_corpus(job, expected, tmp_path, capsys, monkeypatch):
     there = whole_queries(tmp_path / "run.part")
     assert capsys.readouterr().err == (
         f"qpeft rerank: error: {job}/data/corpus.jsonl: Stale file handle: the corpus cannot be read any more; bring "
-        f"it back; {out}.part keeps {there} of {QUERIES} queries: the same command goes on from there\n")
+        f"it back; {out}.part keeps {there} of {QUERIES} queries: the same command goes on from there\n"
+    )
     monkeypatch.undo()
     (job / "data" / "corpus.jsonl").rename(job / "data" / "gone")
     assert main(command(job, out)) == 2
@@ -134,8 +138,14 @@ def test_another_job_does_not_go_on_with_it(job, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         assert main(command(job, out, *options)) == 2
         err = capsys.readouterr().err
-        assert re.fullmatch(r"qpeft rerank: error: [^\n]+; give those again to go on with it, or start over with "
-                            r"--no-resume \(resume=False\)\n", err) and difference in err
+        assert (
+            re.fullmatch(
+                r"qpeft rerank: error: [^\n]+; give those again to go on with it, or start over with "
+                r"--no-resume \(resume=False\)\n",
+                err,
+            )
+            and difference in err
+        )
         assert part.read_bytes() == before
     with held_by_another_process(part):
         assert main(command(job, out)) == 2
@@ -150,6 +160,7 @@ def test_another_job_does_not_go_on_with_it(job, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError, None])
 def test_an_interrupt_that_a_library_turned_into_an_error(job, tmp_path, capsys, monkeypatch, error):
     """As torch does while safetensors reads weights. Ctrl-C stays what it is: one line, and exit code 130."""
+
     def load(*_, **__):
         try:
             signal.raise_signal(signal.SIGINT)
@@ -169,8 +180,10 @@ def test_an_interrupt_that_a_library_turned_into_an_error(job, tmp_path, capsys,
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == (f"qpeft rerank: error: interrupted; {tmp_path}/run.part keeps 48 of {QUERIES} "
-                                       "queries: the same command goes on from there\n")
+    assert capsys.readouterr().err == (
+        f"qpeft rerank: error: interrupted; {tmp_path}/run.part keeps 48 of {QUERIES} "
+        "queries: the same command goes on from there\n"
+    )
 
 
 def interrupt_after(monkeypatch, blocks: int) -> None:
@@ -215,8 +228,10 @@ def test_two_devices_one_dies(job, expected, tmp_path):
     os.kill(workers[0], signal.SIGKILL)
     code, out_text, err = process.end()
     assert code == 0, err
-    assert err == ("the worker on cpu was ended by SIGKILL (the system does that when memory runs out); the others go "
-                   "on with its queries\n")
+    assert err == (
+        "the worker on cpu was ended by SIGKILL (the system does that when memory runs out); the others go "
+        "on with its queries\n"
+    )
     assert f"{QUERIES} queries, {LINES} pairs" in out_text
     assert out.read_bytes() == expected
 
@@ -269,8 +284,10 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
     assert code == 130 and len(workers) == 2
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
     there = whole_queries(part)
-    assert err == (f"qpeft rerank: error: interrupted; {out}.part keeps {QUERIES} of {QUERIES} queries, {part} keeps "
-                   f"{there} of {QUERIES} queries: the same command goes on from there\n")
+    assert err == (
+        f"qpeft rerank: error: interrupted; {out}.part keeps {QUERIES} of {QUERIES} queries, {part} keeps "
+        f"{there} of {QUERIES} queries: the same command goes on from there\n"
+    )
     whole = out.with_name("run.part").read_bytes()
     assert main(command(job, out, "--upr")) == 0
     text = capsys.readouterr().out

@@ -18,8 +18,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = "tide moon sea boat harbour wind wave month earth low high pull rope lamp fog gull net pier map sail".split()
 DOCUMENTS = {f"d{i}": {"text": " ".join(random.Random(i).choices(WORDS, k=1 + i * 7 % 23))} for i in range(15)}
 QUERIES = {f"q{i}": " ".join(random.Random(-i).choices(WORDS, k=1 + i % 4)) for i in range(7)}
-RUN = {query_id: [(f"d{(i * 4 + 3 * j) % 15}", -float(j)) for j in range(1 + i % 4)]
-       for i, query_id in enumerate(QUERIES)}
+RUN = {
+    query_id: [(f"d{(i * 4 + 3 * j) % 15}", -float(j)) for j in range(1 + i % 4)] for i, query_id in enumerate(QUERIES)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +35,17 @@ def partial_run(path, **options) -> formats.PartialRun:
 
 def invented(seen: list):
     """An engine whose scores depend on the whole block, as rounding does; ``seen``: the queries it was asked for."""
+
     def engine(blocks):
         for block in blocks:
             seen.extend(block.query_ids)
             draw = random.Random(repr(block))
-            yield RankedBlock([sorted(enumerate(draw.uniform(-99, 0) for _ in ids), key=lambda pair: -pair[1])
-                               for ids in block.doc_ids])
+            yield RankedBlock(
+                [
+                    sorted(enumerate(draw.uniform(-99, 0) for _ in ids), key=lambda pair: -pair[1])
+                    for ids in block.doc_ids
+                ]
+            )
 
     return engine
 
@@ -89,7 +95,8 @@ def test_cut_at_any_byte(whole, tmp_path, name, caplog):
         assert rank(out, seen) == expected, cut
         assert seen == sum(blocks[cut[1] // 32 :], []), cut
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-            [f"expected{name}", f"expected{name}.json", name, f"{name}.json"])
+            [f"expected{name}", f"expected{name}.json", name, f"{name}.json"]
+        )
         out.unlink()
     assert not caplog.records
 
@@ -137,7 +144,8 @@ def test_what_was_changed_is_made_again(whole, tmp_path, change, caplog):
     assert seen == sum(run_blocks(RUN)[1:], [])
     first = 1 + sum(len(RUN[query_id]) for query_id in run_blocks(RUN)[0])
     assert [record.message for record in caplog.records] == [
-        f"{out}.part was changed from line {first} on since it was written: those lines are dropped and made again"]
+        f"{out}.part was changed from line {first} on since it was written: those lines are dropped and made again"
+    ]
 
 
 def test_a_score_that_is_not_finite_in_a_part_without_checksums(whole, tmp_path):
@@ -209,8 +217,9 @@ def test_resumed_after_any_block(tmp_path, monkeypatch, clues, dtype):
 
     def go(path, count: int) -> bytes | None:
         torch.manual_seed(0)
-        model = qpeft.get_qpeft_model(tiny_lm("llama").to(dtype), qpeft.QPeftConfig(clues=clues, **options),
-                                      tiny_tokenizer())
+        model = qpeft.get_qpeft_model(
+            tiny_lm("llama").to(dtype), qpeft.QPeftConfig(clues=clues, **options), tiny_tokenizer()
+        )
         for parameter in () if model.clues is None else model.clues.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
         rank_block = by_likelihood(qpeft.Reranker(model))
@@ -219,8 +228,12 @@ def test_resumed_after_any_block(tmp_path, monkeypatch, clues, dtype):
             for ids in blocks[partial.num_pieces : count]:
                 documents = [[GROWING[doc_id] for doc_id, _ in GROWING_RUN[query_id]] for query_id in ids]
                 rankings = rank_block([QUERIES[query_id] for query_id in ids], documents)
-                partial.add({query_id: [(GROWING_RUN[query_id][place][0], score) for place, score in ranking]
-                             for query_id, ranking in zip(ids, rankings, strict=True)})
+                partial.add(
+                    {
+                        query_id: [(GROWING_RUN[query_id][place][0], score) for place, score in ranking]
+                        for query_id, ranking in zip(ids, rankings, strict=True)
+                    }
+                )
             if count == len(blocks):
                 partial.finish()
         finally:

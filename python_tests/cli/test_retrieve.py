@@ -77,25 +77,42 @@ QUESTION_SETS = {
 def test_the_papers_question_sets(tmp_path, capsys, name, quoted):
     """Questions with BM25 over psgs_w100, and the same candidates as a retriever's output, without labels: top-k
     accuracy by hand, by the qa.csv and by the json."""
+
     def column(text):
         return '"' + text.replace('"', '""') + '"' if quoted or '"' in text else text
 
     write_lines(tmp_path / "psgs_w100.tsv", PASSAGES)
     texts = {columns[0]: columns[1] for columns in (row.split("\t") for row in PASSAGES[1:])}
-    questions = write_lines(tmp_path / f"{name}-test.qa.csv", (
-        f"{column(question)}\t{column(repr(answers))}" for question, answers in QUESTION_SETS[name]))
+    questions = write_lines(
+        tmp_path / f"{name}-test.qa.csv",
+        (f"{column(question)}\t{column(repr(answers))}" for question, answers in QUESTION_SETS[name]),
+    )
     data = formats.open_collection(questions)
     assert list(data.queries().values()) == [question for question, _ in QUESTION_SETS[name]]
     assert list(data.answers().values()) == [answers for _, answers in QUESTION_SETS[name]]
     run_command(capsys, "retrieve", "--data", questions, "--output", tmp_path / "run", "--measures", "Success@1")
     run = formats.read_run(tmp_path / "run")
-    (tmp_path / "out.json").write_text(json.dumps([
-        {"question": question, "answers": answers, "ctxs": [{"id": d, "score": str(s)} for d, s in run.get(str(i), [])]}
-        for i, (question, answers) in enumerate(QUESTION_SETS[name])]))
+    (tmp_path / "out.json").write_text(
+        json.dumps(
+            [
+                {
+                    "question": question,
+                    "answers": answers,
+                    "ctxs": [{"id": d, "score": str(s)} for d, s in run.get(str(i), [])],
+                }
+                for i, (question, answers) in enumerate(QUESTION_SETS[name])
+            ]
+        )
+    )
     for k in (1, 2, 3):
-        hits = [any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", texts[d], re.IGNORECASE)
-                    for answer in answers for d, _ in run.get(str(i), [])[:k])
-                for i, (_, answers) in enumerate(QUESTION_SETS[name])]
+        hits = [
+            any(
+                re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", texts[d], re.IGNORECASE)
+                for answer in answers
+                for d, _ in run.get(str(i), [])[:k]
+            )
+            for i, (_, answers) in enumerate(QUESTION_SETS[name])
+        ]
         for judge in (questions, tmp_path / "out.json"):
             result = evaluate(run, formats.read_judgements(judge, None, [run]), [f"Success@{k}"])
             assert result.means[f"Success@{k}"] == sum(hits) / 2, (k, judge)
@@ -111,17 +128,21 @@ def test_labels_of_the_file_win_over_the_rule(tmp_path, capsys):
     formats.write_run(tmp_path / "run", run)
     out = run_command(capsys, "evaluate", "--qrels", tmp_path / "nq-test.json", tmp_path / "run", "--measures", "RR@10")
     assert "0.5000" in out
-    folder = run_command(capsys, "evaluate", "--qrels", tmp_path, "--split", "nq-test", tmp_path / "run",
-                         "--measures", "RR@10")
+    folder = run_command(
+        capsys, "evaluate", "--qrels", tmp_path, "--split", "nq-test", tmp_path / "run", "--measures", "RR@10"
+    )
     assert folder == out
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--qrels", "{folder}", "--split", "dev"], "has no split 'dev'; there are: test, train"),
-    (["--qrels", "{folder}/corpus.jsonl"], "(jsonl) holds no qrels; it holds corpus"),
-    (["--qrels", "{folder}/none.tsv"], "none.tsv: no such file; expected qrels"),
-    (["--qrels", "{folder}", "--ties", "id"], "ties must be one of order, trec_eval, got 'id'"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--qrels", "{folder}", "--split", "dev"], "has no split 'dev'; there are: test, train"),
+        (["--qrels", "{folder}/corpus.jsonl"], "(jsonl) holds no qrels; it holds corpus"),
+        (["--qrels", "{folder}/none.tsv"], "none.tsv: no such file; expected qrels"),
+        (["--qrels", "{folder}", "--ties", "id"], "ties must be one of order, trec_eval, got 'id'"),
+    ],
+)
 def test_what_does_not_judge(tmp_path, capsys, arguments, message):
     folder = write_folder(tmp_path / "data")
     arguments = [argument.format(folder=folder) for argument in arguments]
@@ -130,15 +151,18 @@ def test_what_does_not_judge(tmp_path, capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--data", "{folder}", "--top-k", "0"], "--top-k must be at least 1, got 0"),
-    (["--data", "{folder}", "--b", "2"], "b between 0 and 1"),
-    (["--data", "{folder}/run.trec"], "looks like a TREC run, which has no texts"),
-    (["--data", "{folder}/corpus.jsonl"], "(jsonl) holds no queries; it holds corpus"),
-    (["--data", "{folder}", "--measures", "none"], "unknown measure 'none'"),
-    (["--data", "{folder}", "--split", "dev"], "has no split 'dev'; there are: test, train"),
-    (["--data", "nowhere/at/all"], "nowhere/at/all: no such file or folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "{folder}", "--top-k", "0"], "--top-k must be at least 1, got 0"),
+        (["--data", "{folder}", "--b", "2"], "b between 0 and 1"),
+        (["--data", "{folder}/run.trec"], "looks like a TREC run, which has no texts"),
+        (["--data", "{folder}/corpus.jsonl"], "(jsonl) holds no queries; it holds corpus"),
+        (["--data", "{folder}", "--measures", "none"], "unknown measure 'none'"),
+        (["--data", "{folder}", "--split", "dev"], "has no split 'dev'; there are: test, train"),
+        (["--data", "nowhere/at/all"], "nowhere/at/all: no such file or folder"),
+    ],
+)
 def test_what_cannot_be_retrieved(tmp_path, capsys, arguments, message):
     folder = write_folder(tmp_path / "data")
     code = main(["retrieve", "--output", str(tmp_path / "out"), *(a.format(folder=folder) for a in arguments)])
@@ -154,22 +178,39 @@ def test_rerank_takes_the_candidates_and_labels_of_the_collection(tmp_path, caps
     record = {"question": "who is round", "answers": ["moon"], "ctxs": [{"id": i, "score": -i} for i in (1, 2, 3)]}
     (tmp_path / "nq-test.json").write_text(json.dumps([record]))
     options = ["--base-model", tmp_path / "lm", "--upr", "--device", "cpu"]
-    out = run_command(capsys, "rerank", "--data", tmp_path / "nq-test.json", "--output", tmp_path / "run", "--top-k", 2,
-                      "--measures", "Success@2", *options)
+    out = run_command(
+        capsys,
+        "rerank",
+        "--data",
+        tmp_path / "nq-test.json",
+        "--output",
+        tmp_path / "run",
+        "--top-k",
+        2,
+        "--measures",
+        "Success@2",
+        *options,
+    )
     assert "1 candidates beyond the 2 best" in out and "│candidates" in out and "1.0000" in out
     assert {d for d, _ in formats.read_run(tmp_path / "run")["0"]} == {"1", "2"}
     run_command(capsys, "convert", tmp_path / "nq-test.json", tmp_path / "c.jsonl", "--to", "rankllm")
-    out = run_command(capsys, "rerank", "--data", tmp_path / "c.jsonl", "--output", tmp_path / "again", "--top-k", 2,
-                      *options)
+    out = run_command(
+        capsys, "rerank", "--data", tmp_path / "c.jsonl", "--output", tmp_path / "again", "--top-k", 2, *options
+    )
     assert "has no judgements for these queries, so nothing is evaluated; its splits: none" in out
     assert (tmp_path / "again").read_text() == (tmp_path / "run").read_text()
 
 
 def test_train_takes_the_examples_of_the_collection(tmp_path, capsys):
     passage = {"title": "T", "text": "p", "passage_id": "1"}
-    (tmp_path / "nq-train.json").write_text(json.dumps([
-        {"question": "why", "answers": ["a"], "positive_ctxs": [passage], "hard_negative_ctxs": [passage]},
-        {"question": "who", "answers": [], "positive_ctxs": []}]))
+    (tmp_path / "nq-train.json").write_text(
+        json.dumps(
+            [
+                {"question": "why", "answers": ["a"], "positive_ctxs": [passage], "hard_negative_ctxs": [passage]},
+                {"question": "who", "answers": [], "positive_ctxs": []},
+            ]
+        )
+    )
     examples, dev = train._read(str(tmp_path / "nq-train.json"), "train", None, None, None, 11, 40, 0)
     assert [example["query"] for example in examples] == ["why"] and dev is None
     assert capsys.readouterr().out == "1 training examples; 1 questions without a positive passage left out\n"

@@ -25,8 +25,25 @@ def cache(tmp_path, monkeypatch):
 
 
 def train(job, output, *options) -> int:
-    return main(["train", "--base-model", str(job / "lm"), "--output", str(output), "--option", "num_heads=4", "--rank",
-                 "8", "--max-steps", "3", "--deterministic", "--device", "cpu", *map(str, options)])
+    return main(
+        [
+            "train",
+            "--base-model",
+            str(job / "lm"),
+            "--output",
+            str(output),
+            "--option",
+            "num_heads=4",
+            "--rank",
+            "8",
+            "--max-steps",
+            "3",
+            "--deterministic",
+            "--device",
+            "cpu",
+            *map(str, options),
+        ]
+    )
 
 
 @pytest.mark.parametrize("clues", ["attention", "top_k"])
@@ -41,31 +58,41 @@ def test_a_beir_folder_becomes_an_adapter(job, tmp_path, clues, capsys):
     assert len(reranker.rank(QUERIES["q1"], ["the sea", "the moon"])) == 2
 
 
-@pytest.mark.parametrize(("given", "rank"), [
-    ((), 16),
-    (("--generated-lora-rank", 0), None),
-    (("--generated-lora-rank", 4), 4),
-    (("--option", "generated_lora_rank=null"), None),
-    (("--generated-lora-rank", 4, "--option", "generated_lora_rank=2"), 2),
-    (("--loss", "pointwise"), None),
-    (("--clues", "none", "--option", "num_virtual_tokens=2"), None),
-    (("--clues", "none", "--generated-lora-rank", 4), 4),
-    (("--option", "compat=official", "--option", "temperature=0.2"), None),
-])
+@pytest.mark.parametrize(
+    ("given", "rank"),
+    [
+        ((), 16),
+        (("--generated-lora-rank", 0), None),
+        (("--generated-lora-rank", 4), 4),
+        (("--option", "generated_lora_rank=null"), None),
+        (("--generated-lora-rank", 4, "--option", "generated_lora_rank=2"), 2),
+        (("--loss", "pointwise"), None),
+        (("--clues", "none", "--option", "num_virtual_tokens=2"), None),
+        (("--clues", "none", "--generated-lora-rank", 4), 4),
+        (("--option", "compat=official", "--option", "temperature=0.2"), None),
+    ],
+)
 def test_clues_come_with_a_generated_lora(job, tmp_path, monkeypatch, given, rank):
     """Unless something is asked for that has none."""
     asked = config_of(monkeypatch, job, tmp_path, "--data", job / "data", *given)
     assert asked.generated_lora_rank == rank
 
 
-@pytest.mark.parametrize(("negatives", "given", "in_batch"), [
-    (7, (), False), (6, (), True), (7, ("--num-negatives", 3), True),
-    (7, ("--option", "in_batch_negatives=true"), True), (7, ("--loss", "contrastive"), True),
-    (7, ("--option", "num_hard_negatives=2"), True),
-])
+@pytest.mark.parametrize(
+    ("negatives", "given", "in_batch"),
+    [
+        (7, (), False),
+        (6, (), True),
+        (7, ("--num-negatives", 3), True),
+        (7, ("--option", "in_batch_negatives=true"), True),
+        (7, ("--loss", "contrastive"), True),
+        (7, ("--option", "num_hard_negatives=2"), True),
+    ],
+)
 def test_in_batch_negatives_only_where_there_are_few(job, tmp_path, monkeypatch, negatives, given, in_batch):
-    examples = [{"query": "boats", "positives": ["a boat"], "negatives": [f"no {i}" for i in range(n)]}
-                for n in (9, negatives)]
+    examples = [
+        {"query": "boats", "positives": ["a boat"], "negatives": [f"no {i}" for i in range(n)]} for n in (9, negatives)
+    ]
     (tmp_path / "examples.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
     asked = config_of(monkeypatch, job, tmp_path, "--train", tmp_path / "examples.jsonl", *given)
     assert asked.in_batch_negatives is in_batch
@@ -83,14 +110,32 @@ def config_of(monkeypatch, job, tmp_path, *options) -> qpeft.QPeftConfig:
 
     monkeypatch.setattr(model, "get_qpeft_model", stop)
     with pytest.raises(Asked) as asked:
-        qpeft.cli.app.app(["train", "--base-model", str(job / "lm"), "--output", str(tmp_path / "adapter"), "--device",
-                       "cpu", *map(str, options)], standalone_mode=False)
+        qpeft.cli.app.app(
+            [
+                "train",
+                "--base-model",
+                str(job / "lm"),
+                "--output",
+                str(tmp_path / "adapter"),
+                "--device",
+                "cpu",
+                *map(str, options),
+            ],
+            standalone_mode=False,
+        )
     return asked.value.args[0]
 
 
 def test_any_option_of_the_config(job, tmp_path, capsys):
-    options = ["score_gate=true", "source=candidates", "filters=query_tokens,stop_words", "rank=null",
-               "temperature=0.2", "generated_lora_rank=2", 'target_modules=["o_proj"]']
+    options = [
+        "score_gate=true",
+        "source=candidates",
+        "filters=query_tokens,stop_words",
+        "rank=null",
+        "temperature=0.2",
+        "generated_lora_rank=2",
+        'target_modules=["o_proj"]',
+    ]
     given = [word for option in options for word in ("--option", option)]
     pytest.importorskip("bm25s")
     assert train(job, tmp_path / "adapter", "--data", job / "data", "--clues", "top_k", *given) == 0
@@ -98,9 +143,11 @@ def test_any_option_of_the_config(job, tmp_path, capsys):
     assert (config.score_gate, config.source, config.rank, config.temperature) == (True, "candidates", None, 0.2)
     assert config.filters == ("query_tokens", "stop_words") and config.target_modules == ("o_proj",)
     capsys.readouterr()
-    for wrong, message in [("score_gate", "--option must be NAME=VALUE, got 'score_gate'"),
-                           ("scoregate=true", "unknown option 'scoregate'; did you mean 'score_gate'"),
-                           ("score_gate=yes", "score_gate must be True or False, got 'yes'")]:
+    for wrong, message in [
+        ("score_gate", "--option must be NAME=VALUE, got 'score_gate'"),
+        ("scoregate=true", "unknown option 'scoregate'; did you mean 'score_gate'"),
+        ("score_gate=yes", "score_gate must be True or False, got 'yes'"),
+    ]:
         assert train(job, tmp_path / "other", "--data", job / "data", "--clues", "top_k", "--option", wrong) == 2
         assert message in capsys.readouterr().err
 
@@ -108,8 +155,9 @@ def test_any_option_of_the_config(job, tmp_path, capsys):
 def test_resumed_after_a_kill(job, tmp_path):
     """The second run starts from what a kill between the steps 2 and 3 would have left."""
     examples, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
-    lines = [json.dumps({"query": f"tide {i}", "positives": [f"moon {i}"], "negatives": ["boat", "wind"]})
-             for i in range(8)]
+    lines = [
+        json.dumps({"query": f"tide {i}", "positives": [f"moon {i}"], "negatives": ["boat", "wind"]}) for i in range(8)
+    ]
     examples.write_text("\n".join(lines) + "\n")
     dev.write_text(lines[0] + "\n")
     options = ["--train", examples, "--dev", dev, "--save-steps", 1]
@@ -140,7 +188,8 @@ def test_resume_without_a_checkpoint_does_not_replace_an_adapter(job, tmp_path, 
     output, options = tmp_path / "adapter", ["--data", job / "data", "--max-steps", 1]
     assert train(job, output, *options, "--resume") == 0  # there is nothing to lose
     assert f"{output}/checkpoints has no complete checkpoint: training starts at the beginning" in "".join(
-        capsys.readouterr().out.splitlines())
+        capsys.readouterr().out.splitlines()
+    )
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     for cut in (False, True):
         if cut:  # by a kill in the middle of a save
@@ -172,14 +221,37 @@ def arguments_of(monkeypatch, job, tmp_path, *options):
 def test_the_schedule_is_that_of_training_arguments(job, tmp_path, monkeypatch):
     from transformers import TrainingArguments
 
-    names = ("weight_decay", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "optim",
-             "gradient_accumulation_steps")
+    names = (
+        "weight_decay",
+        "warmup_steps",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "max_grad_norm",
+        "optim",
+        "gradient_accumulation_steps",
+    )
     plain = arguments_of(monkeypatch, job, tmp_path)
     assert [getattr(plain, name) for name in names] == [getattr(TrainingArguments("x"), name) for name in names]
     assert plain.per_device_train_batch_size == 4
-    asked = arguments_of(monkeypatch, job, tmp_path, "--batch-size", 8, "--gradient-accumulation", 3,
-                         "--weight-decay", 0.1, "--warm-up", 0.25, "--scheduler", "cosine", "--max-grad-norm", 0,
-                         "--queries-per-group", 2)
+    asked = arguments_of(
+        monkeypatch,
+        job,
+        tmp_path,
+        "--batch-size",
+        8,
+        "--gradient-accumulation",
+        3,
+        "--weight-decay",
+        0.1,
+        "--warm-up",
+        0.25,
+        "--scheduler",
+        "cosine",
+        "--max-grad-norm",
+        0,
+        "--queries-per-group",
+        2,
+    )
     assert asked.per_device_train_batch_size == 8 and asked.get_warmup_steps(10) == 3
     assert [getattr(asked, name) for name in names] == [0.1, 0.25, "cosine", None, 0.0, "adamw_torch_fused", 3]
     steps = arguments_of(monkeypatch, job, tmp_path, "--warm-up", 20, "--gradient-accumulation-steps", 2)
@@ -189,30 +261,56 @@ def test_the_schedule_is_that_of_training_arguments(job, tmp_path, monkeypatch):
 def test_a_batch_of_two_groups_is_two_accumulated_batches(job, tmp_path):
     """And neither is a batch of one group."""
     words = ("tides", "boats", "lamps", "ropes", "sails", "storms", "gulls", "nets")
-    lines = [json.dumps({"query": word, "positives": [f"{word} by the sea"], "negatives": ["a note"]})
-             for word in words]
+    lines = [
+        json.dumps({"query": word, "positives": [f"{word} by the sea"], "negatives": ["a note"]}) for word in words
+    ]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     files = {}
     for name, options in (("batch", ["--batch-size", 4]), ("accumulated", ["--gradient-accumulation", 2]), ("one", [])):
-        assert train(job, tmp_path / name, "--train", tmp_path / "train.jsonl", "--clues", "attention", "--scheduler",
-                     "constant", "--queries-per-group", 2, *options, "--max-steps", 2) == 0
+        assert (
+            train(
+                job,
+                tmp_path / name,
+                "--train",
+                tmp_path / "train.jsonl",
+                "--clues",
+                "attention",
+                "--scheduler",
+                "constant",
+                "--queries-per-group",
+                2,
+                *options,
+                "--max-steps",
+                2,
+            )
+            == 0
+        )
         files[name] = load_file(tmp_path / name / "adapter_model.safetensors")
     for name, weight in files["batch"].items():
         torch.testing.assert_close(files["accumulated"][name], weight, rtol=0, atol=1e-4)  # Adam: see test_two_ranks
     assert any(float((files["one"][name] - weight).abs().max()) > 1e-3 for name, weight in files["batch"].items())
 
 
-@pytest.mark.parametrize("options, message", [
-    ("--batch-size 6", "--batch-size must be a multiple of --queries-per-group, 4, got 6: queries that share their"),
-    ("--batch-size 0", "--batch-size must be a multiple of --queries-per-group, 4, got 0"),
-    ("--warm-up 2.5", "--warm-up must be a number of steps, or a share of them below 1, got 2.5"),
-    ("--warm-up -1", "--warm-up must be at least 0"), ("--warm-up nan", "--warm-up must be at least 0, got nan"),
-    ("--warm-up 5 --scheduler constant", "--warm-up 5 does nothing with --scheduler constant; use constant_with"),
-    ("--scheduler cosin", "--scheduler must be one of linear, cosine, .*, got 'cosin'"),
-    ("--weight-decay -0.1", "--weight-decay must be at least 0"), ("--max-grad-norm inf", "--max-grad-norm must be"),
-    ("--gradient-accumulation 0", "--gradient-accumulation must be at least 1, got 0"),
-    ("--max-steps 0", "--max-steps must be at least 1, or -1 for --epochs"), ("--learning-rate inf", "--learning-rate"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            "--batch-size 6",
+            "--batch-size must be a multiple of --queries-per-group, 4, got 6: queries that share their",
+        ),
+        ("--batch-size 0", "--batch-size must be a multiple of --queries-per-group, 4, got 0"),
+        ("--warm-up 2.5", "--warm-up must be a number of steps, or a share of them below 1, got 2.5"),
+        ("--warm-up -1", "--warm-up must be at least 0"),
+        ("--warm-up nan", "--warm-up must be at least 0, got nan"),
+        ("--warm-up 5 --scheduler constant", "--warm-up 5 does nothing with --scheduler constant; use constant_with"),
+        ("--scheduler cosin", "--scheduler must be one of linear, cosine, .*, got 'cosin'"),
+        ("--weight-decay -0.1", "--weight-decay must be at least 0"),
+        ("--max-grad-norm inf", "--max-grad-norm must be"),
+        ("--gradient-accumulation 0", "--gradient-accumulation must be at least 1, got 0"),
+        ("--max-steps 0", "--max-steps must be at least 1, or -1 for --epochs"),
+        ("--learning-rate inf", "--learning-rate"),
+    ],
+)
 def test_schedules_that_cannot_be(job, tmp_path, capsys, options, message):
     assert train(job, tmp_path / "adapter", "--data", job / "data", *options.split()) == 2
     error = capsys.readouterr().err
@@ -225,7 +323,8 @@ def test_two_trainings_into_one_folder(job, tmp_path, capsys):
     with locked_folder(output):
         assert train(job, output, *options, "--overwrite") == 2
         assert capsys.readouterr().err == (
-            f"qpeft train: error: {output} is being written by another process; let it end, or name another folder\n")
+            f"qpeft train: error: {output} is being written by another process; let it end, or name another folder\n"
+        )
         assert not list(output.iterdir())
     assert not output.exists()
     (output / ".adapter.0.tmp").mkdir(parents=True)  # of a process that was killed

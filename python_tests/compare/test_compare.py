@@ -64,8 +64,17 @@ def compare(plan, job, output, *options) -> int:
 
 
 def command(plan, job, output, *options) -> list[str]:
-    return ["compare", str(plan), "--data-root", str(job), "--output", str(output), "--device", "cpu",
-            *map(str, options)]
+    return [
+        "compare",
+        str(plan),
+        "--data-root",
+        str(job),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+        *map(str, options),
+    ]
 
 
 def results(output) -> dict:
@@ -75,8 +84,10 @@ def results(output) -> dict:
 
 
 def runs(output) -> dict:
-    return {path.parent.relative_to(output).as_posix(): formats.read_run(path)
-            for path in sorted(output.glob("*/*/*/run.trec.gz"))}
+    return {
+        path.parent.relative_to(output).as_posix(): formats.read_run(path)
+        for path in sorted(output.glob("*/*/*/run.trec.gz"))
+    }
 
 
 def assert_same_runs(ours, theirs, most: float = 1e-4) -> None:
@@ -84,7 +95,8 @@ def assert_same_runs(ours, theirs, most: float = 1e-4) -> None:
     assert ours.keys() == theirs.keys()
     for name, run in ours.items():
         assert {q: dict(r) for q, r in run.items()} == {
-            q: pytest.approx(dict(r), abs=most) for q, r in theirs[name].items()}, name
+            q: pytest.approx(dict(r), abs=most) for q, r in theirs[name].items()
+        }, name
 
 
 # -- the whole of it -------------------------------------------------------------------------------------------------
@@ -94,8 +106,16 @@ def test_what_is_made(done):
     found = results(done / "out")
     seeds = {name: sorted(seed for method, seed in found if method == name) for name, _ in found}
     once, twice = [0], [0, 1]
-    assert seeds == {"first stage": once, "UPR": once, "hard clues": once, "similarity": once, "LoRA": twice,
-                     "Q-PEFT-A": twice, "Q-PEFT-A, queries=2": twice, "LoRA + BM25": twice}
+    assert seeds == {
+        "first stage": once,
+        "UPR": once,
+        "hard clues": once,
+        "similarity": once,
+        "LoRA": twice,
+        "Q-PEFT-A": twice,
+        "Q-PEFT-A, queries=2": twice,
+        "LoRA + BM25": twice,
+    }
     lora = found["LoRA", 1]
     assert lora["settings"]["config"]["seed"] == 1 and lora["settings"]["training"]["peft"]["r"] == 2
     assert lora["versions"]["torch"] and lora["training"]["steps"] == 2 and lora["ranking"]["pairs"] > 20
@@ -119,8 +139,12 @@ def test_figures_are_those_of_evaluate(done, job):
     for name, run in runs(done / "out").items():
         of_files.setdefault(name.split("/")[1], []).append(evaluate(run, qrels, ["nDCG@10", "RR@10"]).means)
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO((done / "out/comparison.csv").read_text()))}
-    folders = {"first stage": "first-stage", "Q-PEFT-A, queries=2": "Q-PEFT-A-queries=2", "LoRA + BM25": "LoRA-+-BM25",
-               "hard clues": "hard-clues"}
+    folders = {
+        "first stage": "first-stage",
+        "Q-PEFT-A, queries=2": "Q-PEFT-A-queries=2",
+        "LoRA + BM25": "LoRA-+-BM25",
+        "hard clues": "hard-clues",
+    }
     assert len(rows) == 8
     for name, row in rows.items():
         of_seeds = of_files[folders.get(name, name)]
@@ -132,7 +156,8 @@ def test_figures_are_those_of_evaluate(done, job):
         assert row["nDCG@10 queries"] == "8"
     (table,) = json.loads((done / "out/comparison.json").read_text())
     assert {row["method"]: row["means"]["nDCG@10"] for row in table["rows"]} == pytest.approx(
-        {name: float(row["nDCG@10"]) for name, row in rows.items()})
+        {name: float(row["nDCG@10"]) for name, row in rows.items()}
+    )
     assert len(table["results"]) == 12 and all(result["commit"] for result in table["results"] if "settings" in result)
     assert not any("per_query" in result for result in table["results"])
     base = statistics.fmean(means["nDCG@10"] for means in of_files["UPR"])
@@ -147,8 +172,16 @@ def test_the_page(done):
     for part in page.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + part[: part.index("</svg>") + 6])
     assert page.count("<svg") == 3  # means, costs, and the curve over training queries
-    for text in ("documents per s", "queries per PetaFLOP", "trainable parameters", "training queries", "8 queries",
-                 "nDCG@10: mean of 8 queries", "Holm-corrected", "LoRA + BM25"):
+    for text in (
+        "documents per s",
+        "queries per PetaFLOP",
+        "trainable parameters",
+        "training queries",
+        "8 queries",
+        "nDCG@10: mean of 8 queries",
+        "Holm-corrected",
+        "LoRA + BM25",
+    ):
         assert text in page or text == "8 queries"
     text = (done / "out" / "comparison.md").read_text()
     assert "| 6. Q-PEFT-A |" in text and "### Cost" in text and "## Methods" in text
@@ -195,8 +228,10 @@ def test_two_processes_share_the_work(done, job, tmp_path):
     assert len(made) == len(set(made)) and 8 <= len(made) <= 12  # the one that was killed made the rest
     assert all(text.count("there already") >= 1 for text in texts)
     assert_same_runs(runs(out), runs(done / "out"))
-    rows = [{row["method"]: row["means"] for row in json.loads((folder / "comparison.json").read_text())[0]["rows"]}
-            for folder in (out, done / "out")]
+    rows = [
+        {row["method"]: row["means"] for row in json.loads((folder / "comparison.json").read_text())[0]["rows"]}
+        for folder in (out, done / "out")
+    ]
     assert rows[0] == {method: pytest.approx(means, abs=1e-4) for method, means in rows[1].items()}
 
 
@@ -269,7 +304,9 @@ def test_changed_settings_redo_what_they_concern(done, job, tmp_path, capsys):
 
     assert made_anew(**{"learning_rate: 1e-2, peft": "learning_rate: 1e-3, peft"}) == {
         f"tiny, {name}, seed {seed}": f"{place}training.learning_rate changed"
-        for name, place in (("LoRA", ""), ("LoRA + BM25", "of.")) for seed in (0, 1)}
+        for name, place in (("LoRA", ""), ("LoRA + BM25", "of."))
+        for seed in (0, 1)
+    }
     trained = {path: path.stat().st_mtime_ns for path in out.rglob("trained.json")}
     fewer = {"learning_rate: 1e-2, peft": "learning_rate: 1e-3, peft", "candidates: 6": "candidates: 5"}
     some = ("--method", "UPR", "--method", "Q-PEFT-A")
@@ -308,21 +345,35 @@ def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):
         init(self, *args, cache=cache, **options)
 
     monkeypatch.setattr(train.QPeftTrainer, "__init__", spy)
-    plan = write_plan(tmp_path / "plan.yaml", job, ["A: {method: q_peft_a, learning_rate: 1e-2}"],
-                      **{"seeds: [0, 1]": "seeds: [0]"})
+    plan = write_plan(
+        tmp_path / "plan.yaml", job, ["A: {method: q_peft_a, learning_rate: 1e-2}"], **{"seeds: [0, 1]": "seeds: [0]"}
+    )
     assert compare(plan, job, tmp_path / "out") == 0 and budgets == [1_000_000]
 
 
 def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
     """Of every method whose LM is the plan's, in training and in ranking: the same results, and no times."""
-    methods = [*METHODS, "soft prompt: {method: soft_prompt, learning_rate: 1e-2}",
-               "full: {method: full, learning_rate: 1e-3}",
-               "clues first: {method: q_peft_r, learning_rate: 1e-2, options: {layout: clues_first}}"]
+    methods = [
+        *METHODS,
+        "soft prompt: {method: soft_prompt, learning_rate: 1e-2}",
+        "full: {method: full, learning_rate: 1e-3}",
+        "clues first: {method: q_peft_r, learning_rate: 1e-2, options: {layout: clues_first}}",
+    ]
     of_tiny = {"    data: data\n    split: test\n": "    data: data\n    split: test\n    index: index\n"}
     plan, out = write_plan(tmp_path / "plan.yaml", job, methods, **of_tiny), tmp_path / "out"
     assert compare(plan, job, out) == 2 and "index is no index: it has no manifest.json" in capsys.readouterr().err
-    index = ["index", str(job / "data"), "--out", str(job / "index"), "--base-model", str(job / "lm"), "--dtype",
-             "float32", "--device", "cpu"]
+    index = [
+        "index",
+        str(job / "data"),
+        "--out",
+        str(job / "index"),
+        "--base-model",
+        str(job / "lm"),
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
     assert main([*index, "--max-document-tokens", "39"]) == 0
     assert compare(plan, job, out) == 2 and "made with max_document_tokens 39, here it is 40" in capsys.readouterr().err
     shutil.rmtree(job / "index")
@@ -333,48 +384,68 @@ def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
     ours = {name: run for name, run in runs(out).items() if name in expected}
     for names, most in ((trained, 2e-2), (expected.keys() - trained, 1e-4)):
         assert_same_runs(*({name: some[name] for name in names} for some in (ours, expected)), most)
-    read = {key[0]: [result.get(part, {}).get("prefixes_from_index", 0) > 0 for part in ("training", "ranking")]
-            for key, result in found.items()}
-    assert read == {"UPR": [False, True], "hard clues": [False, True], "Q-PEFT-A": [True, True],
-                    "Q-PEFT-A, queries=2": [True, True]} | dict.fromkeys((
-                        "first stage", "similarity", "LoRA", "LoRA + BM25", "soft prompt", "full", "clues first"),
-                        [False, False])
+    read = {
+        key[0]: [result.get(part, {}).get("prefixes_from_index", 0) > 0 for part in ("training", "ranking")]
+        for key, result in found.items()
+    }
+    assert read == {
+        "UPR": [False, True],
+        "hard clues": [False, True],
+        "Q-PEFT-A": [True, True],
+        "Q-PEFT-A, queries=2": [True, True],
+    } | dict.fromkeys(
+        ("first stage", "similarity", "LoRA", "LoRA + BM25", "soft prompt", "full", "clues first"), [False, False]
+    )
     (table,) = json.loads((out / "comparison.json").read_text())
     cost = {row["method"]: row["cost"] for row in table["rows"]}
     assert cost["Q-PEFT-A"]["training_seconds"] is None is cost["UPR"]["documents_per_second"]
     assert cost["LoRA"]["training_seconds"] and cost["Q-PEFT-A"]["ranking_megabytes"] is not None
-    assert ("no times are given: UPR (seed 0); hard clues (seed 0); Q-PEFT-A (seed 0, 1); Q-PEFT-A, queries=2 (seed 0, "
-            "1).") in (out / "comparison.md").read_text()
+    assert (
+        "no times are given: UPR (seed 0); hard clues (seed 0); Q-PEFT-A (seed 0, 1); Q-PEFT-A, queries=2 (seed 0, 1)."
+    ) in (out / "comparison.md").read_text()
 
 
 def test_a_collection_may_have_some_of_the_rows(job, tmp_path, capsys):
     """A fusion brings what it takes, a name what ``vary`` makes of it; what another collection lacks is no mistake."""
     wide = "    data: data\n    split: test\n"
-    some = {"collections:": "collections:\n  more: {data: data, split: test, candidates: 9, methods: [LoRA + BM25, "
-                            "UPR], train: {data: data, split: train}, dev: {data: data, split: dev}}\n  less: {data: "
-                            "data, split: test, candidates: 3, methods: [UPR]}", "seeds: [0, 1]": "seeds: [0]",
-            wide: wide + "    methods: [Q-PEFT-A]\n"}
+    some = {
+        "collections:": "collections:\n  more: {data: data, split: test, candidates: 9, methods: [LoRA + BM25, "
+        "UPR], train: {data: data, split: train}, dev: {data: data, split: dev}}\n  less: {data: "
+        "data, split: test, candidates: 3, methods: [UPR]}",
+        "seeds: [0, 1]": "seeds: [0]",
+        wide: wide + "    methods: [Q-PEFT-A]\n",
+    }
     plan = write_plan(tmp_path / "plan.yaml", job, METHODS, **some)
     assert compare(plan, job, tmp_path / "out") == 0
-    tables = {table["collection"]: [row["method"] for row in table["rows"]]
-              for table in json.loads((tmp_path / "out" / "comparison.json").read_text())}
-    assert tables == {"more": ["first stage", "UPR", "LoRA", "LoRA + BM25"], "less": ["first stage", "UPR"],
-                      "tiny": ["first stage", "Q-PEFT-A", "Q-PEFT-A, queries=2"]}
-    assert [row["seeds"] for table in build_tables(read_plan(plan), tmp_path / "out") for row in map(vars, table.rows)
-            ] == [1] * 9
+    tables = {
+        table["collection"]: [row["method"] for row in table["rows"]]
+        for table in json.loads((tmp_path / "out" / "comparison.json").read_text())
+    }
+    assert tables == {
+        "more": ["first stage", "UPR", "LoRA", "LoRA + BM25"],
+        "less": ["first stage", "UPR"],
+        "tiny": ["first stage", "Q-PEFT-A", "Q-PEFT-A, queries=2"],
+    }
+    assert [
+        row["seeds"] for table in build_tables(read_plan(plan), tmp_path / "out") for row in map(vars, table.rows)
+    ] == [1] * 9
     write_plan(plan, job, METHODS, **some | {wide: wide + "    methods: [Q-PEFT-B]\n"})
     capsys.readouterr()
     assert compare(plan, job, tmp_path / "out") == 2
-    assert "plan.yaml: collections.tiny.methods: there is no method 'Q-PEFT-B'; did you mean 'Q-PEFT-A'?" \
+    assert (
+        "plan.yaml: collections.tiny.methods: there is no method 'Q-PEFT-B'; did you mean 'Q-PEFT-A'?"
         in capsys.readouterr().err
+    )
 
 
 def test_an_adapter_serves_all_collections_that_would_train_it(job, tmp_path, capsys):
     """Two test collections, one training set: the method is trained once, also where they are made one by one."""
-    collections = {"collections:": "collections:\n  other: {data: data, split: dev, candidates: 6, train: {data: data, "
-                                   "split: train}}\n  half: {data: data, split: test, candidates: 6, train: "
-                                   "{data: data, split: train, queries: 2}}",
-                   "seeds: [0, 1]": "seeds: [0]"}
+    collections = {
+        "collections:": "collections:\n  other: {data: data, split: dev, candidates: 6, train: {data: data, "
+        "split: train}}\n  half: {data: data, split: test, candidates: 6, train: "
+        "{data: data, split: train, queries: 2}}",
+        "seeds: [0, 1]": "seeds: [0]",
+    }
     plan = write_plan(tmp_path / "plan.yaml", job, ["A: {method: q_peft_a, learning_rate: 1e-2}"], **collections)
     out = tmp_path / "out"
     assert compare(plan, job, out, "--collection", "tiny") == 0
@@ -427,9 +498,17 @@ def test_nothing_is_trained_on_test_or_dev_queries(done, job):
     from qpeft_ext.compare.run import Comparison
 
     assert list(read_plan(done / "plan.yaml", collections=["tiny"]).collections) == ["tiny"]
-    plan = read_plan(write_plan(done / "one_split.yaml", job, METHODS, **{
-        "split: test\n    candidates": "split: train\n    queries: 3\n    candidates",
-        "split: dev": "split: train, queries: 4"}))
+    plan = read_plan(
+        write_plan(
+            done / "one_split.yaml",
+            job,
+            METHODS,
+            **{
+                "split: test\n    candidates": "split: train\n    queries: 3\n    candidates",
+                "split: dev": "split: train, queries: 4",
+            },
+        )
+    )
     data = Comparison(plan, job, done / "out", "cpu").data("tiny")
     training = plan.methods["LoRA"].training
     few, more = (data.examples("train", training.__class__(n, 2, 8, 2), 0) for n in (2, 5))
@@ -439,12 +518,22 @@ def test_nothing_is_trained_on_test_or_dev_queries(done, job):
     assert not {e["query_id"] for e in more} & (test | dev)
     with pytest.raises(ValueError, match="6 training queries were asked for, there are 5"):
         data.examples("train", training.__class__(6, 2, 8, 2), 0)
-    capped = read_plan(write_plan(done / "capped.yaml", job, METHODS, **{
-        "split: test\n    candidates": "split: train\n    queries: 3\n    candidates",
-        "train: {data: data, split: train}": "train: {data: data, split: train, queries: 5}",
-        "split: dev": "split: train, queries: 4"}))
-    assert Comparison(capped, job, done / "out", "cpu").data("tiny").examples(
-        "train", training.__class__(6, 2, 8, 2), 0) == more
+    capped = read_plan(
+        write_plan(
+            done / "capped.yaml",
+            job,
+            METHODS,
+            **{
+                "split: test\n    candidates": "split: train\n    queries: 3\n    candidates",
+                "train: {data: data, split: train}": "train: {data: data, split: train, queries: 5}",
+                "split: dev": "split: train, queries: 4",
+            },
+        )
+    )
+    assert (
+        Comparison(capped, job, done / "out", "cpu").data("tiny").examples("train", training.__class__(6, 2, 8, 2), 0)
+        == more
+    )
 
 
 # -- tables, by hand -------------------------------------------------------------------------------------------------
@@ -454,10 +543,19 @@ def test_holm_and_deviations_by_hand(job, tmp_path):
     """Three methods against UPR on four queries; p-values from scipy's ttest_rel, corrected by hand."""
     from scipy.stats import ttest_rel
 
-    methods = ["UPR: {method: upr}", "A: {method: q_peft_a, learning_rate: 1}",
-               "R: {method: q_peft_r, learning_rate: 1}"]
-    plan = read_plan(write_plan(tmp_path / "plan.yaml", job, methods, **{
-        "measures: [nDCG@10, RR@10, CandidateRecall@2]": "measures: [RR@10]"}))
+    methods = [
+        "UPR: {method: upr}",
+        "A: {method: q_peft_a, learning_rate: 1}",
+        "R: {method: q_peft_r, learning_rate: 1}",
+    ]
+    plan = read_plan(
+        write_plan(
+            tmp_path / "plan.yaml",
+            job,
+            methods,
+            **{"measures: [nDCG@10, RR@10, CandidateRecall@2]": "measures: [RR@10]"},
+        )
+    )
     values = {
         ("first stage", 0): [0.1, 0.2, 0.3, 0.4], ("UPR", 0): [0.2, 0.5, 0.4, 0.5],
         ("A", 0): [0.5, 0.6, 0.8, 0.9], ("A", 1): [0.7, 0.8, 0.8, 0.7],
@@ -466,9 +564,10 @@ def test_holm_and_deviations_by_hand(job, tmp_path):
     for (name, seed), row in values.items():
         folder = tmp_path / "out" / "tiny" / name.replace(" ", "-") / f"seed-{seed}"
         folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({
-            "method": name, "seed": seed, "per_query": {"RR@10": dict(zip("abcd", row, strict=True))}}))
-    table, = build_tables(plan, tmp_path / "out")
+        (folder / "result.json").write_text(
+            json.dumps({"method": name, "seed": seed, "per_query": {"RR@10": dict(zip("abcd", row, strict=True))}})
+        )
+    (table,) = build_tables(plan, tmp_path / "out")
     rows = {row.name: row for row in table.rows}
     assert list(rows) == ["first stage", "UPR", "A", "R"]
     a, r = [0.6, 0.7, 0.8, 0.8], [0.2, 0.4, 0.5, 0.6]

@@ -28,7 +28,8 @@ def prompt_ids(model, query, document, skip=0) -> tuple[list[int], int]:
     """The whole prompt of a pair as ids, and the number of query tokens."""
     batch = model.encode([(query, document)])
     return list(batch.documents[0].ids[skip:] + model.prompt.suffix.bare_question + batch.queries[0]), len(
-        batch.queries[0])
+        batch.queries[0]
+    )
 
 
 def log_likelihood(lm, ids, count):
@@ -53,7 +54,7 @@ def test_prefix_tuning_is_that_of_peft(family):
     scores = model.train()(model.encode(RAGGED)).query_log_likelihood
     expected = torch.stack([log_likelihood(model.lm, *prompt_ids(model, q, d, skip=3)) for q, d in RAGGED])
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
-    weight, = (p for p in model.parameters() if p.requires_grad)
+    (weight,) = (p for p in model.parameters() if p.requires_grad)
     factors = torch.arange(1.0, len(RAGGED) + 1)
     ours, theirs = (torch.autograd.grad((x * factors).sum(), weight)[0] for x in (scores, expected))
     assert float(theirs.abs().max()) > 1e-3
@@ -184,8 +185,9 @@ def test_hard_clues_are_the_tokens_themselves():
     clues = model.compute_clues(batch, explain=True).explanation["clue_ids"][0].tolist()
     pieces, query = model.prompt.suffix, batch.queries[0]
     ids = [*batch.documents[0].ids, *pieces.hints, *clues, *pieces.question, *query]
-    torch.testing.assert_close(model.score([pair]).query_log_likelihood[0], log_likelihood(model.lm, ids, len(query)),
-                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model.score([pair]).query_log_likelihood[0], log_likelihood(model.lm, ids, len(query)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_work_by_hand():
@@ -201,8 +203,11 @@ def test_work_by_hand():
         for path, tokens, attended in (
             ("document_first", prefix[0] + prefix[2] + sum(suffix), of_prefixes + of_suffixes),
             ("document_first", sum(suffix), of_suffixes),  # the prefixes are in the cache now
-            ("plain", sum(prefix) + sum(suffix), sum((p + s) * (p + s + 1) // 2
-                                                     for p, s in zip(prefix, suffix, strict=True))),
+            (
+                "plain",
+                sum(prefix) + sum(suffix),
+                sum((p + s) * (p + s + 1) // 2 for p, s in zip(prefix, suffix, strict=True)),
+            ),
         ):
             with Work(model.engine) as work:
                 model(batch, path=path, cache=cache)

@@ -38,8 +38,10 @@ def test_a_missing_folder_is_named(root):
 
 
 def test_batches_have_the_share_of_passages(root, monkeypatch):
-    definitions = [data.Text(f"m.f{i}", f"def f{i}(x):\n    return x + {i}", [f"Add {i} to a number"] if i % 2 else [])
-                   for i in range(20)]
+    definitions = [
+        data.Text(f"m.f{i}", f"def f{i}(x):\n    return x + {i}", [f"Add {i} to a number"] if i % 2 else [])
+        for i in range(20)
+    ]
     monkeypatch.setattr(data, "training_texts", lambda: definitions)
     texts = data.prepare(root / "made", 300, 40, 20, seed=0, passages=root)
     assert texts.first_passage == 20 and len(texts.documents) == 20 + 36
@@ -63,20 +65,40 @@ def test_batches_have_the_share_of_passages(root, monkeypatch):
     assert all(row.shape[1] % 2 == 0 and 1 <= row.min() and row.max() < 50 for row in ids)
     read = train.query_batches(recipe, texts, 0, decaying=False)
     assert train.tokens_seen(recipe, texts, 3, 5) == {
-        "copy": sum(row.numel() for row in ids), "query": sum(len(row[0]) for batch in read[:5] for row in batch)}
+        "copy": sum(row.numel() for row in ids),
+        "query": sum(len(row[0]) for batch in read[:5] for row in batch),
+    }
 
 
 def test_each_stage_has_its_learning_rate(root, monkeypatch):
-    definitions = [data.Text(f"m.f{i}", f"def f{i}(x):\n    return x + {i}", [f"Add {i} to a number"])
-                   for i in range(20)] + [data.Text(f"m.g{i}", f"def g{i}(): {i}", []) for i in range(9)]
+    definitions = [
+        data.Text(f"m.f{i}", f"def f{i}(x):\n    return x + {i}", [f"Add {i} to a number"]) for i in range(20)
+    ] + [data.Text(f"m.g{i}", f"def g{i}(): {i}", []) for i in range(9)]
     monkeypatch.setattr(data, "training_texts", lambda: definitions)
     monkeypatch.setattr(train, "DevSet", lambda *args: type("Dev", (), {"evaluate": lambda self, model: {}})())
     rates, update = [], train.Run.update
-    monkeypatch.setattr(train.Run, "update",
-                        lambda self, loss, rate: (rates.append((self.stage, rate)), update(self, loss, rate)))
-    recipe = train.Recipe(vocabulary=300, layers=1, width=16, inner_width=16, heads=2, key_value_heads=1, warmup=1,
-                          copy_most_steps=2, copy_batch=2, steps=8, batch=2, decay=0.01, copy_learning_rate=5e-4,
-                          learning_rate=1e-3, max_document_tokens=40, max_query_tokens=20, document_loss_tokens=2)
+    monkeypatch.setattr(
+        train.Run, "update", lambda self, loss, rate: (rates.append((self.stage, rate)), update(self, loss, rate))
+    )
+    recipe = train.Recipe(
+        vocabulary=300,
+        layers=1,
+        width=16,
+        inner_width=16,
+        heads=2,
+        key_value_heads=1,
+        warmup=1,
+        copy_most_steps=2,
+        copy_batch=2,
+        steps=8,
+        batch=2,
+        decay=0.01,
+        copy_learning_rate=5e-4,
+        learning_rate=1e-3,
+        max_document_tokens=40,
+        max_query_tokens=20,
+        document_loss_tokens=2,
+    )
     train.train(recipe, root / "run", 100, 100, None)
     assert rates[:3] == [("copy", 5e-4), ("copy", 5e-4), ("query", 1e-3)] and len(rates) == 10
 
@@ -93,8 +115,9 @@ def test_likelihoods_and_validation_loss_are_the_rerankers(monkeypatch):
     documents = {f"d{i}": {"id": f"d{i}", "title": f"m.f{i}", "text": text} for i, text in enumerate(texts)}
     queries = {"q0": "Add two numbers", "q1": "the area of a circle, given its radius", "q2": "last in first out"}
     qrels = {"q0": {"d2": 1}, "q1": {"d1": 1}, "q2": {"d0": 1}}
-    monkeypatch.setattr(harvest, "harvest",
-                        lambda *args, **options: harvest.Collection(documents, queries, qrels, {}, {}))
+    monkeypatch.setattr(
+        harvest, "harvest", lambda *args, **options: harvest.Collection(documents, queries, qrels, {}, {})
+    )
     lm = qpeft.load_lm(str(BASE_LM), dtype="float32")
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none"))
     dev = evaluate.DevSet(model.prompt, 0, candidates=3)

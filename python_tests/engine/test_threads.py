@@ -42,13 +42,16 @@ def test_a_thread_that_calls_the_lm_itself_gets_what_it_always_gets(kind):
 
     def call() -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            return (lm(input_ids=ids).logits,
-                    lm.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0))
+            return (
+                lm(input_ids=ids).logits,
+                lm.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0),
+            )
 
     expected, found = call(), []
     reranker = qpeft.Reranker(model)
     ranked = reranker.rank(QUERIES[0], DOCUMENTS)
     with ThreadPoolExecutor(1) as other:
+
         def enter(module, inputs) -> None:
             if threading.get_ident() == here:
                 found.append(other.submit(call).result())
@@ -112,7 +115,12 @@ def test_a_process_that_is_forked_after_the_first_use_does_not_hang():
         os.wait()
         print("parent", torch.get_num_threads())
     """)
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300,
-                           env=os.environ | {"OMP_NUM_THREADS": "2"})
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
     assert ended.stdout.splitlines() == ["child True 1", "parent 2"], ended.stderr
     assert ended.stderr.count("start processes by spawn") == 1

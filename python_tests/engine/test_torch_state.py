@@ -112,8 +112,11 @@ def test_a_model_is_the_same_wherever_it_is_built(kind, tmp_path):
         for model in (built, loaded):
             assert trained_dtypes(model) <= {torch.float32}, name
             assert torch.equal(model.score(PAIRS).query_log_likelihood, scores), name
-            assert all(p.requires_grad and not p.is_inference() and p.device.type == "cpu"
-                       for module in model.trained_modules.values() for p in module.parameters()), name
+            assert all(
+                p.requires_grad and not p.is_inference() and p.device.type == "cpu"
+                for module in model.trained_modules.values()
+                for p in module.parameters()
+            ), name
         first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("right", "built"))
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first), name
     assert torch.equal(torch.get_rng_state(), generator)
@@ -172,16 +175,30 @@ def test_operators_are_not_autocast():
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_a_trainer_does_not_depend_on_it(tmp_path):
-    examples = [{"query_id": f"q{i}", "query": word, "positives": [{"id": f"p{i}", "text": f"{word} by the sea"}],
-                 "negatives": [{"id": f"n{i}", "text": "a note of lamps"}]}
-                for i, word in enumerate(("tides", "boats", "fog", "nets"))]
+    examples = [
+        {
+            "query_id": f"q{i}",
+            "query": word,
+            "positives": [{"id": f"p{i}", "text": f"{word} by the sea"}],
+            "negatives": [{"id": f"n{i}", "text": "a note of lamps"}],
+        }
+        for i, word in enumerate(("tides", "boats", "fog", "nets"))
+    ]
 
     def train(state=contextlib.nullcontext) -> tuple[dict, dict[str, torch.Tensor]]:
         arguments = transformers.TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, save_strategy="no",
-            use_cpu=True, disable_tqdm=True, report_to=[])
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=2,
+            learning_rate=1e-2,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+        )
         model = qpeft.get_qpeft_model(
-            tiny_lm("llama"), qpeft.QPeftConfig(**KINDS["attention"], temperature="auto"), tiny_tokenizer())
+            tiny_lm("llama"), qpeft.QPeftConfig(**KINDS["attention"], temperature="auto"), tiny_tokenizer()
+        )
         with state():
             trainer = qpeft.QPeftTrainer(model, arguments, examples, examples, cache_bytes=1 << 20)
             trainer.evaluate()
@@ -199,8 +216,9 @@ def test_weights_of_the_lm_that_would_be_lost_are_not_trained(tmp_path):
     model = make("attention")
     model.lm.requires_grad_()
     with pytest.raises(ValueError, match="an adapter does not save them; call lm.requires_grad_"):
-        qpeft.QPeftTrainer(model, transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=4,
-                                                                 use_cpu=True))
+        qpeft.QPeftTrainer(
+            model, transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,7 +268,8 @@ def test_an_lm_that_somebody_puts_into_train_mode_is_taken_out_of_it():
 
 def test_scores_made_while_training_have_no_dropout():
     model = qpeft.get_qpeft_model(
-        tiny_lm("llama"), qpeft.QPeftConfig(clues="attention", num_heads=4, rank=8, dropout=0.5), tiny_tokenizer())
+        tiny_lm("llama"), qpeft.QPeftConfig(clues="attention", num_heads=4, rank=8, dropout=0.5), tiny_tokenizer()
+    )
     reranker = qpeft.Reranker(model)
     right = reranker.predict(PAIRS)
     model.train()

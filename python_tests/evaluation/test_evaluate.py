@@ -60,12 +60,15 @@ def test_memory_and_file_have_the_same_values(tmp_path):
     rng = np.random.default_rng(0)
     qrels = {f"q{i}": {f"d{j}": int(j % 3 == 0) for j in range(20)} for i in range(30)}
     scores = -300 - rng.integers(0, 5, (30, 20)) * 1e-6  # equal as float32
-    run = {q: sorted(((f"d{j}", float(scores[i, j])) for j in range(20)), key=lambda c: -c[1])
-           for i, q in enumerate(qrels)}
+    run = {
+        q: sorted(((f"d{j}", float(scores[i, j])) for j in range(20)), key=lambda c: -c[1]) for i, q in enumerate(qrels)
+    }
     formats.write_run(tmp_path / "run", run)
     measures = ["nDCG@10", "RR@10", "AP"]
-    assert evaluate(run, qrels, measures).per_query == evaluate(
-        formats.read_run(tmp_path / "run"), qrels, measures).per_query
+    assert (
+        evaluate(run, qrels, measures).per_query
+        == evaluate(formats.read_run(tmp_path / "run"), qrels, measures).per_query
+    )
 
 
 def test_dl19_baseline():
@@ -96,8 +99,16 @@ def assert_as_trec_eval(pytrec_eval, run, qrels, ties):
         assert result.means[ours] == pytest.approx(sum(expected.values()) / len(qrels), abs=1e-6)
 
 
-TREC_EVAL = {"nDCG@10": "ndcg_cut_10", "nDCG": "ndcg", "AP": "map", "RR": "recip_rank", "P@5": "P_5",
-             "R@100": "recall_100", "R@1000": "recall_1000", "Success@5": "success_5"}
+TREC_EVAL = {
+    "nDCG@10": "ndcg_cut_10",
+    "nDCG": "ndcg",
+    "AP": "map",
+    "RR": "recip_rank",
+    "P@5": "P_5",
+    "R@100": "recall_100",
+    "R@1000": "recall_1000",
+    "Success@5": "success_5",
+}
 
 
 @pytest.mark.parametrize("seed, ties", [(0, "order"), (1, "order"), (2, "trec_eval"), (3, "trec_eval")])
@@ -214,15 +225,18 @@ def test_compare_table():
 def test_a_table_of_several_systems_is_corrected():
     rng = np.random.default_rng(0)
     qrels = {f"q{i}": {"d0": 1} for i in range(30)}
-    runs = {name: {q: [(f"d{j}", -float(rank)) for rank, j in enumerate(rng.permutation(9))] for q in qrels}
-            for name in "abc"} | {"one": {q: [("d0", 1.0)] for q in qrels}}
+    runs = {
+        name: {q: [(f"d{j}", -float(rank)) for rank, j in enumerate(rng.permutation(9))] for q in qrels}
+        for name in "abc"
+    } | {"one": {q: [("d0", 1.0)] for q in qrels}}
     table = compare_table(runs, qrels, ["RR@10", "nDCG@10"])
     for measure in table.measures:
         systems = table.systems[1:]
         assert [s.p_holm[measure] for s in systems] == holm([s.p_value[measure] for s in systems])
     assert table.systems[0].p_holm == {} and "Holm-corrected for 3 comparisons" in table.notes()[0]
-    assert table.notes()[1] == ("Judged@10: a 0.111, b 0.111, c 0.111, one 1.000; "
-                                "documents without a judgement count as not relevant")
+    assert table.notes()[1] == (
+        "Judged@10: a 0.111, b 0.111, c 0.111, one 1.000; documents without a judgement count as not relevant"
+    )
 
 
 def test_table_as_text_and_json():
@@ -230,8 +244,15 @@ def test_table_as_text_and_json():
     console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(table.render())
     text = console.export_text()
-    for expected in ("second [bold]", "0.5000", "+0.0000", "p=1.000", "3 queries; difference to first",
-                     "first: no candidates for 1 queries; they count as 0", "first: 1 queries are not in the qrels"):
+    for expected in (
+        "second [bold]",
+        "0.5000",
+        "+0.0000",
+        "p=1.000",
+        "3 queries; difference to first",
+        "first: no candidates for 1 queries; they count as 0",
+        "first: 1 queries are not in the qrels",
+    ):
         assert expected in text
     one_query = compare_table({"a": {"a": RUN["a"]}, "b": {"a": RUN["a"]}}, {"a": QRELS["a"]}, ["RR@10"])
     assert json.loads(json.dumps(one_query.to_dict(), allow_nan=False))["systems"][1]["p_holm"] == {"RR@10": None}
@@ -246,8 +267,19 @@ def test_names_of_ir_measures_and_of_trec_eval(name, same):
     assert evaluate(RUN, QRELS, [name]).means[name] == evaluate(RUN, QRELS, [same]).means[same]
 
 
-@pytest.mark.parametrize("name, meant", [("ndcg@10", "nDCG@10"), ("nDGC@20", "nDCG@20"), ("P", "P@10"), ("mrr", "RR"),
-                                         ("Recall", "R@10"), ("nDCG@0", "nDCG@10"), ("AP(rel=0)", None), ("x", None)])
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("ndcg@10", "nDCG@10"),
+        ("nDGC@20", "nDCG@20"),
+        ("P", "P@10"),
+        ("mrr", "RR"),
+        ("Recall", "R@10"),
+        ("nDCG@0", "nDCG@10"),
+        ("AP(rel=0)", None),
+        ("x", None),
+    ],
+)
 def test_what_an_unknown_measure_may_have_meant(name, meant):
     with pytest.raises(ValueError, match="unknown measure") as caught:
         parse_measures([name])

@@ -86,23 +86,48 @@ def test_fuse_command(files, capsys):
     assert fuse_command(files) == 0 and "reciprocal ranks, k 60" in capsys.readouterr().out
     assert fuse_command(files, "--method", "scores", "--weights", "1,2") == 0
     assert [d for d, _ in formats.read_run(files / "out.trec")["q0"]] == ["x", "n"]
-    dev = ["--method", "scores", "--dev-run", f"{files}/bad-dev.trec", "--dev-run", f"{files}/good-dev.trec",
-           "--dev-qrels", f"{files}/dev.qrels"]
+    dev = [
+        "--method",
+        "scores",
+        "--dev-run",
+        f"{files}/bad-dev.trec",
+        "--dev-run",
+        f"{files}/good-dev.trec",
+        "--dev-qrels",
+        f"{files}/dev.qrels",
+    ]
     assert fuse_command(files, *dev) == 0
     assert "weights 0.45, 0.55 chosen on 4 dev queries (nDCG@10 1.0000" in capsys.readouterr().out
     assert [d for d, _ in formats.read_run(files / "out.trec")["q0"]] == ["x", "n"]
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--method", "sum"], "--method must be rrf or scores, got 'sum'"),
-    (["--method", "scores"], "--method scores needs --weights, or --dev-run for each run and --dev-qrels"),
-    (["--method", "scores", "--weights", "1"], "--weights: expected 2 numbers with commas between them"),
-    (["--method", "scores", "--weights", "1,x"], "--weights: expected numbers with commas between them, got '1,x'"),
-    (["--method", "scores", "--dev-run", "a", "--dev-qrels", "b"], "expected 2 --dev-run, in the order of the runs"),
-    (["--weights", "1,2"], "--weights belongs to --method scores"),
-    (["--method", "scores", "--dev-run", "{files}/bad.trec", "--dev-run", "{files}/good.trec", "--dev-qrels",
-      "{files}/test.qrels"], "query 'q0' is among the dev queries and among those to fuse"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--method", "sum"], "--method must be rrf or scores, got 'sum'"),
+        (["--method", "scores"], "--method scores needs --weights, or --dev-run for each run and --dev-qrels"),
+        (["--method", "scores", "--weights", "1"], "--weights: expected 2 numbers with commas between them"),
+        (["--method", "scores", "--weights", "1,x"], "--weights: expected numbers with commas between them, got '1,x'"),
+        (
+            ["--method", "scores", "--dev-run", "a", "--dev-qrels", "b"],
+            "expected 2 --dev-run, in the order of the runs",
+        ),
+        (["--weights", "1,2"], "--weights belongs to --method scores"),
+        (
+            [
+                "--method",
+                "scores",
+                "--dev-run",
+                "{files}/bad.trec",
+                "--dev-run",
+                "{files}/good.trec",
+                "--dev-qrels",
+                "{files}/test.qrels",
+            ],
+            "query 'q0' is among the dev queries and among those to fuse",
+        ),
+    ],
+)
 def test_bad_fusions(files, capsys, options, message):
     (files / "test.qrels").write_text("q0 0 x 1\n")
     assert fuse_command(files, *(option.format(files=files) for option in options)) == 2

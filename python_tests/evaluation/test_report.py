@@ -41,16 +41,29 @@ def make_report(num_queries=60, num_systems=5):
     return Report(
         title="Search in your own Python environment",
         lead="100 docstrings of packages that no system was trained on, against 4,812 functions. "
-             "The LM is frozen; only the clue modules were trained.",
-        setting={"qpeft_ext": "0.1.0", "base LM": "llama, 1.9 M parameters", "training examples": "2,560, listwise",
-                 "test packages": "networkx 3.4.2, " * 12, "seed": "0"},
-        table=table, measure="nDCG@10",
+        "The LM is frozen; only the clue modules were trained.",
+        setting={
+            "qpeft_ext": "0.1.0",
+            "base LM": "llama, 1.9 M parameters",
+            "training examples": "2,560, listwise",
+            "test packages": "networkx 3.4.2, " * 12,
+            "seed": "0",
+        },
+        table=table,
+        measure="nDCG@10",
         per_query={name: evaluate(run, qrels, ["nDCG@10"]).per_query["nDCG@10"] for name, run in runs.items()},
         seconds_per_query={name: 0.004 * 3**i for i, name in enumerate(runs)},
         examples=[
-            Example("Build a tree from a breadth-first search & <its> source", "networkx.bfs_tree", CODE,
-                    clues(CODE, [("bfs", 0.91), ("tree", 0.88), ("source", 0.7), ("breadth", 0.66), ("edges", 0.3)]),
-                    14, 1, True, "Q-PEFT-R"),
+            Example(
+                "Build a tree from a breadth-first search & <its> source",
+                "networkx.bfs_tree",
+                CODE,
+                clues(CODE, [("bfs", 0.91), ("tree", 0.88), ("source", 0.7), ("breadth", 0.66), ("edges", 0.3)]),
+                14,
+                1,
+                True,
+                "Q-PEFT-R",
+            ),
             Example("no clue at all", "empty", "x = 1", [], None, 3, False),
             Example("long", "many", "word " * 400, [Clue(10, 14, 0.2)], 3, 3, None, "Q-PEFT-A", "A note on this one."),
         ],
@@ -88,8 +101,12 @@ def test_page_needs_nothing_else(page):
     assert not tags.open
     names = {tag for tag, _ in tags.seen}
     assert not names & {"script", "link", "img", "iframe", "object", "embed"}
-    references = [value for _, attributes in tags.seen for name, value in attributes.items()
-                  if name in ("src", "href", "xlink:href")]
+    references = [
+        value
+        for _, attributes in tags.seen
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href")
+    ]
     assert all(value.startswith("#") for value in references)
     assert "@import" not in page and "url(http" not in page
     start = page.index("<svg")

@@ -42,8 +42,15 @@ _LAST = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start
          "sep_token_id": 1, "mask_token_id": 1, "unk_token_id": 1}  # fmt: skip
 
 # what the rules above do not know of a type: settings, by dotted place
-_GEMMA4 = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8,
-           "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+_GEMMA4 = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+}
 SPECIAL: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16,

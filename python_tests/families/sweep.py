@@ -85,6 +85,7 @@ def own_scores(model: qpeft.QPeftModel) -> torch.Tensor:
 
 def sweep_one(name: str, kind: str) -> dict:
     """Returns: {"path", "error", "note"} and more."""
+
     def failed(path: str, error: Exception) -> dict:
         return {"path": path, "note": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
@@ -120,9 +121,16 @@ def sweep_one(name: str, kind: str) -> dict:
     if engine.is_encoder_decoder:
         path = "one by one" if engine.why_unpadded else "encoder–decoder"
     note = engine.why_unpadded or (engine.why_plain if not engine.is_encoder_decoder else "")
-    return {"path": path, "note": note, "errors": errors, "error": max(errors.values()),
-            "largest": float(expected.abs().max()), "spread": float(expected.std()),
-            "repeats": float((again - expected).abs().max()), "head": engine.head.reason}
+    return {
+        "path": path,
+        "note": note,
+        "errors": errors,
+        "error": max(errors.values()),
+        "largest": float(expected.abs().max()),
+        "spread": float(expected.std()),
+        "repeats": float((again - expected).abs().max()),
+        "head": engine.head.reason,
+    }
 
 
 def in_a_process(name: str, kind: str) -> dict:
@@ -133,9 +141,15 @@ def in_a_process(name: str, kind: str) -> dict:
             pipe.send(sweep_one(name, kind))
         except BaseException as error:  # noqa: BLE001
             import traceback
+
             where = traceback.extract_tb(error.__traceback__)[-1]
-            pipe.send({"path": "FAILED", "note": f"{type(error).__name__}: {' '.join(str(error).split())[:200]} "
-                                                 f"({Path(where.filename).name}:{where.lineno})"})
+            pipe.send(
+                {
+                    "path": "FAILED",
+                    "note": f"{type(error).__name__}: {' '.join(str(error).split())[:200]} "
+                    f"({Path(where.filename).name}:{where.lineno})",
+                }
+            )
         pipe.close()
 
     ours, theirs = multiprocessing.Pipe(duplex=False)
@@ -196,8 +210,13 @@ def table(folder: Path) -> str:
     counts = {path: sum(result["path"] == path for result in results) for path in _ORDER}
     said = ", ".join(f"{count} {path}" for path, count in counts.items() if count)
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}, peft {peft.__version__}"
-    head = _HEAD.format(versions=versions, date=time.strftime("%Y-%m-%d"), pairs=len(PAIRS), tolerance=TOLERANCE,
-                        counts=f"{len(results)} types: {said}.")
+    head = _HEAD.format(
+        versions=versions,
+        date=time.strftime("%Y-%m-%d"),
+        pairs=len(PAIRS),
+        tolerance=TOLERANCE,
+        counts=f"{len(results)} types: {said}.",
+    )
     lines = [f"| {r['type']} | {r['kind']} | {r['path']} | {format(r['error'], '.1e') if 'error' in r else ''} | "
              f"{r['note'].replace('|', '/')[:160]} |" for r in results]  # fmt: skip
     return head + "\n".join(lines) + "\n"

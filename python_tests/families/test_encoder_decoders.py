@@ -236,8 +236,9 @@ def test_the_generated_lora_is_in_the_decoder_alone(lm, family):
                 weights[name].copy_(weight)
         assert float(scores[i]) == pytest.approx(expected, abs=1e-5)
     if family == "t5":
-        with pytest.raises(ValueError, match="'encoder.block.0.layer.0.SelfAttention.q' is not a linear layer of this "
-                                             "LM's decoder"):
+        with pytest.raises(
+            ValueError, match="'encoder.block.0.layer.0.SelfAttention.q' is not a linear layer of this LM's decoder"
+        ):
             trained_model(lm, "none", generated_lora_rank=4,
                           target_modules=("encoder.block.0.layer.0.SelfAttention.q",))  # fmt: skip
 

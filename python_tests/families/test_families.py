@@ -152,8 +152,9 @@ def test_passes_that_are_filled_up_to_few_shapes(lm, trained, monkeypatch):
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(**trained), tiny_tokenizer())
     expected, widths = scores_and_gradients(model, "document_first"), []
     run = model.engine._run_prefix
-    monkeypatch.setattr(model.engine, "_run_prefix",
-                        lambda embeds, *args: widths.append(embeds.shape[:2]) or run(embeds, *args))
+    monkeypatch.setattr(
+        model.engine, "_run_prefix", lambda embeds, *args: widths.append(embeds.shape[:2]) or run(embeds, *args)
+    )
     monkeypatch.setattr(engine, "shape_step", lambda device, dtype: 7)
     assert_same(scores_and_gradients(model, "document_first"), expected)
     assert max(B for B, _ in widths) > 1 and all(width % 7 == 0 for B, width in widths if B > 1)

@@ -28,14 +28,22 @@ class Attention(nn.Module):
 def test_it_is_the_attention_of_transformers(kind):
     generator = torch.Generator().manual_seed(0)
     B, heads, L, S, D = 2, 2, 5, 11, 4
-    inputs = [torch.randn(shape, generator=generator, requires_grad=True)
-              for shape in ((B, heads * 3, L, D), (B, heads, S, D), (B, heads, S, D + 2))]
+    inputs = [
+        torch.randn(shape, generator=generator, requires_grad=True)
+        for shape in ((B, heads * 3, L, D), (B, heads, S, D), (B, heads, S, D + 2))
+    ]
     keep = torch.rand(B, 1, L, S, generator=generator) < 0.6
     keep[..., 0] = True
-    mask = {"bool": keep, "float": torch.zeros(keep.shape).masked_fill(~keep, -1e9), "one for all rows": keep[:1],
-            "none": None}[kind]
-    found, expected = ([function(Attention(), *inputs, mask, scaling=0.7, is_causal=False)[0]]
-                       for function in (attention, sdpa_attention.sdpa_attention_forward))
+    mask = {
+        "bool": keep,
+        "float": torch.zeros(keep.shape).masked_fill(~keep, -1e9),
+        "one for all rows": keep[:1],
+        "none": None,
+    }[kind]
+    found, expected = (
+        [function(Attention(), *inputs, mask, scaling=0.7, is_causal=False)[0]]
+        for function in (attention, sdpa_attention.sdpa_attention_forward)
+    )
     for outputs in (found, expected):
         outputs += torch.autograd.grad(outputs[0].square().sum(), inputs)
     for ours, theirs in zip(found, expected, strict=True):

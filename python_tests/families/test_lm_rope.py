@@ -31,8 +31,11 @@ def longrope(limit: int):
 
 def dynamic(limit: int):
     """Scaling that begins at ``limit``, within the context."""
-    lm = tiny_lm("llama", max_position_embeddings=limit,
-                 rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+    lm = tiny_lm(
+        "llama",
+        max_position_embeddings=limit,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    )
     lm.model.rotary_emb.config = copy.deepcopy(lm.config)
     lm.config.max_position_embeddings = 512
     return lm
@@ -60,8 +63,15 @@ def test_a_prompt_is_read_with_the_table_of_its_own_length(make):
         assert model.engine.rotary.limit == limit and model.engine.rotary.one_per_length == (make is dynamic)
         assert not model.engine.why_plain and not model.engine.why_unpadded
         expected = own_scores_by_length(model)
-        for options in ({}, {"path": "plain"}, {"cache": cache}, {"cache": cache}, {"deterministic": True},
-                        {"deterministic": True, "cache": qpeft.DocumentCache()}, {"max_tokens_per_batch": 200}):
+        for options in (
+            {},
+            {"path": "plain"},
+            {"cache": cache},
+            {"cache": cache},
+            {"deterministic": True},
+            {"deterministic": True, "cache": qpeft.DocumentCache()},
+            {"max_tokens_per_batch": 200},
+        ):
             got = model.score(PAIRS, **options).query_log_likelihood
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
         assert torch.cat([model.score([pair], deterministic=True).query_log_likelihood for pair in PAIRS]).equal(

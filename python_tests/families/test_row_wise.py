@@ -40,7 +40,8 @@ def test_shapes_that_are_filled_up_change_nothing(family, monkeypatch):
     expected = scores_and_gradients(model, "plain")
     widths, decoder = [], model.engine.decoder
     handle = decoder.register_forward_pre_hook(
-        lambda _, __, named: widths.append(named["inputs_embeds"].shape[1]), with_kwargs=True)
+        lambda _, __, named: widths.append(named["inputs_embeds"].shape[1]), with_kwargs=True
+    )
     for place in ("engine.causal", "model", "lm.row_wise"):
         monkeypatch.setattr(f"qpeft_ext.{place}.shape_step", lambda *_: 8)
     with torch.no_grad():

@@ -115,8 +115,12 @@ def test_equal_to_prompt_tuning_of_peft():
     lm, tokenizer = tiny_lm("llama"), tiny_tokenizer()
     tokenizer.bos_token = None
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none", num_virtual_tokens=P), tokenizer)
-    theirs = peft.get_peft_model(tiny_lm("llama"), peft.PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=P, token_dim=32, num_attention_heads=4, num_layers=2))
+    theirs = peft.get_peft_model(
+        tiny_lm("llama"),
+        peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=P, token_dim=32, num_attention_heads=4, num_layers=2
+        ),
+    )
     with torch.no_grad():
         model.soft_prompt.rows.copy_(theirs.prompt_encoder["default"].embedding.weight)
     for query, document in PAIRS:

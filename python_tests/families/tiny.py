@@ -50,11 +50,33 @@ PLAIN_ONLY: dict[str, tuple[str, dict]] = {
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "relative_attention_num_buckets": 8,
-       "relative_attention_max_distance": 20, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-_BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "scale_embedding": True,
-         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 512,
-         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 259, "decoder_start_token_id": 1}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "scale_embedding": True,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 259,
+    "decoder_start_token_id": 1,
+}
 
 # T5 scales its decoder's output, FLAN-T5 has a head of its own; BART a bias; Pegasus scales embeddings in its encoder.
 ENCODER_DECODERS: dict[str, tuple[str, dict]] = {

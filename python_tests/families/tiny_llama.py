@@ -33,8 +33,16 @@ def tiny_llama_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """A Llama over these pieces whose attention matters: weights of N(0, 0.25)."""
     config = LlamaConfig(
-        vocab_size=len(tiny_llama_tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
+        vocab_size=len(tiny_llama_tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     torch.manual_seed(seed)
     lm = LlamaForCausalLM(config).to(dtype)
     with torch.no_grad():

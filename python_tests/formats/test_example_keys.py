@@ -50,16 +50,37 @@ def test_negatives_may_be_missing():
 
 
 def test_documents_of_tevatron_and_scores_of_flag_embedding(tmp_path):
-    tevatron = {"query_id": 7, "query": "why", "positive_passages": [{"docid": "3", "title": "Sea", "text": "tides"}],
-                "negative_passages": [{"docid": 4, "title": "", "text": "fog"}]}
-    flag = {"query": "why", "pos": ["tides"], "neg": ["fog", "lamps"], "pos_scores": [2.0], "neg_scores": [0.5, -1.0],
-            "pos_id": ["3"], "neg_id": [4, 5]}
+    tevatron = {
+        "query_id": 7,
+        "query": "why",
+        "positive_passages": [{"docid": "3", "title": "Sea", "text": "tides"}],
+        "negative_passages": [{"docid": 4, "title": "", "text": "fog"}],
+    }
+    flag = {
+        "query": "why",
+        "pos": ["tides"],
+        "neg": ["fog", "lamps"],
+        "pos_scores": [2.0],
+        "neg_scores": [0.5, -1.0],
+        "pos_id": ["3"],
+        "neg_id": [4, 5],
+    }
     path = write_lines(tmp_path / "train.jsonl", map(json.dumps, [tevatron, flag]))
     assert formats.read_examples(path) == [
-        {"query_id": 7, "query": "why", "positives": [{"id": "3", "title": "Sea", "text": "tides"}],
-         "negatives": [{"id": 4, "title": "", "text": "fog"}]},
-        {"query": "why", "positives": [{"id": "3", "text": "tides"}], "positive_scores": [2.0],
-         "negatives": [{"id": 4, "text": "fog"}, {"id": 5, "text": "lamps"}], "negative_scores": [0.5, -1.0]}]
+        {
+            "query_id": 7,
+            "query": "why",
+            "positives": [{"id": "3", "title": "Sea", "text": "tides"}],
+            "negatives": [{"id": 4, "title": "", "text": "fog"}],
+        },
+        {
+            "query": "why",
+            "positives": [{"id": "3", "text": "tides"}],
+            "positive_scores": [2.0],
+            "negatives": [{"id": 4, "text": "fog"}, {"id": 5, "text": "lamps"}],
+            "negative_scores": [0.5, -1.0],
+        },
+    ]
     data = formats.open_collection(path)
     assert data.parts == ("examples",) and len(list(data.examples())) == 2
 
@@ -71,22 +92,35 @@ def test_what_is_not_used_is_said_once(tmp_path, caplog):
         assert formats.read_examples(path)[1]["prompt"] == "Answer yes or no."
     assert [record.message for record in caplog.records] == [
         f"{path}: the key 'prompt' is not used: the prompt is the same for all examples: instruction and template of "
-        "QPeftConfig"]
+        "QPeftConfig"
+    ]
 
 
-@pytest.mark.parametrize("example, message", [
-    ({"query": "q", "passage": "p", "label": 1}, "one document and its label is no training example"),
-    ({"sentence1": "q", "sentence2": "p"}, "expected a query and its documents: .* got the keys sentence1, sentence2"),
-    ({"query": "q"}, "expected a query and its documents"),
-    ({"question": "q", "positive_ctxs": [], "answers": []}, "keys of DPR's training files: give the whole JSON file"),
-    ({"query": "q", "docs": ["a", "b"], "labels": [1]}, "as many labels under 'labels'"),
-    ({"query": "q", "docs": ["a", "b"], "labels": [0.9, 0.2]}, r"expected 1 .relevant. or 0 under 'labels', got \[0.9"),
-    ({"query": "q", "pos": ["a"], "positive": "b"}, "the keys positive and pos both name positives"),
-    ({"query": "q", "pos": ["a"], "neg": ["b"], "negative_1": "c"}, "neg and negative_1 both name negatives"),
-    ({"query": "q", "pos": ["a"], "pos_id": ["1", "2"]}, "an id under 'pos_id' for each of the 1 documents"),
-    ({"query": "q", "docs": ["a", "b"], "labels": [0, 0]}, "positives.* is empty"),
-    ({"query": "q", "pos": [3]}, "a text|a string"),
-])
+@pytest.mark.parametrize(
+    "example, message",
+    [
+        ({"query": "q", "passage": "p", "label": 1}, "one document and its label is no training example"),
+        (
+            {"sentence1": "q", "sentence2": "p"},
+            "expected a query and its documents: .* got the keys sentence1, sentence2",
+        ),
+        ({"query": "q"}, "expected a query and its documents"),
+        (
+            {"question": "q", "positive_ctxs": [], "answers": []},
+            "keys of DPR's training files: give the whole JSON file",
+        ),
+        ({"query": "q", "docs": ["a", "b"], "labels": [1]}, "as many labels under 'labels'"),
+        (
+            {"query": "q", "docs": ["a", "b"], "labels": [0.9, 0.2]},
+            r"expected 1 .relevant. or 0 under 'labels', got \[0.9",
+        ),
+        ({"query": "q", "pos": ["a"], "positive": "b"}, "the keys positive and pos both name positives"),
+        ({"query": "q", "pos": ["a"], "neg": ["b"], "negative_1": "c"}, "neg and negative_1 both name negatives"),
+        ({"query": "q", "pos": ["a"], "pos_id": ["1", "2"]}, "an id under 'pos_id' for each of the 1 documents"),
+        ({"query": "q", "docs": ["a", "b"], "labels": [0, 0]}, "positives.* is empty"),
+        ({"query": "q", "pos": [3]}, "a text|a string"),
+    ],
+)
 def test_what_cannot_be_read_is_named(tmp_path, example, message):
     path = write_lines(tmp_path / "train.jsonl", [json.dumps({"query": "q", "pos": ["p"]}), json.dumps(example)])
     with pytest.raises(ValueError, match=f"train.jsonl, line 2: .*(?:{message})"):
@@ -102,8 +136,14 @@ class Table:
 
     def to_dict(self, orient):
         assert orient == "records"
-        return [{"anchor": e["query"], "positive": e["positives"][0]["text"], "negative": np.array(
-            [d["text"] for d in e["negatives"]])} for e in EXAMPLES]
+        return [
+            {
+                "anchor": e["query"],
+                "positive": e["positives"][0]["text"],
+                "negative": np.array([d["text"] for d in e["negatives"]]),
+            }
+            for e in EXAMPLES
+        ]
 
 
 class Columns:
@@ -112,8 +152,9 @@ class Columns:
     column_names = ("query_id", "anchor", "positive", "negative")
 
     def __init__(self):
-        self.rows = [{"query_id": e["query_id"], **row}
-                     for e, row in zip(EXAMPLES, Table().to_dict("records"), strict=True)]
+        self.rows = [
+            {"query_id": e["query_id"], **row} for e, row in zip(EXAMPLES, Table().to_dict("records"), strict=True)
+        ]
 
     def __len__(self):
         return len(self.rows)
@@ -123,8 +164,14 @@ class Columns:
 
 
 def test_training_does_not_depend_on_the_spelling(tmp_path):
-    texts = [{"query": e["query"], "positives": [e["positives"][0]["text"]],
-              "negatives": [d["text"] for d in e["negatives"]]} for e in EXAMPLES]
+    texts = [
+        {
+            "query": e["query"],
+            "positives": [e["positives"][0]["text"]],
+            "negatives": [d["text"] for d in e["negatives"]],
+        }
+        for e in EXAMPLES
+    ]
     trained = []
     for examples in (texts, Table(), Columns(), Table().to_dict("records")):
         job = trainer(tmp_path, examples=examples)
@@ -134,14 +181,19 @@ def test_training_does_not_depend_on_the_spelling(tmp_path):
         assert all(torch.equal(other[name], value) for name, value in trained[0].items())
 
 
-@pytest.mark.parametrize("options, without, wanted", [
-    ({"in_batch_negatives": False}, 12, "error"), ({"queries_per_group": 1}, 12, "error"),
-    ({"in_batch_negatives": False, "num_hard_negatives": 0}, 0, "error"),
-    ({"in_batch_negatives": False}, 1, "warning"),
-    ({"in_batch_negatives": False, "loss": "pointwise_pairwise"}, 12, "warning"),
-    ({"in_batch_negatives": False, "loss": "pointwise"}, 12, None),
-    ({}, 12, None), ({"in_batch_negatives": False, "num_random_negatives": 2}, 12, None),
-])
+@pytest.mark.parametrize(
+    "options, without, wanted",
+    [
+        ({"in_batch_negatives": False}, 12, "error"),
+        ({"queries_per_group": 1}, 12, "error"),
+        ({"in_batch_negatives": False, "num_hard_negatives": 0}, 0, "error"),
+        ({"in_batch_negatives": False}, 1, "warning"),
+        ({"in_batch_negatives": False, "loss": "pointwise_pairwise"}, 12, "warning"),
+        ({"in_batch_negatives": False, "loss": "pointwise"}, 12, None),
+        ({}, 12, None),
+        ({"in_batch_negatives": False, "num_random_negatives": 2}, 12, None),
+    ],
+)
 def test_a_loss_without_anything_to_compare_with(tmp_path, caplog, options, without, wanted):
     from training.tiny_training import tiny_model
 

@@ -189,7 +189,8 @@ def test_run_round_trip(tmp_path, name):
     assert formats.write_run(tmp_path / name, RUN, tag="ours") == 9
     back = formats.read_run(tmp_path / name)
     assert {q: [d for d, _ in ranking] for q, ranking in back.items()} == {
-        q: [d for d, _ in ranking] for q, ranking in RUN.items()}
+        q: [d for d, _ in ranking] for q, ranking in RUN.items()
+    }
     assert [file.name for file in tmp_path.iterdir()] == [name]
     text = (gzip.decompress if name.endswith(".gz") else bytes)((tmp_path / name).read_bytes()).decode()
     assert text.splitlines()[0] == "q1 Q0 d4 1 3.0 ours"
@@ -219,15 +220,18 @@ def test_ties_in_a_run_go_by_rank_then_id(tmp_path):
     assert [d for d, _ in formats.read_run(tmp_path / "run")["q"]] == ["z", "a", "b", "c"]
 
 
-@pytest.mark.parametrize("ranking, message", [
-    ([("d1", float("nan"))], "query 'q', document 'd1': scores must be finite, got nan"),
-    ([("d1", float("inf"))], "must be finite, got inf"),
-    ([("d1", 1e39)], "query 'q': the score at rank 1 is 1e\\+39, which is not a finite float32"),
-    ([("d1", -3.4028235e38), ("d2", -3.4028235e38)], "rank 2 cannot be lowered"),
-    ([("d1", 1.0), ("d2", 1.0), ("d1", 0.5)], "document 'd1' occurs twice for query 'q'"),
-    ([("d 1", 1.0)], "doc_id must be text without white space"),
-    ([("", 1.0)], "doc_id must be text without white space"),
-])
+@pytest.mark.parametrize(
+    "ranking, message",
+    [
+        ([("d1", float("nan"))], "query 'q', document 'd1': scores must be finite, got nan"),
+        ([("d1", float("inf"))], "must be finite, got inf"),
+        ([("d1", 1e39)], "query 'q': the score at rank 1 is 1e\\+39, which is not a finite float32"),
+        ([("d1", -3.4028235e38), ("d2", -3.4028235e38)], "rank 2 cannot be lowered"),
+        ([("d1", 1.0), ("d2", 1.0), ("d1", 0.5)], "document 'd1' occurs twice for query 'q'"),
+        ([("d 1", 1.0)], "doc_id must be text without white space"),
+        ([("", 1.0)], "doc_id must be text without white space"),
+    ],
+)
 def test_nothing_half_written(tmp_path, ranking, message):
     (tmp_path / "run").write_text("old")
     with pytest.raises(ValueError, match=message):
@@ -282,17 +286,20 @@ HEADER = "query-id\tcorpus-id\tscore"
 WANTED = {"q1": {"d1": 2, "d4": -1}, "q2": {"d3": 1}}
 
 
-@pytest.mark.parametrize("lines", [
-    ["q1 0 d1 2", "q1\t0\td4\t-1", "q2 Q0 d3 1"],  # TREC
-    ["q1 0 d1 2.0", "q1 0 d4 -1.", "q2 0 d3 +1"],
-    ["q1 \t0 \td1 \t2", "q1\t0\td4\t-1", "q2\t0\td3\t1 "],
-    [HEADER, "q1\td1\t2", "q1\td4\t-1", "q2\td3\t1"],  # BEIR
-    ["\ufeff" + HEADER + "\r", "q1\td1\t2\r", "q1\td4\t-1\r", "q2\td3\t1\r"],
-    ["query-id corpus-id score", "q1 d1 2", "q1  d4  -1", "q2 d3 1"],
-    ["q1\td1\t2", "q1\td4\t-1", "q2\td3\t1"],  # neither header nor iteration
-    ["docid qid rel", "d1 q1 2", "d4 q1 -1", "d3 q2 1"],  # other names, another order
-    ["qid\tQ0\tdoc_id\trelevance", "q1\t0\td1\t2", "q1\t0\td4\t-1", "q2\t0\td3\t1.0"],
-])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["q1 0 d1 2", "q1\t0\td4\t-1", "q2 Q0 d3 1"],  # TREC
+        ["q1 0 d1 2.0", "q1 0 d4 -1.", "q2 0 d3 +1"],
+        ["q1 \t0 \td1 \t2", "q1\t0\td4\t-1", "q2\t0\td3\t1 "],
+        [HEADER, "q1\td1\t2", "q1\td4\t-1", "q2\td3\t1"],  # BEIR
+        ["\ufeff" + HEADER + "\r", "q1\td1\t2\r", "q1\td4\t-1\r", "q2\td3\t1\r"],
+        ["query-id corpus-id score", "q1 d1 2", "q1  d4  -1", "q2 d3 1"],
+        ["q1\td1\t2", "q1\td4\t-1", "q2\td3\t1"],  # neither header nor iteration
+        ["docid qid rel", "d1 q1 2", "d4 q1 -1", "d3 q2 1"],  # other names, another order
+        ["qid\tQ0\tdoc_id\trelevance", "q1\t0\td1\t2", "q1\t0\td4\t-1", "q2\t0\td3\t1.0"],
+    ],
+)
 def test_qrels_of_any_shape(tmp_path, lines):
     write_lines(tmp_path / "qrels", lines)
     assert formats.read_qrels(tmp_path / "qrels") == beir.read_qrels(tmp_path / "qrels") == WANTED
@@ -310,20 +317,29 @@ def test_ids_with_blanks_between_tabs(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("lines, message", [
-    (["q1 0 d1 1", "q1 0 d 2 1"], "line 2: expected 4 columns as on the first line, got 5.* an id with blanks needs"),
-    (["q1 d1 1", "q1 d 2 1"], "line 2: expected 3 columns as on the first line, got 4"),
-    (["q1 my doc 1"], "line 1: expected 0 or Q0 as the second of 4 columns"),
-    (["q1 0 my doc 1"], "line 1: expected query_id 0 doc_id relevance .TREC. or .*got 5"),
-    (["query-id,corpus-id,score", "q1,d1,1"], "line 1: expected columns with tabs or blanks between them, got commas"),
-    (["q1 0 d1 0.5"], "line 1: expected a whole number as relevance, got '0.5'"),
-    (["q1 0 d1 1", "q1 0 d2 99999999999"], "line 2: expected a relevance of at most 1,000,000, got '99999999999'"),
-    (["q1 0 d1 nan"], "line 1: expected a whole number as relevance, got 'nan'"),
-    (["question passage gold", "q1 d1 1"], "line 1: expected a whole number as relevance, or a header such as"),
-    (["q1\t0\t\t1"], "line 1: one of the 4 columns is empty"),
-    ([HEADER], "the qrels are empty"),
-    (["q1 0 d1 1", "q1 0 d1 1"], "line 2: document 'd1' is judged twice for query 'q1'"),
-])
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (
+            ["q1 0 d1 1", "q1 0 d 2 1"],
+            "line 2: expected 4 columns as on the first line, got 5.* an id with blanks needs",
+        ),
+        (["q1 d1 1", "q1 d 2 1"], "line 2: expected 3 columns as on the first line, got 4"),
+        (["q1 my doc 1"], "line 1: expected 0 or Q0 as the second of 4 columns"),
+        (["q1 0 my doc 1"], "line 1: expected query_id 0 doc_id relevance .TREC. or .*got 5"),
+        (
+            ["query-id,corpus-id,score", "q1,d1,1"],
+            "line 1: expected columns with tabs or blanks between them, got commas",
+        ),
+        (["q1 0 d1 0.5"], "line 1: expected a whole number as relevance, got '0.5'"),
+        (["q1 0 d1 1", "q1 0 d2 99999999999"], "line 2: expected a relevance of at most 1,000,000, got '99999999999'"),
+        (["q1 0 d1 nan"], "line 1: expected a whole number as relevance, got 'nan'"),
+        (["question passage gold", "q1 d1 1"], "line 1: expected a whole number as relevance, or a header such as"),
+        (["q1\t0\t\t1"], "line 1: one of the 4 columns is empty"),
+        ([HEADER], "the qrels are empty"),
+        (["q1 0 d1 1", "q1 0 d1 1"], "line 2: document 'd1' is judged twice for query 'q1'"),
+    ],
+)
 def test_qrels_that_cannot_be_read(tmp_path, lines, message):
     write_lines(tmp_path / "qrels", lines)
     with pytest.raises(ValueError, match=message):
@@ -353,8 +369,13 @@ def test_examples_round_trip(tmp_path):
 def make_examples(**options):
     corpus = {f"d{i}": {"id": f"d{i}", "title": "", "text": f"text {i}"} for i in range(60)}
     run = {q: [(f"d{i}", 60.0 - i) for i in range(60)] for q in ("q1", "q2", "q3")}
-    qrels = {"q1": {"d3": 1, "d50": 2, "d7": 0}, "q2": {"d1": 1, "gone": 1}, "q3": {"gone": 1}, "q4": {"d1": 0},
-             "q5": {"d2": 1}}
+    qrels = {
+        "q1": {"d3": 1, "d50": 2, "d7": 0},
+        "q2": {"d1": 1, "gone": 1},
+        "q3": {"gone": 1},
+        "q4": {"d1": 0},
+        "q5": {"d2": 1},
+    }
     queries = {q: f"query {q}" for q in qrels}
     return formats.training_examples(queries, qrels, options.pop("run", run), corpus, **options)
 
@@ -367,8 +388,14 @@ def test_training_examples():
     negatives = [int(document["id"][1:]) for document in first["negatives"]]
     assert len(negatives) == 11 and negatives == sorted(negatives)
     assert max(negatives) <= 40 and not {3, 50} & set(negatives)  # of the 40 best that are not relevant
-    assert counts.__dict__ == {"examples": 3, "without_relevant": 1, "without_candidates": 1, "missing_positives": 2,
-                               "without_positives": 1, "fewer_negatives": 1}
+    assert counts.__dict__ == {
+        "examples": 3,
+        "without_relevant": 1,
+        "without_candidates": 1,
+        "missing_positives": 2,
+        "without_positives": 1,
+        "fewer_negatives": 1,
+    }
     assert str(counts).startswith("3 training examples; 1 queries without a relevant document left out; ")
 
 
@@ -394,12 +421,31 @@ def test_training_examples_that_cannot_be_made():
 # -- anything at all -----------------------------------------------------------------------------------------------
 
 _VALID = [
-    b'{"_id": "d1", "title": "t", "text": "x"}', b'{"_id": "q", "text": "x"}', b"query-id\tcorpus-id\tscore",
-    b"q\td\t1", b"q Q0 d 1 0.5 t", b"q 0 d 1", b'{"query": "q", "positives": ["p"], "negatives": [{"text": "n"}]}',
+    b'{"_id": "d1", "title": "t", "text": "x"}',
+    b'{"_id": "q", "text": "x"}',
+    b"query-id\tcorpus-id\tscore",
+    b"q\td\t1",
+    b"q Q0 d 1 0.5 t",
+    b"q 0 d 1",
+    b'{"query": "q", "positives": ["p"], "negatives": [{"text": "n"}]}',
 ]
 _STRANGE = [
-    b"\n", b"\r\n", b"\x00", b"{", b"[]", b'{"_id": ', b"\xff", b"nan", b"1e999", b"-", b"\t", b"9" * 5000,
-    b"[" * 100_000, b'{"_id": 1, "text": 3}', b'{"_id": "\\ud800", "text": ""}', "q Q0 d \uff12 0.5 t".encode(),
+    b"\n",
+    b"\r\n",
+    b"\x00",
+    b"{",
+    b"[]",
+    b'{"_id": ',
+    b"\xff",
+    b"nan",
+    b"1e999",
+    b"-",
+    b"\t",
+    b"9" * 5000,
+    b"[" * 100_000,
+    b'{"_id": 1, "text": 3}',
+    b'{"_id": "\\ud800", "text": ""}',
+    "q Q0 d \uff12 0.5 t".encode(),
 ]
 _LINES = st.sampled_from(_VALID + _STRANGE) | st.binary(max_size=20)
 _PLACES = st.none() | st.integers(0, 60)
@@ -410,10 +456,17 @@ def read_corpus(path):
     return {doc_id: corpus[doc_id] for doc_id in corpus}
 
 
-@pytest.mark.parametrize("reader", [
-    read_corpus, beir.read_queries, beir.read_qrels, formats.read_qrels, formats.read_run,
-    formats.read_examples,
-])
+@pytest.mark.parametrize(
+    "reader",
+    [
+        read_corpus,
+        beir.read_queries,
+        beir.read_qrels,
+        formats.read_qrels,
+        formats.read_run,
+        formats.read_examples,
+    ],
+)
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(lines=st.lists(_LINES, max_size=8), compressed=st.booleans(), cut=_PLACES, flip=_PLACES)
 def test_any_bytes_give_a_result_or_a_value_error(tmp_path, reader, lines, compressed, cut, flip):

@@ -61,8 +61,10 @@ LORA = RERANK.replace("/adapter", "/lora")
 PART = RERANK.replace("{out}", "{job}/part/run.trec")
 INDEX = UPR + " --index {job}/index"
 AGAIN = "index {job}/data --out {job}/index --base-model {job}/lm --device cpu"
-TRAIN = ("train --base-model {job}/lm --train {job}/train.jsonl --output {out} --num-negatives 1 --max-steps 1 "
-         "--device cpu --generated-lora-rank 0")
+TRAIN = (
+    "train --base-model {job}/lm --train {job}/train.jsonl --output {out} --num-negatives 1 --max-steps 1 "
+    "--device cpu --generated-lora-rank 0"
+)
 RESUME = TRAIN.replace("{out}", "{job}/trained").replace("--max-steps 1", "--max-steps 3 --save-steps 1") + " --resume"
 COMPARE = "compare {job}/plan.yaml --output {job}/compared --data-root {job} --device cpu"
 
@@ -94,6 +96,7 @@ def predict_with_disk(job: Path, out: Path) -> None:
 def reader(name: str) -> Callable[[Path, Path], None]:
     def read(job: Path, out: Path) -> None:
         out.write_text(f"{len(str(READERS[name](job / 'formats' / name.replace(' ', '-'))))}\n")
+
     return read
 
 
@@ -141,13 +144,20 @@ def make_whole(job: Path) -> None:
     (job / "formats").mkdir()
     for name, contents in VALID.items():
         (job / "formats" / name.replace(" ", "-")).write_bytes(contents[0])
-    (job / "train.jsonl").write_text("".join(json.dumps(
-        {"query": f"tide {i}?", "positives": [f"the moon {i} pulls"], "negatives": [f"boat {i}", "wind"]}) + "\n"
-        for i in range(12)))
+    (job / "train.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"query": f"tide {i}?", "positives": [f"the moon {i} pulls"], "negatives": [f"boat {i}", "wind"]}
+            )
+            + "\n"
+            for i in range(12)
+        )
+    )
     (job / "plan.yaml").write_text(
         f"lm: {job}/lm\ndtype: float32\nmeasures: [nDCG@10, RR@10]\nseeds: [0]\noptions: {{max_document_tokens: 40}}\n"
         "collections:\n  tiny: &it\n    data: data\n    split: test\n    candidates: 3\n"
-        "  again:\n    <<: *it\n    queries: 2\nmethods:\n  UPR: {method: upr}\n  similarity: {method: similarity}\n")
+        "  again:\n    <<: *it\n    queries: 2\nmethods:\n  UPR: {method: upr}\n  similarity: {method: similarity}\n"
+    )
     (job / "part").mkdir()
 
 
@@ -159,7 +169,8 @@ def warm(job: Path, out: Path, commands: set) -> None:
         formats.PartialRun.finish = finish
     first = {INDEX: AGAIN, RESUME: RESUME.replace("--max-steps 3", "--max-steps 2").replace(" --resume", "")}
     for command in [first[command] for command in first if command in commands] + sorted(
-            command for command in commands if isinstance(command, str) and command not in (PART, RESUME)):
+        command for command in commands if isinstance(command, str) and command not in (PART, RESUME)
+    ):
         assert main(arguments(command, job, out)) == 0, command
         for left in out.parent.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -294,7 +305,8 @@ def _close(expected: dict, got: dict) -> bool:
     """Equal runs, up to what a batch of another shape changes."""
     return got.keys() == expected.keys() and all(
         got[query].keys() == ranking.keys() and all(abs(got[query][doc] - ranking[doc]) < 1e-3 for doc in ranking)
-        for query, ranking in expected.items())
+        for query, ranking in expected.items()
+    )
 
 
 def _limit(said: Path) -> None:
@@ -340,6 +352,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     begin = time.monotonic()
     found = fuzz(options.count, options.seed, options.only, options.like, options.verbose)
-    print(f"{options.count if options.only is None else 1} damaged files in {time.monotonic() - begin:.0f} s: "
-          f"{len(found)} wrong")
+    print(
+        f"{options.count if options.only is None else 1} damaged files in {time.monotonic() - begin:.0f} s: "
+        f"{len(found)} wrong"
+    )
     sys.exit(bool(found))

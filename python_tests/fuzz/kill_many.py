@@ -75,24 +75,39 @@ def make_job(folder: Path) -> Path:
         return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
 
     data = folder / "data"
-    write_lines(data / "corpus.jsonl", (
-        json.dumps({"_id": f"d{i}", "title": "", "text": text(1, 14)}) for i in range(DOCUMENTS)))
+    write_lines(
+        data / "corpus.jsonl",
+        (json.dumps({"_id": f"d{i}", "title": "", "text": text(1, 14)}) for i in range(DOCUMENTS)),
+    )
     write_lines(data / "queries.jsonl", (json.dumps({"_id": f"q{i}", "text": text(1, 4)}) for i in range(QUERIES)))
-    write_lines(data / "run.trec", (
-        f"q{i} Q0 d{(i * 11 + 3 * rank) % DOCUMENTS} {rank} {-rank}.0 first"
-        for i in range(QUERIES) for rank in range(CANDIDATES)))
-    write_lines(data / "qrels" / "test.tsv", ["query-id\tcorpus-id\tscore", *(
-        f"q{i}\td{i * 11 % DOCUMENTS}\t1" for i in range(QUERIES))])
-    write_lines(folder / "train.jsonl", (
-        json.dumps({"query": text(1, 4), "positives": [text(2, 9)], "negatives": [text(2, 9), text(2, 9)]})
-        for _ in range(12)))
+    write_lines(
+        data / "run.trec",
+        (
+            f"q{i} Q0 d{(i * 11 + 3 * rank) % DOCUMENTS} {rank} {-rank}.0 first"
+            for i in range(QUERIES)
+            for rank in range(CANDIDATES)
+        ),
+    )
+    write_lines(
+        data / "qrels" / "test.tsv",
+        ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i * 11 % DOCUMENTS}\t1" for i in range(QUERIES))],
+    )
+    write_lines(
+        folder / "train.jsonl",
+        (
+            json.dumps({"query": text(1, 4), "positives": [text(2, 9)], "negatives": [text(2, 9), text(2, 9)]})
+            for _ in range(12)
+        ),
+    )
     make_compare_job(folder / "compared")
     for dtype in (torch.float32, torch.bfloat16):
         lm = folder / str(dtype).removeprefix("torch.")
         tiny_lm("llama").to(dtype).save_pretrained(lm)
         tiny_tokenizer().save_pretrained(lm)
-        for clues, options in (("top_k", {"generated_lora_rank": 4, "target_modules": ("o_proj",)}),
-                               ("attention", {"num_heads": 4})):
+        for clues, options in (
+            ("top_k", {"generated_lora_rank": 4, "target_modules": ("o_proj",)}),
+            ("attention", {"num_heads": 4}),
+        ):
             model = qpeft.get_qpeft_model(qpeft.load_lm(lm), qpeft.QPeftConfig(clues=clues, rank=8, **options))
             torch.manual_seed(0)
             for module in model.trained_modules.values():
@@ -107,8 +122,9 @@ def commands(job: Path) -> Iterator[Command]:
         yield from _commands_of_lm(job, dtype)
     data, run = str(job / "data"), str(job / "data" / "run.trec")
     yield Command("fuse", lambda out: ["fuse", run, run, "--output", str(out / "fused.trec.gz")], share=0.3)
-    yield Command("convert", lambda out: ["convert", data, str(out / "made.jsonl"), "--to", "rankllm", "--run", run],
-                  share=0.3)
+    yield Command(
+        "convert", lambda out: ["convert", data, str(out / "made.jsonl"), "--to", "rankllm", "--run", run], share=0.3
+    )
     yield Command("retrieve", lambda out: ["retrieve", "--data", data, "--output", str(out / "bm25.trec")], share=0.3)
 
 
@@ -116,9 +132,21 @@ def _commands_of_lm(job: Path, dtype: str) -> Iterator[Command]:
     data, lm, cpu = str(job / "data"), str(job / dtype), ["--device", "cpu"]
 
     def rerank(clues: str, name: str, *options: str) -> Callable[[Path], list[str]]:
-        return lambda out: ["rerank", "--model", str(job / f"{clues}-{dtype}"), "--data", data, "--run",
-                            str(job / "data" / "run.trec"), "--output", str(out / name), "--measures", "RR@10",
-                            *(cpu if "--devices" not in options else ()), *options]
+        return lambda out: [
+            "rerank",
+            "--model",
+            str(job / f"{clues}-{dtype}"),
+            "--data",
+            data,
+            "--run",
+            str(job / "data" / "run.trec"),
+            "--output",
+            str(out / name),
+            "--measures",
+            "RR@10",
+            *(cpu if "--devices" not in options else ()),
+            *options,
+        ]
 
     index = str(job / f"index-{dtype}")
     yield Command(f"rerank {dtype}", rerank("top_k", "run.trec"), share=2)
@@ -126,30 +154,103 @@ def _commands_of_lm(job: Path, dtype: str) -> Iterator[Command]:
     yield Command(f"rerank .gz {dtype}", rerank("attention", "run.trec.gz"), share=2)
     yield Command(f"rerank --upr {dtype}", rerank("top_k", "run.trec", "--upr", "--similarity-only"), share=2)
     yield Command(f"rerank --index {dtype}", rerank("attention", "run.trec", "--index", index))
-    yield Command(f"rerank cached {dtype}",
-                  rerank("attention", "run.trec", "--cache-bytes", "1000000", "--deterministic"))
+    yield Command(
+        f"rerank cached {dtype}", rerank("attention", "run.trec", "--cache-bytes", "1000000", "--deterministic")
+    )
     yield Command(f"rerank two workers {dtype}", rerank("top_k", "run.trec", "--devices", "cpu,cpu"), share=0.05)
-    yield Command(f"index {dtype}", lambda out: ["index", data, "--out", str(out / "index"), "--base-model", lm,
-                                                "--max-tokens-per-batch", "256", *cpu], share=2)
-    yield Command(f"synthesize {dtype}", lambda out: [
-        "synthesize", "--data", data, "--base-model", lm, "--output", str(out / "made.jsonl"), "--max-new-tokens", "6",
-        "--keep-unfinished", "--min-tokens", "1", "--no-round-trip", "--queries-per-document", "5", "--num-negatives",
-        "2", "--max-tokens-per-batch", "400", *cpu])
+    yield Command(
+        f"index {dtype}",
+        lambda out: [
+            "index",
+            data,
+            "--out",
+            str(out / "index"),
+            "--base-model",
+            lm,
+            "--max-tokens-per-batch",
+            "256",
+            *cpu,
+        ],
+        share=2,
+    )
+    yield Command(
+        f"synthesize {dtype}",
+        lambda out: [
+            "synthesize",
+            "--data",
+            data,
+            "--base-model",
+            lm,
+            "--output",
+            str(out / "made.jsonl"),
+            "--max-new-tokens",
+            "6",
+            "--keep-unfinished",
+            "--min-tokens",
+            "1",
+            "--no-round-trip",
+            "--queries-per-document",
+            "5",
+            "--num-negatives",
+            "2",
+            "--max-tokens-per-batch",
+            "400",
+            *cpu,
+        ],
+    )
 
     def train(out: Path) -> list[str]:
-        return ["train", "--base-model", lm, "--train", str(job / "train.jsonl"), "--output", str(out / "adapter"),
-                "--num-negatives", "2", "--rank", "4", "--generated-lora-rank", "0", "--save-steps", "1",
-                "--deterministic", *cpu]
+        return [
+            "train",
+            "--base-model",
+            lm,
+            "--train",
+            str(job / "train.jsonl"),
+            "--output",
+            str(out / "adapter"),
+            "--num-negatives",
+            "2",
+            "--rank",
+            "4",
+            "--generated-lora-rank",
+            "0",
+            "--save-steps",
+            "1",
+            "--deterministic",
+            *cpu,
+        ]
 
-    yield Command(f"train {dtype}", train, lambda out: [*train(out), "--resume"],
-                  made=lambda path: path.parent.name == "adapter" and path.name != "README.md")
+    yield Command(
+        f"train {dtype}",
+        train,
+        lambda out: [*train(out), "--resume"],
+        made=lambda path: path.parent.name == "adapter" and path.name != "README.md",
+    )
     plan = job / f"plan-{dtype}.yaml"
-    write_plan(plan, job / "compared", ["upr: {method: upr}", "ours: {method: q_peft_r, learning_rate: 0.01}"],
-               **{"cache_bytes: 1_000_000": "cache_bytes: 0", "seeds: [0, 1]": "seeds: [0]",
-                  "dtype: float32": f"dtype: {dtype}"})
-    yield Command(f"compare {dtype}", lambda out: [
-        "compare", str(plan), "--output", str(out / "results"), "--data-root", str(job / "compared"), *cpu],
-        made=lambda path: path.name in ("run.trec.gz", "adapter_model.safetensors"), share=0.5)
+    write_plan(
+        plan,
+        job / "compared",
+        ["upr: {method: upr}", "ours: {method: q_peft_r, learning_rate: 0.01}"],
+        **{
+            "cache_bytes: 1_000_000": "cache_bytes: 0",
+            "seeds: [0, 1]": "seeds: [0]",
+            "dtype: float32": f"dtype: {dtype}",
+        },
+    )
+    yield Command(
+        f"compare {dtype}",
+        lambda out: [
+            "compare",
+            str(plan),
+            "--output",
+            str(out / "results"),
+            "--data-root",
+            str(job / "compared"),
+            *cpu,
+        ],
+        made=lambda path: path.name in ("run.trec.gz", "adapter_model.safetensors"),
+        share=0.5,
+    )
 
 
 # -- children -----------------------------------------------------------------------------------------------------
@@ -218,9 +319,13 @@ class Child:
 
 def files(folder: Path, command: Command) -> dict[str, bytes]:
     """What is compared; hidden files (locks, and what a kill left of a file that was being written) are not."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and command.made(path)
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and command.made(path)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
 
 
 def is_there(command: Command, out: Path) -> bool:
@@ -291,8 +396,21 @@ def prepare(job: Path, scratch: Path, only: str) -> list[Command]:
             continue
         if "--index" in command.name and not (job / f"index-{command.name.split()[-1]}").exists():
             dtype = command.name.split()[-1]
-            assert qpeft_command(["index", str(job / "data"), "--out", str(job / f"index-{dtype}"), "--base-model",
-                                  str(job / dtype), "--device", "cpu"]) == 0
+            assert (
+                qpeft_command(
+                    [
+                        "index",
+                        str(job / "data"),
+                        "--out",
+                        str(job / f"index-{dtype}"),
+                        "--base-model",
+                        str(job / dtype),
+                        "--device",
+                        "cpu",
+                    ]
+                )
+                == 0
+            )
         for number in range(2):
             out = scratch / f"{command.name}-{number}"
             out.mkdir()
@@ -345,9 +463,11 @@ def main() -> int:
             shutil.rmtree(out)
     for each in every:
         print(f"{each.name:32s} {of_command[each.name]:5d} runs of {each.seconds:.2f} s")
-    print(f"{counts.total()} interruptions ({', '.join(f'{count} {kind}' for kind, count in counts.items())}) of "
-          f"{of_command.total()} runs in {time.monotonic() - begun - prepared:.0f} s (and {prepared:.0f} s before): "
-          f"{len(failures)} failed")
+    print(
+        f"{counts.total()} interruptions ({', '.join(f'{count} {kind}' for kind, count in counts.items())}) of "
+        f"{of_command.total()} runs in {time.monotonic() - begun - prepared:.0f} s (and {prepared:.0f} s before): "
+        f"{len(failures)} failed"
+    )
     return bool(failures)
 
 

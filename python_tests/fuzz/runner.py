@@ -1,6 +1,6 @@
 """Runs a hypothesis test as a script: more cases than the test suite has time for.
 
-    python python_tests/fuzz/NAME.py --count 10000 --seed 0
+python python_tests/fuzz/NAME.py --count 10000 --seed 0
 """
 
 from __future__ import annotations

@@ -15,17 +15,57 @@ from qpeft_ext.formats import open_collection
 CASES = [(name, i) for name, contents in VALID.items() for i in range(len(contents))]
 FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 # pieces that mean something in one format or another
-PIECES = st.sampled_from([
-    b"\n", b"\r\n", b"\t", b" ", b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\x00", b"\xff", b"\xef\xbb\xbf",
-    b"nan", b"NaN", b"1e999", b"-Infinity", b"-1", b"0.5", b"null", b"true", b'""', b"[]", b"{}", b"9" * 5000,
-    b"[" * 2000, b'"\\ud800"', b"\\u0000", b"\xe2\x80\xa8", b"\x1c",
-    b"query-id\tcorpus-id\tscore\n", b"id\ttext\ttitle\n",
-    b'{"_id": "d1", "text": "x"}\n', b'"has_answer": 2, ', b'"ctxs": [{}], ', b'"text": 3, ', b'"qid": {}, ',
-]) | st.binary(min_size=1, max_size=4)
-VALUES = st.sampled_from([None, True, 3, -0.5, float("nan"), 10**400, "", "x", "\ud800", [], {}, [None], [[]], ["x"],
-                          {"a": 1}, "gone"])
-BYTES = st.tuples(st.sampled_from(["insert", "delete", "flip", "line out", "line twice", "line in", "cut", "column"]),
-                  st.floats(0, 1), PIECES)
+PIECES = st.sampled_from(
+    [
+        b"\n",
+        b"\r\n",
+        b"\t",
+        b" ",
+        b'"',
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b"\\",
+        b"\x00",
+        b"\xff",
+        b"\xef\xbb\xbf",
+        b"nan",
+        b"NaN",
+        b"1e999",
+        b"-Infinity",
+        b"-1",
+        b"0.5",
+        b"null",
+        b"true",
+        b'""',
+        b"[]",
+        b"{}",
+        b"9" * 5000,
+        b"[" * 2000,
+        b'"\\ud800"',
+        b"\\u0000",
+        b"\xe2\x80\xa8",
+        b"\x1c",
+        b"query-id\tcorpus-id\tscore\n",
+        b"id\ttext\ttitle\n",
+        b'{"_id": "d1", "text": "x"}\n',
+        b'"has_answer": 2, ',
+        b'"ctxs": [{}], ',
+        b'"text": 3, ',
+        b'"qid": {}, ',
+    ]
+) | st.binary(min_size=1, max_size=4)
+VALUES = st.sampled_from(
+    [None, True, 3, -0.5, float("nan"), 10**400, "", "x", "\ud800", [], {}, [None], [[]], ["x"], {"a": 1}, "gone"]
+)
+BYTES = st.tuples(
+    st.sampled_from(["insert", "delete", "flip", "line out", "line twice", "line in", "cut", "column"]),
+    st.floats(0, 1),
+    PIECES,
+)
 # (kind, where: a share of the file, of its lines or of the values in a JSON text, what)
 CHANGES = st.lists(BYTES | st.tuples(st.just("value"), st.floats(0, 1), VALUES), min_size=1, max_size=4)
 
@@ -52,8 +92,15 @@ def damaged(content: bytes, changes) -> bytes:
         else:
             i = round(where * len(content))
             flipped = bytes(a ^ 1 << b % 8 for a, b in zip(content[i:], piece, strict=False))
-            content = content[:i] + {"insert": piece + content[i:], "delete": content[i + len(piece) :], "cut": b"",
-                                     "flip": flipped + content[i + len(piece) :]}[kind]
+            content = (
+                content[:i]
+                + {
+                    "insert": piece + content[i:],
+                    "delete": content[i + len(piece) :],
+                    "cut": b"",
+                    "flip": flipped + content[i + len(piece) :],
+                }[kind]
+            )
     return content
 
 
@@ -161,8 +208,9 @@ def msmarco_folder(folder):
 def dpr_folder(folder):
     write_lines(folder / "psgs_w100.tsv", ["id\ttext\ttitle", "1\tthe sea\tTides", "2\tmoon\tMoon"])
     write_lines(folder / "webq.qa.csv", ["what\t['moon']"])
-    (folder / "nq-test.json").write_text(json.dumps(
-        [{"question": "why", "answers": ["sea"], "ctxs": [{"id": 1, "score": 2}, {"id": 2, "score": 1}]}]))
+    (folder / "nq-test.json").write_text(
+        json.dumps([{"question": "why", "answers": ["sea"], "ctxs": [{"id": 1, "score": 2}, {"id": 2, "score": 1}]}])
+    )
     (folder / "nq-train.json").write_bytes(VALID["dpr training"][0])
     return folder
 
@@ -189,8 +237,11 @@ def test_a_damaged_file_in_a_folder(tmp_path_factory, name, which, changes):
 
 
 @settings(FUZZ, max_examples=60)
-@given(which=st.integers(0, 50), changes=CHANGES, target=st.sampled_from(["beir", "msmarco", "trec", "upr", "rankllm",
-                                                                         "dpr", "jsonl"]))
+@given(
+    which=st.integers(0, 50),
+    changes=CHANGES,
+    target=st.sampled_from(["beir", "msmarco", "trec", "upr", "rankllm", "dpr", "jsonl"]),
+)
 def test_converting_a_damaged_file(tmp_path_factory, which, changes, target):
     """Whatever still parses is converted and read again, or refused in one line; nothing half-written is left."""
     folder = tmp_path_factory.mktemp("convert")

@@ -1,6 +1,5 @@
 """Some of the cases of ``make fuzz``, which draws thousands: damaged files give a right result or one line."""
 
-
 import torch
 from fuzz.files import KINDS, fuzz
 
@@ -18,7 +17,9 @@ def test_damaged_files(monkeypatch):
 
 def test_every_kind_is_there():
     files = " ".join(kind.file for kind in KINDS)
-    for name in ("adapter_config adapter_model config.json tokenizer model.safetensors corpus queries qrels run.trec "
-                 ".gz manifest shard disk sqlite bm25 .part .part.json plan result.json train.jsonl checkpoint "
-                 "lm_adapter upr dpr rankllm msmarco").split():
+    for name in (
+        "adapter_config adapter_model config.json tokenizer model.safetensors corpus queries qrels run.trec "
+        ".gz manifest shard disk sqlite bm25 .part .part.json plan result.json train.jsonl checkpoint "
+        "lm_adapter upr dpr rankllm msmarco"
+    ).split():
         assert name in files, name

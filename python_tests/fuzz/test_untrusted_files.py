@@ -37,14 +37,22 @@ def calls_of_transformers(path: Path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
         owner = getattr(getattr(node, "func", None), "value", None)
-        if name == "pipeline" or name in ("from_pretrained", "from_config") and getattr(owner, "id", "") not in own \
-                and getattr(owner, "attr", "") not in own:
+        if (
+            name == "pipeline"
+            or name in ("from_pretrained", "from_config")
+            and getattr(owner, "id", "") not in own
+            and getattr(owner, "attr", "") not in own
+        ):
             yield node
 
 
 def test_every_call_that_could_run_remote_code_forbids_it():
-    calls = [(path, call) for folder in ("qpeft_ext", "benchmarks") for path in (ROOT / folder).rglob("*.py")
-             for call in calls_of_transformers(path)]
+    calls = [
+        (path, call)
+        for folder in ("qpeft_ext", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for call in calls_of_transformers(path)
+    ]
     assert len(calls) >= 6
     for path, call in calls:
         forbids = [k for k in call.keywords if k.arg == "trust_remote_code" and ast.unparse(k.value) == "False"]
@@ -72,20 +80,27 @@ def evil_lm(job, tmp_path):
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (folder / "evil.py").write_text(textwrap.dedent(f"""
-        open({str(tmp_path / 'ran')!r}, "w")
+    (folder / "evil.py").write_text(
+        textwrap.dedent(f"""
+        open({str(tmp_path / "ran")!r}, "w")
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         class EvilConfig(LlamaConfig): model_type = "evil"
         class LM(LlamaForCausalLM): config_class = EvilConfig
         class Evil(PreTrainedTokenizerFast): pass
-        """))
+        """)
+    )
     return folder
 
 
 def test_code_of_a_model_folder_does_not_run_though_yes_is_typed(evil_lm, job, tmp_path):
-    command = (f"rerank --base-model {evil_lm} --upr --data {job}/data --run {job}/data/run.trec --output {tmp_path}/o")
-    got = subprocess.run([sys.executable, "-m", "qpeft_ext.cli", *command.split()], input="y\n" * 50, text=True,
-                         capture_output=True, cwd=ROOT)
+    command = f"rerank --base-model {evil_lm} --upr --data {job}/data --run {job}/data/run.trec --output {tmp_path}/o"
+    got = subprocess.run(
+        [sys.executable, "-m", "qpeft_ext.cli", *command.split()],
+        input="y\n" * 50,
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
     assert got.returncode == 2 and got.stderr.count("\n") == 1 and "which is never run" in got.stderr, got.stderr
     assert "[y/N]" not in got.stdout and not (tmp_path / "ran").exists() and not (tmp_path / "o").exists()
 
@@ -109,8 +124,14 @@ def test_remote_code_cannot_be_asked_for(job):
         qpeft.Reranker.from_pretrained(job / "adapter")
 
 
-@pytest.mark.parametrize("change", [{"attn_implementation": "some/kernel"}, {"_attn_implementation": "some/kernel"},
-                                    {"experts_implementation": "some/kernel"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_implementation": "some/kernel"},
+        {"_attn_implementation": "some/kernel"},
+        {"experts_implementation": "some/kernel"},
+    ],
+)
 def test_a_config_cannot_name_kernels_of_the_hub(change, job):
     path = job / "lm" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -197,15 +218,18 @@ def test_an_adapter_beside_an_lm_is_refused(lora, job, no_pickles):
         load_lm(job / "lm")
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}, "megatron_config makes peft load something"),
-    ({"peft_type": "XLORA", "adapters": {"a": "/tmp/a"}}, "adapters makes peft load something"),
-    ({"prompt_tuning_init_state_dict_path": "/tmp/x.bin"}, "prompt_tuning_init_state_dict_path makes peft load"),
-    ({"init_lora_weights": "pissa_niter_999999999999"}, "at most 100 iterations"),
-    ({"peft_type": "NOPE"}, "cannot load the LM's adapter"),
-    ({"peft_type": None}, "expected a config of peft"),
-    ({"r": 10**12}, "cannot load the LM's adapter"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}, "megatron_config makes peft load something"),
+        ({"peft_type": "XLORA", "adapters": {"a": "/tmp/a"}}, "adapters makes peft load something"),
+        ({"prompt_tuning_init_state_dict_path": "/tmp/x.bin"}, "prompt_tuning_init_state_dict_path makes peft load"),
+        ({"init_lora_weights": "pissa_niter_999999999999"}, "at most 100 iterations"),
+        ({"peft_type": "NOPE"}, "cannot load the LM's adapter"),
+        ({"peft_type": None}, "expected a config of peft"),
+        ({"r": 10**12}, "cannot load the LM's adapter"),
+    ],
+)
 def test_a_config_of_peft_loads_nothing_else(change, message, lora, job):
     path = lora[1] / "lm_adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -248,8 +272,15 @@ def test_lock_files_and_parts_are_no_links(job, tmp_path):
     with pytest.raises(ValueError, match="is a link"):
         qpeft.DocumentCache(0, disk=tmp_path / "disk", disk_bytes=1 << 20)
     for more in ("", " --no-resume"):
-        assert main((f"rerank --base-model {job}/lm --upr --data {job}/data --run {job}/data/run.trec --output "
-                     f"{tmp_path}/out.trec{more}").split()) == 2
+        assert (
+            main(
+                (
+                    f"rerank --base-model {job}/lm --upr --data {job}/data --run {job}/data/run.trec --output "
+                    f"{tmp_path}/out.trec{more}"
+                ).split()
+            )
+            == 2
+        )
     assert victim.read_text() == "precious"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="not a regular file"):
@@ -276,13 +307,17 @@ def test_folders_that_libraries_fill(tmp_path):
             Path(path).mkdir()
             for name in names:
                 (Path(path) / name).write_text(names[name])
+
         return write
 
     save_folder_with(folder, save({"a-1.safetensors": "1", "a-2.safetensors": "1", "a.index.json": "1", "c.json": "1"}))
     (folder / "notes.txt").write_text("kept")
     save_folder_with(folder, save({"a.safetensors": "2", "c.json": "2"}))
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
-        "a.safetensors": "2", "c.json": "2", "notes.txt": "kept"}
+        "a.safetensors": "2",
+        "c.json": "2",
+        "notes.txt": "kept",
+    }
 
     def fail(path):
         save({"a.safetensors": "3"})(path)

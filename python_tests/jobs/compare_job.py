@@ -37,13 +37,19 @@ def words(start: int, count: int) -> list[str]:
 
 def make_compare_job(folder: Path) -> Path:
     """``data`` and ``lm`` in ``folder``: query i asks with the first words of document i."""
-    write_lines(folder / "data" / "corpus.jsonl", (
-        json.dumps({"_id": f"d{i}", "title": "", "text": " ".join(words(i, 4 + i % 5))}) for i in range(30)))
-    write_lines(folder / "data" / "queries.jsonl", (
-        json.dumps({"_id": f"q{i}", "text": f"{i} {' '.join(words(i, 2 + i % 2))}"}) for i in range(30)))
+    write_lines(
+        folder / "data" / "corpus.jsonl",
+        (json.dumps({"_id": f"d{i}", "title": "", "text": " ".join(words(i, 4 + i % 5))}) for i in range(30)),
+    )
+    write_lines(
+        folder / "data" / "queries.jsonl",
+        (json.dumps({"_id": f"q{i}", "text": f"{i} {' '.join(words(i, 2 + i % 2))}"}) for i in range(30)),
+    )
     for split, places in SPLITS.items():
-        write_lines(folder / "data" / "qrels" / f"{split}.tsv", [
-            "query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in places)])
+        write_lines(
+            folder / "data" / "qrels" / f"{split}.tsv",
+            ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in places)],
+        )
     save_lm(folder / "lm")
     return folder
 

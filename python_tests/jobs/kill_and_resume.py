@@ -39,13 +39,29 @@ def build(folder: Path, deterministic: bool, cache_bytes: int) -> qpeft.QPeftTra
     config = qpeft.QPeftConfig(clues="attention", num_heads=4, rank=8, dropout=0.2, queries_per_group=2)
     model = qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer())
     args = transformers.TrainingArguments(
-        str(folder / "checkpoints"), num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=1e-2, warmup_steps=1, save_strategy="steps", save_steps=1, save_total_limit=1,
-        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, use_cpu=True, disable_tqdm=True,
+        str(folder / "checkpoints"),
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        warmup_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        use_cpu=True,
+        disable_tqdm=True,
     )
     return qpeft.QPeftTrainer(
-        model, args, EXAMPLES, EXAMPLES[:2], callbacks=[transformers.EarlyStoppingCallback(3)],
-        deterministic=deterministic, cache_bytes=cache_bytes,
+        model,
+        args,
+        EXAMPLES,
+        EXAMPLES[:2],
+        callbacks=[transformers.EarlyStoppingCallback(3)],
+        deterministic=deterministic,
+        cache_bytes=cache_bytes,
     )
 
 
@@ -166,8 +182,15 @@ def compare(folder: Path, expected: Path, restarts: int) -> dict:
     }
 
 
-FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
-         checkpoints.MANIFEST, "rotation"]
+FILES = [
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    checkpoints.MANIFEST,
+    "rotation",
+]
 
 
 def main(folder: Path) -> None:

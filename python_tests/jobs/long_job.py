@@ -20,16 +20,26 @@ WORDS = "tide moon sea boat harbour wind wave month earth low high pull rope lam
 
 def make_long_job(folder: Path) -> Path:
     """``data`` with ``run.trec``, ``lm`` and ``adapter`` in ``folder``; 8 blocks of 256 pairs."""
+
     def words(start: int, count: int) -> str:
         return " ".join(WORDS[(start * 7 + i * (1 + start % 5)) % len(WORDS)] for i in range(count))
 
-    write_lines(folder / "data" / "corpus.jsonl", (
-        f'{{"_id": "d{i}", "title": "", "text": "{words(i, 3 + i % 9)}"}}' for i in range(DOCUMENTS)))
-    write_lines(folder / "data" / "queries.jsonl", (
-        f'{{"_id": "q{i}", "text": "{words(i, 2 + i % 3)}"}}' for i in range(QUERIES)))
-    write_lines(folder / "data" / "run.trec", (
-        f"q{i} Q0 d{(i * 11 + 3 * rank) % DOCUMENTS} {rank} {-rank}.0 first"
-        for i in range(QUERIES) for rank in range(CANDIDATES)))
+    write_lines(
+        folder / "data" / "corpus.jsonl",
+        (f'{{"_id": "d{i}", "title": "", "text": "{words(i, 3 + i % 9)}"}}' for i in range(DOCUMENTS)),
+    )
+    write_lines(
+        folder / "data" / "queries.jsonl",
+        (f'{{"_id": "q{i}", "text": "{words(i, 2 + i % 3)}"}}' for i in range(QUERIES)),
+    )
+    write_lines(
+        folder / "data" / "run.trec",
+        (
+            f"q{i} Q0 d{(i * 11 + 3 * rank) % DOCUMENTS} {rank} {-rank}.0 first"
+            for i in range(QUERIES)
+            for rank in range(CANDIDATES)
+        ),
+    )
     save_lm(folder / "lm")
     save_adapter(folder / "adapter", folder / "lm")
     return folder
@@ -37,8 +47,19 @@ def make_long_job(folder: Path) -> Path:
 
 def command(job: Path, output: Path, *options) -> list[str]:
     place = [] if "--devices" in options else ["--device", "cpu"]
-    return ["rerank", "--model", str(job / "adapter"), "--data", str(job / "data"), "--run",
-            str(job / "data" / "run.trec"), "--output", str(output), *place, *map(str, options)]
+    return [
+        "rerank",
+        "--model",
+        str(job / "adapter"),
+        "--data",
+        str(job / "data"),
+        "--run",
+        str(job / "data" / "run.trec"),
+        "--output",
+        str(output),
+        *place,
+        *map(str, options),
+    ]
 
 
 def _hear_interrupts() -> None:
@@ -51,11 +72,18 @@ class Process:
 
     def __init__(self, arguments: list[str], **options) -> None:
         environment = os.environ | {
-            "PYTHONPATH": os.path.dirname(os.path.dirname(qpeft.__file__)), "OMP_NUM_THREADS": "1"}
+            "PYTHONPATH": os.path.dirname(os.path.dirname(qpeft.__file__)),
+            "OMP_NUM_THREADS": "1",
+        }
         self.popen = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "qpeft_ext.cli", *arguments], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-            **{"preexec_fn": _hear_interrupts} | options)
+            [sys.executable, "-W", "ignore", "-m", "qpeft_ext.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            **{"preexec_fn": _hear_interrupts} | options,
+        )
 
     def wait_for(self, happened, seconds: float = 90) -> None:
         """Until ``happened()``; the process must be alive then."""

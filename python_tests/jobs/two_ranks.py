@@ -1,6 +1,6 @@
 """Train the same tiny models alone and on two ranks (gloo, CPU) with the same global batch (for test_two_ranks.py).
 
-    python two_ranks.py FOLDER     writes FOLDER/SCENARIO-WORLDSIZE.safetensors and .json, on rank 0
+python two_ranks.py FOLDER     writes FOLDER/SCENARIO-WORLDSIZE.safetensors and .json, on rank 0
 """
 
 from __future__ import annotations
@@ -47,15 +47,25 @@ def run(folder: Path, name: str) -> None:
 
     def one(resume=None):
         dev = Stream() if name == "stream" else EXAMPLES[:5]  # five: fills no batch of two ranks
-        done = trainer(folder / f"{name}-{WORLD}", make(), examples, dev=dev, per_device_train_batch_size=8 // WORLD,
-                       per_device_eval_batch_size=2, ddp_backend="gloo" if WORLD > 1 else None, **arguments)
+        done = trainer(
+            folder / f"{name}-{WORLD}",
+            make(),
+            examples,
+            dev=dev,
+            per_device_train_batch_size=8 // WORLD,
+            per_device_eval_batch_size=2,
+            ddp_backend="gloo" if WORLD > 1 else None,
+            **arguments,
+        )
         loss = done.train(resume).training_loss
         # five of them again, with as many documents as each has
         uneven = [{**example, "negatives": example["negatives"][:i]} for i, example in enumerate(EXAMPLES[:5])]
         predicted = done.predict(uneven)
         assert (predicted.predictions == -float("inf")).tolist() == (predicted.label_ids == -100).tolist()
-        scores = {f"score {q} {c}": float(predicted.predictions[q, c])
-                  for q, c in zip(*map(list, (predicted.label_ids != -100).nonzero()), strict=True)}
+        scores = {
+            f"score {q} {c}": float(predicted.predictions[q, c])
+            for q, c in zip(*map(list, (predicted.label_ids != -100).nonzero()), strict=True)
+        }
         return done, {"loss": loss, **done.evaluate(), **scores}
 
     done, results = one()

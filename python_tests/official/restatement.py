@@ -136,7 +136,7 @@ class Official:
         return self.weights["w2"] @ hidden + self.weights["b2"]
 
     def hint_vectors(self, query: list[int], document: list[int]) -> list[Tensor]:
-        """"hints: ", the hints, a newline: all through the MLP."""
+        """ "hints: ", the hints, a newline: all through the MLP."""
         table = self.weights["table"]
         if self.mode == 3:
             inner = [table[token] for token in self.hints(query, document)]

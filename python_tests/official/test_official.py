@@ -45,11 +45,20 @@ def restated(model: qpeft.QPeftModel) -> Official:
     config, weights = model.qpeft_config, {}
     if model.clues is not None:
         p = dict(model.clues.named_parameters())
-        weights = {"table": p["embeddings.weight"], "w1": p["mlp.0.weight"], "b1": p["mlp.0.bias"],
-                   "w2": p["mlp.2.weight"], "b2": p["mlp.2.bias"]}
+        weights = {
+            "table": p["embeddings.weight"],
+            "w1": p["mlp.0.weight"],
+            "b1": p["mlp.0.bias"],
+            "w2": p["mlp.2.weight"],
+            "b2": p["mlp.2.bias"],
+        }
     if config.clues == "attention":
-        weights |= {"in_weight": p["attention.in_proj_weight"], "in_bias": p["attention.in_proj_bias"],
-                    "out_weight": p["attention.out_proj.weight"], "out_bias": p["attention.out_proj.bias"]}
+        weights |= {
+            "in_weight": p["attention.in_proj_weight"],
+            "in_bias": p["attention.in_proj_bias"],
+            "out_weight": p["attention.out_proj.weight"],
+            "out_bias": p["attention.out_proj.bias"],
+        }
     return Official(
         model.lm, model.tokenizer, weights, {"none": 0, "top_k": 3, "attention": 4}[config.clues], config.k,
         config.num_heads, "d" + "".join(letter for letter, name in LETTERS.items() if name in config.filters),
@@ -165,8 +174,11 @@ def test_pairs_together_have_the_clues_of_pairs_alone():
 
 def test_words_of_the_template_become_clues():
     model = official_model(k=10)
-    pieces = {piece for query, document in PAIRS for piece in
-              model.tokenizer.convert_ids_to_tokens(clue_ids(model, query, document))}
+    pieces = {
+        piece
+        for query, document in PAIRS
+        for piece in model.tokenizer.convert_ids_to_tokens(clue_ids(model, query, document))
+    }
     assert pieces & {"▁Pass", "age", "▁Question", ":"}
 
 
@@ -300,7 +312,8 @@ def test_other_tokenizers_are_refused():
     state = json.loads(other.backend_tokenizer.to_str())
     state["model"]["merges"] = [pair for pair in state["model"]["merges"] if pair[0] != "▁Questio"]
     other = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=type(other.backend_tokenizer).from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>")
+        tokenizer_object=type(other.backend_tokenizer).from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>"
+    )
     with pytest.raises(ValueError, match="ends with four pieces for 'Question: .n', got .'n', ':'"):
         qpeft.get_qpeft_model(tiny_llama(), config, other)
 
@@ -362,11 +375,24 @@ def test_reranking_shares_prefixes_and_explains(clues):
 @pytest.mark.parametrize("clues", ["top_k", "attention"])
 def test_training_overfits(clues, tmp_path):
     transformers.logging.set_verbosity_error()
-    examples = [{"query": query, "positives": [positive], "negatives": [negative]} for query, positive, negative in
-                [(QUERIES[0], DOCUMENTS[0], DOCUMENTS[2]), (QUERIES[1], DOCUMENTS[1], DOCUMENTS[0])]]
+    examples = [
+        {"query": query, "positives": [positive], "negatives": [negative]}
+        for query, positive, negative in [
+            (QUERIES[0], DOCUMENTS[0], DOCUMENTS[2]),
+            (QUERIES[1], DOCUMENTS[1], DOCUMENTS[0]),
+        ]
+    ]
     model = official_model(clues, moved=False, dropout=0.1, queries_per_group=2)
-    args = transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=2, max_steps=30, use_cpu=True,
-                                          learning_rate=1e-2, logging_steps=1, save_strategy="no", disable_tqdm=True)
+    args = transformers.TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=30,
+        use_cpu=True,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     before = {name: p.detach().clone() for name, p in model.clues.named_parameters()}
     trainer = qpeft.QPeftTrainer(model=model, args=args, train_dataset=examples)
     trainer.train()

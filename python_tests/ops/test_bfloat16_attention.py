@@ -94,8 +94,10 @@ def test_items_and_masks_do_not_depend_on_each_other():
         here = slice(i, i + 1)
         assert torch.equal(bfloat16_attention(query[here], key[here], value[here], mask[here], 0.2), together[here])
     long = inputs(1, 1, 1, 200, 90, 64)  # the rows of one head are those of several threads
-    halves = [bfloat16_attention(long[0][:, :, rows], *long[1:3], long[3][:, :, rows], 0.2)
-              for rows in (slice(0, 100), slice(100, 200))]
+    halves = [
+        bfloat16_attention(long[0][:, :, rows], *long[1:3], long[3][:, :, rows], 0.2)
+        for rows in (slice(0, 100), slice(100, 200))
+    ]
     assert torch.equal(torch.cat(halves, 1), bfloat16_attention(*long, 0.2))
     one = bfloat16_attention(query, key, value, mask[:1], 0.2)
     assert torch.equal(one, bfloat16_attention(query, key, value, mask[:1].expand(3, -1, -1, -1), 0.2))

@@ -78,13 +78,21 @@ def test_products_see_nan_and_infinity(tiles):
 def test_products_refuse():
     products, add = torch.ops.qpeft_ext.bfloat16_products, torch.ops.qpeft_ext.bfloat16_add_product
     a, b, out = random(4, 6), random(5, 6), torch.empty(4, 5)
-    for arguments, words in [((a.float(), b, out), "a has the wrong dtype"), ((a[:, :5], b[:, :5], out), "even number"),
-                             ((a, b[:, :4], out), "b must have size 6"), ((a, b, out[:3]), "out must have size 4"),
-                             ((a.mT.contiguous().mT, b, out), "last stride 1"), ((a, b, out.double()), "wrong dtype")]:
+    for arguments, words in [
+        ((a.float(), b, out), "a has the wrong dtype"),
+        ((a[:, :5], b[:, :5], out), "even number"),
+        ((a, b[:, :4], out), "b must have size 6"),
+        ((a, b, out[:3]), "out must have size 4"),
+        ((a.mT.contiguous().mT, b, out), "last stride 1"),
+        ((a, b, out.double()), "wrong dtype"),
+    ]:
         with pytest.raises(RuntimeError, match=f"bfloat16_products: .*{words}"):
             products(*arguments)
-    for arguments, words in [((out, a, a), "b must have size 6"), ((out, a, random(6, 5).float()), "wrong dtype"),
-                             ((out[:, :4], a, random(6, 5)), "total must have size 5")]:
+    for arguments, words in [
+        ((out, a, a), "b must have size 6"),
+        ((out, a, random(6, 5).float()), "wrong dtype"),
+        ((out[:, :4], a, random(6, 5)), "total must have size 5"),
+    ]:
         with pytest.raises(RuntimeError, match=f"bfloat16_add_product: .*{words}"):
             add(*arguments)
 

@@ -66,8 +66,9 @@ def test_strides_rows_of_zeros_and_nan():
     assert torch.equal(bfloat16_rms_norm(wide[:, 7:47], weight, 1e-5), bfloat16_rms_norm(x, weight, 1e-5))
     across = x.T.contiguous().T
     assert torch.equal(bfloat16_rms_norm(across, weight, 1e-5), bfloat16_rms_norm(x, weight, 1e-5))
-    assert torch.equal(gradient(bfloat16_rms_norm, across, weight, grad.T.contiguous().T),
-                       gradient(bfloat16_rms_norm, x, weight, grad))
+    assert torch.equal(
+        gradient(bfloat16_rms_norm, across, weight, grad.T.contiguous().T), gradient(bfloat16_rms_norm, x, weight, grad)
+    )
     x[1], x[2, 3], x[3, 4] = 0, torch.nan, torch.inf
     found = bfloat16_rms_norm(x, weight, 1e-5)
     assert (found[1] == 0).all() and found[2].isnan().all() and found[3, 4].isnan()

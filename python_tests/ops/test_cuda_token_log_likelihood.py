@@ -124,6 +124,7 @@ def use_replica(replica, monkeypatch):
     for name in ("chunk", "finish", "chunk_backward"):
         name = f"token_log_likelihood_{name}"
         monkeypatch.setattr(cpu, name, getattr(replica, name))
+
     def product(a, rows, out):
         if out is None:
             out = torch.empty(len(a), -(-len(rows) // 16) * 16)[:, : len(rows)]

@@ -52,7 +52,7 @@ def key(i: int, length: int = 4, version=VERSION):
 
 def look(cache, i: int, length: int = 4, version=VERSION):
     """Look up one prefix and check that it is the right one."""
-    found, = cache.fetch([key(i, length, version)], LAYOUT, CPU)
+    (found,) = cache.fetch([key(i, length, version)], LAYOUT, CPU)
     if found is not None:
         assert found.lengths == [length]
         assert torch.equal(found.layers[0].values, torch.full((1, 1, length, 4), float(i)))
@@ -141,10 +141,15 @@ def test_no_budget_is_ever_exceeded_and_no_wrong_prefix_comes_back(tmp_path_fact
     cache._disk._lock.close()
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"max_bytes": -1}, "max_bytes"), ({"host_bytes": 1.5}, "host_bytes"), ({"disk": "here"}, "belong together"),
-    ({"disk_bytes": 5}, "belong together"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_bytes": -1}, "max_bytes"),
+        ({"host_bytes": 1.5}, "host_bytes"),
+        ({"disk": "here"}, "belong together"),
+        ({"disk_bytes": 5}, "belong together"),
+    ],
+)
 def test_a_wrong_budget_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         qpeft.DocumentCache(**options)
@@ -262,6 +267,7 @@ def test_deterministic_scores_are_not_taken_from_batches(tmp_path):
 
 def changes():
     """Every way in which an LM can become another one: name -> (LM, what changes it)."""
+
     def lora(lm=None, **options):
         settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options
         return peft.get_peft_model(lm or tiny_lm("llama"), peft.LoraConfig(**settings))
@@ -276,8 +282,13 @@ def changes():
             lm.load_state_dict({name: 1.1 * value for name, value in lm.state_dict().items()}, assign=True)
 
     return {
-        "in place": (tiny_lm, lambda lm: lm.get_input_embeddings().weight.data_ptr() and
-                     torch.no_grad()(lm.get_input_embeddings().weight.mul_)(1.1)),
+        "in place": (
+            tiny_lm,
+            lambda lm: (
+                lm.get_input_embeddings().weight.data_ptr()
+                and torch.no_grad()(lm.get_input_embeddings().weight.mul_)(1.1)
+            ),
+        ),
         "replaced": (tiny_lm, assign),
         "dtype": (tiny_lm, lambda lm: lm.to(torch.bfloat16)),
         "another attention": (tiny_lm, lambda lm: lm.set_attn_implementation("eager")),
@@ -418,13 +429,19 @@ def flipped(place: int):
     return damage
 
 
-@pytest.mark.parametrize("damage", [
-    truncated, lambda data: bytearray(), lambda data: data + b"more", lambda data: bytearray(5000),
-    *map(flipped, (0, 7, 8, 12, -1, -64, -128)),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        lambda data: bytearray(),
+        lambda data: data + b"more",
+        lambda data: bytearray(5000),
+        *map(flipped, (0, 7, 8, 12, -1, -64, -128)),
+    ],
+)
 def test_a_damaged_file_is_a_miss_and_one_warning(damage, tmp_path, caplog):
     filled(tmp_path, 1)
-    file, = tmp_path.glob("*.safetensors")
+    (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(damage(bytearray(file.read_bytes())))
     cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 20)
     assert not look(cache, 0) and cache.tiers["disk"].misses == 1
@@ -437,7 +454,7 @@ def test_a_damaged_file_is_a_miss_and_one_warning(damage, tmp_path, caplog):
 def test_any_flipped_bit_is_found(tmp_path):
     """No position of the file can change without a miss, except where it changes nothing that is read."""
     filled(tmp_path, 1)
-    file, = tmp_path.glob("*.safetensors")
+    (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
     for place in range(len(whole)):
         changed = bytearray(whole)
@@ -495,8 +512,11 @@ def test_another_process_finds_the_files_of_the_same_lm_only(tmp_path):
     cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 30)
     scores(model(), cache)
     cache._disk._lock.close()
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path),
-                           str(Path(__file__).parents[1] / "families")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path), str(Path(__file__).parents[1] / "families")],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [len(DOCUMENTS)] * 2
 

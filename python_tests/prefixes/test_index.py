@@ -139,8 +139,16 @@ def test_the_command(job, tmp_path, capsys):
 def test_rerank_with_an_index(job, tmp_path, capsys, monkeypatch):
     mine = copy_job(job, tmp_path / "mine")
     command(capsys, "index", mine / "data", "--out", tmp_path / "index", "--model", mine / "adapter")
-    arguments = ["rerank", "--model", mine / "adapter", "--data", mine / "data", "--run", mine / "data" / "run.trec",
-                 "--output"]
+    arguments = [
+        "rerank",
+        "--model",
+        mine / "adapter",
+        "--data",
+        mine / "data",
+        "--run",
+        mine / "data" / "run.trec",
+        "--output",
+    ]
     command(capsys, *arguments, tmp_path / "plain.trec")
     monkeypatch.setattr(Engine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
     out = command(capsys, *arguments, tmp_path / "mine.trec", "--index", tmp_path / "index", "--upr")
@@ -164,19 +172,30 @@ def test_rerank_with_an_index(job, tmp_path, capsys, monkeypatch):
 
 def trained(of, folder, **options) -> dict[str, torch.Tensor]:
     """Weights after two steps."""
-    examples = [{"query": query, "positives": [corpus()[i]], "negatives": [corpus()["d1" if i != "d1" else "d2"]]}
-                for query, i in zip(QUERIES.values(), corpus(), strict=False)]
+    examples = [
+        {"query": query, "positives": [corpus()[i]], "negatives": [corpus()["d1" if i != "d1" else "d2"]]}
+        for query, i in zip(QUERIES.values(), corpus(), strict=False)
+    ]
     arguments = transformers.TrainingArguments(
-        str(folder / "out"), per_device_train_batch_size=len(examples), max_steps=2, learning_rate=1e-2,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True)
+        str(folder / "out"),
+        per_device_train_batch_size=len(examples),
+        max_steps=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     trainer = qpeft.QPeftTrainer(of, arguments, examples, **options)
     trainer.train()
     return {name: p.detach() for name, p in of.named_parameters() if p.requires_grad}
 
 
 def clues_model(lm=None, **options) -> qpeft.QPeftModel:
-    config = qpeft.QPeftConfig(**{"clues": "attention", "num_heads": 4, "rank": 8, "queries_per_group": len(QUERIES),
-                                  "temperature": 1.0} | options)
+    config = qpeft.QPeftConfig(
+        **{"clues": "attention", "num_heads": 4, "rank": 8, "queries_per_group": len(QUERIES), "temperature": 1.0}
+        | options
+    )
     return qpeft.get_qpeft_model(lm or tiny_lm("llama"), config, tiny_tokenizer())
 
 
@@ -212,8 +231,20 @@ def test_training_refuses_an_index_that_is_of_no_use(tmp_path):
 
 
 def test_train_with_an_index(job, tmp_path, capsys, monkeypatch):
-    arguments = ["train", "--base-model", job / "lm", "--data", job / "data", "--rank", 8, "--max-steps", 2, "--device",
-                 "cpu", "--output"]
+    arguments = [
+        "train",
+        "--base-model",
+        job / "lm",
+        "--data",
+        job / "data",
+        "--rank",
+        8,
+        "--max-steps",
+        2,
+        "--device",
+        "cpu",
+        "--output",
+    ]
     assert "none is no index" in error(capsys, *arguments, tmp_path / "no", "--index", tmp_path / "none")
     assert not (tmp_path / "no").exists()
     assert main([str(a) for a in (*arguments, tmp_path / "plain")]) == 0
@@ -278,15 +309,24 @@ def killed_at(monkeypatch, moment: str, occurrence: int) -> None:
         if now():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(*((AtomicWriter, "write", write_half) if moment == "write" else
-                          (os, "replace", replace_and_die)))
+    monkeypatch.setattr(
+        *((AtomicWriter, "write", write_half) if moment == "write" else (os, "replace", replace_and_die))
+    )
 
 
-@pytest.mark.parametrize("moment, occurrence", [
-    ("write", 1), ("replace", 1),  # the first manifest
-    ("write", 3), ("replace", 2), ("write", 6), ("replace", 4),  # shards
-    ("write", 14), ("replace", 8),  # the last manifest
-])
+@pytest.mark.parametrize(
+    "moment, occurrence",
+    [
+        ("write", 1),
+        ("replace", 1),  # the first manifest
+        ("write", 3),
+        ("replace", 2),
+        ("write", 6),
+        ("replace", 4),  # shards
+        ("write", 14),
+        ("replace", 8),  # the last manifest
+    ],
+)
 def test_a_killed_run_goes_on(moment, occurrence, tmp_path, monkeypatch):
     """The result is that of a run that was not disturbed, bit by bit; no stored prefix is computed again."""
     lm, folder = model(), tmp_path / "index"
@@ -324,8 +364,11 @@ def test_stopped_after_any_pass_the_files_are_those_of_one_run(kept, dtype, tmp_
     """
     documents = {f"d{i}": ("", " ".join(["tide moon sea", "boat", "wind"][: 1 + i % 3]) + f" {i}") for i in range(14)}
     lm = model(tiny_lm("llama").to(dtype))
-    options = {"documents": corpus(documents), "max_tokens_per_batch": 4 * 55,
-               "shard_bytes": 3 * lm.engine.layout.numel(20) * dtype.itemsize}
+    options = {
+        "documents": corpus(documents),
+        "max_tokens_per_batch": 4 * 55,
+        "shard_bytes": 3 * lm.engine.layout.numel(20) * dtype.itemsize,
+    }
     make(tmp_path / "grown", lm, documents=corpus(dict(list(documents.items())[:3])))  # a run may begin with an index
     shutil.copytree(tmp_path / "grown", tmp_path / "expected")
     prefill, passes = Engine.prefill, []
@@ -377,7 +420,8 @@ def test_a_damaged_shard_costs_its_documents_and_nothing_else(damage, tmp_path, 
     cache.index._told.clear()
     if make(tmp_path, lm, alone=True).missing:  # damage inside a prefix is only seen when it is read
         assert {name: flat.tolist() for name, flat in contents(tmp_path).items()} == {
-            name: flat.tolist() for name, flat in whole.items()}
+            name: flat.tolist() for name, flat in whole.items()
+        }
 
 
 def test_a_shard_that_vanishes_while_it_is_used_is_a_miss(tmp_path, caplog):
@@ -399,11 +443,19 @@ def test_ctrl_c_keeps_what_was_computed_and_says_how_to_go_on(job, tmp_path, cap
         return prefill(self, group)
 
     monkeypatch.setattr(Engine, "prefill", interrupted)
-    arguments = ["index", str(job / "data"), "--out", str(tmp_path / "index"), "--base-model", str(job / "lm"),
-                 "--deterministic"]
+    arguments = [
+        "index",
+        str(job / "data"),
+        "--out",
+        str(tmp_path / "index"),
+        "--base-model",
+        str(job / "lm"),
+        "--deterministic",
+    ]
     assert main(arguments) == 130
-    assert capsys.readouterr().err == ("qpeft index: error: interrupted; what was computed is kept, and the same "
-                                       "command goes on from there\n")
+    assert capsys.readouterr().err == (
+        "qpeft index: error: interrupted; what was computed is kept, and the same command goes on from there\n"
+    )
     assert len(contents(tmp_path / "index")) == 3
     monkeypatch.undo()
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
@@ -436,15 +488,21 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(job, tmp_path, capsys, 
     assert "No space left on device; make room and run the same command again" in said
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"max_document_tokens": 9}, "was made with max_document_tokens 256, here it is 9"),
-    ({"instruction": "Write."}, "was made with another template"),
-    ({"lm": lambda: tiny_lm("llama", seed=1)}, "was made with an LM with other weights than this one"),
-    ({"lm": lambda: tiny_lm("llama", dtype=torch.bfloat16)}, "was made with the LM in float32, this one is in bfloat1"),
-    ({"lm": lambda: tiny_lm("qwen3")}, "was made with an LM of type llama, this one is of type qwen3"),
-    ({"lm": lambda: with_lora()}, "was made with another adapter in the LM"),
-    ({"lm": lambda: eager()}, "was made with the attention implementation sdpa, this LM uses eager"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"max_document_tokens": 9}, "was made with max_document_tokens 256, here it is 9"),
+        ({"instruction": "Write."}, "was made with another template"),
+        ({"lm": lambda: tiny_lm("llama", seed=1)}, "was made with an LM with other weights than this one"),
+        (
+            {"lm": lambda: tiny_lm("llama", dtype=torch.bfloat16)},
+            "was made with the LM in float32, this one is in bfloat1",
+        ),
+        ({"lm": lambda: tiny_lm("qwen3")}, "was made with an LM of type llama, this one is of type qwen3"),
+        ({"lm": lambda: with_lora()}, "was made with another adapter in the LM"),
+        ({"lm": lambda: eager()}, "was made with the attention implementation sdpa, this LM uses eager"),
+    ],
+)
 def test_another_lm_or_template_is_one_clear_error(change, message, tmp_path):
     make(tmp_path)
     lm = change.pop("lm", lambda: None)()

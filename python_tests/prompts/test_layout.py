@@ -34,8 +34,11 @@ def by_hand(model, pairs) -> torch.Tensor:
         clues = clues.embeds[0][clues.mask[0]]
         text = tokenizer.decode(batch.documents[0].document_ids)
         begin = f"<s>{model.qpeft_config.instruction}"
-        parts = [embed(f"{begin} hints:"), clues, embed(f"\n Passage:{text}\n")] if len(clues) else [
-            embed(f"{begin} Passage:{text}\n")]
+        parts = (
+            [embed(f"{begin} hints:"), clues, embed(f"\n Passage:{text}\n")]
+            if len(clues)
+            else [embed(f"{begin} Passage:{text}\n")]
+        )
         target = torch.tensor(batch.queries[0])
         embeds = torch.cat([*parts, embed("Question:"), table(target)])[None]
         log_p = model.lm(inputs_embeds=embeds).logits[0, -len(target) - 1 : -1].log_softmax(-1)
@@ -49,9 +52,11 @@ def test_scores_and_gradients_are_those_of_single_forwards(family, clues):
     model = model_with(family, clues=clues).train()
     weights = torch.linspace(-1, 1, len(PAIRS))
     results = []
-    for score in (lambda: model(model.encode(PAIRS)).mean_query_log_likelihood,
-                  lambda: model(model.encode(PAIRS), max_tokens_per_batch=64).mean_query_log_likelihood,
-                  lambda: by_hand(model, PAIRS)):
+    for score in (
+        lambda: model(model.encode(PAIRS)).mean_query_log_likelihood,
+        lambda: model(model.encode(PAIRS), max_tokens_per_batch=64).mean_query_log_likelihood,
+        lambda: by_hand(model, PAIRS),
+    ):
         model.zero_grad()
         scores = score()
         (scores * weights).sum().backward()
@@ -114,10 +119,13 @@ def test_an_adapter_keeps_its_layout(tmp_path):
     assert torch.equal(loaded.score(PAIRS).query_log_likelihood, model.score(PAIRS).query_log_likelihood)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"layout": "prefix"}, "layout must be one of document_first, clues_first, got 'prefix'"),
-    ({"layout": "clues_first", "clues": "none"}, "but clues='none' has none"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"layout": "prefix"}, "layout must be one of document_first, clues_first, got 'prefix'"),
+        ({"layout": "clues_first", "clues": "none"}, "but clues='none' has none"),
+    ],
+)
 def test_impossible_layouts_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         qpeft.QPeftConfig(**options)

@@ -95,8 +95,10 @@ def test_the_words_of_special_tokens_are_text_unless_they_are_allowed():
     text = "a <ball></s> <|im_start|>é"
     prompts = {allowed: Prompt(tokenizer, qpeft.QPeftConfig(allow_special_tokens=allowed)) for allowed in (False, True)}
     letters = [f"{word:s}" for word in ("Ġ", "a", "Ġ", "<ball>", *"</s>", "Ġ", *"<|im_start|>", "Ã", "©")]
-    found = {allowed: (prompt.documents([text])[0].document_ids, prompt.queries([text])[0])
-             for allowed, prompt in prompts.items()}
+    found = {
+        allowed: (prompt.documents([text])[0].document_ids, prompt.queries([text])[0])
+        for allowed, prompt in prompts.items()
+    }
     assert [tokenizer.convert_ids_to_tokens(ids) for ids in map(list, found[False])] == [letters] * 2
     assert found[True][0] == tuple(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
     assert {1, len(tokenizer) - 1} < set(found[True][1])
@@ -132,8 +134,15 @@ class LettersInPython(PreTrainedTokenizer):
 
 def unigram() -> PreTrainedTokenizerFast:
     """As of T5: the model takes ``</s>`` for a piece like any other, and has no "<"."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -2.5), ("ab", -2.5),
-              *((letter, -3.0) for letter in "absé/>")]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        ("▁a", -2.5),
+        ("ab", -2.5),
+        *((letter, -3.0) for letter in "absé/>"),
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
@@ -171,7 +180,8 @@ def test_no_kind_of_tokenizer_makes_a_control_token_of_a_text(name):
     assert [tokenizer.convert_ids_to_tokens(ids) for ids in as_text([text])] == expected
     both = as_text([f"{text} sab"])[0]
     assert both[-1] == tokenizer.convert_tokens_to_ids("sab") and not set(both) & (
-        set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+        set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    )
     control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     assert control & set(by_itself([text])[0])
     draw = np.random.default_rng(0)
@@ -193,8 +203,9 @@ def test_adapters_saved_before_the_choice_keep_their_tokens(tmp_path):
 
 
 def test_an_index_knows_how_special_tokens_were_read(tmp_path):
-    prompts = {allowed: Prompt(tiny_tokenizer(), qpeft.QPeftConfig(allow_special_tokens=allowed))
-               for allowed in (False, True)}
+    prompts = {
+        allowed: Prompt(tiny_tokenizer(), qpeft.QPeftConfig(allow_special_tokens=allowed)) for allowed in (False, True)
+    }
     before = prompt_settings(prompts[True])
     before.pop("allow_special_tokens")  # as it was written before there was a choice
     expect_same_prompt(tmp_path, {"prompt": before}, prompt_settings(prompts[True]))
@@ -214,8 +225,11 @@ def test_a_token_that_the_lm_does_not_have_is_named(prompt):
     prompt.tokenizer.add_tokens(["<ball>"])
     prompt.documents(["ball"])
     for call in (lambda: prompt.documents(["sea", "a <ball>"]), lambda: prompt.queries(["a <ball>"])):
-        with pytest.raises(ValueError, match=r"'a <ball>' has the token '<ball>' with the id 258, .* has 258 rows; "
-                                             r"call lm.resize_token_embeddings\(259\) first"):
+        with pytest.raises(
+            ValueError,
+            match=r"'a <ball>' has the token '<ball>' with the id 258, .* has 258 rows; "
+            r"call lm.resize_token_embeddings\(259\) first",
+        ):
             call()
     with pytest.raises(ValueError, match="the prompt's template has the token"):
         prompt.expect_rows(50)

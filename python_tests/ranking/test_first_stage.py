@@ -156,8 +156,10 @@ assert not bm25s.selection.JAX_IS_AVAILABLE
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("name, split, figure", [
-    ("scifact", "test", 0.663), ("cranfield", "test", 0.353), ("cosqa", "test", 0.345), ("squad", "dev", 0.853)])
+@pytest.mark.parametrize(
+    "name, split, figure",
+    [("scifact", "test", 0.663), ("cranfield", "test", 0.353), ("cosqa", "test", 0.345), ("squad", "dev", 0.853)],
+)
 def test_known_figures(name, split, figure, tmp_path, monkeypatch):
     """nDCG@10 with the defaults; see the docstring of `bm25_run` for what the tokens are."""
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path))

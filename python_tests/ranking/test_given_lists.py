@@ -59,7 +59,8 @@ def test_lists_of_any_kind_are_read_in_their_order(reranker, kind):
     many = reranker.rank_many(given(QUERIES), (given(TEXTS) for _ in QUERIES))
     assert many == [[{key: row[key] for key in ("corpus_id", "score")} for row in expected], other]
     assert reranker.similarity(given(QUERIES), (given(TEXTS) for _ in QUERIES)) == reranker.similarity(
-        QUERIES, [TEXTS, TEXTS])
+        QUERIES, [TEXTS, TEXTS]
+    )
 
 
 def test_pandas_series(reranker):
@@ -77,8 +78,14 @@ def test_pairs_of_any_kind(reranker):
     pairs = [(QUERIES[i % 2], text) for i, text in enumerate(TEXTS)]
     expected = reranker.predict(pairs)
     queries, texts = zip(*pairs, strict=True)
-    for given in (zip(queries, texts, strict=True), iter(pairs), np.array(pairs), [list(pair) for pair in pairs],
-                  np.array(pairs, dtype=object), {i: pair for i, pair in enumerate(pairs)}.values()):
+    for given in (
+        zip(queries, texts, strict=True),
+        iter(pairs),
+        np.array(pairs),
+        [list(pair) for pair in pairs],
+        np.array(pairs, dtype=object),
+        {i: pair for i, pair in enumerate(pairs)}.values(),
+    ):
         assert reranker.predict(given).tolist() == expected.tolist()
     for pair in (pairs[0], list(pairs[0]), np.array(pairs[0]), [QUERIES[0], {"text": TEXTS[0]}]):
         assert reranker.predict(pair) == expected[0] and isinstance(reranker.predict(pair), float)
@@ -87,8 +94,11 @@ def test_pairs_of_any_kind(reranker):
 
 
 WRONG = {
-    "a text for documents": (lambda r: r.rank("q", "one text"), TypeError,
-                             "rank: documents must be a list, got the string 'one text'; one document goes into a"),
+    "a text for documents": (
+        lambda r: r.rank("q", "one text"),
+        TypeError,
+        "rank: documents must be a list, got the string 'one text'; one document goes into a",
+    ),
     "a dict for documents": (lambda r: r.rank("q", {"id": "d1", "text": "sea"}), TypeError, "a dict with the keys id"),
     "None for documents": (lambda r: r.rank("q", None), TypeError, "rank: documents must be a list, got None"),
     "a set of documents": (lambda r: r.rank("q", {"a", "b"}), TypeError, "no order"),
@@ -104,19 +114,34 @@ WRONG = {
     "a dict for pairs": (lambda r: r.predict({"a": "b"}), TypeError, "dict with the keys a"),
     "a pair as a dict": (lambda r: r.predict([{"query": "a", "text": "b"}]), TypeError, "pair 0 is a dict with the"),
     "a pair of three": (lambda r: r.predict([("a", "b"), ("a", "b", 1.0)]), ValueError, "but pair 1 has 3 items"),
-    "bytes": (lambda r: r.rank("q", ["d", b"d"]), TypeError, "document 1 must be a string or a dict with a "
-                                                            "string 'text', got bytes b'd'; decode it"),
-    "NaN": (lambda r: r.rank_many(["q", "r"], [["d"], ["d", float("nan")]]), TypeError,
-            "document 1 of query 1 must be a string or a dict with a string 'text', got nan (a missing value?)"),
+    "bytes": (
+        lambda r: r.rank("q", ["d", b"d"]),
+        TypeError,
+        "document 1 must be a string or a dict with a string 'text', got bytes b'd'; decode it",
+    ),
+    "NaN": (
+        lambda r: r.rank_many(["q", "r"], [["d"], ["d", float("nan")]]),
+        TypeError,
+        "document 1 of query 1 must be a string or a dict with a string 'text', got nan (a missing value?)",
+    ),
     "other keys": (lambda r: r.rank("q", [{"id": 1, "contents": "d"}]), TypeError, "a dict with the keys id, contents"),
     "a text that is None": (lambda r: r.rank("q", [{"text": None}]), TypeError, "a dict whose 'text' is None"),
-    "a title that is NaN": (lambda r: r.rank("q", [{"text": "d", "title": float("nan")}]), TypeError,
-                            "the title of document 0 must be a string, got nan"),
-    "half a surrogate pair": (lambda r: r.rank("q", ["a", "b", "sea \ud800"]), ValueError,
-                              r"document 2 has half a surrogate pair, '\ud800', at character 4"),
+    "a title that is NaN": (
+        lambda r: r.rank("q", [{"text": "d", "title": float("nan")}]),
+        TypeError,
+        "the title of document 0 must be a string, got nan",
+    ),
+    "half a surrogate pair": (
+        lambda r: r.rank("q", ["a", "b", "sea \ud800"]),
+        ValueError,
+        r"document 2 has half a surrogate pair, '\ud800', at character 4",
+    ),
     "half of one in a query": (lambda r: r.rank_many(["q", "\udc80"], [["a"], ["b"]]), ValueError, "query 1 has half"),
-    "half of one in a pair": (lambda r: r.predict([("q", "a"), ("q", {"title": "\ud800", "text": "d"})]), ValueError,
-                              "the document of pair 1 has half a surrogate pair"),
+    "half of one in a pair": (
+        lambda r: r.predict([("q", "a"), ("q", {"title": "\ud800", "text": "d"})]),
+        ValueError,
+        "the document of pair 1 has half a surrogate pair",
+    ),
     "half of one to explain": (lambda r: r.explain("q", "\ud800"), ValueError, "explain: the document has half"),
     "an empty query": (lambda r: r.rank_many(["q", " "], [["d"]] * 2), ValueError, "query 1 must have at least one"),
     "top_k as a float": (lambda r: r.rank("q", ["d"], top_k=1.0), TypeError, "top_k must be a whole number, got 1.0"),
@@ -151,13 +176,16 @@ def test_words_of_cross_encoders(reranker, monkeypatch):
     assert [float(x) for x in reranker.predict(PAIRS, convert_to_numpy=False)] == expected.tolist()
     assert float(reranker.predict(PAIRS[0], convert_to_tensor=True)) == expected[0]
     sizes, group = [], type(reranker.model)._score_group
-    monkeypatch.setattr(type(reranker.model), "_score_group", lambda self, batch, *rest: (
-        sizes.append(len(batch)), group(self, batch, *rest))[1])
+    monkeypatch.setattr(
+        type(reranker.model),
+        "_score_group",
+        lambda self, batch, *rest: (sizes.append(len(batch)), group(self, batch, *rest))[1],
+    )
     in_batches = qpeft.Reranker(reranker.model)
     np.testing.assert_allclose(in_batches.predict(PAIRS, batch_size=2), expected, atol=1e-4)
     assert max(sizes) == 2
     ranked = in_batches.rank(QUERIES[0], DOCUMENTS, batch_size=1, num_workers=0, convert_to_tensor=True)
-    assert max(sizes[-len(DOCUMENTS):]) == 1
+    assert max(sizes[-len(DOCUMENTS) :]) == 1
     assert [row["corpus_id"] for row in ranked] == [row["corpus_id"] for row in reranker.rank(QUERIES[0], DOCUMENTS)]
 
 

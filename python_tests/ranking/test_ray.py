@@ -24,8 +24,11 @@ def actors(session: int) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             mine = int((process / "stat").read_text().rpartition(")")[2].split()[3]) == session
-            if mine and (process / "cmdline").read_bytes().startswith(b"ray::") and b"Map(_Actor)" in (
-                    process / "cmdline").read_bytes():
+            if (
+                mine
+                and (process / "cmdline").read_bytes().startswith(b"ray::")
+                and b"Map(_Actor)" in (process / "cmdline").read_bytes()
+            ):
                 found.append(int(process.name))
         except (FileNotFoundError, ProcessLookupError):
             continue

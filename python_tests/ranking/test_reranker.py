@@ -131,7 +131,8 @@ def test_every_pair_is_in_one_pass_and_padding_is_bounded(model, max_pairs):
         assert sorted(i for job in jobs for i in job) == list(range(len(batch)))
     for job in document_jobs(batch, max_pairs):
         assert {batch.pairs[i][1] for i in job}.isdisjoint(
-            {batch.pairs[i][1] for i in range(len(batch)) if i not in job})
+            {batch.pairs[i][1] for i in range(len(batch)) if i not in job}
+        )
     seen = []
     for group in prefix_groups(batch, 150, 10):
         lengths = [len(batch.documents[d].ids) for d in group]
@@ -157,15 +158,24 @@ def test_passes_have_multiples_of_pairs_where_they_can(model):
         assert max(sizes[1]) <= max(sizes[0])
         assert all(size % 4 == 0 for size in sizes[1][:-1] if size >= 4)
     assert sizes[1] == [1] * 45
-    assert {(device, dtype): shape_step(torch.device(device), dtype) for device in ("cpu", "cuda")
-            for dtype in (torch.bfloat16, torch.float32)} == {
-        ("cpu", torch.bfloat16): 8, ("cpu", torch.float32): 1, ("cuda", torch.bfloat16): 1, ("cuda", torch.float32): 1}
+    assert {
+        (device, dtype): shape_step(torch.device(device), dtype)
+        for device in ("cpu", "cuda")
+        for dtype in (torch.bfloat16, torch.float32)
+    } == {
+        ("cpu", torch.bfloat16): 8,
+        ("cpu", torch.float32): 1,
+        ("cuda", torch.bfloat16): 1,
+        ("cuda", torch.float32): 1,
+    }
 
 
 def test_a_prefix_pass_ends_with_the_last_keys(model):
     calls = []
-    hooks = [layer.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
-             for i, layer in enumerate(model.engine.decoder.layers)]
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
+        for i, layer in enumerate(model.engine.decoder.layers)
+    ]
     try:
         model.engine.prefill([[1, 2, 3]])
     finally:
@@ -288,8 +298,14 @@ def test_long_queries_are_cut_and_counted(model):
 def test_a_reranker_says_what_it_is(model):
     text = repr(qpeft.Reranker(model, cache=qpeft.DocumentCache(1 << 20), deterministic=True))
     clues = {"attention": "attention clues (4 heads)", "top_k": "top_k clues (k=5)", "none": "no clues"}
-    for words in ("LlamaForCausalLM", "float32 on cpu", clues[model.qpeft_config.clues], "adapter: in memory",
-                  "deterministic, document_first", "DocumentCache(device: 0 prefixes"):
+    for words in (
+        "LlamaForCausalLM",
+        "float32 on cpu",
+        clues[model.qpeft_config.clues],
+        "adapter: in memory",
+        "deterministic, document_first",
+        "DocumentCache(device: 0 prefixes",
+    ):
         assert words in text
     assert "no cache" in repr(qpeft.Reranker(model))
 
@@ -302,16 +318,22 @@ class TextGenerationPipeline:
 WRONG_MODELS = {
     "a name": (lambda lm, tok, conf: qpeft.get_qpeft_model("gpt2", conf), "the string 'gpt2'; load_lm(name) loads one"),
     "a path": (lambda lm, tok, conf: qpeft.QPeftModel(Path("x"), conf, tok), "load_lm(name) loads one"),
-    "a pipeline": (lambda lm, tok, conf: qpeft.get_qpeft_model(TextGenerationPipeline(lm, tok), conf),
-                   "a pipeline (TextGenerationPipeline); give its model: pipeline.model"),
+    "a pipeline": (
+        lambda lm, tok, conf: qpeft.get_qpeft_model(TextGenerationPipeline(lm, tok), conf),
+        "a pipeline (TextGenerationPipeline); give its model: pipeline.model",
+    ),
     "a class": (lambda lm, tok, conf: qpeft.get_qpeft_model(type(lm), conf, tok), "LlamaForCausalLM.from_pretrained"),
     "a tokenizer": (lambda lm, tok, conf: qpeft.get_qpeft_model(tok, conf, lm), "got a tokenizer"),
     "a config": (lambda lm, tok, conf: qpeft.get_qpeft_model(conf, lm, tok), "a QPeftConfig, which comes after the LM"),
-    "a classifier": (lambda lm, tok, conf: qpeft.get_qpeft_model(LlamaForSequenceClassification(lm.config), conf, tok),
-                     "a LlamaForSequenceClassification, which does not write text; load the LM itself"),
+    "a classifier": (
+        lambda lm, tok, conf: qpeft.get_qpeft_model(LlamaForSequenceClassification(lm.config), conf, tok),
+        "a LlamaForSequenceClassification, which does not write text; load the LM itself",
+    ),
     "a module": (lambda lm, tok, conf: qpeft.get_qpeft_model(torch.nn.Linear(2, 2), conf, tok), "the module Linear"),
-    "a model of ours": (lambda lm, tok, conf: qpeft.get_qpeft_model(qpeft.get_qpeft_model(lm, conf, tok), conf, tok),
-                        "take its own: model.lm"),
+    "a model of ours": (
+        lambda lm, tok, conf: qpeft.get_qpeft_model(qpeft.get_qpeft_model(lm, conf, tok), conf, tok),
+        "take its own: model.lm",
+    ),
     "options": (lambda lm, tok, conf: qpeft.get_qpeft_model(lm, {"clues": "none"}, tok), "config must be a QPeftCon"),
     "swapped": (lambda lm, tok, conf: qpeft.QPeftModel(lm, tok, conf), "got a tokenizer, which comes after it"),
     "a tokenizer's name": (lambda lm, tok, conf: qpeft.get_qpeft_model(lm, conf, "gpt2"), "AutoTokenizer.from_pretr"),

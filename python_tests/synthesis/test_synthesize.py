@@ -59,8 +59,13 @@ def slow_tokens(model, document, sampling, key, number):
     prompt = model.prompt
     ids = [*prompt.documents([document])[0].ids, *prompt.suffix.bare_question]
     draw, new = random.Random(f"{sampling.seed} {number} {key}"), []
-    ends = [1] + [model.tokenizer.convert_tokens_to_ids("Ċ")] + [  # </s> and the bytes that end a line
-        model.tokenizer(chr(code), add_special_tokens=False)["input_ids"][0] for code in (11, 12, 13, 28, 29, 30)]
+    ends = (
+        [1]
+        + [model.tokenizer.convert_tokens_to_ids("Ċ")]
+        + [  # </s> and the bytes that end a line
+            model.tokenizer(chr(code), add_special_tokens=False)["input_ids"][0] for code in (11, 12, 13, 28, 29, 30)
+        ]
+    )
     while len(new) < sampling.max_new_tokens and not (new and new[-1] in ends):
         logits = model.lm(torch.tensor([ids + new])).logits[0, -1].double()
         if not sampling.temperature:
@@ -84,8 +89,16 @@ def slow_tokens(model, document, sampling, key, number):
     return new
 
 
-@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.5, "temperature": 0.7}, {"top_k": 5}, {"top_p": 1.0},
-                                      {"temperature": 0.0, "queries_per_document": 1}])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"top_p": 0.5, "temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 1.0},
+        {"temperature": 0.0, "queries_per_document": 1},
+    ],
+)
 def test_tokens_are_those_of_a_slow_loop(sampling):
     write = generator(**sampling)
     for key, document, queries in zip(KEYS, DOCUMENTS, write(KEYS, DOCUMENTS), strict=True):
@@ -120,8 +133,16 @@ def test_queries_do_not_depend_on_the_batch(family):
 def test_the_lms_own_settings_do_not_matter():
     """What a generation_config.json may say: other sampling, penalties, beams."""
     lm = tiny_lm("llama")
-    lm.generation_config.update(do_sample=True, temperature=0.1, top_k=1, repetition_penalty=5.0, num_beams=3,
-                                no_repeat_ngram_size=1, min_length=300, max_length=400)
+    lm.generation_config.update(
+        do_sample=True,
+        temperature=0.1,
+        top_k=1,
+        repetition_penalty=5.0,
+        num_beams=3,
+        no_repeat_ngram_size=1,
+        min_length=300,
+        max_length=400,
+    )
     assert generator(lm=lm)(KEYS, DOCUMENTS) == generator()(KEYS, DOCUMENTS)
 
 
@@ -145,7 +166,8 @@ def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
 
     monkeypatch.setattr(QueryGenerator, "_continue", little)
     assert [[q.text for q in queries] for queries in write(KEYS, DOCUMENTS)] == [
-        [q.text for q in queries] for queries in expected]
+        [q.text for q in queries] for queries in expected
+    ]
     assert seen == [8, 4, 2, 2, 4, 2, 2] and "out of memory: generating 4 prompts at a time" in caplog.text
 
 
@@ -162,8 +184,14 @@ def test_batches():
 
 def test_a_query_ends_with_its_line():
     write = generator()
-    for text, expected, ended in [(" why tides?\n", "why tides?", True), (" why  tides\t", "why tides", False),
-                                  ("\n", "", True), (" a</s>", "a", True), (" a\r", "a", True), ("", "", False)]:
+    for text, expected, ended in [
+        (" why tides?\n", "why tides?", True),
+        (" why  tides\t", "why tides", False),
+        ("\n", "", True),
+        (" a</s>", "a", True),
+        (" a\r", "a", True),
+        ("", "", False),
+    ]:
         query = write._query(write.model.tokenizer(text, add_special_tokens=False)["input_ids"])
         assert (query.text, query.ended) == (expected, ended), text
 
@@ -179,24 +207,37 @@ def test_a_tokenizer_without_spaces():
     assert generator(tokenizer=tokenizer)._query([2, 3]).text == "moon sea"
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"queries_per_document": 0}, "queries_per_document must be at least 1, got 0"),
-    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"), ({"top_k": -1}, "top_k must be at least 0, got -1"),
-    ({"temperature": math.nan}, "temperature must be 0 or above, got nan"), ({"temperature": -1}, "temperature"),
-    ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"), ({"top_p": 1.1}, "top_p"),
-    ({"temperature": 0, "queries_per_document": 2}, "temperature 0 writes the same query each time"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"queries_per_document": 0}, "queries_per_document must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"temperature": math.nan}, "temperature must be 0 or above, got nan"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"temperature": 0, "queries_per_document": 2}, "temperature 0 writes the same query each time"),
+    ],
+)
 def test_impossible_sampling(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"min_tokens": 0}, "min_tokens must be at least 1"), ({"keep_fraction": 0}, "keep_fraction must be above 0"),
-    ({"keep_fraction": 1.5}, "got 1.5"), ({"min_log_likelihood": 0.5}, "0 at most, got 0.5"),
-    ({"min_log_likelihood": math.nan}, "got nan"), ({"num_negatives": -1}, "num_negatives must be at least 0"),
-    ({"depth": 0}, "depth must be at least 1"), ({"round_trip_top": -1}, "round_trip_top must be at least 0"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"min_tokens": 0}, "min_tokens must be at least 1"),
+        ({"keep_fraction": 0}, "keep_fraction must be above 0"),
+        ({"keep_fraction": 1.5}, "got 1.5"),
+        ({"min_log_likelihood": 0.5}, "0 at most, got 0.5"),
+        ({"min_log_likelihood": math.nan}, "got nan"),
+        ({"num_negatives": -1}, "num_negatives must be at least 0"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"round_trip_top": -1}, "round_trip_top must be at least 0"),
+    ],
+)
 def test_impossible_filters(options, message):
     with pytest.raises(ValueError, match=message):
         Filters(**options)
@@ -205,9 +246,18 @@ def test_impossible_filters(options, message):
 # -- filters -------------------------------------------------------------------------------------------------------
 
 
-CORPUS = {f"d{i}": {"id": f"d{i}", "title": "", "text": text} for i, text in enumerate([
-    "the sea rises because the moon pulls it twice a day", "boats lie in the harbour at low tide",
-    "wind makes waves", "the moon is round", ""])}
+CORPUS = {
+    f"d{i}": {"id": f"d{i}", "title": "", "text": text}
+    for i, text in enumerate(
+        [
+            "the sea rises because the moon pulls it twice a day",
+            "boats lie in the harbour at low tide",
+            "wind makes waves",
+            "the moon is round",
+            "",
+        ]
+    )
+}
 
 
 def query(text, ended=True, log_likelihood=-1.0, num_tokens=5):
@@ -220,21 +270,26 @@ def kept_texts(generated, dropped=None, **filters):
     return [query.text for query in kept]
 
 
-@pytest.mark.parametrize("bad, filters, why", [
-    (query(""), {}, "have no word"), (query("?! …"), {}, "have no word"),
-    (query("why\ufffd tides"), {}, "hold undecodable bytes"),
-    (query("why tides", ended=False), {}, "have no end within max_new_tokens"),
-    (query("why", num_tokens=2), {}, "have fewer than 3 tokens"),
-    (query("sea sea sea moon moon"), {}, "repeat themselves"),
-    (query("why tides", log_likelihood=None), {}, "are longer than max_query_tokens"),
-    (query("The Moon pulls it!"), {}, "are copied from their document"),
-    (query("why tides", log_likelihood=-2.01), {"min_log_likelihood": -2.0}, "have a mean log-likelihood below -2"),
-])
+@pytest.mark.parametrize(
+    "bad, filters, why",
+    [
+        (query(""), {}, "have no word"),
+        (query("?! …"), {}, "have no word"),
+        (query("why\ufffd tides"), {}, "hold undecodable bytes"),
+        (query("why tides", ended=False), {}, "have no end within max_new_tokens"),
+        (query("why", num_tokens=2), {}, "have fewer than 3 tokens"),
+        (query("sea sea sea moon moon"), {}, "repeat themselves"),
+        (query("why tides", log_likelihood=None), {}, "are longer than max_query_tokens"),
+        (query("The Moon pulls it!"), {}, "are copied from their document"),
+        (query("why tides", log_likelihood=-2.01), {"min_log_likelihood": -2.0}, "have a mean log-likelihood below -2"),
+    ],
+)
 def test_each_filter(bad, filters, why):
     """Of two queries the bad one goes, is counted under its reason, and the good one stays."""
     dropped = Counter()
     assert kept_texts({"d0": [query("why do tides rise", log_likelihood=-2.0), bad]}, dropped, **filters) == [
-        "why do tides rise"]
+        "why do tides rise"
+    ]
     reasons = [reason for reason, count in dropped.items() if count and reason != "documents have no text"]
     assert len(reasons) == 1 and reasons[0].startswith(why)
     assert dropped["documents have no text"] == 1  # d4
@@ -255,8 +310,10 @@ def test_equal_queries():
 
 
 def test_the_likeliest_fraction():
-    generated = {"d0": [query(f"query {x}", log_likelihood=x) for x in (-3.0, -1.0, -2.0)],
-                 "d1": [query("other one", log_likelihood=-2.5)]}
+    generated = {
+        "d0": [query(f"query {x}", log_likelihood=x) for x in (-3.0, -1.0, -2.0)],
+        "d1": [query("other one", log_likelihood=-2.5)],
+    }
     dropped = Counter()
     assert kept_texts(generated, dropped, keep_fraction=0.5) == ["query -1.0", "query -2.0"]  # their order stays
     assert dropped["are not among the likeliest"] == 2
@@ -270,7 +327,9 @@ def test_round_trip_and_negatives():
     counts, filters = Counts(4, 4), Filters(round_trip_top=1, num_negatives=2, depth=3)
     examples = list(round_trip(kept, CORPUS, filters, 0, counts))
     assert [(e["query_id"], e["query"], e["round_trip_rank"]) for e in examples] == [
-        ("d0-0", "moon twice", 1), ("d2-0", "waves", 1)]
+        ("d0-0", "moon twice", 1),
+        ("d2-0", "waves", 1),
+    ]
     assert examples[0]["positives"] == [CORPUS["d0"]] and examples[0]["log_likelihood"] == -1.5
     assert [document["id"] for document in examples[0]["negatives"]] == ["d3"]  # the other one with a moon
     assert counts.dropped == {"do not bring their document back among BM25's best 1": 2} and counts.fewer_negatives == 2
@@ -309,9 +368,15 @@ def word_tokenizer():
 def job(tmp_path_factory):
     """A corpus of 60 documents, the first of them empty, and a random LM over a few words."""
     folder = tmp_path_factory.mktemp("job")
-    write_lines(folder / "docs.jsonl", (json.dumps(
-        {"id": f"d{i}", "text": " ".join(WORDS[(7 * i + j * (1 + i % 5)) % 20] for j in range(i and 2 + i % 9))})
-        for i in range(60)))
+    write_lines(
+        folder / "docs.jsonl",
+        (
+            json.dumps(
+                {"id": f"d{i}", "text": " ".join(WORDS[(7 * i + j * (1 + i % 5)) % 20] for j in range(i and 2 + i % 9))}
+            )
+            for i in range(60)
+        ),
+    )
     lm = tiny_lm("llama")
     lm.resize_token_embeddings(len(word_tokenizer()))
     lm.save_pretrained(folder / "lm")
@@ -320,9 +385,27 @@ def job(tmp_path_factory):
 
 
 def command(job, output, *options):
-    return ["synthesize", "--data", str(job / "docs.jsonl"), "--base-model", str(job / "lm"), "--output", str(output),
-            "--device", "cpu", "--max-new-tokens", "8", "--max-tokens-per-batch", "120", "--min-tokens", "2",
-            "--keep-unfinished", "--queries-per-document", "2", *map(str, options)]
+    return [
+        "synthesize",
+        "--data",
+        str(job / "docs.jsonl"),
+        "--base-model",
+        str(job / "lm"),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "8",
+        "--max-tokens-per-batch",
+        "120",
+        "--min-tokens",
+        "2",
+        "--keep-unfinished",
+        "--queries-per-document",
+        "2",
+        *map(str, options),
+    ]
 
 
 def read_rows(path):
@@ -348,16 +431,35 @@ def test_from_documents_to_an_adapter(job, expected, tmp_path, capsys):
     run = bm25_run(corpus, {row["query_id"]: row["query"] for row in rows}, 41)
     order = list(corpus)
     assert [order.index(row["positives"][0]["id"]) for row in rows] == sorted(
-        order.index(row["positives"][0]["id"]) for row in rows)
+        order.index(row["positives"][0]["id"]) for row in rows
+    )
     for row in rows:
-        document, = row["positives"]
+        (document,) = row["positives"]
         assert row["query_id"].rpartition("-")[0] == document["id"] and document == corpus[document["id"]]
         assert [d for d, _ in run[row["query_id"]]].index(document["id"]) == row["round_trip_rank"] - 1 < 20
         others = {d for d, _ in run[row["query_id"]]} - {document["id"]}
         assert len(row["negatives"]) == min(11, len(others)) and {d["id"] for d in row["negatives"]} <= others
     assert formats.read_examples(expected) == rows
-    assert main(["train", "--base-model", str(job / "lm"), "--train", str(expected), "--output", str(tmp_path / "a"),
-                 "--rank", "8", "--max-steps", "2", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--base-model",
+                str(job / "lm"),
+                "--train",
+                str(expected),
+                "--output",
+                str(tmp_path / "a"),
+                "--rank",
+                "8",
+                "--max-steps",
+                "2",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert f"{len(rows)} training examples" in capsys.readouterr().out
 
 
@@ -410,12 +512,16 @@ def test_interrupted(job, expected, tmp_path, capsys, monkeypatch):
     there = sum(len(json.loads(line)) for line in part.read_text().splitlines())
     assert capsys.readouterr().err == (
         f"qpeft synthesize: error: interrupted; {part} keeps the queries of {there} of 60 documents: the same command "
-        f"goes on from there\n")
+        f"goes on from there\n"
+    )
     before = part.read_bytes()
-    for options, difference in ((["--seed", 1], "seed was 0, is 1"), (["--top-p", 0.5], "top_p was 0.95, is 0.5"),
-                                (["--documents", 7], "documents was 60, is 7"),
-                                (["--instruction", "Ask:"], "instruction was Please write"),
-                                (["--dtype", "bfloat16"], "dtype was None, is bfloat16")):
+    for options, difference in (
+        (["--seed", 1], "seed was 0, is 1"),
+        (["--top-p", 0.5], "top_p was 0.95, is 0.5"),
+        (["--documents", 7], "documents was 60, is 7"),
+        (["--instruction", "Ask:"], "instruction was Please write"),
+        (["--dtype", "bfloat16"], "dtype was None, is bfloat16"),
+    ):
         assert main(command(job, out, *options)) == 2
         assert difference in capsys.readouterr().err and part.read_bytes() == before
     assert main(command(job, out, "--min-log-likelihood", -1e-9)) == 2
@@ -445,18 +551,24 @@ def test_a_part_that_was_changed(job, expected, tmp_path, caplog, monkeypatch):
 
 
 def test_what_is_refused(job, tmp_path, capsys):
-    transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=24, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=24, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
     ).save_pretrained(tmp_path / "t5")
     word_tokenizer().save_pretrained(tmp_path / "t5")
     capsys.readouterr()
     folder = tmp_path / "data"
     write_lines(folder / "queries.jsonl", ['{"_id": "q", "text": "x"}'])
     for options, message in [
-        (["--base-model", tmp_path / "t5"], "T5"), (["--documents", 0], "--documents must be at"),
-        (["--round-trip-top", 0], "--round-trip-top must be at least 1, got 0"), (["--top-p", 2], "top_p must be"),
-        (["--keep-fraction", 0], "keep_fraction must be above 0"), (["--data", folder], "no BEIR folder with corpus"),
-        (["--output", tmp_path], "is a folder"), (["--max-query-tokens", 0], "max_query_tokens must be at least 1"),
+        (["--base-model", tmp_path / "t5"], "T5"),
+        (["--documents", 0], "--documents must be at"),
+        (["--round-trip-top", 0], "--round-trip-top must be at least 1, got 0"),
+        (["--top-p", 2], "top_p must be"),
+        (["--keep-fraction", 0], "keep_fraction must be above 0"),
+        (["--data", folder], "no BEIR folder with corpus"),
+        (["--output", tmp_path], "is a folder"),
+        (["--max-query-tokens", 0], "max_query_tokens must be at least 1"),
         (["--max-new-tokens", 600], "does not fit the LM's context of 512"),
     ]:
         assert main(command(job, tmp_path / "out", *options)) == 2, options

@@ -16,8 +16,16 @@ from qpeft_ext.training.temperature import best_temperature
 
 def tables(*rows: list[float]):
     """A group for each row of likelihoods, of which the first is the positive."""
-    return [(torch.tensor([row]), torch.tensor([[True, *[False] * (len(row) - 1)]]),
-             torch.ones(1, len(row), dtype=torch.bool), torch.arange(len(row))[None], None) for row in rows]
+    return [
+        (
+            torch.tensor([row]),
+            torch.tensor([[True, *[False] * (len(row) - 1)]]),
+            torch.ones(1, len(row), dtype=torch.bool),
+            torch.arange(len(row))[None],
+            None,
+        )
+        for row in rows
+    ]
 
 
 def test_by_hand():
@@ -51,16 +59,17 @@ def test_bounds():
 
 
 def test_padding_does_not_count():
-    (likelihood, positive, mask, document, _), = tables([0.0, -0.1, 50.0])
+    ((likelihood, positive, mask, document, _),) = tables([0.0, -0.1, 50.0])
     mask[0, 2] = False
     config = QPeftConfig(loss="listwise")
     assert best_temperature(config, [(likelihood, positive, mask, document, None)]) == best_temperature(
-        config, tables([0.0, -0.1]))
+        config, tables([0.0, -0.1])
+    )
 
 
 def test_with_a_teacher_the_deviations_are_equal():
     config = QPeftConfig(loss="margin_mse", in_batch_negatives=False)
-    (likelihood, *rest, _), = tables([0.0, -0.2, -0.4])
+    ((likelihood, *rest, _),) = tables([0.0, -0.2, -0.4])
     assert best_temperature(config, [(likelihood, *rest, 5 * likelihood + 3)]) == 0.2
     assert best_temperature(config, [(likelihood, *rest, 0 * likelihood)]) == 0.16  # a teacher without an opinion
 

@@ -69,11 +69,14 @@ def test_groups_share_nothing_but_the_computation():
     assert batch["mask"].sum(1).max() <= 8 and len(batch["pairs"].documents) <= 16
 
 
-@pytest.mark.parametrize("other", [
-    {"id": "p0", "text": "the same document by its id, in another edition"},
-    {"text": "  TIDES by the   sea, tides"},
-    "Tides by the sea, tides",
-])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"id": "p0", "text": "the same document by its id, in another edition"},
+        {"text": "  TIDES by the   sea, tides"},
+        "Tides by the sea, tides",
+    ],
+)
 def test_a_relevant_document_is_never_a_negative(other):
     shared = dict(EXAMPLES[1], positives=[other], negatives=[])
     batch = collate([dict(EXAMPLES[0], negatives=[other]), shared])
@@ -133,8 +136,10 @@ def test_positives_of_the_same_query_in_another_example_are_no_negatives(again):
 
 
 def test_teacher_scores_stay_with_their_documents(tmp_path):
-    examples = [dict(example, positive_scores=[10 + i], negative_scores=[i, i + 0.25, i + 0.5])
-                for i, example in enumerate(EXAMPLES)]
+    examples = [
+        dict(example, positive_scores=[10 + i], negative_scores=[i, i + 0.25, i + 0.5])
+        for i, example in enumerate(EXAMPLES)
+    ]
     batch = collate(examples[:4], in_batch=False, num_hard_negatives=2)
     for q in range(4):
         ids = [batch["pairs"].pairs[i][1] for i in batch["pair"][q]]
@@ -192,8 +197,9 @@ def test_queries_too_long_are_cut_on_request_and_counted(tmp_path, caplog):
     long, cut = "long " * 50, (" " + "long " * 50)[1:64]  # a byte is a token, and a space goes before a query
     parameters = []
     for query in (long, cut):
-        args = transformers.TrainingArguments(str(tmp_path), max_steps=1, per_device_train_batch_size=4,
-                                              save_strategy="no", use_cpu=True)
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=4, save_strategy="no", use_cpu=True
+        )
         ours = qpeft.QPeftTrainer(tiny_model(), args, [dict(GOOD, query=query)] * 4, truncate_queries=True)
         ours.train()
         parameters.append(weights(ours.model))
@@ -205,15 +211,18 @@ def test_queries_too_long_are_cut_on_request_and_counted(tmp_path, caplog):
 # -- arguments ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"per_device_train_batch_size": 6}, "multiple of queries_per_group, 4, got 6"),
-    ({"activation_checkpointing": True}, "suffix_micro_batch"),
-    ({"gradient_checkpointing": True}, "suffix_micro_batch"),
-    ({"train_sampling_strategy": "group_by_length"}, "random or sequential"),
-    ({"bf16": True}, "the LM is in float32; .*load it with"),
-    ({"label_smoothing_factor": 0.1}, "no labels"),
-    ({"auto_find_batch_size": True}, "suffix_micro_batch"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"per_device_train_batch_size": 6}, "multiple of queries_per_group, 4, got 6"),
+        ({"activation_checkpointing": True}, "suffix_micro_batch"),
+        ({"gradient_checkpointing": True}, "suffix_micro_batch"),
+        ({"train_sampling_strategy": "group_by_length"}, "random or sequential"),
+        ({"bf16": True}, "the LM is in float32; .*load it with"),
+        ({"label_smoothing_factor": 0.1}, "no labels"),
+        ({"auto_find_batch_size": True}, "suffix_micro_batch"),
+    ],
+)
 def test_arguments_that_do_not_fit(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **settings)
@@ -237,8 +246,17 @@ def test_the_users_arguments_stay_as_they_are(tmp_path):
 
 
 def one_step(folder, examples, model=None, **args):
-    done = trainer(folder, model, examples, max_steps=1, optim="sgd", learning_rate=0.5, max_grad_norm=0.0,
-                   train_sampling_strategy="sequential", **args)
+    done = trainer(
+        folder,
+        model,
+        examples,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.5,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        **args,
+    )
     loss = done.train().training_loss
     return weights(done.model), loss
 
@@ -260,7 +278,8 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
-    "options", [{}, {"clues": "top_k"}, {"num_virtual_tokens": 3}, {"generated_lora_rank": 2}], ids=str)
+    "options", [{}, {"clues": "top_k"}, {"num_virtual_tokens": 3}, {"generated_lora_rank": 2}], ids=str
+)
 def test_a_step_and_scores_on_cuda_equal_those_on_the_cpu(tmp_path, options):
     results = []
     for device in ("cpu", "cuda"):
@@ -281,7 +300,8 @@ def test_no_pass_takes_attention_of_cudnn(tmp_path, family, options):
     lm, seen = tiny_lm(family), []
     lm.get_decoder().register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
     (lm.get_encoder() if family == "t5" else lm).register_forward_pre_hook(
-        lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
     model = tiny_model(lm, **options)
     seen.clear()  # making an engine tries the LM on a few tokens
     one_step(tmp_path, EXAMPLES[:4], model)
@@ -360,8 +380,9 @@ def test_the_loss_falls_on_a_fixed_set(tmp_path, clues, loss):
 
 def test_the_schedule_follows_the_true_steps(tmp_path):
     # 12 examples, 4 a batch: 3 batches, an optimiser step of 2 and one of 1
-    run = trainer(tmp_path, num_train_epochs=2, max_steps=-1, gradient_accumulation_steps=2, logging_steps=1,
-                  learning_rate=1.0)
+    run = trainer(
+        tmp_path, num_train_epochs=2, max_steps=-1, gradient_accumulation_steps=2, logging_steps=1, learning_rate=1.0
+    )
     run.train()
     rates = [entry["learning_rate"] for entry in run.state.log_history if "learning_rate" in entry]
     assert run.state.global_step == 4 and rates == pytest.approx([1, 0.75, 0.5, 0.25])
@@ -396,8 +417,14 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
 
 
 def test_iterables_train_and_resume_over_their_end(tmp_path):
-    settings = {"examples": Stream(), "dev": Stream(), "max_steps": 5, "save_strategy": "steps", "save_steps": 4,
-                "deterministic": True}
+    settings = {
+        "examples": Stream(),
+        "dev": Stream(),
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "deterministic": True,
+    }
     whole = trainer(tmp_path / "whole", **settings)
     whole.train()
     assert "eval_mrr" in whole.evaluate()
@@ -460,8 +487,10 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     scripted(run, {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0}).train()
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
-    best, last = (qpeft.QPeftModel.from_pretrained(tmp_path / name, tiny_lm("llama"), tiny_tokenizer())
-                  for name in ("checkpoint-2", "checkpoint-4"))
+    best, last = (
+        qpeft.QPeftModel.from_pretrained(tmp_path / name, tiny_lm("llama"), tiny_tokenizer())
+        for name in ("checkpoint-2", "checkpoint-4")
+    )
     ours = dict(run.model.clues.named_parameters())
     assert_close(dict(best.clues.named_parameters()), ours, 0)
     assert any(not torch.equal(w, ours[name]) for name, w in last.clues.named_parameters())
@@ -483,8 +512,16 @@ def test_patience_survives_a_restart(tmp_path):
 def test_checkpoints_hold_no_pickled_objects(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=2).train()
     names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
-    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt",
-                     "rng_state.pth", "trainer_state.json", MANIFEST}
+    assert names == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        MANIFEST,
+    }
     for name in ("optimizer.pt", "scheduler.pt"):
         torch.load(tmp_path / "checkpoint-2" / name, weights_only=True)
 
@@ -556,16 +593,31 @@ def test_a_lora_in_the_lm_is_trained_along(tmp_path):
     assert_close(weights(resumed.model), after, 0)
 
 
-SCENARIOS = ["another run", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-             "trainer_state.json", MANIFEST, "rotation", "first save", "random 0", "random 1", "with a cache"]
+SCENARIOS = [
+    "another run",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    MANIFEST,
+    "rotation",
+    "first save",
+    "random 0",
+    "random 1",
+    "with a cache",
+]
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Results of kill_and_resume.py: trainings killed in the middle of a file, or at any moment, then resumed."""
     script = Path(__file__).parents[1] / "jobs" / "kill_and_resume.py"
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script), str(tmp_path_factory.mktemp("killed"))],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), str(tmp_path_factory.mktemp("killed"))],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -582,8 +634,11 @@ def test_the_kills_came(killed):
     assert sum(result["restarts"] for name, result in killed.items() if name.startswith("random")) > 0
 
 
-@pytest.mark.parametrize("cache_bytes, options, prefilled", [
-    (1 << 20, {}, True), (100, {}, False), (0, {}, False), (1 << 20, {"num_virtual_tokens": 2}, False)], ids=str)
+@pytest.mark.parametrize(
+    "cache_bytes, options, prefilled",
+    [(1 << 20, {}, True), (100, {}, False), (0, {}, False), (1 << 20, {"num_virtual_tokens": 2}, False)],
+    ids=str,
+)
 def test_passes_go_over_all_documents_that_the_cache_holds(tmp_path, monkeypatch, cache_bytes, options, prefilled):
     """Prefixes are computed in small passes, but read in large ones; trained prefixes are in no cache."""
     seen, forward = [], qpeft.QPeftModel.forward

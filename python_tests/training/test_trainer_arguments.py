@@ -14,15 +14,28 @@ import qpeft_ext as qpeft
 from qpeft_ext.prompts.pairs import PairBatch
 
 # 1 + 3, 1 + 1, 2 + 2 documents; the third brings one of its positives again as a negative
-UNEVEN = [EXAMPLES[0], {**EXAMPLES[1], "negatives": EXAMPLES[1]["negatives"][:1]},
-          {**EXAMPLES[2], "positives": [*EXAMPLES[2]["positives"], "a second answer"],
-           "negatives": ["A second  answer", *EXAMPLES[2]["negatives"][:2]]}]
+UNEVEN = [
+    EXAMPLES[0],
+    {**EXAMPLES[1], "negatives": EXAMPLES[1]["negatives"][:1]},
+    {
+        **EXAMPLES[2],
+        "positives": [*EXAMPLES[2]["positives"], "a second answer"],
+        "negatives": ["A second  answer", *EXAMPLES[2]["negatives"][:2]],
+    },
+]
 LABELS = [[1, 0, 0, 0], [1, 0, -100, -100], [1, 1, 0, 0]]
 
 
 def with_metrics(folder, compute_metrics=None, dev=UNEVEN, **options):
-    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "use_cpu": True,
-                "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2} | options.pop("args", {})
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+    } | options.pop("args", {})
     args = transformers.TrainingArguments(str(folder), **settings)
     return qpeft.QPeftTrainer(tiny_model(), args, EXAMPLES, dev, compute_metrics=compute_metrics, **options)
 
@@ -34,8 +47,12 @@ def expected_scores(model):
         documents = [*example["positives"], *example["negatives"]]
         documents = [d for d in documents if d != "A second  answer"]
         with torch.no_grad():
-            scores = [float(model(PairBatch.from_text(model.prompt, [(example["query"], document)]))
-                            .mean_query_log_likelihood) for document in documents]
+            scores = [
+                float(
+                    model(PairBatch.from_text(model.prompt, [(example["query"], document)])).mean_query_log_likelihood
+                )
+                for document in documents
+            ]
         rows.append(scores + [-np.inf] * (len(labels) - len(scores)))
     return np.array(rows)
 
@@ -51,7 +68,7 @@ def test_compute_metrics_gets_scores_and_labels(tmp_path):
 
     run = with_metrics(tmp_path, mean_rank)
     metrics = run.evaluate()
-    prediction, = seen
+    (prediction,) = seen
     assert prediction.label_ids.tolist() == LABELS and prediction.predictions.dtype == np.float32
     scores = expected_scores(run.model)
     np.testing.assert_allclose(prediction.predictions, scores, atol=1e-5)
@@ -73,8 +90,11 @@ def test_predict_gives_the_same_two(tmp_path, batch_size):
 
 def test_the_best_checkpoint_by_a_metric_of_the_user(tmp_path):
     values = iter([0.1, 0.9, 0.5, 0.9])
-    run = with_metrics(tmp_path, lambda prediction: {"hits": next(values)},
-                       args={"max_steps": 3, "metric_for_best_model": "hits", **EACH_STEP, "save_strategy": "steps"})
+    run = with_metrics(
+        tmp_path,
+        lambda prediction: {"hits": next(values)},
+        args={"max_steps": 3, "metric_for_best_model": "hits", **EACH_STEP, "save_strategy": "steps"},
+    )
     run.train()
     assert run.state.best_metric == 0.9 and run.state.best_model_checkpoint.endswith("checkpoint-2")
 
@@ -98,13 +118,19 @@ def test_metrics_that_are_no_dict_or_no_function(tmp_path):
         with_metrics(tmp_path, {"ndcg": 1})
 
 
-@pytest.mark.parametrize("argument, message", [
-    ({"data_collator": None}, "does not take data_collator: queries are put into groups by the trainer itself"),
-    ({"processing_class": None}, "does not take processing_class: the model has its tokenizer"),
-    ({"model_init": None}, "does not take model_init: give a model"),
-    ({"compute_loss_func": None}, "does not take compute_loss_func: the loss is that of QPeftConfig"),
-    ({"train_datset": []}, "does not take train_datset; it takes model, args, train_dataset, eval_dataset, callbacks"),
-])
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ({"data_collator": None}, "does not take data_collator: queries are put into groups by the trainer itself"),
+        ({"processing_class": None}, "does not take processing_class: the model has its tokenizer"),
+        ({"model_init": None}, "does not take model_init: give a model"),
+        ({"compute_loss_func": None}, "does not take compute_loss_func: the loss is that of QPeftConfig"),
+        (
+            {"train_datset": []},
+            "does not take train_datset; it takes model, args, train_dataset, eval_dataset, callbacks",
+        ),
+    ],
+)
 def test_arguments_that_are_not_taken(tmp_path, argument, message):
     with pytest.raises(TypeError, match=message) as caught:
         with_metrics(tmp_path, **argument)
@@ -116,14 +142,21 @@ def test_a_model_that_is_none(tmp_path):
         qpeft.QPeftTrainer(torch.nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"batch_eval_metrics": True}, "compute_metrics is called once"),
-    ({"include_for_metrics": ["inputs"]}, "compute_metrics gets the scores"),
-    ({"include_num_input_tokens_seen": "all"}, "documents_read counts"),
-    ({"eval_do_concat_batches": False}, "one table of all queries"),
-    ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "warmup_steps=5 does nothing with lr_scheduler_type='con"),
-    ({"torch_compile": True}, "shapes change"), ({"neftune_noise_alpha": 5.0}, "the LM is frozen"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch_eval_metrics": True}, "compute_metrics is called once"),
+        ({"include_for_metrics": ["inputs"]}, "compute_metrics gets the scores"),
+        ({"include_num_input_tokens_seen": "all"}, "documents_read counts"),
+        ({"eval_do_concat_batches": False}, "one table of all queries"),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 5},
+            "warmup_steps=5 does nothing with lr_scheduler_type='con",
+        ),
+        ({"torch_compile": True}, "shapes change"),
+        ({"neftune_noise_alpha": 5.0}, "the LM is frozen"),
+    ],
+)
 def test_settings_that_would_do_nothing(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **settings)
@@ -133,7 +166,7 @@ def test_settings_without_effect_are_said_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qpeft_ext.training.arguments"):
         trainer(tmp_path, label_names=["x"], average_tokens_across_devices=False)
         trainer(tmp_path, label_names=None, remove_unused_columns=False)
-    line, = (record.message for record in caplog.records)
+    (line,) = (record.message for record in caplog.records)
     assert "without effect here: label_names=['x'] (labels are" in line
     assert "average_tokens_across_devices=False" in line
 

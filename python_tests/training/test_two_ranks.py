@@ -24,11 +24,23 @@ def on_ranks(world: int, *arguments) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"PYTHONPATH": f"{Path(qpeft.__file__).parents[1]}:{TESTS}", "OMP_NUM_THREADS": "1",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    return [subprocess.Popen([sys.executable, "-W", "ignore", *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)})
-            for r in range(world)]
+    shared = {
+        "PYTHONPATH": f"{Path(qpeft.__file__).parents[1]}:{TESTS}",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", *map(str, arguments)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+        )
+        for r in range(world)
+    ]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
@@ -75,9 +87,29 @@ def test_the_command(job, tmp_path, monkeypatch):
     """`qpeft train` on two ranks: rank 0 alone speaks and writes; resumed after its last checkpoint was cut short."""
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
     output = tmp_path / "adapter"
-    options = ["-m", "qpeft_ext.cli", "train", "--base-model", job / "lm", "--data", job / "data", "--output", output,
-               "--rank", 8, "--max-steps", 3, "--device", "cpu", "--queries-per-group", 2,
-               "--save-steps", 1, "--run", job / "data" / "run.trec"]
+    options = [
+        "-m",
+        "qpeft_ext.cli",
+        "train",
+        "--base-model",
+        job / "lm",
+        "--data",
+        job / "data",
+        "--output",
+        output,
+        "--rank",
+        8,
+        "--max-steps",
+        3,
+        "--device",
+        "cpu",
+        "--queries-per-group",
+        2,
+        "--save-steps",
+        1,
+        "--run",
+        job / "data" / "run.trec",
+    ]
     first, second = finish(on_ranks(2, *options))
     assert "wrote the adapter to" in first and second == ""
     whole = load_file(output / "adapter_model.safetensors")

@@ -10,14 +10,22 @@ import qpeft_ext as qpeft
 
 TOPICS = ["tides", "boats", "harbours", "lamps", "ropes", "sails", "storms", "gulls", "nets", "piers", "fog", "maps"]
 EXAMPLES = [
-    {"query_id": f"q{i}", "query": f"about {word}?",
-     "positives": [{"id": f"p{i}", "text": f"{word} by the sea, {word}"}],
-     "negatives": [{"id": f"n{i}-{j}", "text": f"a note of {TOPICS[(i + j + 1) % 12]}"} for j in range(3)]}
+    {
+        "query_id": f"q{i}",
+        "query": f"about {word}?",
+        "positives": [{"id": f"p{i}", "text": f"{word} by the sea, {word}"}],
+        "negatives": [{"id": f"n{i}-{j}", "text": f"a note of {TOPICS[(i + j + 1) % 12]}"} for j in range(3)],
+    }
     for i, word in enumerate(TOPICS)
 ]
 
-EACH_STEP = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
-             "load_best_model_at_end": True}
+EACH_STEP = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+}
 
 
 def tiny_model(lm=None, **options) -> qpeft.QPeftModel:
@@ -25,13 +33,27 @@ def tiny_model(lm=None, **options) -> qpeft.QPeftModel:
     return qpeft.get_qpeft_model(lm or tiny_lm("llama"), config, tiny_tokenizer())
 
 
-def trainer(folder, model=None, examples=EXAMPLES, dev=None, callbacks=None, cache_bytes=0, deterministic=False,
-            **args) -> qpeft.QPeftTrainer:
-    settings = {"per_device_train_batch_size": 4, "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no",
-                "use_cpu": True, "disable_tqdm": True} | args
+def trainer(
+    folder, model=None, examples=EXAMPLES, dev=None, callbacks=None, cache_bytes=0, deterministic=False, **args
+) -> qpeft.QPeftTrainer:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | args
     args = transformers.TrainingArguments(str(folder), **settings)
-    return qpeft.QPeftTrainer(model or tiny_model(), args, examples, dev, callbacks=callbacks, cache_bytes=cache_bytes,
-                              deterministic=deterministic)
+    return qpeft.QPeftTrainer(
+        model or tiny_model(),
+        args,
+        examples,
+        dev,
+        callbacks=callbacks,
+        cache_bytes=cache_bytes,
+        deterministic=deterministic,
+    )
 
 
 def weights(model) -> dict[str, torch.Tensor]:

@@ -99,8 +99,9 @@ class AttentionClues(Float32Module):
     def _rename_multihead_attention(self, state: dict[str, Tensor], prefix: str) -> None:
         """The state of a `torch.nn.MultiheadAttention` under our names, in place; the MLP keeps its values."""
         if not hasattr(self.q, "weight"):
-            raise ValueError(f"a MultiheadAttention has full matrices, these AttentionClues have rank {len(self.q.b)}; "
-                             "use rank=None")
+            raise ValueError(
+                f"a MultiheadAttention has full matrices, these AttentionClues have rank {len(self.q.b)}; use rank=None"
+            )
         has_bias, given = self.q.bias is not None, f"{prefix}in_proj_bias" in state
         if given and not has_bias:
             raise ValueError("the MultiheadAttention has biases, these AttentionClues do not; use attention_bias=True")

@@ -147,8 +147,10 @@ def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
     # other entries than rounding to half precision explains: another LM of the same shape
     ours, theirs = (torch.tensor(lm["embedding_probe"], dtype=torch.float32) for lm in (got, expected))
     if ours.shape != theirs.shape:
-        raise ValueError(f"{folder}: embedding_probe of the adapter must have {len(ours)} numbers, got {len(theirs)}; "
-                         "save the adapter again")
+        raise ValueError(
+            f"{folder}: embedding_probe of the adapter must have {len(ours)} numbers, got {len(theirs)}; "
+            "save the adapter again"
+        )
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max())):
         raise ValueError(
             f"{folder}: the adapter was trained on an LM with other weights than this "
@@ -157,8 +159,11 @@ def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
 
 
 def _state(model) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor for prefix, module in model.trained_modules.items()
-            for name, tensor in module.state_dict().items()}
+    return {
+        prefix + name: tensor
+        for prefix, module in model.trained_modules.items()
+        for name, tensor in module.state_dict().items()
+    }
 
 
 @own_state()

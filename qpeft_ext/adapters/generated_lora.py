@@ -45,8 +45,10 @@ class GeneratedLora(Float32Module):
         sizes = {name: _sizes(name, module) for name, module in targets.items()}
         for name, both in sizes.items():
             if rank > min(both):
-                raise ValueError(f"QPeftConfig: generated_lora_rank must be at most {min(both)}, the smaller side of "
-                                 f"{name}, got {rank}")
+                raise ValueError(
+                    f"QPeftConfig: generated_lora_rank must be at most {min(both)}, the smaller side of "
+                    f"{name}, got {rank}"
+                )
         self.rank, self.names = rank, list(targets)
         self.targets = list(targets.values())  # a list of modules is no sub-module: they belong to the LM
         self.pool = nn.Linear(width, _BOTTLENECK)
@@ -92,9 +94,11 @@ class GeneratedLora(Float32Module):
         def add_update(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             x = inputs[0]
             if x.dim() != 3 or len(x) != len(gate):
-                raise ValueError(f"QPeftConfig: target module {self.names[layer]} reads {list(x.shape)}, expected "
-                                 f"[{len(gate)}, L, D]: what does not see the rows apart, as in a mixture of experts, "
-                                 "cannot be updated per query; leave it out of target_modules")
+                raise ValueError(
+                    f"QPeftConfig: target module {self.names[layer]} reads {list(x.shape)}, expected "
+                    f"[{len(gate)}, L, D]: what does not see the rows apart, as in a mixture of experts, "
+                    "cannot be updated per query; leave it out of target_modules"
+                )
             a, b = (weight[layer].to(x.device, x.dtype) for weight in (self.a, self.b))
             inner = (x @ a.T) * gate[:, None].to(x.device, x.dtype)
             if suffix is not None:
@@ -145,8 +149,10 @@ def find_targets(
             if not any(_ends(name, ending) for name in found):
                 raise ValueError(_unknown(ending, modules))
         return found
-    raise ValueError("QPeftConfig: none of the generated LoRA's usual target modules is in this LM; name them in "
-                     "target_modules, e.g. " + ", ".join(sorted({name.rpartition(".")[2] for name in modules})[:8]))
+    raise ValueError(
+        "QPeftConfig: none of the generated LoRA's usual target modules is in this LM; name them in "
+        "target_modules, e.g. " + ", ".join(sorted({name.rpartition(".")[2] for name in modules})[:8])
+    )
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -125,8 +125,12 @@ class ClueEmbeddings(nn.Module):
             self.b = nn.Parameter(torch.randn(rank or D, D) / (rank or D) ** 0.5)
         elif kind == "full":
             self.weight = nn.Parameter(table.detach().float().clone())
-            logger.warning("clue_embeddings='full' trains a copy of the embedding table: %s parameters, %.0f MB in "
-                           "the adapter; 'low_rank' has a fraction of them", f"{V * D:,}", 4e-6 * V * D)
+            logger.warning(
+                "clue_embeddings='full' trains a copy of the embedding table: %s parameters, %.0f MB in "
+                "the adapter; 'low_rank' has a fraction of them",
+                f"{V * D:,}",
+                4e-6 * V * D,
+            )
 
     def forward(self, table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the ids, ``[*ids.shape, D]``, in ``dtype``; ``table`` is E."""

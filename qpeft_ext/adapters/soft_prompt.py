@@ -56,13 +56,16 @@ def build_soft_prompt(
         return None
     rest = prompt.least_tokens - P
     if context and P + rest > context:
-        raise ValueError(f"QPeftConfig: num_virtual_tokens must be at most {context - rest}, got {P}: the LM's "
-                         f"context is {context}, and the rest of a prompt takes {rest} or more")
+        raise ValueError(
+            f"QPeftConfig: num_virtual_tokens must be at most {context - rest}, got {P}: the LM's "
+            f"context is {context}, and the rest of a prompt takes {rest} or more"
+        )
     if config.soft_prompt_init == "text":
         ids = prompt.instruction_ids
         if not ids:
-            raise ValueError("QPeftConfig: soft_prompt_init='text' needs an instruction; set one, or "
-                             "soft_prompt_init='random'")
+            raise ValueError(
+                "QPeftConfig: soft_prompt_init='text' needs an instruction; set one, or soft_prompt_init='random'"
+            )
         ids = torch.tensor((ids * -(-P // len(ids)))[:P])
     else:
         known = allowed_ids(prompt.tokenizer, len(table))[: len(prompt.tokenizer)].nonzero()[:, 0]

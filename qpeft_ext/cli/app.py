@@ -25,7 +25,9 @@ ClickException = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help="Rerank text with a frozen language model and a few trained clues (Q-PEFT).",
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 for module in (info, retrieve, synthesize, train, index, rerank, evaluate, compare, fuse, convert, demo):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
@@ -100,8 +102,11 @@ def _fail(arguments: Sequence[str], message: str, code: int = 2) -> int:
 def _one_value_each(error: Exception, arguments: Sequence[str]) -> str:
     """What to do where an option was given several values: they are then arguments that nothing expects."""
     found = re.match(r"Got unexpected extra argument(?:s|\(s\))? \((\S+?)\)*(?: |$)", getattr(error, "message", ""))
-    before = [argument for argument in arguments[: arguments.index(found[1])] if argument.startswith("--")] \
-        if found and found[1] in arguments else []
+    before = (
+        [argument for argument in arguments[: arguments.index(found[1])] if argument.startswith("--")]
+        if found and found[1] in arguments
+        else []
+    )
     option = before[-1].partition("=")[0] if before else ""
     return f"; {option} takes one value: repeat it, or put commas between them, as --help says" if option else ""
 

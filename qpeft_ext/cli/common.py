@@ -12,16 +12,20 @@ Device = Annotated[str | None, typer.Option(help="For example cuda or cpu.  [def
 Dtype = Annotated[str | None, typer.Option(help="Of the LM: bfloat16, float16 or float32.  [default: as stored]")]
 Attention = Annotated[
     str | None,
-    typer.Option(help="Of the LM, one of transformers': sdpa, flash_attention_2, flex_attention, eager, …  [default: "
-                      "sdpa where the LM has it]"),
+    typer.Option(
+        help="Of the LM, one of transformers': sdpa, flash_attention_2, flex_attention, eager, …  [default: "
+        "sdpa where the LM has it]"
+    ),
 ]
 IgnoreIdenticalIds = Annotated[
     bool, typer.Option("--ignore-identical-ids", help="Leave out documents with the id of their query, as in ArguAna.")
 ]
 Measures = Annotated[
     list[str] | None,
-    typer.Option(help="Names of ir_measures (nDCG@10 MAP RR@10) or trec_eval (map), one or several.  [default: nDCG@10 "
-                      "RR@10 Success@{1,5,20}]"),
+    typer.Option(
+        help="Names of ir_measures (nDCG@10 MAP RR@10) or trec_eval (map), one or several.  [default: nDCG@10 "
+        "RR@10 Success@{1,5,20}]"
+    ),
 ]
 MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 

@@ -58,8 +58,12 @@ def _write(plan, output: Path) -> None:
     from ..utils.files import write_text
 
     tables = build_tables(plan, output)
-    for name, content in (("comparison.md", markdown(plan, tables)), ("comparison.csv", csv_text(tables)),
-                          ("comparison.json", json_text(tables)), ("comparison.html", html(plan, tables))):
+    for name, content in (
+        ("comparison.md", markdown(plan, tables)),
+        ("comparison.csv", csv_text(tables)),
+        ("comparison.json", json_text(tables)),
+        ("comparison.html", html(plan, tables)),
+    ):
         write_text(output / name, content, follow=False)
     say(render(tables))
     say(f"wrote comparison.md, .csv, .json and .html to {output}/")

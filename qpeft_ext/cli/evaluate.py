@@ -15,8 +15,11 @@ from .common import IgnoreIdenticalIds, Measures
 def command(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="TREC runs; the first one is the baseline.")],
     qrels: Annotated[
-        str, typer.Option(help="Qrels (TREC, BEIR tsv, MS MARCO), or a collection that judges: a folder with --split, "
-                               "retriever output or questions with answers, an id of ir_datasets.")
+        str,
+        typer.Option(
+            help="Qrels (TREC, BEIR tsv, MS MARCO), or a collection that judges: a folder with --split, "
+            "retriever output or questions with answers, an id of ir_datasets."
+        ),
     ],
     split: Annotated[str | None, typer.Option(help="Of a collection.  [default: test, or the only one]")] = None,
     measures: Measures = None,
@@ -50,8 +53,14 @@ def command(
     if len(set(labels)) < len(labels):
         raise ValueError("each run can be given once only")
     read = {label: formats.read_run(path) for label, path in zip(labels, paths, strict=True)}
-    table = compare_table(read, formats.read_judgements(qrels, split, list(read.values())), names,
-                          test=test, ignore_identical_ids=ignore_identical_ids, ties=ties)
+    table = compare_table(
+        read,
+        formats.read_judgements(qrels, split, list(read.values())),
+        names,
+        test=test,
+        ignore_identical_ids=ignore_identical_ids,
+        ties=ties,
+    )
     if output:
         write_text(output, json.dumps(table.to_dict(), indent=2) + "\n")
     say(table.render())

@@ -47,16 +47,22 @@ def command(
             if not (dev_run and dev_qrels):
                 raise ValueError("--method scores needs --weights, or --dev-run for each run and --dev-qrels")
             if len(dev_run) != len(runs):
-                raise ValueError(f"expected {len(runs)} --dev-run, in the order of the runs, got {len(dev_run)}; "
-                                 "write --dev-run before each")
+                raise ValueError(
+                    f"expected {len(runs)} --dev-run, in the order of the runs, got {len(dev_run)}; "
+                    "write --dev-run before each"
+                )
             read, qrels = [formats.read_run(run) for run in runs], formats.read_qrels(dev_qrels)
             for query_id in qrels:
                 if any(query_id in run for run in read):
-                    raise ValueError(f"query {query_id!r} is among the dev queries and among those to fuse; "
-                                     f"choose weights on other queries")
+                    raise ValueError(
+                        f"query {query_id!r} is among the dev queries and among those to fuse; "
+                        f"choose weights on other queries"
+                    )
             chosen, value = choose_weights([formats.read_run(run) for run in dev_run], qrels, measure, normalization)
-            how = (f"weights {', '.join(f'{weight:g}' for weight in chosen)} chosen on {len(qrels)} dev queries "
-                   f"({measure} {value:.4f} there)")
+            how = (
+                f"weights {', '.join(f'{weight:g}' for weight in chosen)} chosen on {len(qrels)} dev queries "
+                f"({measure} {value:.4f} there)"
+            )
         fused = fuse(read, chosen, normalization)
     lines = formats.write_run(output, fused)
     say(f"{how}; wrote {lines} lines for {len(fused)} queries to {output}")
@@ -70,6 +76,7 @@ def _numbers(weights: str | None, count: int) -> list[float] | None:
     except ValueError:
         raise ValueError(f"--weights: expected numbers with commas between them, got {weights!r}") from None
     if len(numbers) != count:
-        raise ValueError(f"--weights: expected {count} numbers with commas between them, one for each run, got "
-                         f"{len(numbers)}")
+        raise ValueError(
+            f"--weights: expected {count} numbers with commas between them, one for each run, got {len(numbers)}"
+        )
     return numbers

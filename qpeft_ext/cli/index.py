@@ -33,8 +33,10 @@ def command(
     """
     if not (model or base_model):
         raise ValueError("expected --model ADAPTER or --base-model LM")
-    for option, value in (("--max-document-tokens", max_document_tokens),
-                          ("--max-tokens-per-batch", max_tokens_per_batch)):
+    for option, value in (
+        ("--max-document-tokens", max_document_tokens),
+        ("--max-tokens-per-batch", max_tokens_per_batch),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     from .. import formats
@@ -58,12 +60,15 @@ def command(
         plan = writer.plan()
         cut = f", {plan.cut} cut to max_document_tokens" if plan.cut else ""
         there = f", {plan.there} of them are there already" if plan.there else ""
-        say(f"{plan.documents} documents{cut}, {plan.distinct} different ones{there}; "
-            f"{plan.missing} to compute, {size(plan.nbytes)} to write to {out}")
+        say(
+            f"{plan.documents} documents{cut}, {plan.distinct} different ones{there}; "
+            f"{plan.missing} to compute, {size(plan.nbytes)} to write to {out}"
+        )
         writer.expect_room(plan)
         try:
             writer.run(plan)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; what was computed is kept, and the same command goes on from there"
-                              ) from None
+            raise Interrupted(
+                "interrupted; what was computed is kept, and the same command goes on from there"
+            ) from None
     say(f"{out} is complete: qpeft rerank --index {out}")

@@ -25,8 +25,10 @@ def kernels() -> dict[str, str]:
     """For every kind of device: live, or the reason why the PyTorch definitions run instead."""
     from ..ops import _library
 
-    return {device: f"{'live' if live else 'not live'}: {reason}"
-            for device, (live, reason) in _library.kernels_live().items()}
+    return {
+        device: f"{'live' if live else 'not live'}: {reason}"
+        for device, (live, reason) in _library.kernels_live().items()
+    }
 
 
 def build() -> dict[str, str]:

@@ -36,15 +36,21 @@ def command(
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: one Ray actor for each of --devices.")] = "local",
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with OUTPUT.part, which the same job left when it was "
-                                                        "interrupted; or start over.")
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with OUTPUT.part, which the same job left when it was interrupted; or start over.",
+        ),
     ] = True,
     cache_bytes: Annotated[
         int, typer.Option(help="Memory per device for documents' prefixes, kept from query to query.")
     ] = 0,
     max_memory: Annotated[
-        str | None, typer.Option(help="Bytes per device besides the weights, or free (CUDA): gives token budget and "
-                                      "caches, instead of --cache-bytes.")
+        str | None,
+        typer.Option(
+            help="Bytes per device besides the weights, or free (CUDA): gives token budget and "
+            "caches, instead of --cache-bytes."
+        ),
     ] = None,
     index: Annotated[
         Path | None, typer.Option(help="Folder made by qpeft index: documents' prefixes are read from there.")
@@ -52,8 +58,10 @@ def command(
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal scores; slower.")] = False,
     max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a pass.")] = None,
     template: Annotated[
-        str | None, typer.Option(help="Prompt of --upr without an adapter: qpeft, or upr as published.  [default: the "
-                                      "adapter's, or qpeft]")
+        str | None,
+        typer.Option(
+            help="Prompt of --upr without an adapter: qpeft, or upr as published.  [default: the adapter's, or qpeft]"
+        ),
     ] = None,
     max_query_tokens: Annotated[
         int | None, typer.Option(help="A longer query is an error.  [default: the adapter's, or 64]")
@@ -84,14 +92,21 @@ def command(
         raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")
     if not (model or base_model):
         raise ValueError("expected --base-model LM, since there is no adapter that names one")
-    for option, value, least in (("--top-k", top_k, 1), ("--max-query-tokens", max_query_tokens, 1),
-                                 ("--max-document-tokens", max_document_tokens, 1), ("--cache-bytes", cache_bytes, 0),
-                                 ("--max-tokens-per-batch", max_tokens_per_batch, 1)):
+    for option, value, least in (
+        ("--top-k", top_k, 1),
+        ("--max-query-tokens", max_query_tokens, 1),
+        ("--max-document-tokens", max_document_tokens, 1),
+        ("--cache-bytes", cache_bytes, 0),
+        ("--max-tokens-per-batch", max_tokens_per_batch, 1),
+    ):
         if value is not None and value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")
     if max_memory is not None and (cache_bytes or not (max_memory == "free" or max_memory.isdigit())):
-        raise ValueError("--max-memory and --cache-bytes exclude each other" if cache_bytes else
-                         f"--max-memory must be a number of bytes or free, got {max_memory!r}")
+        raise ValueError(
+            "--max-memory and --cache-bytes exclude each other"
+            if cache_bytes
+            else f"--max-memory must be a number of bytes or free, got {max_memory!r}"
+        )
     places = _devices(device, devices, engine)
     collection = formats.open_collection(data)
     corpus, asked, queries = collection.corpus, asked_queries(collection, split), collection.queries(split)
@@ -103,10 +118,18 @@ def command(
     qrels = collection.judge(split, [candidates])
     spec = SystemsSpec(
         data=os.path.abspath(data) if os.path.exists(data) else data,
-        model=model, base_model=base_model, upr=upr, similarity_only=similarity_only,
-        dtype=dtype, attention=attention, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch,
-        max_query_tokens=max_query_tokens, truncate_queries=truncate_queries,
-        max_document_tokens=max_document_tokens, cache_bytes=cache_bytes,
+        model=model,
+        base_model=base_model,
+        upr=upr,
+        similarity_only=similarity_only,
+        dtype=dtype,
+        attention=attention,
+        deterministic=deterministic,
+        max_tokens_per_batch=max_tokens_per_batch,
+        max_query_tokens=max_query_tokens,
+        truncate_queries=truncate_queries,
+        max_document_tokens=max_document_tokens,
+        cache_bytes=cache_bytes,
         max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
         index=index.absolute() if index else None,
         template=template,
@@ -117,9 +140,15 @@ def command(
         stack.callback(lambda: [partial.close() for partial in partials.values()])
         settings, about = spec.settings(queries, candidates), spec.about()
         for place, name in enumerate(spec.names):
-            partials[name] = formats.PartialRun(output, candidates, settings | {"system": name}, about=about,
-                                                name=name.replace(" ", "-") if place else "", resume=resume,
-                                                blocks=run_blocks(candidates))
+            partials[name] = formats.PartialRun(
+                output,
+                candidates,
+                settings | {"system": name},
+                about=about,
+                name=name.replace(" ", "-") if place else "",
+                resume=resume,
+                blocks=run_blocks(candidates),
+            )
             if partials[name].num_resumed:
                 say(f"{partials[name]}: going on from there")
         if index:

@@ -52,8 +52,10 @@ def command(
             say_identical("BM25", identical)
         for query_id, ranking in run.items():
             writer.add(query_id, ranking)
-    say(f"BM25 (k1 {k1:g}, b {b:g}) over {len(index.doc_ids)} documents: wrote {writer.num_lines} lines for "
-        f"{len(queries)} queries to {output}")
+    say(
+        f"BM25 (k1 {k1:g}, b {b:g}) over {len(index.doc_ids)} documents: wrote {writer.num_lines} lines for "
+        f"{len(queries)} queries to {output}"
+    )
     if without := sum(not ranking for ranking in run.values()):
         say(f"{without} queries have no candidate: no document holds a word of theirs")
     qrels = collection.judge(split, [run]) if judges else None

@@ -39,8 +39,11 @@ def command(
     depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
     seed: Annotated[int, typer.Option(help="Of documents, draws and negatives.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on with OUTPUT.part, which the same job left when it was "
-                                                        "interrupted; or start over.")
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with OUTPUT.part, which the same job left when it was interrupted; or start over.",
+        ),
     ] = True,
     max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a batch.")] = None,
     dtype: Dtype = None,
@@ -52,8 +55,11 @@ def command(
     then. Example: qpeft synthesize --data FOLDER --base-model LM --output train.jsonl, then qpeft train --train
     train.jsonl
     """
-    for option, value in (("--documents", documents), ("--round-trip-top", round_trip_top),
-                          ("--max-tokens-per-batch", max_tokens_per_batch)):
+    for option, value in (
+        ("--documents", documents),
+        ("--round-trip-top", round_trip_top),
+        ("--max-tokens-per-batch", max_tokens_per_batch),
+    ):
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     from dataclasses import asdict
@@ -67,10 +73,21 @@ def command(
     from ..utils.console import Interrupted, say
 
     sampling = Sampling(queries_per_document, temperature, top_p, top_k, max_new_tokens, seed)
-    filters = Filters(min_tokens, keep_unfinished, min_log_likelihood, keep_fraction,
-                      0 if no_round_trip else round_trip_top, num_negatives, depth)
-    config = QPeftConfig(clues="none", instruction=DEFAULT_INSTRUCTION if instruction is None else instruction,
-                         max_document_tokens=max_document_tokens, max_query_tokens=max_query_tokens)
+    filters = Filters(
+        min_tokens,
+        keep_unfinished,
+        min_log_likelihood,
+        keep_fraction,
+        0 if no_round_trip else round_trip_top,
+        num_negatives,
+        depth,
+    )
+    config = QPeftConfig(
+        clues="none",
+        instruction=DEFAULT_INSTRUCTION if instruction is None else instruction,
+        max_document_tokens=max_document_tokens,
+        max_query_tokens=max_query_tokens,
+    )
     corpus = formats.open_collection(data).corpus
     doc_ids = choose_documents(corpus, documents, seed)
     device = default_device(device)
@@ -85,11 +102,14 @@ def command(
     try:
         if partial.num_resumed:
             say(f"{partial}: going on from there")
-        generator = QueryGenerator(get_qpeft_model(load_lm(base_model, dtype=dtype, device=device), config), sampling,
-                                   max_tokens_per_batch)
+        generator = QueryGenerator(
+            get_qpeft_model(load_lm(base_model, dtype=dtype, device=device), config), sampling, max_tokens_per_batch
+        )
         if not generator.has_end:
-            say("the LM's tokenizer has neither a line end nor an end token, so no query will end by itself; use "
-                "--keep-unfinished and a small --max-new-tokens")
+            say(
+                "the LM's tokenizer has neither a line end nor an end token, so no query will end by itself; use "
+                "--keep-unfinished and a small --max-new-tokens"
+            )
         generate_queries(generator, corpus, doc_ids, partial)
         say(str(write_training_set(partial, corpus, doc_ids, filters, seed, {"settings": settings} | about)))
         say(f"wrote {output}")

@@ -19,12 +19,20 @@ from .common import Attention, Device, Dtype, IgnoreIdenticalIds
 
 CHECKPOINTS = "checkpoints"
 # of transformers, those that need no further settings
-SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-              "inverse_sqrt")
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 
 
 def _one_at_a_time(command: Callable[..., None]) -> Callable[..., None]:
     """Two trainings into one folder would mix their checkpoints."""
+
     @functools.wraps(command)
     def locked(**options) -> None:
         output = options["output"]
@@ -44,8 +52,11 @@ def command(
         str | None, typer.Option(help="Collection with training examples, or with qrels of --split (see README).")
     ] = None,
     train: Annotated[
-        Path | None, typer.Option(help="Examples, jsonl: query, positives, negatives; or the keys of "
-                                       "sentence-transformers, FlagEmbedding or Tevatron.")
+        Path | None,
+        typer.Option(
+            help="Examples, jsonl: query, positives, negatives; or the keys of "
+            "sentence-transformers, FlagEmbedding or Tevatron."
+        ),
     ] = None,
     dev: Annotated[Path | None, typer.Option(help="Examples for evaluation in training, jsonl.")] = None,
     run: Annotated[
@@ -60,8 +71,8 @@ def command(
     num_heads: Annotated[int | None, typer.Option(help="Attention heads, for attention.  [default: 8]")] = None,
     rank: Annotated[int | None, typer.Option(help="Inner width of the clue module.  [default: 256 at most]")] = None,
     generated_lora_rank: Annotated[
-        int | None, typer.Option(help="Of the update of the LM that the query generates; 0: none.  [default: 16 with "
-                                      "clues]")
+        int | None,
+        typer.Option(help="Of the update of the LM that the query generates; 0: none.  [default: 16 with clues]"),
     ] = None,
     loss: Annotated[str, typer.Option(help="pointwise_pairwise, listwise, contrastive, ...")] = "listwise",
     margin: Annotated[float, typer.Option(help="Of the pairwise loss, in nats per query token.")] = 0.0,
@@ -81,12 +92,14 @@ def command(
     max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
     queries_per_group: Annotated[int, typer.Option(help="Queries that share their documents.")] = 4,
     batch_size: Annotated[
-        int | None, typer.Option(help="Queries a device reads at once, a multiple of --queries-per-group.  [default: "
-                                      "one group]")
+        int | None,
+        typer.Option(help="Queries a device reads at once, a multiple of --queries-per-group.  [default: one group]"),
     ] = None,
     gradient_accumulation: Annotated[
-        int, typer.Option("--gradient-accumulation", "--gradient-accumulation-steps", help="Batches per step of the "
-                          "optimiser.")
+        int,
+        typer.Option(
+            "--gradient-accumulation", "--gradient-accumulation-steps", help="Batches per step of the optimiser."
+        ),
     ] = 1,
     save_steps: Annotated[
         int | None, typer.Option(help="Checkpoint every so many steps; with --dev the best is kept.  [default: none]")
@@ -112,8 +125,9 @@ def command(
     """
     if (data is None) == (train is None):
         raise ValueError("expected either --data FOLDER or --train FILE")
-    _check_schedule(learning_rate, epochs, max_steps, weight_decay, warm_up, scheduler, max_grad_norm,
-                    gradient_accumulation)
+    _check_schedule(
+        learning_rate, epochs, max_steps, weight_decay, warm_up, scheduler, max_grad_norm, gradient_accumulation
+    )
     if save_steps is not None and save_steps < 1:
         raise ValueError(f"--save-steps must be at least 1, got {save_steps}")
     if cache_bytes < 0:
@@ -129,21 +143,35 @@ def command(
     from ..prefixes.cache import DocumentCache
     from ..utils.console import say
 
-    settings = {"clues": clues, "rank": "auto" if rank is None else rank, "loss": loss, "margin": margin,
-                "queries_per_group": queries_per_group, "num_hard_negatives": num_negatives,
-                "max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens, "seed": seed}
+    settings = {
+        "clues": clues,
+        "rank": "auto" if rank is None else rank,
+        "loss": loss,
+        "margin": margin,
+        "queries_per_group": queries_per_group,
+        "num_hard_negatives": num_negatives,
+        "max_query_tokens": max_query_tokens,
+        "max_document_tokens": max_document_tokens,
+        "seed": seed,
+    }
     given = parse_options(option or [])
     settings |= _of_the_clues((settings | given)["clues"], k, num_heads)
     config = QPeftConfig(**settings | _generated_lora(generated_lora_rank, settings | given) | given)
     if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
-        raise ValueError("--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
-                         "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20")
+        raise ValueError(
+            "--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
+            "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20"
+        )
     batch_size = _batch_size(batch_size, config.queries_per_group)
     cache = DocumentCache(cache_bytes, index=index) if cache_bytes or index else None
-    examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed,
-                                   ignore_identical_ids)
-    if "in_batch_negatives" not in given and config.loss != "contrastive" and _have_negatives(  # which is made of them
-            examples, config.num_hard_negatives):
+    examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed, ignore_identical_ids)
+    if (
+        "in_batch_negatives" not in given
+        and config.loss != "contrastive"
+        and _have_negatives(  # which is made of them
+            examples, config.num_hard_negatives
+        )
+    ):
         config.in_batch_negatives = False
         say("no in-batch negatives: every query has enough of its own")
     from ..training.examples import lacking_negatives
@@ -160,20 +188,39 @@ def command(
     if overwrite and checkpoints.exists() and is_first_process():
         shutil.rmtree(checkpoints)  # a later --resume must not find the earlier run's
     arguments = TrainingArguments(
-        output_dir=str(checkpoints), learning_rate=learning_rate, num_train_epochs=epochs, max_steps=max_steps,
-        per_device_train_batch_size=batch_size, gradient_accumulation_steps=gradient_accumulation,
-        weight_decay=weight_decay, warmup_steps=int(warm_up) if warm_up >= 1 else warm_up,
-        lr_scheduler_type=scheduler, max_grad_norm=max_grad_norm,
-        save_strategy="no" if save_steps is None else "steps", save_steps=save_steps or 500,
-        save_total_limit=2, eval_strategy="no" if not dev_examples else "epoch" if save_steps is None else "steps",
-        eval_steps=save_steps, load_best_model_at_end=bool(dev_examples and save_steps), report_to=report_to, seed=seed,
-        use_cpu=device == "cpu", logging_steps=10,
+        output_dir=str(checkpoints),
+        learning_rate=learning_rate,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation,
+        weight_decay=weight_decay,
+        warmup_steps=int(warm_up) if warm_up >= 1 else warm_up,
+        lr_scheduler_type=scheduler,
+        max_grad_norm=max_grad_norm,
+        save_strategy="no" if save_steps is None else "steps",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        eval_strategy="no" if not dev_examples else "epoch" if save_steps is None else "steps",
+        eval_steps=save_steps,
+        load_best_model_at_end=bool(dev_examples and save_steps),
+        report_to=report_to,
+        seed=seed,
+        use_cpu=device == "cpu",
+        logging_steps=10,
     )
     model = get_qpeft_model(load_lm(base_model, dtype=dtype, device=device, attention=attention), config)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
-    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples,
-                           deterministic=deterministic, cache=cache, truncate_queries=truncate_queries)
+    trainer = QPeftTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=dev_examples,
+        deterministic=deterministic,
+        cache=cache,
+        truncate_queries=truncate_queries,
+    )
     trainer.train(resume_from_checkpoint=True if resumed else None)
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
@@ -183,8 +230,16 @@ def command(
     trainer.accelerator.end_training()  # a process group that is left to the interpreter's exit can abort the process
 
 
-def _check_schedule(learning_rate: float, epochs: float, max_steps: int, weight_decay: float, warm_up: float,
-                    scheduler: str, max_grad_norm: float, gradient_accumulation: int) -> None:
+def _check_schedule(
+    learning_rate: float,
+    epochs: float,
+    max_steps: int,
+    weight_decay: float,
+    warm_up: float,
+    scheduler: str,
+    max_grad_norm: float,
+    gradient_accumulation: int,
+) -> None:
     """Raises: ValueError for a value that would be ignored, or would train nothing."""
     for option, value in (("--learning-rate", learning_rate), ("--epochs", epochs)):
         if not 0 < value < math.inf:
@@ -207,13 +262,16 @@ def _check_schedule(learning_rate: float, epochs: float, max_steps: int, weight_
 def _batch_size(asked: int | None, group: int) -> int:
     """Queries of a batch. Raises: ValueError if they are no whole groups."""
     if asked is not None and (asked < 1 or asked % group):
-        raise ValueError(f"--batch-size must be a multiple of --queries-per-group, {group}, got {asked}: queries that "
-                         f"share their documents are read together; --gradient-accumulation adds up batches")
+        raise ValueError(
+            f"--batch-size must be a multiple of --queries-per-group, {group}, got {asked}: queries that "
+            f"share their documents are read together; --gradient-accumulation adds up batches"
+        )
     return group if asked is None else asked
 
 
-def _read(data, split, train, dev, run, num_negatives, depth, seed,
-          ignore_identical_ids=False) -> tuple[list, list | None]:
+def _read(
+    data, split, train, dev, run, num_negatives, depth, seed, ignore_identical_ids=False
+) -> tuple[list, list | None]:
     """Training examples and, if asked for, those for evaluation."""
     from .. import formats
     from ..ranking.first_stage import first_stage
@@ -234,10 +292,12 @@ def _read(data, split, train, dev, run, num_negatives, depth, seed,
     qrels, corpus, queries = collection.qrels(name), collection.corpus, collection.queries(name)
     asked = {query_id: queries[query_id] for query_id in qrels if query_id in queries}
     # as many candidates as are relevant may have to be passed over to find `depth` that are not
-    candidates, _ = first_stage(collection, name, asked, run, depth + max(map(len, qrels.values())),
-                                ignore_identical_ids)
-    examples, counts = formats.training_examples(queries, qrels, candidates, corpus, num_negatives=num_negatives,
-                                                 depth=depth, seed=seed)
+    candidates, _ = first_stage(
+        collection, name, asked, run, depth + max(map(len, qrels.values())), ignore_identical_ids
+    )
+    examples, counts = formats.training_examples(
+        queries, qrels, candidates, corpus, num_negatives=num_negatives, depth=depth, seed=seed
+    )
     say(str(counts))
     return examples, dev_examples
 
@@ -259,8 +319,10 @@ def _check_output(output: Path, resume: bool, overwrite: bool, resumed: bool) ->
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; expected a folder for the adapter")
     if adapter.exists() and resume and not resumed:
-        raise ValueError(f"{output} holds an adapter, and {checkpoints} no complete checkpoint to resume from; name "
-                         f"another folder, or --overwrite to train it anew")
+        raise ValueError(
+            f"{output} holds an adapter, and {checkpoints} no complete checkpoint to resume from; name "
+            f"another folder, or --overwrite to train it anew"
+        )
     if adapter.exists() and not (resume or overwrite):
         raise ValueError(f"{output} already holds an adapter; name another folder, or --overwrite")
     if checkpoints.exists() and not (resume or overwrite):

@@ -87,8 +87,9 @@ class Work:
         """
         lm, decoder = self.engine.lm, self.engine.decoder
         config = lm.config.get_text_config()
-        embeddings = {id(p) for module in decoder.modules() if isinstance(module, nn.Embedding)
-                      for p in module.parameters()}
+        embeddings = {
+            id(p) for module in decoder.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+        }
         N = sum(p.numel() for p in decoder.parameters() if id(p) not in embeddings)
         heads = getattr(config, "num_attention_heads", 0)  # none where the LM has recurrent state instead
         width = heads and heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -38,8 +38,9 @@ class Ranked:
 
         The texts themselves count, not the file: a copy of the data is the same data.
         """
-        content = [[q, text, self.qrels[q], [d for d, _ in self.candidates.get(q, ())]]
-                   for q, text in self.queries.items()]
+        content = [
+            [q, text, self.qrels[q], [d for d, _ in self.candidates.get(q, ())]] for q, text in self.queries.items()
+        ]
         texts = hashlib.sha256()
         for doc_id in sorted({d for found in self.candidates.values() for d, _ in found}):
             texts.update(digest(self.corpus[doc_id]).encode())
@@ -79,8 +80,11 @@ class CollectionData:
         taken = self._taken(dev=True)
         if part.examples:
             path = self._root / part.examples
-            found = [example for example in formats.read_examples(path)
-                     if self._prompt.fits(example["query"]) and example["query"] not in taken]
+            found = [
+                example
+                for example in formats.read_examples(path)
+                if self._prompt.fits(example["query"]) and example["query"] not in taken
+            ]
             chosen = sorted(_sample(range(len(found)), count, seed))
             examples = [found[i] for i in chosen]
             place = str(path)
@@ -89,13 +93,16 @@ class CollectionData:
             most = depth + max((len(judged) for judged in qrels.values()), default=0)
             run = self._root / part.run if part.run else None
             candidates, _ = first_stage(data, part.split, queries, run, most)
-            examples, _ = formats.training_examples(queries, qrels, candidates, data.corpus, num_negatives=negatives,
-                                                    depth=depth, seed=seed)
+            examples, _ = formats.training_examples(
+                queries, qrels, candidates, data.corpus, num_negatives=negatives, depth=depth, seed=seed
+            )
             place = f"{data.place}, split {part.split}"
         if len(examples) < count:
-            raise ValueError(f"{place}: {count} training queries were asked for, there are {len(examples)} that are "
-                             f"judged, fit the prompt and are no test or dev queries; {which}.queries of the "
-                             "collection can say how many it has")
+            raise ValueError(
+                f"{place}: {count} training queries were asked for, there are {len(examples)} that are "
+                f"judged, fit the prompt and are no test or dev queries; {which}.queries of the "
+                "collection can say how many it has"
+            )
         return examples
 
     def _taken(self, dev: bool) -> set[str]:
@@ -110,8 +117,11 @@ class CollectionData:
         data = formats.open_collection(_place(self._root, part.data))
         split = data.choose_split(part.split) if data.splits else None
         judged = data.qrels(split)
-        asked = {q: text for q, text in asked_queries(data, split).items() if q in judged and text not in taken
-                 and (not with_relevant or max(judged[q].values()) > 0)}
+        asked = {
+            q: text
+            for q, text in asked_queries(data, split).items()
+            if q in judged and text not in taken and (not with_relevant or max(judged[q].values()) > 0)
+        }
         fitting = {q: text for q, text in asked.items() if self._prompt.fits(text)}
         chosen = sorted(_sample(sorted(fitting), count, seed))
         queries = {q: fitting[q] for q in chosen}

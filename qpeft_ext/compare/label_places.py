@@ -11,8 +11,9 @@ _ANGLES = (0.6, 2.5, -0.6, -2.5, 1.57, -1.57, 0.0, 3.14, 1.1, 2.0, -1.1, -2.0)  
 _DISTANCES = (10, 15, 21, 28, 36, 45, 55, 66)
 
 
-def label_places(points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]],
-                 within: Box) -> list[tuple[float, float]]:
+def label_places(
+    points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], within: Box
+) -> list[tuple[float, float]]:
     """The middle of each label, all in the unit of ``points`` (typographic points).
 
     Nearest free place first, greedily; a label with none within reach takes the one where it covers least.

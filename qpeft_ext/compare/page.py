@@ -39,8 +39,10 @@ def html(plan: Plan, tables: Sequence[CollectionTable]) -> str:
 
 def _lead(plan: Plan, tables: Sequence[CollectionTable]) -> str:
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
-    return (f"{len(plan.methods)} methods on {len(tables)} collection{'s' * (len(tables) > 1)}, {seeds} for what is "
-            "trained. All rerank the same candidates of the same first stage with the same LM, prompt and truncation.")
+    return (
+        f"{len(plan.methods)} methods on {len(tables)} collection{'s' * (len(tables) > 1)}, {seeds} for what is "
+        "trained. All rerank the same candidates of the same first stage with the same LM, prompt and truncation."
+    )
 
 
 def _rows(pairs: Sequence[tuple[str, str]]) -> str:
@@ -50,12 +52,16 @@ def _rows(pairs: Sequence[tuple[str, str]]) -> str:
 
 def _setting(plan: Plan, tables: Sequence[CollectionTable]) -> list[tuple[str, str]]:
     results = [result for table in tables for result in table.results]
-    pairs = [("language model", f"{plan.lm}{f', {plan.dtype}' if plan.dtype else ''}"),
-             ("options of all methods", ", ".join(f"{k} {v}" for k, v in plan.options.items()) or "the defaults"),
-             ("seeds", ", ".join(map(str, plan.seeds)))]
+    pairs = [
+        ("language model", f"{plan.lm}{f', {plan.dtype}' if plan.dtype else ''}"),
+        ("options of all methods", ", ".join(f"{k} {v}" for k, v in plan.options.items()) or "the defaults"),
+        ("seeds", ", ".join(map(str, plan.seeds))),
+    ]
     for name, collection in plan.collections.items():
-        parts = [f"{collection.data}, split {collection.split or 'by default'}, {collection.candidates} candidates of "
-                 f"{collection.run or 'BM25'}"]
+        parts = [
+            f"{collection.data}, split {collection.split or 'by default'}, {collection.candidates} candidates of "
+            f"{collection.run or 'BM25'}"
+        ]
         for what in ("train", "synthetic", "dev"):
             part = getattr(collection, what)
             parts += [f"{what}: {part.examples or f'{part.data}, split {part.split}'}"] if part else []
@@ -73,11 +79,15 @@ def _setting(plan: Plan, tables: Sequence[CollectionTable]) -> list[tuple[str, s
 
 def _section(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     head = "".join(f"<th scope=col>{escape(column).replace('Recall', '<wbr>Recall')}</th>" for column in columns)
-    body = "\n".join(f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{_cell(c)}</td>' for c in cells)}</tr>"
-                     for name, *cells in rows)
+    body = "\n".join(
+        f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{_cell(c)}</td>' for c in cells)}</tr>"
+        for name, *cells in rows
+    )
     below = "".join(f"<p class=note>{escape(note)}</p>\n" for note in notes)
-    return (f"<h3 class=part>{escape(heading)}</h3>\n<div class=wide><table class=measures>\n"
-            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n{below}")
+    return (
+        f"<h3 class=part>{escape(heading)}</h3>\n<div class=wide><table class=measures>\n"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n{below}"
+    )
 
 
 def _cell(text: str) -> str:
@@ -99,14 +109,23 @@ def _draw_means(table: CollectionTable) -> str:
         axes = figure.subplots()
         means = [row.means[measure] for row in rows]
         bounds = [mean_interval(v) for v in values]
-        errors = [[m - low for m, (low, _) in zip(means, bounds, strict=True)],
-                  [high - m for m, (_, high) in zip(means, bounds, strict=True)]]
+        errors = [
+            [m - low for m, (low, _) in zip(means, bounds, strict=True)],
+            [high - m for m, (_, high) in zip(means, bounds, strict=True)],
+        ]
         colors = [_BASELINE if row.name in table.baselines.values() else _METHOD for row in rows]
-        axes.barh(range(len(rows)), means, xerr=np.maximum(errors, 0), color=colors, height=0.62,
-                  error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1})
+        axes.barh(
+            range(len(rows)),
+            means,
+            xerr=np.maximum(errors, 0),
+            color=colors,
+            height=0.62,
+            error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1},
+        )
         for place, (mean, (_, high)) in enumerate(zip(means, bounds, strict=True)):
-            axes.annotate(f"{mean:.3f}", (high, place), xytext=(5, 0), textcoords="offset points", va="center",
-                          fontsize=9)
+            axes.annotate(
+                f"{mean:.3f}", (high, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
+            )
         axes.set_yticks(range(len(rows)), [plain(name) for name in _numbered(rows)])
         axes.invert_yaxis()
         axes.set_xlim(0, max(high for _, high in bounds) * 1.12 + 1e-6)
@@ -126,15 +145,19 @@ def _draw_costs(table: CollectionTable) -> str:
         drawn = []
         floor = 0.5 * float(np.median([row.means[measure] for row in table.rows]))  # below: at the edge of the plot
         for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            points = [(number, row.cost[name], row.means[measure])
-                      for number, row in enumerate(table.rows, start=1) if row.cost[name] is not None]
+            points = [
+                (number, row.cost[name], row.means[measure])
+                for number, row in enumerate(table.rows, start=1)
+                if row.cost[name] is not None
+            ]
             log = _use_log_scale(axes, [x for _, x, _ in points])
             inside, far = ([p for p in points if (p[2] < floor) == low] for low in (False, True))
             axes.scatter([x for _, x, _ in inside], [y for *_, y in inside], s=22, color=_METHOD, zorder=3)
             axes.margins(x=0.12, y=0.12)
             bottom = axes.get_ylim()[0]
-            axes.scatter([x for _, x, _ in far], [bottom] * len(far), s=22, color=_METHOD, zorder=3, marker="v",
-                         clip_on=False)
+            axes.scatter(
+                [x for _, x, _ in far], [bottom] * len(far), s=22, color=_METHOD, zorder=3, marker="v", clip_on=False
+            )
             axes.set_ylim(bottom=bottom)
             points = [(str(number), x, y) for number, x, y in inside]
             points += [(f"{number} ({y:.2f})", x, bottom) for number, x, y in far]
@@ -177,11 +200,20 @@ def _number_points(axes, points: Sequence[tuple[str, float, float]]) -> None:
     at = axes.transData.transform([(x, y) for _, x, y in points]) * points_per_pixel
     left, bottom, right, top = axes.bbox.extents * points_per_pixel
     sizes = [(5.5 * len(label) + 1, 9.0) for label, *_ in points]
-    for (label, x, y), (px, py), (lx, ly) in zip(points, at, label_places(at, sizes, (left, bottom, right, top)),
-                                                  strict=True):
+    for (label, x, y), (px, py), (lx, ly) in zip(
+        points, at, label_places(at, sizes, (left, bottom, right, top)), strict=True
+    ):
         line = {"arrowstyle": "-", "color": _BASELINE, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
-        axes.annotate(label, (x, y), xytext=(lx - px, ly - py), textcoords="offset points", fontsize=9,
-                      ha="center", va="center", arrowprops=line if np.hypot(lx - px, ly - py) > 12 else None)
+        axes.annotate(
+            label,
+            (x, y),
+            xytext=(lx - px, ly - py),
+            textcoords="offset points",
+            fontsize=9,
+            ha="center",
+            va="center",
+            arrowprops=line if np.hypot(lx - px, ly - py) > 12 else None,
+        )
 
 
 def _draw_varied(plan: Plan, table: CollectionTable) -> list[str]:
@@ -203,9 +235,17 @@ def _draw_varied(plan: Plan, table: CollectionTable) -> list[str]:
             axes = figure.subplots()
             for (name, points), color in zip(lines.items(), _LINES * len(lines), strict=False):
                 xs = [x for x, _ in points]
-                axes.errorbar(xs, [row.means[measure] for _, row in points],
-                              [row.deviations.get(measure, 0.0) for _, row in points], color=color, marker="o",
-                              markersize=4, capsize=3, linewidth=1.4, label=plain(name))
+                axes.errorbar(
+                    xs,
+                    [row.means[measure] for _, row in points],
+                    [row.deviations.get(measure, 0.0) for _, row in points],
+                    color=color,
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                    linewidth=1.4,
+                    label=plain(name),
+                )
             for kind, base in table.baselines.items():
                 style = "--" if kind == "upr" else ":"
                 axes.axhline(rows[base].means[measure], color=INK, linewidth=0.9, linestyle=style, label=plain(base))

@@ -20,8 +20,11 @@ from .methods import FIRST_STAGE, PRESETS, peft_options
 PACKAGED = "packaged"  # the name of the LM that the demo comes with
 BASELINE_NAME = "first stage"  # of its row, where the plan gives it no other
 SAME_FOR_ALL = ("max_document_tokens", "max_query_tokens")  # or methods would not see the same tokens
-SET_BY_THE_PLAN = {"seed": "seeds", "num_hard_negatives": "training.negatives",
-                   "queries_per_group": "training.queries_per_step"}
+SET_BY_THE_PLAN = {
+    "seed": "seeds",
+    "num_hard_negatives": "training.negatives",
+    "queries_per_group": "training.queries_per_step",
+}
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,14 @@ class Plan:
     def config(self, method: Method, seed: int) -> QPeftConfig:
         """The method's `QPeftConfig`: options of the plan, then of the preset, then its own."""
         options = self.options | method.preset.options | method.options
-        return QPeftConfig.from_dict(options | {"seed": seed, "num_hard_negatives": method.training.negatives,
-                                                "queries_per_group": method.training.queries_per_step})
+        return QPeftConfig.from_dict(
+            options
+            | {
+                "seed": seed,
+                "num_hard_negatives": method.training.negatives,
+                "queries_per_group": method.training.queries_per_step,
+            }
+        )
 
     def seeds_of(self, method: Method) -> tuple[int, ...]:
         """All seeds for what is trained; the first for the rest, which does not depend on one."""
@@ -160,8 +169,10 @@ def read_plan(path: Path, only: Iterable[str] = (), collections: Iterable[str] =
     reader = _Reader(path)
     plan = reader.read("", Plan, given, path=path, collections=reader.collections, methods=reader.methods)
     chosen = {}
-    merged = {name: replace(method, training=replace(plan.training, **_given(method.training)))
-              for name, method in plan.methods.items()}
+    merged = {
+        name: replace(method, training=replace(plan.training, **_given(method.training)))
+        for name, method in plan.methods.items()
+    }
     plan = replace(plan, methods=merged, all_collections=tuple(plan.collections))
     for name, method in plan.methods.items():
         if not only or _goes_by(method, only):
@@ -170,8 +181,9 @@ def read_plan(path: Path, only: Iterable[str] = (), collections: Iterable[str] =
     for place, names in asked:
         for name in names:
             if not any(_goes_by(method, [name]) for method in plan.methods.values()):
-                raise ValueError(f"{path}: {place}there is no method {shorten(name)}"
-                                 f"{_did_you_mean(name, plan.methods)}")
+                raise ValueError(
+                    f"{path}: {place}there is no method {shorten(name)}{_did_you_mean(name, plan.methods)}"
+                )
     for name in collections:
         if name not in plan.collections:
             raise ValueError(f"{path}: there is no collection {shorten(name)}{_did_you_mean(name, plan.collections)}")
@@ -241,10 +253,15 @@ class _Reader:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (kind is str and not value.strip()):
-            raise self.error(where, f"expected {({int: 'a whole number', float: 'a number', str: 'a name'})[kind]}, "
-                                    f"got {shorten(value)}")
-        if kind is not str and not (0 < value < math.inf) and not (value == 0 and where.endswith(
-                ("negatives", "cache_bytes"))):
+            raise self.error(
+                where,
+                f"expected {({int: 'a whole number', float: 'a number', str: 'a name'})[kind]}, got {shorten(value)}",
+            )
+        if (
+            kind is not str
+            and not (0 < value < math.inf)
+            and not (value == 0 and where.endswith(("negatives", "cache_bytes")))
+        ):
             raise self.error(where, f"must be above 0, got {shorten(value)}")
         return value
 
@@ -255,26 +272,35 @@ class _Reader:
         return part
 
     def collections(self, key: str, given: object) -> dict[str, Collection]:
-        return {name: self.read(f"{key}.{name}", Collection, value, name=name)
-                for name, value in self._named(key, given)}
+        return {
+            name: self.read(f"{key}.{name}", Collection, value, name=name) for name, value in self._named(key, given)
+        }
 
     def methods(self, key: str, given: object) -> dict[str, Method]:
         found: dict[str, Method] = {}
         for name, value in self._named(key, given):
             value = dict(value) if isinstance(value, Mapping) else value
             vary = value.pop("vary", {}) if isinstance(value, dict) else {}
-            base = self.read(f"{key}.{name}", Method, value, name=name,
-                             training=lambda where, given: self._checked_overrides(where, given))
+            base = self.read(
+                f"{key}.{name}",
+                Method,
+                value,
+                name=name,
+                training=lambda where, given: self._checked_overrides(where, given),
+            )
             if base.method not in PRESETS:
-                raise self.error(f"{key}.{name}.method", f"unknown method {base.method!r}"
-                                 f"{_did_you_mean(base.method, PRESETS)}; known: {', '.join(PRESETS)}")
+                raise self.error(
+                    f"{key}.{name}.method",
+                    f"unknown method {base.method!r}{_did_you_mean(base.method, PRESETS)}; known: {', '.join(PRESETS)}",
+                )
             if name == BASELINE_NAME and base.method != FIRST_STAGE:
                 raise self.error(f"{key}.{name}", "is the name of the first stage's own row; choose another")
             for method in [base, *self._variants(f"{key}.{name}.vary", base, vary)]:
                 for other in found:
                     if file_name(other) == file_name(method.name):
-                        raise self.error(f"{key}.{name}", f"{method.name!r} and {other!r} would share a folder; rename "
-                                                          "one of them")
+                        raise self.error(
+                            f"{key}.{name}", f"{method.name!r} and {other!r} would share a folder; rename one of them"
+                        )
                 found[method.name] = method
         return found
 
@@ -350,11 +376,17 @@ class _Reader:
         if method.preset.trained and method.learning_rate is None:
             raise self.error(where, "the key 'learning_rate' is missing; choose it on dev")
         if (method.method == "fusion") != (method.of is not None):
-            raise self.error(where, "the key 'of', the method to fuse with the first stage, belongs to method: fusion"
-                             + (" and is missing" if method.of is None else ""))
+            raise self.error(
+                where,
+                "the key 'of', the method to fuse with the first stage, belongs to method: fusion"
+                + (" and is missing" if method.of is None else ""),
+            )
         if method.of and getattr(plan.methods.get(method.of), "method", "fusion") in ("fusion", FIRST_STAGE):
-            raise self.error(f"{where}.of", f"expected another method of the plan that is no fusion, got {method.of!r}"
-                                            f"{_did_you_mean(method.of, plan.methods)}")
+            raise self.error(
+                f"{where}.of",
+                f"expected another method of the plan that is no fusion, got {method.of!r}"
+                f"{_did_you_mean(method.of, plan.methods)}",
+            )
         if method.peft and method.preset.peft is None:
             raise self.error(f"{where}.peft", f"{method.method} has no peft config")
         try:

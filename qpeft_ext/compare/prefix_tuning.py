@@ -51,8 +51,10 @@ class _PromptAfterPrefix(Prompt):
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
         P = self.num_virtual_tokens
-        return [replace(prefix, ids=(*(0,) * P, *prefix.ids), start=prefix.start + P, end=prefix.end + P)
-                for prefix in super().documents(documents)]
+        return [
+            replace(prefix, ids=(*(0,) * P, *prefix.ids), start=prefix.start + P, end=prefix.end + P)
+            for prefix in super().documents(documents)
+        ]
 
 
 class PrefixTuningEngine(Engine):
@@ -75,8 +77,10 @@ class PrefixTuningEngine(Engine):
     def _why_plain(self) -> str:
         why = super()._why_plain()
         if not why and any(layer and layer[-1] for layer in self.layout.layers):
-            raise ValueError("prefix tuning: an LM with sliding windows is not supported, since padding between the "
-                             "virtual tokens and the document would count in its windows")
+            raise ValueError(
+                "prefix tuning: an LM with sliding windows is not supported, since padding between the "
+                "virtual tokens and the document would count in its windows"
+            )
         return why
 
     @without_cudnn_attention()
@@ -98,8 +102,9 @@ class PrefixTuningEngine(Engine):
             cache.last_layer = self.last_layer
             extra = {self.cache_argument: cache} | ({"position_ids": positions} if self.takes_positions else {})
             with contextlib.suppress(_PrefixIsStored):
-                self.decoder(input_ids=ids, attention_mask=torch.cat([mask.new_ones(N, P), mask], dim=1),
-                             use_cache=True, **extra)
+                self.decoder(
+                    input_ids=ids, attention_mask=torch.cat([mask.new_ones(N, P), mask], dim=1), use_cache=True, **extra
+                )
             return _pads_first(PrefixKV.from_cache(cache, lengths), gaps, P)
 
     def _virtual_tokens(self) -> list[tuple[Tensor, Tensor]]:

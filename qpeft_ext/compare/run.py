@@ -149,7 +149,10 @@ class Comparison:
             examples = self.data(cell.collection).examples(method.examples, method.training, cell.seed)
             peft = peft_options(method.preset, method.peft) if method.preset.peft else None
             settings["training"] = asdict(method.training) | {
-                "learning_rate": method.learning_rate, "examples": digest(examples), "peft": peft}
+                "learning_rate": method.learning_rate,
+                "examples": digest(examples),
+                "peft": peft,
+            }
         return settings
 
     def _fused(self, cell: Cell) -> Cell:
@@ -173,8 +176,9 @@ class Comparison:
     def _trained(self, cell: Cell) -> tuple[Any, dict[str, Any]]:
         if cell.method.preset.trained and cell.read(TRAINED) is None:
             self._take_adapter(cell)
-        return trained_model(self.plan, cell, self.data(cell.collection), self.device,
-                             lambda model: self._prefixes(cell, model))
+        return trained_model(
+            self.plan, cell, self.data(cell.collection), self.device, lambda model: self._prefixes(cell, model)
+        )
 
     def _take_adapter(self, cell: Cell) -> None:
         """A copy of the adapter that was trained for another collection with the same settings, if there is one."""
@@ -208,12 +212,14 @@ class Comparison:
         method, prefixes = cell.method, self._prefixes(cell, model)
         reranker = Reranker(model, cache=prefixes.cache)
         rank = (by_likelihood if method.preset.lm else by_similarity)(reranker)
-        partial = formats.PartialRun(path, ranked.candidates, settings, tag=file_name(method.name),
-                                     blocks=run_blocks(ranked.candidates))
+        partial = formats.PartialRun(
+            path, ranked.candidates, settings, tag=file_name(method.name), blocks=run_blocks(ranked.candidates)
+        )
         try:
             with Work(model.engine) as work, PeakMemory(model.device) as peak:
-                result = rerank_run(rank, ranked.queries, ranked.corpus, ranked.candidates, name=method.name,
-                                    partial=partial)
+                result = rerank_run(
+                    rank, ranked.queries, ranked.corpus, ranked.candidates, name=method.name, partial=partial
+                )
             there = partial.num_resumed
             fresh = list(ranked.candidates)[there:]
             partial.finish()
@@ -229,8 +235,11 @@ class Comparison:
             answers = getattr(model, "answers", None)
             head_rows = sum((len(answers) if answers else of_pair[q]) * len(ranked.candidates[q]) for q in fresh)
             flops = work.flops(head_rows)
-            facts["ranking"] |= {"lm_tokens": work.tokens, "flops": flops,
-                                 "queries_per_petaflop": len(fresh) / flops * PETA}
+            facts["ranking"] |= {
+                "lm_tokens": work.tokens,
+                "flops": flops,
+                "queries_per_petaflop": len(fresh) / flops * PETA,
+            }
         return formats.read_run(path), facts
 
     def _fuse(self, cell: Cell, test: Ranked) -> tuple[Run, dict[str, Any]]:
@@ -241,8 +250,10 @@ class Comparison:
         if source.read() is None:
             raise ValueError(f"there is no result of {source.method.name!r}, which it takes")
         if not (source.folder / RUN).exists():
-            raise ValueError(f"of {source.method.name!r}, which it takes, there are values but no run; remove "
-                             f"{source.folder / RESULT} to have it made again")
+            raise ValueError(
+                f"of {source.method.name!r}, which it takes, there are values but no run; remove "
+                f"{source.folder / RESULT} to have it made again"
+            )
         model, _ = self._trained(source)
         dev_run, _ = self._rank(source, model, dev, cell.folder / DEV_RUN, self.settings(cell))
         reranked = formats.read_run(source.folder / RUN)
@@ -289,8 +300,12 @@ def provenance() -> dict[str, Any]:
     """Versions, commit, machine and date: what a result was made with."""
     from ..utils.environment import machine, versions
 
-    return {"versions": versions(), "commit": _commit(), "machine": machine(),
-            "date": datetime.date.today().isoformat()}
+    return {
+        "versions": versions(),
+        "commit": _commit(),
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _commit() -> str | None:
@@ -300,8 +315,9 @@ def _commit() -> str | None:
         return None
     try:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, timeout=10)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=place, capture_output=True, text=True,
-                                 timeout=10)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=place, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return git.stdout.strip() + (" with changes" if changed.stdout.strip() else "") or None

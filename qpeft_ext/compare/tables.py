@@ -78,19 +78,35 @@ class CollectionTable:
         else:
             lines[0] += f"; {counts[0] if counts else 0} queries"
         if any(name.startswith("CandidateRecall") for name in self.measures):
-            lines.append("CandidateRecall@k, recall as the paper's code counts it: relevant documents among the first "
-                         "k ÷ those among all candidates, over queries that have one.")
+            lines.append(
+                "CandidateRecall@k, recall as the paper's code counts it: relevant documents among the first "
+                "k ÷ those among all candidates, over queries that have one."
+            )
         for kind, name in self.baselines.items():
             tested = sum(kind in row.against for row in self.rows)
-            lines.append(f"{MARKS[kind]} differs from {name}: paired t-test on per-query means over the seeds, "
-                         f"p < {SIGNIFICANT}, Holm-corrected for {tested} methods.")
-        lines += [f"{row.name}: {row.seeds} of {row.expected} seeds have a result." for row in self.rows
-                  if row.seeds < row.expected]
-        short = {row.name: n for row in self.rows for r in self.results if r["method"] == row.name
-                 and (n := r.get("training", {}).get("queries", math.inf)) < row.method.training.queries}
+            lines.append(
+                f"{MARKS[kind]} differs from {name}: paired t-test on per-query means over the seeds, "
+                f"p < {SIGNIFICANT}, Holm-corrected for {tested} methods."
+            )
+        lines += [
+            f"{row.name}: {row.seeds} of {row.expected} seeds have a result."
+            for row in self.rows
+            if row.seeds < row.expected
+        ]
+        short = {
+            row.name: n
+            for row in self.rows
+            for r in self.results
+            if r["method"] == row.name
+            and (n := r.get("training", {}).get("queries", math.inf)) < row.method.training.queries
+        }
         lines += [f"{name}: trained on {n} queries, all that the collection gives." for name, n in short.items()]
-        fused = [f"{r['method']} (seed {r['seed']}): {', '.join(f'{w:.2f}' for w in r['fusion']['weights'])} on "
-                 f"{r['fusion']['dev_queries']} dev queries" for r in self.results if "fusion" in r]
+        fused = [
+            f"{r['method']} (seed {r['seed']}): {', '.join(f'{w:.2f}' for w in r['fusion']['weights'])} on "
+            f"{r['fusion']['dev_queries']} dev queries"
+            for r in self.results
+            if "fusion" in r
+        ]
         return lines + ([f"Weights of the method and of the first stage: {'; '.join(fused)}."] if fused else [])
 
 
@@ -169,8 +185,10 @@ def _row(plan: Plan, method: Method, found: Sequence[dict | None]) -> Row | None
         return None
     for result in results:
         if lacking := set(plan.measures) - set(result["per_query"]):
-            raise ValueError(f"the result of {method.name!r} has no {sorted(lacking)[0]}; run the comparison without "
-                             "--table-only, which computes it from the run file")
+            raise ValueError(
+                f"the result of {method.name!r} has no {sorted(lacking)[0]}; run the comparison without "
+                "--table-only, which computes it from the run file"
+            )
     row = Row(method, len(results), len(found))
     for measure in plan.measures:
         of_seeds = [result["per_query"][measure] for result in results]
@@ -188,8 +206,11 @@ def _row(plan: Plan, method: Method, found: Sequence[dict | None]) -> Row | None
 
 
 def _cost_facts(result: Mapping[str, Any]) -> dict[tuple[str, str], float | None]:
-    facts = {(part, name): value for part in ("parameters", "training", "ranking")
-             for name, value in result.get(part, {}).items()}
+    facts = {
+        (part, name): value
+        for part in ("parameters", "training", "ranking")
+        for name, value in result.get(part, {}).items()
+    }
     if ("parameters", "all") in facts:
         facts["parameters", "percent"] = 100 * facts["parameters", "trainable"] / facts["parameters", "all"]
     for part in ("training", "ranking"):
@@ -269,19 +290,41 @@ def sections(table: CollectionTable) -> list[tuple[str, list[str], list[list[str
         return (f"**{text}**" if row.means[measure] == best[measure] else text) + marks
 
     numbered = [f"{number}. {row.name}" for number, row in enumerate(table.rows, start=1)]
-    parts = [("Quality", ["method", *table.measures],
-              [[name, *(quality(row, m) for m in table.measures)]
-               for name, row in zip(numbered, table.rows, strict=True)], table.notes())]
+    parts = [
+        (
+            "Quality",
+            ["method", *table.measures],
+            [
+                [name, *(quality(row, m) for m in table.measures)]
+                for name, row in zip(numbered, table.rows, strict=True)
+            ],
+            table.notes(),
+        )
+    ]
     if table.baselines:
         heads = [f"{measure} against {name}" for measure in table.measures[:2] for name in table.baselines.values()]
-        parts.append((f"Differences in {' and '.join(table.measures[:2])}", ["method", *heads],
-                      [[name, *(difference_cell(row, kind, m) for m in table.measures[:2] for kind in table.baselines)]
-                       for name, row in zip(numbered, table.rows, strict=True)],
-                      ["Difference of means, two-sided p-value (Holm-corrected), queries that gain : queries that "
-                       f"lose; {plotted} decides."]))
-    parts.append(("Cost", ["method", *(heading for heading, _, _ in COSTS.values())],
-                  [[name, *(cost_cell(row, cost) for cost in COSTS)]
-                   for name, row in zip(numbered, table.rows, strict=True)], cost_notes(table)))
+        parts.append(
+            (
+                f"Differences in {' and '.join(table.measures[:2])}",
+                ["method", *heads],
+                [
+                    [name, *(difference_cell(row, kind, m) for m in table.measures[:2] for kind in table.baselines)]
+                    for name, row in zip(numbered, table.rows, strict=True)
+                ],
+                [
+                    "Difference of means, two-sided p-value (Holm-corrected), queries that gain : queries that "
+                    f"lose; {plotted} decides."
+                ],
+            )
+        )
+    parts.append(
+        (
+            "Cost",
+            ["method", *(heading for heading, _, _ in COSTS.values())],
+            [[name, *(cost_cell(row, cost) for cost in COSTS)] for name, row in zip(numbered, table.rows, strict=True)],
+            cost_notes(table),
+        )
+    )
     return parts
 
 
@@ -297,8 +340,12 @@ def markdown(plan: Plan, tables: Sequence[CollectionTable]) -> str:
 
 
 def _markdown_section(heading: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> list[str]:
-    lines = [f"### {heading}", "", f"| {' | '.join(columns)} |",
-             f"|{'|'.join(['---', *['---:'] * (len(columns) - 1)])}|"]
+    lines = [
+        f"### {heading}",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'|'.join(['---', *['---:'] * (len(columns) - 1)])}|",
+    ]
     lines += [f"| {' | '.join(map(_escaped, row))} |" for row in rows]
     return [*lines, "", *(f"{note}  " for note in notes), ""]
 
@@ -336,8 +383,10 @@ def describe_methods(plan: Plan) -> list[tuple[str, str]]:
             training = method.training
             kind = "synthetic queries" if method.examples == "synthetic" else "queries"
             epochs = "1 epoch" if training.epochs == 1 else f"{training.epochs:g} epochs"
-            facts.append(f"{training.queries} {kind} with {training.negatives} negatives, "
-                         f"{training.queries_per_step} a step, {epochs}, learning rate {method.learning_rate:g}")
+            facts.append(
+                f"{training.queries} {kind} with {training.negatives} negatives, "
+                f"{training.queries_per_step} a step, {epochs}, learning rate {method.learning_rate:g}"
+            )
         found.append((name, "; ".join(facts)))
     return found
 
@@ -347,9 +396,17 @@ def json_text(tables: Sequence[CollectionTable]) -> str:
     commit and machine."""
     content = []
     for table in tables:
-        rows = [{"method": row.name, "seeds": row.seeds, "means": row.means, "deviations": row.deviations,
-                 "against": {kind: vars(against) for kind, against in row.against.items()}, "cost": row.cost}
-                for row in table.rows]
+        rows = [
+            {
+                "method": row.name,
+                "seeds": row.seeds,
+                "means": row.means,
+                "deviations": row.deviations,
+                "against": {kind: vars(against) for kind, against in row.against.items()},
+                "cost": row.cost,
+            }
+            for row in table.rows
+        ]
         results = [{name: value for name, value in result.items() if name != "per_query"} for result in table.results]
         content.append({"collection": table.collection, "queries": table.num_queries, "rows": rows, "results": results})
     return json.dumps(content, indent=1) + "\n"

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from .prefixes import Prefixes
 
 
-def trained_model(plan: Plan, cell: Cell, data: CollectionData, device: str,
-                  prefixes: Callable[[Any], Prefixes]) -> tuple[Any, dict[str, Any]]:
+def trained_model(
+    plan: Plan, cell: Cell, data: CollectionData, device: str, prefixes: Callable[[Any], Prefixes]
+) -> tuple[Any, dict[str, Any]]:
     """The model of a cell, trained, and the facts about it: trained parameters, seconds, peak memory.
 
     Args: data: of the cell's collection.  prefixes: model -> those that it is trained with.
@@ -72,6 +73,12 @@ def _train(model, cell: Cell, examples: list[dict], device: str, prefixes: Prefi
         trainer.train()
     seconds = time.perf_counter() - started
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": steps, "queries": len(examples), "seconds": seconds, "peak_bytes": peak.bytes,
-            "prefixes_from_index": prefixes.from_index,
-            "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None}
+    return {
+        "steps": steps,
+        "queries": len(examples),
+        "seconds": seconds,
+        "peak_bytes": peak.bytes,
+        "prefixes_from_index": prefixes.from_index,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+    }

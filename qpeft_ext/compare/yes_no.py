@@ -39,8 +39,10 @@ class YesNoModel(QPeftModel):
         self.asked = tuple(ids("\nRelevant:"))
         self.answers = tuple(ids(self.prompt._spaced(answer))[0] for answer in ANSWERS)
         if len(set(self.answers)) == 1:
-            raise ValueError(f"yes/no: the tokenizer begins {' and '.join(map(repr, ANSWERS))} with the same token; "
-                             "this method needs another LM")
+            raise ValueError(
+                f"yes/no: the tokenizer begins {' and '.join(map(repr, ANSWERS))} with the same token; "
+                "this method needs another LM"
+            )
 
     def forward(self, batch: PairBatch, *args, **options) -> Scores:
         """logit(yes) − logit(no) of B pairs."""

@@ -198,8 +198,10 @@ def _packaged(lm, tokenizer):
 
     adapted = QPeftModel.from_pretrained(ADAPTER, lm, tokenizer).eval()
     added = sum(p.numel() for p in adapted.parameters()) - sum(p.numel() for p in lm.parameters())
-    return adapted, (f"{BEST}: comes with the package ({added:,} parameters), trained on 2,560 queries of 24 packages "
-                     "that neither the LM nor the test has; the dev queries are of four of them")
+    return adapted, (
+        f"{BEST}: comes with the package ({added:,} parameters), trained on 2,560 queries of 24 packages "
+        "that neither the LM nor the test has; the dev queries are of four of them"
+    )
 
 
 def _train(system: str, model, examples: list, dev_examples: list, output: Path, settings: Settings, seed: int) -> str:
@@ -281,7 +283,8 @@ def _setting(collections: DemoData, rerankers, settings: Settings, seed: int, na
     return {
         "language model": f"{name}, {total / 1e6:.1f} M parameters, frozen",
         "collection": collections.name,
-        "training": f"listwise over {settings.num_negatives + 1} documents; " + "; ".join(
+        "training": f"listwise over {settings.num_negatives + 1} documents; "
+        + "; ".join(
             f"{system}: {min(count, len(collections.train.queries))} queries, learning rate {rate}"
             for system, (count, rate) in trained.items()
         ),

@@ -122,8 +122,10 @@ class BaseEngine:
         scale = float((rows * embedded).sum() / (rows * rows).sum().clamp_min(1e-30))
         scale = float(getattr(module, "scalar_embed_scale", scale))  # exact where the module states it (Gemma 3)
         if not torch.allclose(rows * scale, embedded, rtol=2e-2, atol=1e-6):
-            raise ValueError("the input embeddings are not a scaled table; clues need the table (merge an adapter on "
-                             "them: merge_and_unload)")
+            raise ValueError(
+                "the input embeddings are not a scaled table; clues need the table (merge an adapter on "
+                "them: merge_and_unload)"
+            )
         return 1.0 if abs(scale - 1) < 1e-6 else scale
 
     def table_of_each(
@@ -133,6 +135,7 @@ class BaseEngine:
 
         clue_counts: gives the clues of each pair; only asked if ``most_clues``, the most that one may have, matter.
         """
+
         def tables(counts: Sequence[int]) -> list[int]:
             return [self.rotary.of(len(pieces.lay_out(batch.documents[d].ids, count)[0])
                                    + len(pieces.scored(batch.queries[q])))

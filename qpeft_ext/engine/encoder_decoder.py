@@ -95,8 +95,10 @@ class EncoderDecoderEngine(BaseEngine):
         of_ids = self.encoder(input_ids=ids).last_hidden_state.float()
         ours = self.encoder(inputs_embeds=self.embed(ids)).last_hidden_state.float()
         if not torch.allclose(of_ids, ours, rtol=2e-2, atol=2e-2 * float(of_ids.abs().max())):
-            raise ValueError(f"the encoder of this {self.lm.config.model_type} does not read embeddings as it reads "
-                             "ids, so that clues cannot be given to it")
+            raise ValueError(
+                f"the encoder of this {self.lm.config.model_type} does not read embeddings as it reads "
+                "ids, so that clues cannot be given to it"
+            )
 
     def _own_logits(self, before: Sequence[int], query: Sequence[int]) -> Tensor:
         ids, given = (torch.tensor([row], device=self.device) for row in ((*before,), (self.start, *query)))
@@ -197,5 +199,7 @@ def _start_token(lm) -> int:
     for config in (lm.config, getattr(lm, "generation_config", None)):
         if (start := getattr(config, "decoder_start_token_id", None)) is not None:
             return start
-    raise ValueError(f"the config of this {lm.config.model_type} must have a decoder_start_token_id, the token that "
-                     "its decoder begins with")
+    raise ValueError(
+        f"the config of this {lm.config.model_type} must have a decoder_start_token_id, the token that "
+        "its decoder begins with"
+    )

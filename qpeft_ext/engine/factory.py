@@ -28,8 +28,10 @@ def make_engine(lm, why_plain: str = "") -> Engine | EncoderDecoderEngine:
 def _make_engine(lm, why_plain: str) -> Engine | EncoderDecoderEngine:
     expect_readable_adapters(lm)
     if hasattr(lm.config, "lsh_attn_chunk_length"):
-        raise ValueError(f"a {lm.config.model_type} LM pads token ids to chunks of its own, which embeddings do not go "
-                         "through; use another LM")
+        raise ValueError(
+            f"a {lm.config.model_type} LM pads token ids to chunks of its own, which embeddings do not go "
+            "through; use another LM"
+        )
     if reason := _why_not_language_model(lm):
         raise ValueError("expected a causal LM (Llama, Qwen, GPT-2, …) or an encoder–decoder LM (T5, BART, …), got a "
                          f"{lm.config.model_type} model {reason}; load_lm loads one")  # fmt: skip

@@ -57,8 +57,10 @@ def plan_memory(engine: BaseEngine, max_memory: int | str, attention_clues: bool
     each, rest = bytes_per_token(engine), max_memory - FIXED_BYTES
     least = FIXED_BYTES + 512 * each
     if max_memory < least:
-        raise ValueError(f"max_memory must be at least {least / 2**20:.0f} MiB for this LM, besides its weights; got "
-                         f"{max_memory / 2**20:.0f} MiB")
+        raise ValueError(
+            f"max_memory must be at least {least / 2**20:.0f} MiB for this LM, besides its weights; got "
+            f"{max_memory / 2**20:.0f} MiB"
+        )
     tokens = min(rest // 2 // each, default_tokens(engine.device))
     projected = min(rest // 16, 256 << 20) if attention_clues else 0
     return MemoryPlan(tokens, rest - tokens * each - projected, projected)

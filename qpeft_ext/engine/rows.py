@@ -47,8 +47,13 @@ class Rows:
 
 
 def assemble_rows(
-    batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], device, with_prefix: bool,
-    width_step: int = 1, spare: int = 0,
+    batch: PairBatch,
+    pieces: SuffixPieces | CluesFirstPieces,
+    clue_counts: Sequence[int],
+    device,
+    with_prefix: bool,
+    width_step: int = 1,
+    spare: int = 0,
 ) -> Rows:
     """Lay out the suffixes of the pairs, or with ``with_prefix`` their whole prompts (the plain path).
 

@@ -70,6 +70,7 @@ def document_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
 
 def suffix_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
     """Pairs in lists of at most ``max_pairs``, queries of one length together: for prefixes that are all in a cache."""
+
     def lengths(i: int) -> tuple[int, int]:
         q, d = batch.pairs[i]
         return -len(batch.queries[q]), -len(batch.documents[d].ids)
@@ -80,6 +81,7 @@ def suffix_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
 
 def prefix_groups(batch: PairBatch, max_tokens: int, pass_tokens: int) -> Iterator[list[int]]:
     """Documents that occur in the pairs, in groups of at most ``max_tokens`` padded tokens (at least one document)."""
+
     def length(d: int) -> int:
         return len(batch.documents[d].ids)
 
@@ -87,8 +89,14 @@ def prefix_groups(batch: PairBatch, max_tokens: int, pass_tokens: int) -> Iterat
 
 
 def suffix_groups(
-    batch: PairBatch, documents: list[int], max_tokens: int, max_pairs: int | None, pass_tokens: int, shared: bool,
-    clue_per_token: bool, step: int = 1,
+    batch: PairBatch,
+    documents: list[int],
+    max_tokens: int,
+    max_pairs: int | None,
+    pass_tokens: int,
+    shared: bool,
+    clue_per_token: bool,
+    step: int = 1,
 ) -> Iterator[list[int]]:
     """Pairs of the documents, in groups of at most ``max_tokens`` tokens and ``max_pairs`` pairs, multiples of ``step``
     where they can be.
@@ -112,13 +120,19 @@ def generation_groups(lengths: Sequence[int], new_tokens: int, max_tokens: int) 
 
     A pass of its own costs as many steps as there are new tokens, so padding never ends a group.
     """
-    yield from _groups(range(len(lengths)), lengths.__getitem__, lambda i: lengths[i] + new_tokens, max_tokens, None,
-                       max_tokens)
+    yield from _groups(
+        range(len(lengths)), lengths.__getitem__, lambda i: lengths[i] + new_tokens, max_tokens, None, max_tokens
+    )
 
 
 def _groups(
-    items, length: Callable[[int], int], tokens: Callable[[int], int], max_tokens: int, max_items: int | None,
-    pass_tokens: int, step: int = 1,
+    items,
+    length: Callable[[int], int],
+    tokens: Callable[[int], int],
+    max_tokens: int,
+    max_items: int | None,
+    pass_tokens: int,
+    step: int = 1,
 ) -> Iterator[list[int]]:
     """Items from the longest to the shortest; a group ends before it pads more than ``pass_tokens`` tokens.
 

@@ -49,8 +49,10 @@ class ComparisonTable:
         """What a reader must know beside the numbers, one sentence each."""
         lines = [f"{self.num_queries} queries"]
         if (others := len(self.systems) - 1) > 0:
-            lines[0] += (f"; difference to {self.baseline} and two-sided p-value, "
-                         f"paired {'t-test' if self.test == 't-test' else 'permutation test'}")
+            lines[0] += (
+                f"; difference to {self.baseline} and two-sided p-value, "
+                f"paired {'t-test' if self.test == 't-test' else 'permutation test'}"
+            )
             lines[0] += f", Holm-corrected for {others} comparisons" if others > 1 else ""
         if any(system.judged < 1 for system in self.systems):
             shares = ", ".join(f"{system.name} {system.judged:.3f}" for system in self.systems)
@@ -91,8 +93,14 @@ class ComparisonTable:
 
 
 def compare_table(
-    runs: Mapping[str, Run], qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES, baseline: str | None = None, *,
-    test: str = "t-test", ignore_identical_ids: bool = False, ties: str = "order",
+    runs: Mapping[str, Run],
+    qrels: Qrels,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    baseline: str | None = None,
+    *,
+    test: str = "t-test",
+    ignore_identical_ids: bool = False,
+    ties: str = "order",
 ) -> ComparisonTable:
     """Evaluate several runs and compare each with the baseline, query by query.
 
@@ -106,13 +114,21 @@ def compare_table(
     baseline = next(iter(runs)) if baseline is None else baseline
     if baseline not in runs:
         raise ValueError(f"compare_table: the baseline {baseline!r} is not among the runs {', '.join(runs)}")
-    results = {name: evaluate(run, qrels, measures, ignore_identical_ids=ignore_identical_ids, ties=ties)
-               for name, run in runs.items()}
+    results = {
+        name: evaluate(run, qrels, measures, ignore_identical_ids=ignore_identical_ids, ties=ties)
+        for name, run in runs.items()
+    }
     base = results[baseline]
     systems = []
     for name, result in results.items():
-        system = System(name, result.means, num_missing=result.num_missing, num_unjudged=result.num_unjudged,
-                        judged=result.judged, num_identical=result.num_identical)
+        system = System(
+            name,
+            result.means,
+            num_missing=result.num_missing,
+            num_unjudged=result.num_unjudged,
+            judged=result.judged,
+            num_identical=result.num_identical,
+        )
         if name != baseline:
             for measure in result.means:
                 system.difference[measure] = result.means[measure] - base.means[measure]

@@ -45,8 +45,10 @@ def reciprocal_rank_fusion(runs: Sequence[Run], k: int = 60, weights: Sequence[f
     """Sum of weight / (k + rank) over the runs (Cormack et al. 2009); a run gives nothing to a document it lacks."""
     weights = [1.0] * len(runs) if weights is None else list(weights)
     if not runs or len(weights) != len(runs) or k < 0:
-        raise ValueError(f"reciprocal_rank_fusion: expected one weight per run and k >= 0, got {len(runs)} runs, "
-                         f"weights {weights}, k {k}")
+        raise ValueError(
+            f"reciprocal_rank_fusion: expected one weight per run and k >= 0, got {len(runs)} runs, "
+            f"weights {weights}, k {k}"
+        )
 
     def add(ranking: Sequence[tuple[str, float]], weight: float, sums: dict[str, float]) -> None:
         for rank, (doc_id, _) in enumerate(ranking, start=1):
@@ -82,7 +84,7 @@ def choose_weights(
         raise ValueError(f"choose_weights: expected 2 to 4 runs, got {len(runs)}; give the weights instead")
     best: tuple[float, list[float]] | None = None
     for weights in _weights(len(runs), STEPS[len(runs)]):
-        value, = evaluate(fuse(runs, weights, normalization), qrels, [measure]).means.values()
+        (value,) = evaluate(fuse(runs, weights, normalization), qrels, [measure]).means.values()
         if best is None or value > best[0] + 1e-12:
             best = value, weights
     return best[1], best[0]
@@ -90,6 +92,7 @@ def choose_weights(
 
 def _weights(count: int, steps: int) -> Iterator[list[float]]:
     """Every list of ``count`` multiples of 1 / steps that sums to 1, the largest first weight first."""
+
     def rest(count: int, left: int) -> Iterator[list[int]]:
         if count == 1:
             yield [left]

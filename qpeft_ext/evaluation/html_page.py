@@ -25,8 +25,14 @@ def draw_svg(draw: Callable, size: tuple[float, float], label: str) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("the report's plot needs the package matplotlib: pip install qpeft_ext[plot]") from None
-    style = {"svg.fonttype": "none", "svg.hashsalt": "qpeft", "font.family": "sans-serif", "font.size": 10,
-             "axes.spines.top": False, "axes.spines.right": False}
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "qpeft",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
@@ -34,7 +40,7 @@ def draw_svg(draw: Callable, size: tuple[float, float], label: str) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
-    svg = svg[svg.index("<svg"):].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 

@@ -51,8 +51,12 @@ class Evaluation:
 
 
 def evaluate(
-    run: Run, qrels: Qrels, measures: Sequence[str] = DEFAULT_MEASURES, *,
-    ignore_identical_ids: bool = False, ties: str = "order",
+    run: Run,
+    qrels: Qrels,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    *,
+    ignore_identical_ids: bool = False,
+    ties: str = "order",
 ) -> Evaluation:
     """Evaluate a run.
 
@@ -76,16 +80,22 @@ def evaluate(
     if not qrels:
         raise ValueError("evaluate: the qrels are empty")
     if not run.keys() & qrels.keys():
-        raise ValueError(f"evaluate: no query of the run is in the qrels (run: {next(iter(run), None)!r}, ...; "
-                         f"qrels: {next(iter(qrels))!r}, ...); the files do not belong together")
+        raise ValueError(
+            f"evaluate: no query of the run is in the qrels (run: {next(iter(run), None)!r}, ...; "
+            f"qrels: {next(iter(qrels))!r}, ...); the files do not belong together"
+        )
     for query_id, judged_documents in qrels.items():
         for doc_id, relevance in judged_documents.items():
             if not -LARGEST_RELEVANCE <= relevance <= LARGEST_RELEVANCE:
-                raise ValueError(f"evaluate: query {query_id!r}, document {doc_id!r}: expected a relevance of at most "
-                                 f"{LARGEST_RELEVANCE:,}, got {relevance}")
+                raise ValueError(
+                    f"evaluate: query {query_id!r}, document {doc_id!r}: expected a relevance of at most "
+                    f"{LARGEST_RELEVANCE:,}, got {relevance}"
+                )
     # where all grades of a query are below 0 trec_eval writes beside its memory; a document that nobody retrieves helps
-    qrels = {query_id: grades if max(grades.values(), default=0) >= 0 else {**grades, _NOBODY: 0}
-             for query_id, grades in qrels.items()}
+    qrels = {
+        query_id: grades if max(grades.values(), default=0) >= 0 else {**grades, _NOBODY: 0}
+        for query_id, grades in qrels.items()
+    }
     num_identical = 0
     if ignore_identical_ids:
         run, num_identical = without_identical_ids(run)
@@ -104,11 +114,16 @@ def evaluate(
     names = {measure: name for name, measure in parsed.items()}
     numbered = [measure for measure in parsed.values() if _needs_numbers(measure)]
     others = [measure for measure in parsed.values() if measure not in numbered]
-    for value in chain(ir_measures.iter_calc(others, qrels, scored) if others else (),
-                       _with_numbers(numbered, qrels, scored) if numbered else ()):
+    for value in chain(
+        ir_measures.iter_calc(others, qrels, scored) if others else (),
+        _with_numbers(numbered, qrels, scored) if numbered else (),
+    ):
         per_query[names[value.measure]][value.query_id] = float(value.value)
-    judged = [float(value.value) for value in ir_measures.iter_calc([ir_measures.Judged @ JUDGED_AT], qrels, scored)
-              if value.query_id in scored]
+    judged = [
+        float(value.value)
+        for value in ir_measures.iter_calc([ir_measures.Judged @ JUDGED_AT], qrels, scored)
+        if value.query_id in scored
+    ]
     return Evaluation(
         means={name: statistics.fmean(values.values()) for name, values in per_query.items()},
         per_query=per_query,
@@ -132,8 +147,10 @@ def _with_numbers(measures: list[Any], qrels: Qrels, scored: Mapping[str, Mappin
 
     for query_id, judged in qrels.items():
         if (most := max(judged.values(), default=0)) > _MAX_GRADE:
-            raise ValueError(f"evaluate: {measures[0]} takes grades of at most {_MAX_GRADE}, got {most} for query "
-                             f"{shorten(query_id)}; use nDCG@10, or map the grades to 0 to {_MAX_GRADE}")
+            raise ValueError(
+                f"evaluate: {measures[0]} takes grades of at most {_MAX_GRADE}, got {most} for query "
+                f"{shorten(query_id)}; use nDCG@10, or map the grades to 0 to {_MAX_GRADE}"
+            )
     query_ids = [query_id for query_id, judged in qrels.items() if max(judged.values(), default=0) > 0]
     new_qrels, new_scored = {}, {}
     for number, query_id in enumerate(query_ids, start=1):
@@ -159,8 +176,11 @@ def parse_measures(names: Sequence[str]) -> dict[str, Any]:
         measure = _measure(name)
         if measure is None:
             closest = closest_measure(name)
-            raise ValueError(f"unknown measure {name!r}; " + (f"did you mean {closest}? " if closest else "")
-                             + "expected ir_measures names such as nDCG@10, RR@10, AP@100, R@100, P@5, Success@5")
+            raise ValueError(
+                f"unknown measure {name!r}; "
+                + (f"did you mean {closest}? " if closest else "")
+                + "expected ir_measures names such as nDCG@10, RR@10, AP@100, R@100, P@5, Success@5"
+            )
         if measure not in parsed.values():  # NDCG@10 is nDCG@10
             parsed[name] = measure
     return parsed
@@ -180,13 +200,15 @@ def _measure(name: str) -> Any:
 
     for parse in (ir_measures.parse_measure, _parse_trec_measure):
         # what its parser raises for words that are no measure
-        with contextlib.suppress(ValueError, NameError, SyntaxError, TypeError, AttributeError, KeyError,
-                                 AssertionError):
+        with contextlib.suppress(
+            ValueError, NameError, SyntaxError, TypeError, AttributeError, KeyError, AssertionError
+        ):
             measure = parse(name)
             levels = (measure.params.get("cutoff", 1), measure.params.get("rel", 1))
             # trec_eval aborts the process for a cutoff or a level of 0
-            if all(level >= 1 and level is not True for level in levels) and \
-                    ir_measures.DefaultPipeline.supports(measure):
+            if all(level >= 1 and level is not True for level in levels) and ir_measures.DefaultPipeline.supports(
+                measure
+            ):
                 return measure
     return None
 
@@ -194,7 +216,7 @@ def _measure(name: str) -> Any:
 def _parse_trec_measure(name: str) -> Any:
     import ir_measures
 
-    measure, = ir_measures.parse_trec_measure(name)  # some names stand for several, which is an error here
+    (measure,) = ir_measures.parse_trec_measure(name)  # some names stand for several, which is an error here
     return measure
 
 
@@ -234,7 +256,8 @@ def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, dict
     rest = [name for name in measures if name not in own]
     values = evaluate(run, qrels, rest).per_query if rest else {}
     for name, k in own.items():
-        hits = {query_id: [qrels[query_id].get(doc_id, 0) > 0 for doc_id, _ in run.get(query_id, ())]
-                for query_id in qrels}
+        hits = {
+            query_id: [qrels[query_id].get(doc_id, 0) > 0 for doc_id, _ in run.get(query_id, ())] for query_id in qrels
+        }
         values[name] = {query_id: sum(found[:k]) / sum(found) for query_id, found in hits.items() if any(found)}
     return {name: values[name] for name in measures if name in values}

@@ -85,8 +85,10 @@ def html(report: Report) -> str:
     if report.examples:
         parts += ["<h2>Examples</h2>\n<p>The darker a clue is marked, the more it weighs in its document.</p>"]
         parts += [_html_example(example) for example in report.examples]
-    rows = "".join(f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>\n"
-                   for name, value in report.setting.items())
+    rows = "".join(
+        f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>\n"
+        for name, value in report.setting.items()
+    )
     parts += [f"<h2>Setting</h2>\n<div class=wide><table class=setting>\n{rows}</table></div>"]
     return page(report.title, "\n".join(parts))
 
@@ -108,6 +110,7 @@ def render(report: Report):
 
 def plot(report: Report) -> str:
     """SVG of two panels: the mean of every system with its interval, and the differences query by query."""
+
     def draw(figure) -> None:
         means, differences = figure.subplots(1, 2, width_ratios=(3, 2))
         _plot_means(means, report)
@@ -173,12 +176,15 @@ def _html_cell(system: System, measure: str, best: float) -> str:
 def _html_example(example: Example) -> str:
     text = "".join(
         f'<mark style="--w:{0.15 + 0.85 * shade:.2f}" title="weight {weight:.4g}">{escape(piece)}</mark>'
-        if shade >= 0.05 else escape(piece)
+        if shade >= 0.05
+        else escape(piece)
         for piece, shade, weight in segments(example.text, example.clues)
     )
     note = f"<p>{escape(example.note)}</p>\n" if example.note else ""
-    return (f"<section>\n<h3>{escape(example.query)}</h3>\n<p class=note>{escape(_facts(example))}</p>\n{note}"
-            f"<div class=document>{text}</div>\n</section>")
+    return (
+        f"<section>\n<h3>{escape(example.query)}</h3>\n<p class=note>{escape(_facts(example))}</p>\n{note}"
+        f"<div class=document>{text}</div>\n</section>"
+    )
 
 
 def _facts(example: Example) -> str:
@@ -196,11 +202,19 @@ def _plot_means(axes, report: Report) -> None:
     values = [list(report.per_query[name].values()) for name in names]
     means = [float(np.mean(v)) for v in values]
     bounds = [mean_interval(v) for v in values]
-    errors = [[m - low for m, (low, _) in zip(means, bounds, strict=True)],
-              [high - m for m, (_, high) in zip(means, bounds, strict=True)]]
+    errors = [
+        [m - low for m, (low, _) in zip(means, bounds, strict=True)],
+        [high - m for m, (_, high) in zip(means, bounds, strict=True)],
+    ]
     colors = ["#8a93a0" if name == report.table.baseline else "#3f7fd0" for name in names]
-    axes.barh(range(len(names)), means, xerr=np.maximum(errors, 0), color=colors, height=0.62,
-              error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1})
+    axes.barh(
+        range(len(names)),
+        means,
+        xerr=np.maximum(errors, 0),
+        color=colors,
+        height=0.62,
+        error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1},
+    )
     for place, (mean, (_, high)) in enumerate(zip(means, bounds, strict=True)):
         axes.annotate(f"{mean:.3f}", (high, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), [plain(name) for name in names])
@@ -218,14 +232,18 @@ def _plot_differences(axes, report: Report) -> None:
         return
     best = max(others, key=lambda name: float(np.mean(list(report.per_query[name].values()))))
     differences = np.array(sorted((report.per_query[best][q] - base[q] for q in base), reverse=True))
-    axes.bar(range(len(differences)), differences, width=1.0,
-             color=["#3f7fd0" if d > 0 else "#d0673f" for d in differences])
+    axes.bar(
+        range(len(differences)), differences, width=1.0, color=["#3f7fd0" if d > 0 else "#d0673f" for d in differences]
+    )
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlabel("queries, largest gain first")
     axes.set_ylabel(f"difference in {report.measure}")
     counts = [int(which.sum()) for which in (differences > 0, differences == 0, differences < 0)]
-    axes.set_title(plain(f"{best}\nagainst {report.table.baseline}") + "\n{} gain, {} equal, {} lose".format(*counts),
-                   fontsize=10, color=INK)
+    axes.set_title(
+        plain(f"{best}\nagainst {report.table.baseline}") + "\n{} gain, {} equal, {} lose".format(*counts),
+        fontsize=10,
+        color=INK,
+    )
 
 
 def _seconds(value: float) -> str:
@@ -247,8 +265,9 @@ def _marked_text(example: Example):
     text = Text()
     for piece, shade, _ in segments(example.text, example.clues):
         # yellow on any background, dark ink on it
-        text.append(piece, style=f"black on rgb(255,{235 - int(80 * shade)},{200 - int(170 * shade)})"
-                    if shade >= 0.05 else "")
+        text.append(
+            piece, style=f"black on rgb(255,{235 - int(80 * shade)},{200 - int(170 * shade)})" if shade >= 0.05 else ""
+        )
     if len(text) > _TERMINAL_CHARACTERS:
         text.truncate(_TERMINAL_CHARACTERS, overflow="ellipsis")
     return text

@@ -22,8 +22,10 @@ def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: s
     if test not in TESTS:
         raise ValueError(f"paired_test: test must be one of {', '.join(TESTS)}, got {test!r}")
     if first.keys() != second.keys():
-        raise ValueError(f"paired_test: both systems need the same queries, got {len(first)} and {len(second)}, "
-                         f"{len(first.keys() & second.keys())} in common")
+        raise ValueError(
+            f"paired_test: both systems need the same queries, got {len(first)} and {len(second)}, "
+            f"{len(first.keys() & second.keys())} in common"
+        )
     difference = np.array([first[query_id] - second[query_id] for query_id in first])
     if len(difference) < 2:
         return float("nan")
@@ -37,8 +39,14 @@ def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: s
         raise ImportError(_EVAL_EXTRA) from None
     if test == "t-test":
         return float(stats.ttest_1samp(difference, 0.0).pvalue)  # ttest_rel is this test on the difference
-    result = stats.permutation_test((difference,), np.mean, permutation_type="samples", vectorized=True,
-                                    n_resamples=9999, rng=np.random.default_rng(seed))
+    result = stats.permutation_test(
+        (difference,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9999,
+        rng=np.random.default_rng(seed),
+    )
     return float(result.pvalue)
 
 

@@ -16,16 +16,39 @@ from .qrels import read_table
 from .trec import Qrels, Run, RunWriter, read_run, without_identical_ids, write_run
 
 __all__ = [
-    "Collection", "Corpus", "PartialRun", "Qrels", "Run", "RunWriter", "open_collection", "read_examples",
-    "read_judgements", "read_qrels", "read_queries", "read_run", "training_examples", "without_identical_ids",
-    "write_examples", "write_run",
+    "Collection",
+    "Corpus",
+    "PartialRun",
+    "Qrels",
+    "Run",
+    "RunWriter",
+    "open_collection",
+    "read_examples",
+    "read_judgements",
+    "read_qrels",
+    "read_queries",
+    "read_run",
+    "training_examples",
+    "without_identical_ids",
+    "write_examples",
+    "write_run",
 ]
 
 # of files and folders, in the order in which they are asked whether they recognise one
 FORMATS = (
-    beir.Folder, msmarco.Folder, upr.Folder, hf_datasets.Dataset,
-    upr.RetrieverFile, dpr.TrainingFile, rankllm.RequestsFile, jsonl.ExamplesFile, jsonl.CorpusFile,
-    dpr.PassagesFile, dpr.Questions, msmarco.TopFile, msmarco.CollectionFile,
+    beir.Folder,
+    msmarco.Folder,
+    upr.Folder,
+    hf_datasets.Dataset,
+    upr.RetrieverFile,
+    dpr.TrainingFile,
+    rankllm.RequestsFile,
+    jsonl.ExamplesFile,
+    jsonl.CorpusFile,
+    dpr.PassagesFile,
+    dpr.Questions,
+    msmarco.TopFile,
+    msmarco.CollectionFile,
 )
 
 
@@ -46,8 +69,10 @@ def open_collection(data: AnyPath) -> Collection:
     if glance.error:
         raise glance.error
     if len(glance.columns) == 1 and len(glance.columns[0].split()) == 6:
-        raise ValueError(f"{data} looks like a TREC run, which has no texts; give it as --run, and the collection it "
-                         f"belongs to as --data")
+        raise ValueError(
+            f"{data} looks like a TREC run, which has no texts; give it as --run, and the collection it "
+            f"belongs to as --data"
+        )
     kind = "folder" if glance.is_folder else "file"
     looked_for = (format.looks_for for format in FORMATS if (kind == "folder") == ("a folder" in format.looks_for))
     raise ValueError(f"{data}: a {kind} of no known format; looked for {'; '.join(filter(None, looked_for))}")
@@ -59,8 +84,10 @@ def _open_id(name: str) -> Collection:
         return ir_datasets.Dataset(name)
     except (ValueError, ImportError) as error:
         why = "; ir_datasets knows no such id" if isinstance(error, ValueError) else f" ({error})"
-    raise FileNotFoundError(f"{name}: no such file or folder; expected {beir.Folder.looks_for}, of another format, "
-                            f"{hf_datasets.PREFIX}owner/name, or {ir_datasets.Dataset.looks_for}{why}")
+    raise FileNotFoundError(
+        f"{name}: no such file or folder; expected {beir.Folder.looks_for}, of another format, "
+        f"{hf_datasets.PREFIX}owner/name, or {ir_datasets.Dataset.looks_for}{why}"
+    )
 
 
 def read_judgements(data: AnyPath, split: str | None, runs: Sequence[Run]) -> Qrels:

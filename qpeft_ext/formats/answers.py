@@ -20,8 +20,10 @@ from .trec import Qrels, Run
 @functools.cache
 def _token() -> re.Pattern:
     """The token as a regular expression; Python's own knows no Unicode categories, so they are spelled out."""
-    kinds = (({"L": "w", "N": "w", "M": "w", "Z": "s", "C": "s"}.get(unicodedata.category(chr(code))[0], "o"), code)
-             for code in range(sys.maxunicode + 1))
+    kinds = (
+        ({"L": "w", "N": "w", "M": "w", "Z": "s", "C": "s"}.get(unicodedata.category(chr(code))[0], "o"), code)
+        for code in range(sys.maxunicode + 1)
+    )
     ranges: dict[str, list[str]] = {"w": [], "s": [], "o": []}
     for kind, run in groupby(kinds, key=lambda item: item[0]):
         codes = [code for _, code in run]
@@ -39,8 +41,11 @@ def has_answer(text: str, answers: Iterable[str]) -> bool:
     tokens = answer_tokens(text)
     for answer in answers:
         wanted = answer_tokens(answer)
-        if wanted and any(tokens[i : i + len(wanted)] == wanted for i in range(len(tokens) - len(wanted) + 1)
-                          if tokens[i] == wanted[0]):
+        if wanted and any(
+            tokens[i : i + len(wanted)] == wanted
+            for i in range(len(tokens) - len(wanted) + 1)
+            if tokens[i] == wanted[0]
+        ):
             return True
     return False
 
@@ -64,7 +69,9 @@ def answer_qrels(
             if doc_id in judged:
                 continue
             if doc_id not in corpus:
-                raise ValueError(f"document {doc_id!r} of query {query_id!r} is in the run but not in the corpus; "
-                                 f"the run belongs to another corpus")
+                raise ValueError(
+                    f"document {doc_id!r} of query {query_id!r} is in the run but not in the corpus; "
+                    f"the run belongs to another corpus"
+                )
             judged[doc_id] = int(has_answer(corpus[doc_id]["text"], wanted))
     return qrels

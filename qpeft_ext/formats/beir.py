@@ -43,8 +43,11 @@ class Folder(Collection):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        there = {"corpus": Glance(Path(self.place)).holds("corpus.jsonl"),
-                 "queries": Glance(Path(self.place)).holds("queries.jsonl"), "qrels": self.splits}
+        there = {
+            "corpus": Glance(Path(self.place)).holds("corpus.jsonl"),
+            "queries": Glance(Path(self.place)).holds("queries.jsonl"),
+            "qrels": self.splits,
+        }
         return tuple(part for part, found in there.items() if found)
 
     @property
@@ -101,8 +104,13 @@ def read_qrels(path: AnyPath, split: str = "test") -> Qrels:
 
 def splits(folder: AnyPath) -> list[str]:
     """Names of the splits a BEIR folder has qrels for."""
-    return sorted({file.name.removesuffix(".gz").removesuffix(".tsv") for file in Path(folder).glob("qrels/*.tsv*")
-                   if file.name.endswith((".tsv", ".tsv.gz"))})
+    return sorted(
+        {
+            file.name.removesuffix(".gz").removesuffix(".tsv")
+            for file in Path(folder).glob("qrels/*.tsv*")
+            if file.name.endswith((".tsv", ".tsv.gz"))
+        }
+    )
 
 
 def find_file(path: AnyPath, name: str) -> Path:

@@ -53,7 +53,7 @@ class Collection:
         return []
 
     def default_split(self) -> str | None:
-        """"test", or the only split there is; None where neither is so."""
+        """ "test", or the only split there is; None where neither is so."""
         there = self.splits
         return "test" if "test" in there else there[0] if len(there) == 1 else None
 
@@ -92,8 +92,9 @@ class Collection:
                 return default
             raise ValueError(f"{self.place} ({self.format}): which split? there are: {', '.join(there) or 'none'}")
         if split not in there:
-            raise ValueError(f"{self.place} ({self.format}) has no split {split!r}; "
-                             f"there are: {', '.join(there) or 'none'}")
+            raise ValueError(
+                f"{self.place} ({self.format}) has no split {split!r}; there are: {', '.join(there) or 'none'}"
+            )
         return split
 
     def __repr__(self) -> str:
@@ -136,8 +137,15 @@ class Glance:
 
     def holds(self, *names: str) -> Path | None:
         """The first of ``names``, plain or .gz, in the folder."""
-        return next((file for name in names for file in (self.path / name, self.path / f"{name}.gz")
-                     if self.is_folder and file.is_file()), None)
+        return next(
+            (
+                file
+                for name in names
+                for file in (self.path / name, self.path / f"{name}.gz")
+                if self.is_folder and file.is_file()
+            ),
+            None,
+        )
 
 
 def plain_name(path: Path) -> str:

@@ -97,8 +97,10 @@ class Source:
             value = self.run if part == "candidates" else getattr(self, part)
             if value is None:
                 hint = "; give a run" if part == "candidates" else ""
-                raise ValueError(f"{target} is made of {', '.join(parts)}, but {self.data.place} ({self.data.format}) "
-                                 f"holds {', '.join(self.data.parts) or 'nothing'}{hint}")
+                raise ValueError(
+                    f"{target} is made of {', '.join(parts)}, but {self.data.place} ({self.data.format}) "
+                    f"holds {', '.join(self.data.parts) or 'nothing'}{hint}"
+                )
             values.append(value)
         return values
 
@@ -128,17 +130,24 @@ def _write_beir(source: Source, output: AnyPath, done: Conversion) -> None:
     done.lost["queries' answers"] = len(source.answers or ())
     done.lost["candidates"] = _size(source.run)
     with _new_folder(output) as folder:
-        done.written["documents"] = _lines(folder / "corpus.jsonl", (
-            _json({"_id": i, "title": document["title"], "text": document["text"]}) for i, document in corpus.items()))
-        done.written["queries"] = _lines(folder / "queries.jsonl", (
-            _json({"_id": query_id, "text": text}) for query_id, text in queries.items()))
+        done.written["documents"] = _lines(
+            folder / "corpus.jsonl",
+            (_json({"_id": i, "title": document["title"], "text": document["text"]}) for i, document in corpus.items()),
+        )
+        done.written["queries"] = _lines(
+            folder / "queries.jsonl", (_json({"_id": query_id, "text": text}) for query_id, text in queries.items())
+        )
         if (qrels := source.qrels) is not None:
             (folder / "qrels").mkdir()
             flat = _Flat(done)
-            rows = (f"{flat.id(query_id)}\t{flat.id(doc_id)}\t{grade}"
-                    for query_id, judged in qrels.items() for doc_id, grade in judged.items())
-            done.written["judgements"] = _lines(folder / "qrels" / f"{source.name}.tsv",
-                                                chain(["query-id\tcorpus-id\tscore"], rows)) - 1
+            rows = (
+                f"{flat.id(query_id)}\t{flat.id(doc_id)}\t{grade}"
+                for query_id, judged in qrels.items()
+                for doc_id, grade in judged.items()
+            )
+            done.written["judgements"] = (
+                _lines(folder / "qrels" / f"{source.name}.tsv", chain(["query-id\tcorpus-id\tscore"], rows)) - 1
+            )
 
 
 def _write_msmarco(source: Source, output: AnyPath, done: Conversion) -> None:
@@ -147,27 +156,34 @@ def _write_msmarco(source: Source, output: AnyPath, done: Conversion) -> None:
     done.lost["queries' answers"] = len(source.answers or ())
     flat = _Flat(done)
     with _new_folder(output) as folder:
+
         def passages() -> Iterator[str]:
             for doc_id, document in corpus.items():
                 done.lost["titles"] += bool(document["title"])
                 yield f"{flat.id(doc_id)}\t{flat.text(document['text'])}"
 
         done.written["documents"] = _lines(folder / "collection.tsv", passages())
-        done.written["queries"] = _lines(folder / f"queries.{source.name}.tsv", (
-            f"{flat.id(query_id)}\t{flat.text(text)}" for query_id, text in queries.items()))
+        done.written["queries"] = _lines(
+            folder / f"queries.{source.name}.tsv",
+            (f"{flat.id(query_id)}\t{flat.text(text)}" for query_id, text in queries.items()),
+        )
         if (qrels := source.qrels) is not None:
             done.written["judgements"] = _write_qrels(folder / f"qrels.{source.name}.tsv", qrels)
         if source.run is not None:
             known = _known(source.run, queries, corpus, done)
-            done.written["candidates"] = _lines(folder / f"top1000.{source.name}.tsv", (
-                f"{q}\t{d}\t{flat.quiet(queries[q])}\t{flat.quiet(corpus[d]['text'])}" for q, d, _ in known))
+            done.written["candidates"] = _lines(
+                folder / f"top1000.{source.name}.tsv",
+                (f"{q}\t{d}\t{flat.quiet(queries[q])}\t{flat.quiet(corpus[d]['text'])}" for q, d, _ in known),
+            )
             done.lost["scores of candidates (their order is kept)"] = done.written["candidates"]
 
 
 def _write_trec(source: Source, output: AnyPath, done: Conversion) -> None:
     if source.run is None and source.qrels is None:
-        raise ValueError(f"trec is made of qrels or candidates, but {source.data.place} ({source.data.format}) holds "
-                         f"{', '.join(source.data.parts) or 'nothing'}; give a run")
+        raise ValueError(
+            f"trec is made of qrels or candidates, but {source.data.place} ({source.data.format}) holds "
+            f"{', '.join(source.data.parts) or 'nothing'}; give a run"
+        )
     done.lost["texts of documents"] = len(source.corpus or ())
     done.lost["texts of queries"] = len(source.queries or ())
     done.lost["queries' answers"] = len(source.answers or ())
@@ -244,9 +260,13 @@ def _write_dpr(source: Source, output: AnyPath, done: Conversion, num_negatives:
         file.write(b"[")
         for number, example in enumerate(_examples(source, done, num_negatives, seed)):
             done.lost["query ids"] += "query_id" in example and example["query_id"] != str(number)
-            record = {"question": example["query"], "answers": example.get("answers", []),
-                      "positive_ctxs": list(map(_passage, example["positives"])), "negative_ctxs": [],
-                      "hard_negative_ctxs": list(map(_passage, example["negatives"]))}
+            record = {
+                "question": example["query"],
+                "answers": example.get("answers", []),
+                "positive_ctxs": list(map(_passage, example["positives"])),
+                "negative_ctxs": [],
+                "hard_negative_ctxs": list(map(_passage, example["negatives"])),
+            }
             file.write(f"{',' * (number > 0)}\n{_json(record)}".encode())
             done.written["training examples"] += 1
         file.write(b"\n]\n")
@@ -256,8 +276,15 @@ def _write_jsonl(source: Source, output: AnyPath, done: Conversion, num_negative
     done.written["training examples"] = write_examples(output, _examples(source, done, num_negatives, seed))
 
 
-TARGETS = {"beir": _write_beir, "msmarco": _write_msmarco, "trec": _write_trec, "upr": _write_upr,
-           "rankllm": _write_rankllm, "dpr": _write_dpr, "jsonl": _write_jsonl}
+TARGETS = {
+    "beir": _write_beir,
+    "msmarco": _write_msmarco,
+    "trec": _write_trec,
+    "upr": _write_upr,
+    "rankllm": _write_rankllm,
+    "dpr": _write_dpr,
+    "jsonl": _write_jsonl,
+}
 
 
 def _examples(source: Source, done: Conversion, num_negatives: int, seed: int) -> Iterator[Example]:
@@ -268,9 +295,13 @@ def _examples(source: Source, done: Conversion, num_negatives: int, seed: int) -
         return
     queries, qrels, corpus = source.need("a training example", "queries", "qrels", "corpus")
     examples, counts = training_examples(queries, qrels, source.run, corpus, num_negatives=num_negatives, seed=seed)
-    done.lost.update({"queries without a relevant document": counts.without_relevant,
-                      "queries without one in the corpus": counts.without_positives,
-                      "relevant documents that the corpus does not hold": counts.missing_positives})
+    done.lost.update(
+        {
+            "queries without a relevant document": counts.without_relevant,
+            "queries without one in the corpus": counts.without_positives,
+            "relevant documents that the corpus does not hold": counts.missing_positives,
+        }
+    )
     yield from examples
 
 
@@ -358,8 +389,9 @@ def _new_folder(output: AnyPath) -> Iterator[Path]:
     if folder.exists():
         raise ValueError(f"{output} is there already; name a new folder")
     if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"cannot write {output}: the folder {folder.absolute().parent} does not exist; "
-                                f"create it first")
+        raise FileNotFoundError(
+            f"cannot write {output}: the folder {folder.absolute().parent} does not exist; create it first"
+        )
     temporary = folder.with_name(temporary_name(folder.name))
     try:
         temporary.mkdir()

@@ -101,8 +101,9 @@ class Contexts(corpus.Corpus):
             for key in (_POSITIVES, *_NEGATIVES):
                 for document in _documents(self.path, place, record, key):
                     if "id" not in document:
-                        raise line_error(self.path, place, f"a passage in {key!r} has no passage_id, so it cannot be "
-                                                           f"looked up")
+                        raise line_error(
+                            self.path, place, f"a passage in {key!r} has no passage_id, so it cannot be looked up"
+                        )
                     yield place, {"id": document["id"], "title": document["title"], "text": document["text"]}
 
 
@@ -152,9 +153,12 @@ class TrainingFile(Collection):
         self.left_out = {"questions without a positive passage": 0}
         for i, place, record in self._records():
             positives = _documents(self.place, place, record, _POSITIVES)
-            example = {"query_id": str(i), "query": require_text(self.place, place, record, "question"),
-                       "positives": positives,
-                       "negatives": [d for key in _NEGATIVES for d in _documents(self.place, place, record, key)]}
+            example = {
+                "query_id": str(i),
+                "query": require_text(self.place, place, record, "question"),
+                "positives": positives,
+                "negatives": [d for key in _NEGATIVES for d in _documents(self.place, place, record, key)],
+            }
             if "answers" in record:
                 example["answers"] = read_answers(self.place, place, record)
             if positives:
@@ -204,8 +208,10 @@ def find_passages(path: AnyPath) -> Path | None:
 def passages_near(path: AnyPath) -> Passages:
     file = find_passages(path)
     if file is None:
-        raise FileNotFoundError(f"{path} holds no passages, and neither its folder nor the three above have {PASSAGES} "
-                                f"or wikipedia-split/{PASSAGES}, plain or .gz; put it there")
+        raise FileNotFoundError(
+            f"{path} holds no passages, and neither its folder nor the three above have {PASSAGES} "
+            f"or wikipedia-split/{PASSAGES}, plain or .gz; put it there"
+        )
     return Passages(file)
 
 
@@ -234,8 +240,11 @@ def _documents(path: AnyPath, place: int, record: dict[str, Any], key: str) -> l
     """The passages under ``key`` as documents, with an id where they have one."""
     passages = record.get(key, [] if key in _NEGATIVES else None)
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
-        raise line_error(path, place, f"expected a list of passages under {key!r}, got "
-                                      f"{shorten(passages) if key in record else 'no such key'}")
+        raise line_error(
+            path,
+            place,
+            f"expected a list of passages under {key!r}, got {shorten(passages) if key in record else 'no such key'}",
+        )
     documents = []
     for passage in passages:
         title = "" if passage.get("title") is None else require_text(path, place, passage, "title", empty=True)

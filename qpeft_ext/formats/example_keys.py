@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 _OWN = ("query", "positives", "negatives", "positive_scores", "negative_scores")
 _QUERIES = ("query", "anchor", "question")
 _QUERY_IDS = ("query_id", "qid")
-_SIDES = {"positives": ("positive_passages", "positive", "pos"),
-          "negatives": ("negative_passages", "negative", "neg")}
+_SIDES = {"positives": ("positive_passages", "positive", "pos"), "negatives": ("negative_passages", "negative", "neg")}
 _ANSWER = "answer"  # the positive, where there is none by another name
 _ALIASES = {"positives": "pos", "negatives": "neg"}  # FlagEmbedding's, whose scores and ids begin like that
 _NUMBERED = re.compile(r"negative_[0-9]+")
@@ -35,8 +34,10 @@ _UNUSED = {
     "prompt": "the prompt is the same for all examples: instruction and template of QPeftConfig",
     **dict.fromkeys(_LABELS, "a teacher's scores are positive_scores and negative_scores, a number for each document"),
 }
-_EXPECTED = ("a query and its documents: query, positives, negatives; or the keys of sentence-transformers (anchor, "
-             "positive, negative), FlagEmbedding (query, pos, neg) or Tevatron (query, positive_passages)")
+_EXPECTED = (
+    "a query and its documents: query, positives, negatives; or the keys of sentence-transformers (anchor, "
+    "positive, negative), FlagEmbedding (query, pos, neg) or Tevatron (query, positive_passages)"
+)
 
 
 def are_of_examples(keys: Iterable[str]) -> bool:
@@ -77,11 +78,14 @@ class ExampleKeys:
         keys = example.keys()
         if {"query", "positives", "negatives"} <= keys and all(map(_is_own, example.values())):
             return example
-        rest = {key: value for key, value in zip(keys, map(plain, example.values()), strict=True)
-                if not _is_missing(value)}
+        rest = {
+            key: value for key, value in zip(keys, map(plain, example.values()), strict=True) if not _is_missing(value)
+        }
         if "positive_ctxs" in rest:
-            raise ValueError("these are the keys of DPR's training files: give the whole JSON file as --data, or "
-                             "qpeft convert FILE OUT.jsonl --to jsonl")
+            raise ValueError(
+                "these are the keys of DPR's training files: give the whole JSON file as --data, or "
+                "qpeft convert FILE OUT.jsonl --to jsonl"
+            )
         if not are_of_examples(rest):
             raise ValueError(_why_none(rest))
         if "positives" in rest:  # of our own, where only negatives or a plain value is missing
@@ -137,8 +141,12 @@ def _is_own(value: Any) -> bool:
 
 def _is_renamed(document: Any) -> bool:
     """Whether `_document` would change it."""
-    return isinstance(document, Mapping) and ("id" not in document and any(key in document for key in _IDS)
-                                              or "text" not in document and any(key in document for key in _TEXTS))
+    return isinstance(document, Mapping) and (
+        "id" not in document
+        and any(key in document for key in _IDS)
+        or "text" not in document
+        and any(key in document for key in _TEXTS)
+    )
 
 
 def _document(document: Any) -> Any:
@@ -165,22 +173,35 @@ def _documents_of(rest: dict[str, Any]) -> dict[str, Any]:
     name = next(name for name in _LISTS if name in rest)
     label = next(name for name in _LABELS if name in rest)
     documents, labels = rest.pop(name), rest.pop(label)
-    if not isinstance(documents, Sequence) or isinstance(documents, str) or not isinstance(labels, Sequence) \
-            or len(labels) != len(documents):
-        raise ValueError(f"expected a list under {name!r} and as many labels under {label!r}, got "
-                         f"{shorten(documents)} and {shorten(labels)}")
+    if (
+        not isinstance(documents, Sequence)
+        or isinstance(documents, str)
+        or not isinstance(labels, Sequence)
+        or len(labels) != len(documents)
+    ):
+        raise ValueError(
+            f"expected a list under {name!r} and as many labels under {label!r}, got "
+            f"{shorten(documents)} and {shorten(labels)}"
+        )
     if not all(value in (0, 1) for value in labels):
-        raise ValueError(f"expected 1 (relevant) or 0 under {label!r}, got {shorten(labels)}; a teacher's scores "
-                         f"belong to positive_scores and negative_scores")
-    return {"positives": [document for document, value in zip(documents, labels, strict=True) if value],
-            "negatives": [document for document, value in zip(documents, labels, strict=True) if not value]}
+        raise ValueError(
+            f"expected 1 (relevant) or 0 under {label!r}, got {shorten(labels)}; a teacher's scores "
+            f"belong to positive_scores and negative_scores"
+        )
+    return {
+        "positives": [document for document, value in zip(documents, labels, strict=True) if value],
+        "negatives": [document for document, value in zip(documents, labels, strict=True) if not value],
+    }
 
 
 def _side(rest: dict[str, Any], side: str, own: dict[str, Any]) -> list[Any]:
     """The documents of one side, taken out of ``rest`` with their ids; their scores go to ``own``."""
     there = [name for name in _SIDES[side] if name in rest]
-    numbered = sorted((name for name in rest if _NUMBERED.fullmatch(name)), key=lambda name: int(name[9:])) \
-        if side == "negatives" else []
+    numbered = (
+        sorted((name for name in rest if _NUMBERED.fullmatch(name)), key=lambda name: int(name[9:]))
+        if side == "negatives"
+        else []
+    )
     if len(there) > 1 or there and numbered and there != ["negative"]:
         raise ValueError(f"the keys {' and '.join((there + numbered)[:2])} both name {side}; leave one of them out")
     if numbered:
@@ -192,10 +213,13 @@ def _side(rest: dict[str, Any], side: str, own: dict[str, Any]) -> list[Any]:
         own[f"{side[:-1]}_scores"] = scores
     if (ids := rest.pop(f"{alias}_id", None)) is not None:
         if not isinstance(ids, Sequence) or isinstance(ids, str) or len(ids) != len(documents):
-            raise ValueError(f"expected an id under {alias + '_id'!r} for each of the {len(documents)} documents, got "
-                             f"{shorten(ids)}")
-        documents = [{"id": doc_id, "text": document} if isinstance(document, str) else document
-                     for doc_id, document in zip(ids, documents, strict=True)]
+            raise ValueError(
+                f"expected an id under {alias + '_id'!r} for each of the {len(documents)} documents, got {shorten(ids)}"
+            )
+        documents = [
+            {"id": doc_id, "text": document} if isinstance(document, str) else document
+            for doc_id, document in zip(ids, documents, strict=True)
+        ]
     return documents
 
 
@@ -208,8 +232,10 @@ def _why_none(keys: Iterable[str]) -> str:
     keys = list(keys)
     got = ", ".join(map(str, keys[:12])) or "none"
     if set(keys) & {*_LABELS} and len(keys) in (3, 4):
-        return (f"a row of one document and its label is no training example: group the rows of a query as query, "
-                f"docs, labels; got the keys {got}")
+        return (
+            f"a row of one document and its label is no training example: group the rows of a query as query, "
+            f"docs, labels; got the keys {got}"
+        )
     return f"expected {_EXPECTED}; got the keys {got}"
 
 

@@ -34,8 +34,9 @@ class Documents(Mapping[str, dict]):
         if len(self._places) < len(self._ids):
             seen: set[str] = set()
             i, twice = next((i, d) for i, d in enumerate(self._ids) if d in seen or seen.add(d))
-            raise ValueError(f"{place}, row {i + 1} of corpus: the document id {twice!r} occurs twice; "
-                             f"ids must be unique")
+            raise ValueError(
+                f"{place}, row {i + 1} of corpus: the document id {twice!r} occurs twice; ids must be unique"
+            )
 
     def __getitem__(self, doc_id: str) -> dict[str, str]:
         row = self._rows[self._places[doc_id]]
@@ -106,8 +107,9 @@ class Dataset(Collection):
     def examples(self, split: str | None = None) -> Iterator[Example]:
         if self._is_retrieval:
             raise self.lacks("examples")
-        rows = self._load(None)[split := self.choose_split("train" if split is None and "train" in self.splits
-                                                           else split)]
+        rows = self._load(None)[
+            split := self.choose_split("train" if split is None and "train" in self.splits else split)
+        ]
         return self._examples(rows, split)
 
     def _examples(self, rows, split: str) -> Iterator[Example]:
@@ -120,8 +122,11 @@ class Dataset(Collection):
                 raise ValueError(f"{where}: {error}") from None
             if not isinstance(row["query"], str) or not row["query"].strip():
                 raise ValueError(f"{where}: expected a text as the query, got {row['query']!r}")
-            example = {"query": row["query"], "positives": _documents(where, "positives", row["positives"]),
-                       "negatives": _documents(where, "negatives", row["negatives"])}
+            example = {
+                "query": row["query"],
+                "positives": _documents(where, "positives", row["positives"]),
+                "negatives": _documents(where, "negatives", row["negatives"]),
+            }
             if not example["positives"]:
                 raise ValueError(f"{where}: the positives are empty; expected at least one document")
             example |= {key: row[key] for key in ("positive_scores", "negative_scores") if key in row}
@@ -132,8 +137,11 @@ class Dataset(Collection):
     @cached_property
     def _configurations(self) -> list[str]:
         if Path(self.place).is_dir():
-            return sorted(folder.name for folder in Path(self.place).iterdir()
-                          if any((folder / mark).is_file() for mark in _MARKS))
+            return sorted(
+                folder.name
+                for folder in Path(self.place).iterdir()
+                if any((folder / mark).is_file() for mark in _MARKS)
+            )
         return list(_library().get_dataset_config_names(self.place.removeprefix(PREFIX)))
 
     @property
@@ -163,8 +171,10 @@ class Dataset(Collection):
 
     def _columns(self, rows: Any, configuration: str, *names: str) -> None:
         if missing := [name for name in names if name not in rows.column_names]:
-            raise ValueError(f"{self.place}, {configuration}: expected the columns {', '.join(names)}, got "
-                             f"{', '.join(rows.column_names)}; {', '.join(missing)} is missing")
+            raise ValueError(
+                f"{self.place}, {configuration}: expected the columns {', '.join(names)}, got "
+                f"{', '.join(rows.column_names)}; {', '.join(missing)} is missing"
+            )
 
     def _check(self, part: str) -> None:
         if part not in self.parts:

@@ -47,7 +47,8 @@ def reading(path: AnyPath, position: list[int] | None = None) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         where = f" after line {position[0]}" if position and position[0] else ""
         raise ValueError(
-            f"{os.fspath(path)}: not a whole gzip file{where} ({error}); copy or compress it again") from None
+            f"{os.fspath(path)}: not a whole gzip file{where} ({error}); copy or compress it again"
+        ) from None
 
 
 def decode(path: AnyPath, number: int, raw: bytes) -> str:
@@ -55,8 +56,12 @@ def decode(path: AnyPath, number: int, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise line_error(path, number, f"expected UTF-8, got the byte 0x{raw[error.start]:02x} at position "
-                                       f"{error.start}; convert the file to UTF-8") from None
+        raise line_error(
+            path,
+            number,
+            f"expected UTF-8, got the byte 0x{raw[error.start]:02x} at position "
+            f"{error.start}; convert the file to UTF-8",
+        ) from None
 
 
 def open_bytes(path: AnyPath) -> IO[bytes]:
@@ -83,8 +88,9 @@ def parse_object(path: AnyPath, number: int, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError, as are ints of too many digits
-        raise line_error(path, number, f"expected one JSON object, got {shorten(text)} "
-                                       f"({getattr(error, 'msg', error)})") from None
+        raise line_error(
+            path, number, f"expected one JSON object, got {shorten(text)} ({getattr(error, 'msg', error)})"
+        ) from None
     if not isinstance(value, dict):
         raise line_error(path, number, f"expected a JSON object, got {shorten(value)}")
     return value

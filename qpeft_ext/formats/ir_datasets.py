@@ -65,8 +65,13 @@ class Dataset(Collection):
     @property
     def parts(self) -> tuple[str, ...]:
         data = self._dataset
-        there = {"corpus": data.has_docs(), "queries": data.has_queries(), "answers": self._has_answers,
-                 "qrels": data.has_qrels(), "candidates": data.has_scoreddocs()}
+        there = {
+            "corpus": data.has_docs(),
+            "queries": data.has_queries(),
+            "answers": self._has_answers,
+            "qrels": data.has_qrels(),
+            "candidates": data.has_scoreddocs(),
+        }
         return tuple(part for part, found in there.items() if found)
 
     @cached_property

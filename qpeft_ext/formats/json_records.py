@@ -83,8 +83,10 @@ class _Text:
         try:
             self.buffer += self.decoder.decode(raw, final=self.ended)
         except UnicodeDecodeError as error:
-            raise self.error(f"expected UTF-8, got the byte 0x{error.object[error.start]:02x} in or after this record; "
-                             f"convert the file to UTF-8") from None
+            raise self.error(
+                f"expected UTF-8, got the byte 0x{error.object[error.start]:02x} in or after this record; "
+                f"convert the file to UTF-8"
+            ) from None
 
     def peek(self) -> str:
         """The next character that is no white space; "" at the end."""
@@ -117,8 +119,9 @@ class _Text:
                     got = shorten(self.buffer[self.position :][:60])
                     raise self.error(f"expected a JSON value, got {got} ({why})") from None
             except (ValueError, RecursionError) as error:  # an int of too many digits, brackets without end
-                raise self.error(f"expected a JSON value, got {shorten(self.buffer[self.position :][:60])} "
-                                 f"({error})") from None
+                raise self.error(
+                    f"expected a JSON value, got {shorten(self.buffer[self.position :][:60])} ({error})"
+                ) from None
             if len(self.buffer) - self.position > MAX_RECORD:
                 raise self.error(f"a record of more than {MAX_RECORD:,} characters; is a quotation mark missing?")
             self.more()

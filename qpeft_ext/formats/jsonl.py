@@ -135,8 +135,15 @@ class ExampleCounts:
 
 
 def training_examples(
-    queries: Mapping[str, str], qrels: Qrels, run: Run | None, corpus: Mapping[str, dict], *,
-    num_negatives: int = 11, depth: int = 40, min_relevance: int = 1, seed: int = 0,
+    queries: Mapping[str, str],
+    qrels: Qrels,
+    run: Run | None,
+    corpus: Mapping[str, dict],
+    *,
+    num_negatives: int = 11,
+    depth: int = 40,
+    min_relevance: int = 1,
+    seed: int = 0,
 ) -> tuple[list[Example], ExampleCounts]:
     """One training example per query: its relevant documents, and negatives from the top of a run.
 
@@ -159,8 +166,9 @@ def training_examples(
             counts.without_relevant += 1
             continue
         if query_id not in queries:
-            raise ValueError(f"query {query_id!r} is in the qrels but not in the queries; "
-                             f"the files do not belong together")
+            raise ValueError(
+                f"query {query_id!r} is in the qrels but not in the queries; the files do not belong together"
+            )
         positives = [doc_id for doc_id in sorted(relevant, key=lambda d: -relevant[d]) if doc_id in corpus]
         counts.missing_positives += len(relevant) - len(positives)
         if not positives:
@@ -168,24 +176,30 @@ def training_examples(
             continue
         candidates = [doc_id for doc_id, _ in (run or {}).get(query_id, []) if doc_id not in relevant][:depth]
         counts.without_candidates += run is not None and query_id not in run
-        chosen = sorted(random.Random(f"{seed} {query_id}").sample(range(len(candidates)),
-                                                                   min(num_negatives, len(candidates))))
+        chosen = sorted(
+            random.Random(f"{seed} {query_id}").sample(range(len(candidates)), min(num_negatives, len(candidates)))
+        )
         counts.fewer_negatives += run is not None and len(chosen) < num_negatives
         negatives = [candidates[i] for i in chosen]
         for doc_id in negatives:
             if doc_id not in corpus:
-                raise ValueError(f"document {doc_id!r} of query {query_id!r} is in the run but not in the corpus; "
-                                 f"the run belongs to another corpus")
-        examples.append({
-            "query_id": query_id,
-            "query": queries[query_id],
-            "positives": [_document(corpus, doc_id) for doc_id in positives],
-            "negatives": [_document(corpus, doc_id) for doc_id in negatives],
-        })
+                raise ValueError(
+                    f"document {doc_id!r} of query {query_id!r} is in the run but not in the corpus; "
+                    f"the run belongs to another corpus"
+                )
+        examples.append(
+            {
+                "query_id": query_id,
+                "query": queries[query_id],
+                "positives": [_document(corpus, doc_id) for doc_id in positives],
+                "negatives": [_document(corpus, doc_id) for doc_id in negatives],
+            }
+        )
     counts.examples = len(examples)
     if not examples:
-        raise ValueError(f"the qrels give no training example ({counts}); "
-                         f"check that qrels, queries and corpus belong together")
+        raise ValueError(
+            f"the qrels give no training example ({counts}); check that qrels, queries and corpus belong together"
+        )
     return examples, counts
 
 
@@ -201,13 +215,18 @@ def _first(record: dict[str, Any], keys: tuple[str, ...]) -> str:
 def _check_documents(path: AnyPath, number: int, example: Example, key: str) -> None:
     documents = example.get(key)
     if not isinstance(documents, list):
-        raise line_error(path, number, f"expected a list of documents under {key!r}, got "
-                                       f"{shorten(documents) if key in example else 'no such key'}")
+        raise line_error(
+            path,
+            number,
+            f"expected a list of documents under {key!r}, got "
+            f"{shorten(documents) if key in example else 'no such key'}",
+        )
     for document in documents:
         record = {"text": document} if isinstance(document, str) else document
         if not isinstance(record, dict):
-            raise line_error(path, number, f"expected a text or an object with 'text' in {key!r}, "
-                                           f"got {shorten(document)}")
+            raise line_error(
+                path, number, f"expected a text or an object with 'text' in {key!r}, got {shorten(document)}"
+            )
         require_text(path, number, record, "text", empty=True)
         if record.get("title") is not None:
             require_text(path, number, record, "title", empty=True)

@@ -1,10 +1,10 @@
 """MS MARCO passages, as the tab-separated files it comes in, plain or .gz.
 
-    collection.tsv         pid, passage
-    queries.<split>.tsv    qid, query
-    qrels.<split>.tsv      qid, 0, pid, relevance
-    top1000.<split>        qid, pid, query, passage
-    triples.<split>.tsv    query, positive, negative: texts; qidpidtriples.<split>.tsv: the same by ids
+collection.tsv         pid, passage
+queries.<split>.tsv    qid, query
+qrels.<split>.tsv      qid, 0, pid, relevance
+top1000.<split>        qid, pid, query, passage
+triples.<split>.tsv    query, positive, negative: texts; qidpidtriples.<split>.tsv: the same by ids
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ _TOP = ("top1000.{}", "top1000.{}.tsv", "top1000.{}.txt")
 _TRIPLES = ("triples.{}.tsv", "triples.{}", "qidpidtriples.{}.tsv", "qidpidtriples.{}")
 _SPLIT = re.compile(r"(?:queries|qrels|top1000|triples|qidpidtriples)\.(.+?)(?:\.tsv|\.txt)?$")
 # first lines that name the columns, which the official files do not have
-_HEADERS = {(name, text) for name in ("qid", "pid", "query_id", "query-id", "doc_id", "docid", "id")
-            for text in ("query", "passage", "text")}
+_HEADERS = {
+    (name, text)
+    for name in ("qid", "pid", "query_id", "query-id", "doc_id", "docid", "id")
+    for text in ("query", "passage", "text")
+}
 
 
 class Corpus(corpus.Corpus):
@@ -69,8 +72,13 @@ class Folder(Collection):
     @property
     def parts(self) -> tuple[str, ...]:
         there = {plain_name(file).partition(".")[0] for file in _files(self.place)}
-        names = {"corpus": {"collection", "top1000"}, "queries": {"queries", "top1000"}, "qrels": {"qrels"},
-                 "candidates": {"top1000"}, "examples": {"triples", "qidpidtriples"}}
+        names = {
+            "corpus": {"collection", "top1000"},
+            "queries": {"queries", "top1000"},
+            "qrels": {"qrels"},
+            "candidates": {"top1000"},
+            "examples": {"triples", "qidpidtriples"},
+        }
         return tuple(part for part, files in names.items() if files & there)
 
     def has(self, part: str, split: str | None = None) -> bool:
@@ -87,8 +95,10 @@ class Folder(Collection):
     def corpus(self) -> Mapping[str, dict]:
         whole = self._find("collection.tsv")
         if whole is None and len(tops := _tops(self.place)) > 1:
-            raise ValueError(f"{self.place} (msmarco) has no collection.tsv and several top1000 files ({tops[0].name}, "
-                             f"{tops[1].name}, …); name one of them as the data")
+            raise ValueError(
+                f"{self.place} (msmarco) has no collection.tsv and several top1000 files ({tops[0].name}, "
+                f"{tops[1].name}, …); name one of them as the data"
+            )
         return Corpus(whole) if whole else TopCorpus(tops[0])
 
     def queries(self, split: str | None = None) -> dict[str, str]:
@@ -124,8 +134,10 @@ class Folder(Collection):
         return Glance(Path(self.place)).holds(*names)
 
     def _no_file(self, name: str) -> ValueError:
-        return ValueError(f"{self.place} (msmarco) has no {name}; its splits are {', '.join(self.splits) or 'none'}, "
-                          f"not each with every file")
+        return ValueError(
+            f"{self.place} (msmarco) has no {name}; its splits are {', '.join(self.splits) or 'none'}, "
+            f"not each with every file"
+        )
 
 
 class TopFile(Collection):
@@ -209,27 +221,36 @@ def read_top(path: AnyPath) -> tuple[dict[str, str], Run]:
 
 def read_triples(path: AnyPath) -> Iterator[Example]:
     """Triples of texts as training examples; neighbouring lines of one query and positive become one example."""
-    rows = ((number, *_columns(path, number, text, "query", "positive", "negative"))
-            for number, text in read_lines(path, "MS MARCO triples"))
+    rows = (
+        (number, *_columns(path, number, text, "query", "positive", "negative"))
+        for number, text in read_lines(path, "MS MARCO triples")
+    )
     return _grouped(path, rows, lambda query: {"query": query}, lambda text: text)
 
 
 def read_id_triples(path: AnyPath, queries: Mapping[str, str], passages: Mapping[str, dict]) -> Iterator[Example]:
     """Triples of ids as training examples, with the texts looked up; grouped as in `read_triples`."""
+
     def rows() -> Iterator[tuple[int, str, str, str]]:
         for number, text in read_lines(path, "MS MARCO triples of ids"):
             query_id, *doc_ids = _columns(path, number, text, "qid", "positive pid", "negative pid")
             if query_id not in queries:
-                raise line_error(path, number, f"query {query_id!r} is not in the queries; the files do not belong "
-                                               f"together")
+                raise line_error(
+                    path, number, f"query {query_id!r} is not in the queries; the files do not belong together"
+                )
             for doc_id in doc_ids:
                 if doc_id not in passages:
-                    raise line_error(path, number, f"passage {doc_id!r} is not in the collection; the files do not "
-                                                   f"belong together")
+                    raise line_error(
+                        path, number, f"passage {doc_id!r} is not in the collection; the files do not belong together"
+                    )
             yield number, query_id, *doc_ids
 
-    return _grouped(path, rows(), lambda query_id: {"query_id": query_id, "query": queries[query_id]},
-                    lambda doc_id: dict(passages[doc_id]))
+    return _grouped(
+        path,
+        rows(),
+        lambda query_id: {"query_id": query_id, "query": queries[query_id]},
+        lambda doc_id: dict(passages[doc_id]),
+    )
 
 
 def _grouped(path: AnyPath, rows, start, document) -> Iterator[Example]:
@@ -258,8 +279,9 @@ def _columns(path: AnyPath, number: int, text: str, *names: str, empty: str = ""
     """The columns of a line; only the one named ``empty`` may be so."""
     columns = text.split("\t")
     if len(columns) != len(names):
-        raise line_error(path, number, f"expected {len(names)} columns {' <tab> '.join(names)}, got {len(columns)}: "
-                                       f"{shorten(text)}")
+        raise line_error(
+            path, number, f"expected {len(names)} columns {' <tab> '.join(names)}, got {len(columns)}: {shorten(text)}"
+        )
     for name, column in zip(names, columns, strict=True):
         if name != empty and not column.strip():
             raise line_error(path, number, f"the column {name} is empty")

@@ -34,8 +34,16 @@ class PartialRun(PartialFile):
     """
 
     def __init__(
-        self, path: AnyPath, candidates: Run, settings: dict[str, object], *, about: dict | None = None,
-        name: str = "", resume: bool = True, tag: str = "qpeft_ext", blocks: Sequence[Sequence[str]] | None = None,
+        self,
+        path: AnyPath,
+        candidates: Run,
+        settings: dict[str, object],
+        *,
+        about: dict | None = None,
+        name: str = "",
+        resume: bool = True,
+        tag: str = "qpeft_ext",
+        blocks: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self._candidates, self._tag = candidates, tag
         self.blocks = [[query_id] for query_id in candidates] if blocks is None else blocks

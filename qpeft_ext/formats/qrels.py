@@ -45,26 +45,39 @@ def read_table(path: AnyPath) -> Qrels:
             if header:
                 continue
             if not _NUMBER.search(columns[places["relevance"]]):
-                raise line_error(path, number, f"expected a whole number as relevance, or a header such as "
-                                               f"{' '.join(BEIR_HEADER)}, got {shorten(text)}")
+                raise line_error(
+                    path,
+                    number,
+                    f"expected a whole number as relevance, or a header such as "
+                    f"{' '.join(BEIR_HEADER)}, got {shorten(text)}",
+                )
         if len(columns) != count:
             hint = "; an id with blanks needs tabs between the columns" if len(columns) > count else ""
-            raise line_error(path, number, f"expected {count} columns as on the first line, got "
-                                           f"{_got(text, columns)}{hint}")
+            raise line_error(
+                path, number, f"expected {count} columns as on the first line, got {_got(text, columns)}{hint}"
+            )
         if not all(column.strip() for column in columns):
             raise line_error(path, number, f"one of the {count} columns is empty: {shorten(text)}")
         if "\t" not in text and count == 4 and not _is_iteration(columns[1]):
-            raise line_error(path, number, f"expected 0 or Q0 as the second of 4 columns, got {shorten(text)}; "
-                                           f"an id with blanks needs tabs between the columns")
+            raise line_error(
+                path,
+                number,
+                f"expected 0 or Q0 as the second of 4 columns, got {shorten(text)}; "
+                f"an id with blanks needs tabs between the columns",
+            )
         query_id, doc_id, relevance = (columns[places[name]] for name in ("query", "document", "relevance"))
         judged = qrels.setdefault(query_id, {})
         if doc_id in judged:
-            raise line_error(path, number, f"document {shorten(doc_id)} is judged twice for query "
-                                           f"{shorten(query_id)}; remove one line")
+            raise line_error(
+                path,
+                number,
+                f"document {shorten(doc_id)} is judged twice for query {shorten(query_id)}; remove one line",
+            )
         judged[doc_id] = whole_number(path, number, "relevance", relevance)
         if abs(judged[doc_id]) > LARGEST_RELEVANCE:
-            raise line_error(path, number, f"expected a relevance of at most {LARGEST_RELEVANCE:,}, got "
-                                           f"{shorten(relevance)}")
+            raise line_error(
+                path, number, f"expected a relevance of at most {LARGEST_RELEVANCE:,}, got {shorten(relevance)}"
+            )
     if not qrels:
         raise ValueError(f"{path}: the qrels are empty; expected lines {_EXPECTED}")
     return qrels
@@ -86,8 +99,11 @@ def _header(path: AnyPath, number: int, columns: Sequence[str]) -> dict[str, int
     plain = [column.strip().lower().replace("-", "").replace("_", "") for column in columns]
     places = {name: plain.index(word) for name, words in _NAMES.items() for word in words if word in plain}
     if len(columns) == 1 and plain[0].count(",") in (2, 3):
-        raise line_error(path, number, f"expected columns with tabs or blanks between them, got commas: "
-                                       f"{shorten(columns[0])}; write {_EXPECTED}")
+        raise line_error(
+            path,
+            number,
+            f"expected columns with tabs or blanks between them, got commas: {shorten(columns[0])}; write {_EXPECTED}",
+        )
     if len(places) == len(columns) and {"query", "document", "relevance"} <= places.keys():
         return places
     return {}

@@ -84,8 +84,12 @@ def read_requests(path: AnyPath) -> Iterator[Request]:
         key = "candidates" if "candidates" in record else "hits"
         rows = record.get(key)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise line_error(path, place, f"expected a list of candidates under 'candidates', got "
-                                          f"{shorten(rows) if key in record else 'no such key'}")
+            raise line_error(
+                path,
+                place,
+                f"expected a list of candidates under 'candidates', got "
+                f"{shorten(rows) if key in record else 'no such key'}",
+            )
         query_id, query = _query(path, place, record, rows)
         if query_id in seen:
             raise line_error(path, place, f"the query id {query_id!r} occurs twice; ids must be unique")

@@ -39,8 +39,10 @@ def read_run(path: AnyPath) -> Run:
     if not rows:
         raise ValueError(f"{path}: the run is empty; expected lines 'query_id Q0 doc_id rank score tag'")
     return {
-        query_id: [(doc_id, score) for doc_id, (score, _) in
-                   sorted(candidates.items(), key=lambda item: (-item[1][0], item[1][1], item[0]))]
+        query_id: [
+            (doc_id, score)
+            for doc_id, (score, _) in sorted(candidates.items(), key=lambda item: (-item[1][0], item[1][1], item[0]))
+        ]
         for query_id, candidates in rows.items()
     }
 
@@ -96,8 +98,10 @@ def written_ranking(query_id: str, ranking: Iterable[tuple[str, float]]) -> list
 
 def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> bytes:
     """The lines of one query, whose ranking is a `written_ranking`."""
-    return "".join(f"{query_id} Q0 {doc_id} {rank} {np.float32(score)!s} {tag}\n"
-                   for rank, (doc_id, score) in enumerate(ranking, start=1)).encode("utf-8")
+    return "".join(
+        f"{query_id} Q0 {doc_id} {rank} {np.float32(score)!s} {tag}\n"
+        for rank, (doc_id, score) in enumerate(ranking, start=1)
+    ).encode("utf-8")
 
 
 class RunWriter:
@@ -153,8 +157,9 @@ def write_run(path: AnyPath, run: Mapping[str, Iterable[tuple[str, float]]], tag
 def without_identical_ids(run: Mapping[str, Sequence[tuple[str, float]]]) -> tuple[Run, int]:
     """The run without the documents that have the id of their query: where queries are documents (ArguAna, Quora) they
     would find themselves. Returns: the run, every query still in it, and how many candidates were left out."""
-    kept = {query_id: [candidate for candidate in ranking if candidate[0] != query_id]
-            for query_id, ranking in run.items()}
+    kept = {
+        query_id: [candidate for candidate in ranking if candidate[0] != query_id] for query_id, ranking in run.items()
+    }
     return kept, sum(map(len, run.values())) - sum(map(len, kept.values()))
 
 
@@ -181,8 +186,11 @@ def _columns(path: AnyPath, number: int, text: str) -> list[str]:
     columns = split_columns(text)
     if len(columns) != 6 or not all(columns):
         hint = "; an id with blanks needs tabs between the columns" if len(columns) > 6 else ""
-        raise line_error(path, number, f"expected 6 columns 'query_id Q0 doc_id rank score tag', got {len(columns)}: "
-                                       f"{shorten(text)}{hint}")
+        raise line_error(
+            path,
+            number,
+            f"expected 6 columns 'query_id Q0 doc_id rank score tag', got {len(columns)}: {shorten(text)}{hint}",
+        )
     return columns
 
 

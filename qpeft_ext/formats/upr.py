@@ -97,8 +97,10 @@ class RetrieverFile(Collection):
     def _text(self, query_id: str, doc_id: str) -> str:
         """Of a candidate without a label."""
         if doc_id not in self.corpus:
-            raise ValueError(f"{self.place}: passage {doc_id!r} of query {query_id!r} is not in {self.corpus.path}; "
-                             f"the files do not belong together")
+            raise ValueError(
+                f"{self.place}: passage {doc_id!r} of query {query_id!r} is not in {self.corpus.path}; "
+                f"the files do not belong together"
+            )
         return self.corpus[doc_id]["text"]
 
     def judge(self, split: str | None, runs: Sequence[Run]) -> Qrels:
@@ -165,8 +167,11 @@ class Folder(Collection):
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        return {plain_name(file).rsplit(".", 1)[0]: file for file in Path(self.place).iterdir()
-                if plain_name(file).endswith((".json", ".qa.csv")) and file.is_file()}
+        return {
+            plain_name(file).rsplit(".", 1)[0]: file
+            for file in Path(self.place).iterdir()
+            if plain_name(file).endswith((".json", ".qa.csv")) and file.is_file()
+        }
 
     def has(self, part: str, split: str | None = None) -> bool:
         if part == "corpus":
@@ -179,8 +184,9 @@ class Folder(Collection):
         for format in (RetrieverFile, dpr.TrainingFile, dpr.Questions):
             if format.recognises(glance):
                 return format(file)
-        raise glance.error or ValueError(f"{file}: expected {RetrieverFile.looks_for}, {dpr.TrainingFile.looks_for} or "
-                                         f"{dpr.Questions.looks_for}")
+        raise glance.error or ValueError(
+            f"{file}: expected {RetrieverFile.looks_for}, {dpr.TrainingFile.looks_for} or {dpr.Questions.looks_for}"
+        )
 
 
 def read_file(path: AnyPath) -> Iterator[Record]:

@@ -52,8 +52,10 @@ def _check(folder: Path) -> None:
         raise ValueError(f"{path}: expected a config of peft, with a peft_type; save the adapter again")
     for name in _LOADING:
         if config.get(name):
-            raise ValueError(f"{path}: {name} makes peft load something from outside the folder; expected an adapter "
-                             "that is whole in it")
+            raise ValueError(
+                f"{path}: {name} makes peft load something from outside the folder; expected an adapter "
+                "that is whole in it"
+            )
     iterations = re.fullmatch(r"pissa_niter_(.*)", str(config.get("init_lora_weights")))
     if iterations and not (iterations[1].isdigit() and int(iterations[1][:9]) <= _MAX_ITERATIONS):
         raise ValueError(f"{path}: init_lora_weights must have at most {_MAX_ITERATIONS} iterations")

@@ -22,5 +22,7 @@ def expect_readable_adapters(lm: nn.Module) -> None:
         if getattr(config, "alora_invocation_tokens", None) is not None:
             kind, why = "activated LoRA", "looks for its invocation tokens among token ids"
         if why is not None:
-            raise ValueError(f"the LM's adapter {name!r} ({kind}) {why}, and our passes read embeddings, several "
-                             "prompts together; give the LM without it (unload), or with an ordinary LoRA")
+            raise ValueError(
+                f"the LM's adapter {name!r} ({kind}) {why}, and our passes read embeddings, several "
+                "prompts together; give the LM without it (unload), or with an ordinary LoRA"
+            )

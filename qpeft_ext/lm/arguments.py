@@ -15,12 +15,16 @@ def expect_model(model: object) -> None:
     if hasattr(model, "qpeft_config") and hasattr(model, "prompt"):
         return
     if isinstance(model, str) or hasattr(model, "__fspath__"):
-        raise TypeError(f"Reranker: model must be a QPeftModel, got {kind_of(model)}; Reranker.from_pretrained(…) "
-                        "loads an adapter, load_lm and get_qpeft_model make a model of an LM")
+        raise TypeError(
+            f"Reranker: model must be a QPeftModel, got {kind_of(model)}; Reranker.from_pretrained(…) "
+            "loads an adapter, load_lm and get_qpeft_model make a model of an LM"
+        )
     if reason := _why_no_lm(model):
         raise TypeError(f"Reranker: model must be a QPeftModel, got {reason}")
-    raise TypeError(f"Reranker: model must be a QPeftModel, got the LM {type(model).__name__}; wrap it: "
-                    "Reranker(get_qpeft_model(lm, QPeftConfig(clues='none')))")
+    raise TypeError(
+        f"Reranker: model must be a QPeftModel, got the LM {type(model).__name__}; wrap it: "
+        "Reranker(get_qpeft_model(lm, QPeftConfig(clues='none')))"
+    )
 
 
 def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object = None) -> None:
@@ -31,8 +35,10 @@ def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object
         got = "a tokenizer, which comes after it" if _is_tokenizer(config) else kind_of(config)
         raise TypeError(f"{what}: config must be a QPeftConfig, got {got}; give QPeftConfig(clues='top_k', …)")
     if tokenizer is not None and not _is_tokenizer(tokenizer):
-        raise TypeError(f"{what}: tokenizer must be a transformers tokenizer, got {kind_of(tokenizer)}; load it: "
-                        "AutoTokenizer.from_pretrained(name)")
+        raise TypeError(
+            f"{what}: tokenizer must be a transformers tokenizer, got {kind_of(tokenizer)}; load it: "
+            "AutoTokenizer.from_pretrained(name)"
+        )
 
 
 def _why_no_lm(lm: object) -> str:
@@ -55,8 +61,10 @@ def _why_no_lm(lm: object) -> str:
         return f"{kind_of(lm) if not isinstance(lm, nn.Module) else f'the module {type(lm).__name__}'}; {_LOAD}"
     for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"):
         if f"For{kind}" in type(lm).__name__:
-            return (f"a {type(lm).__name__}, which does not write text; load the LM itself: load_lm(name), or "
-                    "AutoModelForCausalLM.from_pretrained(name)")
+            return (
+                f"a {type(lm).__name__}, which does not write text; load the LM itself: load_lm(name), or "
+                "AutoModelForCausalLM.from_pretrained(name)"
+            )
     return ""
 
 

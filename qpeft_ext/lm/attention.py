@@ -26,8 +26,14 @@ _this_thread = local()  # passes: how many are active in it
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
-    scaling: float | None = None, **kwargs,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention function; what it does not know goes to "sdpa".
 
@@ -93,13 +99,17 @@ def find_attention(lm: nn.Module, decoder: nn.Module, run: Callable[[Tensor], Te
 
     run: attention mask [1, 3] -> final hidden states [1, 3, D] of three tokens.
     """
+
     def has_sdpa(module: nn.Module) -> bool:
         return getattr(getattr(module, "config", None), "_attn_implementation", None) == SDPA
 
     weight = next(decoder.parameters())
     by_tiles = is_supported(*weight.new_empty(3, 1, 1, 1, 32), torch.ones(1, 1, 1, 1, dtype=torch.bool))
-    worth_it = [m for m in decoder.modules() if has_sdpa(m) and hasattr(m, "is_causal")
-                and (by_tiles or getattr(m, "num_key_value_groups", 1) > 1)]
+    worth_it = [
+        m
+        for m in decoder.modules()
+        if has_sdpa(m) and hasattr(m, "is_causal") and (by_tiles or getattr(m, "num_key_value_groups", 1) > 1)
+    ]
     if not worth_it or not has_sdpa(decoder) or not getattr(lm, "_supports_attention_backend", False):
         return LMAttention()
     found = LMAttention({id(m.config): m.config for m in (decoder, *worth_it)}.values(), by_tiles)

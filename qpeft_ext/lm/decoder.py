@@ -46,6 +46,8 @@ def find_decoder(lm: nn.Module, run: Callable[[], object]) -> nn.Module:
         if read and read[-1].shape == ended[module].shape and torch.equal(read[-1], ended[module]):
             return module
     if not outermost_first:
-        raise ValueError(f"no module of this {lm.config.model_type} LM gives the hidden states that its head reads, so "
-                         "that prompts with clues cannot be given to it; use another LM")
+        raise ValueError(
+            f"no module of this {lm.config.model_type} LM gives the hidden states that its head reads, so "
+            "that prompts with clues cannot be given to it; use another LM"
+        )
     return outermost_first[0]

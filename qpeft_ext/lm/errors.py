@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-LM_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError,
-             ValueError)  # fmt: skip; what code of other projects raises where something does not fit
+LM_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # fmt: skip; what code of other projects raises where something does not fit
 
 
 def in_one_line(error: Exception) -> str:

@@ -28,7 +28,9 @@ class LikelihoodHead:
     """
 
     def __init__(
-        self, lm, probe: Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]],
+        self,
+        lm,
+        probe: Callable[[Sequence[int], Sequence[int]], tuple[Tensor, Tensor]],
         logit_scale: float | None = None,
     ) -> None:
         self.lm = lm

@@ -49,8 +49,10 @@ def load_lm(
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
         dtype = getattr(torch, dtype)
     if kwargs.pop("trust_remote_code", False):
-        raise ValueError(f"load_lm: the code in {str(name_or_path)!r} is not run (trust_remote_code); load that LM "
-                         "with transformers yourself, if you trust it, and pass it")
+        raise ValueError(
+            f"load_lm: the code in {str(name_or_path)!r} is not run (trust_remote_code); load that LM "
+            "with transformers yourself, if you trust it, and pass it"
+        )
     if attention is not None:
         kwargs["attn_implementation"] = attention
     config = kwargs.get("config") or load_config(name_or_path, **kwargs)
@@ -62,10 +64,12 @@ def load_lm(
         if attention is None:
             _expect_no_kernels(config)
         if type(config) not in mapping:
-            raise ValueError(f"expected a causal or an encoder–decoder LM, got model_type {config.model_type!r}, which "
-                             "is neither")
-        lm = auto.from_pretrained(_existing(name_or_path), dtype=dtype or "auto", use_safetensors=True,
-                                  trust_remote_code=False, **kwargs)
+            raise ValueError(
+                f"expected a causal or an encoder–decoder LM, got model_type {config.model_type!r}, which is neither"
+            )
+        lm = auto.from_pretrained(
+            _existing(name_or_path), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **kwargs
+        )
         return (lm.to(device) if device else lm).eval()
 
 
@@ -174,8 +178,10 @@ def _expect_lm_alone(name_or_path: str | Path, kwargs: dict) -> None:
 
     name = _existing(name_or_path)
     if find_adapter_config_file(name, **_where(kwargs)):
-        raise ValueError("it is an adapter, or has one beside it (adapter_config.json); load that with peft on its LM, "
-                         "and pass the result")
+        raise ValueError(
+            "it is an adapter, or has one beside it (adapter_config.json); load that with peft on its LM, "
+            "and pass the result"
+        )
     index = Path(name) / kwargs.get("subfolder", "") / "model.safetensors.index.json"
     if index.is_file():
         content = read_json(index)
@@ -192,8 +198,10 @@ def _expect_no_kernels(config) -> None:
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
         for name in ("_attn_implementation", "_experts_implementation"):
             if "/" in str(getattr(part, name, None)):
-                raise ValueError(f"its config.json asks for code from the Hub ({getattr(part, name)!r} as {name}); "
-                                 "remove that, or name an attention implementation")
+                raise ValueError(
+                    f"its config.json asks for code from the Hub ({getattr(part, name)!r} as {name}); "
+                    "remove that, or name an attention implementation"
+                )
 
 
 class one_line:

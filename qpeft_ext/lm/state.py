@@ -12,9 +12,24 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # say nothing about what the LM computes, or differ between two loads of the same LM
-_NOT_CONTENT = {"_name_or_path", "name_or_path", "transformers_version", "use_cache", "architectures", "dtype",
-                "torch_dtype", "output_attentions", "output_hidden_states", "return_dict", "_attn_implementation",
-                "attn_implementation", "_attn_implementation_internal", "pad_token_id", "bos_token_id", "eos_token_id"}
+_NOT_CONTENT = {
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "use_cache",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "_attn_implementation",
+    "attn_implementation",
+    "_attn_implementation_internal",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+}
 _CHUNK = 64 << 20
 
 
@@ -112,8 +127,11 @@ def fingerprint_of(lm: nn.Module) -> dict[str, str]:
     adapters = json.dumps([list(map(str, state)) for state in _adapters(lm)])
     adapter.update(adapters.encode())
     # a LoRA wraps the layers it changes: without these words their names are the base LM's
-    tensors = {name.replace("base_model.model.", "").replace(".base_layer", ""): tensor
-               for name, tensor in lm.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    tensors = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): tensor
+        for name, tensor in lm.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
     for name in sorted(tensors):
         _hash_tensor(adapter if adapters != "[]" and _is_adapter(name) else weights, name, tensors[name])
     return {
@@ -148,15 +166,21 @@ def _attention(lm: nn.Module) -> str:
 def _adapters(lm: nn.Module) -> list[tuple]:
     """State of every layer of an adapter that is not in its parameters: which are active, merged, how scaled."""
     return [
-        (tuple(module.active_adapters), bool(module.disable_adapters), tuple(module.merged_adapters),
-         tuple(sorted((name, float(value)) for name, value in getattr(module, "scaling", {}).items())))
-        for module in lm.modules() if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")
+        (
+            tuple(module.active_adapters),
+            bool(module.disable_adapters),
+            tuple(module.merged_adapters),
+            tuple(sorted((name, float(value)) for name, value in getattr(module, "scaling", {}).items())),
+        )
+        for module in lm.modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")
     ]
 
 
 def _is_adapter(name: str) -> bool:
-    return any(part.startswith(("lora_", "ia3_", "hada_", "lokr_", "oft_", "vera_", "boft_")) for part in
-               name.split("."))
+    return any(
+        part.startswith(("lora_", "ia3_", "hada_", "lokr_", "oft_", "vera_", "boft_")) for part in name.split(".")
+    )
 
 
 def _hash_tensor(digest, name: str, tensor: Tensor) -> None:

@@ -89,8 +89,12 @@ class OfficialTopKClues(OfficialClues):
         passed = listed & passed & _first_of_each(listed_ids)
         passed = torch.where(passed.any(1, keepdim=True), passed, listed)
         count = passed.cumsum(1)
-        self.refuse(inputs, count[:, -1] < self.k, f"fewer than k={self.k} tokens can be clues, and the official code "
-                                                   "would draw the others at random; lower k, or drop filters")
+        self.refuse(
+            inputs,
+            count[:, -1] < self.k,
+            f"fewer than k={self.k} tokens can be clues, and the official code "
+            "would draw the others at random; lower k, or drop filters",
+        )
         taken = passed & (count <= self.k)
         chosen = (x[taken].view(-1, self.k) for x in (scores, listed_ids, order // ids.shape[1]))
         return SimilarityTopK(*chosen)
@@ -136,8 +140,11 @@ class OfficialAttentionClues(OfficialClues):
         """Clues of B pairs and the words around them."""
         read = self.read(inputs)
         keys = self.filter.tokens(read, inputs.query_index)
-        self.refuse(inputs, ~keys.any(1), "the filters leave no token to attend to, and the official code would give "
-                                          "NaN; drop filters")
+        self.refuse(
+            inputs,
+            ~keys.any(1),
+            "the filters leave no token to attend to, and the official code would give NaN; drop filters",
+        )
         queries = self._rows(table, inputs.query_ids)[inputs.query_index]  # [B, T, D]
         rows = table[read.document_ids].to(queries.dtype)
         mixed, weights = self.attention(queries, rows, rows, key_padding_mask=~keys, need_weights=explain,

@@ -19,6 +19,8 @@ def counted_tokens(counted: Tensor, batch: PairBatch, decode) -> Tensor:
     """
     for i in (counted == 0).nonzero()[:1, 0].tolist():
         query = decode(list(batch.queries[batch.pairs[i][0]]))
-        raise ValueError(f"compat='official', query {query!r}: every token is predicted with certainty, and the "
-                         "official mean over the others would be NaN; use compat='none'")
+        raise ValueError(
+            f"compat='official', query {query!r}: every token is predicted with certainty, and the "
+            "official mean over the others would be NaN; use compat='none'"
+        )
     return counted

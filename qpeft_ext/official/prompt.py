@@ -33,13 +33,17 @@ class OfficialTokens:
         """Raises: ValueError for another kind of tokenizer than Llama's, where the official code would go astray."""
         found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         if found != (BOS, EOS):
-            raise ValueError(f"compat='official' needs a Llama tokenizer with <s> = {BOS} and </s> = {EOS}, got "
-                             f"bos_token_id {found[0]} and eos_token_id {found[1]}; use compat='none'")
+            raise ValueError(
+                f"compat='official' needs a Llama tokenizer with <s> = {BOS} and </s> = {EOS}, got "
+                f"bos_token_id {found[0]} and eos_token_id {found[1]}; use compat='none'"
+            )
         part, hints, newline = tokenizer([_document_part("a"), "hints: ", "\n"], add_special_tokens=False)["input_ids"]
         pieces = tokenizer.convert_ids_to_tokens(part[-QUESTION:])
         if pieces[:3] != ["▁Question", ":", "▁"]:
-            raise ValueError("compat='official' needs a Llama tokenizer, whose document part ends with four pieces for "
-                             f"'Question: \\n', got {pieces}; use compat='none'")
+            raise ValueError(
+                "compat='official' needs a Llama tokenizer, whose document part ends with four pieces for "
+                f"'Question: \\n', got {pieces}; use compat='none'"
+            )
         return cls(tuple(hints), tuple(newline), tuple(part[-QUESTION:]))
 
 
@@ -94,8 +98,10 @@ class OfficialPrompt(Prompt):
         """As `Prompt.offsets`; words of the template have empty spans."""
         text = document_text(document)
         spans = self._text_tokenizer.offsets(_document_part(text))
-        return [tuple(min(max(0, place - len(_BEFORE)), len(text)) for place in span)
-                for span in self._cut(spans)[:-QUESTION]]
+        return [
+            tuple(min(max(0, place - len(_BEFORE)), len(text)) for place in span)
+            for span in self._cut(spans)[:-QUESTION]
+        ]
 
     def _cut(self, part: list) -> list:
         excess = len(part) - self.max_document_tokens
@@ -103,8 +109,10 @@ class OfficialPrompt(Prompt):
 
     def _expect_no_bos(self, what: str, text: str, ids: Sequence[int]) -> None:
         if BOS in ids:
-            raise ValueError(f"{what} {text[:60]!r} has the token <s> in its text, where the official code would split "
-                             "the prompt; take it out, or use compat='none'")
+            raise ValueError(
+                f"{what} {text[:60]!r} has the token <s> in its text, where the official code would split "
+                "the prompt; take it out, or use compat='none'"
+            )
 
 
 def _document_part(text: str) -> str:

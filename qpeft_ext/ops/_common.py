@@ -61,8 +61,10 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"{ctx.op}: a gradient cannot be differentiated again; with QPEFT_REFERENCE=1 the PyTorch "
-                           "definitions run, which have second derivatives")
+        raise RuntimeError(
+            f"{ctx.op}: a gradient cannot be differentiated again; with QPEFT_REFERENCE=1 the PyTorch "
+            "definitions run, which have second derivatives"
+        )
 
 
 def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
@@ -70,8 +72,10 @@ def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
     if forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(f"{op}: there is no forward-mode derivative; with QPEFT_REFERENCE=1 the PyTorch "
-                                  "definitions run, which have it")
+        raise NotImplementedError(
+            f"{op}: there is no forward-mode derivative; with QPEFT_REFERENCE=1 the PyTorch "
+            "definitions run, which have it"
+        )
 
 
 def with_plain_rows(table: Tensor) -> Tensor:

@@ -83,8 +83,11 @@ def kernels_live() -> dict[str, tuple[bool, str]]:
 
 
 def _bfloat16_words() -> str:
-    how = ("in float32, without AMX or AMD's AVX512-BF16", "as they are, by AVX512-BF16",
-           "as they are, by AMX, and bf16 attention is by AMX too")
+    how = (
+        "in float32, without AMX or AMD's AVX512-BF16",
+        "as they are, by AVX512-BF16",
+        "as they are, by AMX, and bf16 attention is by AMX too",
+    )
     return f"bf16 LM heads are multiplied {how[torch.ops.qpeft_ext.bfloat16_instructions()]}"
 
 

@@ -245,9 +245,7 @@ def _segments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 @fake("similarity_topk_backward")
-def _(
-    grad_scores, scores, clue_ids, query_positions, row_norms, query_embeds, table, query_index, metric, want_table
-):
+def _(grad_scores, scores, clue_ids, query_positions, row_norms, query_embeds, table, query_index, metric, want_table):
     return torch.empty_like(query_embeds), torch.empty_like(table) if want_table else table.new_empty(0)
 
 

@@ -80,9 +80,7 @@ class DocumentCache:
         return PrefixKey(model, prefix_digest(prefix_ids), len(prefix_ids), alone)
 
     def fetch(self, keys: Sequence[PrefixKey], layout: Layout, device: torch.device) -> list[PrefixKV | None]:
-        """The prefixes that are stored, on the device; None for those that are not.
-
-        """
+        """The prefixes that are stored, on the device; None for those that are not."""
         link = copies(device)
         found = [self._in_memory(key, link) for key in keys]
         self._read(keys, found, layout, link)

@@ -51,8 +51,9 @@ class Contents:
     nbytes: int
 
 
-def write_prefixes(path: Path, prefixes: Sequence[tuple[str, Tensor]], metadata: dict[str, str],
-                   mode: int = 0o666) -> int:
+def write_prefixes(
+    path: Path, prefixes: Sequence[tuple[str, Tensor]], metadata: dict[str, str], mode: int = 0o666
+) -> int:
     """Write prefixes (name, flat tensor on the CPU) to a new file; it appears when it is complete and synced.
 
     Args:
@@ -62,12 +63,20 @@ def write_prefixes(path: Path, prefixes: Sequence[tuple[str, Tensor]], metadata:
     Raises: OSError if it cannot be written; nothing is left then.
     """
     parts = [_bytes(flat) for _, flat in prefixes]
-    header: dict = {"__metadata__": {**metadata, "format": _FORMAT,
-                                     "checksums": " ".join(f"{checksum(part):08x}" for part in parts)}}
+    header: dict = {
+        "__metadata__": {
+            **metadata,
+            "format": _FORMAT,
+            "checksums": " ".join(f"{checksum(part):08x}" for part in parts),
+        }
+    }
     start = 0
     for (name, flat), part in zip(prefixes, parts, strict=True):
-        header[name] = {"dtype": _DTYPES[flat.dtype], "shape": [flat.numel()],
-                        "data_offsets": [start, start + len(part)]}
+        header[name] = {
+            "dtype": _DTYPES[flat.dtype],
+            "shape": [flat.numel()],
+            "data_offsets": [start, start + len(part)],
+        }
         start += len(part)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
@@ -88,7 +97,7 @@ def read_contents(path: Path) -> Contents:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            length, = struct.unpack("<Q", file.read(8))
+            (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:
                 raise Damaged("cut short")
             if length > _MAX_HEADER:

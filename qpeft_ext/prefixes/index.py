@@ -59,8 +59,13 @@ class PrefixIndex(Tier):
         """Rows of what a shard holds."""
         try:
             places = read_contents(self._paths[shard]).places
-            return np.array([(bytes.fromhex(name), shard, place.offset, place.nbytes, place.checksum)
-                             for name, place in places.items()], dtype=_ROW)
+            return np.array(
+                [
+                    (bytes.fromhex(name), shard, place.offset, place.nbytes, place.checksum)
+                    for name, place in places.items()
+                ],
+                dtype=_ROW,
+            )
         except (ValueError, OSError) as error:
             self._tell(self._paths[shard], error)
             return np.zeros(0, _ROW)
@@ -74,8 +79,10 @@ class PrefixIndex(Tier):
             expect_same_lm(self.folder, self.manifest, key.model.fingerprint())
             self._checked = key.model
         if key.alone and not self.manifest["alone"]:
-            raise ValueError(f"{self.folder} was computed in batches, which deterministic scores cannot use; make "
-                             f"another one with qpeft index --deterministic")
+            raise ValueError(
+                f"{self.folder} was computed in batches, which deterministic scores cannot use; make "
+                f"another one with qpeft index --deterministic"
+            )
         row = self._find(key.digest)
         if row is None:
             return None
@@ -134,8 +141,12 @@ def read_manifest(folder: Path) -> dict:
 def prompt_settings(prompt) -> dict:
     """What decides about the prefix ids of a text: template, tokenizer, limit."""
     empty, probe = prompt.documents(["", _PROBE])
-    return {"template": list(empty.ids), "tokenizer": list(probe.document_ids),
-            "max_document_tokens": prompt.max_document_tokens, "allow_special_tokens": prompt.allow_special_tokens}
+    return {
+        "template": list(empty.ids),
+        "tokenizer": list(probe.document_ids),
+        "max_document_tokens": prompt.max_document_tokens,
+        "allow_special_tokens": prompt.allow_special_tokens,
+    }
 
 
 _LM_DIFFERENCES = {
@@ -171,5 +182,7 @@ def _expect_equal(folder: Path, expected: dict, got: dict, words: dict[str, str]
         then, now = expected.get(name), got.get(name)
         if then != now:
             values = (str(value)[:80] for value in (then, now))
-            raise ValueError(f"the index {folder} was made with {difference.format(*values)}; use "
-                             "what it was made with, or make another one with qpeft index")
+            raise ValueError(
+                f"the index {folder} was made with {difference.format(*values)}; use "
+                "what it was made with, or make another one with qpeft index"
+            )

@@ -71,8 +71,16 @@ class IndexWriter:
     Raises: ValueError if the folder holds an index of another LM or prompt, or the LM's cache cannot be shared.
     """
 
-    def __init__(self, model, corpus: Mapping[str, dict], folder: str | os.PathLike, *, alone: bool = False,
-                 max_tokens_per_batch: int = 8192, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        model,
+        corpus: Mapping[str, dict],
+        folder: str | os.PathLike,
+        *,
+        alone: bool = False,
+        max_tokens_per_batch: int = 8192,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
         if model.engine.why_plain:
             raise ValueError(f"an index is of no use to this model: {model.engine.why_plain}")
         self.model, self.corpus, self.folder, self.alone = model, corpus, Path(folder), alone
@@ -125,8 +133,10 @@ class IndexWriter:
         """Raises: ValueError with the figures if the index will not fit on the disk."""
         free = shutil.disk_usage(self.folder).free
         if plan.nbytes > free:
-            raise ValueError(f"the index needs {size(plan.nbytes)} more, but {self.folder} has {size(free)} free; free "
-                             f"some space, name another disk, or lower max_document_tokens")
+            raise ValueError(
+                f"the index needs {size(plan.nbytes)} more, but {self.folder} has {size(free)} free; free "
+                f"some space, name another disk, or lower max_document_tokens"
+            )
 
     # -- the work -------------------------------------------------------------------------------------------------
 
@@ -197,11 +207,16 @@ class IndexWriter:
                 ready.synchronize()
         path = self.folder / f"shard-{self._shards:06d}.safetensors"
         try:
-            write_prefixes(path, [(name, flat) for name, flat, _ in pending],
-                           {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.alone)}, self._mode)
+            write_prefixes(
+                path,
+                [(name, flat) for name, flat, _ in pending],
+                {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.alone)},
+                self._mode,
+            )
         except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror or error}; make room and run the same command again, "
-                          f"it goes on") from None
+            raise OSError(
+                f"cannot write {path}: {error.strerror or error}; make room and run the same command again, it goes on"
+            ) from None
         self._shards += 1
 
     def _chunks(self, title: str = "", show_progress_bar: bool | None = False) -> Iterator[list[DocumentPrefix]]:
@@ -221,8 +236,12 @@ class IndexWriter:
     def _check_settings(self) -> dict:
         """This run's settings; those of an index that is there already must be the same."""
         engine = self.model.engine
-        settings = {"format": FORMAT, "model": engine.version().fingerprint(),
-                    "prompt": prompt_settings(self.model.prompt), "alone": self.alone}
+        settings = {
+            "format": FORMAT,
+            "model": engine.version().fingerprint(),
+            "prompt": prompt_settings(self.model.prompt),
+            "alone": self.alone,
+        }
         if not (self.folder / MANIFEST).exists():
             if others := [file.name for file in self.folder.iterdir() if not file.name.startswith(".")]:
                 raise ValueError(f"{self.folder} is no index and holds {others[0]}; name an empty or a new folder")
@@ -233,8 +252,10 @@ class IndexWriter:
         expect_same_lm(self.folder, there, settings["model"])
         expect_same_prompt(self.folder, there, settings["prompt"])
         if there["alone"] != self.alone:
-            raise ValueError(f"the index {self.folder} was made {'with' if there['alone'] else 'without'} "
-                             f"--deterministic; do so again, or name another folder")
+            raise ValueError(
+                f"the index {self.folder} was made {'with' if there['alone'] else 'without'} "
+                f"--deterministic; do so again, or name another folder"
+            )
         return settings
 
     def _keys_there(self) -> tuple[np.ndarray, np.ndarray]:
@@ -276,10 +297,18 @@ class IndexWriter:
 
         shards = shard_paths(self.folder)
         begun = {} if complete else {"first_shard": self._first_shard}
-        manifest = self._settings | begun | {
-            "complete": complete, "documents": plan.documents, "prefixes": plan.distinct, "shards": len(shards),
-            "bytes": sum(path.stat().st_size for path in shards), "qpeft_version": VERSION,
-        }
+        manifest = (
+            self._settings
+            | begun
+            | {
+                "complete": complete,
+                "documents": plan.documents,
+                "prefixes": plan.distinct,
+                "shards": len(shards),
+                "bytes": sum(path.stat().st_size for path in shards),
+                "qpeft_version": VERSION,
+            }
+        )
         write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n", self._mode, follow=False)
 
 

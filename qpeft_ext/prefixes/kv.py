@@ -72,8 +72,10 @@ class PrefixKV:
 
     def _alone(self, i: int, layout: Layout | None) -> PrefixKV:
         length = self.lengths[i]
-        rows = [kv and LayerKV(_tail(kv.keys[i : i + 1], length), _tail(kv.values[i : i + 1], length), kv.window)
-                for kv in self.layers]
+        rows = [
+            kv and LayerKV(_tail(kv.keys[i : i + 1], length), _tail(kv.values[i : i + 1], length), kv.window)
+            for kv in self.layers
+        ]
         if layout is None:
             return PrefixKV([kv and LayerKV(kv.keys.clone(), kv.values.clone(), kv.window) for kv in rows], [length])
         device = next(kv.keys.device for kv in rows if kv)
@@ -103,8 +105,10 @@ class PrefixKV:
         """As `collate`, but nothing is copied until a layer is read: then each pair's keys are put together at once."""
         if len(prefixes) == 1:
             return prefixes[0]
-        layers = [kvs[0] and LayerKV([kv.keys for kv in kvs], [kv.values for kv in kvs], kvs[0].window)
-                  for kvs in zip(*(prefix.layers for prefix in prefixes), strict=True)]
+        layers = [
+            kvs[0] and LayerKV([kv.keys for kv in kvs], [kv.values for kv in kvs], kvs[0].window)
+            for kvs in zip(*(prefix.layers for prefix in prefixes), strict=True)
+        ]
         return cls(layers, [length for prefix in prefixes for length in prefix.lengths])
 
     def mask(self, device) -> Tensor:
@@ -130,14 +134,16 @@ class Layout:
         dtypes = {t.dtype for kv in prefix.layers if kv for t in (kv.keys, kv.values)}
         if len(dtypes) != 1:
             raise TypeError(f"keys and values must have one dtype, got {sorted(map(str, dtypes))}")
-        layers = tuple(kv and (kv.keys.shape[1], kv.keys.shape[-1], kv.values.shape[-1], kv.window)
-                       for kv in prefix.layers)
+        layers = tuple(
+            kv and (kv.keys.shape[1], kv.keys.shape[-1], kv.values.shape[-1], kv.window) for kv in prefix.layers
+        )
         return cls(layers, dtypes.pop())
 
     def numel(self, length: int) -> int:
         """Numbers in the cache of a prefix of ``length`` tokens."""
-        return sum(heads * _kept(length, window) * (key + value)
-                   for heads, key, value, window in filter(None, self.layers))
+        return sum(
+            heads * _kept(length, window) * (key + value) for heads, key, value, window in filter(None, self.layers)
+        )
 
     def nbytes(self, length: int) -> int:
         return self.numel(length) * self.dtype.itemsize

@@ -39,8 +39,10 @@ class Tier:
     def __str__(self) -> str:
         asked = self.hits + self.misses
         budget = f" of {self.max_bytes / 2**20:.1f}" if self.max_bytes else ""
-        return (f"{self.name}: {len(self)} prefixes, {self.nbytes / 2**20:.1f}{budget} MiB, "
-                f"{f'{self.hits / asked:.0%} hits' if asked else 'unused'}")
+        return (
+            f"{self.name}: {len(self)} prefixes, {self.nbytes / 2**20:.1f}{budget} MiB, "
+            f"{f'{self.hits / asked:.0%} hits' if asked else 'unused'}"
+        )
 
 
 class MemoryTier(Tier):
@@ -139,7 +141,7 @@ class DiskTier(Tier):
             return None
         path = self._path(name)
         try:
-            place, = read_contents(path).places.values()
+            (place,) = read_contents(path).places.values()
             os.utime(path)  # the order of use outlives the process
         except (OSError, ValueError) as error:
             self.drop(key, error)
@@ -165,12 +167,14 @@ class DiskTier(Tier):
             prefix.ready.synchronize()
         metadata = {"fingerprint": json.dumps(key.model.fingerprint()), "alone": str(key.alone)}
         try:
-            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.flat.cpu())], metadata,
-                                  mode=0o600)
+            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.flat.cpu())], metadata, mode=0o600)
         except (OSError, ValueError) as error:
             self._stopped = True
-            logger.warning("the disk tier %s stores nothing more: %s; what is there is still used", self.folder,
-                           getattr(error, "strerror", None) or error)
+            logger.warning(
+                "the disk tier %s stores nothing more: %s; what is there is still used",
+                self.folder,
+                getattr(error, "strerror", None) or error,
+            )
             return []
         self._sizes[name] = size
         self.nbytes += size

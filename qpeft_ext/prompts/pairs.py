@@ -41,7 +41,10 @@ class PairBatch:
 
     @classmethod
     def from_text(
-        cls, prompt: Prompt, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None,
+        cls,
+        prompt: Prompt,
+        pairs: Sequence[tuple[str, Document]],
+        lists: Sequence[int] | None = None,
         truncate_queries: bool = False,
     ) -> PairBatch:
         """Tokenise each distinct query and document text once; the order of the pairs is kept.

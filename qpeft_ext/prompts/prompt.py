@@ -196,9 +196,11 @@ class Prompt:
         if self.num_embeddings is not None and ids and max(ids) >= self.num_embeddings:
             unknown = next(i for i in ids if i >= self.num_embeddings)
             token, needed = short(self.tokenizer.convert_ids_to_tokens(unknown)), len(self.tokenizer)
-            raise ValueError(f"{place} has the token {token} with the id {unknown}, but the LM's embedding table has "
-                             f"{self.num_embeddings} rows; call lm.resize_token_embeddings({needed}) first, or "
-                             "use the LM's own tokenizer")
+            raise ValueError(
+                f"{place} has the token {token} with the id {unknown}, but the LM's embedding table has "
+                f"{self.num_embeddings} rows; call lm.resize_token_embeddings({needed}) first, or "
+                "use the LM's own tokenizer"
+            )
 
     def _spaced(self, text: str) -> str:
         return text if self._adds_space or not text else f" {text}"

@@ -64,7 +64,8 @@ class BM25:
         self.doc_ids = list(corpus)
         self._hidden = None if show_progress_bar is None else not show_progress_bar
         self._tokenizer = bm25s.tokenization.Tokenizer(
-            lower=True, splitter=_WORD, stopwords="english_plus", stemmer=None)
+            lower=True, splitter=_WORD, stopwords="english_plus", stemmer=None
+        )
         name = self._cache_name(corpus, bm25s.__version__)
         self._index = (self._load(name) if name else None) or self._build(corpus)
         if name and self._index and not (cache_folder() / name).exists():
@@ -83,8 +84,9 @@ class BM25:
         # one text at a time, so that the corpus is never held as text; int32 takes an eighth of a list of ints
         ids = tqdm(self.doc_ids, "BM25: reading", unit=" documents", delay=1, disable=self._hidden)
         texts = (f"{document.get('title') or ''} {document['text']}" for document in map(corpus.__getitem__, ids))
-        tokens = [np.asarray(row, dtype=np.int32) for row in
-                  self._tokenizer.streaming_tokenize(texts, allow_empty=False)]
+        tokens = [
+            np.asarray(row, dtype=np.int32) for row in self._tokenizer.streaming_tokenize(texts, allow_empty=False)
+        ]
         vocabulary = self._tokenizer.get_vocab_dict()
         if not vocabulary:
             return None
@@ -134,15 +136,22 @@ class BM25:
                     os.fsync(handle.fileno())
             _rename_folder(temporary, folder)
         except OSError as error:
-            raise OSError(f"cannot keep the BM25 index in {folder} ({error.strerror or error}); free some space or set "
-                          f"QPEFT_CACHE") from None
+            raise OSError(
+                f"cannot keep the BM25 index in {folder} ({error.strerror or error}); free some space or set "
+                f"QPEFT_CACHE"
+            ) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def bm25_run(
-    corpus: Mapping[str, dict], queries: Mapping[str, str], k: int = 100, *,
-    k1: float = 0.9, b: float = 0.4, show_progress_bar: bool | None = None,
+    corpus: Mapping[str, dict],
+    queries: Mapping[str, str],
+    k: int = 100,
+    *,
+    k1: float = 0.9,
+    b: float = 0.4,
+    show_progress_bar: bool | None = None,
 ) -> Run:
     """The ``k`` best documents for every query by `BM25` over title and text.
 
@@ -157,8 +166,10 @@ def bm25_run(
         raise ValueError(f"bm25_run: k must be at least 1, got {k}")
     index = BM25(corpus, k1=k1, b=b, show_progress_bar=show_progress_bar)
     hidden = None if show_progress_bar is None else not show_progress_bar
-    return {query_id: index.search(text, k) for query_id, text in
-            tqdm(queries.items(), "BM25: searching", unit=" queries", delay=1, disable=hidden)}
+    return {
+        query_id: index.search(text, k)
+        for query_id, text in tqdm(queries.items(), "BM25: searching", unit=" queries", delay=1, disable=hidden)
+    }
 
 
 def _best(scores: np.ndarray, doc_ids: list[str], k: int) -> list[tuple[str, float]]:
@@ -207,7 +218,11 @@ def asked_queries(data: formats.Collection, split: str | None) -> dict[str, str]
 
 
 def first_stage(
-    data: formats.Collection, split: str | None, queries: dict[str, str], run: Path | None, k: int,
+    data: formats.Collection,
+    split: str | None,
+    queries: dict[str, str],
+    run: Path | None,
+    k: int,
     ignore_identical_ids: bool = False,
 ) -> tuple[Run, str]:
     """The candidates, at most ``k`` per query, and what to call them: ``run``, else the collection's own, else

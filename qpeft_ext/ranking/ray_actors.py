@@ -44,8 +44,11 @@ class RayActors:
         self._ray, self._spec = ray, spec
         self._ours = not ray.is_initialized()
         if self._ours:
-            local = {} if os.environ.get("RAY_ADDRESS") else {
-                "num_cpus": max(len(devices), os.cpu_count() or 1), "include_dashboard": False}
+            local = (
+                {}
+                if os.environ.get("RAY_ADDRESS")
+                else {"num_cpus": max(len(devices), os.cpu_count() or 1), "include_dashboard": False}
+            )
             ray.init(logging_level="error", log_to_driver=False, **local)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         kinds = {device.partition(":")[0] for device in devices} or {"cuda" if gpus else "cpu"}
@@ -65,8 +68,16 @@ class RayActors:
 
     def rank(self, blocks: Iterator[Block]) -> Generator[RankedBlock]:
         """Rank the blocks; see `Engine`. Raises: what an actor raised; ChildProcessError when too many died."""
-        rows = [{"block": i, "system": block.system, "query_ids": block.query_ids, "queries": block.queries,
-                 "doc_ids": block.doc_ids} for i, block in enumerate(blocks)]
+        rows = [
+            {
+                "block": i,
+                "system": block.system,
+                "query_ids": block.query_ids,
+                "queries": block.queries,
+                "doc_ids": block.doc_ids,
+            }
+            for i, block in enumerate(blocks)
+        ]
         if not rows:
             return
         data = self._ray.data
@@ -76,14 +87,22 @@ class RayActors:
         context.actor_task_retry_on_errors = [OSError]
         # one row in a Ray block: what streams, and what is repeated after a failure
         dataset = data.from_items(rows, override_num_blocks=len(rows)).map(
-            _Actor, fn_constructor_args=(self._spec, self._kind), compute=data.ActorPoolStrategy(size=self._actors),
-            num_gpus=int(self._kind == "cuda"), num_cpus=self._cpus, max_restarts=_RETRIES, max_task_retries=_RETRIES)
+            _Actor,
+            fn_constructor_args=(self._spec, self._kind),
+            compute=data.ActorPoolStrategy(size=self._actors),
+            num_gpus=int(self._kind == "cuda"),
+            num_cpus=self._cpus,
+            max_restarts=_RETRIES,
+            max_task_retries=_RETRIES,
+        )
         try:
             for i, row in enumerate(dataset.iter_rows()):
                 if row["block"] != i:
                     raise ChildProcessError(f"Ray returned block {row['block']} where {i} was expected")
-                rankings = [list(zip(map(int, places), map(float, scores), strict=True))
-                            for places, scores in zip(row["places"], row["scores"], strict=True)]
+                rankings = [
+                    list(zip(map(int, places), map(float, scores), strict=True))
+                    for places, scores in zip(row["places"], row["scores"], strict=True)
+                ]
                 yield RankedBlock(rankings, *map(int, row["counts"]))
         except self._ray.exceptions.RayError as error:
             raise _readable(error) from error
@@ -108,8 +127,9 @@ class _Actor:
         self.systems = Systems(spec, device)
 
     def __call__(self, row: dict) -> dict:
-        block = Block(list(row["query_ids"]), list(row["queries"]), [list(ids) for ids in row["doc_ids"]],
-                      row["system"])
+        block = Block(
+            list(row["query_ids"]), list(row["queries"]), [list(ids) for ids in row["doc_ids"]], row["system"]
+        )
         ranked = self.systems(block)
         return {
             "block": row["block"],

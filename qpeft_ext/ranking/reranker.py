@@ -124,12 +124,16 @@ class Reranker:
     def __repr__(self) -> str:
         model, config = self.model, self.model.qpeft_config
         name = config.base_model_name_or_path or getattr(model.lm, "name_or_path", "") or "no name"
-        kind = {"top_k": f"top_k clues (k={config.k})", "attention": f"attention clues ({config.num_heads} heads)",
-                "none": "no clues"}[config.clues]
+        kind = {
+            "top_k": f"top_k clues (k={config.k})",
+            "attention": f"attention clues ({config.num_heads} heads)",
+            "none": "no clues",
+        }[config.clues]
         dtype = str(model.engine.table.dtype).removeprefix("torch.")
         parts = [
             f"{type(model.lm).__name__} {name!r}, {dtype} on {model.device}",
-            kind + (f", generated LoRA of rank {config.generated_lora_rank}" if config.generated_lora_rank else "")
+            kind
+            + (f", generated LoRA of rank {config.generated_lora_rank}" if config.generated_lora_rank else "")
             + (f", soft prompt of {config.num_virtual_tokens} tokens" if config.num_virtual_tokens else ""),
             f"adapter: {self.adapter or 'in memory'}",
             f"{'deterministic, ' if self.deterministic else ''}{self.path}, {self.max_tokens_per_batch} tokens a pass",
@@ -169,8 +173,10 @@ class Reranker:
             ValueError with ``source="candidates"``, where a score depends on the whole list: see `rank`.
         """
         if self.model.qpeft_config.source == "candidates":
-            raise ValueError("predict: with source='candidates' a score depends on all candidates of its query; "
-                             "use rank or rank_many")
+            raise ValueError(
+                "predict: with source='candidates' a score depends on all candidates of its query; "
+                "use rank or rank_many"
+            )
         _expect_no_activation("predict", activation_fn, apply_softmax, num_workers)
         batch_size = whole_number(batch_size, "predict: batch_size")
         pairs = as_list(pairs, "predict: pairs", "give (query, document) pairs: [(query, document), …]")
@@ -245,7 +251,11 @@ class Reranker:
         return self._ranked(*_as_lists("rank_many", queries, candidates), top_k, show_progress_bar, batch_size)
 
     def _ranked(
-        self, queries: list[str], candidates: list[list[Document]], top_k: int | None, show_progress_bar: bool | None,
+        self,
+        queries: list[str],
+        candidates: list[list[Document]],
+        top_k: int | None,
+        show_progress_bar: bool | None,
         batch_size: int | None,
     ) -> list[list[dict]]:
         """`rank_many` of lists that are checked."""
@@ -262,9 +272,7 @@ class Reranker:
                     results.append([{"corpus_id": int(j), "score": float(own[j])} for j in order])
         return results
 
-    def explain(
-        self, query: str, document: Document, candidates: Iterable[Document] | None = None
-    ) -> Explanation:
+    def explain(self, query: str, document: Document, candidates: Iterable[Document] | None = None) -> Explanation:
         """The clues of a pair: which document tokens, where they are in the text, with which weight.
 
         candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
@@ -349,8 +357,7 @@ class Reranker:
         in_files = self.model.announce(batch if at_once else batch.select(jobs[0]), self.cache, self.deterministic)
         if in_files and not at_once:  # copies to a GPU and its passes go on side by side
             return self._read_ahead(batch, jobs), False
-        filled = self._within_memory(
-            lambda tokens: self.model.fill(batch, self.cache, tokens, self.deterministic))
+        filled = self._within_memory(lambda tokens: self.model.fill(batch, self.cache, tokens, self.deterministic))
         return (suffix_jobs if filled else document_jobs)(batch, size), filled
 
     def _read_ahead(self, batch: PairBatch, jobs: list[list[int]]) -> Iterator[list[int]]:
@@ -383,14 +390,18 @@ def _as_lists(
         raise ValueError(f"{what}: {len(queries)} queries but {len(candidates)} lists of candidates")
     for i, query in enumerate(queries):
         expect_query(query, f"query {i}")
-    return queries, [as_documents(documents, f"{what}: the candidates of query {i}", f" of query {i}")
-                     for i, documents in enumerate(candidates)]
+    return queries, [
+        as_documents(documents, f"{what}: the candidates of query {i}", f" of query {i}")
+        for i, documents in enumerate(candidates)
+    ]
 
 
 def _expect_no_activation(what: str, activation_fn: object, apply_softmax: object, num_workers: object) -> None:
     if activation_fn is not None and not isinstance(activation_fn, torch.nn.Identity):
-        raise ValueError(f"{what}: a score is a log-likelihood without an activation; leave activation_fn out and "
-                         "apply yours to the scores")
+        raise ValueError(
+            f"{what}: a score is a log-likelihood without an activation; leave activation_fn out and "
+            "apply yours to the scores"
+        )
     if apply_softmax:
         raise ValueError(f"{what}: there is one score a pair and no classes; leave apply_softmax out")
     if num_workers:

@@ -73,8 +73,10 @@ class RerankedRun:
     def __str__(self) -> str:
         ranked = len(self.run) - self.num_resumed
         pairs_per_second = self.num_pairs / self.seconds if self.seconds else 0.0
-        text = (f"{ranked} queries, {self.num_pairs} pairs in {self.seconds:.1f} s "
-                f"({pairs_per_second:.0f} pairs/s, {self.seconds / max(1, ranked):.3f} s per query)")
+        text = (
+            f"{ranked} queries, {self.num_pairs} pairs in {self.seconds:.1f} s "
+            f"({pairs_per_second:.0f} pairs/s, {self.seconds / max(1, ranked):.3f} s per query)"
+        )
         text += f", {self.cache_rate} cache hits" if self.cache_rate else ""
         text += f"; {self.truncated} documents cut to max_document_tokens" if self.truncated else ""
         return text + (f"; {self.num_resumed} queries were there already" if self.num_resumed else "")
@@ -88,6 +90,7 @@ class RerankedRun:
 
 def by_likelihood(reranker) -> Ranker:
     """Rank by the reranker's score."""
+
     def rank(queries, documents):
         if isinstance(clues := getattr(reranker.model, "clues", None), AttentionClues):
             clues.forget()  # of another block: how rows are rounded depends on those that are projected with them
@@ -99,16 +102,25 @@ def by_likelihood(reranker) -> Ranker:
 
 def by_similarity(reranker) -> Ranker:
     """Rank by the sum of `similarity_topk` scores; no LM runs. Equal scores stay in the order of the candidates."""
+
     def rank(queries, documents):
-        return [sorted(enumerate(scores), key=lambda candidate: -candidate[1])
-                for scores in reranker.similarity(queries, documents)]
+        return [
+            sorted(enumerate(scores), key=lambda candidate: -candidate[1])
+            for scores in reranker.similarity(queries, documents)
+        ]
 
     return rank
 
 
 def rerank_run(
-    rank: Ranker, queries: Mapping[str, str], corpus: Mapping[str, dict], run: Run, *,
-    name: str = "rerank", partial: PartialRun | None = None, show_progress_bar: bool | None = None,
+    rank: Ranker,
+    queries: Mapping[str, str],
+    corpus: Mapping[str, dict],
+    run: Run,
+    *,
+    name: str = "rerank",
+    partial: PartialRun | None = None,
+    show_progress_bar: bool | None = None,
 ) -> RerankedRun:
     """Rerank the candidates of every query of ``run`` in this process.
 
@@ -119,6 +131,7 @@ def rerank_run(
             already are not ranked again.
         show_progress_bar: None: only on a terminal.
     """
+
     def engine(blocks):
         for block in blocks:
             yield RankedBlock(rank(block.queries, read_documents(corpus, block)))
@@ -127,8 +140,13 @@ def rerank_run(
 
 
 def rerank_blocks(
-    engine: Engine, queries: Mapping[str, str], run: Run, *,
-    name: str = "rerank", partial: PartialRun | None = None, show_progress_bar: bool | None = None,
+    engine: Engine,
+    queries: Mapping[str, str],
+    run: Run,
+    *,
+    name: str = "rerank",
+    partial: PartialRun | None = None,
+    show_progress_bar: bool | None = None,
 ) -> RerankedRun:
     """`rerank_run` with any engine: this process, worker processes, Ray."""
     every = partial.blocks if partial else run_blocks(run)
@@ -146,7 +164,8 @@ def rerank_blocks(
         for block, ranked in zip(blocks, ranked_blocks, strict=True):
             rankings = {
                 query_id: [(doc_ids[place], score) for place, score in places]
-                for query_id, doc_ids, places in zip(block.query_ids, block.doc_ids, ranked.rankings, strict=True)}
+                for query_id, doc_ids, places in zip(block.query_ids, block.doc_ids, ranked.rankings, strict=True)
+            }
             if partial:
                 partial.add(rankings)
             fresh |= rankings
@@ -191,12 +210,15 @@ def check_candidates(run: Run, queries: Mapping[str, str], corpus: Mapping[str, 
                 place = _place(path, query_id, value if name == "doc_id" else None)
                 raise ValueError(f"{place}{error}; rename it in the data") from None
         if query_id not in queries:
-            raise ValueError(f"{_place(path, query_id)}query {query_id!r} is not in the queries; "
-                             f"the run belongs to another data set")
+            raise ValueError(
+                f"{_place(path, query_id)}query {query_id!r} is not in the queries; the run belongs to another data set"
+            )
         for doc_id, _ in candidates:
             if doc_id not in corpus:
-                raise ValueError(f"{_place(path, query_id, doc_id)}document {doc_id!r} of query {query_id!r} is not in "
-                                 f"the corpus; the run belongs to another corpus")
+                raise ValueError(
+                    f"{_place(path, query_id, doc_id)}document {doc_id!r} of query {query_id!r} is not in "
+                    f"the corpus; the run belongs to another corpus"
+                )
 
 
 def _place(path: AnyPath | None, query_id: str, doc_id: str | None = None) -> str:

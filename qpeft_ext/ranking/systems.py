@@ -73,8 +73,10 @@ class SystemsSpec:
             return QPeftConfig(template=self.template or "qpeft")
         config = QPeftConfig.from_pretrained(local_folder(self.model))
         if self.template not in (None, config.template):
-            raise ValueError(f"{self.model}: the adapter was trained with template {config.template!r}, got "
-                             f"{self.template!r}; leave --template out")
+            raise ValueError(
+                f"{self.model}: the adapter was trained with template {config.template!r}, got "
+                f"{self.template!r}; leave --template out"
+            )
         return config
 
     @property
@@ -95,8 +97,10 @@ class SystemsSpec:
     @property
     def limits(self) -> dict[str, int]:
         """max_query_tokens and max_document_tokens."""
-        return {name: getattr(self, name) or getattr(self.config, name)
-                for name in ("max_query_tokens", "max_document_tokens")}
+        return {
+            name: getattr(self, name) or getattr(self.config, name)
+            for name in ("max_query_tokens", "max_document_tokens")
+        }
 
     def prompt(self) -> Prompt:
         """The `Prompt`, without loading the LM."""
@@ -128,9 +132,12 @@ class SystemsSpec:
 
         from ..utils.environment import VERSION
 
-        return {"adapter": self.model, "base model": self.lm_name, "systems": self.names,
-                "versions": {"qpeft_ext": VERSION, "torch": torch.__version__,
-                             "transformers": transformers.__version__}}
+        return {
+            "adapter": self.model,
+            "base model": self.lm_name,
+            "systems": self.names,
+            "versions": {"qpeft_ext": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
+        }
 
 
 class Systems:
@@ -150,25 +157,43 @@ class Systems:
         self.corpus = open_collection(spec.data).corpus
         cached = spec.cache_bytes or spec.index is not None
         cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
-        options = {"deterministic": spec.deterministic, "cache": cache, "max_memory": spec.max_memory,
-                   "truncate_queries": spec.truncate_queries}
+        options = {
+            "deterministic": spec.deterministic,
+            "cache": cache,
+            "max_memory": spec.max_memory,
+            "truncate_queries": spec.truncate_queries,
+        }
         if spec.max_tokens_per_batch is not None:
             options["max_tokens_per_batch"] = spec.max_tokens_per_batch
         self.rerankers = {}
         lm, tokenizer = None, None
         if spec.model:
             folder = local_folder(spec.model)
-            adapter = Reranker.from_pretrained(folder, spec.base_model, device=device, dtype=spec.dtype,
-                                               lm_kwargs={"attention": spec.attention}, **options)
+            adapter = Reranker.from_pretrained(
+                folder,
+                spec.base_model,
+                device=device,
+                dtype=spec.dtype,
+                lm_kwargs={"attention": spec.attention},
+                **options,
+            )
             self.rerankers = {name: adapter for name in spec.names if name != UPR}  # its clues' similarities, too
             lm, tokenizer = adapter.model.lm, adapter.model.tokenizer
             options["cache"] = adapter.cache
         plain = [name for name in spec.names if name not in self.rerankers]
         if plain:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention)
-            same = {name: getattr(spec.config, name)
-                    for name in ("compat", "template", "instruction", "allow_special_tokens", "max_document_tokens",
-                                 "max_query_tokens")}
+            same = {
+                name: getattr(spec.config, name)
+                for name in (
+                    "compat",
+                    "template",
+                    "instruction",
+                    "allow_special_tokens",
+                    "max_document_tokens",
+                    "max_query_tokens",
+                )
+            }
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
             reranker = Reranker(get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer), **options)

@@ -76,8 +76,12 @@ class WorkerProcesses:
             try:
                 for device in devices:
                     ours, theirs = context.Pipe()
-                    process = context.Process(target=_work, args=(theirs, spec, device, threads), daemon=True,
-                                              name=f"qpeft rerank on {device}")
+                    process = context.Process(
+                        target=_work,
+                        args=(theirs, spec, device, threads),
+                        daemon=True,
+                        name=f"qpeft rerank on {device}",
+                    )
                     process.start()
                     theirs.close()  # so that its end of the pipe closes when it dies
                     self._workers.append(_Worker(device, process, ours))

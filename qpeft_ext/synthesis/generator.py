@@ -65,8 +65,10 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and self.queries_per_document > 1:
-            raise ValueError(f"temperature 0 writes the same query each time, but queries_per_document is "
-                             f"{self.queries_per_document}; use a temperature above 0")
+            raise ValueError(
+                f"temperature 0 writes the same query each time, but queries_per_document is "
+                f"{self.queries_per_document}; use a temperature above 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,20 @@ class QueryGenerator:
             keys: names of the documents, which their draws depend on.
         """
         copies = self.sampling.queries_per_document
-        prompts = [(*prefix.ids, *self.model.prompt.suffix.bare_question)
-                   for prefix in self.model.prompt.documents(documents) for _ in range(copies)]
+        prompts = [
+            (*prefix.ids, *self.model.prompt.suffix.bare_question)
+            for prefix in self.model.prompt.documents(documents)
+            for _ in range(copies)
+        ]
         seeds = [f"{self.sampling.seed} {i} {key}" for key in keys for i in range(copies)]
         tokens = self._generate(prompts, seeds)
         queries = [self._query(ids) for ids in tokens]
         scored = [i for i, query in enumerate(queries) if query.text and self.model.prompt.fits(query.text)]
-        scores = self._scorer.predict([(queries[i].text, documents[i // copies]) for i in scored],
-                                      show_progress_bar=False) if scored else []
+        scores = (
+            self._scorer.predict([(queries[i].text, documents[i // copies]) for i in scored], show_progress_bar=False)
+            if scored
+            else []
+        )
         for i, score in zip(scored, scores, strict=True):
             mean = round(float(score) / queries[i].num_tokens, 6)
             queries[i] = replace(queries[i], log_likelihood=mean)
@@ -169,8 +177,13 @@ class QueryGenerator:
         )  # fmt: skip
         stop = StoppingCriteriaList([_AtEnd(self._ends.to(model.device))])
         with model.passes(evaluating=True):
-            out = model.lm.generate(input_ids=ids, attention_mask=mask, generation_config=settings,
-                                    logits_processor=processors, stopping_criteria=stop)
+            out = model.lm.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=processors,
+                stopping_criteria=stop,
+            )
         return [_until_end(row, self._ends) for row in out[:, width:].tolist()]
 
     def _query(self, ids: list[int]) -> GeneratedQuery:

@@ -96,8 +96,10 @@ class Counts:
         return "".join(f"{between}{count} {why}" for why, count in self.dropped.most_common() if count)
 
     def __str__(self) -> str:
-        text = (f"{self.kept} of {self.generated} queries for {self.documents} documents are kept; dropped:"
-                f"{self.reasons(chr(10) + '  ') or ' none'}")
+        text = (
+            f"{self.kept} of {self.generated} queries for {self.documents} documents are kept; dropped:"
+            f"{self.reasons(chr(10) + '  ') or ' none'}"
+        )
         return text + (f"\n{self.fewer_negatives} have fewer negatives than asked for" if self.fewer_negatives else "")
 
 
@@ -154,7 +156,11 @@ def choose_documents(corpus: Mapping[str, dict], count: int | None, seed: int) -
 
 
 def generate_queries(
-    generator: QueryGenerator, corpus: Mapping[str, dict], doc_ids: Sequence[str], partial: PartialQueries, *,
+    generator: QueryGenerator,
+    corpus: Mapping[str, dict],
+    doc_ids: Sequence[str],
+    partial: PartialQueries,
+    *,
     show_progress_bar: bool | None = None,
 ) -> None:
     """Write queries for the documents into ``partial``, batch by batch; what is there already is not done again.
@@ -177,14 +183,19 @@ def generate_queries(
                     queries = generator(batch, [window[i] for i in batch])
                     partial.add(dict(zip(batch, queries, strict=True)))
                 elif list(done) != batch:
-                    raise ValueError(f"{partial.part} was changed: it holds other documents than this job has in their "
-                                     f"place; start over with --no-resume (resume=False)")
+                    raise ValueError(
+                        f"{partial.part} was changed: it holds other documents than this job has in their "
+                        f"place; start over with --no-resume (resume=False)"
+                    )
                 progress.update(len(batch))
 
 
 def select(
-    generated: Mapping[str, Sequence[GeneratedQuery]], corpus: Mapping[str, dict], doc_ids: Sequence[str],
-    filters: Filters, dropped: Counter,
+    generated: Mapping[str, Sequence[GeneratedQuery]],
+    corpus: Mapping[str, dict],
+    doc_ids: Sequence[str],
+    filters: Filters,
+    dropped: Counter,
 ) -> list[KeptQuery]:
     """The filters that look at a query, its document and its likelihood; what fails is counted in ``dropped``.
 
@@ -242,8 +253,14 @@ def _why_dropped(query: GeneratedQuery, words: list[str], document: dict, filter
 
 
 def write_training_set(
-    partial: PartialQueries, corpus: Mapping[str, dict], doc_ids: Sequence[str], filters: Filters, seed: int,
-    about: Mapping[str, object], *, show_progress_bar: bool | None = None,
+    partial: PartialQueries,
+    corpus: Mapping[str, dict],
+    doc_ids: Sequence[str],
+    filters: Filters,
+    seed: int,
+    about: Mapping[str, object],
+    *,
+    show_progress_bar: bool | None = None,
 ) -> Counts:
     """Filter what was generated and write the training examples, as a whole or not at all, in the order of the corpus.
 
@@ -253,21 +270,36 @@ def write_training_set(
     """
     generated = {doc_id: queries for batch in partial.batches for doc_id, queries in batch.items()}
     counts = Counts(len(generated), sum(map(len, generated.values())))
-    examples = round_trip(select(generated, corpus, doc_ids, filters, counts.dropped), corpus, filters, seed, counts,
-                          show_progress_bar=show_progress_bar)
+    examples = round_trip(
+        select(generated, corpus, doc_ids, filters, counts.dropped),
+        corpus,
+        filters,
+        seed,
+        counts,
+        show_progress_bar=show_progress_bar,
+    )
     if (first := next(examples, None)) is None:
-        raise ValueError(f"none of the {counts.generated} generated queries was kept; loosen the filters:"
-                         f"{counts.reasons(' ')}")
+        raise ValueError(
+            f"none of the {counts.generated} generated queries was kept; loosen the filters:{counts.reasons(' ')}"
+        )
     counts.kept = write_examples(partial.target, chain([first], examples))
     numbers = {"generated": counts.generated, "kept": counts.kept, "dropped": dict(+counts.dropped)}
-    write_text(partial.target.with_name(f"{partial.target.name}.json"),
-               json.dumps({**about, "queries": numbers}, indent=2) + "\n", follow=False)
+    write_text(
+        partial.target.with_name(f"{partial.target.name}.json"),
+        json.dumps({**about, "queries": numbers}, indent=2) + "\n",
+        follow=False,
+    )
     partial.discard()
     return counts
 
 
 def round_trip(
-    kept: Sequence[KeptQuery], corpus: Mapping[str, dict], filters: Filters, seed: int, counts: Counts, *,
+    kept: Sequence[KeptQuery],
+    corpus: Mapping[str, dict],
+    filters: Filters,
+    seed: int,
+    counts: Counts,
+    *,
     show_progress_bar: bool | None = None,
 ) -> Iterator[Example]:
     """Examples of the queries whose document is among the best of BM25 over the whole corpus, with BM25's negatives.
@@ -295,8 +327,12 @@ def round_trip(
         examples, made = training_examples(
             {query_id: query.text for query_id, query in passed.items()},
             {query_id: {query.doc_id: 1} for query_id, query in passed.items()},
-            run if filters.num_negatives else None, corpus,
-            num_negatives=filters.num_negatives, depth=filters.depth, seed=seed)
+            run if filters.num_negatives else None,
+            corpus,
+            num_negatives=filters.num_negatives,
+            depth=filters.depth,
+            seed=seed,
+        )
         counts.fewer_negatives += made.fewer_negatives
         for example in examples:
             query_id = example["query_id"]

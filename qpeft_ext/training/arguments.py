@@ -56,8 +56,11 @@ def refuse_others(others: Mapping[str, object], trainer: type) -> None:
     for name in others:
         if name in _NOT_TAKEN:
             raise TypeError(f"QPeftTrainer does not take {name}: {_NOT_TAKEN[name]}")
-        taken = [known for known, parameter in inspect.signature(trainer).parameters.items()
-                 if parameter.kind is not parameter.VAR_KEYWORD]
+        taken = [
+            known
+            for known, parameter in inspect.signature(trainer).parameters.items()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
         raise TypeError(f"QPeftTrainer does not take {name}; it takes {', '.join(taken)}")
 
 
@@ -74,33 +77,45 @@ def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArg
     for name, fine, instead in _UNSUPPORTED:
         if _is_set(args, name, fine):
             raise ValueError(f"QPeftTrainer: {name}={getattr(args, name)!r} is not supported: {instead}")
-    unused = [f"{name}={getattr(args, name)!r} ({why})" for name, fine, why in _WITHOUT_EFFECT
-              if _is_set(args, name, fine)]
+    unused = [
+        f"{name}={getattr(args, name)!r} ({why})" for name, fine, why in _WITHOUT_EFFECT if _is_set(args, name, fine)
+    ]
     if unused:
         logger.warning("QPeftTrainer: without effect here: %s", ", ".join(unused))
     if args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau") and args.warmup_steps:
-        raise ValueError(f"QPeftTrainer: warmup_steps={args.warmup_steps} does nothing with lr_scheduler_type="
-                         f"{str(args.lr_scheduler_type.value)!r}; use constant_with_warmup, linear or cosine")
+        raise ValueError(
+            f"QPeftTrainer: warmup_steps={args.warmup_steps} does nothing with lr_scheduler_type="
+            f"{str(args.lr_scheduler_type.value)!r}; use constant_with_warmup, linear or cosine"
+        )
     if getattr(args, "fsdp", None):
         raise ValueError("QPeftTrainer: fsdp is not supported: the LM is frozen, use torchrun without it")
     if args.train_sampling_strategy not in ("random", "sequential"):
-        raise ValueError("QPeftTrainer: train_sampling_strategy must be random or sequential, got "
-                         f"{args.train_sampling_strategy!r}; prefixes are sorted by length anyway")
+        raise ValueError(
+            "QPeftTrainer: train_sampling_strategy must be random or sequential, got "
+            f"{args.train_sampling_strategy!r}; prefixes are sorted by length anyway"
+        )
     group, size = model.qpeft_config.queries_per_group, args.per_device_train_batch_size
     if size % group:
-        raise ValueError(f"QPeftTrainer: per_device_train_batch_size must be a multiple of queries_per_group, {group}, "
-                         f"got {size}: a group of queries that share their documents is never split")
+        raise ValueError(
+            f"QPeftTrainer: per_device_train_batch_size must be a multiple of queries_per_group, {group}, "
+            f"got {size}: a group of queries that share their documents is never split"
+        )
     if args.accelerator_config.split_batches:
         raise ValueError("QPeftTrainer: split_batches=True is not supported: it splits groups of queries over ranks")
-    if not (model.qpeft_config.train_lm or hasattr(model.lm, "peft_config")) and \
-            any(parameter.requires_grad for parameter in model.lm.parameters()):
-        raise ValueError("QPeftTrainer: weights of the LM require a gradient, but an adapter does not save them; call "
-                         "lm.requires_grad_(False), or set train_lm=True in QPeftConfig")
+    if not (model.qpeft_config.train_lm or hasattr(model.lm, "peft_config")) and any(
+        parameter.requires_grad for parameter in model.lm.parameters()
+    ):
+        raise ValueError(
+            "QPeftTrainer: weights of the LM require a gradient, but an adapter does not save them; call "
+            "lm.requires_grad_(False), or set train_lm=True in QPeftConfig"
+        )
     dtype = model.engine.table.dtype
     for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if getattr(args, name) and dtype != wanted:
-            raise ValueError(f"QPeftTrainer: {name}=True but the LM is in {str(dtype)[6:]}; the precision is the LM's "
-                             f"own: load it with load_lm(..., dtype={str(wanted)[6:]!r}), or leave {name} out")
+            raise ValueError(
+                f"QPeftTrainer: {name}=True but the LM is in {str(dtype)[6:]}; the precision is the LM's "
+                f"own: load it with load_lm(..., dtype={str(wanted)[6:]!r}), or leave {name} out"
+            )
     args = copy.copy(args)
     args.accelerator_config = copy.deepcopy(args.accelerator_config)
     args.accelerator_config.dispatch_batches = False  # a batch is more than tensors: each rank reads its own

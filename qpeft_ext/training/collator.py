@@ -48,7 +48,11 @@ class GroupCollator:
     """
 
     def __init__(
-        self, prompt: Prompt, queries_per_group: int, in_batch_negatives: bool, needs_scores: bool = False,
+        self,
+        prompt: Prompt,
+        queries_per_group: int,
+        in_batch_negatives: bool,
+        needs_scores: bool = False,
         truncate_queries: bool = False,
     ) -> None:
         self.prompt, self.queries_per_group, self.in_batch_negatives = prompt, queries_per_group, in_batch_negatives
@@ -81,14 +85,17 @@ class GroupCollator:
                         own_rows.append(distinct[key])
                 scores = [document.teacher_score for document in (*positives, *negatives)]
                 if self.needs_scores and any(map(math.isnan, scores)):
-                    raise ValueError(f"example {member.index}: loss='margin_mse' needs a teacher score for each "
-                                     "document: positive_scores and negative_scores")
+                    raise ValueError(
+                        f"example {member.index}: loss='margin_mse' needs a teacher score for each "
+                        "document: positive_scores and negative_scores"
+                    )
                 rows.append((row, len(positives), start, scores))
         batch = self._encode(pairs, members)
         batch.candidates = paired_documents([batch.pairs[row] for row in own_rows], len(batch.queries))
         shape = len(rows), max(len(row) for row, *_ in rows)
-        pair, document, mask, positive = (torch.zeros(shape, dtype=dtype)
-                                          for dtype in (torch.long, torch.long, torch.bool, torch.bool))
+        pair, document, mask, positive = (
+            torch.zeros(shape, dtype=dtype) for dtype in (torch.long, torch.long, torch.bool, torch.bool)
+        )
         teacher_scores = torch.full(shape, math.nan, dtype=torch.float32)
         for q, (row, num_positives, group_start, scores) in enumerate(rows):
             pair[q, : len(row)] = torch.tensor(row)
@@ -98,8 +105,15 @@ class GroupCollator:
             # groups share nothing: a document that two of them have counts as two
             document[q, : len(row)] = torch.tensor([batch.pairs[i][1] for i in row])
             document[q] += group_start * len(batch.documents)
-        return {"positive": positive, "mask": mask, "pair": pair, "document": document,
-                "teacher_scores": teacher_scores, "pairs": batch, "queries": queries}
+        return {
+            "positive": positive,
+            "mask": mask,
+            "pair": pair,
+            "document": document,
+            "teacher_scores": teacher_scores,
+            "pairs": batch,
+            "queries": queries,
+        }
 
     def _encode(self, pairs: list[tuple[str, Document]], members: Sequence[Member]) -> PairBatch:
         try:

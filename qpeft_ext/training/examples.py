@@ -104,8 +104,10 @@ def check_example(example: object, index: int, what: str = TRAINING) -> None:
                 raise ValueError(f"{where}: a positive document has no text")
         scores = example.get(f"{key[:-1]}_scores")
         if scores is not None and not _are_numbers(scores, len(example[key])):
-            raise ValueError(f"{where}: {key[:-1]}_scores must be a finite number for each of the {len(example[key])} "
-                             f"{key}, got {str(scores)[:60]}")
+            raise ValueError(
+                f"{where}: {key[:-1]}_scores must be a finite number for each of the {len(example[key])} "
+                f"{key}, got {str(scores)[:60]}"
+            )
     if not len(example["positives"]):
         raise ValueError(f"{where} ({example['query'][:60]!r}): positives is empty, expected at least one document")
 
@@ -120,17 +122,23 @@ def lacking_negatives(examples: Sequence, config: QPeftConfig) -> str:
         return ""
     none_drawn = "" if config.num_hard_negatives else " (num_hard_negatives=0)"
     without = len(examples) if none_drawn else sum(not example["negatives"] for example in examples)
-    line = (f"{without} of {len(examples)} training examples have no negatives{none_drawn}, and loss={config.loss!r} "
-            "compares with them: give them negatives, or set in_batch_negatives=True with queries_per_group of 2 or "
-            "more, or num_random_negatives")
+    line = (
+        f"{without} of {len(examples)} training examples have no negatives{none_drawn}, and loss={config.loss!r} "
+        "compares with them: give them negatives, or set in_batch_negatives=True with queries_per_group of 2 or "
+        "more, or num_random_negatives"
+    )
     if without == len(examples) and config.loss != "pointwise_pairwise":
         raise ValueError(line)
     return line if without else ""
 
 
 def _are_numbers(scores: object, count: int) -> bool:
-    return (isinstance(scores, Sequence) and not isinstance(scores, str) and len(scores) == count
-            and all(isinstance(score, Real) and math.isfinite(score) for score in scores))
+    return (
+        isinstance(scores, Sequence)
+        and not isinstance(scores, str)
+        and len(scores) == count
+        and all(isinstance(score, Real) and math.isfinite(score) for score in scores)
+    )
 
 
 def whole_member(example: Mapping, index: int, what: str = EVALUATION) -> Member:
@@ -142,12 +150,20 @@ def whole_member(example: Mapping, index: int, what: str = EVALUATION) -> Member
 
 def _identified(example: Mapping, key: str) -> list[IdentifiedDocument]:
     scores = example.get(f"{key[:-1]}_scores")
-    return [IdentifiedDocument.of(document, math.nan if scores is None else float(scores[i]))
-            for i, document in enumerate(example[key])]
+    return [
+        IdentifiedDocument.of(document, math.nan if scores is None else float(scores[i]))
+        for i, document in enumerate(example[key])
+    ]
 
 
-def drawn_member(example: Mapping, index: int, epoch: int, num_hard_negatives: int, seed: int,
-                 known_positives: Iterable[IdentifiedDocument] = ()) -> Member:
+def drawn_member(
+    example: Mapping,
+    index: int,
+    epoch: int,
+    num_hard_negatives: int,
+    seed: int,
+    known_positives: Iterable[IdentifiedDocument] = (),
+) -> Member:
     """One positive and up to ``num_hard_negatives`` negatives, drawn by (seed, epoch, index) alone.
 
     known_positives: positives of the same query in other examples, which are no negatives either.

@@ -34,8 +34,10 @@ def configured_loss(
                "teacher_scores": teacher_scores}  # fmt: skip
     loss = LOSSES[config.loss]
     if config.temperature == "auto" and needs_temperature(config):
-        raise ValueError(f"loss={config.loss!r} needs a number for its temperature: 'auto' is for QPeftTrainer, which "
-                         "finds one before it trains")
+        raise ValueError(
+            f"loss={config.loss!r} needs a number for its temperature: 'auto' is for QPeftTrainer, which "
+            "finds one before it trains"
+        )
     named = {name: options[name] for name in inspect.signature(loss).parameters if name in options}
     return loss(likelihood, positive, mask, **named)
 

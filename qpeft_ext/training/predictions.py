@@ -38,16 +38,20 @@ class Predictions:
             scores = self.preprocess(scores, labels)
             if not isinstance(scores, Tensor) or not scores.ndim or len(scores) != len(labels):
                 got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise TypeError(f"preprocess_logits_for_metrics must return a tensor with a row for each of the "
-                                f"{len(labels)} queries, got {got}")
+                raise TypeError(
+                    f"preprocess_logits_for_metrics must return a tensor with a row for each of the "
+                    f"{len(labels)} queries, got {got}"
+                )
         rows = (self._gathered(part[:queries])[kept].cpu() for part in (scores, labels))
         self._batches.append(tuple(rows))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """(predictions, label_ids) of all queries, in the order of the examples."""
-        return tuple(torch.cat([_widened(part, width) for part in parts]).numpy()
-                     for parts in zip(*self._batches, strict=True)
-                     for width in [max(part.shape[1] if part.ndim > 1 else 0 for part in parts)])
+        return tuple(
+            torch.cat([_widened(part, width) for part in parts]).numpy()
+            for parts in zip(*self._batches, strict=True)
+            for width in [max(part.shape[1] if part.ndim > 1 else 0 for part in parts)]
+        )
 
     def _gathered(self, rows: Tensor) -> Tensor:
         rows = pad(rows, (0, 0) * (rows.ndim - 1) + (0, self.batch_size - len(rows)))
@@ -61,5 +65,8 @@ def _padding(rows: Tensor) -> float:
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:
-    return pad(rows, (0, 0) * (rows.ndim - 2) + (0, width - rows.shape[1]), value=_padding(rows)) \
-        if rows.ndim > 1 else rows
+    return (
+        pad(rows, (0, 0) * (rows.ndim - 2) + (0, width - rows.shape[1]), value=_padding(rows))
+        if rows.ndim > 1
+        else rows
+    )

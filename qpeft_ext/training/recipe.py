@@ -12,8 +12,10 @@ def _of_the_clues(clues: str, k: int | None, num_heads: int | None) -> dict[str,
     options = {}
     for flag, name, value, kind in (("--k", "k", k, "top_k"), ("--num-heads", "num_heads", num_heads, "attention")):
         if value is not None and clues in CLUES and clues != kind:  # a typo is the config's to name
-            raise ValueError(f"{flag} {value} is of --clues {kind} and does nothing with {clues}; leave it out, or "
-                             f"train with --clues {kind}")
+            raise ValueError(
+                f"{flag} {value} is of --clues {kind} and does nothing with {clues}; leave it out, or "
+                f"train with --clues {kind}"
+            )
         if value is not None:
             options[name] = value
     return options

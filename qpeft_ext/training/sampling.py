@@ -120,8 +120,10 @@ class StreamedTrainingExamples(IterableDataset):
 
     def __init__(self, examples: Iterable, num_hard_negatives: int, seed: int, num_random_negatives: int = 0) -> None:
         if num_random_negatives:
-            raise ValueError(f"num_random_negatives={num_random_negatives} needs examples in a list or a "
-                             "datasets.Dataset: an iterable has no other examples to draw from")
+            raise ValueError(
+                f"num_random_negatives={num_random_negatives} needs examples in a list or a "
+                "datasets.Dataset: an iterable has no other examples to draw from"
+            )
         self.examples, self.num_hard_negatives, self.seed = view(examples, TRAINING), num_hard_negatives, seed
 
     def __iter__(self) -> Iterator[Member]:
@@ -133,8 +135,12 @@ class StreamedTrainingExamples(IterableDataset):
             for index, example in enumerate(self.examples):
                 yield drawn_member(example, index, epoch, self.num_hard_negatives, self.seed)
             if index < 0:
-                raise ValueError("the training examples are an iterable that yields nothing (the second time, perhaps: "
-                                 "a generator can be read once only)" if epoch else "there are no training examples")
+                raise ValueError(
+                    "the training examples are an iterable that yields nothing (the second time, perhaps: "
+                    "a generator can be read once only)"
+                    if epoch
+                    else "there are no training examples"
+                )
             epoch += 1
 
 

@@ -33,8 +33,10 @@ def best_temperature(config: QPeftConfig, tables: Sequence[tuple[Tensor, ...]]) 
     """
     spread = _deviation([(likelihood, mask) for likelihood, _, mask, *_ in tables])
     if not 0 < spread < math.inf:
-        raise ValueError("temperature='auto': expected log-likelihoods that differ between documents, got a deviation "
-                         f"of {spread}; set a number, or look at the examples and at the LM's dtype")
+        raise ValueError(
+            "temperature='auto': expected log-likelihoods that differ between documents, got a deviation "
+            f"of {spread}; set a number, or look at the examples and at the LM's dtype"
+        )
     if config.loss == "margin_mse":
         teacher = _deviation([(scores, mask & ~scores.isnan()) for *_, mask, _, scores in tables])
         return _rounded(spread / teacher if teacher > 0 else spread)

@@ -113,17 +113,23 @@ class QPeftTrainer(Trainer):
     ) -> None:
         refuse_others(others, QPeftTrainer)
         if not isinstance(model, QPeftModel):
-            raise TypeError(f"QPeftTrainer: model must be a QPeftModel, as get_qpeft_model(lm, config) makes it, got "
-                            f"{type(model).__name__}")
-        for name, function in (("compute_metrics", compute_metrics),
-                               ("preprocess_logits_for_metrics", preprocess_logits_for_metrics)):
+            raise TypeError(
+                f"QPeftTrainer: model must be a QPeftModel, as get_qpeft_model(lm, config) makes it, got "
+                f"{type(model).__name__}"
+            )
+        for name, function in (
+            ("compute_metrics", compute_metrics),
+            ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+        ):
             if function is not None and not callable(function):
                 raise TypeError(f"QPeftTrainer: {name} must be a function, got {type(function).__name__}")
         config = model.qpeft_config
         args = checked_arguments(args or TrainingArguments("qpeft-checkpoints"), model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("QPeftTrainer: nothing to train: the model has clues='none' or was loaded without "
-                             "is_trainable=True, and its LM has no trained adapter")
+            raise ValueError(
+                "QPeftTrainer: nothing to train: the model has clues='none' or was loaded without "
+                "is_trainable=True, and its LM has no trained adapter"
+            )
         train_dataset, eval_dataset = table_rows(train_dataset), table_rows(eval_dataset)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: table_rows(part) for name, part in eval_dataset.items()}
@@ -131,8 +137,9 @@ class QPeftTrainer(Trainer):
         for part in eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,):
             _check_dataset(part, EVALUATION)
         if args.dataloader_num_workers and train_dataset is not None and not _is_sized(train_dataset):
-            raise ValueError("QPeftTrainer: an iterable of examples is read in the main process; "
-                             "set dataloader_num_workers=0")
+            raise ValueError(
+                "QPeftTrainer: an iterable of examples is read in the main process; set dataloader_num_workers=0"
+            )
         if cache is not None and cache_bytes:
             raise ValueError("QPeftTrainer: cache and cache_bytes exclude each other")
         self.cache = DocumentCache(cache_bytes) if cache_bytes else cache
@@ -143,22 +150,31 @@ class QPeftTrainer(Trainer):
         self.documents_read = self.documents_cut = self.queries_cut = 0
         needs_scores = config.loss == "margin_mse"
         self._collators = {
-            True: GroupCollator(model.prompt, config.queries_per_group, config.in_batch_negatives, needs_scores,
-                                truncate_queries),
+            True: GroupCollator(
+                model.prompt, config.queries_per_group, config.in_batch_negatives, needs_scores, truncate_queries
+            ),
             False: GroupCollator(model.prompt, 1, False, needs_scores, truncate_queries),
         }
         devices = set((getattr(model.lm, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
             model.hf_device_map = model.lm.hf_device_map  # the trainer then leaves the LM where it is
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         callbacks=[_EpochOfOrder(self), *(callbacks or [])], optimizers=optimizers,
-                         compute_metrics=compute_metrics, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-                         preprocess_logits_for_metrics=preprocess_logits_for_metrics)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[_EpochOfOrder(self), *(callbacks or [])],
+            optimizers=optimizers,
+            compute_metrics=compute_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
 
     # -- data ----------------------------------------------------------------------------------------------------
 
-    def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False,
-                        dataloader_key=None) -> DataLoader:
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ) -> DataLoader:
         config, seed = self.model.qpeft_config, self._data_seed
         if is_training:
             kind = TrainingExamples if _is_sized(dataset) else StreamedTrainingExamples
@@ -181,8 +197,9 @@ class QPeftTrainer(Trainer):
         return self.order
 
     def _get_eval_sampler(self, eval_dataset: EvaluationExamples) -> Sampler:
-        return EpochOrder(len(eval_dataset), 0, shuffle=False,
-                          multiple=self.args.eval_batch_size * self.args.world_size)
+        return EpochOrder(
+            len(eval_dataset), 0, shuffle=False, multiple=self.args.eval_batch_size * self.args.world_size
+        )
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         return data_collator  # an example's keys are not arguments of forward, and none of them is unused
@@ -204,8 +221,10 @@ class QPeftTrainer(Trainer):
         config, queries = self.model.qpeft_config, inputs["queries"]
         loss = configured_loss(config, table, *(inputs[name] for name in _LOSS_TABLES))
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss of step {self.state.global_step + 1} is not finite; train with a lower "
-                             "learning rate, or load the LM in bfloat16 or float32")
+            raise ValueError(
+                f"the loss of step {self.state.global_step + 1} is not finite; train with a lower "
+                "learning rate, or load the LM in bfloat16 or float32"
+            )
         prefixes = inputs["pairs"].documents if queries else []
         self.documents_read += len(prefixes)
         self.documents_cut += sum(prefix.cut > 0 for prefix in prefixes)
@@ -246,8 +265,11 @@ class QPeftTrainer(Trainer):
             return False
         config.suffix_micro_batch = before // 2
         self._max_tokens_per_batch = max(1, self._max_tokens_per_batch // 2)
-        logger.warning("out of memory: retrying the step with suffix_micro_batch=%d and passes of %d tokens",
-                       config.suffix_micro_batch, self._max_tokens_per_batch)
+        logger.warning(
+            "out of memory: retrying the step with suffix_micro_batch=%d and passes of %d tokens",
+            config.suffix_micro_batch,
+            self._max_tokens_per_batch,
+        )
         return True
 
     def _likelihood_table(self, model, inputs) -> Tensor:
@@ -255,16 +277,18 @@ class QPeftTrainer(Trainer):
         batch, tokens, cache = inputs["pairs"], self._max_tokens_per_batch, self.cache
         with_grad = torch.is_grad_enabled() and self.model.engine.prefix_is_trained
         prefilled = cache is not None and not with_grad and self.model.fill(batch, cache, tokens, self.deterministic)
-        scores = model(batch, cache=cache, deterministic=self.deterministic, max_tokens_per_batch=tokens,
-                       prefilled=prefilled)
+        scores = model(
+            batch, cache=cache, deterministic=self.deterministic, max_tokens_per_batch=tokens, prefilled=prefilled
+        )
         return scores.mean_query_log_likelihood[inputs["pair"]]
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     @own_state()
     @torch.no_grad()
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
-                        metric_key_prefix="eval") -> EvalLoopOutput:
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
         """Means over the queries of the loss and, where there are negatives, of accuracy and reciprocal rank; and what
         ``compute_metrics`` makes of the scores."""
         training = self.model.training
@@ -272,8 +296,11 @@ class QPeftTrainer(Trainer):
         self._settle_temperature(self.eval_dataset if self.train_dataset is None else self.train_dataset)
         self.callback_handler.eval_dataloader = dataloader
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        predictions = None if loss_only else Predictions(self.accelerator, self.args.eval_batch_size,
-                                                         self.preprocess_logits_for_metrics)
+        predictions = (
+            None
+            if loss_only
+            else Predictions(self.accelerator, self.args.eval_batch_size, self.preprocess_logits_for_metrics)
+        )
         rows = []
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
@@ -293,29 +320,37 @@ class QPeftTrainer(Trainer):
             raise ValueError(f"QPeftTrainer: there are no examples to evaluate ({description.lower()})")
         measures = torch.cat(rows).double().cpu()
         names = ("loss", "accuracy", "mrr")
-        metrics = {name: float(column.nanmean()) for name, column in zip(names, measures.T, strict=True)
-                   if not column.isnan().all()}
+        metrics = {
+            name: float(column.nanmean())
+            for name, column in zip(names, measures.T, strict=True)
+            if not column.isnan().all()
+        }
         scores, labels = (None, None) if predictions is None else predictions.arrays()
         if predictions is not None and self.compute_metrics is not None:
             metrics |= self._computed_metrics(EvalPrediction(predictions=scores, label_ids=labels), metrics["loss"])
-        prefixed = {name if name.startswith(f"{metric_key_prefix}_") else f"{metric_key_prefix}_{name}": value
-                    for name, value in metrics.items()}
+        prefixed = {
+            name if name.startswith(f"{metric_key_prefix}_") else f"{metric_key_prefix}_{name}": value
+            for name, value in metrics.items()
+        }
         return EvalLoopOutput(predictions=scores, label_ids=labels, metrics=prefixed, num_samples=len(measures))
 
     def _computed_metrics(self, prediction: EvalPrediction, loss: float) -> dict[str, float]:
         """What the user's function makes of the scores; the loss stays ours, as in `Trainer`."""
         computed = self.compute_metrics(prediction)
         if not isinstance(computed, dict):
-            raise TypeError("QPeftTrainer: compute_metrics must return a dict of name and number, got "
-                            f"{type(computed).__name__}")
+            raise TypeError(
+                f"QPeftTrainer: compute_metrics must return a dict of name and number, got {type(computed).__name__}"
+            )
         return denumpify_detensorize(computed) | {"loss": loss}
 
     def _evaluation_table(self, inputs: dict) -> Tensor:
         """ℓ of every query and document, [Q, M] float32. Raises: ValueError if one is not finite."""
         table = self._likelihood_table(self.model, inputs)
         if not torch.isfinite(table).all():
-            raise ValueError("an evaluation score is not finite; train with a lower learning rate, or load the LM in "
-                             "bfloat16 or float32")
+            raise ValueError(
+                "an evaluation score is not finite; train with a lower learning rate, or load the LM in "
+                "bfloat16 or float32"
+            )
         return table
 
     def _measures(self, table: Tensor, inputs: dict) -> Tensor:
@@ -325,8 +360,10 @@ class QPeftTrainer(Trainer):
         """
         config = self.model.qpeft_config
         positive, mask = inputs["positive"], inputs["mask"]
-        losses = [configured_loss(config, table[q : q + 1], *(inputs[name][q : q + 1] for name in _LOSS_TABLES))
-                  for q in range(len(table))]
+        losses = [
+            configured_loss(config, table[q : q + 1], *(inputs[name][q : q + 1] for name in _LOSS_TABLES))
+            for q in range(len(table))
+        ]
         negative = mask & ~positive
         best = table.masked_fill(~positive, float("-inf")).amax(1, keepdim=True)
         rank = 1.0 + (negative & (table >= best)).sum(1)
@@ -351,8 +388,9 @@ class QPeftTrainer(Trainer):
             if (earlier := last_complete(self.args.output_dir)[0]) is not None:
                 logger.warning("%s is of an earlier run: if this one is killed, resuming would find it", earlier)
         elif reason := why_incomplete(resume_from_checkpoint):
-            raise ValueError(f"cannot resume from {resume_from_checkpoint}: {reason}; pass True to take the last "
-                             "complete checkpoint")
+            raise ValueError(
+                f"cannot resume from {resume_from_checkpoint}: {reason}; pass True to take the last complete checkpoint"
+            )
         self._settle_temperature(self.train_dataset, resume_from_checkpoint)
         self.documents_read = self.documents_cut = self.queries_cut = 0
         set_seed(self.args.seed)  # dropout then depends on nothing that was drawn since the trainer was made
@@ -360,11 +398,18 @@ class QPeftTrainer(Trainer):
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.eval()
         if self.documents_cut:
-            logger.warning("%d of the %d documents read in training were cut to max_document_tokens=%d",
-                           self.documents_cut, self.documents_read, self.model.qpeft_config.max_document_tokens)
+            logger.warning(
+                "%d of the %d documents read in training were cut to max_document_tokens=%d",
+                self.documents_cut,
+                self.documents_read,
+                self.model.qpeft_config.max_document_tokens,
+            )
         if self.queries_cut:
-            logger.warning("%d queries read in training were cut to max_query_tokens=%d", self.queries_cut,
-                           self.model.qpeft_config.max_query_tokens)
+            logger.warning(
+                "%d queries read in training were cut to max_query_tokens=%d",
+                self.queries_cut,
+                self.model.qpeft_config.max_query_tokens,
+            )
         return result
 
     @torch.no_grad()
@@ -404,8 +449,10 @@ class QPeftTrainer(Trainer):
         for path, reason in skipped.items():
             logger.warning("%s is passed over: %s", path, reason)
         if folder is None:
-            raise ValueError(f"resume_from_checkpoint=True: there is no complete checkpoint in {self.args.output_dir}; "
-                             f"name its folder, or leave it out to train from the beginning")
+            raise ValueError(
+                f"resume_from_checkpoint=True: there is no complete checkpoint in {self.args.output_dir}; "
+                f"name its folder, or leave it out to train from the beginning"
+            )
         return str(folder)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -421,8 +468,9 @@ class QPeftTrainer(Trainer):
         except RuntimeError as error:
             if not re.search("iostream|inline_container|PytorchStreamWriter|unexpected pos", str(error)):
                 raise
-            raise OSError(f"cannot write the checkpoint {folder} (File too large, or no space left); make room for "
-                          "it") from None
+            raise OSError(
+                f"cannot write the checkpoint {folder} (File too large, or no space left); make room for it"
+            ) from None
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -437,10 +485,15 @@ class QPeftTrainer(Trainer):
             self.model.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        then, now = (config.to_dict() for config in (QPeftConfig.from_pretrained(resume_from_checkpoint),
-                                                     self.model.qpeft_config))
-        changed = [f"{name} {then[name]!r} -> {now[name]!r}" for name in now
-                   if then[name] != now[name] and not name.startswith("base_model")]
+        then, now = (
+            config.to_dict()
+            for config in (QPeftConfig.from_pretrained(resume_from_checkpoint), self.model.qpeft_config)
+        )
+        changed = [
+            f"{name} {then[name]!r} -> {now[name]!r}"
+            for name in now
+            if then[name] != now[name] and not name.startswith("base_model")
+        ]
         if changed:
             logger.warning("the run is resumed with other options: %s", ", ".join(changed))
         load_weights_into(self.model, resume_from_checkpoint)
@@ -475,8 +528,10 @@ def _state_of(checkpoint: str | None) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise ValueError(f"{checkpoint}: the state of the training cannot be read ({reason}); remove the folder to "
-                         "resume from an earlier one") from None
+        raise ValueError(
+            f"{checkpoint}: the state of the training cannot be read ({reason}); remove the folder to "
+            "resume from an earlier one"
+        ) from None
 
 
 class _EpochOfOrder(TrainerCallback):
@@ -514,8 +569,10 @@ def _check_dataset(dataset, what: str, config: QPeftConfig | None = None) -> Non
         return
     if not _is_sized(dataset):
         if not hasattr(dataset, "__iter__") or hasattr(dataset, "__next__"):
-            raise ValueError(f"QPeftTrainer: {what}s must be a list, a datasets.Dataset or an iterable that can be "
-                             f"read again, got a {type(dataset).__name__}")
+            raise ValueError(
+                f"QPeftTrainer: {what}s must be a list, a datasets.Dataset or an iterable that can be "
+                f"read again, got a {type(dataset).__name__}"
+            )
         return
     if not len(dataset):
         raise ValueError(f"QPeftTrainer: there are no {what}s")

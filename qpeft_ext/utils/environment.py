@@ -7,8 +7,18 @@ import platform
 from importlib import metadata
 
 VERSION = "0.1.0"  # the same as in pyproject.toml
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "bm25s", "ir_measures", "scipy",
-            "matplotlib")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "bm25s",
+    "ir_measures",
+    "scipy",
+    "matplotlib",
+)
 
 
 def versions() -> dict[str, str]:

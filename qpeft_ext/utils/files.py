@@ -257,8 +257,10 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds copies of corpora
     except OSError as error:
-        raise OSError(f"cannot create the cache folder {folder} ({error.strerror}); "
-                      f"set QPEFT_CACHE to a folder that can be written") from None
+        raise OSError(
+            f"cannot create the cache folder {folder} ({error.strerror}); "
+            f"set QPEFT_CACHE to a folder that can be written"
+        ) from None
     return folder
 
 
@@ -274,8 +276,9 @@ def lock_folder(folder: Path) -> IO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise ValueError(f"{folder} is in use by another process, or by another cache of this one; name another "
-                         f"folder") from None
+        raise ValueError(
+            f"{folder} is in use by another process, or by another cache of this one; name another folder"
+        ) from None
     return lock
 
 

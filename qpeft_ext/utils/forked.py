@@ -25,8 +25,10 @@ def computes_now() -> None:
     if _lost_threads:
         _lost_threads = False
         torch.set_num_threads(1)
-        logger.warning("this process was forked from one that had computed with several threads, where OpenMP would "
-                       "hang: it computes with one thread; start processes by spawn, or load the model after the fork")
+        logger.warning(
+            "this process was forked from one that had computed with several threads, where OpenMP would "
+            "hang: it computes with one thread; start processes by spawn, or load the model after the fork"
+        )
     else:
         _computed_with_threads = True
 

@@ -20,8 +20,9 @@ def as_list(items: object, what: str, remedy: str) -> list:
     if isinstance(items, Set) and not hasattr(items, "mapping"):  # views of a dict have its order
         raise TypeError(f"{what} must be a list, got {kind_of(items)}, which has no order; give sorted(…) or list(…)")
     if hasattr(items, "columns") and hasattr(items, "iloc"):  # iterating a DataFrame gives the names of its columns
-        raise TypeError(f"{what} must be a list, got a table ({type(items).__name__}); give one column of it, such as "
-                        "table['text']")
+        raise TypeError(
+            f"{what} must be a list, got a table ({type(items).__name__}); give one column of it, such as table['text']"
+        )
     if not isinstance(items, Iterable) and not hasattr(items, "__getitem__"):
         raise TypeError(f"{what} must be a list, got {kind_of(items)}; {remedy}")
     try:
@@ -44,8 +45,10 @@ def expect_text(text: object, place: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{place} has half a surrogate pair, {text[error.start]!r}, at character {error.start}; "
-                             "repair it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
+            raise ValueError(
+                f"{place} has half a surrogate pair, {text[error.start]!r}, at character {error.start}; "
+                "repair it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+            ) from None
     return text
 
 

@@ -34,8 +34,9 @@ def _open_locked(folder: Path) -> int:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(file)
-                raise ValueError(f"{folder} is being written by another process; let it end, or name another "
-                                 "folder") from None
+                raise ValueError(
+                    f"{folder} is being written by another process; let it end, or name another folder"
+                ) from None
             except OSError:
                 return file  # a file system without locks
             with contextlib.suppress(FileNotFoundError):

@@ -15,8 +15,21 @@ _last_end, _last_seconds = -math.inf, 0.0  # of the last call that did something
 class _MallInfo2(ctypes.Structure):
     """``struct mallinfo2`` of glibc, in bytes but for the counts of blocks."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
 
 
 def return_freed_memory(least: int = _LEAST, share: float = 1.0) -> None:

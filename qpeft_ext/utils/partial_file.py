@@ -42,7 +42,12 @@ class PartialFile:
     """
 
     def __init__(
-        self, path: AnyPath, settings: dict[str, object], *, about: dict | None = None, name: str = "",
+        self,
+        path: AnyPath,
+        settings: dict[str, object],
+        *,
+        about: dict | None = None,
+        name: str = "",
         resume: bool = True,
     ) -> None:
         self.target = check_target(path)
@@ -63,8 +68,9 @@ class PartialFile:
                 self._size = 0
             self._cut()
             if not self.num_pieces:
-                write_text(self._about, json.dumps({"settings": settings} | (about or {}), indent=2) + "\n",
-                           follow=False)
+                write_text(
+                    self._about, json.dumps({"settings": settings} | (about or {}), indent=2) + "\n", follow=False
+                )
         except BaseException:
             self.close()
             raise
@@ -124,8 +130,9 @@ class PartialFile:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(file)
-                raise ValueError(f"{self.part} is being written by another process; let it end, or write to another "
-                                 "file") from None
+                raise ValueError(
+                    f"{self.part} is being written by another process; let it end, or write to another file"
+                ) from None
             except OSError:
                 return file  # a file system without locks
             with contextlib.suppress(FileNotFoundError):
@@ -137,14 +144,20 @@ class PartialFile:
         try:
             then = read_json(self._about)["settings"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.part} is of an unknown job, since {self._about.name} is missing or damaged; "
-                             "start over with --no-resume (resume=False)") from None
-        differences = [f"{name} was {then.get(name)}, is {settings.get(name)}"
-                       for name in (*settings, *(name for name in then if name not in settings))
-                       if then.get(name) != settings.get(name)]
+            raise ValueError(
+                f"{self.part} is of an unknown job, since {self._about.name} is missing or damaged; "
+                "start over with --no-resume (resume=False)"
+            ) from None
+        differences = [
+            f"{name} was {then.get(name)}, is {settings.get(name)}"
+            for name in (*settings, *(name for name in then if name not in settings))
+            if then.get(name) != settings.get(name)
+        ]
         if differences:
-            raise ValueError(f"{self.part} is of a job with other settings: {'; '.join(differences)}; give those again "
-                             "to go on with it, or start over with --no-resume (resume=False)")
+            raise ValueError(
+                f"{self.part} is of a job with other settings: {'; '.join(differences)}; give those again "
+                "to go on with it, or start over with --no-resume (resume=False)"
+            )
 
     def _read(self, with_sums: bool) -> None:
         """Take the complete pieces of the part, up to the first that is torn or changed."""
@@ -158,8 +171,12 @@ class PartialFile:
                     self._take(piece)
                 except ValueError:
                     if sums is not None:
-                        logger.warning("%s was changed from line %d on since it was written: those lines are dropped "
-                                       "and made again", self.part, lines + 1)
+                        logger.warning(
+                            "%s was changed from line %d on since it was written: those lines are dropped "
+                            "and made again",
+                            self.part,
+                            lines + 1,
+                        )
                     break
                 size, lines = size + len(piece), lines + piece.count(b"\n")
                 self.num_pieces += 1

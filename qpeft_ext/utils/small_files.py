@@ -61,8 +61,12 @@ def parse_json(data: bytes, nan: bool = False) -> Any:
     try:
         text = data.decode("utf-8")
         check_depth(text)
-        value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=None if nan else _refuse,
-                           parse_float=None if nan else _finite)
+        value = json.loads(
+            text,
+            object_pairs_hook=_no_key_twice,
+            parse_constant=None if nan else _refuse,
+            parse_float=None if nan else _finite,
+        )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair
     except json.JSONDecodeError as error:
@@ -176,11 +180,13 @@ def _loader() -> type:
                 try:
                     twice = value in seen or seen.add(value)
                 except TypeError:
-                    raise yaml.MarkedYAMLError(problem="a key must be a name or a number",
-                                               problem_mark=key.start_mark) from None
+                    raise yaml.MarkedYAMLError(
+                        problem="a key must be a name or a number", problem_mark=key.start_mark
+                    ) from None
                 if twice:
-                    raise yaml.MarkedYAMLError(problem=f"the key {str(value)[:60]!r} is given twice",
-                                               problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {str(value)[:60]!r} is given twice", problem_mark=key.start_mark
+                    )
             return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")

@@ -35,8 +35,13 @@ class TextTokenizer:
         rows = []
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             # verbose=False: a long document is cut by us, so the tokenizer's length warning would be noise
-            rows += self.tokenizer(texts[start : start + _TEXTS_AT_ONCE], add_special_tokens=False, verbose=False,
-                                   return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+            rows += self.tokenizer(
+                texts[start : start + _TEXTS_AT_ONCE],
+                add_special_tokens=False,
+                verbose=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
         if self._special:
             for place, ids in enumerate(rows):
                 if self._made_special(texts[place], ids):
@@ -54,8 +59,9 @@ class TextTokenizer:
 
     def _made_special(self, text: str, ids: list[int]) -> bool:
         """Whether words of the text became a special token."""
-        return not self._control.isdisjoint(ids) or (self._unknown in self._special and self._unknown in ids
-                                                     and self._special[self._unknown] in text)
+        return not self._control.isdisjoint(ids) or (
+            self._unknown in self._special and self._unknown in ids and self._special[self._unknown] in text
+        )
 
     def _as_text(self, text: str, **options) -> dict:
         """What a tokenizer of our own makes of a text that has the words of a special token."""
@@ -76,8 +82,13 @@ class TextTokenizer:
         parts = re.split(f"({'|'.join(map(re.escape, words))})", text) if words else [text]
         ids = []
         for part in filter(None, parts):
-            ids += [plain[part]] if part in plain else self.tokenizer(
-                part, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+            ids += (
+                [plain[part]]
+                if part in plain
+                else self.tokenizer(part, add_special_tokens=False, verbose=False, split_special_tokens=True)[
+                    "input_ids"
+                ]
+            )
         return ids
 
 
@@ -95,8 +106,11 @@ def _hide_pieces(tokenizer, pieces: dict[str, int]) -> None:
     else:
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     if "merges" in model:
-        model["merges"] = [pair for pair in model["merges"] if "".join(_halves(pair)) not in names
-                           and names.keys().isdisjoint(_halves(pair))]
+        model["merges"] = [
+            pair
+            for pair in model["merges"]
+            if "".join(_halves(pair)) not in names and names.keys().isdisjoint(_halves(pair))
+        ]
     alone = {"version": state["version"], "model": model, "added_tokens": []}
     alone |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
     tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer).from_str(json.dumps(alone)).model

@@ -82,5 +82,7 @@ def refuse_backward_in_autocast(scores: torch.Tensor) -> torch.Tensor:
 
 def _expect_no_autocast(gradient: torch.Tensor) -> None:
     if torch.is_autocast_enabled(gradient.device.type):
-        raise ValueError("backward() was called inside torch.autocast, which would round the gradients to 16 bits; "
-                         "call it outside (the forward pass may be inside: it is never autocast)")
+        raise ValueError(
+            "backward() was called inside torch.autocast, which would round the gradients to 16 bits; "
+            "call it outside (the forward pass may be inside: it is never autocast)"
+        )
