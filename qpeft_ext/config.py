@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from .utils.small_files import read_json
 from .utils.text import shorten
+from .utils.words import did_you_mean
 
 CLUES = ("attention", "top_k", "none")
 FILTERS = ("query_tokens", "stop_words", "non_alphabetic")
@@ -316,7 +316,7 @@ class QPeftConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise ValueError(f"QPeftConfig: unknown option {shorten(name)}{_did_you_mean(name, known)}")
+                raise ValueError(f"QPeftConfig: unknown option {shorten(name)}{did_you_mean(name, known)}")
         return cls(**values)
 
     @classmethod
@@ -351,7 +351,7 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
         if name not in fields:
-            raise ValueError(f"QPeftConfig: unknown option {name!r}{_did_you_mean(name, fields)}")
+            raise ValueError(f"QPeftConfig: unknown option {name!r}{did_you_mean(name, fields)}")
         try:
             options[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except json.JSONDecodeError:
@@ -363,7 +363,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(
             f"QPeftConfig: {name} must be one of {', '.join(allowed)}, got {shorten(value)}"
-            f"{_did_you_mean(value, allowed)}"
+            f"{did_you_mean(value, allowed)}"
         )
 
 
@@ -408,8 +408,3 @@ def _expect_description(lm: object) -> None:
 def _boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"QPeftConfig: {name} must be True or False, got {shorten(value)}")
-
-
-def _did_you_mean(word: object, known) -> str:
-    close = difflib.get_close_matches(str(word)[:60], list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -22,7 +22,8 @@ from qpeft_ext.adapters.files import load_weights_into
 from qpeft_ext.cli import main
 from qpeft_ext.formats import Corpus
 from qpeft_ext.lm.loading import lm_digest, load_config, load_lm, load_tokenizer
-from qpeft_ext.utils.files import AtomicWriter, open_lock, save_file_with, save_folder_with, write_text
+from qpeft_ext.utils.files import AtomicWriter, save_file_with, save_folder_with, write_text
+from qpeft_ext.utils.locks import open_lock_file
 
 ROOT = Path(__file__).parents[2]
 PAIRS = [("why tides", "the moon pulls"), ("who", "a boat")]
@@ -284,7 +285,7 @@ def test_lock_files_and_parts_are_no_links(job, tmp_path):
     assert victim.read_text() == "precious"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="not a regular file"):
-        open_lock(tmp_path / "pipe")
+        open_lock_file(tmp_path / "pipe")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a link to another user")

@@ -7,7 +7,6 @@ hooks are there during a suffix pass and gone afterwards.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..lm.lock import in_this_thread
 from ..prompts.pairs import PairBatch, pad
+from ..utils.words import did_you_mean
 from .layers import Float32Module
 
 DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("q", "v"))  # first there
@@ -161,8 +161,7 @@ def _ends(name: str, ending: str) -> bool:
 
 def _unknown(ending: str, modules: dict[str, nn.Module]) -> str:
     endings = sorted({name.rpartition(".")[2] for name in modules})
-    close = difflib.get_close_matches(ending, endings, n=1, cutoff=0.4)
-    nearest = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(endings)}"
+    nearest = did_you_mean(ending, endings, cutoff=0.4) or f"; it has {', '.join(endings)}"
     return f"QPeftConfig: target module {ending!r} is not a linear layer of this LM's decoder{nearest}"
 
 

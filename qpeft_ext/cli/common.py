@@ -27,7 +27,6 @@ Measures = Annotated[
         "RR@10 Success@{1,5,20}]"
     ),
 ]
-MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 
 
 def spread_measures(arguments: list[str]) -> list[str]:
@@ -51,5 +50,7 @@ def spread_measures(arguments: list[str]) -> list[str]:
 
 
 def measure_names(names: list[str] | None) -> list[str]:
-    """One name per item, from options that may hold several; commas within brackets belong to a measure."""
-    return [name for text in names or MEASURES for name in re.findall(r"(?:[^\s,()]|\([^()]*\))+|[()]", text)]
+    """Return one name per item, from options that may have several; commas within brackets belong to a measure."""
+    from ..evaluation.measures import DEFAULT_MEASURES
+
+    return [name for text in names or DEFAULT_MEASURES for name in re.findall(r"(?:[^\s,()]|\([^()]*\))+|[()]", text)]

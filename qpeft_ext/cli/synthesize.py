@@ -71,6 +71,7 @@ def command(
     from ..synthesis.generator import QueryGenerator, Sampling
     from ..synthesis.training_set import Filters, PartialQueries, choose_documents, generate_queries, write_training_set
     from ..utils.console import Interrupted, say
+    from ..utils.environment import versions
 
     sampling = Sampling(queries_per_document, temperature, top_p, top_k, max_new_tokens, seed)
     filters = Filters(
@@ -97,7 +98,12 @@ def command(
         **asdict(sampling), "instruction": config.instruction, "max_document_tokens": max_document_tokens,
         "max_query_tokens": max_query_tokens, "max_tokens_per_batch": max_tokens_per_batch,
     }  # fmt: skip
-    about = {"base model": base_model, "data": data, "filters": asdict(filters), "versions": _versions()}
+    about = {
+        "base model": base_model,
+        "data": data,
+        "filters": asdict(filters),
+        "versions": versions(("torch", "transformers")),
+    }
     partial = PartialQueries(output, len(doc_ids), settings, about=about, resume=resume)
     try:
         if partial.num_resumed:
@@ -122,12 +128,3 @@ def command(
         raise
     finally:
         partial.close()
-
-
-def _versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    from ..utils.environment import VERSION
-
-    return {"qpeft_ext": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -7,9 +7,10 @@ rank through `Reranker`, as any adapter.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..utils.words import did_you_mean
 
 FIRST_STAGE, UPR = "first_stage", "upr"
 
@@ -77,9 +78,7 @@ def peft_options(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
     known = [f.name for f in dataclasses.fields(getattr(peft, preset.peft))]
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{preset.peft}: unknown option {name!r}{hint}")
+            raise ValueError(f"{preset.peft}: unknown option {name!r}{did_you_mean(name, known)}")
     return preset.peft_defaults | given
 
 

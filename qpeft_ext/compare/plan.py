@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,9 +11,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..config import QPeftConfig
-from ..evaluation.measures import check_measures
+from ..evaluation.measures import DEFAULT_MEASURES, check_measures
 from ..utils.small_files import read_yaml
 from ..utils.text import shorten
+from ..utils.words import did_you_mean
 from .methods import FIRST_STAGE, PRESETS, peft_options
 
 PACKAGED = "packaged"  # the name of the LM that the demo comes with
@@ -118,7 +118,7 @@ class Plan:
     title: str = ""
     dtype: str | None = None
     seeds: tuple[int, ...] = (0,)
-    measures: tuple[str, ...] = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
+    measures: tuple[str, ...] = DEFAULT_MEASURES
     options: dict[str, Any] = field(default_factory=dict)
     training: Training = Training()
     cache_bytes: int = 0
@@ -181,12 +181,10 @@ def read_plan(path: Path, only: Iterable[str] = (), collections: Iterable[str] =
     for place, names in asked:
         for name in names:
             if not any(_goes_by(method, [name]) for method in plan.methods.values()):
-                raise ValueError(
-                    f"{path}: {place}there is no method {shorten(name)}{_did_you_mean(name, plan.methods)}"
-                )
+                raise ValueError(f"{path}: {place}there is no method {shorten(name)}{did_you_mean(name, plan.methods)}")
     for name in collections:
         if name not in plan.collections:
-            raise ValueError(f"{path}: there is no collection {shorten(name)}{_did_you_mean(name, plan.collections)}")
+            raise ValueError(f"{path}: there is no collection {shorten(name)}{did_you_mean(name, plan.collections)}")
     if collections:
         plan = replace(plan, collections={name: c for name, c in plan.collections.items() if name in collections})
     for name in [method.of for method in chosen.values() if method.of]:  # a fusion needs the method that it takes
@@ -219,7 +217,7 @@ class _Reader:
         for name, value in given.items():
             where = f"{key}.{name}" if key else str(name)
             if name not in known:
-                raise self.error(where, f"unknown key{_did_you_mean(name, known)}; expected {', '.join(known)}")
+                raise self.error(where, f"unknown key{did_you_mean(name, known)}; expected {', '.join(known)}")
             reader = readers.get(name)
             values[name] = reader(where, value) if callable(reader) else self._value(where, hints[name], value)
         values |= {name: reader for name, reader in readers.items() if not callable(reader)}
@@ -291,7 +289,7 @@ class _Reader:
             if base.method not in PRESETS:
                 raise self.error(
                     f"{key}.{name}.method",
-                    f"unknown method {base.method!r}{_did_you_mean(base.method, PRESETS)}; known: {', '.join(PRESETS)}",
+                    f"unknown method {base.method!r}{did_you_mean(base.method, PRESETS)}; known: {', '.join(PRESETS)}",
                 )
             if name == BASELINE_NAME and base.method != FIRST_STAGE:
                 raise self.error(f"{key}.{name}", "is the name of the first stage's own row; choose another")
@@ -385,7 +383,7 @@ class _Reader:
             raise self.error(
                 f"{where}.of",
                 f"expected another method of the plan that is no fusion, got {method.of!r}"
-                f"{_did_you_mean(method.of, plan.methods)}",
+                f"{did_you_mean(method.of, plan.methods)}",
             )
         if method.peft and method.preset.peft is None:
             raise self.error(f"{where}.peft", f"{method.method} has no peft config")
@@ -417,8 +415,3 @@ def _load(path: Path) -> dict:
 
 def _given(training: object) -> dict:
     return training if isinstance(training, dict) else {}
-
-
-def _did_you_mean(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -17,7 +17,8 @@ from .. import formats
 from ..evaluation.measures import per_query
 from ..formats.trec import Run
 from ..utils.console import say
-from ..utils.files import claim, write_text
+from ..utils.files import write_text
+from ..utils.locks import claim
 from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
 from .data import CollectionData, Ranked, digest
 from .methods import FIRST_STAGE, UPR, peft_options

@@ -28,9 +28,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..utils.files import write_text
+from ..utils.progress import progress_bar
 
 STANDARD_LIBRARY = "stdlib"  # stands for all of sys.stdlib_module_names
 TRAIN_PACKAGES = (
@@ -161,8 +160,7 @@ def iter_definitions(
         found = list(_package_files(package, search_path))
         counts["packages" if found else "packages_not_installed"] += 1
         files += found
-    disable = None if show_progress_bar is None else not show_progress_bar
-    for module, path in tqdm(files, desc="Reading Python files", unit="file", disable=disable):
+    for module, path in progress_bar(files, desc="Reading Python files", unit="file", show=show_progress_bar):
         counts["files"] += 1
         try:
             found = _read(path, module, documented)

@@ -32,7 +32,6 @@ from .examples import report_examples
 
 ADAPTER = Path(__file__).parent / "adapter"  # of it; benchmarks/quality/package_adapter.py
 QUERIES = 1000
-MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 MEASURE = "nDCG@10"  # decides on dev, and is plotted
 MAX_QUERY_TOKENS = 64  # longer first sentences are left out, whatever the tokenizer
 FIRST, SIMILARITY, UPR, CLUES, BEST = "BM25", "similarity only", "UPR", "Q-PEFT-R", "Q-PEFT-R + generated LoRA"
@@ -160,7 +159,7 @@ def main(
         else f"{fused}: weight {weight} on {best}, chosen on {len(dev.queries)} dev queries"
     )
 
-    table = compare_table(runs["test"], test.qrels, MEASURES)
+    table = compare_table(runs["test"], test.qrels)
     notes += _against_upr(runs["test"], test.qrels)
     per_query = {
         system: evaluate(run, test.qrels, [MEASURE]).per_query[MEASURE] for system, run in runs["test"].items()

@@ -7,7 +7,6 @@ result says over how many queries it averages and how much of what counts is jud
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from ..formats.io import shorten
 from ..formats.qrels import LARGEST_RELEVANCE
 from ..formats.trec import Qrels, Run, decreasing_scores, without_identical_ids
 from ..utils.inputs import as_list
+from ..utils.words import closest_words
 
 DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 TIES = ("order", "trec_eval")
@@ -226,7 +226,7 @@ def closest_measure(name: str) -> str | None:
 
     word, at, cutoff = name.partition("@")
     by_lower = {known.lower(): known for known in registry}
-    for found in difflib.get_close_matches(word.lower(), by_lower, n=5, cutoff=0.6):
+    for found in closest_words(word.lower(), by_lower, most=5):
         for ending in (at + cutoff, "@10", "") if at else ("", "@10"):
             if (measure := _measure(by_lower[found] + ending)) is not None:
                 return str(measure)

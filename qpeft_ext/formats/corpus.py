@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from tqdm.auto import tqdm
 
 from ..utils.files import AnyPath, cache_folder, is_gzip, permissions_of, restrict
+from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular
 from .io import check_file, decode, line_error, open_bytes, parse_object, reading, require_id, require_text
 
@@ -244,7 +245,7 @@ def _build_index(corpus: Corpus, index: Path, copy: Path | None) -> None:
         with (
             contextlib.closing(sqlite3.connect(new_index)) as database,
             open(new_copy or os.devnull, "wb") as file,
-            tqdm(desc=f"indexing {corpus.path.name}", unit=" documents", delay=1, disable=None) as progress,
+            progress_bar(desc=f"indexing {corpus.path.name}", unit=" documents", delay=1) as progress,
         ):
             database.executescript("""
                 PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..prompts.prompt import DocumentPrefix
-from ..utils.files import drop_temporary, folder_permissions, lock_folder, permissions_of, write_text
+from ..utils.files import drop_temporary, folder_permissions, permissions_of, write_text
+from ..utils.locks import lock_folder
+from ..utils.progress import progress_bar
 from .copies import copies
 from .files import Contents, Place, header_bytes, read_contents, read_prefix, write_prefixes
 from .index import FORMAT, MANIFEST, expect_same_lm, expect_same_prompt, prompt_settings, read_manifest, shard_paths
@@ -144,9 +145,8 @@ class IndexWriter:
         """Compute what is missing. An interrupt (Ctrl-C) writes what is computed before it is raised."""
         if plan.missing:
             self._write_manifest(plan, complete=False)
-        hidden = None if show_progress_bar is None else not show_progress_bar
         held, taken_up = sum(flat.nbytes for _, flat, _ in self._pending), len(self._pending)
-        with tqdm(total=plan.missing, desc="index", unit=" documents", disable=hidden) as progress:
+        with progress_bar(total=plan.missing, desc="index", unit=" documents", show=show_progress_bar) as progress:
             try:
                 for chunk in self._chunks() if plan.missing else ():
                     for group in self._groups(chunk):
@@ -221,9 +221,10 @@ class IndexWriter:
 
     def _chunks(self, title: str = "", show_progress_bar: bool | None = False) -> Iterator[list[DocumentPrefix]]:
         """The corpus in its order, tokenised; only a chunk is held."""
-        hidden = None if show_progress_bar is None else not show_progress_bar
         texts: list[dict] = []
-        with tqdm(total=len(self.corpus), desc=title, unit=" documents", delay=1, disable=hidden) as progress:
+        with progress_bar(
+            total=len(self.corpus), desc=title, unit=" documents", delay=1, show=show_progress_bar
+        ) as progress:
             for place, doc_id in enumerate(self.corpus, 1):
                 texts.append(self.corpus[doc_id])
                 if len(texts) == _CHUNK or place == len(self.corpus):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..utils.files import drop_temporary, lock_folder
+from ..utils.files import drop_temporary
+from ..utils.locks import lock_folder
 from .copies import copies
 from .files import Place, prefetch, read_contents, write_prefixes
 from .kv import PrefixKey, PrefixKV

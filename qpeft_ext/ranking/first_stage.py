@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from .. import formats
 from ..formats.corpus import drop_leftovers
@@ -21,6 +20,7 @@ from ..formats.trec import Run
 from ..utils.console import say
 from ..utils.files import cache_folder, folder_permissions, permissions_of, restrict, sync_folder, write_text
 from ..utils.optional import import_bm25s
+from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular, read_json
 from ..utils.text import shorten
 from .run import system_name
@@ -62,7 +62,7 @@ class BM25:
         self.k1, self.b = k1, b
         self._mode = permissions_of(getattr(corpus, "path", None))
         self.doc_ids = list(corpus)
-        self._hidden = None if show_progress_bar is None else not show_progress_bar
+        self._show_progress_bar = show_progress_bar
         self._tokenizer = bm25s.tokenization.Tokenizer(
             lower=True, splitter=_WORD, stopwords="english_plus", stemmer=None
         )
@@ -82,7 +82,7 @@ class BM25:
         """The index of bm25s; None where no document holds a word."""
         bm25s = import_bm25s()
         # one text at a time, so that the corpus is never held as text; int32 takes an eighth of a list of ints
-        ids = tqdm(self.doc_ids, "BM25: reading", unit=" documents", delay=1, disable=self._hidden)
+        ids = progress_bar(self.doc_ids, desc="BM25: reading", unit=" documents", delay=1, show=self._show_progress_bar)
         texts = (f"{document.get('title') or ''} {document['text']}" for document in map(corpus.__getitem__, ids))
         tokens = [
             np.asarray(row, dtype=np.int32) for row in self._tokenizer.streaming_tokenize(texts, allow_empty=False)
@@ -165,11 +165,8 @@ def bm25_run(
     if k < 1:
         raise ValueError(f"bm25_run: k must be at least 1, got {k}")
     index = BM25(corpus, k1=k1, b=b, show_progress_bar=show_progress_bar)
-    hidden = None if show_progress_bar is None else not show_progress_bar
-    return {
-        query_id: index.search(text, k)
-        for query_id, text in tqdm(queries.items(), "BM25: searching", unit=" queries", delay=1, disable=hidden)
-    }
+    items = progress_bar(queries.items(), desc="BM25: searching", unit=" queries", delay=1, show=show_progress_bar)
+    return {query_id: index.search(text, k) for query_id, text in items}
 
 
 def _best(scores: np.ndarray, doc_ids: list[str], k: int) -> list[tuple[str, float]]:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..adapters.attention_clues import AttentionClues
 from ..engine.memory import plan_memory
@@ -23,6 +22,7 @@ from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, short, whole_number
+from ..utils.progress import progress_bar
 from .clue_similarity import ClueSimilarity
 from .explain import Explanation, explain_pair
 
@@ -183,7 +183,7 @@ class Reranker:
         single = len(pairs) == 2 and isinstance(pairs[0], str)
         pairs = as_pairs([pairs] if single else pairs, "predict")
         scores = np.empty(len(pairs), dtype=np.float32)
-        with _progress(len(pairs), show_progress_bar) as bar:
+        with progress_bar(total=len(pairs), unit="pair", desc="rerank", show=show_progress_bar) as bar:
             for start in range(0, len(pairs), _PAIRS_PER_BLOCK):
                 block = pairs[start : start + _PAIRS_PER_BLOCK]
                 scores[start : start + len(block)] = self._score(block, bar, batch_size=batch_size)
@@ -261,7 +261,7 @@ class Reranker:
         """`rank_many` of lists that are checked."""
         top_k, batch_size = whole_number(top_k, "top_k"), whole_number(batch_size, "batch_size")
         results, source = [], self.model.qpeft_config.source
-        with _progress(sum(map(len, candidates)), show_progress_bar) as bar:
+        with progress_bar(total=sum(map(len, candidates)), unit="pair", desc="rerank", show=show_progress_bar) as bar:
             for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK if source == "candidates" else _PAIRS_PER_BLOCK):
                 pairs = [(queries[i], document) for i in block for document in candidates[i]]
                 scores, start = self._score(pairs, bar, self._lists(block, candidates), batch_size), 0
@@ -412,8 +412,3 @@ def _blocks(candidates: Sequence[Sequence], max_pairs: int) -> Iterator[range]:
     """Places of consecutive queries with about ``max_pairs`` pairs together."""
     for block in query_blocks([len(documents) for documents in candidates], max_pairs):
         yield range(block.start, block.stop)
-
-
-def _progress(total: int, show: bool | None):
-    """A progress bar over pairs; by default on a terminal only."""
-    return tqdm(total=total, unit="pair", desc="rerank", disable=None if show is None else not show)

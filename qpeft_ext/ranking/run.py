@@ -13,13 +13,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from ..adapters.attention_clues import AttentionClues
 from ..engine.schedule import query_blocks
 from ..formats.partial_run import PartialRun
 from ..formats.trec import Run, check_id, find_line
 from ..utils.files import AnyPath
+from ..utils.progress import progress_bar
 
 PAIRS_PER_BLOCK = 256  # several passes of the default token budget, and still some life in the progress bar
 
@@ -156,10 +155,11 @@ def rerank_blocks(
     result = RerankedRun({}, num_pairs, 0.0, partial.num_resumed if partial else 0)
     fresh: Run = {}
     start = time.perf_counter()
-    hidden = None if show_progress_bar is None else not show_progress_bar
     with (
         contextlib.closing(engine(iter(blocks))) as ranked_blocks,
-        tqdm(total=total, initial=total - num_pairs, desc=name, unit="pair", disable=hidden) as progress,
+        progress_bar(
+            total=total, initial=total - num_pairs, desc=name, unit="pair", show=show_progress_bar
+        ) as progress,
     ):
         for block, ranked in zip(blocks, ranked_blocks, strict=True):
             rankings = {

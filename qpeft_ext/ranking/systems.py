@@ -127,16 +127,13 @@ class SystemsSpec:
 
     def about(self) -> dict[str, object]:
         """For people, beside the settings: names and versions."""
-        import torch
-        import transformers
-
-        from ..utils.environment import VERSION
+        from ..utils.environment import versions
 
         return {
             "adapter": self.model,
             "base model": self.lm_name,
             "systems": self.names,
-            "versions": {"qpeft_ext": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": versions(("torch", "transformers")),
         }
 
 

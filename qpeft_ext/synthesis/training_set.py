@@ -17,8 +17,6 @@ from dataclasses import astuple, dataclass, field
 from itertools import chain, islice
 from typing import IO
 
-from tqdm.auto import tqdm
-
 from ..formats.answers import answer_tokens, has_answer
 from ..formats.collection import Example
 from ..formats.jsonl import training_examples, write_examples
@@ -26,6 +24,7 @@ from ..prompts.prompt import document_text
 from ..ranking.first_stage import BM25
 from ..utils.files import write_text
 from ..utils.partial_file import PartialFile
+from ..utils.progress import progress_bar
 from .generator import GeneratedQuery, QueryGenerator
 
 WINDOW = 4096  # documents that are tokenised and sorted by length together
@@ -170,9 +169,8 @@ def generate_queries(
 
     Raises: ValueError if the part holds other batches than these documents make.
     """
-    hidden = None if show_progress_bar is None else not show_progress_bar
     there = iter(list(partial.batches))
-    with tqdm(total=len(doc_ids), desc="queries", unit="document", disable=hidden) as progress:
+    with progress_bar(total=len(doc_ids), desc="queries", unit="document", show=show_progress_bar) as progress:
         for start in range(0, len(doc_ids), WINDOW):
             window = {i: corpus[i] for i in doc_ids[start : start + WINDOW]}
             written = [i for i, document in window.items() if document_text(document)]
@@ -310,8 +308,7 @@ def round_trip(
     asked = bool(filters.round_trip_top or filters.num_negatives)
     depth = max(filters.round_trip_top, filters.depth + 1)  # the document itself is no negative
     index = BM25(corpus, show_progress_bar=show_progress_bar) if asked and kept else None
-    hidden = None if show_progress_bar is None else not show_progress_bar
-    queries = iter(tqdm(kept, "round trip", unit=" queries", delay=1, disable=hidden))
+    queries = iter(progress_bar(kept, desc="round trip", unit=" queries", delay=1, show=show_progress_bar))
     while block := list(islice(queries, _BLOCK)):
         passed: dict[str, KeptQuery] = {}
         run, ranks = {}, {}

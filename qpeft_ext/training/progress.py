@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from ..utils.progress import progress_bar
 
 
 class TrainingBar(TrainerCallback):
@@ -21,7 +22,7 @@ class TrainingBar(TrainerCallback):
         trainer.add_callback(cls(name, measure))
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.bar = tqdm(total=state.max_steps, desc=f"{self.name} (train)", unit="step", disable=None)
+        self.bar = progress_bar(total=state.max_steps, desc=f"{self.name} (train)", unit="step")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update(state.global_step - self.bar.n)

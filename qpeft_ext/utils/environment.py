@@ -1,9 +1,10 @@
-"""Versions and hardware."""
+"""Versions of packages, and the hardware."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 
 VERSION = "0.1.0"  # the same as in pyproject.toml
@@ -21,11 +22,10 @@ PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
-    """qpeft_ext, Python and the packages that matter; "not installed" for those that are not."""
-
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of qpeft_ext, of Python and of ``packages``; "not installed" for a missing one."""
     rows = {"qpeft_ext": VERSION, "python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             rows[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """CPU, threads and devices."""
+    """Return the name of the CPU, the number of threads, and the devices."""
     import torch
 
     rows = {

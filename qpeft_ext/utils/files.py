@@ -7,7 +7,6 @@ written through.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gzip
 import os
 import re
@@ -15,7 +14,6 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -178,21 +176,6 @@ def drop_temporary(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def open_lock(path: Path, mode: int = 0o666) -> IO[bytes]:
-    """A lock file, made if need be; what is in it stays, and a link is refused.
-
-    Raises: OSError that names ``path`` if it cannot be opened; ValueError if it is not a regular file.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    if path.is_symlink():
-        raise ValueError(f"{path} is a link; expected a lock file of qpeft_ext: remove the link")
-    file = os.fdopen(os.open(path, flags, mode), "r+b", buffering=0)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ValueError(f"{path} is not a regular file; expected a lock file of qpeft_ext: remove it")
-    return file
-
-
 def permissions_of(path: AnyPath | None) -> int:
     """Permissions for files that are made of what is in the file ``path``: nobody else may read them who may not read
     that one. None, or what is no file on the disk: those of any file."""
@@ -262,39 +245,3 @@ def cache_folder() -> Path:
             f"set QPEFT_CACHE to a folder that can be written"
         ) from None
     return folder
-
-
-def lock_folder(folder: Path) -> IO:
-    """Hold a folder until the file that is returned is closed, or its owner is gone.
-
-    Raises: ValueError if somebody else holds it.
-    """
-    import fcntl  # where there is none (Windows), prefixes cannot be kept on disk
-
-    lock = open_lock(folder / ".lock")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ValueError(
-            f"{folder} is in use by another process, or by another cache of this one; name another folder"
-        ) from None
-    return lock
-
-
-@contextmanager
-def claim(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process may work in the folder of a result; without ``wait`` not while another one does.
-
-    The claim goes with the process, however it ends. It is a lock on a hidden file beside the folder, which stays.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open_lock(folder.with_name(f".{folder.name}.lock")) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass  # a file system without locks
-        yield True

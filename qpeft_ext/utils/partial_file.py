@@ -7,7 +7,6 @@ each complete piece, written after it, so that a torn or changed piece is known.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from typing import IO
 
 from .files import AnyPath, check_target, write_text
+from .locks import open_locked
 from .small_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class PartialFile:
         self._size: int | None = None  # bytes of complete pieces; None while the file is not ours
         self._file = self._sums_file = None
         try:
-            self._file = self._open_locked(path)
+            self._file = open_locked(self.part, lambda: self._open_part(path), "let it end, or write to another file")
             there = self._sums.exists()
             check_target(self._sums)
             self._sums_file = _open(path, self._sums)
@@ -121,24 +121,10 @@ class PartialFile:
             path.unlink(missing_ok=True)
         self.close()
 
-    def _open_locked(self, path: AnyPath) -> int:
-        """The part, locked; the lock goes with the process, however it ends."""
-        while True:
-            check_target(self.part)
-            file = _open(path, self.part)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(file)
-                raise ValueError(
-                    f"{self.part} is being written by another process; let it end, or write to another file"
-                ) from None
-            except OSError:
-                return file  # a file system without locks
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.stat(self.part)):
-                    return file
-            os.close(file)  # another process has finished it since it was opened: it is a result now, or gone
+    def _open_part(self, path: AnyPath) -> int:
+        """Open the part, and refuse it if it cannot become a regular file."""
+        check_target(self.part)
+        return _open(path, self.part)
 
     def _expect_settings(self, settings: dict) -> None:
         try:
