@@ -5,7 +5,7 @@
 25 M Llama, prefixes of 212 tokens, suffixes of 39. ``8x4``: a training step (8 documents, 4 queries each);
 ``48x2``: reranking (48 documents, 2 queries each on average).
 
-    ours       each layer gathers the keys of each pair's document as it needs them (`suffix_pass.shared_cache`)
+    ours       each layer gathers the keys of each pair's document as it needs them (`engine.shared_cache.shared_cache`)
     expanded   the whole cache is copied for all pairs before the pass, as transformers' own caches do
     packed     one row a document, its suffixes one after the other behind it, a 4-D mask keeps them apart: nothing is
                copied but the keys of the row; needs the mask code of each family, and none exists for ALiBi
@@ -23,7 +23,6 @@ from bench_training import TINY, Shape, make_model
 from common import Case, main, run_tiny
 from torch import Tensor
 
-from qpeft_ext.engine.causal import log_likelihood
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.engine.shared_cache import shared_cache
 from qpeft_ext.lm.attention import LMAttention
@@ -54,7 +53,7 @@ class Work:
         self.pairs = torch.arange(len(pairs), device=device)
 
     def ours(self) -> Tensor:
-        return self._result(log_likelihood(self.model.engine, self.rows, self.vectors, self.prefix, self.prefix_rows))
+        return self._result(self.model.engine.log_likelihood(self.rows, self.vectors, self.prefix, self.prefix_rows))
 
     def expanded(self) -> Tensor:
         """The read-only layers over a copy that has one prefix a pair."""
@@ -66,7 +65,7 @@ class Work:
             ],
             [prefix.lengths[d] for d in self.prefix_rows.tolist()],
         )
-        return self._result(log_likelihood(self.model.engine, self.rows, self.vectors, copy, None))
+        return self._result(self.model.engine.log_likelihood(self.rows, self.vectors, copy, None))
 
     def repeated(self) -> Tensor:
         engine = self.model.engine

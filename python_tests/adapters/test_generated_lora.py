@@ -9,7 +9,6 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 from qpeft_ext.adapters.generated_lora import find_targets
-from qpeft_ext.engine.causal import log_likelihood
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.training.losses import pairwise
 
@@ -115,7 +114,7 @@ def test_merged_weights_give_the_same_suffixes(family):
             assert not torch.equal(parameters[name], weight)
             parameters[name].copy_(weight)
         rows = assemble_rows(batch, model.prompt.suffix, [0] * 4, model.device, with_prefix=False)
-        log_p = log_likelihood(model.engine, rows, None, prefix)
+        log_p = model.engine.log_likelihood(rows, None, prefix)
     torch.testing.assert_close(log_p.view(4, -1).sum(1), expected, rtol=0, atol=1e-4)
 
 

@@ -9,7 +9,7 @@ import torch
 from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.engine.causal import Engine
+from qpeft_ext.engine.causal import CausalEngine
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -113,7 +113,7 @@ def test_flops_are_those_of_the_products():
     assert counter.get_total_flops() == pytest.approx(
         shape.flops(tokens, head_tokens=tokens) + masked + rotary, rel=1e-3
     )
-    cache = Engine(lm).prefill([[1] * tokens])
+    cache = CausalEngine(lm).prefill([[1] * tokens])
     assert cache.nbytes == tokens * shape.kv_bytes * 2  # float32 here, 16 bits there
 
 

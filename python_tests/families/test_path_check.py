@@ -10,7 +10,7 @@ from tiny import FAMILIES, PAIRS, draw_weights, own_scores, tiny_lm, tiny_tokeni
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qpeft_ext as qpeft
-from qpeft_ext.engine.causal import Engine
+from qpeft_ext.engine.causal import CausalEngine
 from qpeft_ext.engine.path_check import ordinary_ids
 
 _BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
@@ -108,7 +108,7 @@ def test_an_lm_without_a_decoder_to_be_found_is_refused():
     lm = tiny_lm("llama")
     lm.forward = lambda input_ids, **kwargs: SimpleNamespace(logits=None)
     with pytest.raises(ValueError, match="no module of this llama LM gives the hidden states"):
-        Engine(lm)
+        CausalEngine(lm)
 
 
 def test_an_lm_that_fails_in_its_own_way_is_refused_in_one_line():

@@ -8,7 +8,7 @@ from test_families import assert_same, scores_and_gradients
 from tiny import FAMILIES, PAIRS, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.engine.causal import Engine
+from qpeft_ext.engine.causal import CausalEngine
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,7 +69,7 @@ class MixesRows(torch.nn.Module):
 def test_a_module_that_mixes_rows_is_noticed():
     lm = tiny_lm("llama")
     lm.model.layers[-1].mlp = MixesRows(lm.model.layers[-1].mlp)
-    assert Engine(lm).row_wise.modules == []
+    assert CausalEngine(lm).row_wise.modules == []
 
 
 def test_an_update_that_tells_rows_apart_keeps_all_of_them():

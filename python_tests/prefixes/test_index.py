@@ -24,7 +24,7 @@ from small_data import DOCUMENTS, QUERIES, RUN
 import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.engine.causal import Engine
+from qpeft_ext.engine.causal import CausalEngine
 from qpeft_ext.prefixes import index as prefix_index
 from qpeft_ext.prefixes import index_writer as index_run
 from qpeft_ext.prefixes.index import PrefixIndex, shard_paths
@@ -98,14 +98,14 @@ def test_scores_with_an_index(tmp_path, monkeypatch):
     assert (plan.documents, plan.distinct, plan.there, plan.missing) == (6, 6, 0, 6)
     expected, expected_bits = scores(lm), scores(lm, deterministic=True)
     cache = qpeft.DocumentCache(0, index=tmp_path)
-    monkeypatch.setattr(Engine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
+    monkeypatch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
     torch.testing.assert_close(scores(lm, cache), expected, rtol=0, atol=1e-4)
     assert (cache.hits, cache.misses) == (6, 0) and "index: 6 prefixes" in repr(cache)
     with pytest.raises(ValueError, match="computed in batches, which deterministic scores cannot use"):
         scores(lm, cache, deterministic=True)
     monkeypatch.undo()
     make(tmp_path / "alone", lm, alone=True)
-    monkeypatch.setattr(Engine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
+    monkeypatch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
     alone = qpeft.DocumentCache(0, index=tmp_path / "alone")
     assert torch.equal(scores(lm, alone, deterministic=True), expected_bits)
     torch.testing.assert_close(scores(lm, alone), expected, rtol=0, atol=1e-4)
@@ -150,7 +150,7 @@ def test_rerank_with_an_index(job, tmp_path, capsys, monkeypatch):
         "--output",
     ]
     command(capsys, *arguments, tmp_path / "plain.trec")
-    monkeypatch.setattr(Engine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
+    monkeypatch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
     out = command(capsys, *arguments, tmp_path / "mine.trec", "--index", tmp_path / "index", "--upr")
     assert out.count("100% cache hits") == 2
     monkeypatch.undo()
@@ -206,7 +206,7 @@ def test_training_with_an_index(tmp_path, monkeypatch):
         expected = trained(clues_model(**options), tmp_path)
         cache = qpeft.DocumentCache(0, index=tmp_path / "index")
         with monkeypatch.context() as patch:
-            patch.setattr(Engine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
+            patch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
             found = trained(clues_model(**options), tmp_path, cache=cache)
         assert found.keys() == expected.keys() and cache.hits and not cache.misses
         for name, weight in found.items():
@@ -249,7 +249,7 @@ def test_train_with_an_index(job, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "no").exists()
     assert main([str(a) for a in (*arguments, tmp_path / "plain")]) == 0
     command(capsys, "index", job / "data", "--out", tmp_path / "index", "--base-model", job / "lm")
-    monkeypatch.setattr(Engine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
+    monkeypatch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
     assert main([str(a) for a in (*arguments, tmp_path / "mine", "--index", tmp_path / "index")]) == 0
     plain, mine = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "mine"))
     for name, weight in mine.items():
@@ -270,7 +270,7 @@ def test_equal_texts_are_stored_once(tmp_path):
 
 
 def test_out_of_memory_halves_the_batch(tmp_path, monkeypatch):
-    prefill, tried = Engine.prefill, []
+    prefill, tried = CausalEngine.prefill, []
 
     def failing(self, prefixes):
         tried.append(len(prefixes))
@@ -278,7 +278,7 @@ def test_out_of_memory_halves_the_batch(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("pretended")
         return prefill(self, prefixes)
 
-    monkeypatch.setattr(Engine, "prefill", failing)
+    monkeypatch.setattr(CausalEngine, "prefill", failing)
     make(tmp_path)
     assert len(contents(tmp_path)) == 6 and tried[:3] == [6, 3, 1]
 
@@ -342,8 +342,8 @@ def test_a_killed_run_goes_on(moment, occurrence, tmp_path, monkeypatch):
     if moment == "write" or occurrence < 8:
         with pytest.raises((ValueError, FileNotFoundError), match="is not complete|is no index"):
             PrefixIndex(folder)
-    prefill, computed = Engine.prefill, []
-    monkeypatch.setattr(Engine, "prefill", lambda self, group: computed.append(group) or prefill(self, group))
+    prefill, computed = CausalEngine.prefill, []
+    monkeypatch.setattr(CausalEngine, "prefill", lambda self, group: computed.append(group) or prefill(self, group))
     assert make(folder, lm, alone=True).there == there
     assert len(computed) == 6 - there
     ours, expected = contents(folder), contents(tmp_path / "expected")
@@ -371,8 +371,8 @@ def test_stopped_after_any_pass_the_files_are_those_of_one_run(kept, dtype, tmp_
     }
     make(tmp_path / "grown", lm, documents=corpus(dict(list(documents.items())[:3])))  # a run may begin with an index
     shutil.copytree(tmp_path / "grown", tmp_path / "expected")
-    prefill, passes = Engine.prefill, []
-    monkeypatch.setattr(Engine, "prefill", lambda self, group: passes.append(len(group)) or prefill(self, group))
+    prefill, passes = CausalEngine.prefill, []
+    monkeypatch.setattr(CausalEngine, "prefill", lambda self, group: passes.append(len(group)) or prefill(self, group))
     make(tmp_path / "expected", lm, **options)
     expected, count = files(tmp_path / "expected"), len(passes)
     assert count >= 3 and max(passes) > 1 and len(expected) > 4, passes
@@ -400,7 +400,7 @@ def stopped_at(monkeypatch, prefill, number: int, kept: bool):
 
     write = IndexWriter._write_shard
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "prefill", stop)
+        patch.setattr(CausalEngine, "prefill", stop)
         patch.setattr(IndexWriter, "_write_shard", lambda self: write(self) if kept or not stopped else None)
         yield
 
@@ -434,7 +434,7 @@ def test_a_shard_that_vanishes_while_it_is_used_is_a_miss(tmp_path, caplog):
 
 
 def test_ctrl_c_keeps_what_was_computed_and_says_how_to_go_on(job, tmp_path, capsys, monkeypatch):
-    prefill, calls = Engine.prefill, []
+    prefill, calls = CausalEngine.prefill, []
 
     def interrupted(self, group):
         calls.append(group)
@@ -442,7 +442,7 @@ def test_ctrl_c_keeps_what_was_computed_and_says_how_to_go_on(job, tmp_path, cap
             raise KeyboardInterrupt
         return prefill(self, group)
 
-    monkeypatch.setattr(Engine, "prefill", interrupted)
+    monkeypatch.setattr(CausalEngine, "prefill", interrupted)
     arguments = [
         "index",
         str(job / "data"),

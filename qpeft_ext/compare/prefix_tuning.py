@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import QPeftConfig
-from ..engine.causal import Engine, _PrefixCache, _PrefixIsStored
+from ..engine.causal import CausalEngine, _PrefixCache, _PrefixIsStored
 from ..lm.passes import without_cudnn_attention
 from ..model import QPeftModel
 from ..prefixes.kv import LayerKV, PrefixKV
@@ -57,7 +57,7 @@ class _PromptAfterPrefix(Prompt):
         ]
 
 
-class PrefixTuningEngine(Engine):
+class PrefixTuningEngine(CausalEngine):
     """Prefix passes that begin with the virtual keys and values of a `peft` model.
 
     Attributes: num_virtual_tokens: P.
@@ -85,7 +85,7 @@ class PrefixTuningEngine(Engine):
 
     @without_cudnn_attention()
     def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
-        """As `Engine.read_prefixes`; the first P ids of a prefix are slots for the virtual tokens."""
+        """As `CausalEngine.read_prefixes`; the first P ids of a prefix are slots for the virtual tokens."""
         P, N = self.num_virtual_tokens, len(prefixes)
         lengths = [len(ids) for ids in prefixes]
         width = max(lengths) - P

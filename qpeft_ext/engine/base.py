@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..lm.decoder import find_decoder
+from ..lm.head import LikelihoodHead, log_likelihood_of_logits
 from ..lm.lock import in_this_thread
 from ..lm.norms import LMNorms
+from ..lm.passes import without_cudnn_attention
 from ..lm.rope import RotaryTables
 from ..lm.row_wise import RowWiseModules
 from ..lm.state import LMState, LMVersion
@@ -17,8 +20,8 @@ from ..prompts.pairs import PairBatch
 from ..prompts.prompt import SuffixPieces
 
 
-class BaseEngine:
-    """What is known of a frozen LM of any kind; see `Engine` and `encoder_decoder.EncoderDecoderEngine`.
+class BaseEngine(ABC):
+    """What is known of a frozen LM of any kind; see `causal.CausalEngine` and `encoder_decoder.EncoderDecoderEngine`.
 
     Attributes:
         table: input embeddings [V, D].  scale: what the embedding module multiplies a row with.
@@ -34,6 +37,7 @@ class BaseEngine:
     """
 
     is_encoder_decoder = False
+    head: LikelihoodHead
 
     def __init__(self, lm) -> None:
         self.lm = lm
@@ -44,6 +48,21 @@ class BaseEngine:
         self.norms = LMNorms()
         self.context, self._context_is = _context(lm.config.get_text_config())
         self.rotary = RotaryTables()
+
+    @without_cudnn_attention()
+    def log_likelihood(
+        self, rows, clue_embeds: Tensor | None, prefix=None, prefix_rows: Tensor | None = None
+    ) -> Tensor:
+        """log p of every scored token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
+
+        Args and Raises: those of `outputs`.
+        """
+        read = self.outputs(rows, clue_embeds, prefix, prefix_rows)
+        return (self.head if self.head.fused else log_likelihood_of_logits)(read, rows.target_ids)
+
+    @abstractmethod
+    def outputs(self, rows, clue_embeds: Tensor | None, prefix=None, prefix_rows: Tensor | None = None) -> Tensor:
+        """What the head reads for each scored token, [N, D]; where it is left to the LM, its logits [N, V]."""
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""

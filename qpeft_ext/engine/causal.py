@@ -1,4 +1,4 @@
-"""What is known of the LM, and the prefix pass: once per distinct document. The suffix pass is in `suffix_pass`."""
+"""Causal LMs: the prefix pass, once for each distinct document, and the suffix pass, which reads its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..lm.attention import LMAttention, find_attention
-from ..lm.head import LikelihoodHead, log_likelihood_of_logits
+from ..lm.head import LikelihoodHead
 from ..lm.norms import find_norms
 from ..lm.passes import without_cudnn_attention
 from ..lm.rope import find_rotary_tables
@@ -48,7 +48,7 @@ class _PrefixCache(DynamicCache):
         return result
 
 
-class Engine(BaseEngine):
+class CausalEngine(BaseEngine):
     """Runs a frozen causal LM on prefixes and suffixes.
 
     Args:
@@ -128,15 +128,55 @@ class Engine(BaseEngine):
         spare = int(with_prefix and self.rotary.limit is not None)  # a prompt's last token counts in its length
         return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix, step, spare)
 
-    @without_cudnn_attention()
-    def log_likelihood(self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None,
-                       prefix_rows: Tensor | None = None) -> Tensor:  # fmt: skip
-        """log p of every query token of the rows, [N]; see `suffix_pass.log_likelihood`."""
-        return log_likelihood(self, rows, clue_embeds, prefix, prefix_rows)
+    def outputs(
+        self,
+        rows: Rows,
+        clue_embeds: Tensor | None,
+        prefix: PrefixKV | None = None,
+        prefix_rows: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads for each query token of the rows, [N, D]; where it is left to the LM, its logits [N, V].
 
-    def outputs(self, rows: Rows, clue_embeds: Tensor | None, prefix: PrefixKV | None = None) -> Tensor:
-        """What the head reads of rows whose prefixes are those of ``prefix``; see `suffix_pass.outputs`."""
-        return outputs(self, rows, clue_embeds, prefix)
+        Args:
+            rows: suffixes (with ``prefix``) or whole prompts (without).
+            clue_embeds: the clue vectors of ``rows.clue_slots``, [number of clues, D], or None.
+            prefix, prefix_rows: caches of the distinct documents and the one of each row, int64 [B].
+        Raises: ValueError if a prompt is longer than the LM's context.
+        """
+        B, L = rows.ids.shape
+        self.expect_fits(rows.end)
+        self.rotary.reset()
+        embeds = self.embed(rows.ids, rows.ids.new_zeros(B) if prefix is None else None)
+        embeds = with_clues(embeds, rows, clue_embeds)
+        arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
+        # those of padding may lie past a learned position table, and past where a rotary table becomes another
+        positions = rows.positions.clamp_max(rows.end - 1)
+        if prefix is not None:
+            prefix_mask = prefix.mask(self.device)
+            if prefix_rows is not None:
+                prefix_mask = prefix_mask[prefix_rows]
+            arguments |= {
+                "attention_mask": torch.cat([prefix_mask, rows.mask], dim=1),
+                self.cache_argument: shared_cache(prefix, prefix_rows),
+                "use_cache": True,
+            }
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        if prefix is None:
+            return self._read_rows(self.decoder, arguments, rows)
+        with self.row_wise.only(rows.read, (B, L)), self.attention.active(), self.norms.active():
+            return self._read_rows(self.suffix_decoder, arguments, rows)
+
+    def _read_rows(self, decoder, arguments: dict, rows: Rows) -> Tensor:
+        """Run ``decoder``, or the LM where the head is left to it, and keep the outputs before the query tokens."""
+        if self.head.fused:
+            return decoder(**arguments).last_hidden_state.flatten(0, 1)[rows.before_query]
+        keep = torch.zeros(rows.ids.numel(), dtype=torch.bool, device=rows.ids.device)
+        keep[rows.before_query] = True
+        logits = self.lm(**arguments, logits_to_keep=keep.view_as(rows.ids)).logits
+        logits = logits.reshape(-1, logits.shape[-1])
+        # an LM that ignores ``logits_to_keep`` gives the logits of all rows
+        return logits[rows.before_query] if len(logits) == rows.ids.numel() else logits
 
     def token_bytes(self) -> tuple[int, float]:
         """Bytes of a prefix token that are kept for its queries, and bytes that a pass takes to read it in a layer."""
@@ -205,68 +245,3 @@ class Engine(BaseEngine):
         # a GPU would make a launch of every copy, and a compiled pass a graph of every number of prefixes
         one_by_one_copies = self.device.type == "cpu" and not self.is_compiled
         return (PrefixKV.side_by_side if one_by_one_copies else PrefixKV.collate)(stored)
-
-
-def log_likelihood(
-    engine: Engine,
-    rows: Rows,
-    clue_embeds: Tensor | None,
-    prefix: PrefixKV | None = None,
-    prefix_rows: Tensor | None = None,
-) -> Tensor:
-    """log p of every query token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
-
-    Args and Raises: those of `outputs`.
-    """
-    found = outputs(engine, rows, clue_embeds, prefix, prefix_rows)
-    return (engine.head if engine.head.fused else log_likelihood_of_logits)(found, rows.target_ids)
-
-
-def outputs(
-    engine: Engine,
-    rows: Rows,
-    clue_embeds: Tensor | None,
-    prefix: PrefixKV | None = None,
-    prefix_rows: Tensor | None = None,
-) -> Tensor:
-    """What the head reads for each query token of the rows, [N, D]; where it is left to the LM, its logits [N, V].
-
-    Args:
-        rows: suffixes (with ``prefix``) or whole prompts (without).
-        clue_embeds: the clue vectors of ``rows.clue_slots``, [number of clues, D], or None.
-        prefix, prefix_rows: caches of the distinct documents and the one of each row, int64 [B].
-    Raises: ValueError if a prompt is longer than the LM's context.
-    """
-    B, L = rows.ids.shape
-    engine.expect_fits(rows.end)
-    engine.rotary.reset()
-    embeds = engine.embed(rows.ids, rows.ids.new_zeros(B) if prefix is None else None)
-    embeds = with_clues(embeds, rows, clue_embeds)
-    arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
-    # those of padding may lie past a learned position table, and past where a rotary table becomes another
-    positions = rows.positions.clamp_max(rows.end - 1)
-    if prefix is not None:
-        prefix_mask = prefix.mask(engine.device)
-        if prefix_rows is not None:
-            prefix_mask = prefix_mask[prefix_rows]
-        arguments |= {
-            "attention_mask": torch.cat([prefix_mask, rows.mask], dim=1),
-            engine.cache_argument: shared_cache(prefix, prefix_rows),
-            "use_cache": True,
-        }
-    if engine.takes_positions:
-        arguments["position_ids"] = positions
-    if prefix is None:
-        return _run(engine, engine.decoder, arguments, rows)
-    with engine.row_wise.only(rows.read, (B, L)), engine.attention.active(), engine.norms.active():
-        return _run(engine, engine.suffix_decoder, arguments, rows)
-
-
-def _run(engine: Engine, decoder, arguments: dict, rows: Rows) -> Tensor:
-    if engine.head.fused:
-        return decoder(**arguments).last_hidden_state.flatten(0, 1)[rows.before_query]
-    keep = torch.zeros(rows.ids.numel(), dtype=torch.bool, device=rows.ids.device)
-    keep[rows.before_query] = True
-    logits = engine.lm(**arguments, logits_to_keep=keep.view_as(rows.ids)).logits
-    logits = logits.reshape(-1, logits.shape[-1])
-    return logits[rows.before_query] if len(logits) == rows.ids.numel() else logits  # an LM may not know what to keep

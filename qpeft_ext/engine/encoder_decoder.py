@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..lm.head import LikelihoodHead, log_likelihood_of_logits
+from ..lm.head import LikelihoodHead
 from ..lm.passes import without_cudnn_attention
 from ..lm.rope import find_rotary_tables
 from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
@@ -148,21 +148,6 @@ class EncoderDecoderEngine(BaseEngine):
         slots = np.flatnonzero((places >= 0) & (places < np.array([[len(row)] for row in targets])))
         target_ids, _ = pack_ragged(targets)
         return EncoderDecoderRows(encoder, ids, to_device(slots, self.device), to_device(target_ids, self.device))
-
-    @without_cudnn_attention()
-    def log_likelihood(
-        self,
-        rows: EncoderDecoderRows,
-        clue_embeds: Tensor | None,
-        prefix: EncoderStates | None = None,
-        prefix_rows: Tensor | None = None,
-    ) -> Tensor:
-        """log p of every scored token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
-
-        Args and Raises: those of `outputs`.
-        """
-        found = self.outputs(rows, clue_embeds, prefix, prefix_rows)
-        return (self.head if self.head.fused else log_likelihood_of_logits)(found, rows.target_ids)
 
     def outputs(
         self,

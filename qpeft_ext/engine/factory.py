@@ -7,12 +7,12 @@ import torch
 from ..lm.adapter_kinds import expect_readable_adapters
 from ..lm.errors import LM_ERRORS, in_one_line
 from ..lm.loading import is_encoder_decoder
-from .causal import Engine
+from .causal import CausalEngine
 from .encoder_decoder import EncoderDecoderEngine
 
 
-def make_engine(lm, why_plain: str = "") -> Engine | EncoderDecoderEngine:
-    """The engine that fits the LM; ``why_plain`` is for `Engine`.
+def make_engine(lm, why_plain: str = "") -> CausalEngine | EncoderDecoderEngine:
+    """The engine that fits the LM; ``why_plain`` is for `CausalEngine`.
 
     Raises: ValueError for a model that is neither a causal LM nor an encoder–decoder LM, for one that fails, and for
         an adapter in it that would not be read.
@@ -25,7 +25,7 @@ def make_engine(lm, why_plain: str = "") -> Engine | EncoderDecoderEngine:
         raise ValueError(f"this {lm.config.model_type} LM cannot be used: {in_one_line(error)}") from error
 
 
-def _make_engine(lm, why_plain: str) -> Engine | EncoderDecoderEngine:
+def _make_engine(lm, why_plain: str) -> CausalEngine | EncoderDecoderEngine:
     expect_readable_adapters(lm)
     if hasattr(lm.config, "lsh_attn_chunk_length"):
         raise ValueError(
@@ -35,7 +35,7 @@ def _make_engine(lm, why_plain: str) -> Engine | EncoderDecoderEngine:
     if reason := _why_not_language_model(lm):
         raise ValueError("expected a causal LM (Llama, Qwen, GPT-2, …) or an encoder–decoder LM (T5, BART, …), got a "
                          f"{lm.config.model_type} model {reason}; load_lm loads one")  # fmt: skip
-    return EncoderDecoderEngine(lm) if is_encoder_decoder(lm.config) else Engine(lm, why_plain)
+    return EncoderDecoderEngine(lm) if is_encoder_decoder(lm.config) else CausalEngine(lm, why_plain)
 
 
 @torch.no_grad()
