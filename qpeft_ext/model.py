@@ -251,7 +251,8 @@ class QPeftModel(nn.Module):
             deterministic: every prefix, clue and suffix is computed alone and unpadded, so that a score is bit-equal
                 whatever else is in the batch or in the cache (same machine, same number of threads). Slower.
             prefilled: the prefixes are in the cache already (`fill`): documents of different lengths may share a pass.
-            max_pairs_per_batch: pairs in a suffix pass at most; None: what the token budget holds.
+            max_pairs_per_batch: pairs in a suffix pass at most; None: what the token budget holds. With a gradient the
+                passes are then computed again in the backward pass, as with ``suffix_micro_batch``.
         """
         if path not in ("document_first", "plain"):
             raise ValueError(f"path must be document_first or plain, got {path!r}")
@@ -275,6 +276,7 @@ class QPeftModel(nn.Module):
             max_pairs = 1
         elif torch.is_grad_enabled() and (held_at_once := self.qpeft_config.suffix_micro_batch):
             max_pairs = min(max_pairs or held_at_once, held_at_once)
+        recompute = torch.is_grad_enabled() and bool(self.qpeft_config.suffix_micro_batch or max_pairs_per_batch)
         rows, parts = [], []
         of_list = self.qpeft_config.source != "document"  # dear for a pair by itself
         at_once = torch.is_grad_enabled() or of_list or self._clue_bytes(batch) <= CLUE_BYTES
@@ -298,7 +300,7 @@ class QPeftModel(nn.Module):
                     own = self.compute_clues(part, alone=deterministic)
                     own_counts = _counts(own, len(part))
                 rows.append(group)
-                parts.append(self._score_group(part, own, own_counts, documents, prefix))
+                parts.append(self._score_group(part, own, own_counts, documents, prefix, recompute))
         return _in_order(rows, parts)
 
     def _rotary_tables(self, batch: PairBatch) -> list[int]:
@@ -352,8 +354,12 @@ class QPeftModel(nn.Module):
         counts: Sequence[int],
         documents: list[int],
         prefix: PrefixKV | EncoderStates | None,
+        recompute: bool,
     ) -> Scores:
-        """Scores of the pairs of one suffix pass; ``counts``: clues of each."""
+        """Scores of the pairs of one suffix pass.
+
+        counts: clues of each.  recompute: keep nothing for the backward pass, which computes this pass again.
+        """
         vectors = None if clues is None else clues.embeds[clues.mask]
         rows = self._rows(batch, counts, with_prefix=prefix is None)
         prefix_rows = None
@@ -365,8 +371,8 @@ class QPeftModel(nn.Module):
         run, arguments = self.engine.log_likelihood, (rows, vectors, prefix, prefix_rows)
         if self.generated_lora is not None:
             run, arguments = self._with_generated_lora, (batch, *arguments)
-        if self.qpeft_config.suffix_micro_batch and torch.is_grad_enabled():
-            # computed again in the backward pass, where this method's state of torch is left
+        if recompute:
+            # in the backward pass this method's state of torch is left
             log_p = checkpoint(own_state()(run), *arguments, use_reentrant=False)
         else:
             log_p = run(*arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -81,11 +80,11 @@ def command(
     from .. import formats
     from ..evaluation.comparison import compare_table
     from ..evaluation.measures import parse_measures
-    from ..prefixes.index import PrefixIndex
     from ..ranking.first_stage import asked_queries, first_stage
-    from ..ranking.run import check_candidates, rerank_blocks, run_blocks
+    from ..ranking.job import rerank_job
+    from ..ranking.run import check_candidates
     from ..ranking.systems import SystemsSpec
-    from ..utils.console import Interrupted, say
+    from ..utils.console import say
     from .common import measure_names
 
     if not (model or upr or similarity_only):
@@ -134,48 +133,12 @@ def command(
         index=index.absolute() if index else None,
         template=template,
     )
-
-    with contextlib.ExitStack() as stack:
-        partials = {}  # opened before the LM is loaded: a bad --output is known at once
-        stack.callback(lambda: [partial.close() for partial in partials.values()])
-        settings, about = spec.settings(queries, candidates), spec.about()
-        for place, name in enumerate(spec.names):
-            partials[name] = formats.PartialRun(
-                output,
-                candidates,
-                settings | {"system": name},
-                about=about,
-                name=name.replace(" ", "-") if place else "",
-                resume=resume,
-                blocks=run_blocks(candidates),
-            )
-            if partials[name].num_resumed:
-                say(f"{partials[name]}: going on from there")
-        if index:
-            PrefixIndex(index).expect_prompt(spec.prompt())
-        cut = _check_queries(spec.prompt(), {query_id: queries[query_id] for query_id in candidates}, truncate_queries)
-        if cut:
-            say(f"{cut} of {len(candidates)} queries are cut to max_query_tokens = {spec.limits['max_query_tokens']}")
-        runs, results = {before: candidates}, {}
-        try:
-            with _engine(engine, spec, places) as rank:
-                for name, partial in partials.items():
-                    results[name] = rerank_blocks(rank, queries, candidates, name=name, partial=partial)
-                    runs[name] = results[name].run
-            main, *others = partials.values()
-            main.finish()
-            for partial in others:
-                partial.discard()
-        except KeyboardInterrupt:
-            raise Interrupted("; ".join(["interrupted", *_kept(partials)])) from None
-        except Exception as error:
-            for note in _kept(partials):
-                error.add_note(note)
-            raise
+    results = rerank_job(spec, queries, candidates, output, engine=engine, devices=places, resume=resume)
     for name, result in results.items():
         say(f"{name}: {result}")
-    say(f"wrote {sum(map(len, runs[spec.names[0]].values()))} lines to {output}")
+    say(f"wrote {sum(map(len, results[spec.names[0]].run.values()))} lines to {output}")
     if qrels:
+        runs = {before: candidates} | {name: result.run for name, result in results.items()}
         say(compare_table(runs, qrels, names).render())
     else:
         splits = ", ".join(collection.splits) or "none"
@@ -194,43 +157,3 @@ def _devices(device: str | None, devices: str | None, engine: str) -> list[str |
     if not all(places):
         raise ValueError(f"--devices must be names with commas between them, such as cuda:0,cuda:1, got {devices!r}")
     return places
-
-
-@contextlib.contextmanager
-def _engine(engine: str, spec, devices: list[str | None]):
-    """The `Engine` of the job, for as long as it is needed."""
-    if engine == "ray":
-        from ..ranking.ray_actors import RayActors
-
-        with RayActors(spec, [device for device in devices if device]) as actors:
-            yield actors.rank
-    elif len(devices) > 1:
-        from ..ranking.workers import WorkerProcesses
-
-        with WorkerProcesses(spec, devices) as workers:
-            yield workers.rank
-    else:
-        from ..ranking.systems import Systems
-
-        systems = Systems(spec, devices[0])
-        yield lambda blocks: (systems(block) for block in blocks)
-
-
-def _kept(partials: dict) -> list[str]:
-    """What is left of the work, if anything."""
-    kept = [str(partial) for partial in partials.values() if partial.rankings]
-    return [f"{', '.join(kept)}: the same command goes on from there"] if kept else []
-
-
-def _check_queries(prompt, queries: dict[str, str], truncate: bool) -> int:
-    """Tokenise all queries first: one that is too long is an error now, not after an hour.
-
-    Returns: how many are cut, with ``truncate``.
-    """
-    cut: list[int] | None = [] if truncate else None
-    for query_id, text in queries.items():
-        try:
-            prompt.queries([text], cut)
-        except ValueError as error:
-            raise ValueError(f"query {query_id!r}: {error}") from None
-    return len(cut or ())

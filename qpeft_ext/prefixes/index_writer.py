@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 from ..prompts.prompt import DocumentPrefix
 from ..utils.files import drop_temporary, folder_permissions, permissions_of, write_text
 from ..utils.locks import lock_folder
+from ..utils.memory import in_halves
 from ..utils.progress import progress_bar
 from .copies import copies
 from .files import Contents, Place, header_bytes, read_contents, read_prefix, write_prefixes
@@ -184,21 +185,19 @@ class IndexWriter:
                 self._done[row] = True  # the next document with the same text is not missing
                 yield prefix
 
-    @torch.no_grad()
     def _compute(self, group: list[DocumentPrefix]) -> Iterator[tuple[DocumentPrefix, PrefixKV]]:
-        try:
-            with self.model.passes(evaluating=True):
-                prefixes = self.model.engine.prefill([prefix.ids for prefix in group]).split()
-            stored = [self._link.to_host(prefix) for prefix in prefixes]
-        except torch.OutOfMemoryError:
-            if len(group) == 1:
-                raise
-            self.max_tokens_per_batch = max(1, self.max_tokens_per_batch // 2)
-            logger.warning("out of memory: going on with max_tokens_per_batch=%d", self.max_tokens_per_batch)
-            for half in (group[: len(group) // 2], group[len(group) // 2 :]):
-                yield from self._compute(half)
-        else:
-            yield from zip(group, stored, strict=True)
+        """Prefixes of a group; where they do not fit in memory, passes are half as large from then on."""
+        return zip(group, in_halves(self._prefill, group, self._halve_budget), strict=True)
+
+    @torch.no_grad()
+    def _prefill(self, group: Sequence[DocumentPrefix]) -> list[PrefixKV]:
+        with self.model.passes(evaluating=True):
+            prefixes = self.model.engine.prefill([prefix.ids for prefix in group]).split()
+        return [self._link.to_host(prefix) for prefix in prefixes]
+
+    def _halve_budget(self, _: int) -> None:
+        self.max_tokens_per_batch = max(1, self.max_tokens_per_batch // 2)
+        logger.warning("out of memory: going on with max_tokens_per_batch=%d", self.max_tokens_per_batch)
 
     def _write_shard(self) -> None:
         pending, self._pending = self._pending, []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import zip_longest
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,14 @@ from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, short, whole_number
+from ..utils.memory import retry_with_less
 from ..utils.progress import progress_bar
 from .clue_similarity import ClueSimilarity
 from .explain import Explanation, explain_pair
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _PAIRS_PER_BLOCK = 8192  # tokenised together and sorted together: about 60 MB of ids when no document is shared
 _PAIRS_PER_LIST_BLOCK = 1024  # with source="candidates", and for `similarity`: all of a block is held at once
@@ -367,17 +370,16 @@ class Reranker:
             yield job
 
     @torch.no_grad()
-    def _within_memory(self, work: Callable[[int], Any]) -> Any:
+    def _within_memory(self, work: Callable[[int], Result]) -> Result:
         """The result of ``work(max_tokens_per_batch)``, which is halved for good when the device runs out of memory."""
-        while True:
-            try:
-                return work(self.max_tokens_per_batch)
-            except torch.OutOfMemoryError:
-                if self.max_tokens_per_batch == 1:  # every pass is one document or one pair already
-                    raise
-            # after the except clause: until then the error keeps the failed pass's tensors alive
-            self.max_tokens_per_batch //= 2
-            logger.warning("out of memory: retrying with max_tokens_per_batch=%d", self.max_tokens_per_batch)
+        return retry_with_less(lambda: work(self.max_tokens_per_batch), self._halve_budget)
+
+    def _halve_budget(self) -> bool:
+        if self.max_tokens_per_batch == 1:  # every pass is one document or one pair already
+            return False
+        self.max_tokens_per_batch //= 2
+        logger.warning("out of memory: retrying with max_tokens_per_batch=%d", self.max_tokens_per_batch)
+        return True
 
 
 def _as_lists(

@@ -31,6 +31,7 @@ from ..model import QPeftModel
 from ..prompts.pairs import pad
 from ..prompts.prompt import Document
 from ..ranking.reranker import Reranker
+from ..utils.memory import in_halves
 
 logger = logging.getLogger(__name__)
 
@@ -144,16 +145,15 @@ class QueryGenerator:
         return [queries[start : start + copies] for start in range(0, len(queries), copies)]
 
     def _generate(self, prompts: list[tuple[int, ...]], seeds: list[str]) -> list[list[int]]:
-        """`_continue`, in halves when the device runs out of memory."""
-        try:
-            return self._continue(prompts, seeds)
-        except torch.OutOfMemoryError:
-            if len(prompts) == 1:
-                raise
-        # after the except clause: until then the error keeps the failed pass's tensors alive
-        half = len(prompts) // 2
-        logger.warning("out of memory: generating %d prompts at a time instead of %d", half, len(prompts))
-        return [row for part in (slice(half), slice(half, None)) for row in self._generate(prompts[part], seeds[part])]
+        """Call `_continue`, in halves when the device runs out of memory."""
+
+        def generate(rows: Sequence[tuple[tuple[int, ...], str]]) -> list[list[int]]:
+            return self._continue([prompt for prompt, _ in rows], [seed for _, seed in rows])
+
+        def warn(half: int) -> None:
+            logger.warning("out of memory: generating %d prompts at a time", half)
+
+        return list(in_halves(generate, list(zip(prompts, seeds, strict=True)), warn))
 
     @torch.no_grad()
     def _continue(self, prompts: list[tuple[int, ...]], seeds: list[str]) -> list[list[int]]:

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from ..formats.example_keys import table_rows, view
 from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
 from ..prefixes.index import PrefixIndex
+from ..utils.memory import retry_with_less
 from ..utils.torch_state import own_state
 from .arguments import checked_arguments, refuse_others
 from .checkpoints import last_complete, mark_complete, rotate, why_incomplete
@@ -147,6 +148,7 @@ class QPeftTrainer(Trainer):
             _check_index(self.cache.index, model)
         self.deterministic = deterministic
         self._max_tokens_per_batch = default_tokens(model.device)
+        self._max_pairs_per_batch: int | None = None  # a number after an out-of-memory error
         self.documents_read = self.documents_cut = self.queries_cut = 0
         needs_scores = config.loss == "margin_mse"
         self._collators = {
@@ -240,34 +242,38 @@ class QPeftTrainer(Trainer):
         return self.accelerator.reduce(loss, "mean") if self.args.world_size > 1 else loss
 
     def _step_within_memory(self, model, inputs, num_items_in_batch) -> Tensor:
-        """A step of the trainer; when the device runs out of memory it is tried again with half of it at a time.
+        """A step of `Trainer`; when the device runs out of memory it is tried again with half of it at a time.
 
-        The gradient is the same: suffixes then are computed twice, in micro-batches (``suffix_micro_batch``). Not with
-        several processes, which would wait for each other.
+        The gradient is the same: suffixes then are computed twice, in micro-batches, as with ``suffix_micro_batch``.
+        Several processes do not try again, since they would wait for each other.
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         accumulated = [None if p.grad is None else p.grad.clone() for p in parameters]
         counts = self.documents_read, self.documents_cut, self.queries_cut
-        while True:
-            try:
-                return super().training_step(model, inputs, num_items_in_batch)
-            except torch.OutOfMemoryError:
-                if self.args.world_size > 1 or not self._use_less_memory(len(inputs["pairs"])):
-                    raise
-            for parameter, gradient in zip(parameters, accumulated, strict=True):  # a part may have been added
-                parameter.grad = None if gradient is None else gradient.clone()
-            self.documents_read, self.documents_cut, self.queries_cut = counts
+        tries = count()
+
+        def step() -> Tensor:
+            if next(tries):  # the try before may have added a part of the gradient
+                for parameter, gradient in zip(parameters, accumulated, strict=True):
+                    parameter.grad = None if gradient is None else gradient.clone()
+                self.documents_read, self.documents_cut, self.queries_cut = counts
+            return super(QPeftTrainer, self).training_step(model, inputs, num_items_in_batch)
+
+        return retry_with_less(step, lambda: self.args.world_size == 1 and self._use_less_memory(len(inputs["pairs"])))
 
     def _use_less_memory(self, pairs: int) -> bool:
-        """Halve micro-batches and passes for good; False if they are of one pair already."""
-        config, before = self.model.qpeft_config, min(self.model.qpeft_config.suffix_micro_batch or pairs, pairs)
+        """Halve micro-batches and passes for good; False if they are of one pair already.
+
+        The config stays as it is, since it is saved with the adapter: another device may have the memory.
+        """
+        before = min(filter(None, (self._max_pairs_per_batch, self.model.qpeft_config.suffix_micro_batch, pairs)))
         if before == 1:
             return False
-        config.suffix_micro_batch = before // 2
+        self._max_pairs_per_batch = before // 2
         self._max_tokens_per_batch = max(1, self._max_tokens_per_batch // 2)
         logger.warning(
             "out of memory: retrying the step with suffix_micro_batch=%d and passes of %d tokens",
-            config.suffix_micro_batch,
+            self._max_pairs_per_batch,
             self._max_tokens_per_batch,
         )
         return True
@@ -278,7 +284,12 @@ class QPeftTrainer(Trainer):
         with_grad = torch.is_grad_enabled() and self.model.engine.prefix_is_trained
         prefilled = cache is not None and not with_grad and self.model.fill(batch, cache, tokens, self.deterministic)
         scores = model(
-            batch, cache=cache, deterministic=self.deterministic, max_tokens_per_batch=tokens, prefilled=prefilled
+            batch,
+            cache=cache,
+            deterministic=self.deterministic,
+            max_tokens_per_batch=tokens,
+            prefilled=prefilled,
+            max_pairs_per_batch=self._max_pairs_per_batch if torch.is_grad_enabled() else None,
         )
         return scores.mean_query_log_likelihood[inputs["pair"]]
 

@@ -1,4 +1,7 @@
-"""Freed memory that the C library keeps: passes of ever other sizes leave gaps in it, which a resident set counts."""
+"""Work that does not fit in the device's memory, and freed memory of the host that the C library keeps.
+
+glibc keeps freed memory, fragmented by passes of varying sizes, so that the process looks larger than it is.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import contextlib
 import ctypes
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _LEAST = 64 << 20  # less is not worth the page faults
 
@@ -50,3 +58,50 @@ def return_freed_memory(least: int = _LEAST, share: float = 1.0) -> None:
             library.malloc_trim(0)
     _last_end = time.monotonic()
     _last_seconds = _last_end - started
+
+
+def retry_with_less(work: Callable[[], Result], use_less: Callable[[], bool]) -> Result:
+    """Return ``work()``, which is called again as long as the device runs out of memory and it can do with less.
+
+    Args:
+        work: the computation. It reads how much it may do at once whenever it is called.
+        use_less: lowers that; False if it is as low as it can be.
+    Raises: torch.OutOfMemoryError if not even the least fits.
+    """
+    import torch
+
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not use_less():
+                raise
+        # the next try begins after the except clause: until then the error keeps the failed pass's tensors alive
+
+
+def in_halves(
+    work: Callable[[Sequence[Item]], Iterable[Result]], items: Sequence[Item], before_halving: Callable[[int], object]
+) -> Iterator[Result]:
+    """Yield the results of ``work(items)``, computed in halves where all at once do not fit in the device's memory.
+
+    Args:
+        work: computes the results of some items, in their order.
+        items: at least one.
+        before_halving: called with the number of items that are computed at a time from here on.
+    Raises: torch.OutOfMemoryError if a single item does not fit.
+    """
+    import torch
+
+    try:
+        results: Iterable[Result] | None = work(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+        results = None
+    if results is not None:
+        yield from results
+        return
+    half = len(items) // 2
+    before_halving(half)
+    for part in (items[:half], items[half:]):
+        yield from in_halves(work, part, before_halving)

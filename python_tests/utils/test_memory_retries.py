@@ -1,0 +1,40 @@
+"""Work that does not fit in memory is done with less, or in halves."""
+
+import pytest
+import torch
+
+from qpeft_ext.utils.memory import in_halves, retry_with_less
+
+
+def test_work_is_tried_again_with_less():
+    budget = [8]
+
+    def work():
+        if budget[0] > 2:
+            raise torch.OutOfMemoryError
+        return budget[0]
+
+    def halve():
+        budget[0] //= 2
+        return budget[0] > 0
+
+    assert retry_with_less(work, halve) == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        retry_with_less(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError), halve)
+    with pytest.raises(RuntimeError, match="another"):
+        retry_with_less(lambda: (_ for _ in ()).throw(RuntimeError("another")), lambda: True)
+
+
+def test_items_are_computed_in_halves_and_stay_in_order():
+    sizes, halves = [], []
+
+    def double(items):
+        sizes.append(len(items))
+        if len(items) > 2:
+            raise torch.OutOfMemoryError
+        return [2 * item for item in items]
+
+    assert list(in_halves(double, range(7), halves.append)) == [0, 2, 4, 6, 8, 10, 12]
+    assert sizes == [7, 3, 1, 2, 4, 2, 2] and halves == [3, 1, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_halves(lambda items: (_ for _ in ()).throw(torch.OutOfMemoryError), [1, 2], halves.append))

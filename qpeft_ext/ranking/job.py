@@ -1,0 +1,121 @@
+"""One reranking job, as ``qpeft rerank`` runs it: candidates in, a run file out, resumed where it was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ..formats.partial_run import PartialRun
+from ..formats.trec import Run
+from ..prefixes.index import PrefixIndex
+from ..prompts.prompt import Prompt
+from ..utils.console import Interrupted, say
+from .run import Engine, RerankedRun, rerank_blocks, run_blocks
+from .systems import Systems, SystemsSpec
+
+
+def rerank_job(
+    spec: SystemsSpec,
+    queries: Mapping[str, str],
+    candidates: Run,
+    output: Path,
+    *,
+    engine: str = "local",
+    devices: Sequence[str | None] = (None,),
+    resume: bool = True,
+) -> dict[str, RerankedRun]:
+    """Rank the candidates with every system of a job; write the ranking of the main system.
+
+    Blocks are kept in ``OUTPUT.part`` as soon as they are ranked. What is wrong with the output, the index or a query
+    is found before the LM is loaded.
+
+    Args:
+        spec: the systems; the first of ``spec.names`` is the main one.
+        queries: query_id -> text; only those of ``candidates`` are ranked.
+        candidates: the run of the first stage.
+        output: the TREC run to write.
+        engine: "local" (this process, or one process for each of several devices) or "ray" (one actor for each).
+        devices: where to rank; None leaves the device to the engine.
+        resume: whether blocks are kept that an interrupted job with the same settings has ranked.
+    Returns: the results by the names of the systems, in their order.
+    Raises: ValueError for an output, an index or a query that does not fit the job; Interrupted after Ctrl-C, which
+        says what was kept.
+    """
+    with contextlib.ExitStack() as stack:
+        partials: dict[str, PartialRun] = {}
+        stack.callback(lambda: [partial.close() for partial in partials.values()])
+        settings, about = spec.settings(queries, candidates), spec.about()
+        for place, name in enumerate(spec.names):
+            partials[name] = PartialRun(
+                output,
+                candidates,
+                settings | {"system": name},
+                about=about,
+                name=name.replace(" ", "-") if place else "",
+                resume=resume,
+                blocks=run_blocks(candidates),
+            )
+            if partials[name].num_resumed:
+                say(f"{partials[name]}: going on from there")
+        if spec.index:
+            PrefixIndex(spec.index).expect_prompt(spec.prompt())
+        asked = {query_id: queries[query_id] for query_id in candidates}
+        if cut := check_queries(spec.prompt(), asked, spec.truncate_queries):
+            say(f"{cut} of {len(candidates)} queries are cut to max_query_tokens = {spec.limits['max_query_tokens']}")
+        try:
+            with job_engine(engine, spec, devices) as rank:
+                results = {
+                    name: rerank_blocks(rank, queries, candidates, name=name, partial=partial)
+                    for name, partial in partials.items()
+                }
+            main, *others = partials.values()
+            main.finish()
+            for partial in others:
+                partial.discard()
+        except KeyboardInterrupt:
+            raise Interrupted("; ".join(["interrupted", *_kept(partials)])) from None
+        except Exception as error:
+            for note in _kept(partials):
+                error.add_note(note)
+            raise
+    return results
+
+
+@contextlib.contextmanager
+def job_engine(engine: str, spec: SystemsSpec, devices: Sequence[str | None]) -> Iterator[Engine]:
+    """The engine of a job, for as long as it is needed: see `rerank_job`."""
+    if engine == "ray":
+        from .ray_actors import RayActors
+
+        with RayActors(spec, [device for device in devices if device]) as actors:
+            yield actors.rank
+    elif len(devices) > 1:
+        from .workers import WorkerProcesses
+
+        with WorkerProcesses(spec, [device for device in devices if device]) as workers:
+            yield workers.rank
+    else:
+        systems = Systems(spec, devices[0])
+        yield lambda blocks: (systems(block) for block in blocks)
+
+
+def check_queries(prompt: Prompt, queries: Mapping[str, str], truncate: bool) -> int:
+    """Tokenise all queries first: one that is too long is an error now, not after an hour.
+
+    Returns: how many are cut, with ``truncate``.
+    Raises: ValueError that names the query.
+    """
+    cut: list[int] | None = [] if truncate else None
+    for query_id, text in queries.items():
+        try:
+            prompt.queries([text], cut)
+        except ValueError as error:
+            raise ValueError(f"query {query_id!r}: {error}") from None
+    return len(cut or ())
+
+
+def _kept(partials: Mapping[str, PartialRun]) -> list[str]:
+    """What is left of the work, if anything."""
+    kept = [str(partial) for partial in partials.values() if partial.rankings]
+    return [f"{', '.join(kept)}: the same command goes on from there"] if kept else []
