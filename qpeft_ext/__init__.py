@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import importlib
+from typing import TYPE_CHECKING
 
 from .utils.environment import VERSION as __version__
 
-# The public names and their modules; loaded on first use, so that `qpeft --help` does not wait for torch.
-_PUBLIC = {
-    "AttentionClues": "adapters.attention_clues",
-    "Clues": "adapters.layers",
-    "DocumentCache": "prefixes.cache",
-    "Explanation": "ranking.explain",
-    "GeneratedLora": "adapters.generated_lora",
-    "QPeftConfig": "config",
-    "QPeftModel": "model",
-    "QPeftTrainer": "training.trainer",
-    "Reranker": "ranking.reranker",
-    "TopKClues": "adapters.top_k_clues",
-    "get_qpeft_model": "model",
-    "load_lm": "lm.loading",
-}
+if TYPE_CHECKING:
+    from . import ops as ops
+    from .adapters.attention_clues import AttentionClues as AttentionClues
+    from .adapters.generated_lora import GeneratedLora as GeneratedLora
+    from .adapters.layers import Clues as Clues
+    from .adapters.top_k_clues import TopKClues as TopKClues
+    from .config import QPeftConfig as QPeftConfig
+    from .lm.loading import load_lm as load_lm
+    from .model import QPeftModel as QPeftModel
+    from .model import get_qpeft_model as get_qpeft_model
+    from .prefixes.cache import DocumentCache as DocumentCache
+    from .ranking.explain import Explanation as Explanation
+    from .ranking.reranker import Reranker as Reranker
+    from .training import losses as losses
+    from .training.trainer import QPeftTrainer as QPeftTrainer
+else:  # imported on first use, so that `qpeft --help` does not wait for torch
+    from .utils.faces import lazy_names
 
-__all__ = ["__version__", *_PUBLIC]
-
-
-def __getattr__(name: str):
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-    if name == "ops":
-        return importlib.import_module(".ops", __name__)
-    if name == "losses":
-        return importlib.import_module(".training.losses", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        AttentionClues="adapters.attention_clues",
+        Clues="adapters.layers",
+        DocumentCache="prefixes.cache",
+        Explanation="ranking.explain",
+        GeneratedLora="adapters.generated_lora",
+        QPeftConfig="config",
+        QPeftModel="model",
+        QPeftTrainer="training.trainer",
+        Reranker="ranking.reranker",
+        TopKClues="adapters.top_k_clues",
+        get_qpeft_model="model",
+        load_lm="lm.loading",
+        losses="training.losses",
+        ops="ops",
+    )
+    __all__ += ["__version__"]

@@ -1,1 +1,13 @@
 """`Reranker`, runs over many queries, their workers, and the first stage."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .reranker import Reranker as Reranker
+else:
+    from ..utils.faces import lazy_names
+
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        Reranker="reranker",
+    )
