@@ -17,8 +17,10 @@ from jobs.long_job import Process
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
+from qpeft_ext.compare.notes import quality_notes
 from qpeft_ext.compare.plan import read_plan
-from qpeft_ext.compare.tables import build_tables, csv_text, markdown
+from qpeft_ext.compare.tables import build_tables
+from qpeft_ext.compare.texts import csv_text, markdown
 from qpeft_ext.evaluation.measures import evaluate, per_query
 
 pytest.importorskip("peft")
@@ -591,8 +593,8 @@ def test_holm_and_deviations_by_hand(job, tmp_path):
     assert "| 3. A | **0.7250 ± 0.0354**†‡ |" in text, text
     assert csv_text([table]).splitlines()[3].startswith("tiny,A,2,0.725,0.0353")
     table.results[-1]["training"] = {"queries": 3}  # of the 4 that the plan asks for
-    assert "R: trained on 3 queries, all that the collection gives." in table.notes()
-    assert not any(note.startswith("A: trained on") for note in table.notes())
+    assert "R: trained on 3 queries, all that the collection gives." in quality_notes(table)
+    assert not any(note.startswith("A: trained on") for note in quality_notes(table))
 
 
 def test_candidate_recall_by_hand():

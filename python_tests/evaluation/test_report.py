@@ -9,7 +9,8 @@ from rich.console import Console
 
 from qpeft_ext.evaluation.comparison import compare_table
 from qpeft_ext.evaluation.measures import evaluate
-from qpeft_ext.evaluation.report import Clue, Example, Report, html, mean_interval, render, segments, write_html
+from qpeft_ext.evaluation.plots import mean_interval
+from qpeft_ext.evaluation.report import Clue, Example, Report, html, render, segments, write_html
 
 CODE = '''def bfs_tree(graph, source, depth_limit=None):
     """A tree of the <nodes> & edges that a breadth-first search visits."""

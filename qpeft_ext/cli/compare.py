@@ -54,7 +54,8 @@ def command(
 
 def _write(plan, output: Path) -> None:
     from ..compare.page import html
-    from ..compare.tables import build_tables, csv_text, json_text, markdown, render
+    from ..compare.tables import build_tables
+    from ..compare.texts import csv_text, json_text, markdown, render
     from ..utils.files import write_text
 
     tables = build_tables(plan, output)

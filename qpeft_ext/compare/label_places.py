@@ -1,4 +1,4 @@
-"""Where the labels of a scatter plot stand, so that none covers another or a point."""
+"""Places for the labels of a scatter plot, so that none covers another label or a point."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ _DISTANCES = (10, 15, 21, 28, 36, 45, 55, 66)
 def label_places(
     points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], within: Box
 ) -> list[tuple[float, float]]:
-    """The middle of each label, all in the unit of ``points`` (typographic points).
+    """Choose a place for each label, one after the other: the nearest that is free.
 
-    Nearest free place first, greedily; a label with none within reach takes the one where it covers least.
+    Where none is free within reach, a label takes the place where it covers least.
 
     Args:
-        points: x, y of what is labelled.  sizes: width and height of each label.  within: where labels may stand.
+        points: The points that are labelled, each (x, y). The unit of all arguments is the typographic point.
+        sizes: Width and height of each label.
+        within: The area that labels may take.
+
+    Returns: The middle of each label.
     """
     taken: list[Box] = [(x - _POINT, y - _POINT, x + _POINT, y + _POINT) for x, y in points]
     places = []
@@ -44,9 +48,10 @@ def _around(middle: tuple[float, float], width: float, height: float) -> Box:
 
 
 def _shared(a: Box, b: Box) -> float:
-    """The area that two boxes share."""
+    """Return the area that two boxes share."""
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def _outside(box: Box, within: Box) -> float:
+    """Return the area of a box that lies outside another."""
     return (box[2] - box[0]) * (box[3] - box[1]) - _shared(box, within)

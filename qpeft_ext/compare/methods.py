@@ -63,7 +63,7 @@ PRESETS: dict[str, Preset] = {
                             peft_defaults=_LORA),
     "q_peft_a_lora": Preset("Q-PEFT-A over a LoRA, trained together", options={"clues": "attention"},
                             peft="LoraConfig", peft_defaults=_LORA),
-    "generated_lora": Preset("low-rank updates of the LM's layers that query and document generate, no clues",
+    "generated_lora": Preset("low-rank updates of the LM's layers that the query generates, no clues",
                              options={"clues": "none", "generated_lora_rank": 16, "target_modules": "all-linear"}),
     "fusion": Preset("min-max scores of a method and of the first stage, weights chosen on dev", False, options=_PLAIN),
 }  # fmt: skip

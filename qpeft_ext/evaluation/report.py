@@ -1,28 +1,38 @@
-"""A comparison of systems as one HTML file and on the terminal: table, plot, and examples with their clues marked.
+"""Reports of a comparison, as one HTML file and on the terminal: table, plots, and examples with their clues marked.
 
-Everything is a function of a `Report`, which holds plain values. The HTML needs no script and no other file.
+A `Report` has plain values; the functions here show it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from html import escape
 from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..utils.files import AnyPath, write_text
-from .comparison import ComparisonTable, System
-from .html_page import INK, draw_svg, page, plain
+from .comparison import ComparisonTable
+from .html_page import render_page
+from .plots import INK, LOSS, SYSTEM, draw_means, draw_svg, plain
 from .significance import format_p
 
-_TERMINAL_CHARACTERS = 700
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.console import Group, RenderableType
+    from rich.text import Text
+
+_TERMINAL_CHARACTERS = 700  # of an example's document
+_MARKED_FROM = 0.05  # shade from which a clue is marked
 
 
 @dataclass
 class Clue:
-    """Characters ``start``..``end`` of an example's text, and how much they count (any scale, larger is more)."""
+    """Characters ``start`` to ``end`` of an example's text, and their weight (on any scale; larger weighs more)."""
 
     start: int
     end: int
@@ -31,10 +41,15 @@ class Clue:
 
 @dataclass
 class Example:
-    """One document for one query. `Explanation.clues` can be given as ``clues``.
+    """One document that was ranked for one query.
 
-    rank_before, rank_after: 1 is best; None: not among the candidates.  relevant: None if it is not judged.
-    method: which system's clues these are.  note: a sentence about the example.
+    Attributes:
+        query, doc_id, text: The query, and the document's id and text.
+        clues: Marked spans of ``text``; `Explanation.clues` can be given as they are.
+        rank_before, rank_after: Ranks in the first stage and after reranking, from 1; None: not among the candidates.
+        relevant: The judgement; None if there is none.
+        method: Name of the system that the clues come from.
+        note: A sentence about the example.
     """
 
     query: str
@@ -50,12 +65,18 @@ class Example:
 
 @dataclass
 class Report:
-    """All that a report shows.
+    """Everything that a report shows.
 
-    lead: what was done, in a sentence or two.  setting: name -> value, in order (versions, packages, sizes, seed).
-    table: from `evaluate.compare_table`.  measure: the one that is plotted.
-    per_query: system -> query_id -> value of ``measure`` (`Evaluation.per_query`); same systems as the table.
-    seconds_per_query: system -> wall time; may lack systems.  notes: sentences under the table.
+    Attributes:
+        title: The heading.
+        lead: What was done, in a sentence or two.
+        setting: Facts by name, in order: versions, packages, sizes, seed.
+        table: Result of `compare_table`.
+        measure: The measure that is plotted.
+        per_query: System -> query_id -> value of ``measure`` (`Evaluation.per_query`), for the systems of ``table``.
+        seconds_per_query: System -> wall time; systems may be missing.
+        examples: Documents with their clues.
+        notes: Sentences below the table.
     """
 
     title: str
@@ -70,35 +91,38 @@ class Report:
 
 
 def write_html(report: Report, path: AnyPath) -> None:
-    """Write `html`, as a whole or not at all."""
+    """Write the page of `html`; a write that fails leaves no file. Raises: ImportError without matplotlib."""
     write_text(path, html(report))
 
 
 def html(report: Report) -> str:
-    """The report as one HTML page. Raises: ImportError without matplotlib."""
-    parts = [
-        f"<h1>{escape(report.title)}</h1>\n<p class=lead>{escape(report.lead)}</p>",
-        f"<h2>Quality</h2>\n{_html_table(report)}",
-        "".join(f"<p class=note>{escape(note)}</p>\n" for note in [*report.table.notes(), *report.notes]),
-        f"<figure>{plot(report)}</figure>",
-    ]
-    if report.examples:
-        parts += ["<h2>Examples</h2>\n<p>The darker a clue is marked, the more it weighs in its document.</p>"]
-        parts += [_html_example(example) for example in report.examples]
-    rows = "".join(
-        f"<tr><th scope=row>{escape(name)}</th><td>{escape(value)}</td></tr>\n"
-        for name, value in report.setting.items()
+    """Return the report as one HTML page. Raises: ImportError without matplotlib."""
+    table = report.table
+    return render_page(
+        Path(__file__).with_name("report.html"),
+        title=report.title,
+        lead=report.lead,
+        table=table,
+        best={measure: max(system.values[measure] for system in table.systems) for measure in table.measures},
+        times=_times(report),
+        notes=[*table.notes(), *report.notes],
+        plot=plot(report),
+        examples=report.examples,
+        setting=report.setting.items(),
+        format_p=format_p,
+        facts=_facts,
+        segments=segments,
+        marked_from=_MARKED_FROM,
     )
-    parts += [f"<h2>Setting</h2>\n<div class=wide><table class=setting>\n{rows}</table></div>"]
-    return page(report.title, "\n".join(parts))
 
 
-def render(report: Report):
-    """The report for a terminal: something that rich prints."""
+def render(report: Report) -> Group:
+    """Return the report for a terminal, which rich prints."""
     from rich.console import Group
     from rich.text import Text
 
-    parts = [Text(report.title, style="bold"), Text(report.lead), Text(), report.table.render(_times(report))]
+    parts: list[RenderableType] = [Text(report.title, style="bold"), Text(report.lead), Text()]
+    parts.append(report.table.render(_times(report)))
     parts += [Text(note) for note in report.notes]
     for number, example in enumerate(report.examples, start=1):
         parts += [Text(), Text(f"Example {number}: {example.query}", style="bold"), Text(_facts(example), style="dim")]
@@ -108,35 +132,32 @@ def render(report: Report):
     return Group(*parts)
 
 
-def plot(report: Report) -> str:
-    """SVG of two panels: the mean of every system with its interval, and the differences query by query."""
+def plot(report: Report) -> Markup:
+    """Draw two panels as SVG: the mean of every system with its interval, and the differences query by query."""
 
-    def draw(figure) -> None:
+    def draw(figure: Figure) -> None:
         means, differences = figure.subplots(1, 2, width_ratios=(3, 2))
-        _plot_means(means, report)
+        values = {name: list(of_queries.values()) for name, of_queries in report.per_query.items()}
+        count = len(next(iter(values.values())))
+        label = f"{report.measure}: mean of {count} queries, 95 % interval"
+        draw_means(means, values, [report.table.baseline], label)
         _plot_differences(differences, report)
 
     label = f"Left: mean {report.measure} of each system. Right: difference to {report.table.baseline} for each query."
     return draw_svg(draw, (9, max(2.8, 1.2 + 0.38 * len(report.per_query))), label)
 
 
-def mean_interval(values: list[float], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean: 2,000 resamples of the queries, seeded."""
-    data = np.asarray(values)
-    draws = np.random.default_rng(seed).integers(0, len(data), (2000, len(data)))
-    low, high = np.percentile(data[draws].mean(axis=1), (2.5, 97.5))
-    return float(low), float(high)
-
-
 def segments(text: str, clues: list[Clue]) -> Iterator[tuple[str, float, float]]:
-    """The text in pieces: (piece, shade in [0, 1], weight). Shade 0 is no clue, 1 the heaviest clue of this text.
+    """Cut a text where its marking changes.
 
-    Where clues overlap the heavier one shows; places outside the text are ignored.
+    Where clues overlap, the heavier one counts; what lies outside the text is ignored.
+
+    Yields: (piece, shade, weight); shade 0 is no clue, 1 the heaviest clue of this text.
     """
     weights = [0.0] * len(text)
     for clue in clues:
-        for place in range(max(0, clue.start), min(len(text), clue.end)):
-            weights[place] = max(weights[place], clue.weight)
+        for i in range(max(0, clue.start), min(len(text), clue.end)):
+            weights[i] = max(weights[i], clue.weight)
     heaviest = max(weights, default=0.0)
     start = 0
     for weight, run in groupby(weights):
@@ -145,49 +166,9 @@ def segments(text: str, clues: list[Clue]) -> Iterator[tuple[str, float, float]]
         start += length
 
 
-# -- parts of the page ---------------------------------------------------------------------------------------------
-
-
-def _html_table(report: Report) -> str:
-    measures, times = report.table.measures, report.seconds_per_query
-    head = "".join(f"<th scope=col>{escape(measure)}</th>" for measure in measures)
-    head += "<th scope=col>s per query</th>" if times else ""
-    best = {measure: max(system.values[measure] for system in report.table.systems) for measure in measures}
-    rows = []
-    for system in report.table.systems:
-        cells = "".join(_html_cell(system, measure, best[measure]) for measure in measures)
-        if times:
-            cells += f"<td>{_seconds(times[system.name]) if system.name in times else '–'}</td>"
-        rows.append(f"<tr><th scope=row>{escape(system.name)}</th>{cells}</tr>")
-    head = f"<thead><tr><th scope=col>system</th>{head}</tr></thead>"
-    body = "\n".join(rows)
-    return f"<div class=wide><table class=measures>\n{head}\n<tbody>\n{body}\n</tbody></table></div>"
-
-
-def _html_cell(system: System, measure: str, best: float) -> str:
-    value = f"{system.values[measure]:.4f}"
-    value = f"<b>{value}</b>" if system.values[measure] == best else value
-    if not system.difference:
-        return f"<td>{value}<small>baseline</small></td>"
-    p = escape(format_p(system.p_holm[measure]))
-    return f"<td>{value}<small>{system.difference[measure]:+.4f}<br>{p}</small></td>"
-
-
-def _html_example(example: Example) -> str:
-    text = "".join(
-        f'<mark style="--w:{0.15 + 0.85 * shade:.2f}" title="weight {weight:.4g}">{escape(piece)}</mark>'
-        if shade >= 0.05
-        else escape(piece)
-        for piece, shade, weight in segments(example.text, example.clues)
-    )
-    note = f"<p>{escape(example.note)}</p>\n" if example.note else ""
-    return (
-        f"<section>\n<h3>{escape(example.query)}</h3>\n<p class=note>{escape(_facts(example))}</p>\n{note}"
-        f"<div class=document>{text}</div>\n</section>"
-    )
-
-
 def _facts(example: Example) -> str:
+    """Return the line below an example's query."""
+
     def rank(number: int | None) -> str:
         return "not a candidate" if number is None else f"rank {number}"
 
@@ -197,34 +178,8 @@ def _facts(example: Example) -> str:
     return f"document {example.doc_id}{judged}: {before} before, {after} after{method}"
 
 
-def _plot_means(axes, report: Report) -> None:
-    names = list(report.per_query)
-    values = [list(report.per_query[name].values()) for name in names]
-    means = [float(np.mean(v)) for v in values]
-    bounds = [mean_interval(v) for v in values]
-    errors = [
-        [m - low for m, (low, _) in zip(means, bounds, strict=True)],
-        [high - m for m, (_, high) in zip(means, bounds, strict=True)],
-    ]
-    colors = ["#8a93a0" if name == report.table.baseline else "#3f7fd0" for name in names]
-    axes.barh(
-        range(len(names)),
-        means,
-        xerr=np.maximum(errors, 0),
-        color=colors,
-        height=0.62,
-        error_kw={"ecolor": INK, "capsize": 3, "elinewidth": 1},
-    )
-    for place, (mean, (_, high)) in enumerate(zip(means, bounds, strict=True)):
-        axes.annotate(f"{mean:.3f}", (high, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_yticks(range(len(names)), [plain(name) for name in names])
-    axes.invert_yaxis()
-    axes.set_xlim(0, max(high for _, high in bounds) * 1.15 + 1e-6)
-    axes.set_xlabel(f"{report.measure}: mean of {len(values[0])} queries, 95 % interval")
-
-
-def _plot_differences(axes, report: Report) -> None:
-    """Differences of the best system to the baseline, sorted: how many queries gain, how many lose."""
+def _plot_differences(axes: Axes, report: Report) -> None:
+    """Draw the sorted differences of the best system to the baseline; they show how many queries gain or lose."""
     base = report.per_query[report.table.baseline]
     others = [name for name in report.per_query if name != report.table.baseline]
     if not others:
@@ -232,9 +187,7 @@ def _plot_differences(axes, report: Report) -> None:
         return
     best = max(others, key=lambda name: float(np.mean(list(report.per_query[name].values()))))
     differences = np.array(sorted((report.per_query[best][q] - base[q] for q in base), reverse=True))
-    axes.bar(
-        range(len(differences)), differences, width=1.0, color=["#3f7fd0" if d > 0 else "#d0673f" for d in differences]
-    )
+    axes.bar(range(len(differences)), differences, width=1.0, color=[SYSTEM if d > 0 else LOSS for d in differences])
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlabel("queries, largest gain first")
     axes.set_ylabel(f"difference in {report.measure}")
@@ -250,31 +203,26 @@ def _seconds(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
-# -- parts of the terminal output ----------------------------------------------------------------------------------
-
-
 def _times(report: Report) -> dict[str, str] | None:
     if not report.seconds_per_query:
         return None
     return {name: _seconds(seconds) for name, seconds in report.seconds_per_query.items()}
 
 
-def _marked_text(example: Example):
+def _marked_text(example: Example) -> Text:
     from rich.text import Text
 
     text = Text()
     for piece, shade, _ in segments(example.text, example.clues):
-        # yellow on any background, dark ink on it
-        text.append(
-            piece, style=f"black on rgb(255,{235 - int(80 * shade)},{200 - int(170 * shade)})" if shade >= 0.05 else ""
-        )
+        yellow = f"rgb(255,{235 - int(80 * shade)},{200 - int(170 * shade)})"
+        text.append(piece, style=f"black on {yellow}" if shade >= _MARKED_FROM else "")  # on any background
     if len(text) > _TERMINAL_CHARACTERS:
         text.truncate(_TERMINAL_CHARACTERS, overflow="ellipsis")
     return text
 
 
 def _clue_list(example: Example, count: int = 10) -> str:
-    """The heaviest clues; a token that stands in several places is one of them, with its largest weight."""
+    """List the heaviest clues; a token that occurs several times is listed once, with its largest weight."""
     weights: dict[str, float] = {}
     for clue in sorted(example.clues, key=lambda clue: (-clue.weight, clue.start)):
         weights.setdefault(example.text[clue.start : clue.end].strip(), clue.weight)
