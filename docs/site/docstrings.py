@@ -1,0 +1,115 @@
+"""A griffe extension: our docstrings in the exact form of Google's style, and names in backticks as links.
+
+In the source a section may start on the line of its title (``Returns: float32 [B]``), follow the one before without a
+blank line, and describe several arguments together (``w_q, w_k: [D, D]``); ``Name`` in single backticks is a name of
+this package.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import griffe
+
+SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Source|Example|Examples):(?: +(.*))?$")
+NAME = re.compile(r"(?<!`)`(\w+(?:\.\w+)*)(\(\))?`(?!`)")
+REFERENCE = Path(__file__).resolve().parents[1] / "api"
+
+
+class PlainDocstrings(griffe.Extension):
+    """Rewrites the docstrings of the package as soon as it is read."""
+
+    def on_package(self, *, pkg: griffe.Module, **_) -> None:
+        objects = list(walk(pkg))
+        paths = reference_paths(pkg)
+        for object_ in objects:
+            if object_.docstring:
+                object_.docstring.value = link_names(google(object_.docstring.value), object_, paths)
+
+
+def reference_paths(package: griffe.Module) -> dict[str, str]:
+    """Names of what the pages of the reference have -> its path there: ``Reranker``, ``Reranker.rank``."""
+    paths = {}
+    for page in sorted(REFERENCE.glob("*.md")):
+        for path in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.M):
+            object_ = package[path.partition(".")[2]]
+            paths[object_.name] = path
+            if object_.is_class:
+                members = [name for name, member in object_.members.items() if not name.startswith("_")]
+                paths |= {f"{object_.name}.{name}": f"{path}.{name}" for name in members if object_[name].is_function}
+    return paths
+
+
+def link_names(text: str, object_: griffe.Object, paths: dict[str, str]) -> str:
+    """References in the place of names in backticks, where the reference has them; outside of examples."""
+    owner = object_ if object_.is_class else object_.parent
+
+    def link(found: re.Match) -> str:
+        name = found[1]
+        scoped = f"{owner.name}.{name}" if owner is not None else name
+        path = paths.get(scoped) or paths.get(name) or paths.get(name.partition(".")[2] or name)
+        return f"[{found[0]}][{path}]" if path and path != object_.path else found[0]
+
+    lines = text.split("\n")
+    return "\n".join(line if line.lstrip().startswith((">>>", "...")) else NAME.sub(link, line) for line in lines)
+
+
+def walk(object_):
+    yield object_
+    for member in object_.members.values():
+        if not member.is_alias:
+            yield from walk(member)
+
+
+def google(docstring: str) -> str:
+    """Sections with their titles on lines of their own, blank lines between them, one argument an entry."""
+    parts: list[tuple[str, list[str]]] = [("", [])]
+    for line in docstring.splitlines():
+        if found := SECTION.match(line):
+            parts.append((found[1], [found[2]] if found[2] else []))
+        elif parts[-1][0] and line and not line.startswith(" "):
+            parts.append(("", [line]))  # text again
+        else:
+            parts[-1][1].append(line)
+    return "\n\n".join(text for title, lines in parts if (text := section(title, lines)))
+
+
+def section(title: str, lines: list[str]) -> str:
+    """One section; of a title that Google's style does not have, a paragraph."""
+    if not title:
+        return "\n".join(lines).strip("\n")
+    inline = lines and not lines[0].startswith(" ")
+    text = textwrap.dedent("\n".join(lines[1:] if inline else lines)).strip("\n")
+    if inline:
+        text = lines[0] + "\n" + textwrap.indent(text, "    ")
+    if title == "Source":
+        return f"**Source:** {text}"
+    if title == "Raises":
+        text = "\n".join(errors(" ".join(text.split())))
+    if title in ("Args", "Attributes"):
+        text = "\n".join(entries(text))
+    return f"{'Examples' if title == 'Example' else title}:\n{textwrap.indent(text, '    ')}"
+
+
+def errors(text: str) -> list[str]:
+    """``ValueError for a; TypeError: b`` as an entry each."""
+    parts = re.split(r"[;.] +(?=\w+(?:Error|Exception)\b)", text)
+    return [re.sub(r"^(\w+(?:, \w+Error)*(?: or \w+Error)?):? ", r"\1: ", part) for part in parts]
+
+
+def entries(text: str) -> list[str]:
+    """``a, b: c`` as an entry for a and one for b."""
+    found: list[list[str]] = []
+    for line in re.sub(r"(?<=\S)  (?=\w+(, \w+)*: )", "\n", text).splitlines():  # two entries on one line
+        if line.startswith(" ") or not found or not re.match(r"\**\w+(, \**\w+)*( \([^)]*\))?:", line):
+            (found[-1] if found else found.append([]) or found[-1]).append(line)
+        else:
+            found.append([line])
+    result = []
+    for entry in found:
+        names, _, rest = entry[0].partition(":")
+        for name in names.split(", "):
+            result.append("\n".join([f"{name}:{rest}", *entry[1:]]))
+    return result
