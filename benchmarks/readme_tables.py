@@ -1,37 +1,54 @@
-"""Write the tables of README.md from benchmarks/results/*.json, between their markers.
+"""Write the tables of README.md and docs/*.md from benchmarks/results/*.json, between their markers (`markers.py`).
 
 python benchmarks/readme_tables.py          rewrite
-python benchmarks/readme_tables.py --check  fail if README.md is not what the results say
+python benchmarks/readme_tables.py --check  fail if a page does not show what the results say
 """
 
 from __future__ import annotations
 
 import json
-import re
+import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import markers
+
 RESULTS = Path(__file__).parent / "results"
-README = ROOT / "README.md"
+
+# the collections of the quality tables: what they are called, the file with their results, and their name in it
+COLLECTIONS = {
+    "squad": ("SQuAD, 1,000 questions", "quality_prose"),
+    "docstrings": ("docstrings, 3,803 queries", "quality_docstrings"),
+    "cosqa": ("CoSQA, 500 queries", "quality_cosqa"),
+    "dl19": ("TREC DL 2019, 43 queries", "quality_prose"),
+    "scifact": ("SciFact, 300 claims", "quality_prose"),
+    "squad-100": ("SQuAD, 300 questions", "quality_prose_100"),
+    "scifact-100": ("SciFact, 300 claims", "quality_prose_100"),
+    "docstrings-100-all": ("docstrings, 3,803 queries", "quality_docstrings_100"),
+}
+FIVE = ("squad", "docstrings", "cosqa", "dl19", "scifact")
+OURS = "Q-PEFT-R + generated LoRA"
+UNTRAINED = {"BM25": "first stage", "similarity, no LM": "similarity", "UPR": "UPR", "hard clues": "hard clues"}
+TRAINED = {"soft prompt": "soft prompt", "LoRA": "LoRA", "generated LoRA": "generated LoRA"}
+# table -> (collections, columns before ours)
+QUALITY = {
+    "summary": (FIVE, {"BM25": "first stage", "UPR": "UPR"}),
+    "five": (FIVE, UNTRAINED | TRAINED),
+    "100-candidates": (("squad-100", "scifact-100", "docstrings-100-all"), UNTRAINED | TRAINED),
+}
 
 
 def main() -> int:
-    text = README.read_text(encoding="utf-8")
-    names = re.findall(r"<!-- results: (\S+) -->", text)
-    for name in names:
-        pattern = re.compile(rf"(<!-- results: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda match, name=name: match[1] + table(name) + match[2], text)
-    if "--check" in sys.argv:
-        if text != README.read_text(encoding="utf-8"):
-            print("README.md does not show the committed results; run python benchmarks/readme_tables.py")
-            return 1
-        return 0
-    README.write_text(text, encoding="utf-8")
-    return 0
+    check = "--check" in sys.argv
+    outdated = markers.write_tables("results", table, check)
+    outdated += markers.write_tables("quality", lambda name, page: quality(name), check)
+    return markers.report(outdated, check, "benchmarks/readme_tables.py")
 
 
-def table(name: str) -> str:
+# -- speed ---------------------------------------------------------------------------------------------------------
+
+
+def table(name: str, page: Path = markers.ROOT / "README.md") -> str:
     """Markdown of one result file: our time, the others' with the ratio, losses in bold. A file that is not there yet:
     a line that says so. Of a file with several models (``work@model``) the rows of the first, and those in bf16.
     """
@@ -59,8 +76,8 @@ def table(name: str) -> str:
     missing = {baseline: why for row in rows for baseline, why in row.get("not_run", {}).items() if on_gpu}
     if missing:
         lines[-1] += " Not run: " + "; ".join(f"`{baseline}` ({why})" for baseline, why in missing.items()) + "."
-    if path.with_suffix(".png").is_file():
-        lines += ["", f"![roofline](benchmarks/results/{name}.png)"]
+    if (picture := path.with_suffix(".png")).is_file():
+        lines += ["", f"![roofline]({Path(os.path.relpath(picture, page.parent)).as_posix()})"]
     return "\n".join(lines) + "\n"
 
 
@@ -74,6 +91,70 @@ def _against(row: dict, baseline: str) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+
+
+# -- quality -------------------------------------------------------------------------------------------------------
+
+
+def quality(name: str) -> str:
+    """Markdown of one quality table: nDCG@10 of methods on collections, from the tables of ``qpeft compare``.
+
+    Of a trained method the row with the most training queries. The best of the columns from UPR on is bold, and so is
+    a fusion that is better than BM25 with p < .05. p-values are those of the result files: Holm-corrected.
+    """
+    collections, columns = QUALITY[name]
+    heads = ["nDCG@10", *columns, OURS, "against UPR", "fused with BM25", "against BM25"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for collection in collections:
+        label, file = COLLECTIONS[collection]
+        rows = _rows(file, collection)
+        found = {head: _most_trained(rows, method) for head, method in columns.items()} | {
+            OURS: _most_trained(rows, OURS)
+        }
+        means = {head: row["means"]["nDCG@10"] for head, row in found.items() if row}
+        first = list(columns).index("UPR")
+        best = max(round(means[head], 3) for head in [*columns, OURS][first:] if head in means)
+        cells = [_mean(found[head], best if i >= first else None) for i, head in enumerate([*columns, OURS])]
+        cells += [_difference(found[OURS], "upr"), *_fused(rows)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(file: str, collection: str) -> dict[str, dict]:
+    """Rows of a collection by the name of their method."""
+    tables = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+    return {row["method"]: row for one in tables if one["collection"] == collection for row in one["rows"]}
+
+
+def _most_trained(rows: dict[str, dict], method: str) -> dict | None:
+    return rows.get(f"{method}, 2560") or rows.get(method)
+
+
+def _mean(row: dict | None, best: float | None) -> str:
+    if row is None:
+        return "–"
+    mean, deviation = row["means"]["nDCG@10"], row["deviations"].get("nDCG@10")
+    shown = f"**{mean:.3f}**" if best is not None and round(mean, 3) == best else f"{mean:.3f}"
+    return shown if deviation is None else f"{shown} ± {deviation:.3f}"
+
+
+def _difference(row: dict, to: str) -> str:
+    """The difference to another row, with its p-value."""
+    against = row["against"][to]
+    sign = "+" if (difference := against["difference"]["nDCG@10"]) >= 0 else "−"
+    p = f"{against['p_holm']['nDCG@10']:.2g}".replace("e-0", "e-")
+    return f"{sign}{abs(difference):.3f} ({'p<1e-9' if float(p) < 1e-9 else f'p={p}'})"
+
+
+def _fused(rows: dict[str, dict]) -> tuple[str, str]:
+    """The fusion of our method with BM25; of Q-PEFT-A where that one was not fused, and then its name."""
+    for method in (OURS, OURS.replace("-R", "-A")):
+        if row := rows.get(f"{method}, 2560, + BM25"):
+            name = "" if method == OURS else f" ({method.partition(' ')[0]})"
+            significant = row["against"]["first_stage"]["p_holm"]["nDCG@10"] < 0.05
+            best = round(row["means"]["nDCG@10"], 3) if significant else None
+            return _mean(row, best) + name, _difference(row, "first_stage")
+    return "–", "–"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --write  put them into docs/scaling.md, between their markers
     python benchmarks/scaling.py --check  fail if docs/scaling.md is not what this prints
 
-Pure arithmetic, and one simulation of the cache. python_tests/test_scaling.py compares the token counts with those of
-the engine, counted in a tiny model while it runs.
+Pure arithmetic, and one simulation of the cache. python_tests/benchmarks/test_scaling.py compares the token counts with
+those of the engine, counted in a tiny model while it runs.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "scaling.md"
+import markers
+
 RESULTS = Path(__file__).parent / "results"
 
 PREFIX, SUFFIX, QUERY = 212, 40, 16  # tokens: document prefix; query suffix, clues and query included; query alone
@@ -312,26 +311,16 @@ TABLES = {
 
 
 def main() -> int:
-    text = PAGE.read_text(encoding="utf-8")
-    new = text
-    for name, make in TABLES.items():
-        new, found = re.subn(
-            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
-            lambda m, make=make: m[1] + make() + m[2],
-            new,
-            flags=re.DOTALL,
-        )
-        if found != 1:
-            raise SystemExit(f"{PAGE} must have one place for the table {name}, it has {found}")
-    if "--check" in sys.argv:
-        if new != text:
-            print(f"{PAGE} does not show what this computes; run python benchmarks/scaling.py --write")
-        return int(new != text)
-    if "--write" in sys.argv:
-        PAGE.write_text(new, encoding="utf-8")
-    else:
+    if "--check" not in sys.argv and "--write" not in sys.argv:
         print("\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()))
-    return 0
+        return 0
+    check = "--check" in sys.argv
+    if sorted(shown := markers.names("scaling")) != sorted(TABLES):
+        raise SystemExit(
+            f"each of these tables has one place in the pages: {', '.join(TABLES)}; got {', '.join(shown)}"
+        )
+    outdated = markers.write_tables("scaling", lambda name, page: TABLES[name](), check)
+    return markers.report(outdated, check, "benchmarks/scaling.py --write")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Count what each variant trains on a Llama-2-7B shape, and write the table of README.md between its markers.
+"""Count what each variant trains on a Llama-2-7B shape, and write the table of docs/training.md between its markers.
 
     python benchmarks/trainable_parameters.py          rewrite
-    python benchmarks/trainable_parameters.py --check  fail if README.md does not show these counts
+    python benchmarks/trainable_parameters.py --check  fail if the page does not show these counts
 
 Everything is on the meta device: shapes without storage.
 """
@@ -9,10 +9,9 @@ Everything is on the meta device: shapes without storage.
 from __future__ import annotations
 
 import logging
-import re
 import sys
-from pathlib import Path
 
+import markers
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -24,8 +23,6 @@ from qpeft_ext.config import QPeftConfig
 from qpeft_ext.official.clues import OfficialAttentionClues, OfficialTopKClues
 from qpeft_ext.official.prompt import OfficialTokens
 
-README = Path(__file__).parent.parent / "README.md"
-MARKED = re.compile(r"(<!-- trainable parameters -->\n).*?(<!-- end -->)", re.DOTALL)
 V, D = 32000, 4096
 LLAMA_2_7B = LlamaConfig(vocab_size=V, hidden_size=D, intermediate_size=11008, num_hidden_layers=32,
                          num_attention_heads=32)  # fmt: skip
@@ -94,14 +91,9 @@ def table() -> str:
 
 def main() -> int:
     logging.getLogger("qpeft_ext").setLevel(logging.ERROR)  # that "full" is large is what the table says
-    text = README.read_text(encoding="utf-8")
-    new = MARKED.sub(lambda match: match[1] + table() + match[2], text)
-    if "--check" in sys.argv:
-        if new != text:
-            print("README.md does not show these counts; run python benchmarks/trainable_parameters.py")
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    check = "--check" in sys.argv
+    outdated = markers.write_tables("parameters", lambda name, page: table(), check)
+    return markers.report(outdated, check, "benchmarks/trainable_parameters.py")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks/ is not here", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-common, readme_tables, sass_check = (pytest.importorskip(name) for name in ("common", "readme_tables", "sass_check"))
+common, markers, readme_tables, sass_check = (
+    pytest.importorskip(name) for name in ("common", "markers", "readme_tables", "sass_check")
+)
 
 
 def row(work, ours=2.0, **baselines):
@@ -60,9 +62,73 @@ def test_table_with_and_without_a_gpu_result(gpu_result, monkeypatch):
     assert "Not run yet" in readme_tables.table("h200_ops")
 
 
-def test_readme_shows_the_committed_results(monkeypatch):
+def test_the_pages_show_the_committed_results(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["readme_tables.py", "--check"])
     assert readme_tables.main() == 0
+    shown = markers.names("results")
+    assert len(shown) == len(set(shown)), "a table is on two pages"
+    assert sorted(markers.names("quality")) == sorted(readme_tables.QUALITY)
+
+
+def test_the_readme_fits_on_a_screen_or_two():
+    assert len((BENCHMARKS.parent / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """A README and a page with a marked table each."""
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(markers, "ROOT", tmp_path)
+    for name, table in (("README.md", "a"), ("docs/page.md", "b")):
+        (tmp_path / name).write_text(f"before\n<!-- kind: {table} -->\nold\n<!-- end -->\nafter\n")
+    return tmp_path
+
+
+def test_tables_are_written_between_their_markers(pages, capsys):
+    def make(name, page):
+        return f"{name} of {page.name}\n"
+
+    outdated = markers.write_tables("kind", make, check=True)
+    assert [page.name for page in outdated] == ["README.md", "page.md"]
+    assert "old" in (pages / "README.md").read_text() and markers.report(outdated, True, "x.py") == 1
+    assert "docs/page.md" in capsys.readouterr().out
+
+    assert markers.report(markers.write_tables("kind", make, check=False), False, "x.py") == 0
+    assert (pages / "docs/page.md").read_text() == "before\n<!-- kind: b -->\nb of page.md\n<!-- end -->\nafter\n"
+    assert markers.write_tables("kind", make, check=True) == []
+    assert markers.names("kind") == ["a", "b"] and markers.names("other") == []
+
+
+def test_pictures_are_linked_from_where_the_page_is(gpu_result, monkeypatch):
+    monkeypatch.setattr(readme_tables, "RESULTS", gpu_result.parent)
+    gpu_result.with_suffix(".png").touch()
+    assert "](h200_ops.png)" in readme_tables.table("h200_ops", gpu_result.parent / "README.md")
+    assert "](../h200_ops.png)" in readme_tables.table("h200_ops", gpu_result.parent / "docs" / "page.md")
+
+
+def test_quality_table(tmp_path, monkeypatch):
+    def result(method, mean, deviation=None, **against):
+        return {
+            "method": method,
+            "means": {"nDCG@10": mean},
+            "deviations": {} if deviation is None else {"nDCG@10": deviation},
+            "against": {to: {"difference": {"nDCG@10": d}, "p_holm": {"nDCG@10": p}} for to, (d, p) in against.items()},
+        }
+
+    rows = [
+        result("first stage", 0.4),
+        result("UPR", 0.5),
+        result("Q-PEFT-R + generated LoRA", 0.9, upr=(0.4, 0.5)),  # trained on fewer queries: not shown
+        result("Q-PEFT-R + generated LoRA, 2560", 0.45, 0.0123, upr=(-0.05, 2e-5)),
+        result("Q-PEFT-A + generated LoRA, 2560, + BM25", 0.41, first_stage=(0.01, 0.06)),
+    ]
+    (tmp_path / "q.json").write_text(json.dumps([{"collection": "squad", "rows": rows}]))
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme_tables, "COLLECTIONS", {"squad": ("SQuAD", "q")})
+    monkeypatch.setattr(readme_tables, "QUALITY", {"summary": (("squad",), {"BM25": "first stage", "UPR": "UPR"})})
+    assert readme_tables.quality("summary").splitlines()[2] == (
+        "| SQuAD | 0.400 | **0.500** | 0.450 ± 0.012 | −0.050 (p=2e-5) | 0.410 (Q-PEFT-A) | +0.010 (p=0.06) |"
+    )
 
 
 def test_roofline(gpu_result, tmp_path):
