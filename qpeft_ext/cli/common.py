@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+
+from ..utils.words import did_you_mean
 
 Device = Annotated[str | None, typer.Option(help="For example cuda or cpu.  [default: cuda if there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="Of the LM: bfloat16, float16 or float32.  [default: as stored]")]
@@ -27,6 +32,28 @@ Measures = Annotated[
         "RR@10 Success@{1,5,20}]"
     ),
 ]
+
+
+def parse_options(given: Sequence[str]) -> dict[str, Any]:
+    """Return options of `QPeftConfig` from texts NAME=VALUE; a value is JSON, else a plain text ("a,b" for names).
+
+    Raises: ValueError for a text without "=" or an unknown name.
+    """
+    from ..config import QPeftConfig
+
+    fields = {field.name: field for field in dataclasses.fields(QPeftConfig)}
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
+        if name not in fields:
+            raise ValueError(f"QPeftConfig: unknown option {name!r}{did_you_mean(name, fields)}")
+        try:
+            options[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        except json.JSONDecodeError:
+            options[name] = tuple(value.split(",")) if str(fields[name].type).startswith("tuple") else value
+    return options
 
 
 def spread_measures(arguments: list[str]) -> list[str]:

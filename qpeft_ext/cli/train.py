@@ -11,11 +11,10 @@ from typing import Annotated
 
 import typer
 
-from ..training.recipe import _generated_lora, _have_negatives, _of_the_clues
 from ..utils.console import is_first_process
 from ..utils.files import drop_temporary, private_folder
 from ..utils.locks import locked_folder
-from .common import Attention, Device, Dtype, IgnoreIdenticalIds
+from .common import Attention, Device, Dtype, IgnoreIdenticalIds, parse_options
 
 CHECKPOINTS = "checkpoints"
 # of transformers, those that need no further settings
@@ -138,7 +137,7 @@ def command(
     if is_first_process():
         _check_output(output, resume, overwrite, resumed)
 
-    from ..config import QPeftConfig, parse_options
+    from ..config import QPeftConfig
     from ..lm.loading import default_device, load_lm, quiet_transformers
     from ..prefixes.cache import DocumentCache
     from ..utils.console import say
@@ -156,7 +155,12 @@ def command(
     }
     given = parse_options(option or [])
     settings |= _of_the_clues((settings | given)["clues"], k, num_heads)
-    config = QPeftConfig(**settings | _generated_lora(generated_lora_rank, settings | given) | given)
+    if generated_lora_rank is not None:
+        settings["generated_lora_rank"] = generated_lora_rank or None
+    if "generated_lora_rank" in given:  # --option sets this one field, and target_modules keeps its own default
+        settings["target_modules"] = None
+    settings |= given
+    config = QPeftConfig.recommended(**settings)  # a wrong option is known before anything is read
     if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
         raise ValueError(
             "--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
@@ -165,14 +169,8 @@ def command(
     batch_size = _batch_size(batch_size, config.queries_per_group)
     cache = DocumentCache(cache_bytes, index=index) if cache_bytes or index else None
     examples, dev_examples = _read(data, split, train, dev, run, num_negatives, depth, seed, ignore_identical_ids)
-    if (
-        "in_batch_negatives" not in given
-        and config.loss != "contrastive"
-        and _have_negatives(  # which is made of them
-            examples, config.num_hard_negatives
-        )
-    ):
-        config.in_batch_negatives = False
+    config = QPeftConfig.recommended(examples, **settings)
+    if not (config.in_batch_negatives or "in_batch_negatives" in given):
         say("no in-batch negatives: every query has enough of its own")
     from ..training.examples import lacking_negatives
 
@@ -228,6 +226,22 @@ def command(
     note = f" (its loss has the temperature {model.qpeft_config.temperature:g}, which fits the LM)" if fitted else ""
     say(f"wrote the adapter to {output}{note}")
     trainer.accelerator.end_training()  # a process group that is left to the interpreter's exit can abort the process
+
+
+def _of_the_clues(clues: str, k: int | None, num_heads: int | None) -> dict[str, int]:
+    """Return the given options of the clues. Raises: ValueError for one that other clues have, and these do not."""
+    from ..config import CLUES
+
+    options = {}
+    for flag, name, value, kind in (("--k", "k", k, "top_k"), ("--num-heads", "num_heads", num_heads, "attention")):
+        if value is not None and clues in CLUES and clues != kind:  # a typo is the config's to name
+            raise ValueError(
+                f"{flag} {value} is of --clues {kind} and does nothing with {clues}; leave it out, or "
+                f"train with --clues {kind}"
+            )
+        if value is not None:
+            options[name] = value
+    return options
 
 
 def _check_schedule(

@@ -1,0 +1,37 @@
+"""`QPeftConfig`: every option of the method, stored with an adapter as ``adapter_config.json``."""
+
+from .options import QPeftConfig
+from .values import (
+    CLUE_EMBEDDINGS,
+    CLUES,
+    COMPAT,
+    DEFAULT_INSTRUCTION,
+    FILTERS,
+    LAYOUTS,
+    LOSSES,
+    OFFICIAL,
+    OFFICIAL_INSTRUCTION,
+    SELECTIONS,
+    SIMILARITIES,
+    SOFT_PROMPT_INITS,
+    SOURCES,
+    TEMPLATES,
+)
+
+__all__ = [
+    "CLUES",
+    "CLUE_EMBEDDINGS",
+    "COMPAT",
+    "DEFAULT_INSTRUCTION",
+    "FILTERS",
+    "LAYOUTS",
+    "LOSSES",
+    "OFFICIAL",
+    "OFFICIAL_INSTRUCTION",
+    "SELECTIONS",
+    "SIMILARITIES",
+    "SOFT_PROMPT_INITS",
+    "SOURCES",
+    "TEMPLATES",
+    "QPeftConfig",
+]
