@@ -25,7 +25,6 @@ from torch import Tensor
 
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.engine.shared_cache import shared_cache
-from qpeft_ext.lm.attention import LMAttention
 from qpeft_ext.prompts.pairs import PairBatch
 from qpeft_ext.prompts.prompt import DocumentPrefix
 
@@ -69,11 +68,11 @@ class Work:
 
     def repeated(self) -> Tensor:
         engine = self.model.engine
-        attention, engine.attention = engine.attention, LMAttention()
+        passes, engine.lm_passes = engine.lm_passes, replace(engine.lm_passes, attention=())
         try:
             return self.ours()
         finally:
-            engine.attention = attention
+            engine.lm_passes = passes
 
     def packed(self) -> Tensor:
         engine, rows, P = self.model.engine, self.rows, self.prefix.padded_length
@@ -84,7 +83,8 @@ class Work:
         suffix = torch.arange(packed, device=embeds.device) // L
         mask = (suffix[:, None] == suffix) & torch.ones(packed, packed, dtype=torch.bool, device=embeds.device).tril()
         mask = torch.cat([torch.ones(packed, P, dtype=torch.bool, device=embeds.device), mask], 1)
-        with engine.row_wise.only(rows.before_query, (N, packed)):
+        passes = replace(engine.lm_passes, attention=(), norms=())
+        with passes.suffix(rows.before_query, (N, packed)):
             hidden = engine.decoder(
                 inputs_embeds=embeds, attention_mask=mask.expand(N, 1, -1, -1), use_cache=True,
                 position_ids=rows.positions.view(N, packed), **{engine.cache_argument: shared_cache(self.prefix, None)},

@@ -146,8 +146,6 @@ class QPeftModel(nn.Module):
     def _tell_engine(self) -> None:
         """What the engine has to know of the trained modules."""
         self.engine.soft_prompt = self.soft_prompt
-        if self.generated_lora is not None:  # which tells rows by their place
-            self.engine.row_wise = self.engine.row_wise.without(self.generated_lora.targets)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -389,8 +387,8 @@ class QPeftModel(nn.Module):
     def _with_generated_lora(self, batch: PairBatch, rows, vectors, prefix, prefix_rows) -> Tensor:
         """`log_likelihood` with the update that each pair's query generates, on the suffixes only."""
         gates = self.generated_lora.gates_of_pairs(batch, self.engine.table)
-        with self.generated_lora.active(gates, rows.suffix):
-            return self.engine.log_likelihood(rows, vectors, prefix, prefix_rows)
+        updates = self.generated_lora.updates(gates, rows.suffix)
+        return self.engine.log_likelihood(rows, vectors, prefix, prefix_rows, updates)
 
     @_in_passes
     def merge_for(self, query: str) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def test_it_starts_as_the_frozen_lm_and_leaves_it_as_it_was():
     assert torch.equal(scores(model_with(moved=False)), expected)
     model = model_with()
     assert (scores(model) - expected).abs().max() > 0.1
-    with pytest.raises(RuntimeError), model.generated_lora.active(torch.ones(1, 4, 4)):
+    with pytest.raises(RuntimeError), model.engine.lm_passes.whole(model.generated_lora.updates(torch.ones(1, 4, 4))):
         raise RuntimeError("in the middle of a pass")
     assert not any(module._forward_hooks for module in model.lm.modules())
     assert not any(parameter.requires_grad for parameter in model.lm.parameters())
@@ -76,10 +76,10 @@ def test_a_layer_may_give_another_dtype_than_it_reads():
         with (
             torch.autocast("cpu", torch.bfloat16),
             torch.set_grad_enabled(recorded),
-            model.generated_lora.active(gates),
+            model.engine.lm_passes.whole(model.generated_lora.updates(gates)),
         ):
             found.append(model.lm(input_ids=ids).logits.detach().float())
-    with torch.no_grad(), model.generated_lora.active(gates):
+    with torch.no_grad(), model.engine.lm_passes.whole(model.generated_lora.updates(gates)):
         expected = model.lm(input_ids=ids).logits
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found[0], expected, rtol=5e-2, atol=0.2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_families import assert_same, scores_and_gradients
@@ -12,7 +14,7 @@ from transformers.integrations import sdpa_attention
 
 import qpeft_ext as qpeft
 from qpeft_ext.lm import attention as lm_attention
-from qpeft_ext.lm.attention import OURS, SDPA, LMAttention, attention
+from qpeft_ext.lm.attention import OURS, SDPA, attention
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
 from qpeft_ext.ops.hardware import multiplies_bfloat16_by_tiles
 
@@ -56,7 +58,7 @@ def test_which_families_have_it(family, monkeypatch):
     lm = tiny_lm(family)
     before = lm.config._attn_implementation
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(num_heads=4), tiny_tokenizer())
-    assert bool(model.engine.attention.configs) == (family not in UNGROUPED | EAGER)
+    assert bool(model.engine.lm_passes.attention) == (family not in UNGROUPED | EAGER)
     expected = scores_and_gradients(model, "plain")
     seen, repeat = [], sdpa_attention.repeat_kv
 
@@ -66,7 +68,7 @@ def test_which_families_have_it(family, monkeypatch):
 
     monkeypatch.setattr(sdpa_attention, "repeat_kv", repeated)
     assert_same(scores_and_gradients(model, "document_first"), expected)
-    assert OURS not in seen and (SDPA in seen) == bool(model.engine.attention.configs)  # the latter: prefix passes
+    assert OURS not in seen and (SDPA in seen) == bool(model.engine.lm_passes.attention)  # the latter: prefix passes
     assert lm.config._attn_implementation == before
 
 
@@ -81,12 +83,12 @@ def test_an_attention_that_is_not_the_same_is_left_alone(fails, monkeypatch):
     lm = tiny_lm("llama")
     assert lm.config._attn_implementation == SDPA
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none", generated_lora_rank=2), tiny_tokenizer())
-    assert model.engine.attention.configs == []
+    assert not model.engine.lm_passes.attention
 
 
 def test_an_error_gives_the_setting_back():
     model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(num_heads=4), tiny_tokenizer())
-    with pytest.raises(KeyError), model.engine.attention.active():
+    with pytest.raises(KeyError), model.engine.lm_passes.suffix(torch.arange(3), (1, 3)):
         assert model.lm.config._attn_implementation == OURS
         raise KeyError
     assert model.lm.config._attn_implementation == SDPA
@@ -116,7 +118,7 @@ def test_bfloat16_by_tiles_is_as_near_to_float32_as_sdpa(family, trained, monkey
         torch.manual_seed(2)
         model = qpeft.get_qpeft_model(lm, config, tiny_tokenizer())
         if name == "sdpa":
-            model.engine.attention = LMAttention()
+            model.engine.lm_passes = replace(model.engine.lm_passes, attention=())
         calls.clear()
         scores, gradients = scores_and_gradients(model, "document_first")
         assert bool(calls) == (name == "ours") and lm.config._attn_implementation == SDPA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from test_families import scores_and_gradients
 from tiny import FAMILIES, PAIRS, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.lm.norms import LMNorms
 from qpeft_ext.ops.hardware import has_bfloat16_products
 
 native = pytest.mark.skipif(not has_bfloat16_products(), reason="this processor has no products of bfloat16")
@@ -35,9 +35,9 @@ def test_scores_and_gradients_are_as_near_to_float32(family):
                 if parameter.dim() == 1:
                     parameter.add_(0.2 * torch.randn(parameter.shape).to(dtype))
         model = qpeft.get_qpeft_model(lm, CONFIG, tiny_tokenizer())
-        assert bool(model.engine.norms.modules) == (dtype == torch.bfloat16 and family not in OTHERS)
+        assert bool(model.engine.lm_passes.norms) == (dtype == torch.bfloat16 and family not in OTHERS)
         if name == "theirs":
-            model.engine.norms = LMNorms()
+            model.engine.lm_passes = replace(model.engine.lm_passes, norms=())
         scores, gradients = scores_and_gradients(model, "document_first")
         assert not forwards(lm)
         found[name] = scores, torch.cat([g.flatten() for g in gradients.values()])
@@ -50,7 +50,7 @@ def test_norms_that_are_trained_keep_their_own_forward():
     lm = tiny_lm("llama", dtype=torch.bfloat16)
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none", train_lm=True), tiny_tokenizer())
     model(model.encode(PAIRS)).query_log_likelihood.sum().backward()
-    assert all(module.weight.grad.abs().sum() > 0 for module in model.engine.norms.modules)
+    assert all(module.weight.grad.abs().sum() > 0 for module in model.engine.lm_passes.norms)
 
 
 @native
@@ -60,11 +60,11 @@ def test_a_forward_of_someone_else_is_left_alone():
     own = norm.forward
     norm.forward = lambda x: seen.append(1) or own(x)
     model = qpeft.get_qpeft_model(lm, CONFIG, tiny_tokenizer())
-    assert norm not in model.engine.norms.modules and model.engine.norms.modules
+    assert norm not in model.engine.lm_passes.norms and model.engine.lm_passes.norms
     seen.clear()
     expected = model.score(PAIRS).query_log_likelihood
     assert seen and forwards(lm) == [norm]
-    later = model.engine.norms.modules[0]
+    later = model.engine.lm_passes.norms[0]
     later.forward = lambda x, own=later.forward: seen.append(2) or own(x)  # a hook that comes after
     assert torch.allclose(model.score(PAIRS).query_log_likelihood, expected, rtol=1e-2)
     assert 2 in seen and forwards(lm) == [later, norm]
@@ -75,7 +75,7 @@ def test_a_copy_of_the_model_has_its_own_norms():
     model = qpeft.get_qpeft_model(tiny_lm("llama", dtype=torch.bfloat16), CONFIG, tiny_tokenizer())
     other, expected = copy.deepcopy(model), model.score(PAIRS).query_log_likelihood
     with torch.no_grad():
-        for norm in model.engine.norms.modules:
+        for norm in model.engine.lm_passes.norms:
             norm.weight.zero_()
     assert torch.equal(other.score(PAIRS).query_log_likelihood, expected)
 
@@ -83,7 +83,7 @@ def test_a_copy_of_the_model_has_its_own_norms():
 @native
 def test_an_error_gives_the_forward_back():
     model = qpeft.get_qpeft_model(tiny_lm("llama", dtype=torch.bfloat16), CONFIG, tiny_tokenizer())
-    with pytest.raises(KeyError), model.engine.norms.active():
-        assert len(forwards(model.lm)) == len(model.engine.norms.modules)
+    with pytest.raises(KeyError), model.engine.lm_passes.prefix():
+        assert len(forwards(model.lm)) == len(model.engine.lm_passes.norms)
         raise KeyError
     assert not forwards(model.lm)

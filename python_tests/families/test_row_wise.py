@@ -14,7 +14,7 @@ from qpeft_ext.engine.causal import CausalEngine
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_leaves_out_the_rows_that_nobody_reads(family):
     model = qpeft.get_qpeft_model(tiny_lm(family), qpeft.QPeftConfig(num_heads=4), tiny_tokenizer())
-    modules = model.engine.row_wise.modules
+    modules = model.engine.lm_passes.row_wise
     assert len(modules) >= (1 if family == "bloom" else 2)  # its feed-forward takes the residual too
     computed = {module: 0 for module in modules}
 
@@ -69,13 +69,26 @@ class MixesRows(torch.nn.Module):
 def test_a_module_that_mixes_rows_is_noticed():
     lm = tiny_lm("llama")
     lm.model.layers[-1].mlp = MixesRows(lm.model.layers[-1].mlp)
-    assert CausalEngine(lm).row_wise.modules == []
+    assert not CausalEngine(lm).lm_passes.row_wise
 
 
 def test_an_update_that_tells_rows_apart_keeps_all_of_them():
     config = qpeft.QPeftConfig(clues="none", generated_lora_rank=4, target_modules=("down_proj", "o_proj"))
     model = qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer())
-    assert model.engine.row_wise.modules == [model.lm.model.layers[-1].self_attn.q_proj]
+    attention, feed_forward = model.lm.model.layers[-1].self_attn, model.lm.model.layers[-1].mlp
+    assert {attention.q_proj, attention.o_proj, feed_forward} <= set(model.engine.lm_passes.row_wise)
+    seen = []
+
+    def note(module, inputs):
+        if model.lm.model.layers[-1].mlp.down_proj._forward_hooks:  # a suffix pass
+            seen.append(
+                {part for part in (attention.q_proj, attention.o_proj, feed_forward) if part._forward_pre_hooks}
+            )
+
+    handle = model.lm.model.layers[0].mlp.register_forward_pre_hook(note)
+    model.score(PAIRS)
+    handle.remove()
+    assert seen and all(picked == {attention.q_proj} for picked in seen)
     with torch.no_grad():
         for b in model.generated_lora.b:
             b.normal_(0, 0.1)

@@ -1,19 +1,18 @@
 """A low-rank update of the LM that the query generates: W + B·diag(g(q))·A, on the query suffix only.
 
 Document prefixes are read with W itself, so they stay shared between queries. The suffix of an encoder–decoder LM is
-all that its decoder does, with its attention to the encoder's states; the encoder keeps W. Nothing is patched: forward
-hooks are there during a suffix pass and gone afterwards.
+all that its decoder does, with its attention to the encoder's states; the encoder keeps W. The update is made by
+forward hooks, which `lm.passes` registers for a suffix pass and removes after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..lm.lock import in_this_thread
+from ..lm.passes import Hook
 from ..prompts.pairs import PairBatch, pad
 from ..utils.words import did_you_mean
 from .layers import Float32Module
@@ -73,24 +72,16 @@ class GeneratedLora(Float32Module):
         rows = torch.tensor([place[query] for query, _ in batch.pairs], device=table.device)
         return self.gates([batch.queries[query] for query in used], table)[rows]
 
-    @contextmanager
-    def active(self, gates: Tensor, suffix: Tensor | None = None) -> Iterator[None]:
-        """While this is entered, the target layers have the update in this thread.
+    def updates(self, gates: Tensor, suffix: Tensor | None = None) -> list[tuple[nn.Module, Hook]]:
+        """The target layers, each with the forward hook that adds its update, for `LMPasses`.
 
-        gates: [B, layers, rank], of the rows that the LM will read.  suffix: bool [B, L], where the update is in force;
-            None: everywhere.
+        Args:
+            gates: of the rows that the LM will read, [B, layers, rank].
+            suffix: bool [B, L], the slots that are updated; None: all.
         """
-        handles = []
-        try:
-            for layer, module in enumerate(self.targets):
-                hook = in_this_thread(self._hook(layer, gates[:, layer], suffix))
-                handles.append(module.register_forward_hook(hook))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return [(module, self._hook(layer, gates[:, layer], suffix)) for layer, module in enumerate(self.targets)]
 
-    def _hook(self, layer: int, gate: Tensor, suffix: Tensor | None):
+    def _hook(self, layer: int, gate: Tensor, suffix: Tensor | None) -> Hook:
         def add_update(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             x = inputs[0]
             if x.dim() != 3 or len(x) != len(gate):

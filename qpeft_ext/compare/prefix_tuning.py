@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ..config import QPeftConfig
-from ..engine.causal import CausalEngine, _PrefixCache, _PrefixIsStored
-from ..lm.passes import without_cudnn_attention
+from ..engine.causal import CausalEngine
 from ..model import QPeftModel
 from ..prefixes.kv import LayerKV, PrefixKV
-from ..prompts.pairs import pad
 from ..prompts.prompt import Document, DocumentPrefix, Prompt
 
 
@@ -83,49 +79,20 @@ class PrefixTuningEngine(CausalEngine):
             )
         return why
 
-    @without_cudnn_attention()
-    def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
+    def read_prefixes(self, prefixes: Sequence[Sequence[int]], leading: PrefixKV | None = None) -> PrefixKV:
         """As `CausalEngine.read_prefixes`; the first P ids of a prefix are slots for the virtual tokens."""
-        P, N = self.num_virtual_tokens, len(prefixes)
-        lengths = [len(ids) for ids in prefixes]
-        width = max(lengths) - P
-        self.expect_fits(P + width)
-        ids, _ = pad([[0] * (width + P - len(row)) + list(row[P:]) for row in prefixes], self.device)
-        gaps = width + P - torch.tensor(lengths, device=self.device)
-        slots = torch.arange(width, device=self.device)
-        mask = (slots >= gaps[:, None]).long()
-        positions = P + (slots - gaps[:, None]).clamp_min(0)
+        P = self.num_virtual_tokens
+        if not P:
+            return super().read_prefixes(prefixes, leading)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prefix_is_trained):
-            cache = _PrefixCache(-1, config=self.lm.config)
-            for layer, (keys, values) in enumerate(self._virtual_tokens()):
-                cache.update(keys.expand(N, -1, -1, -1), values.expand(N, -1, -1, -1), layer)
-            cache.last_layer = self.last_layer
-            extra = {self.cache_argument: cache} | ({"position_ids": positions} if self.takes_positions else {})
-            with contextlib.suppress(_PrefixIsStored):
-                self.decoder(
-                    input_ids=ids, attention_mask=torch.cat([mask.new_ones(N, P), mask], dim=1), use_cache=True, **extra
-                )
-            return _pads_first(PrefixKV.from_cache(cache, lengths), gaps, P)
+            leading = self._virtual_tokens()
+        return super().read_prefixes([ids[P:] for ids in prefixes], leading)
 
-    def _virtual_tokens(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer, [1, heads, P, head width]."""
-        if not self.num_virtual_tokens:
-            return []
+    def _virtual_tokens(self) -> PrefixKV:
+        """Keys and values of the virtual tokens, of one row."""
         prompt = self.lm.get_prompt(1)
         if hasattr(prompt, "layers"):
-            return [(layer.keys, layer.values) for layer in prompt.layers]
-        return [(layer[0], layer[1]) for layer in prompt]
-
-
-def _pads_first(prefix: PrefixKV, gaps: Tensor, P: int) -> PrefixKV:
-    """Slots [virtual, pads, document] in the order [pads, virtual, document]; keys carry their positions with them."""
-    slots = torch.arange(prefix.padded_length, device=gaps.device)
-    gaps = gaps[:, None]
-    source = torch.where(slots < gaps, slots + P, torch.where(slots < gaps + P, slots - gaps, slots))  # [N, slots]
-
-    def moved(tensor: Tensor) -> Tensor:
-        index = source[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-        return tensor.gather(2, index)
-
-    layers = [kv and LayerKV(moved(kv.keys), moved(kv.values), kv.window) for kv in prefix.layers]
-    return PrefixKV(layers, prefix.lengths)
+            layers = [(layer.keys, layer.values) for layer in prompt.layers]
+        else:
+            layers = [(layer[0], layer[1]) for layer in prompt]
+        return PrefixKV([LayerKV(keys, values, None) for keys, values in layers], [self.num_virtual_tokens])

@@ -6,15 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..lm.decoder import find_decoder
 from ..lm.head import LikelihoodHead, log_likelihood_of_logits
-from ..lm.lock import in_this_thread
-from ..lm.norms import LMNorms
-from ..lm.passes import without_cudnn_attention
+from ..lm.passes import Hook, LMPasses, hooked
 from ..lm.rope import RotaryTables
-from ..lm.row_wise import RowWiseModules
 from ..lm.state import LMState, LMVersion
 from ..prompts.pairs import PairBatch
 from ..prompts.prompt import SuffixPieces
@@ -32,8 +29,7 @@ class BaseEngine(ABC):
         context: the longest prompt, in tokens (None: unlimited).
         rotary: which prompts are read with the same rotary tables.
         suffix_decoder: what suffix passes run: the decoder, compiled or not.
-        row_wise: what follows the last attention; suffix passes run it on the rows that the head reads.
-        norms: norms of the layers that have a faster form, for the passes.
+        lm_passes: what the passes change in the LM for their time.
     """
 
     is_encoder_decoder = False
@@ -44,44 +40,50 @@ class BaseEngine(ABC):
         self.decoder = self.suffix_decoder = find_decoder(lm, lambda: self._own_logits((0, 1, 2), (1,)))
         self.why_unpadded = ""
         self.soft_prompt = None
-        self.row_wise = RowWiseModules()
-        self.norms = LMNorms()
+        self.lm_passes = LMPasses(lm)
         self.context, self._context_is = _context(lm.config.get_text_config())
         self.rotary = RotaryTables()
 
-    @without_cudnn_attention()
     def log_likelihood(
-        self, rows, clue_embeds: Tensor | None, prefix=None, prefix_rows: Tensor | None = None
+        self,
+        rows,
+        clue_embeds: Tensor | None,
+        prefix=None,
+        prefix_rows: Tensor | None = None,
+        updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
         """log p of every scored token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
 
         Args and Raises: those of `outputs`.
         """
-        read = self.outputs(rows, clue_embeds, prefix, prefix_rows)
+        read = self.outputs(rows, clue_embeds, prefix, prefix_rows, updates)
         return (self.head if self.head.fused else log_likelihood_of_logits)(read, rows.target_ids)
 
     @abstractmethod
-    def outputs(self, rows, clue_embeds: Tensor | None, prefix=None, prefix_rows: Tensor | None = None) -> Tensor:
+    def outputs(
+        self,
+        rows,
+        clue_embeds: Tensor | None,
+        prefix=None,
+        prefix_rows: Tensor | None = None,
+        updates: Sequence[tuple[nn.Module, Hook]] = (),
+    ) -> Tensor:
         """What the head reads for each scored token, [N, D]; where it is left to the LM, its logits [N, V]."""
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
         if not self.is_compiled:
             self.suffix_decoder = torch.compile(self.decoder, dynamic=True, backend=backend)
-            self.row_wise, self.norms = RowWiseModules(), LMNorms()  # what comes and goes would compile it again
+            self.lm_passes = self.lm_passes.compiled()
 
     def own_forward(self, before: Sequence[int], query: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What the LM itself makes of one prompt, from ids: logits [L, V] and its decoder's hidden states [L, D].
 
         query: what is given of it.  L: of the whole prompt, or of what the decoder of an encoder–decoder LM reads.
         """
-        hidden = []
-        note = in_this_thread(lambda *call: hidden.append(call[-1].last_hidden_state))
-        handle = self.decoder.register_forward_hook(note)
-        try:
+        hidden: list[Tensor] = []
+        with hooked(after=[(self.decoder, lambda *call: hidden.append(call[-1].last_hidden_state))]):
             logits = self._own_logits(before, query)
-        finally:
-            handle.remove()
         return logits[0], hidden[-1][0]
 
     def _own_logits(self, before: Sequence[int], query: Sequence[int]) -> Tensor:

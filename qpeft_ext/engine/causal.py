@@ -7,15 +7,13 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..lm.attention import LMAttention, find_attention
+from ..lm.faster import with_faster_attention, with_faster_norms, with_picked_rows
 from ..lm.head import LikelihoodHead
-from ..lm.norms import find_norms
-from ..lm.passes import without_cudnn_attention
+from ..lm.passes import Hook
 from ..lm.rope import find_rotary_tables
-from ..lm.row_wise import RowWiseModules, find_row_wise
 from ..ops.hardware import shape_step
 from ..prefixes.cache import DocumentCache
 from ..prefixes.kv import Layout, PrefixKey, PrefixKV
@@ -57,7 +55,6 @@ class CausalEngine(BaseEngine):
         last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
         takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
         cache_argument: what the decoder calls the cache.
-        attention: a faster one than the LM's, for the passes.
     """
 
     def __init__(self, lm, why_plain: str = "") -> None:
@@ -66,19 +63,12 @@ class CausalEngine(BaseEngine):
         self.takes_positions = "position_ids" in parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5.24
         self.last_layer = -1  # unknown
-        self.attention = LMAttention()
         with torch.no_grad():
             self.scale = self._embedding_scale()
             self.rotary = find_rotary_tables(self.decoder, self.context)
             self.head = LikelihoodHead(lm, self.own_forward)
             self.why_plain = why_plain or self._why_plain()
-            if self.last_layer >= 0:
-                self.row_wise = self._row_wise()
-            if not self.why_plain:
-                self.norms = find_norms(self.decoder)
-                ids = torch.arange(3, device=self.device)[None]
-                self.attention = find_attention(lm, self.decoder, lambda mask: self.decoder(
-                    input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)  # fmt: skip
+            self._find_faster_passes()
             found = check_paths(self, try_shared=not self.why_plain)
             self.why_plain, self.why_unpadded = self.why_plain or found.why_plain, found.why_unpadded
 
@@ -93,28 +83,30 @@ class CausalEngine(BaseEngine):
             return f"its cache cannot be shared ({str(error).splitlines()[0]})"
         return ""
 
-    def _row_wise(self) -> RowWiseModules:
-        """Checked on three tokens, of which one is read."""
-        ids, row = torch.arange(3, device=self.device)[None], torch.tensor([1], device=self.device)
-        cache = _PrefixCache(self.last_layer, ends=False, config=self.lm.config)
+    def _find_faster_passes(self) -> None:
+        """Set ``lm_passes`` to the faster forms that agree with the LM's own, tried on three tokens."""
+        ids = torch.arange(3, device=self.device)[None]
+        if self.last_layer >= 0:
+            cache = _PrefixCache(self.last_layer, ends=False, config=self.lm.config)
+            given = {"input_ids": ids, "use_cache": True, self.cache_argument: cache}
+            self.lm_passes = with_picked_rows(
+                self.lm_passes, self.decoder, ids, lambda: self.decoder(**given), lambda: cache.complete
+            )
+        if not self.why_plain:
+            self.lm_passes = with_faster_attention(with_faster_norms(self.lm_passes, self.decoder), self.decoder, ids)
 
-        def run(cache: DynamicCache | None = None) -> Tensor:
-            given = {} if cache is None else {self.cache_argument: cache}
-            return self.decoder(input_ids=ids, use_cache=cache is not None, **given).last_hidden_state
-
-        found = find_row_wise(self.decoder, lambda: run(cache), lambda: cache.complete)
-        expected = run()[0, 1]
-        with found.only(row, (1, 3)):
-            got = run()[0, 1]
-        error, size = (got - expected).float().abs().max(), expected.float().abs().max()
-        return found if error <= 1e-2 * size else RowWiseModules()
-
-    def _run_prefix(self, embeds: Tensor, mask: Tensor | None, positions: Tensor | None) -> DynamicCache:
-        cache = _PrefixCache(self.last_layer, config=self.lm.config)
+    def _run_prefix(
+        self, embeds: Tensor, mask: Tensor | None, positions: Tensor | None, leading: PrefixKV | None = None
+    ) -> DynamicCache:
+        cache = _PrefixCache(-1, config=self.lm.config)
+        for layer, kv in enumerate(leading.layers if leading is not None else ()):
+            if kv is not None:
+                cache.update(*(x.expand(len(embeds), -1, -1, -1) for x in (kv.keys, kv.values)), layer)
+        cache.last_layer = self.last_layer
         extra = {self.cache_argument: cache}
         if self.takes_positions and positions is not None:
             extra["position_ids"] = positions
-        with contextlib.suppress(_PrefixIsStored), self.attention.active(prefixes=True), self.norms.active():
+        with contextlib.suppress(_PrefixIsStored), self.lm_passes.prefix():
             self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=True, **extra)
         return cache
 
@@ -134,6 +126,7 @@ class CausalEngine(BaseEngine):
         clue_embeds: Tensor | None,
         prefix: PrefixKV | None = None,
         prefix_rows: Tensor | None = None,
+        updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
         """What the head reads for each query token of the rows, [N, D]; where it is left to the LM, its logits [N, V].
 
@@ -141,6 +134,7 @@ class CausalEngine(BaseEngine):
             rows: suffixes (with ``prefix``) or whole prompts (without).
             clue_embeds: the clue vectors of ``rows.clue_slots``, [number of clues, D], or None.
             prefix, prefix_rows: caches of the distinct documents and the one of each row, int64 [B].
+            updates: forward hooks that change the outputs of modules (`GeneratedLora.updates`).
         Raises: ValueError if a prompt is longer than the LM's context.
         """
         B, L = rows.ids.shape
@@ -163,8 +157,9 @@ class CausalEngine(BaseEngine):
         if self.takes_positions:
             arguments["position_ids"] = positions
         if prefix is None:
-            return self._read_rows(self.decoder, arguments, rows)
-        with self.row_wise.only(rows.read, (B, L)), self.attention.active(), self.norms.active():
+            with self.lm_passes.whole(updates):
+                return self._read_rows(self.decoder, arguments, rows)
+        with self.lm_passes.suffix(rows.read, (B, L), updates):
             return self._read_rows(self.suffix_decoder, arguments, rows)
 
     def _read_rows(self, decoder, arguments: dict, rows: Rows) -> Tensor:
@@ -198,11 +193,14 @@ class CausalEngine(BaseEngine):
             return PrefixKV.collate([self.read_prefixes([prefix]) for prefix in prefixes])
         return self.read_prefixes(prefixes)
 
-    @without_cudnn_attention()
-    def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
-        """The pass of `prefill`, with one rotary table for all."""
+    def read_prefixes(self, prefixes: Sequence[Sequence[int]], leading: PrefixKV | None = None) -> PrefixKV:
+        """The pass of `prefill`, with one rotary table for all.
+
+        leading: keys and values that each prefix begins with, of one row; the ids come after them.
+        """
+        P = 0 if leading is None else leading.padded_length
         lengths = [len(ids) for ids in prefixes]
-        self.expect_fits(max(lengths))
+        self.expect_fits(P + max(lengths))
         step = shape_step(self.device, self.table.dtype) if len(lengths) > 1 else 1
         width = -(-max(lengths) // step) * step
         if self.device.type == "cpu":
@@ -210,10 +208,12 @@ class CausalEngine(BaseEngine):
         ids, _ = pad([[0] * (width - len(row)) + list(row) for row in prefixes], self.device)
         starts = width - torch.tensor(lengths, device=self.device)
         slots = torch.arange(width, device=self.device)
-        positions = (slots - starts[:, None]).clamp_min(0)
+        positions = P + (slots - starts[:, None]).clamp_min(0)
+        mask = torch.cat([starts.new_ones(len(ids), P), (slots >= starts[:, None]).long()], dim=1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.prefix_is_trained):
             embeds = self.embed(ids, starts)
-            return PrefixKV.from_cache(self._run_prefix(embeds, (slots >= starts[:, None]).long(), positions), lengths)
+            cache = self._run_prefix(embeds, mask, positions, leading)
+            return PrefixKV.from_cache(cache, [P + length for length in lengths], P)
 
     def cache_keys(self, prefixes: Sequence[Sequence[int]], one_by_one: bool = False) -> list[PrefixKey]:
         version = self.version()

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..lm.head import LikelihoodHead
-from ..lm.passes import without_cudnn_attention
+from ..lm.passes import Hook
 from ..lm.rope import find_rotary_tables
 from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
 from ..prompts.prompt import SuffixPieces
@@ -117,11 +117,10 @@ class EncoderDecoderEngine(BaseEngine):
         """`read_prefixes`. ``cache`` is not used, and documents that must be read one by one are in groups of one."""
         return self.read_prefixes(prefixes)
 
-    @without_cudnn_attention()
     def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> EncoderStates:
         """One right-padded pass of the encoder; with grad only where the LM itself is trained."""
         ids, mask = pad(prefixes, self.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.prefix_is_trained):
+        with self.lm_passes.prefix(), torch.set_grad_enabled(torch.is_grad_enabled() and self.prefix_is_trained):
             embeds = self.embed(ids, ids.new_zeros(len(ids)))
             return self._encode(embeds, mask.long(), [len(row) for row in prefixes])
 
@@ -155,12 +154,14 @@ class EncoderDecoderEngine(BaseEngine):
         clue_embeds: Tensor | None,
         prefix: EncoderStates | None = None,
         prefix_rows: Tensor | None = None,
+        updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
         """What the head reads for each scored token, [N, D]; where it is left to the LM, its logits [N, V].
 
         Args:
             clue_embeds: the clue vectors of ``rows.encoder.clue_slots``, [number of clues, D], or None.
             prefix, prefix_rows: states of the distinct documents and the one of each row, int64 [B].
+            updates: forward hooks that change the outputs of modules of the decoder (`GeneratedLora.updates`).
         Raises: ValueError if encoder or decoder would read more than the LM's context.
         """
         self.expect_fits(rows.ids.shape[1])
@@ -168,16 +169,18 @@ class EncoderDecoderEngine(BaseEngine):
         if prefix is None:
             ids = rows.encoder.ids
             embeds = with_clues(self.embed(ids, ids.new_zeros(len(ids))), rows.encoder, clue_embeds)
-            prefix = self._encode(embeds, rows.encoder.mask, ())
+            with self.lm_passes.prefix():
+                prefix = self._encode(embeds, rows.encoder.mask, ())
         hidden, mask = prefix.hidden, prefix.mask
         if prefix_rows is not None:
             hidden, mask = hidden[prefix_rows], mask[prefix_rows]
-        if self.head.fused:
-            read = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask, "use_cache": False}
-            return self.suffix_decoder(input_ids=rows.ids, **read).last_hidden_state.flatten(0, 1)[rows.slots]
-        logits = self.lm(encoder_outputs=BaseModelOutput(hidden), attention_mask=mask, decoder_input_ids=rows.ids,
-                         use_cache=False).logits  # fmt: skip
-        return logits.flatten(0, 1)[rows.slots]
+        with self.lm_passes.whole(updates):
+            if self.head.fused:
+                read = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask, "use_cache": False}
+                return self.suffix_decoder(input_ids=rows.ids, **read).last_hidden_state.flatten(0, 1)[rows.slots]
+            states = BaseModelOutput(hidden)
+            read = {"encoder_outputs": states, "attention_mask": mask, "use_cache": False}
+            return self.lm(decoder_input_ids=rows.ids, **read).logits.flatten(0, 1)[rows.slots]
 
 
 def _start_token(lm) -> int:

@@ -1,4 +1,4 @@
-"""How the layers of an LM attend during the engine's passes, where that is faster than transformers' "sdpa".
+"""Attention of an LM's layers, where it can be faster than transformers' "sdpa" in our passes.
 
 * bfloat16 on a CPU with AMX: `ops.bfloat16_attention`, in all passes.
 * Several query heads share one head of keys and values (grouped-query attention): with a mask, transformers' "sdpa"
@@ -9,20 +9,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from threading import local
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..ops.bfloat16_attention import bfloat16_attention, is_supported
 
 SDPA, OURS = "sdpa", "qpeft_sdpa"  # names of attention implementations
-_this_thread = local()  # passes: how many are active in it
+
+
+class _ThisThread(local):
+    """passes: how many passes with our attention this thread is in. The config says `OURS` in all threads meanwhile."""
+
+    passes = 0
+
+
+this_thread = _ThisThread()
 
 
 def attention(
@@ -35,15 +42,18 @@ def attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function; what it does not know goes to "sdpa".
+    """An attention function of transformers. Calls with anything that it does not know go to "sdpa".
 
-    query [B, H, L, D], key and value [B, H / groups, S, D], attention_mask [B or 1, 1, L, S].
-    Returns: [B, L, H, D of a value].
+    Args:
+        query: [B, H, L, D].
+        key, value: [B, H / groups, S, D].
+        attention_mask: [B or 1, 1, L, S], bool or added to the scores.
+    Returns: [B, L, H, D of a value], and None instead of the weights.
     """
     B, H, L, D = query.shape
     heads = key.shape[1]
-    known = _in_pass() and attention_mask is not None and attention_mask.shape[1] == 1 and H % heads == 0
-    if not known or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
+    unknown = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
+    if unknown or not _in_pass() or attention_mask is None or attention_mask.shape[1] != 1 or H % heads:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if not dropout and is_supported(query, key, value, attention_mask):
         return bfloat16_attention(query, key, value, attention_mask, D**-0.5 if scaling is None else scaling), None
@@ -57,68 +67,43 @@ def attention(
 
 
 def _mask(*args, **kwargs) -> Tensor | None:
-    """Of "sdpa", and in a pass never left out."""
+    """The mask of "sdpa". In a pass it is never left out: our attention needs one even where sdpa would not."""
     return sdpa_mask(*args, **kwargs | ({"allow_is_causal_skip": False} if _in_pass() else {}))
 
 
 def _in_pass() -> bool:
-    """Whether this thread runs a pass; the config says `OURS` in all of them meanwhile."""
-    return torch.compiler.is_compiling() or getattr(_this_thread, "passes", 0) > 0
+    return torch.compiler.is_compiling() or this_thread.passes > 0
 
 
 AttentionInterface.register(OURS, attention)
 AttentionMaskInterface.register(OURS, _mask)
 
 
-class LMAttention:
-    """The configs of an LM whose attention becomes ours in the thread that enters `active`; none: nothing happens.
-
-    in_prefixes: in passes over prefixes too, where sharing heads in groups is not worth it.
-    """
-
-    def __init__(self, configs: Sequence = (), in_prefixes: bool = False) -> None:
-        self.configs, self.in_prefixes = list(configs), in_prefixes
-
-    @contextmanager
-    def active(self, prefixes: bool = False) -> Iterator[None]:
-        here = self.configs if self.in_prefixes or not prefixes else []
-        changed = [config for config in here if config._attn_implementation == SDPA]
-        _this_thread.passes = getattr(_this_thread, "passes", 0) + 1
-        try:
-            for config in changed:
-                config._attn_implementation = OURS
-            yield
-        finally:
-            _this_thread.passes -= 1
-            for config in changed:
-                config._attn_implementation = SDPA
-
-
-def find_attention(lm: nn.Module, decoder: nn.Module, run: Callable[[Tensor], Tensor]) -> LMAttention:
-    """`LMAttention` of an LM whose attention is "sdpa", if ours is faster there and gives the same.
-
-    run: attention mask [1, 3] -> final hidden states [1, 3, D] of three tokens.
-    """
-
-    def has_sdpa(module: nn.Module) -> bool:
-        return getattr(getattr(module, "config", None), "_attn_implementation", None) == SDPA
-
-    weight = next(decoder.parameters())
-    by_tiles = is_supported(*weight.new_empty(3, 1, 1, 1, 32), torch.ones(1, 1, 1, 1, dtype=torch.bool))
-    worth_it = [
-        m
-        for m in decoder.modules()
-        if has_sdpa(m) and hasattr(m, "is_causal") and (by_tiles or getattr(m, "num_key_value_groups", 1) > 1)
+def configs_worth_ours(lm: nn.Module, decoder: nn.Module) -> Sequence[PreTrainedConfig]:
+    """The configs of ``decoder`` and its attention layers, if their attention is "sdpa" and ours may be faster."""
+    everywhere = is_faster_in_prefixes(decoder)
+    layers = [
+        module
+        for module in decoder.modules()
+        if _sdpa_config(module) is not None
+        and hasattr(module, "is_causal")
+        and (everywhere or getattr(module, "num_key_value_groups", 1) > 1)
     ]
-    if not worth_it or not has_sdpa(decoder) or not getattr(lm, "_supports_attention_backend", False):
-        return LMAttention()
-    found = LMAttention({id(m.config): m.config for m in (decoder, *worth_it)}.values(), by_tiles)
-    mask = torch.tensor([[0, 1, 1]], device=weight.device)
-    expected = run(mask)[0, 1:]
-    try:
-        with found.active():
-            got = run(mask)[0, 1:]
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):  # it calls its attention in its own way
-        return LMAttention()
-    error, size = (got - expected).float().abs().max(), expected.float().abs().max()
-    return found if error <= 1e-2 * size else LMAttention()
+    if not layers or not getattr(lm, "_supports_attention_backend", False):
+        return ()
+    configs = [_sdpa_config(module) for module in (decoder, *layers)]
+    if configs[0] is None:
+        return ()
+    return list({id(config): config for config in configs if config is not None}.values())
+
+
+def is_faster_in_prefixes(decoder: nn.Module) -> bool:
+    """Whether our attention is faster in passes over prefixes too: by AMX, not by sharing the heads of a group."""
+    weight = next(decoder.parameters())
+    heads = weight.new_empty(1, 1, 1, 32)
+    return is_supported(heads, heads, heads, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+
+def _sdpa_config(module: nn.Module) -> PreTrainedConfig | None:
+    config = getattr(module, "config", None)
+    return config if getattr(config, "_attn_implementation", None) == SDPA else None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .lock import in_this_thread
+from .passes import hooked
 
 
 @torch.no_grad()
@@ -28,16 +28,11 @@ def find_decoder(lm: nn.Module, run: Callable[[], object]) -> nn.Module:
             ended.pop(module, None)  # the order is that of the last call
             ended[module] = hidden
 
-    inner = [module for module in lm.modules() if module is not lm]
-    handles = [module.register_forward_hook(in_this_thread(note)) for module in inner]
-    if (head := lm.get_output_embeddings()) is not None:
-        first = in_this_thread(lambda _, inputs: read.extend(inputs[:1]))
-        handles.append(head.register_forward_pre_hook(first))
-    try:
+    inner = [(module, note) for module in lm.modules() if module is not lm]
+    head = lm.get_output_embeddings()
+    heads = [] if head is None else [(head, lambda _, inputs: read.extend(inputs[:1]))]
+    with hooked(heads, inner):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     named = lm.get_decoder() if hasattr(lm, "get_decoder") else None
     if named in ended:
         return named

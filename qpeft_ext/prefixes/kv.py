@@ -53,15 +53,24 @@ class PrefixKV:
         return sum(t.numel() * t.element_size() for kv in self.layers if kv for t in (kv.keys, kv.values))
 
     @classmethod
-    def from_cache(cls, cache: Cache, lengths: Sequence[int]) -> PrefixKV:
-        """Of a pass over prefixes; slots before the longest one are left out."""
-        layers, longest = [], max(lengths)
+    def from_cache(cls, cache: Cache, lengths: Sequence[int], leading: int = 0) -> PrefixKV:
+        """Keys and values of a finished pass over left-padded prefixes; padding left of the longest one is dropped.
+
+        Args:
+            lengths: tokens of each prefix.
+            leading: the first slots of each row that belong to its prefix, before the padding.
+        Raises: TypeError for a layer that stores anything else.
+        """
+        layers: list[LayerKV | None] = []
         for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            if not isinstance(layer, DynamicLayer) or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise TypeError(f"a {type(layer).__name__} cannot be shared between queries")
+            if layer.keys is None or layer.values is None:
+                layers.append(None)
+                continue
             window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-            states = (_tail(x, longest) for x in (layer.keys, layer.values)) if layer.is_initialized else None
-            layers.append(states and LayerKV(*states, window))
+            keys, values = (_tail(_pads_first(x, lengths, leading), max(lengths)) for x in (layer.keys, layer.values))
+            layers.append(LayerKV(keys, values, window))
         return cls(layers, list(lengths))
 
     def split(self) -> list[PrefixKV]:
@@ -174,6 +183,16 @@ def _kept(length: int, window: int | None) -> int:
 def _tail(tensor: Tensor, length: int) -> Tensor:
     more = tensor.shape[-2] - length
     return tensor[..., more:, :] if more > 0 else tensor
+
+
+def _pads_first(tensor: Tensor, lengths: Sequence[int], leading: int) -> Tensor:
+    """Slots [leading, pads, text] of ``tensor`` [N, heads, slots, width] in the order [pads, leading, text]."""
+    if not leading:
+        return tensor
+    slots = torch.arange(tensor.shape[2], device=tensor.device)
+    pads = tensor.shape[2] - torch.tensor(lengths, device=tensor.device)[:, None]
+    source = torch.where(slots < pads, slots + leading, torch.where(slots < pads + leading, slots - pads, slots))
+    return tensor.gather(2, source[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
 def left_pad(tensors: Sequence[Tensor], length: int | None = None, room: int = 0) -> Tensor:

@@ -21,7 +21,7 @@ _UNSUPPORTED = (
     ("auto_find_batch_size", False, "set suffix_micro_batch in QPeftConfig; the group of queries stays whole"),
     ("label_smoothing_factor", 0, "the losses of QPeftConfig have no labels"),
     ("neftune_noise_alpha", None, "the LM is frozen"),
-    ("use_liger_kernel", False, "the LM is not patched; the likelihood is fused already"),
+    ("use_liger_kernel", False, "the likelihood is fused already, and the LM is restored after every pass"),
     ("torch_compile", False, "the engine's shapes change from step to step"),
     ("bf16_full_eval", False, "load the LM with dtype='bfloat16'; the clue module stays in float32"),
     ("fp16_full_eval", False, "load the LM with dtype='float16'; the clue module stays in float32"),

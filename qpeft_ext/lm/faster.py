@@ -1,0 +1,99 @@
+"""Find out which faster forms the passes of an LM can take. Each is kept only if the LM computes the same with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .attention import configs_worth_ours, is_faster_in_prefixes
+from .norms import may_be_ours
+from .passes import LMPasses, hooked
+
+
+def with_faster_attention(passes: LMPasses, decoder: nn.Module, ids: Tensor) -> LMPasses:
+    """``passes`` with our attention, if the LM's is "sdpa", ours is faster there and gives the same.
+
+    ids: three tokens, int64 [1, 3].
+    """
+    configs = configs_worth_ours(passes.lm, decoder)
+    if not configs:
+        return passes
+    mask = torch.tensor([[0, 1, 1]], device=ids.device)
+    rows = torch.arange(3, device=ids.device)
+
+    def run(tried: LMPasses) -> Tensor:
+        with tried.suffix(rows, (1, 3)):
+            return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0, 1:]
+
+    return passes.if_same(run, attention=configs, attention_in_prefixes=is_faster_in_prefixes(decoder))
+
+
+def with_faster_norms(passes: LMPasses, decoder: nn.Module) -> LMPasses:
+    """``passes`` with our forward for every norm of the LM that is a root-mean-square norm of bfloat16."""
+    found: list[nn.Module] = []
+    for module in decoder.modules():
+        if not may_be_ours(module):
+            continue
+        weight = module.weight
+        x = torch.linspace(-2, 2, 2 * len(weight)).view(2, -1).to(weight.dtype)
+
+        def run(tried: LMPasses, module: nn.Module = module, x: Tensor = x) -> Tensor:
+            with tried.prefix():
+                return module(x)
+
+        found += LMPasses(passes.lm).if_same(run, norms=[module]).norms
+    return replace(passes, norms=found)
+
+
+def with_picked_rows(
+    passes: LMPasses,
+    decoder: nn.Module,
+    ids: Tensor,
+    run_with_cache: Callable[[], object],
+    keys_are_stored: Callable[[], bool],
+) -> LMPasses:
+    """``passes`` that compute only the rows which are read, in what the LM runs after its last layer's keys.
+
+    Args:
+        ids: three tokens, int64 [1, 3].
+        run_with_cache: a forward of the decoder with a cache.
+        keys_are_stored: whether the last layer has stored its keys in that cache.
+    """
+    found = _row_wise_modules(decoder, run_with_cache, keys_are_stored)
+    read = torch.tensor([1], device=ids.device)
+
+    def run(tried: LMPasses) -> Tensor:
+        with tried.suffix(read, (1, 3)):
+            return decoder(input_ids=ids, use_cache=False).last_hidden_state[0, 1]
+
+    return passes.if_same(run, row_wise=found)
+
+
+def _row_wise_modules(decoder: nn.Module, run: Callable[[], object], after: Callable[[], bool]) -> list[nn.Module]:
+    """Outermost modules with matrices that are entered when ``after()`` is true, and the query projection beside one.
+
+    Only those that take one tensor and return one with as many rows.
+    """
+    found: list[nn.Module] = []
+    inside: list[nn.Module] = []
+
+    def enter(module: nn.Module, inputs: tuple, named: dict) -> None:
+        if after() and not inside and any(parameter.dim() > 1 for parameter in module.parameters()):
+            inside.append(module)
+
+    def leave(module: nn.Module, inputs: tuple, named: dict, output: object) -> None:
+        if inside and inside[-1] is module:
+            inside.pop()
+            one = len(inputs) == 1 and not named and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
+            if one and inputs[0].dim() in (2, 3) and inputs[0].shape[:-1] == output.shape[:-1]:
+                found.append(module)
+
+    modules = dict(decoder.named_modules())
+    every = modules.values()
+    with hooked([(module, enter) for module in every], [(module, leave) for module in every], with_kwargs=True):
+        run()
+    names = [name.rpartition(".")[0] + ".q_proj" for name, module in modules.items() if module in found]
+    return [*found, *(modules[name] for name in dict.fromkeys(names) if name in modules)]
