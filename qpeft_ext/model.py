@@ -25,19 +25,11 @@ from .config import QPeftConfig
 from .engine.encoder_decoder import EncoderStates
 from .engine.factory import make_engine
 from .engine.rows import Rows
-from .engine.schedule import (
-    READ_TOKENS_PER_TOKEN,
-    default_tokens,
-    prefix_groups,
-    prefix_tokens,
-    suffix_groups,
-    tokens_worth_a_pass,
-)
+from .engine.schedule import Limits, default_tokens, schedule
 from .lm.arguments import expect_lm_arguments
 from .lm.passes import lm_lock
 from .official.clues import build_official_clues
 from .official.likelihood import counted_tokens
-from .ops.hardware import shape_step
 from .prefixes.cache import DocumentCache
 from .prefixes.kv import PrefixKV
 from .prompts.pairs import PairBatch, to_device
@@ -48,7 +40,6 @@ from .utils.torch_state import own_state, refuse_backward_in_autocast
 logger = logging.getLogger(__name__)
 
 CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which hang on the query, before the document"
-CLUE_BYTES = 32 << 20  # clue vectors held at once without gradient; those of more pairs are computed pass by pass
 
 
 _this_thread = local()
@@ -246,60 +237,52 @@ class QPeftModel(nn.Module):
             cache: prefixes are read from it and put into it, unless they need a gradient (a soft prompt or the LM
                 is trained).
             max_tokens_per_batch: budget of tokens per pass; None: what suits the device (`schedule.default_tokens`).
-            deterministic: every prefix, clue and suffix is computed alone and unpadded, so that a score is bit-equal
-                whatever else is in the batch or in the cache (same machine, same number of threads). Slower.
-            prefilled: the prefixes are in the cache already (`fill`): documents of different lengths may share a pass.
-            max_pairs_per_batch: pairs in a suffix pass at most; None: what the token budget holds. With a gradient the
-                passes are then computed again in the backward pass, as with ``suffix_micro_batch``.
+            deterministic: every prefix, clue and suffix is computed unpadded and one per pass, so that a score is
+                bit-equal whatever else is in the batch or in the cache (same machine and number of threads). Slower.
+            prefilled: whether the prefixes of all documents are in the cache already (`CacheFilling`): documents of
+                different lengths may share a pass.
+            max_pairs_per_batch: pairs in a suffix pass at most; None: as many as the token budget allows. With a
+                gradient the passes are then computed again in the backward pass, as with ``suffix_micro_batch``.
         """
         if path not in ("document_first", "plain"):
             raise ValueError(f"path must be document_first or plain, got {path!r}")
         if not len(batch):
             empty = torch.zeros(0, dtype=torch.float32, device=self.device)
             return Scores(empty, empty.long())
-        tables = self._rotary_tables(batch)
-        if len(set(tables)) > 1:
-            options = (cache, max_tokens_per_batch, deterministic, prefilled, max_pairs_per_batch)
-            groups = [[i for i, own in enumerate(tables) if own == table] for table in sorted(set(tables))]
-            return _in_order(groups, [self(batch.select(group), path, *options) for group in groups])
-        if tables[0]:  # not that of cached prefixes
-            path, prefilled = "plain", False
-        shared = path == "document_first" and self.engine.shares_prefixes(self.clues is not None)
-        max_tokens = max_tokens_per_batch or default_tokens(self.device)
-        pass_tokens = tokens_worth_a_pass(self.device, self.engine.table.dtype)
-        step = shape_step(self.device, self.engine.table.dtype)
-        one_by_one = deterministic or bool(self.engine.why_unpadded)
-        max_pairs = max_pairs_per_batch
-        if one_by_one:
-            max_pairs = 1
-        elif torch.is_grad_enabled() and (held_at_once := self.qpeft_config.suffix_micro_batch):
-            max_pairs = min(max_pairs or held_at_once, held_at_once)
-        recompute = torch.is_grad_enabled() and bool(self.qpeft_config.suffix_micro_batch or max_pairs_per_batch)
-        rows, parts = [], []
-        of_list = self.qpeft_config.source != "document"  # dear for a pair by itself
-        at_once = torch.is_grad_enabled() or of_list or self._clue_bytes(batch) <= CLUE_BYTES
-        at_once = at_once and not deterministic
-        clues = self.compute_clues(batch) if at_once else None
-        counts = _counts(clues, len(batch))
-        computed = torch.is_grad_enabled() and not prefilled
-        held = max_tokens if computed else prefix_tokens(max_tokens, self.device, prefilled)
-        padding = pass_tokens * (READ_TOKENS_PER_TOKEN if prefilled else 1)
-        for documents in prefix_groups(batch, 1 if one_by_one else held, padding):
-            prefix = None
-            if shared:
-                ids = [batch.documents[d].ids for d in documents]
-                prefix = self.engine.cached_prefill(ids, cache, one_by_one=deterministic)
-            per_token = self.qpeft_config.clues == "attention"
-            for group in suffix_groups(batch, documents, max_tokens, max_pairs, pass_tokens, shared, per_token, step):
-                part = batch.select(group)
-                if at_once:
-                    own, own_counts = clues and clues[group], [counts[i] for i in group]
-                else:
-                    own = self.compute_clues(part, alone=deterministic)
-                    own_counts = _counts(own, len(part))
-                rows.append(group)
-                parts.append(self._score_group(part, own, own_counts, documents, prefix, recompute))
+        limits = self._limits(path, max_tokens_per_batch, max_pairs_per_batch, deterministic, prefilled)
+        clues, rows, parts = _PassClues(self, batch, deterministic), [], []
+        for read in schedule(batch, limits, self._rotary_tables(batch)):
+            prefix = None  # the one before is not needed any more
+            if read.shared:
+                ids = [batch.documents[d].ids for d in read.documents]
+                prefix = self.engine.cached_prefill(ids, cache, deterministic=deterministic)
+            for pairs in read.suffixes:
+                own = clues.of(pairs, read.clues_of)
+                rows.append(pairs)
+                parts.append(self._score_group(batch.select(pairs), *own, read.documents, prefix, limits.recompute))
         return _in_order(rows, parts)
+
+    def _limits(
+        self, path: str, max_tokens: int | None, max_pairs: int | None, deterministic: bool, prefilled: bool
+    ) -> Limits:
+        """What decides the passes of a call of `forward`, whose arguments these are."""
+        config, engine = self.qpeft_config, self.engine
+        return Limits(
+            device=self.device,
+            dtype=engine.table.dtype,
+            max_tokens=max_tokens or default_tokens(self.device),
+            max_pairs=max_pairs,
+            micro_batch=config.suffix_micro_batch,
+            with_grad=torch.is_grad_enabled(),
+            deterministic=deterministic,
+            unpadded=bool(engine.why_unpadded),
+            shared=path == "document_first" and engine.shares_prefixes(self.clues is not None),
+            prefilled=prefilled,
+            clue_per_token=config.clues == "attention",
+            clues_per_pair=(config.k or 0) if config.clues == "top_k" else 0,
+            clue_bytes=4 * engine.table.shape[1],
+            clues_of_lists=config.source != "document",
+        )
 
     def _rotary_tables(self, batch: PairBatch) -> list[int]:
         """Which rotary table of the LM each pair is read with; 0: the one that prefixes are cached with."""
@@ -311,26 +294,6 @@ class QPeftModel(nn.Module):
         most = 0 if self.clues is None else 2 * (self.qpeft_config.k or 1) * max(map(len, batch.queries))
         return self.engine.table_of_each(batch, self.prompt.suffix, clue_counts, most)
 
-    def announce(self, batch: PairBatch, cache: DocumentCache, deterministic: bool) -> bool:
-        """Have the prefixes of a batch read ahead from files (`DocumentCache.announce`)."""
-        prefixes = [batch.documents[d].ids for d in {d for _, d in batch.pairs}]
-        return not self.engine.why_plain and cache.announce(self.engine.cache_keys(prefixes, deterministic))
-
-    def has_room(self, batch: PairBatch, cache: DocumentCache) -> bool:
-        """Whether the memory of the cache holds all prefixes of a batch at once."""
-        return not self.engine.why_plain and self.engine.prefix_bytes(batch.documents) <= cache.max_bytes
-
-    @_in_passes
-    @torch.no_grad()
-    def fill(self, batch: PairBatch, cache: DocumentCache, max_tokens_per_batch: int, deterministic: bool) -> bool:
-        """Put the prefixes of a batch into the cache, if its memory holds all of them. Returns: whether it does."""
-        if not self.has_room(batch, cache):
-            return False
-        held = prefix_tokens(max_tokens_per_batch, self.device, prefilled=False)
-        for documents in prefix_groups(batch, held, tokens_worth_a_pass(self.device, self.engine.table.dtype)):
-            self.engine.cached_prefill([batch.documents[d].ids for d in documents], cache, one_by_one=deterministic)
-        return True
-
     @_in_passes
     def compute_clues(self, batch: PairBatch, explain: bool = False, alone: bool = False) -> Clues | None:
         """Clues of every pair of the batch; None for ``clues="none"``. ``alone``: reuse nothing of other calls."""
@@ -338,12 +301,6 @@ class QPeftModel(nn.Module):
             return None
         inputs = ClueInputs.from_batch(batch, self.device, self.qpeft_config.source)
         return self.clues(inputs, self.engine.table, self.engine.scale, explain, alone)
-
-    def _clue_bytes(self, batch: PairBatch) -> int:
-        """Of the clue vectors of all pairs, padded."""
-        config = self.qpeft_config
-        of_each = {"attention": max(map(len, batch.queries)), "top_k": config.k, "none": 0}[config.clues]
-        return 4 * len(batch) * of_each * self.engine.table.shape[1]
 
     def _score_group(
         self,
@@ -356,7 +313,10 @@ class QPeftModel(nn.Module):
     ) -> Scores:
         """Scores of the pairs of one suffix pass.
 
-        counts: clues of each.  recompute: keep nothing for the backward pass, which computes this pass again.
+        Args:
+            clues, counts: the clues of the pairs, and how many each has.
+            documents, prefix: the documents that were read before, and what was made of them; None: read whole prompts.
+            recompute: whether activations are computed again in the backward pass instead of being kept for it.
         """
         vectors = None if clues is None else clues.embeds[clues.mask]
         rows = self._rows(batch, counts, with_prefix=prefix is None)
@@ -369,8 +329,7 @@ class QPeftModel(nn.Module):
         run, arguments = self.engine.log_likelihood, (rows, vectors, prefix, prefix_rows)
         if self.generated_lora is not None:
             run, arguments = self._with_generated_lora, (batch, *arguments)
-        if recompute:
-            # in the backward pass this method's state of torch is left
+        if recompute:  # own_state, because the backward pass runs outside of this method's state of torch
             log_p = checkpoint(own_state()(run), *arguments, use_reentrant=False)
         else:
             log_p = run(*arguments)
@@ -479,6 +438,32 @@ def _usable(lm: nn.Module) -> nn.Module:
             "torch.device('meta')"
         )
     return lm
+
+
+class _PassClues:
+    """The clues of the pairs of a batch, computed for as many pairs together as the schedule says."""
+
+    def __init__(self, model: QPeftModel, batch: PairBatch, deterministic: bool) -> None:
+        self._model, self._batch, self._deterministic = model, batch, deterministic
+        self._together: list[int] | None = None
+        self._clues: Clues | None = None
+        self._counted: list[int] = []
+        self._place: dict[int, int] = {}
+
+    def of(self, pairs: list[int], together: list[int] | None) -> tuple[Clues | None, list[int]]:
+        """The clues of the pairs of a pass, and how many each of them has. ``together``: `Pass.clues_of`."""
+        if together is None:
+            return self._compute(pairs)
+        if together is not self._together:
+            self._together = together
+            self._clues, self._counted = self._compute(together)
+            self._place = {pair: place for place, pair in enumerate(together)}
+        places = [self._place[pair] for pair in pairs]
+        return self._clues and self._clues[places], [self._counted[place] for place in places]
+
+    def _compute(self, pairs: list[int]) -> tuple[Clues | None, list[int]]:
+        clues = self._model.compute_clues(self._batch.select(pairs), alone=self._deterministic)
+        return clues, _counts(clues, len(pairs))
 
 
 def _counts(clues: Clues | None, pairs: int) -> list[int]:

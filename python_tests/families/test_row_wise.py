@@ -9,6 +9,7 @@ from tiny import FAMILIES, PAIRS, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 from qpeft_ext.engine.causal import CausalEngine
+from qpeft_ext.engine.filling import CacheFilling
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,12 +43,13 @@ def test_shapes_that_are_filled_up_change_nothing(family, monkeypatch):
     handle = decoder.register_forward_pre_hook(
         lambda _, __, named: widths.append(named["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    for place in ("engine.causal", "model", "lm.row_wise"):
+    for place in ("engine.causal", "engine.schedule", "lm.row_wise"):
         monkeypatch.setattr(f"qpeft_ext.{place}.shape_step", lambda *_: 8)
     with torch.no_grad():
         batch = model.encode(PAIRS)
         cache = qpeft.DocumentCache(1 << 20)
-        assert model.fill(batch, cache, 2048, False)
+        with model.passes():
+            assert CacheFilling(model.engine, cache, False).fill(batch, 2048)
         widths.clear()
         model(batch, cache=cache, prefilled=True)
     assert widths and all(width % 8 == 0 for width in widths)

@@ -69,7 +69,9 @@ def test_scores_equal_the_lm_by_hand_whatever_the_padding(lm, monkeypatch):
     assert expected.std() > 0.5
     for path in ("plain", "document_first"):
         torch.testing.assert_close(model.score(PAIRS, path=path).query_log_likelihood, expected, rtol=0, atol=1e-4)
-    monkeypatch.setattr("qpeft_ext.model.tokens_worth_a_pass", lambda *_: 1 << 20)  # all documents in one pass
+    monkeypatch.setattr(
+        "qpeft_ext.engine.schedule.tokens_worth_a_pass", lambda *_: 1 << 20
+    )  # all documents in one pass
     for pad in (1, 8, 32, 128):
         together = [*PAIRS, (QUERIES[0], DOCUMENTS[3] + "!" * pad)]
         for path in ("plain", "document_first"):

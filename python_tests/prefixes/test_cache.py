@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import qpeft_ext as qpeft
+from qpeft_ext.engine.filling import CacheFilling
 from qpeft_ext.prefixes.files import checksum
 from qpeft_ext.prefixes.kv import LayerKV, Layout, PrefixKV
 from qpeft_ext.utils.files import AtomicWriter
@@ -195,16 +196,18 @@ def test_only_what_is_in_files_alone_is_announced(tmp_path):
     lm = model()
     batch = lm.encode(PAIRS)
     cache = qpeft.DocumentCache(1 << 20, disk=tmp_path, disk_bytes=1 << 30)
-    assert not lm.announce(batch, cache, False)  # nowhere
+    assert not CacheFilling(lm.engine, cache, False).announce(batch)  # nowhere
     scores(lm, cache)
-    assert not lm.announce(batch, cache, False)  # in memory
+    assert not CacheFilling(lm.engine, cache, False).announce(batch)  # in memory
     below = qpeft.DocumentCache(0, disk=tmp_path / "2", disk_bytes=1 << 30)
     scores(lm, below)
-    assert lm.announce(batch, below, False) and not lm.announce(batch, below, True)  # computed in a batch
+    assert CacheFilling(lm.engine, below, False).announce(batch) and not CacheFilling(lm.engine, below, True).announce(
+        batch
+    )  # computed in a batch
     below.tiers["disk"]._lock.close()
     both = qpeft.DocumentCache(1 << 20, disk=tmp_path / "2", disk_bytes=1 << 30)
     scores(lm, both)
-    assert not lm.announce(batch, both, False)  # in a file, and in memory
+    assert not CacheFilling(lm.engine, both, False).announce(batch)  # in a file, and in memory
 
 
 @pytest.mark.cuda

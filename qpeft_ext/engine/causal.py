@@ -215,23 +215,23 @@ class CausalEngine(BaseEngine):
             cache = self._run_prefix(embeds, mask, positions, leading)
             return PrefixKV.from_cache(cache, [P + length for length in lengths], P)
 
-    def cache_keys(self, prefixes: Sequence[Sequence[int]], one_by_one: bool = False) -> list[PrefixKey]:
+    def cache_keys(self, prefixes: Sequence[Sequence[int]], deterministic: bool = False) -> list[PrefixKey]:
         version = self.version()
-        return [DocumentCache.key(version, prefix, one_by_one) for prefix in prefixes]
+        return [DocumentCache.key(version, prefix, deterministic) for prefix in prefixes]
 
     def cached_prefill(
-        self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, one_by_one: bool = False
+        self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, deterministic: bool = False
     ) -> PrefixKV:
-        """`prefill`, reading and filling the cache. ``one_by_one``: each prefix alone, unpadded."""
+        """`prefill`, reading and filling the cache. ``deterministic``: each prefix alone, unpadded."""
         with_grad = torch.is_grad_enabled() and self.prefix_is_trained
-        if with_grad and one_by_one:
+        if with_grad and deterministic:
             return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
-        if with_grad or (cache is None and not one_by_one):
+        if with_grad or (cache is None and not deterministic):
             return self.prefill(prefixes)
-        keys = self.cache_keys(prefixes, one_by_one)
+        keys = self.cache_keys(prefixes, deterministic)
         stored = [None] * len(keys) if cache is None else cache.fetch(keys, self.layout, self.device)
         missing = [i for i, entry in enumerate(stored) if entry is None]
-        groups = [[i] for i in missing] if one_by_one else [missing] if missing else []
+        groups = [[i] for i in missing] if deterministic else [missing] if missing else []
         for group in groups:
             fresh = self.prefill([prefixes[i] for i in group])
             if len(group) == len(prefixes) and (cache is None or not cache.stores):
@@ -240,8 +240,8 @@ class CausalEngine(BaseEngine):
                 stored[i] = entry
                 if cache is not None:
                     cache.put(keys[i], entry)
-            if cache is not None and len(group) == len(prefixes) and not one_by_one:
+            if cache is not None and len(group) == len(prefixes) and not deterministic:
                 return fresh  # a cold cache costs one copy, not two
         # a GPU would make a launch of every copy, and a compiled pass a graph of every number of prefixes
-        one_by_one_copies = self.device.type == "cpu" and not self.is_compiled
-        return (PrefixKV.side_by_side if one_by_one_copies else PrefixKV.collate)(stored)
+        side_by_side = self.device.type == "cpu" and not self.is_compiled
+        return (PrefixKV.side_by_side if side_by_side else PrefixKV.collate)(stored)

@@ -113,7 +113,9 @@ class EncoderDecoderEngine(BaseEngine):
         state = self.table.shape[1] * self.table.element_size()
         return state, 5 * state  # the state gathered, its keys and values, and those once more, transposed
 
-    def cached_prefill(self, prefixes: Sequence[Sequence[int]], cache=None, one_by_one: bool = False) -> EncoderStates:
+    def cached_prefill(
+        self, prefixes: Sequence[Sequence[int]], cache=None, deterministic: bool = False
+    ) -> EncoderStates:
         """`read_prefixes`. ``cache`` is not used, and documents that must be read one by one are in groups of one."""
         return self.read_prefixes(prefixes)
 

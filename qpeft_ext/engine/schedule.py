@@ -1,15 +1,136 @@
-"""Which prefixes and which suffixes share a pass: sorted by true length, bounded by a budget of tokens."""
+"""The schedule: which documents and which pairs share a pass. Decided from lengths and limits alone; it runs nothing.
+
+Passes are sorted by true length and bounded by a budget of tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..ops.hardware import multiplies_bfloat16_by_tiles
+from ..ops.hardware import multiplies_bfloat16_by_tiles, shape_step
 from ..prompts.pairs import PairBatch
 
 READ_TOKENS_PER_TOKEN = 8  # a prefix token that is only read from a cache takes about an eighth of one that is computed
+CLUE_BYTES = 32 << 20  # clue vectors that are kept at once without gradient; larger batches compute them pass by pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Everything that decides the passes over a batch, besides the lengths of its queries and documents.
+
+    device, dtype: those of the LM.
+    max_tokens: token budget of a pass.
+    max_pairs: pairs in a suffix pass at most; None: as many as the token budget allows.
+    micro_batch: the same, but only where a gradient is needed.
+    with_grad: whether a gradient is needed.
+    deterministic: whether each prefix, each pair's clues and each suffix is computed unpadded, one per pass.
+    unpadded: whether this LM cannot read prompts of different lengths together.
+    shared: whether a document is read once for all its pairs.
+    prefilled: whether the prefixes of all documents are in the memory of a cache.
+    clue_per_token: whether each query token brings a clue; otherwise a pair has ``clues_per_pair``.
+    clue_bytes: size of one clue vector.
+    clues_of_lists: whether pairs share lists of clues, so that computing them pass by pass would repeat the work.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    max_tokens: int
+    max_pairs: int | None = None
+    micro_batch: int | None = None
+    with_grad: bool = False
+    deterministic: bool = False
+    unpadded: bool = False
+    shared: bool = True
+    prefilled: bool = False
+    clue_per_token: bool = False
+    clues_per_pair: int = 0
+    clue_bytes: int = 0
+    clues_of_lists: bool = False
+
+    @property
+    def one_pair(self) -> bool:
+        """Whether every pass reads one document or one pair."""
+        return self.deterministic or self.unpadded
+
+    @property
+    def pairs_per_pass(self) -> int | None:
+        """Pairs in a suffix pass at most; None: as many as the token budget allows."""
+        if self.one_pair:
+            return 1
+        limits = [limit for limit in (self.max_pairs, self.micro_batch if self.with_grad else None) if limit]
+        return min(limits, default=None)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether suffix passes are computed again in the backward pass, which saves the memory of all but one."""
+        return self.with_grad and bool(self.max_pairs or self.micro_batch)
+
+    @property
+    def document_tokens(self) -> int:
+        """Token budget of the documents whose pairs are scored together; 1: one document."""
+        if self.one_pair:
+            return 1
+        if self.with_grad and not self.prefilled:
+            return self.max_tokens
+        return prefix_tokens(self.max_tokens, self.device, self.prefilled)
+
+    def clues_together(self, batch: PairBatch) -> bool:
+        """Whether the clues of all pairs are computed together, before the passes that read them."""
+        if self.deterministic:
+            return False
+        if self.with_grad or self.clues_of_lists:
+            return True
+        clues = max(map(len, batch.queries)) if self.clue_per_token else self.clues_per_pair
+        return len(batch) * clues * self.clue_bytes <= CLUE_BYTES
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Documents that are read together, and the suffix passes over their pairs.
+
+    documents: indices into ``batch.documents``.
+    shared: whether a prefix pass over these documents comes first; otherwise every pair is read as a whole prompt.
+    suffixes: for each suffix pass the pairs that it reads, as indices into ``batch.pairs``.
+    clues_of: pairs whose clues are computed together (the same object in all passes that use them); None: those of each
+        suffix pass are computed just before it.
+    """
+
+    documents: list[int]
+    shared: bool
+    suffixes: list[list[int]]
+    clues_of: list[int] | None
+
+
+def schedule(batch: PairBatch, limits: Limits, tables: Sequence[int] | None = None) -> Iterator[Pass]:
+    """The passes that score a batch. Each pair is in exactly one suffix pass.
+
+    tables: for each pair the rotary table that its prompt is read with, which all pairs of a pass share; 0 is the table
+        that prefixes are cached with, and pairs with another one are read as whole prompts. None: all are 0.
+    """
+    tables = [0] * len(batch) if tables is None else tables
+    for table in sorted(set(tables)):
+        pairs = [i for i, own in enumerate(tables) if own == table]
+        own_limits = replace(limits, shared=False, prefilled=False) if table else limits
+        part = batch.select(pairs)
+        clues_of = pairs if own_limits.clues_together(part) else None
+        worth = tokens_worth_a_pass(limits.device, limits.dtype)
+        padding = worth * (READ_TOKENS_PER_TOKEN if own_limits.prefilled else 1)
+        for documents in prefix_groups(part, own_limits.document_tokens, padding):
+            groups = suffix_groups(
+                part,
+                documents,
+                limits.max_tokens,
+                limits.pairs_per_pass,
+                worth,
+                own_limits.shared,
+                limits.clue_per_token,
+                shape_step(limits.device, limits.dtype),
+            )
+            suffixes = [[pairs[i] for i in group] for group in groups]
+            yield Pass(documents, own_limits.shared, suffixes, clues_of)
 
 
 def default_tokens(device: torch.device) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.attention_clues import AttentionClues
+from ..engine.filling import CacheFilling
 from ..engine.memory import plan_memory
 from ..engine.schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
 from ..lm.arguments import expect_model
@@ -356,18 +357,13 @@ class Reranker:
         if self.path != "document_first" or self.cache is None:
             return document_jobs(batch, size), False
         jobs = list(document_jobs(batch, min(size, _PAIRS_PER_READ)))
-        at_once = self.model.device.type == "cpu" and self.model.has_room(batch, self.cache)
-        in_files = self.model.announce(batch if at_once else batch.select(jobs[0]), self.cache, self.deterministic)
+        filling = CacheFilling(self.model.engine, self.cache, self.deterministic)
+        at_once = self.model.device.type == "cpu" and filling.has_room(batch)
+        in_files = filling.announce(batch if at_once else batch.select(jobs[0]))
         if in_files and not at_once:  # copies to a GPU and its passes go on side by side
-            return self._read_ahead(batch, jobs), False
-        filled = self._within_memory(lambda tokens: self.model.fill(batch, self.cache, tokens, self.deterministic))
+            return _read_ahead(filling, batch, jobs), False
+        filled = self._within_memory(lambda tokens: filling.fill(batch, tokens))
         return (suffix_jobs if filled else document_jobs)(batch, size), filled
-
-    def _read_ahead(self, batch: PairBatch, jobs: list[list[int]]) -> Iterator[list[int]]:
-        """The jobs; while one is scored, the system reads the files of the next one."""
-        for job, following in zip_longest(jobs, jobs[1:], fillvalue=()):
-            self.model.announce(batch.select(following), self.cache, self.deterministic)
-            yield job
 
     @torch.no_grad()
     def _within_memory(self, work: Callable[[int], Result]) -> Result:
@@ -408,6 +404,13 @@ def _expect_no_activation(what: str, activation_fn: object, apply_softmax: objec
         raise ValueError(f"{what}: there is one score a pair and no classes; leave apply_softmax out")
     if num_workers:
         raise ValueError(f"{what}: texts are tokenised in this process; leave num_workers out")
+
+
+def _read_ahead(filling: CacheFilling, batch: PairBatch, jobs: list[list[int]]) -> Iterator[list[int]]:
+    """The jobs; while one is scored, the system reads the files of the next one."""
+    for job, following in zip_longest(jobs, jobs[1:], fillvalue=()):
+        filling.announce(batch.select(following))
+        yield job
 
 
 def _blocks(candidates: Sequence[Sequence], max_pairs: int) -> Iterator[range]:

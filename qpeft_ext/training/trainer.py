@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify
 
 from ..adapters.files import load_weights_into
 from ..config import QPeftConfig
+from ..engine.filling import CacheFilling
 from ..engine.schedule import default_tokens
 from ..formats.example_keys import table_rows, view
 from ..model import QPeftModel
@@ -282,7 +283,10 @@ class QPeftTrainer(Trainer):
         """ℓ, the mean log-likelihood per query token, of every query and document, [Q, M] float32."""
         batch, tokens, cache = inputs["pairs"], self._max_tokens_per_batch, self.cache
         with_grad = torch.is_grad_enabled() and self.model.engine.prefix_is_trained
-        prefilled = cache is not None and not with_grad and self.model.fill(batch, cache, tokens, self.deterministic)
+        prefilled = False
+        if cache is not None and not with_grad:
+            with self.model.passes():
+                prefilled = CacheFilling(self.model.engine, cache, self.deterministic).fill(batch, tokens)
         scores = model(
             batch,
             cache=cache,
