@@ -1,4 +1,4 @@
-// From a tensor's dtype to a C++ type, for the kernels of both devices.
+// From a tensor to C++: its dtype as a type, its memory as a pointer, for the kernels of both devices.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -6,6 +6,24 @@
 #include "checks.h"
 
 namespace qpeft {
+
+// The numbers of a tensor, to be written or only read; null for a tensor that is not given.
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <typename T>
+T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+const T* const_data(const std::optional<Tensor>& tensor) {
+  return tensor ? const_data<T>(*tensor) : nullptr;
+}
 
 // Calls f with a value of the dtype of sums: float or double (checks.h admitted nothing else).
 template <typename F>

@@ -30,7 +30,6 @@ SLOW = (  # parts of test ids that `make check` leaves out: processes killed and
     "ops/test_cuda_",
     "compile",
     "opcheck",
-    "'D': 4096",
     "killed",
     "new_process",
     "another_process",

@@ -20,14 +20,6 @@ struct Delete {
   void operator()(AttentionMemory* memory) const { delete_attention_memory(memory); }
 };
 
-template <typename T = const uint16_t>
-T* words(const Tensor& x) {
-  if constexpr (std::is_const_v<T>)
-    return static_cast<T*>(x.const_data_ptr());
-  else
-    return static_cast<T*>(x.mutable_data_ptr());
-}
-
 // x [B, L, H, D] contiguous: the rows of item b from head h on
 template <typename T>
 HeadRows<T> heads_of(T* x, int64_t b, int64_t h, int64_t L, int64_t H, int64_t D) {
@@ -63,10 +55,10 @@ void for_heads(const char* op, const Tensor& query, const Tensor& key, const Ten
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / parts / heads, h = i / parts % heads, first = std::min(i % parts * of_part, rows);
       AttentionHead head = all;
-      head.query.at = words(query) + b * query.stride(0) + h * shared * query.stride(1);
-      head.key = words(key) + b * key.stride(0) + h * key.stride(1);
-      head.value = words(value) + b * value.stride(0) + h * value.stride(1);
-      head.mask = static_cast<const bool*>(mask.const_data_ptr()) + b * mask_item;
+      head.query.at = words_of(query) + b * query.stride(0) + h * shared * query.stride(1);
+      head.key = words_of(key) + b * key.stride(0) + h * key.stride(1);
+      head.value = words_of(value) + b * value.stride(0) + h * value.stride(1);
+      head.mask = const_data<bool>(mask) + b * mask_item;
       f(head, *memory, Part{b, h * shared, first, std::min(first + of_part, rows)});
     }
   });
@@ -77,8 +69,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   const int64_t B = query.size(0), H = query.size(1), L = query.size(2), D = query.size(3);
   Tensor out = torch::stable::new_empty(query, {B, L, H, D});
   Tensor lse = torch::stable::new_empty(query, {B, H, L}, ScalarType::Float);
-  auto* to = words<uint16_t>(out);
-  auto* sums = static_cast<float*>(lse.mutable_data_ptr());
+  auto* to = data<uint16_t>(out);
+  auto* sums = data<float>(lse);
   for_heads("bfloat16_attention", query, key, value, mask, static_cast<float>(scale), false,
             [&](const AttentionHead& head, AttentionMemory& memory, const Part& part) {
               attend(head, part.begin, part.end, memory, heads_of(to, part.item, part.query_head, L, H, D),
@@ -98,16 +90,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor out, Tensor lse,
   Tensor grad_query = torch::stable::new_empty(query, {B, L, H, D});
   Tensor grad_key = torch::stable::new_empty(key, {B, key.size(1), T, D});
   Tensor grad_value = torch::stable::new_empty(value, {B, key.size(1), T, D});
-  auto *of_query = words<uint16_t>(grad_query), *of_key = words<uint16_t>(grad_key),
-       *of_value = words<uint16_t>(grad_value);
-  const auto* sums = static_cast<const float*>(lse.const_data_ptr());
+  auto *of_query = data<uint16_t>(grad_query), *of_key = data<uint16_t>(grad_key),
+       *of_value = data<uint16_t>(grad_value);
+  const auto* sums = const_data<float>(lse);
   for_heads(op, query, key, value, mask, static_cast<float>(scale), true,
             [&](const AttentionHead& head, AttentionMemory& memory, const Part& part) {
               const int64_t b = part.item, h = part.query_head;
               const int64_t of_keys = (b * (H / head.heads) + h / head.heads) * T * D;
-              attend_backward(head, memory, heads_of(words(out), b, h, L, H, D), sums + (b * H + h) * L,
-                              heads_of(words(grad), b, h, L, H, D), heads_of(of_query, b, h, L, H, D), of_key + of_keys,
-                              of_value + of_keys);
+              attend_backward(head, memory, heads_of(words_of(out), b, h, L, H, D), sums + (b * H + h) * L,
+                              heads_of(words_of(grad), b, h, L, H, D), heads_of(of_query, b, h, L, H, D),
+                              of_key + of_keys, of_value + of_keys);
             });
   return {grad_query, grad_key, grad_value};
 }

@@ -59,13 +59,13 @@ void products(Tensor a, Tensor b, Tensor out, bool tiles) {
   if (N == 0 || C == 0) return;
   const int64_t packed_pairs = round_up(pairs, by.pairs_step);
   Tensor packed = torch::stable::new_empty(a, {round_up(N, kVector), 2 * packed_pairs});
-  auto* packed_at = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  auto* packed_at = data<uint32_t>(packed);
   parallel((N + kVector - 1) / kVector, 4096 / (pairs + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * kVector; n < std::min(end * kVector, N); n += kVector)
       by.pack_vector(words_of(a) + n * a.stride(0), a.stride(0), std::min(kVector, N - n), pairs, packed_pairs,
                      packed_at + n * packed_pairs);
   });
-  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  auto* to = data<float>(out);
   const int64_t groups = (C + by.words - 1) / by.words;
   parallel(groups, (1 << 20) / (N * std::max<int64_t>(D, 1) * by.words) + 1, [&](int64_t begin, int64_t end) {
     by.products_of_words(packed_at, N, pairs, words_of(b), b.stride(0), begin * by.words, std::min(end * by.words, C),
@@ -81,7 +81,7 @@ void add_product(Tensor total, Tensor a, Tensor b, bool tiles) {
   const int64_t N = a.size(0), C = a.size(1), D = b.size(1);
   if (N == 0 || C == 0 || D == 0) return;
   const int64_t tiles_of_b = (D + kColumns - 1) / kColumns, blocks = (N + by.rows - 1) / by.rows;
-  auto* to = static_cast<float*>(total.mutable_data_ptr());
+  auto* to = data<float>(total);
   parallel(tiles_of_b * blocks, (1 << 20) / (std::min(N, by.rows) * C * kColumns) + 1,
            [&](int64_t first, int64_t last) {
              for (int64_t at = first, count; at < last; at += count) {

@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, double eps) {
   check_bfloat16_rms_norm(op, x, weight);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor scale = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Float);
-  auto* to = static_cast<uint16_t*>(out.mutable_data_ptr());
-  auto* scales = static_cast<float*>(scale.mutable_data_ptr());
+  auto* to = data<uint16_t>(out);
+  auto* scales = data<float>(scale);
   for_rows(op, x, [&](int64_t begin, int64_t end) {
     rms_norm_rows(words_of(x), x.stride(0), words_of(weight), static_cast<float>(eps), begin, end, x.size(1), to,
                   scales);
@@ -45,8 +45,8 @@ Tensor backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) {
   expect(op, "grad", grad, {x.size(0), x.size(1)}, ScalarType::BFloat16);
   expect(op, "scale", scale, {x.size(0)}, ScalarType::Float);
   Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  auto* to = static_cast<uint16_t*>(grad_x.mutable_data_ptr());
-  const auto* scales = static_cast<const float*>(scale.const_data_ptr());
+  auto* to = data<uint16_t>(grad_x);
+  const auto* scales = const_data<float>(scale);
   for_rows(op, x, [&](int64_t begin, int64_t end) {
     rms_norm_rows_backward(words_of(grad), words_of(x), x.stride(0), words_of(weight), scales, begin, end, x.size(1),
                            to);

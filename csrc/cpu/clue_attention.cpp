@@ -34,8 +34,8 @@ struct Scores {
   int64_t U, R, n, first_slot;
 
   Scores(const Tensor& scores, const Tensor& slots_, int64_t first)
-      : at(static_cast<const Sum*>(scores.const_data_ptr())),
-        slots(static_cast<const int32_t*>(slots_.const_data_ptr())),
+      : at(const_data<Sum>(scores)),
+        slots(const_data<int32_t>(slots_)),
         U(scores.size(0)),
         R(scores.size(1)),
         n(slots_.size(1)),
@@ -50,11 +50,11 @@ struct Scores {
 void log_sum_exp(Tensor scores, Tensor slots, Tensor counts, int64_t first_slot, Tensor lse) {
   make_contiguous({&scores, &slots, &counts});
   check_clue_attention_lse("clue_attention_lse", scores, slots, counts, lse);
-  const auto* count_at = static_cast<const int32_t*>(counts.const_data_ptr());
+  const auto* count_at = const_data<int32_t>(counts);
   dispatch_sum(scores.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
     const Scores<Sum> score(scores, slots, first_slot);
-    auto* lse_at = static_cast<Sum*>(lse.mutable_data_ptr());
+    auto* lse_at = data<Sum>(lse);
     for_stripes(slots.size(0), score.R, score.n, [&](int64_t p, int64_t first, int64_t width) {
       Sum max[kStripe], sum[kStripe];
       std::fill(max, max + kStripe, Sum(-INFINITY));
@@ -88,12 +88,12 @@ void normalise(Sum* w, int64_t n, int64_t stride, int64_t width) {
 void weigh(Tensor scores, Tensor slots, Tensor counts, Tensor lse, int64_t first_slot, Tensor weights) {
   make_contiguous({&scores, &slots, &counts, &lse});
   check_clue_attention_weights(scores, slots, counts, lse, weights, scores.scalar_type());
-  const auto* count_at = static_cast<const int32_t*>(counts.const_data_ptr());
+  const auto* count_at = const_data<int32_t>(counts);
   dispatch_sum(scores.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
     const Scores<Sum> score(scores, slots, first_slot);
-    const auto* lse_at = static_cast<const Sum*>(lse.const_data_ptr());
-    auto* weight_at = static_cast<Sum*>(weights.mutable_data_ptr());
+    const auto* lse_at = const_data<Sum>(lse);
+    auto* weight_at = data<Sum>(weights);
     for_stripes(slots.size(0), score.R, score.n, [&](int64_t p, int64_t first, int64_t width) {
       const Sum* total = lse_at + p * score.R + first;
       for (int64_t j = 0; j < score.n; ++j) {
@@ -115,11 +115,11 @@ void softmax_backward(Tensor weights, Tensor slots, Tensor grad_weights) {
   make_contiguous({&weights, &slots});
   check_clue_attention_softmax_backward(weights, slots, grad_weights, grad_weights.scalar_type());
   const int64_t P = slots.size(0), n = slots.size(1), R = weights.size(2);
-  const auto* slot_at = static_cast<const int32_t*>(slots.const_data_ptr());
+  const auto* slot_at = const_data<int32_t>(slots);
   dispatch_sum(weights.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    const auto* weight_at = static_cast<const Sum*>(weights.const_data_ptr());
-    auto* grad_at = static_cast<Sum*>(grad_weights.mutable_data_ptr());
+    const auto* weight_at = const_data<Sum>(weights);
+    auto* grad_at = data<Sum>(grad_weights);
     for_stripes(P, R, n, [&](int64_t p, int64_t first, int64_t width) {
       Sum dot[kStripe] = {};
       for (int64_t j = 0; j < n; ++j) {

@@ -21,8 +21,8 @@ void parallel(int64_t n, int64_t grain, const F& f) {
   if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
 }
 
-// The bfloat16 of a tensor.
-inline const uint16_t* words_of(const Tensor& x) { return static_cast<const uint16_t*>(x.const_data_ptr()); }
+// The bfloat16 numbers of a tensor, as bits.
+inline const uint16_t* words_of(const Tensor& x) { return const_data<uint16_t>(x); }
 
 // exp for loops that the compiler is to vectorise (a call to std::exp ends that). Relative error 2e-7; 0 below -87.3.
 inline float vector_exp(float x) {

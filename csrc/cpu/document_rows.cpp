@@ -19,20 +19,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor docum
   check_document_rows_distinct(document_ids, document_mask, group_index, num_groups, num_rows);
   using torch::stable::new_empty;
   const int64_t B = document_ids.size(0), S = document_ids.size(1);
-  const auto* id_at = static_cast<const int64_t*>(document_ids.const_data_ptr());
-  const auto* mask_at = static_cast<const bool*>(document_mask.const_data_ptr());
-  const auto* group_of = static_cast<const int64_t*>(group_index.const_data_ptr());
+  const auto* id_at = const_data<int64_t>(document_ids);
+  const auto* mask_at = const_data<bool>(document_mask);
+  const auto* group_of = const_data<int64_t>(group_index);
 
   const Tensor row_offsets = new_empty(group_index, {num_groups + 1});
   const Tensor ids = new_empty(document_ids, {B, S});
   const Tensor slots = new_empty(document_ids, {B, S}, ScalarType::Int);
   const Tensor counts = new_empty(document_ids, {B, S}, ScalarType::Int);
   const Tensor lengths = new_empty(document_ids, {B});
-  auto* offset_at = static_cast<int64_t*>(row_offsets.mutable_data_ptr());
-  auto* out_ids = static_cast<int64_t*>(ids.mutable_data_ptr());
-  auto* out_slots = static_cast<int32_t*>(slots.mutable_data_ptr());
-  auto* out_counts = static_cast<int32_t*>(counts.mutable_data_ptr());
-  auto* out_lengths = static_cast<int64_t*>(lengths.mutable_data_ptr());
+  auto* offset_at = data<int64_t>(row_offsets);
+  auto* out_ids = data<int64_t>(ids);
+  auto* out_slots = data<int32_t>(slots);
+  auto* out_counts = data<int32_t>(counts);
+  auto* out_lengths = data<int64_t>(lengths);
 
   // pairs by group, their order kept
   std::vector<int64_t> pair_offsets(num_groups + 1), pairs(B);
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor docum
     offset_at[g + 1] = static_cast<int64_t>(rows.size());
   }
   const Tensor out_rows = new_empty(document_ids, {static_cast<int64_t>(rows.size())});
-  std::copy(rows.begin(), rows.end(), static_cast<int64_t*>(out_rows.mutable_data_ptr()));
+  std::copy(rows.begin(), rows.end(), data<int64_t>(out_rows));
   return {out_rows, row_offsets, ids, slots, counts, lengths};
 }
 
@@ -116,7 +116,7 @@ void gather(Tensor table, Tensor rows, Tensor block, std::optional<Tensor> inver
   check_document_rows_gather(table, rows, block, inverse_norms, sum_dtype(table.scalar_type()));
   const int64_t n = rows.size(0), V = table.size(0), D = table.size(1);
   if (n == 0) return;
-  const auto* row_at = static_cast<const int64_t*>(rows.const_data_ptr());
+  const auto* row_at = const_data<int64_t>(rows);
   for (int64_t i = 0; i < n; ++i)
     STD_TORCH_CHECK(row_at[i] >= -1 && row_at[i] < V, "document_rows_gather: rows[", i, "] = ", row_at[i],
                     " is outside [-1, ", V, ")");
@@ -125,9 +125,9 @@ void gather(Tensor table, Tensor rows, Tensor block, std::optional<Tensor> inver
       "document_rows_gather", table.scalar_type(), [&](auto row_tag, auto sum_tag) {
         using Row = decltype(row_tag);
         using Sum = decltype(sum_tag);
-        const auto* from = static_cast<const Row*>(table.const_data_ptr());
-        auto* to = static_cast<Sum*>(block.mutable_data_ptr());
-        auto* norms = inverse_norms ? static_cast<Sum*>(inverse_norms->mutable_data_ptr()) : nullptr;
+        const auto* from = const_data<Row>(table);
+        auto* to = data<Sum>(block);
+        auto* norms = data<Sum>(inverse_norms);
         parallel(n, 16384 / std::max<int64_t>(D, 1), [&](int64_t begin, int64_t end) {
           for (int64_t i = begin; i < end; ++i) {
             Sum* out = to + i * block_stride;

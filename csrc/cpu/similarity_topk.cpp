@@ -19,14 +19,14 @@ void reduce(Tensor similarity, std::optional<Tensor> inverse_norms, Tensor query
   check_similarity_topk_reduce(similarity, inverse_norms, query_mask, best, query_positions);
   const int64_t n = similarity.size(0), M = query_mask.size(0), T = query_mask.size(1);
   if (n == 0 || M == 0) return;
-  const auto* mask = static_cast<const bool*>(query_mask.const_data_ptr());
+  const auto* mask = const_data<bool>(query_mask);
   const int64_t best_stride = best.stride(0), position_stride = query_positions.stride(0);
   dispatch_sum(similarity.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    const auto* products = static_cast<const Sum*>(similarity.const_data_ptr());
-    const auto* norms = inverse_norms ? static_cast<const Sum*>(inverse_norms->const_data_ptr()) : nullptr;
-    auto* out = static_cast<Sum*>(best.mutable_data_ptr());
-    auto* out_position = static_cast<int32_t*>(query_positions.mutable_data_ptr());
+    const auto* products = const_data<Sum>(similarity);
+    const auto* norms = const_data<Sum>(inverse_norms);
+    auto* out = data<Sum>(best);
+    auto* out_position = data<int32_t>(query_positions);
     parallel(n, 65536 / (M * T + 1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t m = 0; m < M; ++m) {
@@ -58,18 +58,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(Tensor best, Tensor best_posit
   const Tensor clue_ids = new_empty(ids, {B, k});
   const Tensor query_positions = new_empty(ids, {B, k});
   const Tensor chosen_norms = new_empty(best, {B, k});
-  const auto* position_at = static_cast<const int32_t*>(best_positions.const_data_ptr());
-  const auto* row_of = static_cast<const int64_t*>(best_row.const_data_ptr());
-  const auto* id_at = static_cast<const int64_t*>(ids.const_data_ptr());
-  const auto* slot_at = static_cast<const int32_t*>(slots.const_data_ptr());
-  auto* out_ids = static_cast<int64_t*>(clue_ids.mutable_data_ptr());
-  auto* out_positions = static_cast<int64_t*>(query_positions.mutable_data_ptr());
+  const auto* position_at = const_data<int32_t>(best_positions);
+  const auto* row_of = const_data<int64_t>(best_row);
+  const auto* id_at = const_data<int64_t>(ids);
+  const auto* slot_at = const_data<int32_t>(slots);
+  auto* out_ids = data<int64_t>(clue_ids);
+  auto* out_positions = data<int64_t>(query_positions);
   dispatch_sum(best.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    const auto* score_at = static_cast<const Sum*>(best.const_data_ptr());
-    const auto* norm_at = inverse_norms ? static_cast<const Sum*>(inverse_norms->const_data_ptr()) : nullptr;
-    auto* out_scores = static_cast<Sum*>(scores.mutable_data_ptr());
-    auto* out_norms = static_cast<Sum*>(chosen_norms.mutable_data_ptr());
+    const auto* score_at = const_data<Sum>(best);
+    const auto* norm_at = const_data<Sum>(inverse_norms);
+    auto* out_scores = data<Sum>(scores);
+    auto* out_norms = data<Sum>(chosen_norms);
     parallel(B, 16384 / (S + 1), [&](int64_t begin, int64_t end) {
       std::vector<Candidate<Sum>> candidates;
       candidates.reserve(S);

@@ -124,11 +124,6 @@ void gradient_row(double* z, int64_t C, double lse, double grad, SoftCap<double>
   minus_probabilities(z, C, lse, grad, cap);
 }
 
-template <typename Sum>
-const Sum* data_or_null(const std::optional<Tensor>& x) {
-  return x ? static_cast<const Sum*>(x->const_data_ptr()) : nullptr;
-}
-
 // Whether rows are kept in bfloat16.
 bool narrows(const char* op, const Tensor& logits, ScalarType kept) {
   const bool narrow = kept == ScalarType::BFloat16 && logits.scalar_type() == ScalarType::Float;
@@ -147,14 +142,14 @@ void chunk(Tensor logits, std::optional<Tensor> bias, Tensor target_ids, int64_t
   const int64_t N = logits.size(0), C = logits.size(1), stride = logits.stride(0);
   const int64_t D = expectation ? expectation->size(1) : 0;
   if (N == 0 || C == 0) return;
-  const auto* target_at = static_cast<const int64_t*>(target_ids.const_data_ptr());
+  const auto* target_at = const_data<int64_t>(target_ids);
   dispatch_sum(logits.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    const Logit<Sum> logit{data_or_null<Sum>(bias), static_cast<Sum>(logit_scale), cap_or_none<Sum>(soft_cap)};
-    auto* x = static_cast<Sum*>(logits.mutable_data_ptr());
-    auto* max_at = static_cast<Sum*>(running.mutable_data_ptr());
+    const Logit<Sum> logit{const_data<Sum>(bias), static_cast<Sum>(logit_scale), cap_or_none<Sum>(soft_cap)};
+    auto* x = data<Sum>(logits);
+    auto* max_at = data<Sum>(running);
     Sum *sum_at = max_at + N, *target_z = sum_at + N;
-    auto* sums = expectation ? static_cast<Sum*>(expectation->mutable_data_ptr()) : nullptr;
+    auto* sums = data<Sum>(expectation);
     parallel(N, 16384 / C, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         Sum* z = x + row * stride;
@@ -187,19 +182,19 @@ void finish(Tensor running, const Tensor lm_head, Tensor target_ids, double logi
   expect_soft_cap(op, soft_cap);
   const int64_t N = target_ids.size(0), V = lm_head.size(0), D = lm_head.size(1);
   const int64_t word_stride = lm_head.stride(0), column_stride = lm_head.stride(1);
-  const auto* target_at = static_cast<const int64_t*>(target_ids.const_data_ptr());
+  const auto* target_at = const_data<int64_t>(target_ids);
   for (int64_t row = 0; row < N; ++row)
     STD_TORCH_CHECK(target_at[row] >= 0 && target_at[row] < V, op, ": target_ids[", row, "] is outside [0, V)");
   dispatch_table<torch::headeronly::Half, torch::headeronly::BFloat16>(
       op, lm_head.scalar_type(), [&](auto tag, auto sum_tag) {
         using Row = decltype(tag);
         using Sum = decltype(sum_tag);
-        const auto* max_at = static_cast<const Sum*>(running.const_data_ptr());
+        const auto* max_at = const_data<Sum>(running);
         const Sum *sum_at = max_at + N, *target_z = sum_at + N;
-        const auto* words = static_cast<const Row*>(lm_head.const_data_ptr());
-        auto* log_p_at = static_cast<Sum*>(log_p.mutable_data_ptr());
-        auto* lse_at = static_cast<Sum*>(lse.mutable_data_ptr());
-        auto* sums = expectation ? static_cast<Sum*>(expectation->mutable_data_ptr()) : nullptr;
+        const auto* words = const_data<Row>(lm_head);
+        auto* log_p_at = data<Sum>(log_p);
+        auto* lse_at = data<Sum>(lse);
+        auto* sums = data<Sum>(expectation);
         const SoftCap<Sum> cap{cap_or_none<Sum>(soft_cap)};
         parallel(N, 65536 / std::max<int64_t>(D, 1), [&](int64_t begin, int64_t end) {
           for (int64_t row = begin; row < end; ++row) {
@@ -226,14 +221,14 @@ void chunk_backward(Tensor logits, std::optional<Tensor> bias, Tensor target_ids
   const bool narrow = narrows("token_log_likelihood_chunk_backward", logits, kept);
   const int64_t N = logits.size(0), C = logits.size(1), stride = logits.stride(0);
   if (N == 0 || C == 0) return;
-  const auto* target_at = static_cast<const int64_t*>(target_ids.const_data_ptr());
+  const auto* target_at = const_data<int64_t>(target_ids);
   dispatch_sum(logits.scalar_type(), [&](auto tag) {
     using Sum = decltype(tag);
-    const Logit<Sum> logit{data_or_null<Sum>(bias), static_cast<Sum>(logit_scale), cap_or_none<Sum>(soft_cap)};
+    const Logit<Sum> logit{const_data<Sum>(bias), static_cast<Sum>(logit_scale), cap_or_none<Sum>(soft_cap)};
     const SoftCap<Sum> cap{logit.cap};
-    auto* x = static_cast<Sum*>(logits.mutable_data_ptr());
-    const auto* lse_at = static_cast<const Sum*>(lse.const_data_ptr());
-    const auto* grad_at = static_cast<const Sum*>(grad.const_data_ptr());
+    auto* x = data<Sum>(logits);
+    const auto* lse_at = const_data<Sum>(lse);
+    const auto* grad_at = const_data<Sum>(grad);
     parallel(N, 16384 / C, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         Sum* z = x + row * stride;

@@ -18,8 +18,8 @@ void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Te
   check_weighted_rows(source, rows, weights, offsets, out);
   const int64_t G = offsets.size(0) - 1, N = source.size(0), D = source.size(1), E = rows.size(0),
                 stride = source.stride(0);
-  const auto* row_at = static_cast<const int64_t*>(rows.const_data_ptr());
-  const auto* offset_at = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const auto* row_at = const_data<int64_t>(rows);
+  const auto* offset_at = const_data<int64_t>(offsets);
   for (int64_t g = 0; g < G; ++g)
     STD_TORCH_CHECK(offset_at[g] >= 0 && offset_at[g] <= offset_at[g + 1] && offset_at[g + 1] <= E, op, ": offsets[", g,
                     "] to offsets[", g + 1, "] are no range in [0, ", E, "]");
@@ -28,9 +28,9 @@ void weighted_rows(Tensor source, Tensor rows, std::optional<Tensor> weights, Te
   dispatch_table<c10::Half, c10::BFloat16>(op, source.scalar_type(), [&](auto row_tag, auto sum_tag) {
     using Row = decltype(row_tag);
     using Sum = decltype(sum_tag);
-    const auto* from = static_cast<const Row*>(source.const_data_ptr());
-    const auto* weight_at = weights ? static_cast<const Sum*>(weights->const_data_ptr()) : nullptr;
-    auto* to = static_cast<Sum*>(out.mutable_data_ptr());
+    const auto* from = const_data<Row>(source);
+    const auto* weight_at = const_data<Sum>(weights);
+    auto* to = data<Sum>(out);
     constexpr int64_t kPart = 2048;
     const int64_t parts = (D + kPart - 1) / kPart;
     parallel(G * parts, 16384 / std::max<int64_t>(E / std::max<int64_t>(G, 1) * std::min(D, kPart), 1),

@@ -52,17 +52,4 @@ struct OnDevice {
 };
 #endif
 
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-template <typename T>
-const T* const_data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <typename T>
-const T* const_data(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
 }  // namespace qpeft

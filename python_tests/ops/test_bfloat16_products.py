@@ -78,12 +78,14 @@ def test_products_see_nan_and_infinity(tiles):
 def test_products_refuse():
     products, add = torch.ops.qpeft_ext.bfloat16_products, torch.ops.qpeft_ext.bfloat16_add_product
     a, b, out = random(4, 6), random(5, 6), torch.empty(4, 5)
+    products(a.mT.contiguous().mT, b, out)  # an input is copied where its last stride is not 1; a result cannot be
+    torch.testing.assert_close(out, a.float() @ b.float().T)
     for arguments, words in [
         ((a.float(), b, out), "a has the wrong dtype"),
         ((a[:, :5], b[:, :5], out), "even number"),
         ((a, b[:, :4], out), "b must have size 6"),
         ((a, b, out[:3]), "out must have size 4"),
-        ((a.mT.contiguous().mT, b, out), "last stride 1"),
+        ((a, b, out.mT.contiguous().mT), "out must have last stride 1"),
         ((a, b, out.double()), "wrong dtype"),
     ]:
         with pytest.raises(RuntimeError, match=f"bfloat16_products: .*{words}"):

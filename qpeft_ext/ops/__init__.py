@@ -1,4 +1,4 @@
-"""The operators. Each module: the public function with its checks, its parts for both devices, and ``reference``."""
+"""The operators. A module has the public function with its checks, its kernels, and its definition, ``reference``."""
 
 from . import _library
 

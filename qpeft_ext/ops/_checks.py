@@ -1,4 +1,4 @@
-"""Checks of the operators' arguments, in the user's words."""
+"""Check the arguments of the operators, and say in the user's words what is wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def expect_shape(op: str, name: str, x: Tensor, words: str, shape: tuple[int | None, ...]) -> None:
-    """``shape``: one entry per dimension, None for any size; ``words``: the same in letters."""
+    """Raise ValueError unless ``x`` has this shape; None allows any size, and ``words`` is the shape in letters."""
     if x.dim() != len(shape) or any(size is not None and size != got for size, got in zip(shape, x.shape, strict=True)):
         known = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} must have shape {words} = [{known}], got {list(x.shape)}")
@@ -19,7 +19,7 @@ def expect_dtype(op: str, name: str, x: Tensor, dtype: torch.dtype) -> None:
 
 
 def expect_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    """Same floating dtype and device as ``like``."""
+    """Raise unless ``x`` has the dtype of ``like``, which must be floating (TypeError), and its device (ValueError)."""
     if not like.is_floating_point():
         raise TypeError(f"{op}: {like_name} must be floating, got {_word(like.dtype)}")
     if x.dtype != like.dtype:
@@ -41,7 +41,7 @@ def check_documents(
     document_mask: Tensor,
     query_index: Tensor,
 ) -> None:
-    """The inputs that `similarity_topk` and `clue_attention` have in common."""
+    """Check the inputs that `similarity_topk` and `clue_attention` have in common."""
     expect_shape(op, "table", table, "[V, D]", (None, None))
     expect_shape(op, "query_embeds", query_embeds, "[Q, T, D]", (None, None, table.shape[1]))
     expect_shape(op, "query_mask", query_mask, "[Q, T]", tuple(query_embeds.shape[:2]))
@@ -59,7 +59,7 @@ def check_documents(
 
 
 def check_ids(op: str, name: str, ids: Tensor, size: int, size_name: str, mask: Tensor | None = None) -> None:
-    """IndexError for an id outside [0, size) that counts. On CUDA looking would wait for the GPU; the kernels trap."""
+    """Raise IndexError for an unmasked id outside [0, size). CUDA would have to wait for this; its kernels check."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = (ids < 0) | (ids >= size)

@@ -1,4 +1,4 @@
-"""What the operators share: registration of their Python parts, words for wrong inputs, blocks of table rows."""
+"""Parts that the operators share: registration of their Python kernels, products, blocks of table rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.autograd import forward_ad
 from ._library import registered
 from .hardware import _has_onednn, few_heights, has_bfloat16_products
 
-BLOCK_BYTES = 2 << 20  # gathered rows at a time: 128 of 4096 float32, which stay in the cache for the GEMM
+BLOCK_BYTES = 2 << 20  # of rows gathered at a time: 128 of 4096 float32, which stay in the cache for the GEMM
 
 
 def implement(name: str, keys: str | tuple[str, ...] = ("cpu", "cuda")):
-    """Decorator: this Python function is the kernel of ``qpeft_ext::name``; nothing happens without the library."""
+    """Return a decorator that makes a function the kernel of ``qpeft_ext::name``, if the library is loaded."""
 
     def register(function):
         if registered():
@@ -29,12 +29,12 @@ def implement(name: str, keys: str | tuple[str, ...] = ("cpu", "cuda")):
 
 
 def fake(name: str):
-    """Decorator: shapes and dtypes of ``qpeft_ext::name``, which torch.compile asks for."""
+    """Return a decorator for the function that tells torch.compile the shapes and dtypes of ``qpeft_ext::name``."""
     return torch.library.register_fake(f"qpeft_ext::{name}") if registered() else lambda function: function
 
 
 def differentiable(name: str, setup_context, backward) -> None:
-    """Registers ``backward``. Differentiating it again is a RuntimeError, never a wrong number."""
+    """Register ``backward`` for ``qpeft_ext::name``. Differentiating it again raises RuntimeError."""
 
     def first_order(ctx, *grads):
         if not torch.is_grad_enabled():
@@ -49,9 +49,9 @@ def differentiable(name: str, setup_context, backward) -> None:
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Hands gradients on, which depend on some tensors in a way that nobody knows.
+    """Pass gradients through, connected to the tensors they depend on, with a backward that raises.
 
-    `once_differentiable` connects them with nothing, so `torch.autograd.grad` would take them for constants.
+    torch's `once_differentiable` does not connect them, so `torch.autograd.grad` would treat them as constants.
     """
 
     @staticmethod
@@ -68,7 +68,7 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
-    """NotImplementedError for an input with a tangent, which the operator would drop (`torch.func.jvp`, `jacfwd`)."""
+    """Raise NotImplementedError for an input with a tangent (`torch.func.jvp`, `jacfwd`), which would be ignored."""
     if forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
@@ -79,14 +79,14 @@ def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
 
 
 def with_plain_rows(table: Tensor) -> Tensor:
-    """The table, or a copy where the numbers of a row do not lie side by side or rows overlap: kernels read rows."""
+    """Return the table, or a copy if the numbers of a row are not adjacent or rows overlap: kernels read whole rows."""
     V, D = table.shape
     plain = (D <= 1 or table.stride(1) == 1) and (V <= 1 or table.stride(0) >= D)
     return table if plain else table.contiguous()
 
 
 def outside_autocast(function: Callable) -> Callable:
-    """Decorator: this function of tensors gives the same inside of `torch.autocast`."""
+    """Return a function that runs without `torch.autocast`, so that it computes the same inside and outside of it."""
 
     @wraps(function)
     def run(*args, **kwargs):
@@ -99,48 +99,46 @@ def outside_autocast(function: Callable) -> Callable:
     return run
 
 
-# ---- wrong inputs ----------------------------------------------------------------------------------------------------
-
-
 # ---- documents as rows of a table ------------------------------------------------------------------------------------
 
 
 def rows_of(table: Tensor, document_ids: Tensor, document_mask: Tensor) -> Tensor:
-    """For the definitions: ``[B, S, D]``, zeros where the mask is False (a row of the table might be NaN there)."""
+    """Return the documents' rows, ``[B, S, D]``, with zeros where the mask is False; the definitions use it."""
     return table[document_ids.where(document_mask, 0)].masked_fill(~document_mask[:, :, None], 0)
 
 
 class DocumentRows(NamedTuple):
-    """`document_rows_distinct` (csrc/ops.cpp): the distinct ids of each group of pairs and of each document."""
+    """The distinct ids of each group of pairs and of each document (`document_rows_distinct` in csrc/ops.cpp)."""
 
     rows: Tensor  # [U] int64, group after group
     offsets: list[int]  # [G + 1]: where each group begins
     ids: Tensor  # [B, S] int64: distinct ids of the document by first position, then -1
     slots: Tensor  # [B, S] int32: their places in rows, then -1
-    counts: Tensor  # [B, S] int32: how often, then 0
-    lengths: list[int]  # [B]: how many
+    counts: Tensor  # [B, S] int32: how often each occurs, then 0
+    lengths: list[int]  # [B]: how many there are
 
 
 def distinct_rows(document_ids: Tensor, document_mask: Tensor, group: Tensor, groups: int, size: int) -> DocumentRows:
+    """Find the distinct ids of documents [B, S] in ``groups`` groups; ``size``: rows of the table."""
     rows, offsets, ids, slots, counts, lengths = torch.ops.qpeft_ext.document_rows_distinct(
         document_ids.contiguous(), document_mask.contiguous(), group.contiguous(), groups, size
     )
-    begins = offsets.tolist()  # here a GPU is waited for
+    begins = offsets.tolist()  # on a GPU this would wait
     return DocumentRows(rows[: begins[-1]], begins, ids, slots, counts, lengths.tolist())
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: float64 stays, everything else is float32."""
+    """Return the dtype of sums: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def block_dtype(table: Tensor) -> torch.dtype:
-    """The dtype of gathered rows: CUDA multiplies bf16 and fp16 as they are; on the CPU gathering makes float32."""
+    """Return the dtype of gathered rows: on CUDA that of the table, on the CPU that of sums."""
     return sum_dtype(table.dtype) if table.device.type == "cpu" else table.dtype
 
 
 def product_dtype(rows: Tensor) -> torch.dtype:
-    """The dtype in which rows that lie as they are are multiplied: bf16 on the CPU too, where it has products of it."""
+    """Return the dtype in which rows are multiplied in place: bf16 on a CPU too, if it has fast products of bf16."""
     even = rows.is_contiguous() and rows.shape[-1] % 2 == 0
     if rows.dtype == torch.bfloat16 and even and rows.device.type == "cpu" and has_bfloat16_products():
         return rows.dtype
@@ -148,23 +146,24 @@ def product_dtype(rows: Tensor) -> torch.dtype:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b`` in the dtype of sums: rounding it to bf16 would lose what the inputs had. In ``out`` where given."""
+    """Return ``a @ b`` in the dtype of sums, not rounded to that of the inputs; in ``out`` if it is given."""
     if a.dtype == sum_dtype(a.dtype):
         return torch.matmul(a, b, out=out)
     return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32, out=out)
 
 
 def multiply_rows(a: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ rows.T`` of matrices, in the dtype of sums; ``out``: memory that it may use.
+    """Return ``a @ rows.T`` of two matrices in the dtype of sums; ``out``: memory that it may use.
 
-    float32 on the CPU through oneDNN, which reads both where they lie; the sgemm of MKL, which `torch.mm` takes, copies
+    float32 on the CPU goes through oneDNN, which reads both in place; the sgemm of MKL, which `torch.mm` calls, copies
     them into panels first. GFLOP/s on 2 threads, oneDNN and MKL: 162 and 93 for [160, 512] by [8000, 512], 178 and 161
     for [1600, 4096] by [8000, 4096], 158 and 93 for [128256, 4096] by [16, 4096].
 
-    oneDNN keeps code for each of the last 1,024 shapes, so ``a`` is filled up to one of few heights: otherwise ragged
-    batches make the process grow (by 30 MB in 1,400 pairs).
+    oneDNN keeps compiled code for each of the last 1,024 shapes, so ``a`` is padded to one of few heights: otherwise
+    batches of varying sizes make the process grow (by 30 MB in 1,400 pairs).
 
-    bf16 on the CPU (see `product_dtype`) by csrc/cpu/bfloat16_products.cpp, since torch's product rounds its result.
+    bf16 on the CPU (see `product_dtype`) goes through csrc/cpu/bfloat16_products.cpp, since torch's product rounds its
+    result to bf16.
     """
     if a.device.type == "cpu" and a.dtype == torch.bfloat16:
         out = a.new_empty(len(a), len(rows), dtype=torch.float32) if out is None else out
@@ -180,7 +179,7 @@ def multiply_rows(a: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, in the dtype of sums, inside the GEMM; matrices, or batches of them."""
+    """Add ``a @ b`` to ``total``, which has the dtype of sums, inside the GEMM; matrices, or batches of them."""
     add = torch.addmm if a.dim() == 2 else torch.baddbmm
     if a.device.type == "cpu" and a.dtype == torch.bfloat16:
         torch.ops.qpeft_ext.bfloat16_add_product(total, a, b)
@@ -192,7 +191,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @contextmanager
 def exact_float32(x: Tensor) -> Iterator[None]:
-    """Inside, float32 products on the device of ``x`` are not rounded to tf32; the user's setting comes back after."""
+    """Do not round float32 products on the device of ``x`` to tf32 inside this context; then restore the setting."""
     setting = torch.backends.cuda.matmul
     if x.device.type != "cuda" or x.dtype != torch.float32 or setting.fp32_precision != "tf32":
         yield
@@ -207,18 +206,19 @@ def exact_float32(x: Tensor) -> Iterator[None]:
 
 
 def budget(cpu_bytes: int, table: Tensor) -> int:
-    """Bytes of a buffer: on the CPU what stays in the caches; a GPU has no use for many small launches."""
+    """Return the bytes of a buffer: on the CPU what fits in its caches, on a GPU more, since launches cost time."""
     return cpu_bytes if table.device.type == "cpu" else 16 * cpu_bytes
 
 
 def rows_per_block(D: int, dtype: torch.dtype, size: int) -> int:
+    """Return how many rows of D numbers fit in ``size`` bytes, at least 1."""
     return max(1, size // max(D * dtype.itemsize, 1))
 
 
 def blocks_of_rows(
     table: Tensor, rows: Tensor, begin: int, end: int, norms: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Gathers ``table[rows[begin:end]]`` by blocks into one buffer: (where in rows, [n, D], 1/norm [n] or None)."""
+    """Gather ``table[rows[begin:end]]`` in blocks, in one buffer; yield (place in rows, [n, D], 1 / norm or None)."""
     most = rows_per_block(table.shape[1], block_dtype(table), budget(BLOCK_BYTES, table))
     size = min(most, max(end - begin, 1))
     buffer = table.new_empty(size, table.shape[1], dtype=block_dtype(table))

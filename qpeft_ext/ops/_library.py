@@ -1,4 +1,4 @@
-"""Loading of the compiled operators, and what can be said about them: how they were built, where they run."""
+"""Load the compiled operators, and say how they were built and on which devices they run."""
 
 import os
 import platform
@@ -45,19 +45,19 @@ def load() -> None:
 
 
 def uses_reference(device: torch.device) -> bool:
-    """True if tensors of this device take the PyTorch definition of an operator; said once per device type."""
+    """Whether operators on this device run their PyTorch definition; a warning says why, once per device type."""
     if device.type in _live:
         return False
     if not torch.compiler.is_compiling() and device.type not in _noticed:
         _noticed.add(device.type)
-        if not REFERENCE:  # who set it knows
+        if not REFERENCE:  # whoever set QPEFT_REFERENCE knows it
             reason = _why_not(device.type)
             warnings.warn(f"qpeft_ext: on {device.type} the PyTorch definitions run, since {reason}", stacklevel=3)
     return True
 
 
 def build_info() -> dict[str, str | bool]:
-    """How the library was built (compiler, flags, CUDA decision with its reason, torch) and what it runs with now."""
+    """Return how the library was built (compiler, flags, CUDA or why not, torch) and what it runs with now."""
     info: dict[str, str | bool] = dict(_host_info())
     info["cuda"] = info.get("cuda") == "ON"
     info["built"] = LIBRARY.is_file()
@@ -69,7 +69,7 @@ def build_info() -> dict[str, str | bool]:
 
 
 def kernels_live() -> dict[str, tuple[bool, str]]:
-    """For each device type, whether the compiled kernels run there, and why (not)."""
+    """Return for each device type whether the compiled kernels run there, and the reason."""
     if not _live:
         try:
             load()
@@ -102,7 +102,7 @@ def _why_not(device_type: str) -> str:
 
 
 def _why_no_cuda() -> str | None:
-    """What this pair of library and torch lacks for CUDA tensors, without starting CUDA."""
+    """Return why this library with this torch cannot take CUDA tensors, or None if it can; CUDA is not started."""
     info = _host_info()
     if torch.version.hip:
         return "torch is a ROCm build"
@@ -114,7 +114,7 @@ def _why_no_cuda() -> str | None:
 
 
 def _why_no_gpu() -> str | None:
-    """What the machine lacks. Starts CUDA, so it is for information only."""
+    """Return why no GPU of this machine can run the kernels, or None. It starts CUDA, so it is for information only."""
     if not torch.cuda.is_available():
         return "torch sees no GPU on this machine"
     capability = torch.cuda.get_device_capability()
@@ -135,7 +135,10 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     a name without ``-real`` also carries PTX, which the driver compiles for any later GPU.
     """
     for name in architectures:
-        digits, exact, kind = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name).groups()
+        parts = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name)
+        if parts is None:
+            continue
+        digits, exact, kind = parts.groups()
         built = (int(digits[:-1]), int(digits[-1]))
         machine_code = kind != "-virtual" and built[0] == capability[0] and built[1] <= capability[1]
         ptx = kind != "-real" and built <= capability

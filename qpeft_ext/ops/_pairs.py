@@ -1,4 +1,4 @@
-"""Query-document pairs in the order of their queries, and the blocks in which attention works on them on the CPU."""
+"""Sort query-document pairs by query, and cut them into the blocks that attention on the CPU works on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 from ._checks import check_ids
 from ._common import blocks_of_rows, distinct_rows, rows_per_block, sum_dtype
 
-# 16 and 32 MB, 4 and 8 MB measure alike (48 documents, one thread)
+# Twice as much of either is as fast (48 documents, one thread).
 CONTEXT_BYTES = 16 << 20  # contexts [P, T, H, D] of one block of pairs; one GEMM with each head of W_v follows
 GATHER_BYTES = 4 << 20  # rows of documents gathered at a time inside a block
 
 
 class Pairs:
-    """B pairs, sorted by query (`sorted`, `unsorted` convert), with their distinct ids.
+    """B query-document pairs, sorted by query, and the distinct token ids of their documents.
 
-    Letters as in csrc/ops.cpp: R = T * H columns of scores, P pairs of a part, n the most distinct ids of one of them.
+    `sorted` brings a tensor with one entry per pair into this order, `unsorted` takes it back. Letters as in
+    csrc/ops.cpp: R = T * H columns of scores, P pairs of a part, n the largest number of distinct ids among them.
     """
 
     def __init__(
@@ -28,11 +29,11 @@ class Pairs:
         check_ids("clue_attention", "query_index", query_index, Q, "Q")
         self.table, self.T, self.H, self.R, self.D = table, T, H, T * H, table.shape[1]
         self.dtype = sum_dtype(table.dtype)
-        ascending = (query_index[1:] >= query_index[:-1]).all()
+        ascending = bool((query_index[1:] >= query_index[:-1]).all())
         self.order = None if ascending else query_index.argsort(stable=True)
         self.queries: list[int] = self.sorted(query_index).tolist()
-        documents = (self.sorted(x) for x in (document_ids, document_mask, query_index))
-        self.documents = distinct_rows(*documents, Q, table.shape[0])
+        ids, mask, group = (self.sorted(x) for x in (document_ids, document_mask, query_index))
+        self.documents = distinct_rows(ids, mask, group, Q, table.shape[0])
 
     def sorted(self, x: Tensor) -> Tensor:
         return x if self.order is None else x[self.order]
@@ -41,30 +42,30 @@ class Pairs:
         return x if self.order is None else torch.empty_like(x).index_copy_(0, self.order, x)
 
     def columns(self, absorbed: Tensor, query: int) -> Tensor:
-        """The absorbed tokens of a query, [R, D]: copied one query at a time, since [Q, T, H, D] has other strides."""
+        """Return the absorbed tokens of a query, [R, D]. Its strides make this a copy, so it is one query at a time."""
         return absorbed[query].to(self.dtype).reshape(self.R, self.D)
 
     def count_rows(self, query: int) -> int:
         return self.documents.offsets[query + 1] - self.documents.offsets[query]
 
     def distinct(self, query: int) -> Tensor:
-        """The distinct ids of all candidates of a query, [U]."""
+        """Return the distinct ids of all candidates of a query, [U]."""
         return self.documents.rows[self.documents.offsets[query] : self.documents.offsets[query + 1]]
 
     def rows_of(self, query: int) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of their table rows: (where in `distinct`, [n, D])."""
+        """Yield the table rows of `distinct` in blocks: (their places in it, [n, D])."""
         begin, end = self.documents.offsets[query], self.documents.offsets[query + 1]
         for here, block, _ in blocks_of_rows(self.table, self.documents.rows, begin, end):
             yield slice(here.start - begin, here.stop - begin), block
 
     def blocks(self) -> Iterator[slice]:
-        """Blocks of pairs whose contexts fit in CONTEXT_BYTES."""
+        """Yield blocks of pairs whose contexts fit in CONTEXT_BYTES."""
         B, size = len(self.queries), self._pairs_per_block()
         for first in range(0, B, size):
             yield slice(first, min(first + size, B))
 
     def new_contexts(self) -> Tensor:
-        """A buffer [P, R, D] for the largest block."""
+        """Return a buffer [P, R, D] for the contexts of the largest block."""
         P = min(self._pairs_per_block(), len(self.queries))
         return self.table.new_empty(P, self.R, self.D, dtype=self.dtype)
 
@@ -73,7 +74,7 @@ class Pairs:
         return max(1, CONTEXT_BYTES // bytes_per_pair)
 
     def parts(self, block: slice) -> Iterator[tuple[int, slice, int]]:
-        """(query, pairs, n): a block, cut where the query changes and where the gathered rows would be too many."""
+        """Cut a block where the query changes or the gathered rows would be too many; yield (query, pairs, n)."""
         most = rows_per_block(self.D, self.dtype, GATHER_BYTES)
         first = block.start
         while first < block.stop:
@@ -87,7 +88,10 @@ class Pairs:
             first = last
 
     def gather(self, pairs: slice, n: int, buffer: list[Tensor]) -> Tensor:
-        """Rows of the distinct ids of some documents, [P, n, D], zeros behind the last; in a buffer that grows."""
+        """Return the table rows of the distinct ids of some documents, [P, n, D], with zeros after each last one.
+
+        ``buffer``: an empty list at first; it keeps the memory of the result, which the next call writes again.
+        """
         P = pairs.stop - pairs.start
         if not buffer or buffer[0].shape[0] < P * n:
             buffer[:] = [self.table.new_empty(P * n, self.D, dtype=self.dtype)]
@@ -96,12 +100,15 @@ class Pairs:
         return rows.view(P, n, self.D)
 
     def slots(self, query: int, pairs: slice, n: int) -> tuple[Tensor, Tensor, int]:
-        """What the softmax primitives ask for: slots and counts [P, n], the slot of the query's first row."""
+        """Return what the softmax primitives take: slots and counts [P, n], and the slot of the query's first row."""
         slots, counts = (x[pairs, :n].contiguous() for x in (self.documents.slots, self.documents.counts))
         return slots, counts, self.documents.offsets[query]
 
     def weights(self, scores: Tensor, lse: Tensor, query: int, pairs: slice, n: int, known: bool = False) -> Tensor:
-        """Weights [P, n, R] from the scores [U, R] of a query; lse [B, R] of these pairs is written unless known."""
+        """Return the weights [P, n, R] of some pairs from the scores [U, R] of their query.
+
+        ``lse`` [B, R]: log-sum-exp of the scores; the rows of these pairs are written first unless they are ``known``.
+        """
         slots, counts, first = self.slots(query, pairs, n)
         if not known:
             torch.ops.qpeft_ext.clue_attention_lse(scores, slots, counts, first, lse[pairs])
@@ -111,9 +118,10 @@ class Pairs:
 
 
 def shared_rows(slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """For each of ``rows`` rows, which places of ``slots`` (any shape, flattened) hold it: (order, offsets [rows + 1]).
+    """Group the places of ``slots`` (any shape, flattened) by the row that they name; negative ones name none.
 
-    Places are ascending within a row, whatever the device: `weighted_rows` then has one order of its sums.
+    Returns: ``(order, offsets)``: the places of row r are ``order[offsets[r] : offsets[r + 1]]``, in ascending order on
+        every device, so that `weighted_rows` always sums in the same order.
     """
     ascending, order = slots.flatten().sort(stable=True)
     return order, torch.searchsorted(ascending, torch.arange(rows + 1, dtype=slots.dtype, device=slots.device))

@@ -1,4 +1,4 @@
-"""Attention of bfloat16 on a CPU with AMX, where torch's own kernel is far slower than its matrix products."""
+"""Attention in bfloat16 on a CPU with AMX, where torch's own kernel is far slower than its matrix products."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from ._common import differentiable, fake, refuse_forward_mode
 from .hardware import multiplies_bfloat16_by_tiles
 
-_STEP = 32  # numbers that an instruction multiplies
-_HERE = multiplies_bfloat16_by_tiles()  # a constant, since torch.compile cannot ask for it
+_STEP = 32  # bfloat16 numbers in a row of a tile
+_HERE = multiplies_bfloat16_by_tiles()  # computed once, since torch.compile cannot trace the question
 
 
 def is_supported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether `bfloat16_attention` takes these, on this machine."""
+    """Return whether `bfloat16_attention` can compute these inputs on this machine."""
     if not _HERE or mask is None or query.device.type != "cpu":
         return False
     return (query.dtype == key.dtype == value.dtype == torch.bfloat16 and query.shape[-1] == value.shape[-1]
@@ -22,12 +22,20 @@ def is_supported(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None)
 
 
 def bfloat16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query . key, over the keys that the mask leaves) . value; a row that has none is 0.
+    """Compute softmax(scale * query @ key.T) @ value over the keys that the mask allows, on a CPU with AMX.
 
-    Args: query: ``[B, H, L, D]``, bfloat16 on a CPU with AMX, D a multiple of 32.  key, value: ``[B, K, T, D]``, the
-        same; H / K heads of queries share one of keys.  mask: bool ``[B or 1, 1, L, T]``, True where a query may look.
-    Returns: ``[B, L, H, D]`` bfloat16. Sums are float32, weights are rounded to bfloat16.
-    Raises: RuntimeError for what `is_supported` does not take.
+    Sums are float32, weights are rounded to bfloat16. Repeated calls return the same bits, gradients included; an item
+    of the batch does not depend on the others. The gradient reaches query, key and value.
+
+    Args:
+        query: ``[B, H, L, D]``, bfloat16, D a multiple of 32.
+        key: ``[B, K, T, D]``, bfloat16; H / K heads of queries share one head of keys.
+        value: as key.
+        mask: True where a query may look, bool ``[B or 1, 1, L, T]``. A query without any key gets 0.
+        scale: factor on the products of query and key.
+    Returns: ``[B, L, H, D]``, bfloat16.
+    Raises:
+        RuntimeError: if `is_supported` does not hold for these inputs.
     """
     refuse_forward_mode("bfloat16_attention", query, key, value)
     query, key, value, mask = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, mask))
@@ -35,7 +43,7 @@ def bfloat16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The definition, in float64."""
+    """Compute `bfloat16_attention` by its definition, in float64."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.double().repeat_interleave(groups, 1) for x in (key, value))
     scores = (scale * query.double() @ key.mT).masked_fill(~mask, -torch.inf)

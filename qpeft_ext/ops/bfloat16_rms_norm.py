@@ -1,4 +1,4 @@
-"""Root-mean-square norm of bfloat16 on a CPU, in one pass where torch takes six, most of them in float32."""
+"""Root-mean-square norm of bfloat16 on a CPU, in one pass over memory where torch needs six, most in float32."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from torch import Tensor
 from ._common import differentiable, fake, refuse_forward_mode
 from .hardware import has_bfloat16_products
 
-_HERE = has_bfloat16_products()  # a constant, since torch.compile cannot ask for it
+_HERE = has_bfloat16_products()  # computed once, since torch.compile cannot trace the question
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Whether `bfloat16_rms_norm` takes these, on this machine. The weight gets no gradient."""
+    """Return whether `bfloat16_rms_norm` can compute these inputs on this machine; the weight must need no gradient."""
     return (_HERE and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
             and weight.dim() == 1 and x.dim() > 1 and x.shape[-1] == len(weight) and weight.is_contiguous()
             and not weight.requires_grad)  # fmt: skip
 
 
 def bfloat16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * (x / sqrt(mean(x²) + eps)) over the last dimension, in float32; quotient and product are rounded.
+    """Compute weight * (x / sqrt(mean(x²) + eps)) over the last dimension, on a CPU with AMX or AVX512-BF16.
 
-    Args: x: ``[..., D]``, bfloat16 on a CPU with products of it.  weight: ``[D]``, the same, without gradient.
-    Returns: as x.
-    Raises: ValueError for a weight that asks for a gradient; RuntimeError for what else `is_supported` does not take.
+    The mean is float32; the quotient and the product are rounded to bfloat16. A row does not depend on the others. The
+    gradient reaches x only.
+
+    Args:
+        x: ``[..., D]``, bfloat16.
+        weight: ``[D]``, bfloat16, without gradient.
+        eps: added to the mean square.
+    Returns: shape and dtype of x.
+    Raises:
+        ValueError: if the weight requires a gradient.
+        RuntimeError: if `is_supported` does not hold for these inputs.
     """
     refuse_forward_mode("bfloat16_rms_norm", x, weight)
     if weight.requires_grad and torch.is_grad_enabled():
@@ -33,7 +41,7 @@ def bfloat16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The definition, in float64."""
+    """Compute `bfloat16_rms_norm` by its definition, in float64."""
     x = x.double()
     return weight.double() * (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt())
 

@@ -1,10 +1,10 @@
-"""The middle of `clue_attention` on CUDA: blocks of pairs through the primitives of csrc/ops.cpp.
+"""Compute the heads of `clue_attention` on CUDA: blocks of pairs go through the primitives of csrc/ops.cpp.
 
-Nothing here waits for the GPU, so that it can be captured in a graph: sizes follow from shapes alone (upper bounds),
-what depends on ids stays on the device. Pairs are taken as they come, since sorting them by query would copy the heads;
-those of one query that stand together share their scores. Two passes over the rows: scores once per distinct id of a
-query in the block, then contexts per pair. The second time the rows come out of the L2 cache, and one kernel for both
-would compute the scores of each pair anew.
+Nothing here waits for the GPU, so that it can be captured in a graph: sizes are upper bounds that follow from shapes,
+and what depends on ids stays on the device. Pairs keep their order, since sorting them by query would copy the heads;
+the pairs of a query within one block share its scores. There are two passes over the rows: scores for each distinct id
+of a query in the block, then contexts for each pair. In the second pass the rows come out of the L2 cache, and a single
+kernel for both would compute the scores again for each pair.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ ROW_BYTES = 64 << 20  # gradients of table rows
 
 
 class Block(NamedTuple):
-    """Pairs whose scores are held at the same time; letters as in csrc/ops.cpp. Behind the distinct ids: padding."""
+    """Pairs whose scores are in memory at the same time. Letters as in csrc/ops.cpp; padding follows distinct ids."""
 
     pairs: slice
-    rows: Tensor  # [U] int64: distinct ids, query after query; an upper bound, rows[offsets[-1]:] is not written
+    rows: Tensor  # [U] int64: distinct ids, query after query; U is an upper bound, rows[offsets[-1]:] is not written
     offsets: Tensor  # [Q + 1] int64
     ids: Tensor  # [P, S] int64
     slots: Tensor  # [P, S] int32
@@ -35,25 +35,25 @@ class Block(NamedTuple):
     lengths: Tensor  # [P] int64
 
     def within(self, part: slice) -> slice:
-        """Some of its pairs, counted from its first."""
+        """Return the same pairs, counted from the first pair of the block."""
         return slice(part.start - self.pairs.start, part.stop - self.pairs.start)
 
     def weighted_sums(self, table: Tensor, part: slice, weights: Tensor, out: Tensor, heads: int = 1) -> Tensor:
-        """Contexts of some of its pairs; ``out`` has room for as many or more."""
+        """Return the contexts of some of its pairs, in ``out``, which has room for as many or more."""
         here, out = self.within(part), out[: part.stop - part.start]
         rows, lengths, weights = self.ids[here].flatten(), self.lengths[here], weights[here].flatten(0, 1)
         torch.ops.qpeft_ext.clue_attention_weighted_sums(table, rows, None, lengths, weights, heads, False, out)
         return out
 
     def products(self, table: Tensor, part: slice, dense: Tensor, out: Tensor) -> None:
-        """Rows of some of its pairs times ``dense`` [pairs, R, D], into ``out`` [P, S, R] of the block."""
+        """Multiply the rows of some of its pairs with ``dense`` [pairs, R, D], into ``out`` [P, S, R] of the block."""
         here = self.within(part)
         rows, lengths = self.ids[here].flatten(), self.lengths[here]
         torch.ops.qpeft_ext.clue_attention_products(table, rows, None, lengths, dense, out[here].flatten(0, 1))
 
 
 def blocks_of_pairs(V: int, documents: tuple[Tensor, Tensor, Tensor], Q: int, pair_bytes: int) -> Iterator[Block]:
-    """``documents``: ids [B, S], mask, query_index; ``pair_bytes``: what a pair takes of SCORE_BYTES."""
+    """Cut the pairs into blocks. ``documents``: ids [B, S], mask, query_index; ``pair_bytes``: of scores of a pair."""
     for pairs in ranges(slice(0, len(documents[0])), SCORE_BYTES // max(pair_bytes, 1)):
         here = (x[pairs].contiguous() for x in documents)
         rows, offsets, ids, slots, counts, lengths = torch.ops.qpeft_ext.document_rows_distinct(*here, Q, V)
@@ -67,7 +67,10 @@ def ranges(whole: slice, size: int) -> Iterator[slice]:
 
 
 def weights_of(table: Tensor, columns: Tensor, block: Block, lse: Tensor, known: bool = False) -> Tensor:
-    """Weights [P, S, R] of a block, in the dtype of the table; lse [B, R] of its pairs is written unless known."""
+    """Return the weights [P, S, R] of a block, in the dtype of the table.
+
+    ``lse`` [B, R]: log-sum-exp of the scores; the rows of these pairs are written first unless they are ``known``.
+    """
     scores = table.new_empty(block.rows.shape[0], columns.shape[1], dtype=sum_dtype(table.dtype))
     torch.ops.qpeft_ext.clue_attention_products(table, block.rows, block.offsets, None, columns, scores)
     documents = (scores, block.slots, block.counts)
@@ -79,29 +82,29 @@ def weights_of(table: Tensor, columns: Tensor, block: Block, lse: Tensor, known:
 
 
 def tokens_at_once(T: int, pair_bytes: int, context_bytes: int = 0) -> int:
-    """A pair that is too large alone is cut along the tokens of its query."""
+    """Return how many query tokens fit in the budgets: all T, or fewer where a single pair is too large."""
     return max(1, min(T, T * SCORE_BYTES // max(pair_bytes, 1), T * CONTEXT_BYTES // max(context_bytes, 1)))
 
 
 class _Sizes:
-    """Letters of one call, and what a pair takes of the budgets."""
+    """Sizes of one call (letters as in csrc/ops.cpp), and how many bytes of the budgets a pair takes."""
 
     def __init__(self, absorbed: Tensor, table: Tensor, document_ids: Tensor, backward: bool = False) -> None:
         (self.Q, self.T, self.H, self.D), (self.B, S) = absorbed.shape, document_ids.shape
         self.R, self.d = self.T * self.H, self.D // self.H
         wide, narrow = sum_dtype(table.dtype).itemsize, table.dtype.itemsize
-        # of one score: itself and its weight; in the backward the gradients of both, too
+        # bytes of one score: itself and its weight, and in the backward pass the gradients of both
         self.pair_bytes = S * self.R * (2 * wide + 2 * narrow if backward else wide + narrow)
         context_bytes = max(self.R * self.D * narrow, 1)
         self.pairs = max(1, CONTEXT_BYTES // context_bytes)  # of a part
         self.tokens = tokens_at_once(self.T, self.pair_bytes, context_bytes)
 
     def new_contexts(self, table: Tensor) -> Tensor:
-        """[pairs, R, D] for the largest part."""
+        """Return a buffer [pairs, R, D] for the contexts of the largest part."""
         return table.new_empty(min(self.pairs, self.B), self.R, self.D)
 
     def by_head(self, x: Tensor, width: int) -> Tensor:
-        """Contexts (width D) or heads (width D / H) of some pairs as a batch over heads, [H, P * T, width]; a view."""
+        """View contexts (width D) or heads (width D / H) of some pairs as a batch over heads, [H, P * T, width]."""
         return x.view(-1, self.H, width).transpose(0, 1)
 
 
@@ -129,14 +132,14 @@ def forward(absorbed, table, document_ids, document_mask, query_index, w_v):
 
 @implement("clue_attention_heads_backward", "cuda")
 def backward(grad_heads, lse, absorbed, table, document_ids, document_mask, query_index, w_v, want_table):
-    """Weights and contexts are computed again; gradients of scores are summed per distinct id, then meet its row."""
+    """Compute weights and contexts again; sum the gradients of scores per distinct id, then multiply with its row."""
     sizes = _Sizes(absorbed, table, document_ids, backward=True)
     documents, T = (document_ids, document_mask, query_index), sizes.tokens
     if T < sizes.T:
         pieces = zip(*(x.split(T, dim=1) for x in (grad_heads, lse, absorbed)), strict=True)
         results = [backward(*piece, table, *documents, w_v, want_table) for piece in pieces]
-        grad_absorbed, grad_w_v, grad_table = zip(*results, strict=True)
-        return torch.cat(grad_absorbed, dim=1), sum(grad_w_v), sum(grad_table)
+        of_absorbed, of_w_v, of_table = zip(*results, strict=True)
+        return torch.cat(of_absorbed, dim=1), sum(of_w_v), sum(of_table)
     H, R, D, dtype = sizes.H, sizes.R, sizes.D, sum_dtype(table.dtype)
     columns, lse = absorbed.reshape(sizes.Q, R, D).contiguous(), lse.reshape(sizes.B, R).contiguous()
     values = w_v.unflatten(0, (H, sizes.d))
@@ -172,12 +175,12 @@ def backward(grad_heads, lse, absorbed, table, document_ids, document_mask, quer
     with exact_float32(table):
         for block in blocks_of_pairs(table.shape[0], documents, sizes.Q, sizes.pair_bytes):
             run(block)
-    grad_absorbed, grad_w_v = grad_columns.view(absorbed.shape), grad_w_v.flatten(0, 1)
-    return grad_absorbed.to(absorbed.dtype), grad_w_v.to(w_v.dtype), grad_table.to(table.dtype)
+    grad_absorbed = grad_columns.view(absorbed.shape).to(absorbed.dtype)
+    return grad_absorbed, grad_w_v.flatten(0, 1).to(w_v.dtype), grad_table.to(table.dtype)
 
 
 def _add_rows(grad_table: Tensor, ids: Tensor, weights: Tensor, columns: Tensor) -> None:
-    """grad_table[ids[p, j]] += weights[p, j] @ columns[p], in a fixed order; weights are 0 where ids are -1."""
+    """Add weights[p, j] @ columns[p] to grad_table[ids[p, j]], in a fixed order; weights are 0 where ids are -1."""
     P, D = len(ids), grad_table.shape[1]
     for places in ranges(slice(0, ids.shape[1]), ROW_BYTES // (P * D * grad_table.dtype.itemsize)):
         rows = multiply(weights[:, places], columns).view(-1, D)
@@ -186,10 +189,10 @@ def _add_rows(grad_table: Tensor, ids: Tensor, weights: Tensor, columns: Tensor)
 
 
 def projected_heads(queries, keys, values, document_ids, document_mask, query_index) -> Tensor:
-    """Heads [B, T, D] from projected rows: queries [Q, H, T, D / H] with their scale, keys and values [V, D].
+    """Return heads [B, T, D] from projected rows: queries [Q, H, T, D / H] with their scale, keys and values [V, D].
 
-    Each head of a query meets its slice of the keys alone: the other slices of its columns are 0, which costs what the
-    scores of `clue_attention` cost. Values are summed slice by slice.
+    A head of a query only sees its own slice of the keys: the other slices of its column are 0. That costs as much as
+    the scores of `clue_attention`. Values are summed slice by slice.
     """
     Q, H, T, d = queries.shape
     (B, S), (V, D), dtype = document_ids.shape, keys.shape, sum_dtype(keys.dtype)

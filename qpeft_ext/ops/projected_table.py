@@ -1,4 +1,4 @@
-"""`clue_attention` with fixed weights: rows of the table are projected once, and kept."""
+"""`clue_attention` with fixed weights, for which each row of the table is projected once and then reused."""
 
 from __future__ import annotations
 
@@ -14,17 +14,36 @@ from .clue_attention_cuda import projected_heads
 
 
 class ProjectedTable:
-    """Keys and values (``table @ w_k.T``, ``table @ w_v.T``) of the ids seen so far, under a byte budget. No gradient.
+    """Keys and values (``table @ w_k.T``, ``table @ w_v.T``) of the ids seen so far, within a byte budget.
 
-    A row costs 2 D^2 multiply-adds once; afterwards a pair costs 2 T S D and the output projection. When the store is
-    full it starts again from empty; a call with a query that has more distinct ids than fit takes `clue_attention`.
+    Its `attend` computes `clue_attention` without gradient. A row costs 2 D^2 multiply-adds once; afterwards a pair
+    costs 2 T S D and the output projection. On the CPU rows are projected when an id first occurs. When the store is
+    full it starts again from empty; a call with a query that has more distinct ids than fit uses `clue_attention`.
 
-    On CUDA nothing waits for the GPU, so which rows are missing is not known: the first call projects the whole table
-    (2 V D^2 multiply-adds, 2.1 TFLOP for Llama-2-7B) where the budget holds it, otherwise all take `clue_attention`.
+    On CUDA nothing waits for the GPU, so it is not known which rows are missing: the first call projects the whole
+    table (2 V D^2 multiply-adds, 2.1 TFLOP for Llama-2-7B) if it fits in the budget; otherwise all calls use
+    `clue_attention`. float16 and bfloat16 rows are stored in that dtype on CUDA, and as float32 on the CPU.
 
     Args:
-        table, w_k, w_v, b_v: as in `clue_attention`; b_k cancels in the softmax and is accepted for symmetry.
-        budget_bytes: for the store, allocated at once and never exceeded; what it holds now is ``used_bytes``.
+        table: embeddings, ``[V, D]``, floating.
+        w_k: weight of the key projection, ``[D, D]``, dtype and device of ``table``.
+        w_v: weight of the value projection, likewise.
+        b_k: bias of the key projection; it cancels in the softmax, so it is not used.
+        b_v: bias of the value projection, ``[D]`` or None.
+        budget_bytes: memory for the store, allocated at once and never exceeded; ``used_bytes`` of it are in use.
+
+    Example::
+
+        >>> import torch
+        >>> from qpeft_ext.ops import ProjectedTable
+        >>> table, one = torch.eye(2), torch.eye(2)
+        >>> projected = ProjectedTable(table, w_k=one, w_v=2 * one, budget_bytes=1 << 20)
+        >>> projected.attend(
+        ...     query_embeds=table[None, :1], query_mask=torch.tensor([[True]]),
+        ...     document_ids=torch.tensor([[1]]), document_mask=torch.tensor([[True]]), query_index=torch.tensor([0]),
+        ...     w_q=one, w_o=one, num_heads=1,
+        ... )
+        tensor([[[0., 2.]]])
     """
 
     def __init__(
@@ -38,7 +57,8 @@ class ProjectedTable:
         budget_bytes: int,
     ) -> None:
         V, D = table.shape
-        self.table, self.w_k, self.w_v, self.b_v = (None if x is None else x.detach() for x in (table, w_k, w_v, b_v))
+        self.table, self.w_k, self.w_v = table.detach(), w_k.detach(), w_v.detach()
+        self.b_v = None if b_v is None else b_v.detach()
         self.all_at_once = table.device.type == "cuda"
         self.dtype = table.dtype if self.all_at_once else sum_dtype(table.dtype)
         self.row_bytes = 2 * D * self.dtype.itemsize
@@ -46,15 +66,16 @@ class ProjectedTable:
         if self.all_at_once and self.capacity < V:
             self.capacity = 0
         self.keys, self.values = (table.new_empty(self.capacity, D, dtype=self.dtype) for _ in range(2))
-        self.place = torch.full((V,), -1, dtype=torch.int64, device=table.device)  # of each id in the store
+        self.place = torch.full((V,), -1, dtype=torch.int64, device=table.device)  # row of each id in the store, or -1
         self.used = 0
 
     @property
     def used_bytes(self) -> int:
+        """Return the bytes of the rows in the store."""
         return self.used * self.row_bytes
 
     def clear(self) -> None:
-        """Forget the rows, but for a table that was projected at once: it depends on no call."""
+        """Forget the rows that calls have brought in; a table that was projected as a whole stays."""
         if not self.all_at_once:
             self.place.fill_(-1)
             self.used = 0
@@ -75,7 +96,12 @@ class ProjectedTable:
         *,
         num_heads: int,
     ) -> Tensor:
-        """The result of `clue_attention`, ``[B, T, D]``, without gradient."""
+        """Return the result of `clue_attention` for these queries and documents, without gradient.
+
+        Args: as for `clue_attention`; the table, w_k, w_v and b_v are those of this object.
+        Returns: ``[B, T, D]``, dtype of ``query_embeds``.
+        Raises: what `clue_attention` raises for shapes, dtypes and ids.
+        """
         weights = (w_q, self.w_k, self.w_v, w_o, b_q, None, self.b_v, b_o)
         documents = (query_embeds, query_mask, self.table, document_ids, document_mask, query_index)
         if uses_reference(self.table.device):
@@ -92,6 +118,7 @@ class ProjectedTable:
         return project_heads(heads, query_mask, document_mask, query_index, w_o, None, self.b_v, b_o)
 
     def _heads_of_all(self, queries: Tensor, *documents: Tensor) -> Tensor | None:
+        """Project the whole table if this has not been done, then attend; None if it does not fit."""
         if self.capacity == 0:
             return None
         if self.used == 0:
@@ -101,14 +128,17 @@ class ProjectedTable:
             self.used = self.capacity
         return projected_heads(queries, self.keys, self.values, *documents)
 
-    def _heads_of_some(self, queries: Tensor, *documents: Tensor) -> Tensor | None:
+    def _heads_of_some(
+        self, queries: Tensor, document_ids: Tensor, document_mask: Tensor, query_index: Tensor
+    ) -> Tensor | None:
+        """Project the rows that are missing, then attend; None if the distinct ids of a query do not fit."""
         Q, H, T, d = queries.shape
-        pairs = Pairs(self.table, *documents, Q, T, H)
+        pairs = Pairs(self.table, document_ids, document_mask, query_index, Q, T, H)
         if max((pairs.count_rows(query) for query in range(Q)), default=0) > self.capacity:
             return None
         heads = self.table.new_empty(len(pairs.queries), T, H * d)
         lse = heads.new_empty(heads.shape[0], pairs.R, dtype=pairs.dtype)
-        scores, of_query, buffer = None, -1, []
+        scores, of_query, buffer = lse.new_empty(0), -1, list[Tensor]()
         for query, part, n in pairs.parts(slice(0, len(pairs.queries))):
             if query != of_query:
                 self._project(pairs.distinct(query))
@@ -118,14 +148,16 @@ class ProjectedTable:
                 of_query = query
             weights = pairs.weights(scores, lse, query, part, n)
             values = self._values(pairs, part, n, buffer)  # [P, n, D]
-            for p in range(part.stop - part.start):  # views all along: a batch over P and H would be copied
+            for p in range(
+                part.stop - part.start
+            ):  # pair by pair these are views; a batch over P and H would be a copy
                 of_heads = weights[p].view(n, T, H).permute(2, 1, 0)  # [H, T, n]
                 mixed = of_heads @ values[p].view(n, H, d).transpose(0, 1)  # [H, T, D / H]
                 heads[part.start + p] = mixed.transpose(0, 1).reshape(T, H * d)
         return pairs.unsorted(heads)
 
     def _project(self, ids: Tensor) -> None:
-        """Makes sure that the rows of ``ids`` [U] are in the store."""
+        """Make sure that the rows of ``ids`` [U] are in the store."""
         missing = ids[self.place[ids] < 0]
         if missing.shape[0] > self.capacity - self.used:
             self.place.fill_(-1)
@@ -138,6 +170,7 @@ class ProjectedTable:
         self.used = new.stop
 
     def _values(self, pairs: Pairs, part: slice, n: int, buffer: list[Tensor]) -> Tensor:
+        """Return the projected values of the distinct ids of some documents, [P, n, D]; ``buffer`` as in `gather`."""
         P = part.stop - part.start
         if not buffer or buffer[0].shape[0] < P * n:
             buffer[:] = [self.values.new_empty(P * n, pairs.D, dtype=self.dtype)]

@@ -1,4 +1,4 @@
-"""The k tokens of each document that are most similar to a token of the query."""
+"""Find the k tokens of each document that are most similar to a token of the query."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ METRICS = ("cosine", "dot")
 
 
 class SimilarityTopK(NamedTuple):
-    scores: Tensor  # [B, K] float32, larger first; -inf where a document has fewer distinct tokens
-    clue_ids: Tensor  # [B, K] int64; -1 there
-    query_positions: Tensor  # [B, K] int64: the query token of the maximum; -1 there
+    """The result of `similarity_topk`: the best tokens of each document, larger scores first."""
+
+    scores: Tensor  # [B, k] float32 (float64 for float64 inputs); -inf where a document has fewer distinct tokens
+    clue_ids: Tensor  # [B, k] int64: ids of the tokens, or -1 there
+    query_positions: Tensor  # [B, k] int64: the query token with the largest similarity, or -1 there
 
 
 @outside_autocast
@@ -43,27 +45,45 @@ def similarity_topk(
     k: int,
     metric: str = "cosine",
 ) -> SimilarityTopK:
-    """The ``k`` distinct tokens u of each document with the largest s(u) = max over t of sim(query token t, table[u]).
+    """Choose the k distinct tokens u of each document with the largest max over t of sim(query token t, table[u]).
 
-    Larger scores first, ties to the id that occurs earlier; the arg-max query token is the earliest. Scores are rounded
-    (`round_scores`): all document tokens that stand in the query have cosine 1 up to the order of a sum, and that order
-    must not decide which of them are chosen.
+    Larger scores come first; among equal scores the id that occurs earlier in the document, and among query tokens with
+    the same similarity the earliest. Scores are rounded to 17 bits: a document token that also occurs in the query has
+    cosine 1 up to the order of a sum, and that order must not decide which of several such tokens are chosen.
+
+    It runs on the CPU and on CUDA. Repeated calls on one device return the same bits, gradients included. The gradient
+    of a score reaches its query token and its table row if they require one; it cannot be differentiated again.
 
     Args:
-        query_embeds: ``[Q, T, D]``, floating.
+        query_embeds: embeddings of the query tokens, ``[Q, T, D]``, float32, float64, bfloat16 or float16.
         query_mask: True where there is a query token, ``[Q, T]``, bool; at least one per query.
-        table: embeddings, ``[V, D]``, dtype and device of ``query_embeds``. The gradient reaches it if it asks for one.
+        table: embeddings, ``[V, D]``, dtype and device of ``query_embeds``.
         document_ids: rows of ``table``, ``[B, S]``, int64, in ``[0, V)``; never read where ``document_mask`` is False.
         document_mask: which tokens may become clues, ``[B, S]``, bool.
         query_index: the query of each pair, ``[B]``, int64 in ``[0, Q)``.
         k: number of clues, at least 1. On CUDA at most 4096 where S > 2048.
         metric: ``"cosine"`` (0 with a zero row) or ``"dot"``.
-    Returns: ``scores`` float32 (float64 for float64 inputs), ``clue_ids``, ``query_positions``, each ``[B, k]``; a
-        document with fewer distinct tokens is padded with -inf, -1, -1. The gradient of a score goes to the arg-max
-        query token.
-    Raises: ValueError for shapes, devices, a query without tokens, a NaN similarity; TypeError for a dtype; IndexError
-        for an id out of range. On CUDA masks, ids and NaN cannot be looked at without waiting: the kernel traps.
+    Returns: ``scores``, ``clue_ids`` and ``query_positions``, each ``[B, k]``; a document with fewer distinct tokens is
+        padded with -inf, -1 and -1.
+    Raises:
+        ValueError: if shapes or devices disagree, a query has no tokens, a similarity is NaN, or k or metric is wrong.
+        TypeError: if a dtype is wrong.
+        IndexError: if an id is out of range. On CUDA the kernel stops with an error instead, as for NaN and for a query
+            without tokens.
     Source: Q-PEFT-R, Peng et al. 2024, https://arxiv.org/abs/2404.04522.
+
+    Example: a query of one token and a document with tokens 2, 1 and 2::
+
+        >>> import torch
+        >>> from qpeft_ext.ops import similarity_topk
+        >>> table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
+        >>> best = similarity_topk(
+        ...     query_embeds=table[None, :1], query_mask=torch.tensor([[True]]),
+        ...     table=table, document_ids=torch.tensor([[2, 1, 2]]),
+        ...     document_mask=torch.tensor([[True, True, True]]), query_index=torch.tensor([0]), k=3,
+        ... )
+        >>> best.clue_ids, best.scores
+        (tensor([[ 2,  1, -1]]), tensor([[0.6000, 0.0000,   -inf]]))
     """
     check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
     documents = (document_ids, document_mask, query_index)
@@ -88,12 +108,12 @@ def check_similarity_topk(query_embeds, query_mask, table, document_ids, documen
 def reference(
     query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric="cosine"
 ) -> SimilarityTopK:
-    """The definition."""
+    """Compute `similarity_topk` by its definition, in plain PyTorch."""
     check_ids("similarity_topk", "document_ids", document_ids, len(table), "V", document_mask)
     check_ids("similarity_topk", "query_index", query_index, len(query_embeds), "Q")
     if not query_mask.any(1).all():
         raise ValueError("similarity_topk: every query needs a token, a row of query_mask is all False")
-    if not query_mask.shape[1]:  # and no query: a maximum asks for a token
+    if not query_mask.shape[1]:  # there is no query either; a maximum over T needs a token
         query_embeds, query_mask = query_embeds.new_zeros(0, 1, table.shape[1]), query_mask.new_ones(0, 1)
     ids = document_ids.where(document_mask, 0)
     dtype = sum_dtype(table.dtype)
@@ -120,7 +140,7 @@ def reference(
 
 
 def round_scores(scores: Tensor) -> Tensor:
-    """Round to 17 of 23 mantissa bits (float64: 44 of 52), to nearest: equal up to rounding noise becomes equal."""
+    """Round to 17 of 23 mantissa bits (float64: 44 of 52), so that scores that are equal up to noise become equal."""
     integer, dropped = (torch.int64, 8) if scores.dtype == torch.float64 else (torch.int32, 6)
     return ((scores.view(integer) + (1 << (dropped - 1))) & -(1 << dropped)).view(scores.dtype)
 
@@ -129,7 +149,7 @@ _WHAT_TO_CHECK = "check query_embeds and table for NaN and infinity"
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """1 / norm over the last axis; 0 for a zero row."""
+    """Return 1 / norm over the last axis, 0 for a zero row."""
     norms = x.norm(dim=-1)
     return torch.where(norms == 0, 0, 1 / norms.masked_fill(norms == 0, 1))
 
@@ -143,14 +163,14 @@ def _unit(x: Tensor) -> Tensor:
 
 @implement("similarity_topk", "cpu")
 def _forward(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric):
-    """Distinct ids once per query, one skinny GEMM per block of their rows, maximum over T; then k per document."""
+    """Multiply blocks of distinct rows with the query tokens, take the maximum over T, then the best k per document."""
     op, (Q, T, D), cosine = "similarity_topk", query_embeds.shape, metric == "cosine"
     check_ids(op, "document_ids", document_ids, table.shape[0], "V", document_mask)
     check_ids(op, "query_index", query_index, Q, "Q")
     if not query_mask.any(1).all():
         raise ValueError(f"{op}: every query needs a token, a row of query_mask is all False")
-    # Side by side (M = Q) the queries take one GEMM over the union of their ids: each row is read once. But a row costs
-    # about as much to read as to multiply with one query, so queries that share few ids have their own.
+    # Side by side (M = Q) the queries share one GEMM over the union of their ids, which reads each row once. Reading a
+    # row costs about as much as multiplying it with one query, so queries that share few ids get a GEMM each.
     M, groups = Q, 1
     documents = distinct_rows(document_ids, document_mask, torch.zeros_like(query_index), 1, table.shape[0])
     if Q > 1:
@@ -159,16 +179,16 @@ def _forward(query_embeds, query_mask, table, document_ids, document_mask, query
             M, groups, documents = 1, Q, apart
     query_mask = query_mask.reshape(groups, M, T).contiguous()
     queries = query_embeds.to(sum_dtype(table.dtype))
-    query_scales = inverse_norms(queries).reshape(groups, M * T) if cosine else None
+    query_scales = inverse_norms(queries).reshape(groups, M * T)
     queries = queries.reshape(groups, M * T, D)
     best = table.new_empty(M, documents.offsets[-1], dtype=sum_dtype(table.dtype))
     positions = best.new_empty(best.shape, dtype=torch.int32)
-    row_norms = best.new_empty(best.shape[1]) if cosine else None
+    row_norms = best.new_empty(best.shape[1])
     for g in range(groups):
         blocks = blocks_of_rows(table, documents.rows, documents.offsets[g], documents.offsets[g + 1], norms=cosine)
         for here, block, norms in blocks:
             similarity = multiply(block, queries[g].mT)  # [n, M * T]
-            if cosine:
+            if norms is not None:
                 similarity *= query_scales[g]
                 row_norms[here] = norms
             torch.ops.qpeft_ext.similarity_topk_reduce(
@@ -178,7 +198,7 @@ def _forward(query_embeds, query_mask, table, document_ids, document_mask, query
         raise ValueError(f"{op}: a similarity is NaN, {_WHAT_TO_CHECK}")
     best_row = query_index.contiguous() if groups == 1 else torch.zeros_like(query_index)
     return torch.ops.qpeft_ext.similarity_topk_select(
-        round_scores(best), positions, best_row, row_norms, documents.ids, documents.slots, k
+        round_scores(best), positions, best_row, row_norms if cosine else None, documents.ids, documents.slots, k
     )
 
 
@@ -193,20 +213,20 @@ def _(query_embeds, query_mask, table, document_ids, document_mask, query_index,
 def _backward(
     grad_scores, scores, clue_ids, query_positions, row_norms, query_embeds, table, query_index, metric, want_table
 ):
-    """Sums of rows, weighted by the gradients: over the clues of a query token, and over the tokens of a clue.
+    """Sum rows weighted by the gradients, over the clues of a query token and over the query tokens of a clue.
 
     d cosine / d q = (unit(e) - cosine * unit(q)) / |q|, and the same with e and q exchanged. All sizes are bounds that
-    do not depend on the data, so nothing waits for a GPU; what is padding sorts behind the last segment.
+    do not depend on the data, so nothing waits for a GPU; padding is sorted to the end, after the last segment.
     """
     (Q, T, D), V, cosine, dtype = query_embeds.shape, table.shape[0], metric == "cosine", sum_dtype(table.dtype)
     chosen = (clue_ids >= 0).flatten()
     token, ids = (query_index[:, None] * T + query_positions).flatten(), clue_ids.flatten()
     grad, norms = grad_scores.to(dtype).flatten(), row_norms.flatten()  # 1 / norm
-    weights, along = grad * norms, grad * scores.flatten()  # along: what a token or a row must lose along itself
+    weights, along = grad * norms, grad * scores.flatten()  # along: the part of the gradient along the vector itself
 
     by_token, begins = _segments(token.where(chosen, Q * T), Q * T)
     hit = begins[1:] > begins[:-1]
-    queries = query_embeds.reshape(Q * T, D).to(dtype).where(hit[:, None], 0)  # others may be NaN, and get no gradient
+    queries = query_embeds.reshape(Q * T, D).to(dtype).where(hit[:, None], 0)  # the others may be NaN
     grad_query = _weighted_rows(table, ids[by_token], weights[by_token], begins)
     if cosine:
         scales = inverse_norms(queries)[:, None]
@@ -216,13 +236,13 @@ def _backward(
     if not want_table:
         return grad_query, table.new_empty(0)
 
-    most = min(ids.shape[0], V)  # distinct clues
+    most = min(ids.shape[0], V)  # of distinct clues
     ordered, by_id = ids.where(chosen, V).sort(stable=True)
     begin = torch.ones_like(ordered, dtype=torch.bool)
     begin[1:] = ordered[1:] != ordered[:-1]
     rank = (begin.cumsum(0) - 1).where(ordered < V, most)
     begins = torch.searchsorted(rank, torch.arange(most + 1, device=ids.device))
-    rows = torch.cat((ordered, ordered.new_full((1,), V)))[begins[:-1]]  # the clue of each rank; V behind the last
+    rows = torch.cat((ordered, ordered.new_full((1,), V)))[begins[:-1]]  # the clue of each rank, or V
     grad_rows = _weighted_rows(queries, token[by_id], weights[by_id], begins)
     if cosine:
         loss = _weighted_rows((along * norms.square())[:, None], by_id, None, begins)
@@ -232,14 +252,14 @@ def _backward(
 
 
 def _weighted_rows(source: Tensor, rows: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
-    """Sums [segments, columns of source] of source[rows[e]] * weights[e] over each segment; weights None: 1."""
+    """Return the sum of source[rows[e]] * weights[e] over each segment, [segments, columns of source]."""
     sums = source.new_empty(len(offsets) - 1, source.shape[1], dtype=sum_dtype(source.dtype))
     torch.ops.qpeft_ext.weighted_rows(source, rows, weights, offsets, False, sums)
     return sums
 
 
 def _segments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The order of ``keys`` [E] (stable), and where in it the keys 0 .. size - 1 begin and end, [size + 1]."""
+    """Sort ``keys`` [E] (stable); return the order, and where in it the keys 0 .. size - 1 begin, [size + 1]."""
     ordered, order = keys.sort(stable=True)
     return order, torch.searchsorted(ordered, torch.arange(size + 1, device=keys.device))
 

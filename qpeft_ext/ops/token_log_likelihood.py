@@ -1,4 +1,4 @@
-"""Log-probability of given tokens from hidden states, without the logits of the whole vocabulary."""
+"""Log-probabilities of given tokens from hidden states, without the logits of the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -35,23 +35,39 @@ def token_log_likelihood(
     logit_scale: float = 1.0,
     chunk_bytes: int = 64 << 20,
 ) -> Tensor:
-    """Log-probability of each query token, without storing the ``[N, V]`` logits.
+    """Compute the log-probability of each target token, without storing the ``[N, V]`` logits.
 
     log p = z[target] - logsumexp(z), z = soft_cap * tanh(u / soft_cap), u = logit_scale * hidden @ lm_head.T + bias.
 
+    It runs on the CPU and on CUDA. Repeated calls on one device return the same bits, gradients included. Logits are
+    float32 sums whatever the dtype of the inputs. The gradient reaches hidden, lm_head and bias if they require one;
+    it cannot be differentiated again.
+
     Args:
-        hidden: final hidden state at the position *before* each query token, ``[N, D]``, floating.
-        lm_head: output embedding of the LM, ``[V, D]``, same dtype and device. The gradient reaches it, and
-            the bias, if they ask for one.
-        target_ids: the query tokens, ``[N]``, int64 in ``[0, V)``.
-        bias: ``[V]`` or None, same dtype.  soft_cap: positive, or None.  logit_scale: a factor on the logits.
-        chunk_bytes: working memory: logits of some rows and a chunk of the vocabulary, that chunk's rows of ``lm_head``
-            in float32 where the CPU cannot multiply their dtype well (bf16 it can with AMX, or AMD's AVX512-BF16), and
-            the sums for the gradient. At least one row and one word.
-    Returns: log p in nats, ``[N]``, float32 (float64 for float64 inputs); logits are never rounded to bf16.
-    Raises: ValueError for shapes, devices, settings; TypeError for a dtype; IndexError for an id out of range (on CUDA
-        nothing can be raised without waiting: the kernel traps).
+        hidden: final hidden state at the position *before* each target token, ``[N, D]``, float32, float64, bfloat16
+            or float16.
+        lm_head: output embedding of the LM, ``[V, D]``, dtype and device of ``hidden``.
+        target_ids: the tokens, ``[N]``, int64 in ``[0, V)``.
+        bias: added to the logits before the cap, ``[V]``, same dtype, or None.
+        soft_cap: bound of the logits, positive, or None for none.
+        logit_scale: factor on the logits before bias and cap.
+        chunk_bytes: working memory in bytes: logits of some rows and a chunk of the vocabulary, the chunk's rows of
+            ``lm_head`` in float32 where the CPU has no fast products of their dtype (it has those of bfloat16 with AMX
+            or AMD's AVX512-BF16), and the sums for the gradient. At least one row and one token are computed at a time.
+    Returns: log p in nats, ``[N]``, float32 (float64 for float64 inputs).
+    Raises:
+        ValueError: if shapes or devices disagree, or soft_cap or chunk_bytes is not positive.
+        TypeError: if a dtype is wrong.
+        IndexError: if an id is out of range. On CUDA the kernel stops with an error instead.
     Source: the score of UPR, Sachan et al. 2022, https://arxiv.org/abs/2204.07496.
+
+    Example: a vocabulary of two tokens with equal logits, then with logits 2 and 0::
+
+        >>> import torch
+        >>> from qpeft_ext.ops import token_log_likelihood
+        >>> hidden, lm_head = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [0.0]])
+        >>> token_log_likelihood(hidden, lm_head, torch.tensor([0, 1]))
+        tensor([-0.6931, -2.1269])
     """
     check_token_log_likelihood(hidden, lm_head, target_ids, bias, soft_cap, chunk_bytes)
     if uses_reference(hidden.device):
@@ -81,7 +97,7 @@ def check_token_log_likelihood(hidden, lm_head, target_ids, bias, soft_cap, chun
 
 
 def reference(hidden, lm_head, target_ids, bias=None, soft_cap=None, logit_scale=1.0, chunk_bytes=None) -> Tensor:
-    """The definition. ``chunk_bytes`` changes no number."""
+    """Compute `token_log_likelihood` by its definition, in plain PyTorch; ``chunk_bytes`` changes no number."""
     check_ids("token_log_likelihood", "target_ids", target_ids, len(lm_head), "V")
     dtype = sum_dtype(hidden.dtype)
     logits = logit_scale * (hidden.to(dtype) @ lm_head.to(dtype).T)  # [N, V]
@@ -94,28 +110,32 @@ def reference(hidden, lm_head, target_ids, bias=None, soft_cap=None, logit_scale
 
 # ---- the operator, for both devices: primitives and what they promise are in csrc/ops.cpp ----------------------------
 
-WORDS = 4096  # of a chunk at least, where the budget has room for some rows of them: narrow GEMMs are slow
-CPU_BUFFER = 8 << 20  # bytes of logits, or of upcast rows, at most: larger ones the C library maps anew for every call
-TILE_ROWS, TILE_WORDS = 128, 256  # of a GEMM on a GPU
+WORDS = 4096  # smallest chunk, where the budget has room for some rows of it: narrow GEMMs are slow
+CPU_BUFFER = (
+    8 << 20
+)  # most bytes of logits, or of upcast rows: larger buffers are mapped again by the C library each time
+TILE_ROWS, TILE_WORDS = 128, 256  # tile of a GEMM on a GPU
 
 
 class Sizes(NamedTuple):
-    rows: int  # of hidden at a time
-    words: int  # of the vocabulary at a time
+    """How much of the inputs is multiplied at a time."""
+
+    rows: int  # of hidden
+    words: int  # of the vocabulary
 
 
-def _sizes(hidden: Tensor, lm_head: Tensor, chunk_bytes: int, held: int) -> Sizes:
-    """Blocks of rows and chunks of words within the budget; ``held``: bytes for each row beside its logits.
+def _sizes(hidden: Tensor, lm_head: Tensor, chunk_bytes: int, row_bytes: int) -> Sizes:
+    """Choose blocks of rows and chunks of words that fit in the budget: all rows, if `WORDS` words still fit.
 
-    All rows at once, as long as that leaves room for `WORDS` words.
+    ``row_bytes``: what each row takes besides its logits.
     """
     (N, D), V, item = hidden.shape, lm_head.shape[0], sum_dtype(hidden.dtype).itemsize
-    upcast = 0 if product_dtype(lm_head) == lm_head.dtype else D * item  # bytes for each word beside its logits
+    upcast = 0 if product_dtype(lm_head) == lm_head.dtype else D * item  # bytes for each word besides its logits
     if hidden.device.type == "cpu" and product_dtype(lm_head) == torch.bfloat16:
-        held += D * lm_head.dtype.itemsize  # the product packs the rows
+        row_bytes += D * lm_head.dtype.itemsize  # the product packs the rows
     least = min(V, WORDS, max(1, chunk_bytes // (4 * upcast))) if upcast else min(V, WORDS)
-    rows = max(1, min(N, (chunk_bytes - least * upcast) // max(1, least * item + held)))
-    most = min(V, max(1, (chunk_bytes - rows * held) // max(1, rows * item + upcast)))
+    rows = max(1, min(N, (chunk_bytes - least * upcast) // max(1, least * item + row_bytes)))
+    most = min(V, max(1, (chunk_bytes - rows * row_bytes) // max(1, rows * item + upcast)))
     if hidden.device.type == "cuda":
         return Sizes(rows, _whole_waves(rows, V, most, *_processors(hidden.device)))
     most = max(1, min(most, CPU_BUFFER // max(rows * item, upcast, 1)))
@@ -131,8 +151,10 @@ def _processors(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _whole_waves(rows: int, V: int, most: int, processors: int, cache_bytes: int) -> int:
-    """At most ``most`` words a chunk: few launches (each a tenth of a wave), GEMMs whose tiles fill the processors in
-    whole waves, and float32 logits that fit in half of the cache, where the next kernel finds them.
+    """Choose the words of a chunk, at most ``most``, so that the GPU is busy.
+
+    A launch costs a tenth of a wave, so chunks should be few; the tiles of their GEMMs should fill the processors in
+    whole waves; and the float32 logits should fit in half of the cache, where the next kernel finds them.
     """
     most = min(most, max(TILE_WORDS, cache_bytes // (8 * rows)))
     if most < TILE_WORDS or most >= V:
@@ -148,7 +170,7 @@ def _whole_waves(rows: int, V: int, most: int, processors: int, cache_bytes: int
 
 
 class Chunks:
-    """Logits of chunks of the vocabulary: in one buffer, but on the CPU, where the product brings its own memory."""
+    """Logits of one chunk of the vocabulary after the other, in one buffer if the product does not allocate its own."""
 
     def __init__(self, lm_head: Tensor, bias: Tensor | None, sizes: Sizes) -> None:
         self.lm_head, self.words = lm_head, sizes.words
@@ -162,7 +184,7 @@ class Chunks:
         self.upcast = lm_head.new_empty(upcast, dtype=self.dtype)
 
     def __call__(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """(words, their rows of lm_head, logits, bias) of each chunk, for rows ``hidden`` in the GEMM's dtype."""
+        """Yield (words, their rows of lm_head, logits, bias) for rows ``hidden`` in the dtype of the product."""
         V = self.lm_head.shape[0]
         for first in range(0, V, self.words):
             here = slice(first, min(first + self.words, V))
@@ -173,15 +195,15 @@ class Chunks:
             yield here, rows, multiply_rows(hidden, rows, out), None if self.bias is None else self.bias[here]
 
     def kept(self, logits: Tensor) -> Tensor:
-        """What a primitive has left in place of ``logits``, in the GEMM's dtype: the beginning of each row's memory."""
+        """View what a primitive wrote over ``logits``, in the dtype of the product; it begins where each row does."""
         return logits if self.dtype == logits.dtype else logits.view(self.dtype)[:, : logits.shape[1]]
 
 
 @implement("token_log_likelihood")
 def _forward(hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_bytes, want_expectation):
-    """Online log-sum-exp over chunks of the vocabulary.
+    """Accumulate the log-sum-exp over chunks of the vocabulary.
 
-    For the gradient it also sums up E = sum_v p_v dz_v/du_v lm_head[v], rescaled as the maximum grows, so that the
+    For the gradient it also sums E = sum_v p_v dz_v/du_v lm_head[v], rescaled as the maximum grows, so that the
     backward pass is one multiplication: d log p / d hidden = logit_scale * (dz/du lm_head[target] - E).
     """
     check_ids("token_log_likelihood", "target_ids", target_ids, lm_head.shape[0], "V")
@@ -202,9 +224,9 @@ def _forward(hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_byt
                 ops.token_log_likelihood_chunk(
                     logits, some_bias, targets, here.start, logit_scale, soft_cap, running, sums, chunks.dtype
                 )
-                if want_expectation:
+                if sums is not None:
                     add_product(sums, chunks.kept(logits), rows)
-                del logits  # before the next chunk's
+                del logits  # their memory serves the next chunk
             ops.token_log_likelihood_finish(
                 running, lm_head, targets, logit_scale, soft_cap, log_p[block], lse[block], sums
             )
@@ -220,7 +242,7 @@ def _(hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_bytes, wan
 
 @implement("token_log_likelihood_backward")
 def _backward(grad_log_p, lse, hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_bytes):
-    """Gradient to lm_head and bias: the chunks once more, all rows at once."""
+    """Compute the gradients of lm_head and bias from the same chunks, with all rows at once."""
     dtype, N = sum_dtype(hidden.dtype), hidden.shape[0]
     grad_lm_head = torch.empty_like(lm_head)
     grad_bias = None if bias is None else torch.empty_like(bias)
@@ -238,7 +260,7 @@ def _backward(grad_log_p, lse, hidden, lm_head, target_ids, bias, soft_cap, logi
                 torch.addmm(grad, grad_logits.T, hidden, beta=0, alpha=logit_scale, out=grad)
             else:
                 grad.copy_(logit_scale * (grad_logits.T @ hidden))
-            if bias is not None:
+            if grad_bias is not None:
                 grad_bias[here] = grad_logits.sum(0, dtype=dtype)
             del logits, grad_logits
     return grad_lm_head, lm_head.new_empty(0) if bias is None else grad_bias
