@@ -15,6 +15,7 @@ import griffe
 
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Source|Example|Examples):(?: +(.*))?$")
 NAME = re.compile(r"(?<!`)`(\w+(?:\.\w+)*)(\(\))?`(?!`)")
+PAGE = re.compile(r"(?<![\w`/(\[])docs/([\w-]+)\.md")
 REFERENCE = Path(__file__).resolve().parents[1] / "api"
 
 
@@ -43,7 +44,7 @@ def reference_paths(package: griffe.Module) -> dict[str, str]:
 
 
 def link_names(text: str, object_: griffe.Object, paths: dict[str, str]) -> str:
-    """References in the place of names in backticks, where the reference has them; outside of examples."""
+    """Links in the place of names in backticks, where the reference has them, and of pages; outside of examples."""
     owner = object_ if object_.is_class else object_.parent
 
     def link(found: re.Match) -> str:
@@ -52,7 +53,7 @@ def link_names(text: str, object_: griffe.Object, paths: dict[str, str]) -> str:
         path = paths.get(scoped) or paths.get(name) or paths.get(name.partition(".")[2] or name)
         return f"[{found[0]}][{path}]" if path and path != object_.path else found[0]
 
-    lines = text.split("\n")
+    lines = PAGE.sub(r"[\g<0>](../\1.html)", text).split("\n")
     return "\n".join(line if line.lstrip().startswith((">>>", "...")) else NAME.sub(link, line) for line in lines)
 
 

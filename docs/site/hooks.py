@@ -30,8 +30,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for section in config.nav:
         for name, pages in section.items():
             if isinstance(pages, list):
-                section[name] = [page for page in pages if isinstance(page, dict) or (ROOT / "docs" / page).is_file()]
+                section[name] = [page for page in pages if is_there(page)]
     return config
+
+
+def is_there(page: str | dict[str, str]) -> bool:
+    path = page if isinstance(page, str) else next(iter(page.values()))
+    return path.startswith("repository/") or (ROOT / "docs" / path).is_file()
 
 
 def site_path(path: str) -> str:

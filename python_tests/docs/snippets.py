@@ -19,19 +19,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON, SHELL, OUTPUT = ("python", "pycon"), ("sh", "bash", "console"), "text"
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[\w-]*)")
+FILE = re.compile(r"^\s*<!-- file: ([\w.-]+) -->\s*$")
 NOT_RUN = re.compile(r"^\s*<!-- not run: (.*\S) -->\s*$")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 @dataclass
 class Block:
-    """A fenced block of code. ``line`` is that of its first line of code, counted from 1."""
+    """A fenced block of code, or of a ``file``. ``line`` is that of its first line of code, counted from 1."""
 
     page: str
     line: int
     language: str
     text: str
     not_run: str | None = None
+    file: str | None = None
     output: str | None = None
 
     def __str__(self) -> str:
@@ -39,7 +41,7 @@ class Block:
 
 
 def read_blocks(path: Path) -> list[Block]:
-    """The blocks of ``path`` in Python or shell, each with the output block that follows it directly."""
+    """The blocks of ``path`` in Python or shell, each with the output block that follows it directly, and files."""
     lines = path.read_text(encoding="utf-8").splitlines()
     page = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     blocks: list[Block] = []
@@ -54,9 +56,9 @@ def read_blocks(path: Path) -> list[Block]:
         indent, fence = len(opening["indent"]), opening["fence"]
         end = next(i for i in range(place + 1, len(lines)) if lines[i].strip().startswith(fence))
         text = "\n".join(line[indent:] for line in lines[place + 1 : end])
-        reason = NOT_RUN.match(above)
-        if opening["language"] in PYTHON + SHELL:
-            last = Block(page, place + 2, opening["language"], text, reason and reason[1])
+        reason, file = NOT_RUN.match(above), FILE.match(above)
+        if file or opening["language"] in PYTHON + SHELL:
+            last = Block(page, place + 2, opening["language"], text, reason and reason[1], file and file[1])
             blocks.append(last)
         else:
             if opening["language"] == OUTPUT and last:
@@ -173,6 +175,9 @@ class Page:
     def run(self, block: Block) -> None:
         """Run ``block`` and compare what it prints. Raises: AssertionError that names page and line."""
         try:
+            if block.file:
+                Path(block.file).write_text(block.text + "\n")
+                return
             if block.language in PYTHON:
                 printed = self._python(block)
                 if block.output is not None:

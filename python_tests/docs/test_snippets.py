@@ -13,6 +13,7 @@ How to write one:
 - A ``text`` block directly below is what the block prints, and is compared: ``…`` stands for anything, blanks do not
   count, fractions may differ by one in their last digit. A last line that is an expression prints its value. Below a
   shell block: what all its commands print. If it holds "error:", the command must end with exit code 2.
+- ``<!-- file: plan.yaml -->`` on the line above a block of any language: it becomes a file of that name.
 - ``qpeft`` runs in this process. ``make``, ``pip install`` and ``python benchmarks/…`` are not run: their targets,
   extras, files and options must exist.
 - ``<!-- not run: reason -->`` on the line above a block: nothing of it runs. Its Python must compile, and the commands
@@ -71,7 +72,7 @@ def test_the_snippets_of_a_page_run(page, files, tmp_path, monkeypatch, request)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    python = "\n".join(block.text for block in blocks if block.language in PYTHON)
+    python = "\n".join(block.text for block in blocks if block.language in PYTHON and not block.file)
     names = {"__name__": "__main__"} | data_names() | model_names(set(re.findall(r"\w+", python)))
     start = time.perf_counter()
     run = Page(names)
