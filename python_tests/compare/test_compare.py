@@ -18,7 +18,7 @@ from jobs.long_job import Process
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 from qpeft_ext.compare.notes import quality_notes
-from qpeft_ext.compare.plan import read_plan
+from qpeft_ext.compare.plan_file import read_plan
 from qpeft_ext.compare.tables import build_tables
 from qpeft_ext.compare.texts import csv_text, markdown
 from qpeft_ext.evaluation.measures import evaluate, per_query

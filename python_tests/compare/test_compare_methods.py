@@ -13,7 +13,7 @@ import qpeft_ext as qpeft
 from qpeft_ext.adapters.files import load_weights_into
 from qpeft_ext.compare.cost import PeakMemory, Work
 from qpeft_ext.compare.methods import PRESETS
-from qpeft_ext.compare.plan import read_plan
+from qpeft_ext.compare.plan_file import read_plan
 from qpeft_ext.compare.prefix_tuning import PrefixTuningModel
 from qpeft_ext.compare.yes_no import YesNoModel
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpeft_ext.cli import main
-from qpeft_ext.compare.plan import read_plan
+from qpeft_ext.compare.plan_file import read_plan
 from qpeft_ext.prefixes.files import Damaged, read_contents
 from qpeft_ext.training.checkpoints import MANIFEST, why_incomplete
 from qpeft_ext.utils.console import Stream

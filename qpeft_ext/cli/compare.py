@@ -29,7 +29,7 @@ def command(
     Started several times at once, the processes share the work.
     Writes comparison.md, .csv, .json and .html. Plans: benchmarks/compare/.
     """
-    from ..compare.plan import read_plan
+    from ..compare.plan_file import read_plan
 
     asked = read_plan(plan, method or (), collection or ())
     if output.exists() and not output.is_dir():

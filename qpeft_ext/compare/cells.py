@@ -1,4 +1,4 @@
-"""The results of a plan, one folder each: where they are and what lies in them."""
+"""The results of a plan, each in a folder of its own, and the names of the files in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ ADAPTER, TRAINED, CHECKPOINTS = "adapter", "trained.json", "checkpoints"
 
 @dataclass(frozen=True)
 class Cell:
-    """One result: a method on a collection with a seed."""
+    """One result: a method on a collection with a seed.
+
+    Attributes:
+        output: folder of all results.
+        collection: name of the collection.
+        method: the method.
+        seed: the seed.
+    """
 
     output: Path
     collection: str
@@ -27,14 +34,16 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Name of the result in messages."""
         return f"{self.collection}, {self.method.name}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
+        """Folder of its files."""
         return self.output / file_name(self.collection) / file_name(self.method.name) / f"seed-{self.seed}"
 
     def read(self, name: str = RESULT) -> dict[str, Any] | None:
-        """A JSON file of the cell; None if it is not there or not whole."""
+        """Read a JSON file of the result; None if there is none, or if it is not complete."""
         try:
             found = read_json(self.folder / name, MAX_RESULT, nan=True)
         except (FileNotFoundError, ValueError):
@@ -43,7 +52,7 @@ class Cell:
 
 
 def cells(plan: Plan, output: Path) -> Iterator[Cell]:
-    """All results of a plan, in the order in which they are made; fusions after what they fuse."""
+    """Yield all results of a plan in the order in which they are made: fusions after the methods that they take."""
     first = first_stage_method(plan)
     for collection in plan.collections:
         methods = {first.name: first} | plan.methods_of(collection)
@@ -53,6 +62,6 @@ def cells(plan: Plan, output: Path) -> Iterator[Cell]:
 
 
 def first_stage_method(plan: Plan) -> Method:
-    """The first stage is a row of every table; the plan may give it a name of its own."""
+    """Return the first stage, which is a row of every table; the plan may give it a name."""
     named = [method for method in plan.methods.values() if method.method == FIRST_STAGE]
     return named[0] if named else Method(FIRST_STAGE, BASELINE_NAME)

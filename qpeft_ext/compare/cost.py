@@ -1,4 +1,4 @@
-"""What a method costs: memory at its peak, tokens that the LM reads, and floating-point operations."""
+"""Measurement of what a method costs: peak memory, tokens that the LM reads, and floating-point operations."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..engine.base import BaseEngine
 from ..utils.memory import return_freed_memory
 
 PETA = 1e15
 
 
 class PeakMemory:
-    """Bytes that a block of work needed at its peak beyond what was held before it: ``bytes``, None if unknown.
+    """Context manager that measures the peak memory of the work in it, beyond what was in use before.
 
-    On a CUDA device the allocator's count. On the CPU the resident memory of the whole process, by Linux's own
-    high-water mark (VmHWM, set back at the start): it counts everything, Python included, in pages.
+    On a CUDA device that is the allocator's count. On a CPU it is the resident memory of the whole process, from
+    Linux's high-water mark (VmHWM), which is set back at the start.
+
+    Attributes:
+        bytes: the peak, after the block; None where it is not known.
     """
 
+    bytes: int | None = None
+    _before: int | None = None
+
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes = torch.device(device), None
+        self.device = torch.device(device)
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
@@ -30,22 +37,25 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
             return self
-        return_freed_memory(0)  # or pages that an earlier method freed would hide what this one takes
+        return_freed_memory(0)  # else pages that an earlier method freed would hide what this one takes
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self._before = _status("VmRSS")
-        except OSError:
-            self._before = None
+        except OSError:  # not Linux, or not allowed
+            pass
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
+        if self._before is None:
+            return
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-        elif self._before is not None:
+        else:
             self.bytes = max(0, _status("VmHWM") - self._before)
 
 
 def _status(name: str) -> int:
+    """Return a size of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -53,19 +63,21 @@ def _status(name: str) -> int:
 
 
 class Work:
-    """Counts what an LM reads while the block runs: padding does not count, prefixes that come from a cache neither.
+    """Context manager that counts what the LM of an engine reads, without padding and without cached prefixes.
 
-    tokens: read by the decoder.  attended: pairs (token, token that it attends to), itself included.
+    Attributes:
+        tokens: tokens that the decoder read.
+        attended: pairs of a token and a token that it attended to, itself included.
     """
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine: BaseEngine) -> None:
         self.engine, self.tokens, self.attended = engine, 0, 0
 
     def __enter__(self) -> Work:
         self._hook = self.engine.decoder.register_forward_pre_hook(self._count, with_kwargs=True)
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._hook.remove()
 
     def _count(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -79,11 +91,16 @@ class Work:
         self.attended += int((new * (there - new) + new * (new + 1) // 2).sum())
 
     def flops(self, head_rows: int) -> float:
-        """2·N·tokens + 4·L·d·attended + 2·D·V·head_rows: the closed form of E2R-FLOPs (arXiv 2507.06223) with true
-        lengths, causal attention, and the LM head on the rows that it ran on.
+        """Compute the floating-point operations of what was read: 2·N·tokens + 4·L·d·attended + 2·D·V·head_rows.
 
-        N: parameters of the decoder without its embeddings, adapters in it included (of a mixture of experts all of
-        them).  L, d: layers, heads × head width.  Clue modules are not counted: a few per cent.
+        This is the closed form of E2R-FLOPs with true lengths and causal attention. N is the number of the decoder's
+        parameters without embeddings, with adapters and all experts; L the number of layers; d the number of heads
+        times their width; D the hidden size; V the vocabulary. Clue modules, a few per cent, are not counted.
+
+        Args:
+            head_rows: rows that the LM head ran on.
+
+        Source: arXiv 2507.06223.
         """
         lm, decoder = self.engine.lm, self.engine.decoder
         config = lm.config.get_text_config()

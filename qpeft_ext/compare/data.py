@@ -1,29 +1,39 @@
-"""What all methods of a comparison share: test queries, candidates, training examples, dev queries."""
+"""The data that all methods of a comparison share: test queries, candidates, training examples and dev queries."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Collection as Ids
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from .. import formats
 from ..formats.trec import Qrels, Run
 from ..prompts.prompt import Prompt
 from ..ranking.first_stage import asked_queries, first_stage
 from ..ranking.run import check_candidates
-from .plan import Collection, Part, Training
+from .plan import Collection, Source, Training
 
-SAMPLE_SEED = 0  # of test and dev queries: the same for all seeds of a plan
+Item = TypeVar("Item")
+SAMPLE_SEED = 0  # of test and dev queries, which are the same for all seeds of a plan
 
 
 @dataclass
 class Ranked:
-    """Queries with candidates.  left_out: queries that are too long for the prompt."""
+    """Queries with the candidates that are reranked for them.
+
+    Attributes:
+        queries: query_id -> text.
+        qrels: their judgements.
+        candidates: the first stage's run.
+        corpus: doc_id -> document.
+        first_stage: name of the first stage.
+        left_out: how many queries are too long for the prompt.
+    """
 
     queries: dict[str, str]
     qrels: Qrels
@@ -34,9 +44,9 @@ class Ranked:
 
     @cached_property
     def digest(self) -> str:
-        """A short fingerprint of all that a method's ranking, and its evaluation, depends on.
+        """Fingerprint of everything that a method's ranking and its evaluation depend on.
 
-        The texts themselves count, not the file: a copy of the data is the same data.
+        It is made of the texts, not of their files: a copy of the data is the same data.
         """
         content = [
             [q, text, self.qrels[q], [d for d, _ in self.candidates.get(q, ())]] for q, text in self.queries.items()
@@ -51,8 +61,13 @@ class CollectionData:
     """The data of one collection of a plan.
 
     Args:
-        root: folder that paths of the plan are below.  prompt: says which queries fit.
-    Attributes: test: `Ranked`.
+        collection: what the plan says of it.
+        root: folder that paths of the plan are below.
+        prompt: decides which queries are too long.
+
+    Attributes:
+        test: the test queries.
+
     Raises: ValueError or OSError, one line, for data that cannot be read or do not belong together.
     """
 
@@ -60,26 +75,35 @@ class CollectionData:
         self.collection, self._root, self._prompt = collection, root, prompt
         self._examples = cache(self._read_examples)
         c = collection
-        self.test = self._ranked(Part(c.data, c.split, c.run, c.queries), c.candidates, SAMPLE_SEED, set())
+        self.test = self._ranked(Source(c.data, c.split, c.run, c.queries), c.candidates, SAMPLE_SEED, set())
 
     @cached_property
     def dev(self) -> Ranked:
-        """Queries other than the test queries."""
+        """Queries that weights are chosen on; none of them is a test query."""
+        if self.collection.dev is None:
+            raise ValueError(f"collection {self.collection.name!r}: the key 'dev' is missing")
         return self._ranked(self.collection.dev, self.collection.candidates, SAMPLE_SEED, self._taken(dev=False))
 
     def examples(self, which: str, training: Training, seed: int) -> list[dict]:
-        """Training examples of a seed: the queries, their negatives and their order depend on it.
+        """Return training examples; the queries, their negatives and their order depend on the seed.
 
-        Never a test or dev query. The examples of fewer queries are among those of more.
+        No test or dev query is among them. The examples of fewer queries are among those of more.
+
+        Args:
+            which: "train" or "synthetic".
+            training: how many queries, and their negatives.
+            seed: seed of the samples.
+
+        Raises: ValueError if the collection has too few.
         """
         return self._examples(which, training.queries, training.negatives, training.depth, seed)
 
     def _read_examples(self, which: str, count: int, negatives: int, depth: int, seed: int) -> list[dict]:
-        part: Part = getattr(self.collection, which)
-        count = min(count, part.queries or count)
+        source: Source = getattr(self.collection, which)
+        count = min(count, source.queries or count)
         taken = self._taken(dev=True)
-        if part.examples:
-            path = self._root / part.examples
+        if source.examples:
+            path = self._root / source.examples
             found = [
                 example
                 for example in formats.read_examples(path)
@@ -89,14 +113,14 @@ class CollectionData:
             examples = [found[i] for i in chosen]
             place = str(path)
         else:
-            data, queries, qrels, _ = self._sampled(part, count, seed, taken, with_relevant=True)
+            data, queries, qrels, _ = self._sampled(source, count, seed, taken, with_relevant=True)
             most = depth + max((len(judged) for judged in qrels.values()), default=0)
-            run = self._root / part.run if part.run else None
-            candidates, _ = first_stage(data, part.split, queries, run, most)
+            run = self._root / source.run if source.run else None
+            candidates, _ = first_stage(data, source.split, queries, run, most)
             examples, _ = formats.training_examples(
                 queries, qrels, candidates, data.corpus, num_negatives=negatives, depth=depth, seed=seed
             )
-            place = f"{data.place}, split {part.split}"
+            place = f"{data.place}, split {source.split}"
         if len(examples) < count:
             raise ValueError(
                 f"{place}: {count} training queries were asked for, there are {len(examples)} that are "
@@ -106,16 +130,27 @@ class CollectionData:
         return examples
 
     def _taken(self, dev: bool) -> set[str]:
-        """The texts of the test queries, and of the dev queries too: whatever their ids, they are not trained on."""
+        """Return the texts of the test queries, and with ``dev`` of the dev queries, which nothing is trained on.
+
+        Texts are compared, since the same query may have another id in another file.
+        """
         return {*self.test.queries.values(), *(self.dev.queries.values() if dev and self.collection.dev else ())}
 
-    def _sampled(self, part: Part, count: int | None, seed: int, taken: set[str], with_relevant=False):
-        """Collection, queries and qrels of a part; the number of queries that are too long.
+    def _sampled(
+        self, source: Source, count: int | None, seed: int, taken: set[str], with_relevant: bool = False
+    ) -> tuple[formats.Collection, dict[str, str], Qrels, int]:
+        """Sample queries of a source that are judged, fit the prompt and are not ``taken``.
 
-        with_relevant: only queries with a relevant document.
+        Args:
+            count: how many; None: all.
+            with_relevant: only queries with a relevant document.
+
+        Returns: The collection, the queries, their qrels, and how many queries are too long.
         """
-        data = formats.open_collection(_place(self._root, part.data))
-        split = data.choose_split(part.split) if data.splits else None
+        if source.data is None:
+            raise ValueError("expected data: a collection, and not examples")
+        data = formats.open_collection(_place(self._root, source.data))
+        split = data.choose_split(source.split) if data.splits else None
         judged = data.qrels(split)
         asked = {
             q: text
@@ -127,29 +162,29 @@ class CollectionData:
         queries = {q: fitting[q] for q in chosen}
         return data, queries, {q: judged[q] for q in queries}, len(asked) - len(fitting)
 
-    def _ranked(self, part: Part, candidates: int, seed: int, taken: set[str]) -> Ranked:
-        data, queries, qrels, left_out = self._sampled(part, part.queries, seed, taken)
+    def _ranked(self, source: Source, candidates: int, seed: int, taken: set[str]) -> Ranked:
+        data, queries, qrels, left_out = self._sampled(source, source.queries, seed, taken)
         if not queries:
-            raise ValueError(f"{data.place}, split {part.split}: no judged query is left")
-        run = self._root / part.run if part.run else None
-        found, name = first_stage(data, part.split, queries, run, candidates)
+            raise ValueError(f"{data.place}, split {source.split}: no judged query is left")
+        run = self._root / source.run if source.run else None
+        found, name = first_stage(data, source.split, queries, run, candidates)
         found = {q: found[q] for q in queries if found.get(q)}
         check_candidates(found, queries, data.corpus, run)
         return Ranked(queries, qrels, found, data.corpus, name, left_out)
 
 
 def _place(root: Path, data: str) -> str:
-    """A path below the root, where there is one; else the name as it is (an id)."""
+    """Return the path below the root if it exists or ``data`` looks like a path; else ``data`` itself, an id."""
     return str(root / data) if (root / data).exists() or not Path(data).exists() and ":" not in data else data
 
 
-def _sample(items: Ids, count: int | None, seed: int) -> list:
-    """``count`` of the items, in an order of chance in which a smaller sample is the beginning of a larger one."""
-    items = list(items)
-    random.Random(seed).shuffle(items)
-    return items[:count]
+def _sample(items: Iterable[Item], count: int | None, seed: int) -> list[Item]:
+    """Return ``count`` items at random; with the same seed a smaller sample is the beginning of a larger one."""
+    shuffled = list(items)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[:count]
 
 
 def digest(value: object) -> str:
-    """A short fingerprint of plain values."""
+    """Return a short fingerprint of plain values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

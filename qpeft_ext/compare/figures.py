@@ -102,8 +102,8 @@ def _use_log_scale(axes: Axes, values: Sequence[float]) -> bool:
 def _number_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """Write the label of each point beside it, with a line to the point where there is no room close by."""
     points_per_pixel = 72 / axes.figure.dpi
-    at = axes.transData.transform([(x, y) for _, x, y in points]) * points_per_pixel
-    left, bottom, right, top = axes.bbox.extents * points_per_pixel
+    at = (axes.transData.transform([(x, y) for _, x, y in points]) * points_per_pixel).tolist()
+    left, bottom, right, top = (edge * points_per_pixel for edge in axes.bbox.extents)
     sizes = [(5.5 * len(label) + 1, 9.0) for label, *_ in points]
     for (label, x, y), (px, py), (lx, ly) in zip(
         points, at, label_places(at, sizes, (left, bottom, right, top)), strict=True
@@ -128,9 +128,9 @@ def varied_figures(plan: Plan, table: CollectionTable) -> list[Markup]:
     """Draw quality against each option that was varied over numbers, with one curve for each method."""
     of_option: dict[str, Curves] = {}
     for row in table.rows:
-        if row.method.varied and (value := _number(row.method.varied[2])) is not None:
-            name, option, _ = row.method.varied
-            of_option.setdefault(option, {}).setdefault(name, []).append((value, row))
+        if row.method.varied and (value := _number(row.method.varied.value)) is not None:
+            curves = of_option.setdefault(row.method.varied.option, {})
+            curves.setdefault(row.method.varied.name, []).append((value, row))
     rows = {row.name: row for row in table.rows}
     figures = []
     for option, curves in of_option.items():

@@ -19,9 +19,9 @@ def label_places(
     Where none is free within reach, a label takes the place where it covers least.
 
     Args:
-        points: The points that are labelled, each (x, y). The unit of all arguments is the typographic point.
-        sizes: Width and height of each label.
-        within: The area that labels may take.
+        points: the points that are labelled, each (x, y). The unit of all arguments is the typographic point.
+        sizes: width and height of each label.
+        within: the area that labels may take.
 
     Returns: The middle of each label.
     """

@@ -1,7 +1,7 @@
-"""The methods that can be compared: what is set for each, and the model it makes of an LM.
+"""The methods that can be compared, and the options that each sets.
 
-Nearly all are options of `QPeftConfig` over the LM or over a `peft` model of it; they are trained by `QPeftTrainer` and
-rank through `Reranker`, as any adapter.
+Nearly all are options of `QPeftConfig` over the LM or over a `peft` model of it. They are trained by `QPeftTrainer` and
+rank through `Reranker`, as any adapter does.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ FIRST_STAGE, UPR = "first_stage", "upr"
 class Preset:
     """A method with its defaults.
 
-    about: one line for the report.  trained: whether it has a module to train.  lm: whether an LM runs when it ranks.
-    options: of `QPeftConfig`.  peft: name of the peft config class.  peft_defaults: its options.
-    model: the class of its model, where it is another than `QPeftModel`.
+    Attributes:
+        about: one line for the report.
+        trained: whether it has a module to train.
+        lm: whether the LM runs when it ranks.
+        options: options of `QPeftConfig`.
+        peft: name of the peft config class of its adapter in the LM; None: it has no such adapter.
+        peft_defaults: options of that class.
+        model: name of the class of its model; see `models.build_model`.
     """
 
     about: str
@@ -70,7 +75,12 @@ PRESETS: dict[str, Preset] = {
 
 
 def peft_options(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
-    """Options of the preset's peft config. Raises: ValueError for an unknown one; ImportError without peft."""
+    """Return the options of the preset's peft config, with those that are given; empty if it has none.
+
+    Raises: ValueError for an unknown option; ImportError without peft.
+    """
+    if preset.peft is None:
+        return {}
     try:
         import peft
     except ImportError:
@@ -80,31 +90,3 @@ def peft_options(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"{preset.peft}: unknown option {name!r}{did_you_mean(name, known)}")
     return preset.peft_defaults | given
-
-
-def build_model(plan, method, seed: int, device: str):
-    """The model of a method before it is trained: a freshly loaded LM, a `peft` adapter on it if it has one.
-
-    The same seed gives the same initial weights. Raises: ValueError where peft does not know the LM's layers.
-    """
-    import torch
-
-    from ..adapters.files import describe_lm
-    from ..lm.loading import load_lm, load_tokenizer
-    from ..model import QPeftModel
-    from .prefix_tuning import PrefixTuningModel
-    from .yes_no import YesNoModel
-
-    classes = {kind.__name__: kind for kind in (QPeftModel, PrefixTuningModel, YesNoModel)}
-    lm, preset = load_lm(plan.lm_name, dtype=plan.dtype, device=device), method.preset
-    if preset.peft:
-        import peft
-
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            config = getattr(peft, preset.peft)(task_type="CAUSAL_LM", **peft_options(preset, method.peft))
-            lm = peft.get_peft_model(lm, config)
-    config = dataclasses.replace(plan.config(method, seed), base_model_name_or_path=plan.lm_name)
-    model = classes[preset.model](lm, config, load_tokenizer(plan.lm_name))
-    model.qpeft_config = dataclasses.replace(model.qpeft_config, base_model=describe_lm(model.engine))
-    return model

@@ -1,10 +1,11 @@
-"""The loop over collections, methods and seeds: one folder for each result, made once, found again by the next run."""
+"""`Comparison`: makes the results of a plan, one for each collection, method and seed, and finds them again later."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Collection, Iterable
@@ -26,18 +27,22 @@ from .plan import Method, Plan, file_name
 from .train import trained_model
 
 if TYPE_CHECKING:
+    from ..model import QPeftModel
     from ..prefixes.index import PrefixIndex
     from .prefixes import Prefixes
 
 NOT_TRAINED_ON = ("test",)  # the setting that an adapter does not depend on
-FORMAT = 1  # of the settings: a change of what a method computes makes old results void
+FORMAT = 1  # of the settings; raised when a method computes something else, so that old results are made again
 
 
 class Comparison:
     """Makes the results of a plan.
 
     Args:
-        root: folder that paths of the plan are below.  output: folder for the results.  device: of the LM.
+        plan: the plan.
+        root: folder that paths of the plan are below.
+        output: folder for the results.
+        device: device of the LM.
     """
 
     def __init__(self, plan: Plan, root: Path, output: Path, device: str) -> None:
@@ -50,11 +55,13 @@ class Comparison:
         self._indexes: dict[str, PrefixIndex] = {}
 
     def data(self, collection: str) -> CollectionData:
+        """Return the data of a collection, which is read once."""
         if collection not in self._data:
             self._data[collection] = CollectionData(self.plan.collections[collection], self.root, self._prompt)
         return self._data[collection]
 
     def index(self, collection: str) -> PrefixIndex | None:
+        """Return the index of a collection, if the plan names one. Raises: ValueError if it is of another prompt."""
         from ..prefixes.index import PrefixIndex
 
         folder = self.plan.collections[collection].index
@@ -65,12 +72,13 @@ class Comparison:
 
     @cached_property
     def lm_digest(self) -> str:
+        """Fingerprint of the LM's files."""
         from ..lm.loading import lm_digest
 
         return lm_digest(self.plan.lm_name)
 
     def run(self) -> None:
-        """Make every result that is not there yet, other processes those that they have begun.
+        """Make every result that is not there yet, and wait for those that other processes have begun.
 
         Raises: ValueError at the end, if a method failed.
         """
@@ -86,10 +94,18 @@ class Comparison:
             raise ValueError(f"{len(failed)} results could not be made; the first: {failed[0]}")
 
     def _make_all(self, asked: Iterable[Cell], failed: list[str], wait: bool) -> list[Cell]:
-        """Those that another process is at, and what takes them, come back unless they are waited for."""
+        """Make results that are not there.
+
+        Args:
+            asked: the results.
+            failed: gets a message for each that could not be made.
+            wait: wait for other processes.
+
+        Returns: Without ``wait`` the results that other processes are making, and the fusions that take them.
+        """
         elsewhere: list[Cell] = []
         for cell in asked:
-            if cell.method.of and self._fused(cell) in elsewhere:
+            if cell.method.of and self._taken(cell, cell.method.of) in elsewhere:
                 elsewhere.append(cell)
                 continue
             with claim(cell.folder, wait) as mine:
@@ -98,13 +114,13 @@ class Comparison:
                     continue
                 try:
                     self.ensure(cell)
-                except (ValueError, TypeError, ImportError) as error:  # of one method; the others go on
+                except (ValueError, TypeError, ImportError) as error:  # one method fails; the others are still compared
                     failed.append(f"{cell.name}: {' '.join(str(error).split())}")
                     say(f"failed: {failed[-1]}")
         return elsewhere
 
     def ensure(self, cell: Cell) -> None:
-        """Make a result, unless it is there with the same settings; one with other settings is made anew."""
+        """Make a result, unless it is there with the same settings."""
         settings, there = self.settings(cell), cell.read()
         if there and there["settings"] == settings:
             if set(self.plan.measures) - set(there["per_query"]):
@@ -115,15 +131,16 @@ class Comparison:
         self._prepare(cell, settings)
         started = time.perf_counter()
         run, facts = self._make(cell, settings)
-        self._write(cell, {
+        result = {
             "collection": cell.collection, "method": cell.method.name, "seed": cell.seed, "settings": settings,
             **facts, "per_query": self._per_query(cell, run), "seconds": time.perf_counter() - started,
             **provenance(),
-        })  # fmt: skip
-        say(f"{cell.name}: {self._summary(cell)}")
+        }  # fmt: skip
+        self._write(cell, result)
+        say(f"{cell.name}: {_summary(result, self.plan.measures[0])}")
 
     def _prepare(self, cell: Cell, settings: dict) -> None:
-        """A folder that holds nothing but what an earlier run made with the same settings."""
+        """Make the folder of a result, and remove what was made in it with other settings."""
         earlier = cell.read(SETTINGS) or {}
         if changed := differences(earlier, settings):
             if earlier:
@@ -136,7 +153,10 @@ class Comparison:
             write_text(cell.folder / SETTINGS, json.dumps(settings, indent=1) + "\n", follow=False)
 
     def settings(self, cell: Cell) -> dict[str, Any]:
-        """What a result depends on, in plain values. Versions and commit are kept beside it and do not void it."""
+        """Return everything that a result depends on, as plain values.
+
+        Versions and commit are written into the result but are no settings: with others it is not made again.
+        """
         method, test = cell.method, self.data(cell.collection).test
         settings: dict[str, Any] = {"format": FORMAT, "method": method.method, "test": test.digest}
         if method.method == FIRST_STAGE:
@@ -144,7 +164,7 @@ class Comparison:
         settings |= {"lm": self.lm_digest, "dtype": self.plan.dtype}
         if method.of:
             dev = self.data(cell.collection).dev
-            return settings | {"of": self.settings(self._fused(cell)), "dev": dev.digest}
+            return settings | {"of": self.settings(self._taken(cell, method.of)), "dev": dev.digest}
         settings["config"] = json.loads(json.dumps(self.plan.config(method, cell.seed).to_dict()))
         if method.preset.trained:
             examples = self.data(cell.collection).examples(method.examples, method.training, cell.seed)
@@ -156,25 +176,26 @@ class Comparison:
             }
         return settings
 
-    def _fused(self, cell: Cell) -> Cell:
-        """The cell that a fusion takes; what is not trained has one seed only."""
-        method = self.plan.methods[cell.method.of]
+    def _taken(self, cell: Cell, of: str) -> Cell:
+        """Return the result of method ``of`` that a fusion takes; a method that is not trained has one seed only."""
+        method = self.plan.methods[of]
         seeds = self.plan.seeds_of(method)
         return Cell(self.output, cell.collection, method, cell.seed if cell.seed in seeds else seeds[0])
 
     def _make(self, cell: Cell, settings: dict) -> tuple[Run, dict[str, Any]]:
-        """The run of a cell, written, and the facts about making it."""
+        """Make and write the run of a result. Returns: the run, and facts about making it."""
         test, method = self.data(cell.collection).test, cell.method
         if method.method == FIRST_STAGE:
             formats.write_run(cell.folder / RUN, test.candidates, tag=file_name(test.first_stage))
             return test.candidates, {"first_stage": test.first_stage}
         if method.of:
-            return self._fuse(cell, test)
+            return self._fuse(cell, self._taken(cell, method.of), test)
         model, facts = self._trained(cell)
         run, more = self._rank(cell, model, test, cell.folder / RUN, settings)
         return run, facts | more
 
-    def _trained(self, cell: Cell) -> tuple[Any, dict[str, Any]]:
+    def _trained(self, cell: Cell) -> tuple[QPeftModel, dict[str, Any]]:
+        """Return the trained model of a result, and facts about it."""
         if cell.method.preset.trained and cell.read(TRAINED) is None:
             self._take_adapter(cell)
         return trained_model(
@@ -182,30 +203,37 @@ class Comparison:
         )
 
     def _take_adapter(self, cell: Cell) -> None:
-        """A copy of the adapter that was trained for another collection with the same settings, if there is one."""
+        """Copy the adapter that was trained with the same settings for another collection, if there is one."""
         settings = self.settings(cell)
         for collection in self.plan.all_collections:
             other = replace(cell, collection=collection)
             trained = other.read(TRAINED)
-            whole = trained and (other.folder / ADAPTER).is_dir()
-            if whole and not differences(other.read(SETTINGS) or {}, settings, but=NOT_TRAINED_ON):
+            if trained is None or not (other.folder / ADAPTER).is_dir():
+                continue
+            if not differences(other.read(SETTINGS) or {}, settings, but=NOT_TRAINED_ON):
                 shutil.rmtree(cell.folder / ADAPTER, ignore_errors=True)
                 shutil.copytree(other.folder / ADAPTER, cell.folder / ADAPTER)
                 facts = {"trained_for": collection} | trained
-                # last: the adapter is whole
+                # written last, since it says that the adapter is complete
                 write_text(cell.folder / TRAINED, json.dumps(facts, indent=1) + "\n", follow=False)
                 say(f"{cell.name}: trained for {collection} already")
                 return
 
-    def _prefixes(self, cell: Cell, model) -> Prefixes:
+    def _prefixes(self, cell: Cell, model: QPeftModel) -> Prefixes:
+        """Return the cache that the model of a result is trained with, or ranks with."""
         from .prefixes import Prefixes, reads_index
 
         index = self.index(cell.collection)
         mine = index is not None and reads_index(cell.method, model, self._prompt)
         return Prefixes(self.plan.cache_bytes, index if mine else None)
 
-    def _rank(self, cell: Cell, model, ranked: Ranked, path: Path, settings: dict) -> tuple[Run, dict[str, Any]]:
-        """Rerank the candidates, going on from where a kill stopped it; costs are of what this process ranked."""
+    def _rank(
+        self, cell: Cell, model: QPeftModel, ranked: Ranked, path: Path, settings: dict
+    ) -> tuple[Run, dict[str, Any]]:
+        """Rerank the candidates, from where an earlier process stopped.
+
+        Returns: the run, and facts about its making; costs are of what this process ranked.
+        """
         from ..ranking.reranker import Reranker
         from ..ranking.run import by_likelihood, by_similarity, rerank_run, run_blocks
         from .cost import PETA, PeakMemory, Work
@@ -243,11 +271,11 @@ class Comparison:
             }
         return formats.read_run(path), facts
 
-    def _fuse(self, cell: Cell, test: Ranked) -> tuple[Run, dict[str, Any]]:
-        """Scores of a method and the first stage, weights chosen on dev queries."""
+    def _fuse(self, cell: Cell, source: Cell, test: Ranked) -> tuple[Run, dict[str, Any]]:
+        """Fuse the run of ``source`` with the first stage, with the weights that are best on the dev queries."""
         from ..evaluation.fusion import choose_weights, fuse
 
-        source, dev = self._fused(cell), self.data(cell.collection).dev
+        dev = self.data(cell.collection).dev
         if source.read() is None:
             raise ValueError(f"there is no result of {source.method.name!r}, which it takes")
         if not (source.folder / RUN).exists():
@@ -269,22 +297,21 @@ class Comparison:
     def _write(self, cell: Cell, result: dict) -> None:
         write_text(cell.folder / RESULT, json.dumps(result, indent=1) + "\n", follow=False)
 
-    def _summary(self, cell: Cell) -> str:
-        from statistics import fmean
 
-        result, measure = cell.read(), self.plan.measures[0]
-        values = result["per_query"][measure].values()
-        text = f"{measure} {fmean(values) if values else 0:.4f}"
-        if "training" in result:
-            taken = result["training"].get("trained_for")
-            text += f", trained for {taken}" if taken else f", trained in {result['training']['seconds']:.0f} s"
-        if "ranking" in result:
-            text += f", ranked {result['ranking']['pairs']} pairs in {result['ranking']['seconds']:.0f} s"
-        return text
+def _summary(result: dict[str, Any], measure: str) -> str:
+    """Return what is said of a result when it has been made."""
+    values = result["per_query"][measure].values()
+    text = f"{measure} {statistics.fmean(values) if values else 0:.4f}"
+    if "training" in result:
+        taken = result["training"].get("trained_for")
+        text += f", trained for {taken}" if taken else f", trained in {result['training']['seconds']:.0f} s"
+    if "ranking" in result:
+        text += f", ranked {result['ranking']['pairs']} pairs in {result['ranking']['seconds']:.0f} s"
+    return text
 
 
 def differences(then: dict, now: dict, but: Collection[str] = (), prefix: str = "") -> list[str]:
-    """Names of the settings that differ, other than ``but``."""
+    """Return the names of the settings that differ, except for those in ``but``."""
     found = []
     for name in {**then, **now}:
         if name in but or (name in then and name in now and then[name] == now[name]):
@@ -298,7 +325,7 @@ def differences(then: dict, now: dict, but: Collection[str] = (), prefix: str = 
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Versions, commit, machine and date: what a result was made with."""
+    """Return what results are made with: versions, commit, machine and date."""
     from ..utils.environment import machine, versions
 
     return {
@@ -310,14 +337,14 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the source tree that the package runs from; None for an installed one."""
-    place = Path(__file__).resolve().parents[2]
-    if not (place / ".git").exists():
+    """Return the commit of the source tree that the package runs from; None for an installed package."""
+    tree = Path(__file__).resolve().parents[2]
+    if not (tree / ".git").exists():
         return None
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, timeout=10)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True, timeout=10)
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=place, capture_output=True, text=True, timeout=10
+            ["git", "status", "--porcelain", "-uno"], cwd=tree, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -15,10 +15,10 @@ class Value:
     """One value of a table.
 
     Attributes:
-        text: The number.
-        detail: What belongs to it: "± 0.0020", or a test of significance in parentheses.
-        marks: The marks of the baselines that it differs from.
-        best: Whether it is the best of its column.
+        text: the number.
+        detail: what belongs to it: "± 0.0020", or a test of significance in parentheses.
+        marks: the marks of the baselines that it differs from.
+        best: whether it is the best of its column.
     """
 
     text: str
@@ -40,10 +40,10 @@ class Section:
     """A table with its heading.
 
     Attributes:
-        heading: Its heading.
-        columns: Headings of its columns; the first is that of the methods.
-        rows: The name of a method, and its values.
-        notes: Sentences below it.
+        heading: its heading.
+        columns: headings of its columns; the first is that of the methods.
+        rows: the name of a method, and its values.
+        notes: sentences below it.
     """
 
     heading: str

@@ -24,9 +24,9 @@ class Against:
     """A method against a baseline, by measure.
 
     Attributes:
-        difference: Difference of the means.
-        p_holm: Two-sided p-value of the paired t-test, Holm-corrected for the methods that are compared.
-        gain, lose: How many queries have a larger or a smaller value.
+        difference: difference of the means.
+        p_holm: two-sided p-value of the paired t-test, Holm-corrected for the methods that are compared.
+        gain, lose: how many queries have a larger or a smaller value.
     """
 
     difference: dict[str, float] = field(default_factory=dict)
@@ -40,14 +40,14 @@ class Row:
     """A method on a collection.
 
     Attributes:
-        method: The method.
-        seeds: How many seeds have a result.
-        expected: How many seeds the plan asks for.
-        per_query: Measure -> query_id -> value, the mean over the seeds.
-        means: Measure -> mean over the queries.
-        deviations: Measure -> sample standard deviation over the seeds' means; empty for one seed.
-        against: Baseline (a name of `AGAINST`) -> comparison with it.
-        cost: Name of `COSTS` -> mean over the seeds; None where it does not apply.
+        method: the method.
+        seeds: how many seeds have a result.
+        expected: how many seeds the plan asks for.
+        per_query: measure -> query_id -> value, the mean over the seeds.
+        means: measure -> mean over the queries.
+        deviations: measure -> sample standard deviation over the seeds' means; empty for one seed.
+        against: baseline (a name of `AGAINST`) -> comparison with it.
+        cost: name of `COSTS` -> mean over the seeds; None where it does not apply.
     """
 
     method: Method
@@ -69,12 +69,12 @@ class CollectionTable:
     """All methods on one collection.
 
     Attributes:
-        collection: Its name.
-        measures: Their names; the first one decides, and is plotted.
-        rows: Methods in the order of the plan, the first stage first.
-        baselines: Baseline (a name of `AGAINST`) -> name of its row.
-        num_queries: Measure -> how many queries it is averaged over.
-        results: The results that the rows are made of, as ``result.json`` has them.
+        collection: its name.
+        measures: their names; the first one decides, and is plotted.
+        rows: methods in the order of the plan, the first stage first.
+        baselines: baseline (a name of `AGAINST`) -> name of its row.
+        num_queries: measure -> how many queries it is averaged over.
+        results: the results that the rows are made of, as ``result.json`` has them.
     """
 
     collection: str
@@ -89,9 +89,9 @@ class Cost(NamedTuple):
     """A column of the table of costs.
 
     Attributes:
-        heading: Its heading, with the unit.
-        found_at: Where a result has it: the part of ``result.json``, and the name there or one that `_cost_facts` adds.
-        digits: How a number is shown (a format specification).
+        heading: its heading, with the unit.
+        found_at: where a result has it: the part of ``result.json``, and the name there or one that `_cost_facts` adds.
+        digits: how a number is shown (a format specification).
     """
 
     heading: str

@@ -53,9 +53,9 @@ def render(tables: Sequence[CollectionTable]) -> Group:
     for table in tables:
         section = quality(table)
         shown = Table(title=table.collection, title_justify="left", pad_edge=False)
-        for column in section.columns:
-            justify = "left" if column == section.columns[0] else "right"
-            shown.add_column(column.replace("Recall", " Recall"), justify=justify)
+        shown.add_column(section.columns[0])
+        for column in section.columns[1:]:
+            shown.add_column(column.replace("Recall", " Recall"), justify="right")
         for name, values in section.rows:
             cells = [Text(value.with_detail + value.marks, style="bold" if value.best else "") for value in values]
             shown.add_row(Text(name), *cells)

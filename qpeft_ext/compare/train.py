@@ -1,4 +1,4 @@
-"""Training of one cell: the model that a method ranks with, trained now or by an earlier run."""
+"""The trained model of a result: trained now, or by an earlier process."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from typing import TYPE_CHECKING, Any
 from ..utils.files import write_text
 from .cells import ADAPTER, CHECKPOINTS, TRAINED, Cell
 from .data import CollectionData
-from .methods import build_model
+from .models import build_model
 from .plan import Plan
 
 if TYPE_CHECKING:
+    from ..model import QPeftModel
     from .prefixes import Prefixes
 
 
 def trained_model(
-    plan: Plan, cell: Cell, data: CollectionData, device: str, prefixes: Callable[[Any], Prefixes]
-) -> tuple[Any, dict[str, Any]]:
-    """The model of a cell, trained, and the facts about it: trained parameters, seconds, peak memory.
+    plan: Plan, cell: Cell, data: CollectionData, device: str, prefixes: Callable[[QPeftModel], Prefixes]
+) -> tuple[QPeftModel, dict[str, Any]]:
+    """Build the model of a result and train it, or load its adapter if the result's folder has a complete one.
 
-    Args: data: of the cell's collection.  prefixes: model -> those that it is trained with.
-    An adapter that is there whole is loaded: its folder holds none with other settings. One that was taken away is
-    trained again.
+    Args:
+        plan: the plan.
+        cell: the result; its folder has no adapter with other settings.
+        data: data of its collection.
+        device: device of the LM.
+        prefixes: returns the prefixes that a model is trained with.
+
+    Returns: the model, and facts about it: trained parameters, seconds, peak memory.
     """
     from ..adapters.files import load_weights_into
 
@@ -33,25 +39,25 @@ def trained_model(
     trainable, total = model.get_nb_trainable_parameters()
     facts: dict[str, Any] = {"parameters": {"trainable": trainable, "all": total}}
     if not cell.method.preset.trained:
-        facts["parameters"]["trainable"] = 0  # hard clues have a module that is never trained
+        facts["parameters"]["trainable"] = 0  # hard clues have a module, which is never trained
         return model, facts
     adapter, there = cell.folder / ADAPTER, cell.read(TRAINED)
     if there and adapter.is_dir():
         load_weights_into(model, adapter)
         return model.eval(), facts | {"training": there}
-    (cell.folder / TRAINED).unlink(missing_ok=True)  # of an adapter that is not there: the new one is not whole yet
+    (cell.folder / TRAINED).unlink(missing_ok=True)  # it says that the adapter is complete
     shutil.rmtree(adapter, ignore_errors=True)
     examples = data.examples(cell.method.examples, cell.method.training, cell.seed)
     facts["training"] = _train(model, cell, examples, device, prefixes(model))
     shutil.rmtree(cell.folder / CHECKPOINTS, ignore_errors=True)
     model.save_pretrained(adapter)
-    # last: the adapter is whole
+    # written last, since it says that the adapter is complete
     write_text(cell.folder / TRAINED, json.dumps(facts["training"], indent=1) + "\n", follow=False)
     return model, facts
 
 
-def _train(model, cell: Cell, examples: list[dict], device: str, prefixes: Prefixes) -> dict[str, Any]:
-    """Train in place; linear schedule, a tenth of the steps warms up."""
+def _train(model: QPeftModel, cell: Cell, examples: list[dict], device: str, prefixes: Prefixes) -> dict[str, Any]:
+    """Train a model in place, on a linear schedule with a warm-up of a tenth of the steps. Returns: facts about it."""
     from transformers import TrainingArguments
 
     from ..training.progress import TrainingBar
@@ -59,6 +65,7 @@ def _train(model, cell: Cell, examples: list[dict], device: str, prefixes: Prefi
     from .cost import PeakMemory
 
     method = cell.method
+    assert method.learning_rate is not None  # `read_plan` checks it
     size = method.training.queries_per_step
     steps = max(1, round(len(examples) * method.training.epochs / size))
     arguments = TrainingArguments(

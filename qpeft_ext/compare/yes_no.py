@@ -18,16 +18,18 @@ ANSWERS = "yes", "no"
 
 
 class YesNoModel(QPeftModel):
-    """The score of a pair is logit(yes) − logit(no) after ``Passage: … Question: {query}\\nRelevant:``.
+    """A model whose score of a pair is logit(yes) − logit(no) after ``Passage: … Question: {query}\\nRelevant:``.
 
-    Everything else is the engine's: the document comes first here too, so its prefix is shared and cached. The score
-    takes the place of the query's log-likelihood, with one token, so that the losses read it as it is; "listwise" with
-    temperature 1 is the softmax cross-entropy over an example's documents.
+    The document comes first here too, so that its prefix is shared and cached. The score takes the place of the query's
+    log-likelihood, with one token, so that losses read it as it is; "listwise" with temperature 1 is the softmax
+    cross-entropy over an example's documents.
 
-    An adapter that it saves says nothing of yes and no: only this class ranks with it (`load_weights_into`).
+    An adapter that it saves does not say that it answers yes or no: only this class can load it (`load_weights_into`).
 
-    Args: as `QPeftModel`; ``clues="none"``.
-    Raises: ValueError if the tokenizer begins both answers with the same token.
+    Args:
+        lm, config, tokenizer: as for `QPeftModel`, with ``clues="none"``.
+
+    Raises: ValueError if both answers begin with the same token.
     """
 
     def __init__(self, lm, config: QPeftConfig, tokenizer) -> None:
@@ -45,7 +47,7 @@ class YesNoModel(QPeftModel):
             )
 
     def forward(self, batch: PairBatch, *args, **options) -> Scores:
-        """logit(yes) − logit(no) of B pairs."""
+        """Compute logit(yes) − logit(no) of B pairs; arguments are those of `QPeftModel.forward`."""
         scores = super().forward(batch, *args, **options).query_log_likelihood
         return Scores(scores, torch.ones_like(scores, dtype=torch.long))
 
@@ -54,8 +56,8 @@ class YesNoModel(QPeftModel):
         for q, d in batch.pairs:
             prefix = batch.documents[d].ids
             prefix_lengths.append(len(prefix))
-            suffix = (*self.prompt.suffix.bare_question, *batch.queries[q], *self.asked)
-            rows.append((*prefix, *suffix) if with_prefix else suffix)
+            before, _, _ = self.prompt.suffix.lay_out(prefix if with_prefix else (), clues=0)
+            rows.append((*before, *batch.queries[q], *self.asked))
         lengths = np.array([len(row) for row in rows])
         starts = np.zeros_like(lengths) if with_prefix else np.array(prefix_lengths)
         ids, mask = pad(rows, self.device)
@@ -73,13 +75,13 @@ class YesNoModel(QPeftModel):
 
 @dataclass
 class _AnswerRows(Rows):
-    """Two targets a row: yes and no, after the same token."""
+    """Rows with two targets each: yes and no, after the same token."""
 
     @property
     def read(self) -> Tensor:
         return self.before_query[::2]
 
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
-        """log p(yes) − log p(no) of each pair, which is the difference of their logits; [N] -> [B]."""
+        """Compute log p(yes) − log p(no) of each pair, which is the difference of their logits; [N] -> [B]."""
         yes, no = of_targets.view(-1, 2).T
         return yes - no

@@ -94,7 +94,7 @@ def harvest(
     Args:
         packages: top-level names; ``"stdlib"`` is the whole standard library. One that is not installed is counted.
         search_path: folders to look in instead of ``sys.path``.
-        show_progress_bar: None shows it when the output is a terminal.
+        show_progress_bar: none shows it when the output is a terminal.
     """
     counts: Counter[str] = Counter()
     definitions = iter_definitions(packages, counts, search_path, show_progress_bar)

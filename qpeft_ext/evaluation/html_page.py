@@ -14,8 +14,8 @@ def render_page(template: Path, **values: object) -> str:
     """Fill a template with values, in which HTML is escaped; only `markupsafe.Markup` is taken as HTML.
 
     Args:
-        template: A file that extends ``page.html``, which gives a page its style and shows ``title`` and ``lead``.
-        values: What the template names.
+        template: a file that extends ``page.html``, which gives a page its style and shows ``title`` and ``lead``.
+        values: what the template names.
 
     Returns: The page; equal values give equal bytes.
     """

@@ -23,9 +23,9 @@ def draw_svg(draw: Callable[[Figure], None], size: tuple[float, float], label: s
     """Draw a matplotlib figure as SVG; the same drawing gives the same bytes.
 
     Args:
-        draw: Fills the figure that it is given.
-        size: Width and height in inches.
-        label: What the figure shows, for readers who cannot see it.
+        draw: fills the figure that it is given.
+        size: width and height in inches.
+        label: what the figure shows, for readers who cannot see it.
 
     Raises: ImportError without matplotlib.
     """
@@ -73,9 +73,9 @@ def draw_means(axes: Axes, values: Mapping[str, Sequence[float]], baselines: Col
     """Draw the mean of each system as a bar with its 95 % interval, the first system on top.
 
     Args:
-        values: Name of a system -> its value for each query.
-        baselines: Names of ``values`` that are drawn in grey.
-        label: Text below the axis.
+        values: name of a system -> its value for each query.
+        baselines: names of ``values`` that are drawn in grey.
+        label: text below the axis.
     """
     means = [float(np.mean(of_queries)) for of_queries in values.values()]
     bounds = [mean_interval(of_queries) for of_queries in values.values()]

@@ -44,12 +44,12 @@ class Example:
     """One document that was ranked for one query.
 
     Attributes:
-        query, doc_id, text: The query, and the document's id and text.
-        clues: Marked spans of ``text``; `Explanation.clues` can be given as they are.
-        rank_before, rank_after: Ranks in the first stage and after reranking, from 1; None: not among the candidates.
-        relevant: The judgement; None if there is none.
-        method: Name of the system that the clues come from.
-        note: A sentence about the example.
+        query, doc_id, text: the query, and the document's id and text.
+        clues: marked spans of ``text``; `Explanation.clues` can be given as they are.
+        rank_before, rank_after: ranks in the first stage and after reranking, from 1; None: not among the candidates.
+        relevant: the judgement; None if there is none.
+        method: name of the system that the clues come from.
+        note: a sentence about the example.
     """
 
     query: str
@@ -68,15 +68,15 @@ class Report:
     """Everything that a report shows.
 
     Attributes:
-        title: The heading.
-        lead: What was done, in a sentence or two.
-        setting: Facts by name, in order: versions, packages, sizes, seed.
-        table: Result of `compare_table`.
-        measure: The measure that is plotted.
-        per_query: System -> query_id -> value of ``measure`` (`Evaluation.per_query`), for the systems of ``table``.
-        seconds_per_query: System -> wall time; systems may be missing.
-        examples: Documents with their clues.
-        notes: Sentences below the table.
+        title: the heading.
+        lead: what was done, in a sentence or two.
+        setting: facts by name, in order: versions, packages, sizes, seed.
+        table: result of `compare_table`.
+        measure: the measure that is plotted.
+        per_query: system -> query_id -> value of ``measure`` (`Evaluation.per_query`), for the systems of ``table``.
+        seconds_per_query: system -> wall time; systems may be missing.
+        examples: documents with their clues.
+        notes: sentences below the table.
     """
 
     title: str
