@@ -117,9 +117,9 @@ def sweep_one(name: str, kind: str) -> dict:
     }
     errors = {way: float((torch.as_tensor(score()).float() - expected).abs().max()) for way, score in ways.items()}
     engine = model.engine
-    path = "one by one" if engine.why_unpadded else "plain" if engine.why_plain else "shared"
+    path = "unpadded" if engine.why_unpadded else "plain" if engine.why_plain else "shared"
     if engine.is_encoder_decoder:
-        path = "one by one" if engine.why_unpadded else "encoder–decoder"
+        path = "unpadded" if engine.why_unpadded else "encoder–decoder"
     note = engine.why_unpadded or (engine.why_plain if not engine.is_encoder_decoder else "")
     return {
         "path": path,
@@ -165,18 +165,18 @@ def in_a_process(name: str, kind: str) -> dict:
     return result
 
 
-_ORDER = {"DIFFERENT": 0, "FAILED": 1, "shared": 2, "encoder–decoder": 3, "plain": 4, "one by one": 5, "refused": 6,
+_ORDER = {"DIFFERENT": 0, "FAILED": 1, "shared": 2, "encoder–decoder": 3, "plain": 4, "unpadded": 5, "refused": 6,
           "own forward fails": 7, "not built": 8}  # fmt: skip
-_HEAD = """# Model types of transformers, tried one by one
+_HEAD = """# Model types of transformers
 
 `make sweep` made this page: {versions}, {date}, float32 on a CPU. A tiny random LM of each type that
-`AutoModelForCausalLM` and `AutoModelForSeq2SeqLM` list scores {pairs} pairs with `Reranker.predict`: each alone, all
+`AutoModelForCausalLM` and `AutoModelForSeq2SeqLM` list scores {pairs} pairs with `Reranker.predict`: one at a time, all
 together, with a cold and a warm `DocumentCache`, and on the plain path. The error is the largest difference from the
 LM's own forward from token ids, one unpadded prompt at a time, in nats ({tolerance:g}, or one unit in the last place of
 the score, is taken for equal).
 
-* **shared**: a document is read once for all its queries. **encoder–decoder**: so too, where no clues follow it.
-* **plain**: whole prompts are read, several in a pass. **one by one**: each prompt in a pass of its own.
+* **shared**: a document is read once for all its queries. **encoder–decoder**: the same, where no clues follow it.
+* **plain**: whole prompts are read, several in a pass. **unpadded**: whole prompts, each in a pass of its own.
 * **refused**: `get_qpeft_model` raises a `ValueError` with the line that is shown.
 * **own forward fails**: the tiny LM cannot be run by transformers itself as it is (a language must be set, a second
   model given). **not built**: transformers cannot make a tiny LM of the type here; this says nothing about larger ones.
@@ -184,10 +184,9 @@ the score, is taken for equal).
 What was looked into:
 
 * **Doge, DeepSeek-V3.2, GLM-MoE-DSA, Hy-V4, AXK2** choose some keys for each query where there are more than
-  `keep_window_size` or `index_topk`. Equal values (of two equal tokens in the first layer; scores of zero) are told
-  apart in a way that depends on all that is read, so that their own forward gives the same tokens other numbers in a
-  longer prompt. Up to that length they are right, and a longer prompt is refused. In tiny LMs a limit of 8 moves scores
-  by 0.2 to 2 nats.
+  `keep_window_size` or `index_topk`. How they choose among equal values (two equal tokens in the first layer, scores of
+  zero) depends on all that is read, so their own forward gives the same tokens other numbers in a longer prompt. Up to
+  that length they are right, and a longer prompt is refused. In tiny LMs a limit of 8 moves scores by 0.2 to 2 nats.
 * **Dory** runs layers several times with a cache for each time, and stores its last layer before others: plain path.
 * **Moshi**'s cache drops keys beyond its window, its masks do not: plain path.
 * **RoBERTa and its kin** count positions from the padding id on where they read ids: refused.

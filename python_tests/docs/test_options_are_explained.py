@@ -1,0 +1,64 @@
+"""Every option of `QPeftConfig` and of every command is on a page of docs/."""
+
+import dataclasses
+import re
+
+import pytest
+from snippets import ROOT, options_of_commands
+
+import qpeft_ext as qpeft
+
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+# command -> the pages that explain it
+COMMANDS = {
+    "compare": ("compare.md",),
+    "convert": ("formats.md",),
+    "demo": ("quality.md",),
+    "evaluate": ("reranking.md",),
+    "fuse": ("reranking.md",),
+    "index": ("prefix-cache.md",),
+    "info": ("how-it-works.md",),
+    "rerank": ("reranking.md",),
+    "retrieve": ("reranking.md",),
+    "synthesize": ("training.md",),
+    "train": ("training.md",),
+}
+
+
+def test_training_explains_every_option_of_the_config():
+    for field in dataclasses.fields(qpeft.QPeftConfig):
+        assert f"`{field.name}`" in PAGES["training.md"], f"docs/training.md says nothing about {field.name}"
+
+
+def test_training_states_the_defaults_of_the_config():
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", PAGES["training.md"], re.M))
+    for field in dataclasses.fields(qpeft.QPeftConfig):
+        if field.name in rows:
+            assert rows[field.name].strip("`") in _as_shown(field.name, field.default), field.name
+
+
+def _as_shown(name: str, value: object) -> tuple[str, ...]:
+    """What a table may have in the column of defaults."""
+    if isinstance(value, bool):
+        return ("on" if value else "off",)
+    if name == "suffix_micro_batch":
+        return ("all",)
+    if name == "target_modules":
+        return ("q_proj`, `v_proj",)
+    return ("none",) if value in (None, ()) else (str(value), f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def test_every_command_is_listed():
+    assert sorted(options_of_commands()) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_is_explained(command):
+    pages = "\n".join(PAGES[name] for name in COMMANDS[command])
+    assert f"qpeft {command}" in pages or command in ("demo", "info", "rerank"), command
+    missing = [
+        option
+        for option in sorted(options_of_commands()[command])
+        if option.startswith("--") and option != "--help" and not re.search(rf"{option}(?![\w-])", pages)
+    ]
+    assert not missing, f"{', '.join(COMMANDS[command])}: nothing about {', '.join(missing)} of qpeft {command}"
