@@ -36,7 +36,7 @@ import qpeft_ext as qpeft
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB_IDS = ("meta-llama/Llama-2-7b-hf", "Qwen/Qwen2.5-0.5B")
 NOT_RUN = 12
-BEING_WRITTEN = set()
+BEING_WRITTEN: set[str] = set()  # pages as they were before this test
 SECONDS = 60  # of all pages on one idle core; twice as many end the test
 
 
