@@ -19,6 +19,7 @@ from .adapters.filters import allowed_ids
 from .adapters.generated_lora import GeneratedLora
 from .adapters.inputs import ClueInputs
 from .adapters.layers import Clues
+from .adapters.projected_rows import ProjectedRows
 from .adapters.soft_prompt import build_soft_prompt
 from .adapters.top_k_clues import TopKClues
 from .config import QPeftConfig
@@ -226,6 +227,7 @@ class QPeftModel(nn.Module):
         deterministic: bool = False,
         prefilled: bool = False,
         max_pairs_per_batch: int | None = None,
+        projected: ProjectedRows | None = None,
     ) -> Scores:
         """Score B pairs.
 
@@ -243,6 +245,8 @@ class QPeftModel(nn.Module):
                 different lengths may share a pass.
             max_pairs_per_batch: pairs in a suffix pass at most; None: as many as the token budget allows. With a
                 gradient the passes are then computed again in the backward pass, as with ``suffix_micro_batch``.
+            projected: rows of the embedding table that Q-PEFT-A reuses between calls with it, without gradient. Not
+                used with ``deterministic``.
         """
         if path not in ("document_first", "plain"):
             raise ValueError(f"path must be document_first or plain, got {path!r}")
@@ -250,8 +254,9 @@ class QPeftModel(nn.Module):
             empty = torch.zeros(0, dtype=torch.float32, device=self.device)
             return Scores(empty, empty.long())
         limits = self._limits(path, max_tokens_per_batch, max_pairs_per_batch, deterministic, prefilled)
-        clues, rows, parts = _PassClues(self, batch, deterministic), [], []
-        for read in schedule(batch, limits, self._rotary_tables(batch)):
+        projected = None if deterministic else projected
+        clues, rows, parts = _PassClues(self, batch, projected), [], []
+        for read in schedule(batch, limits, self._rotary_tables(batch, projected)):
             prefix = None  # the one before is not needed any more
             if read.shared:
                 ids = [batch.documents[d].ids for d in read.documents]
@@ -284,23 +289,32 @@ class QPeftModel(nn.Module):
             clues_of_lists=config.source != "document",
         )
 
-    def _rotary_tables(self, batch: PairBatch) -> list[int]:
+    def _rotary_tables(self, batch: PairBatch, projected: ProjectedRows | None) -> list[int]:
         """Which rotary table of the LM each pair is read with; 0: the one that prefixes are cached with."""
 
         @torch.no_grad()
         def clue_counts() -> list[int]:
-            return _counts(self.compute_clues(batch), len(batch))
+            return _counts(self.compute_clues(batch, projected=projected), len(batch))
 
         most = 0 if self.clues is None else 2 * (self.qpeft_config.k or 1) * max(map(len, batch.queries))
         return self.engine.table_of_each(batch, self.prompt.suffix, clue_counts, most)
 
     @_in_passes
-    def compute_clues(self, batch: PairBatch, explain: bool = False, alone: bool = False) -> Clues | None:
-        """Clues of every pair of the batch; None for ``clues="none"``. ``alone``: reuse nothing of other calls."""
+    def compute_clues(
+        self, batch: PairBatch, explain: bool = False, projected: ProjectedRows | None = None
+    ) -> Clues | None:
+        """Clues of every pair of the batch; None for ``clues="none"``.
+
+        Args:
+            batch: from `encode`.
+            explain: whether the result has an explanation.
+            projected: for `AttentionClues`, table rows to reuse between calls.
+        """
         if self.clues is None:
             return None
         inputs = ClueInputs.from_batch(batch, self.device, self.qpeft_config.source)
-        return self.clues(inputs, self.engine.table, self.engine.scale, explain, alone)
+        reused = {"projected": projected} if isinstance(self.clues, AttentionClues) else {}
+        return self.clues(inputs, self.engine.table, self.engine.scale, explain, **reused)
 
     def _score_group(
         self,
@@ -443,8 +457,8 @@ def _usable(lm: nn.Module) -> nn.Module:
 class _PassClues:
     """The clues of the pairs of a batch, computed for as many pairs together as the schedule says."""
 
-    def __init__(self, model: QPeftModel, batch: PairBatch, deterministic: bool) -> None:
-        self._model, self._batch, self._deterministic = model, batch, deterministic
+    def __init__(self, model: QPeftModel, batch: PairBatch, projected: ProjectedRows | None) -> None:
+        self._model, self._batch, self._projected = model, batch, projected
         self._together: list[int] | None = None
         self._clues: Clues | None = None
         self._counted: list[int] = []
@@ -462,7 +476,7 @@ class _PassClues:
         return self._clues and self._clues[places], [self._counted[place] for place in places]
 
     def _compute(self, pairs: list[int]) -> tuple[Clues | None, list[int]]:
-        clues = self._model.compute_clues(self._batch.select(pairs), alone=self._deterministic)
+        clues = self._model.compute_clues(self._batch.select(pairs), projected=self._projected)
         return clues, _counts(clues, len(pairs))
 
 

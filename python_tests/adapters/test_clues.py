@@ -6,6 +6,7 @@ from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 from qpeft_ext.adapters.filters import allowed_ids
+from qpeft_ext.adapters.projected_rows import ProjectedRows
 from qpeft_ext.ops._library import REFERENCE
 
 QUERY = "ab"
@@ -200,12 +201,13 @@ def test_projected_rows_give_the_same_clues_and_notice_new_weights():
     with torch.no_grad():
         for parameter in model.clues.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        rows = ProjectedRows(1 << 20)
         for _ in range(2):
-            expected = model.compute_clues(batch, alone=True).embeds
-            model.clues.projected_bytes = 1 << 20
+            expected = model.compute_clues(batch).embeds
             for _ in range(2):
-                torch.testing.assert_close(model.compute_clues(batch).embeds, expected, rtol=1e-5, atol=1e-5)
-            assert 0 < model.clues.projected_bytes_used <= 1 << 20
+                found = model.compute_clues(batch, projected=rows).embeds
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            assert 0 < rows.used_bytes <= 1 << 20
             model.clues.v.a.add_(0.3)  # the rows projected so far are stale now
 
 

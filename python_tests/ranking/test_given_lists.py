@@ -9,6 +9,7 @@ import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
+from qpeft_ext.ops._library import REFERENCE
 from qpeft_ext.utils.inputs import as_list
 
 TEXTS = ["tides rise", "a long passage about harbours", "the moon", "boats on the sea"]
@@ -217,9 +218,22 @@ def test_a_copy_gives_the_same_scores_before_and_after_use(kind, copied):
     used = copied(reranker)
     assert len(used.cache) == 0 and used.cache.max_bytes == 1 << 20 and set(used.cache.tiers) == {"device", "host"}
     assert scores(used) == expected
-    for name in ("_projected", "_row_scales"):  # known by addresses of this process
-        assert getattr(used.model.clues, name, None) is None or kind in ("attention", "vocabulary")
-        assert getattr(copied(reranker.model).clues, name, None) is None
+    # both are known by addresses of this process
+    assert (used.projected.used_bytes > 0) == (kind == "attention" and not REFERENCE)
+    assert copied(reranker).projected.used_bytes == 0
+    assert getattr(copied(reranker.model).clues, "_inverse_norms", None) is None
+
+
+def test_rerankers_of_one_model_have_their_own_projected_rows():
+    options = dict(clues="attention", num_heads=4, rank=8)
+    model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(**options), tiny_tokenizer())
+    first = qpeft.Reranker(model, projected_bytes=1 << 20)
+    expected, used = first.predict(PAIRS), first.projected.used_bytes
+    second = qpeft.Reranker(model, projected_bytes=0)
+    np.testing.assert_allclose(second.predict(PAIRS), expected, atol=1e-4)
+    assert second.projected.used_bytes == 0 and first.projected.used_bytes == used and first.projected.max_bytes
+    assert (used > 0) != REFERENCE
+    np.testing.assert_array_equal(first.predict(PAIRS), expected)
 
 
 def test_a_copied_cache_opens_its_files_again(tmp_path, caplog):

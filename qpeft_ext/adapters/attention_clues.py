@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import QPeftConfig
-from ..lm.state import writes
-from ..ops import ProjectedTable, clue_attention
+from ..ops import clue_attention
 from ..ops.clue_attention import attention_weights
 from .filters import ClueFilter
 from .inputs import ClueInputs
 from .layers import Clues, Float32Module, Projection, ResidualMLP
+from .projected_rows import ProjectedRows
 
 
 class AttentionClues(Float32Module):
@@ -23,9 +23,6 @@ class AttentionClues(Float32Module):
     Args:
         config: resolved `QPeftConfig`.  width: D.
         allowed: bool [V], the ids that are attended to; None attends to every token.
-    Attributes:
-        projected_bytes: budget for keys and values of the table rows seen so far, which are reused between calls
-            without gradient (`ProjectedTable`); 0 keeps none. ``projected_bytes_used`` says what is held now.
     """
 
     def __init__(self, config: QPeftConfig, width: int, allowed: Tensor | None = None) -> None:
@@ -35,38 +32,24 @@ class AttentionClues(Float32Module):
         self.q, self.k, self.v, self.o = (Projection(width, config.rank, config.attention_bias) for _ in range(4))
         self.dropout = nn.Dropout(config.dropout)
         self.mlp = ResidualMLP(width, config.rank, config.residual)
-        self.projected_bytes = 0
-        self._projected: tuple[tuple, ProjectedTable, list[Tensor]] | None = None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_projected": None}  # it is known by addresses, which mean nothing elsewhere
-
-    @property
-    def projected_bytes_used(self) -> int:
-        return self._projected[1].used_bytes if self._projected else 0
-
-    def forget(self) -> None:
-        """Reuse nothing that was projected for earlier calls: results then depend on the following calls alone."""
-        if self._projected:
-            self._projected[1].clear()
-
-    def _projected_table(self, table: Tensor, w_k: Tensor, w_v: Tensor, b_k: Tensor | None, b_v: Tensor | None):
-        """The rows projected so far; none when the table or a weight has changed since."""
-        read = (table, *self.k.parameters(), *self.v.parameters())
-        state = tuple((t.data_ptr(), writes(t), t.dtype) for t in read)
-        state += (self.projected_bytes,)
-        if self._projected is None or self._projected[0] != state:
-            fresh = ProjectedTable(table, w_k, w_v, b_k, b_v, budget_bytes=self.projected_bytes)
-            # with what it is made of, so that no other can take its address
-            self._projected = (state, fresh, [t.detach() for t in read])
-        return self._projected[1]
 
     def forward(
-        self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False, alone: bool = False
+        self,
+        inputs: ClueInputs,
+        table: Tensor,
+        scale: float,
+        explain: bool = False,
+        projected: ProjectedRows | None = None,
     ) -> Clues:
-        """Clues of B pairs. ``table`` [V, D] is the LM's frozen embedding table, ``scale`` its factor.
+        """Compute the clues of B pairs.
 
-        ``alone``: nothing computed for another call is reused: the result depends on the inputs alone, to the bit.
+        Args:
+            inputs: the pairs.
+            table: the LM's frozen embedding table, [V, D].
+            scale: what the LM's embedding module multiplies a row of the table with.
+            explain: whether the result has an explanation.
+            projected: rows that earlier calls with it have projected, and this one may; used without gradient only.
+                None: the result depends on the other arguments only, to the bit.
         """
         projections = (self.q, self.k, self.v, self.o)
         weights = [p.matrix(table.dtype) for p in projections]
@@ -74,8 +57,9 @@ class AttentionClues(Float32Module):
         document_mask = self.filter.tokens(inputs, inputs.query_index) if self.filter else inputs.document_mask
         documents = (inputs.query_mask, table, inputs.document_ids, document_mask, inputs.query_index)
         query_embeds = table[inputs.query_ids]
-        if self.projected_bytes and not alone and not torch.is_grad_enabled():
-            store = self._projected_table(table, *weights[1:3], *biases[1:3])
+        if projected is not None and projected.max_bytes and not torch.is_grad_enabled():
+            parameters = (*self.k.parameters(), *self.v.parameters())
+            store = projected.of(table, parameters, (weights[1], weights[2]), (biases[1], biases[2]))
             mixed = store.attend(query_embeds, inputs.query_mask, *documents[2:], weights[0], weights[3], biases[0],
                                  biases[3], num_heads=self.num_heads)  # fmt: skip
         else:

@@ -44,10 +44,11 @@ class TopKClues(Float32Module):
         self.query_projection = Projection(width, config.rank, bias=False) if config.score_gate else None
         if config.score_gate:
             self.gate = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, b
-        self._row_scales: tuple[tuple, Tensor, Tensor] | None = None
+        self._inverse_norms: tuple[tuple, Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_row_scales": None}  # they are known by addresses, which mean nothing elsewhere
+        # known by the table's address, which means nothing in another process
+        return self.__dict__ | {"_inverse_norms": None}
 
     def select(self, inputs: ClueInputs, table: Tensor) -> SimilarityTopK:
         """The clues of each list, [R, K]: R = B for the source "document", one list per query (R = Q) for others."""
@@ -72,9 +73,11 @@ class TopKClues(Float32Module):
             return similarity_topk(query_embeds, inputs.query_mask, *documents, k, self.similarity)
 
     def _vocabulary(self, query_embeds: Tensor, inputs: ClueInputs, table: Tensor, k: int, per_token=False) -> Tensor:
-        norms = self._scales_of(table) if self.similarity == "cosine" else None
+        inverse_norms = self._inverse_norms_of(table) if self.similarity == "cosine" else None
         allowed = self.filter.ids(inputs)
-        return vocabulary_topk(query_embeds, inputs.query_mask, table, allowed, k, self.similarity, per_token, norms)
+        return vocabulary_topk(
+            query_embeds, inputs.query_mask, table, allowed, k, self.similarity, per_token, inverse_norms
+        )
 
     def _neighbours(self, inputs: ClueInputs, query_embeds: Tensor, table: Tensor, k: int) -> SimilarityTopK:
         """The k ids next to each query token, the token itself left out: [Q, T · k], token after token."""
@@ -93,18 +96,23 @@ class TopKClues(Float32Module):
             x.new_full((Q * T, k), padding).index_copy(0, tokens, x).view(Q, T * k) for x, padding in lists
         ))  # fmt: skip
 
-    def _scales_of(self, table: Tensor) -> Tensor:
+    def _inverse_norms_of(self, table: Tensor) -> Tensor:
         """1 / norm of the table's rows, computed once as long as the table stays."""
         state = table.data_ptr(), writes(table), table.dtype
-        if self._row_scales is None or self._row_scales[0] != state:
+        if self._inverse_norms is None or self._inverse_norms[0] != state:
             # with the table, so that no other can take its address
-            self._row_scales = state, row_scales(table), table.detach()
-        return self._row_scales[1]
+            self._inverse_norms = state, row_scales(table), table.detach()
+        return self._inverse_norms[1]
 
-    def forward(
-        self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False, alone: bool = False
-    ) -> Clues:
-        """Clues of B pairs. ``table`` [V, D] is the LM's frozen embedding table, ``scale`` its factor."""
+    def forward(self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False) -> Clues:
+        """Compute the clues of B pairs.
+
+        Args:
+            inputs: the pairs.
+            table: the LM's frozen embedding table, [V, D].
+            scale: what the LM's embedding module multiplies a row of the table with.
+            explain: whether the result has an explanation.
+        """
         selected = self.select(inputs, table)
         mask = selected.clue_ids >= 0
         rows = self.embeddings(table, selected.clue_ids.clamp_min(0), self.mlp.up.weight.dtype)

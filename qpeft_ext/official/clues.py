@@ -109,9 +109,7 @@ class OfficialTopKClues(OfficialClues):
         tokens = torch.arange(found.shape[1], device=ids.device)
         return found[inputs.query_index[:, None, None], tokens[:, None], place[:, None]]
 
-    def forward(
-        self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False, alone: bool = False
-    ) -> Clues:
+    def forward(self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False) -> Clues:
         """Clues of B pairs and the words around them; what is explained of those is -1."""
         selected = self.select(inputs, table)
         B, words = len(selected.clue_ids), (len(self.hints), len(self.newline))
@@ -134,9 +132,7 @@ class OfficialAttentionClues(OfficialClues):
         super().__init__(config, table, tokens, allowed, decode)
         self.attention = nn.MultiheadAttention(table.shape[1], config.num_heads, config.dropout, batch_first=True)
 
-    def forward(
-        self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False, alone: bool = False
-    ) -> Clues:
+    def forward(self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False) -> Clues:
         """Clues of B pairs and the words around them."""
         read = self.read(inputs)
         keys = self.filter.tokens(read, inputs.query_index)

@@ -29,7 +29,7 @@ def vocabulary_topk(
     k: int,
     metric: str = "cosine",
     per_token: bool = False,
-    norms: Tensor | None = None,
+    row_inverse_norms: Tensor | None = None,
 ) -> Tensor:
     """Find the k allowed ids u with the largest max over t of sim(query token t, table[u]), ties to the smaller id.
 
@@ -43,14 +43,14 @@ def vocabulary_topk(
         k: number of ids.
         metric: ``"cosine"`` or ``"dot"``.
         per_token: return the k best ids of every query token, instead of those of the maximum over the tokens.
-        norms: 1 / norm of each row of ``table`` as `row_scales` returns it, if it is known; ``[V]``, float32.
+        row_inverse_norms: 1 / norm of each row of ``table`` (`row_scales`), if it is known; ``[V]``, float32.
     Returns: ids, larger similarity first, ``[Q, k]``, or ``[Q, T, k]`` with ``per_token``; int64; -1 where fewer are
         allowed and for a masked token.  There is no gradient: `similarity_topk` over the chosen ids has one.
     """
     Q, T, D = query_embeds.shape
     scales = None
     if metric == "cosine":
-        scales = row_scales(table) if norms is None else norms
+        scales = row_scales(table) if row_inverse_norms is None else row_inverse_norms
         query_embeds = query_embeds * inverse_norms(query_embeds.to(sum_dtype(table.dtype)))[..., None]
     # Every masked token is replaced by the first token of its query, so that the maximum over T needs no mask.
     tokens = torch.arange(T, device=table.device).where(query_mask, query_mask.long().argmax(1, keepdim=True))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.attention_clues import AttentionClues
+from ..adapters.projected_rows import ProjectedRows
 from ..engine.filling import CacheFilling
 from ..engine.memory import plan_memory
 from ..engine.schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
@@ -70,6 +71,7 @@ class Reranker:
     Attributes:
         truncated, truncated_queries: documents and queries cut so far (``max_document_tokens``, ``max_query_tokens``);
             one that is in two calls counts twice.
+        projected: the table rows that Q-PEFT-A reuses between calls of this reranker.
         adapter: the folder or Hub id that it was loaded from; None for a model in memory.
     """
 
@@ -102,8 +104,7 @@ class Reranker:
         self.max_tokens_per_batch = max_tokens_per_batch or default_tokens(model.device)
         self.cache = cache
         self.deterministic = deterministic
-        if attention:
-            model.clues.projected_bytes = 256 << 20 if projected_bytes is None else projected_bytes
+        self.projected = ProjectedRows(256 << 20 if projected_bytes is None else projected_bytes)
         self.path = path
         self.truncate_queries = truncate_queries
         self.truncated = self.truncated_queries = 0
@@ -342,7 +343,8 @@ class Reranker:
         for job in jobs:
             parts.append(self._within_memory(lambda tokens, job=job: self.model(
                 batch.select(job), path=self.path, cache=self.cache, deterministic=self.deterministic,
-                max_tokens_per_batch=tokens, prefilled=prefilled, max_pairs_per_batch=batch_size)))  # fmt: skip
+                max_tokens_per_batch=tokens, prefilled=prefilled, max_pairs_per_batch=batch_size,
+                projected=self.projected)))  # fmt: skip
             rows += job
             bar.update(len(job))
         scores = np.empty(len(pairs), dtype=np.float32)

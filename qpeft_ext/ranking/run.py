@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.attention_clues import AttentionClues
 from ..engine.schedule import query_blocks
 from ..formats.partial_run import PartialRun
 from ..formats.trec import Run, check_id, find_line
@@ -91,8 +90,8 @@ def by_likelihood(reranker) -> Ranker:
     """Rank by the reranker's score."""
 
     def rank(queries, documents):
-        if isinstance(clues := getattr(reranker.model, "clues", None), AttentionClues):
-            clues.forget()  # of another block: how rows are rounded depends on those that are projected with them
+        if (rows := getattr(reranker, "projected", None)) is not None:
+            rows.clear()  # of another block: how rows are rounded depends on those that are projected with them
         rankings = reranker.rank_many(queries, documents, show_progress_bar=False)
         return [[(row["corpus_id"], row["score"]) for row in ranking] for ranking in rankings]
 
