@@ -140,7 +140,7 @@ def test_another_job_does_not_go_on_with_it(job, tmp_path, capsys, monkeypatch):
         err = capsys.readouterr().err
         assert (
             re.fullmatch(
-                r"qpeft rerank: error: [^\n]+; give those again to go on with it, or start over with "
+                r"qpeft rerank: error: [^\n]+; give those again to resume it, or start over with "
                 r"--no-resume \(resume=False\)\n",
                 err,
             )

@@ -1,4 +1,4 @@
-"""The standard streams of a command: work does not end because nobody reads what it prints any more."""
+"""The standard streams of a command, whose work goes on when nobody reads its output any more."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 
 class Stream:
-    """A text stream whose first failing write ends the printing and nothing else.
+    """A text stream that stays silent after its first failing write, instead of raising an error.
 
-    Attributes: error: of the first write that failed.
+    Attributes: error: the error of that write; None before.
     """
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self.error = stream, None
+        self._stream = stream
+        self.error: OSError | None = None
 
     def write(self, text: str) -> int:
         if self.error is None:
@@ -35,7 +36,7 @@ class Stream:
 
     def _end(self, error: OSError) -> None:
         self.error = error
-        with contextlib.suppress(OSError, ValueError):  # what is in the buffer must go somewhere when Python ends
+        with contextlib.suppress(OSError, ValueError):  # Python flushes the buffer at its end
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -46,16 +47,16 @@ class Stream:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[Stream]:
-    """`Stream`s in the place of ``sys.stdout`` (which is yielded) and ``sys.stderr``.
+    """Replace ``sys.stdout``, which is yielded, and ``sys.stderr`` by `Stream`s.
 
-    A descriptor that is closed (``>&-``) is opened to nowhere first: else the next file would get its number, and what
-    is printed would end up in it.
+    A closed descriptor (``>&-``) is first opened to the null device: otherwise the next file that is opened would get
+    its number, and output would be printed into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
     stdout, stderr = sys.stdout, sys.stderr
@@ -69,18 +70,18 @@ def standard_streams() -> Iterator[Stream]:
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with what is left of the work in words."""
+    """Ctrl-C, with a message that says what is kept and how to resume."""
 
 
 def is_first_process() -> bool:
-    """False in all processes of torchrun but the first."""
+    """Return False in every process of torchrun except the first."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(message: object = "") -> None:
-    """Print a line, or something of rich, on stdout; 100 columns wide where there is no terminal.
+    """Print a line or an object of rich on stdout, 100 columns wide where there is no terminal.
 
-    Under torchrun the first process speaks for all.
+    Under torchrun only the first process prints.
     """
     if not is_first_process():
         return

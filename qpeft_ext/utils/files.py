@@ -1,4 +1,4 @@
-"""Writing files and folders: each appears under its name when it is whole, or not at all.
+"""Write files and folders, each of which appears under its name when it is complete, or not at all.
 
 Temporary names are random and created exclusively, so that a link which somebody planted in a shared folder is never
 written through.
@@ -25,7 +25,7 @@ def is_gzip(path: AnyPath) -> bool:
 
 
 def check_target(path: AnyPath) -> Path:
-    """Where a file of this name will lie: a link is followed, not replaced; one that another user made is refused.
+    """Return where a file of this name will be written: a link is followed, unless another user made it.
 
     Raises: OSError or ValueError if ``path`` cannot become a regular file.
     """
@@ -53,9 +53,9 @@ class AtomicWriter:
 
     Args:
         path: the final name; an existing regular file is replaced and gives its permissions.
-        mode: permissions of a new file, of which the umask takes away what it does.
-        follow: where ``path`` is a link, write what it points to. For names that the user gives; a name that the
-            package chooses (``manifest.json``) may be a link that somebody planted, which is replaced.
+        mode: permissions of a new file, before the umask.
+        follow: whether a link at ``path`` is followed, for names that the user gives. A name that the package chooses
+            (``manifest.json``) may be a link that somebody planted, which is replaced.
     Raises: OSError or ValueError if ``path`` cannot become a regular file; OSError that names it if the disk is full.
     """
 
@@ -90,7 +90,7 @@ class AtomicWriter:
         sync_folder(self.path.parent)
 
     def discard(self) -> None:
-        """Give up: nothing is left, neither under the final nor under the temporary name."""
+        """Give up, and remove the temporary file."""
         with contextlib.suppress(OSError, ValueError):
             self.file.close()
         with contextlib.suppress(OSError):
@@ -107,29 +107,35 @@ class AtomicWriter:
 
 
 def write_text(path: AnyPath, text: str, mode: int = 0o666, follow: bool = True) -> None:
-    """Write ``text`` as UTF-8, as a whole or not at all; ``mode`` and ``follow`` of `AtomicWriter`."""
+    """Write ``text`` as UTF-8, completely or not at all; ``mode`` and ``follow`` as in `AtomicWriter`."""
     with AtomicWriter(path, mode, follow) as file:
         file.write(text.encode("utf-8"))
 
 
 def save_file_with(path: Path, save: Callable[[str], object], mode: int = 0o666) -> None:
-    """A file that a library writes to the name it is given. A link at ``path`` is replaced, not followed.
+    """Let a library write a file, completely or not at all. A link at ``path`` is replaced, not followed.
 
+    Args:
+        save: writes the file of the name that it is given.
     Raises: OSError that names ``path`` if it cannot be written.
     """
     with naming(path), private_folder(path) as private:
         new = private / path.name
         save(str(new))
         _sync(new)
-        restrict(new, _permissions(path, mode))  # what the library made has those that the umask leaves
+        restrict(new, _permissions(path, mode))
         os.replace(new, path)
     sync_folder(path.parent)
 
 
 def save_folder_with(folder: Path, save: Callable[[str], object]) -> None:
-    """A folder that a library fills (``save_pretrained``): new files take the place of those of the same name, files of
-    weights that are left over from an earlier save are removed. A link at ``folder`` is replaced, not followed.
+    """Let a library fill a folder (``save_pretrained``), completely or not at all.
 
+    New files replace those of the same name, and files of weights from an earlier save are removed. A link at
+    ``folder`` is replaced, not followed.
+
+    Args:
+        save: writes files into the folder of the name that it is given, and makes that folder.
     Raises: OSError that names ``folder`` if it cannot be written.
     """
     with naming(folder), private_folder(folder) as private:
@@ -144,7 +150,7 @@ def save_folder_with(folder: Path, save: Callable[[str], object]) -> None:
             os.rename(new, folder)
         else:
             names = [path.relative_to(new) for path in files]
-            for name in names:  # configurations last: they stand for what they describe
+            for name in names:  # configurations last: they refer to the other files
                 (folder / name).parent.mkdir(exist_ok=True)
                 os.replace(new / name, folder / name)
             for path in folder.iterdir():
@@ -156,7 +162,7 @@ def save_folder_with(folder: Path, save: Callable[[str], object]) -> None:
 
 @contextlib.contextmanager
 def private_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path`` that only this user can enter; gone at the end."""
+    """Make a folder beside ``path`` that only this user can enter, and remove it at the end."""
     folder = tempfile.mkdtemp(prefix=temporary_name(path.name)[:-4] + ".", suffix=".tmp", dir=path.parent)
     try:
         yield Path(folder)
@@ -165,40 +171,42 @@ def private_folder(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(name: str) -> str:
-    """A hidden name that nobody can foresee; never too long for a file system."""
+    """Return a hidden, unpredictable name that is not too long for any file system."""
     return f".{name[:50]}.{os.urandom(6).hex()}.tmp"
 
 
 def drop_temporary(folder: Path) -> None:
-    """Remove what a killed process left in a folder that this process alone writes to."""
+    """Remove what a killed process left in ``folder``, to which no other process writes now."""
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def permissions_of(path: AnyPath | None) -> int:
-    """Permissions for files that are made of what is in the file ``path``: nobody else may read them who may not read
-    that one. None, or what is no file on the disk: those of any file."""
+    """Return permissions for files that are derived from the file ``path``: at most its own readers may read them.
+
+    For None, or a path that is no file, these are the permissions of any new file.
+    """
     if path is None or not os.path.isfile(path):
         return 0o666
     return stat.S_IMODE(os.stat(path).st_mode) & 0o666 | 0o600
 
 
 def restrict(path: Path, mode: int) -> None:
-    """Take away permissions beyond ``mode``, where this user may."""
+    """Remove permissions beyond ``mode``, if this user is allowed to."""
     with contextlib.suppress(OSError):
         if (mine := stat.S_IMODE(path.stat().st_mode)) & ~mode:
             path.chmod(mine & mode)
 
 
 def folder_permissions(mode: int) -> int:
-    """Permissions of a folder for files of ``mode``: who may read them may enter it."""
+    """Return permissions of a folder for files of ``mode``, which lets their readers in."""
     return mode | (mode & 0o444) >> 2
 
 
 @contextlib.contextmanager
 def naming(path: AnyPath) -> Iterator[None]:
-    """Errors of the system while ``path`` is written, which do not say where they happened, get its name."""
+    """Add the name of ``path`` to errors of the system that do not say where they happened."""
     try:
         yield
     except OSError as error:
@@ -212,7 +220,7 @@ def naming(path: AnyPath) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut; file systems that cannot do this are left alone."""
+    """Make a rename in ``folder`` survive a power cut, on file systems that can do this."""
     with contextlib.suppress(OSError):
         _sync(folder)
 
@@ -226,7 +234,7 @@ def _sync(path: Path) -> None:
 
 
 def _permissions(path: Path, mode: int) -> int:
-    """Of what is written to ``path``: at most ``mode``, and at most those of the file that is there."""
+    """Return permissions for what is written to ``path``: ``mode`` without those that a file there does not have."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -235,10 +243,10 @@ def _permissions(path: Path, mode: int) -> int:
 
 
 def cache_folder() -> Path:
-    """``$QPEFT_CACHE``, else ``~/.cache/qpeft_ext``; created if need be."""
+    """Return ``$QPEFT_CACHE``, or ``~/.cache/qpeft_ext`` where it is not set; the folder is made if needed."""
     folder = Path(os.environ.get("QPEFT_CACHE") or Path.home() / ".cache" / "qpeft_ext").absolute()
     try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)  # it holds copies of corpora
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # copies of corpora are kept in it
     except OSError as error:
         raise OSError(
             f"cannot create the cache folder {folder} ({error.strerror}); "

@@ -1,4 +1,4 @@
-"""A process forked from one whose threads have computed: OpenMP waits there for threads that the fork left behind."""
+"""Keep a forked process from hanging: OpenMP would wait there for threads that the fork did not copy."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _lost_threads = False
 
 
 def computes_now() -> None:
-    """Say that torch is about to compute, on the CPU, with as many threads as it has.
+    """Note that torch is about to compute on the CPU.
 
-    In a process that was forked after that, torch gets a single thread, with a warning: with more it would hang at the
-    first product of matrices.
+    In a process that was forked after its parent had computed with several threads, set torch to one thread, with a
+    warning: with more it would hang at the first product of matrices.
     """
     global _computed_with_threads, _lost_threads
     if torch.get_num_threads() == 1:

@@ -1,17 +1,19 @@
-"""What a user hands to a public function: read once, as a list; what is wrong in it is named by its place."""
+"""Arguments of public functions: checked and read once, with errors that name the wrong item."""
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Mapping, Set
+from typing import SupportsIndex, cast
 
 
 def as_list(items: object, what: str, remedy: str) -> list:
-    """The items of a list, tuple, array, Series, column, generator, view, …, in their order, read once.
+    """Return the items of a list, tuple, array, Series, column, generator, view, …, in their order, read once.
 
     Args:
-        what: "rank: documents"; an error begins with it.  remedy: what to give instead of a text or a dict.
-    Raises: TypeError for a text, a dict, a set, a table with columns, or what cannot be iterated.
+        what: start of an error, such as "rank: documents".
+        remedy: end of an error: what to give instead of a text or a dict.
+    Raises: TypeError for a text, a dict, a set, a table with columns, or an object that cannot be iterated.
     """
     if type(items) is list:
         return list(items)  # the caller's may change while it is read
@@ -26,16 +28,16 @@ def as_list(items: object, what: str, remedy: str) -> list:
     if not isinstance(items, Iterable) and not hasattr(items, "__getitem__"):
         raise TypeError(f"{what} must be a list, got {kind_of(items)}; {remedy}")
     try:
-        return list(items)
+        return list(cast(Iterable, items))  # or a sequence by __getitem__, which list() takes too
     except TypeError as error:  # an array without a dimension
         raise TypeError(f"{what} must be a list, got {kind_of(items)} ({error}); {remedy}") from None
 
 
 def expect_text(text: object, place: str) -> str:
-    """The text itself.
+    """Return the text itself.
 
     Args:
-        place: "query 2", "document 5 of query 0", …; an error begins with it.
+        place: start of an error, such as "query 2" or "document 5 of query 0".
     Raises: TypeError if it is not a string; ValueError for half a surrogate pair, which no tokenizer takes.
     """
     if not isinstance(text, str):
@@ -53,25 +55,25 @@ def expect_text(text: object, place: str) -> str:
 
 
 def whole_number(value: object, what: str, least: int = 1) -> int | None:
-    """``value`` as an int of at least ``least``; None stays None. numpy's integers are whole numbers.
+    """Return ``value`` as an int of at least ``least``; None stays None. Integers of numpy are accepted.
 
     Raises: TypeError for a bool, a float or anything else; ValueError if it is too small.
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{what} must be a whole number, got {kind_of(value)}")
     try:
-        value = value.__index__()
+        number = value.__index__()
     except TypeError:  # numpy.bool, an array
         raise TypeError(f"{what} must be a whole number, got {kind_of(value)}") from None
-    if value < least:
-        raise ValueError(f"{what} must be at least {least}, got {value}")
-    return value
+    if number < least:
+        raise ValueError(f"{what} must be at least {least}, got {number}")
+    return number
 
 
 def kind_of(value: object) -> str:
-    """What it is and, short, its value: for messages."""
+    """Return the type of a value and, shortened, the value itself, for messages."""
     if value is None:
         return "None"
     if isinstance(value, float):
@@ -84,9 +86,9 @@ def kind_of(value: object) -> str:
 
 
 def short(value: object, quoted: bool = True) -> str:
-    """``repr`` of a value, or with ``quoted=False`` a text as it is, cut at 60 characters."""
+    """Return ``repr`` of a value, or with ``quoted=False`` a text as it is, cut at 60 characters."""
     if not isinstance(value, str):
-        text = reprlib.repr(value)  # that of a list of a million texts is never built
+        text = reprlib.repr(value)  # which does not build the text of a list of a million texts
     else:
         text = repr(value[:61]) if quoted else value
     return text if len(text) <= 60 else text[:57] + "..."

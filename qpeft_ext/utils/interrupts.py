@@ -1,22 +1,23 @@
-"""`Interrupts`: whether Ctrl-C was pressed, whatever became of its KeyboardInterrupt."""
+"""`Interrupts` knows whether Ctrl-C was pressed, even where a library turned it into another error."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 
 class Interrupts:
-    """While this is entered, Ctrl-C is remembered, and raises KeyboardInterrupt as always.
+    """Context manager in which Ctrl-C is remembered, and raises KeyboardInterrupt as usual.
 
-    Libraries in C++ and Rust that meet it may raise an error of their own instead, without a word of it: torch, while
-    safetensors reads weights, "could not determine the shape of object type 'torch.UntypedStorage'".
+    Libraries in C++ and Rust may turn the KeyboardInterrupt into an error that does not mention it. While safetensors
+    reads weights, torch raises "could not determine the shape of object type 'torch.UntypedStorage'".
     """
 
     def __init__(self) -> None:
         self._came = False
-        self._before = None
+        self._before: Any = None
 
     def __enter__(self) -> Interrupts:
         in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot have handlers
@@ -33,7 +34,7 @@ class Interrupts:
         signal.default_int_handler(number, frame)
 
     def caused(self, error: BaseException | None) -> bool:
-        """Whether ``error`` is, or may be, what became of Ctrl-C."""
+        """Return True if ``error`` was, or may have been, caused by Ctrl-C."""
         seen: set[int] = set()
         while error is not None and id(error) not in seen:
             if isinstance(error, KeyboardInterrupt):

@@ -21,7 +21,7 @@ _last_end, _last_seconds = -math.inf, 0.0  # of the last call that did something
 
 
 class _MallInfo2(ctypes.Structure):
-    """``struct mallinfo2`` of glibc, in bytes but for the counts of blocks."""
+    """``struct mallinfo2`` of glibc; sizes are in bytes."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -41,11 +41,14 @@ class _MallInfo2(ctypes.Structure):
 
 
 def return_freed_memory(least: int = _LEAST, share: float = 1.0) -> None:
-    """Give freed memory back to the system where the C library holds ``least`` bytes of it or more.
+    """Give freed memory back to the system if the C library keeps at least ``least`` bytes of it.
 
-    share: of the time that such calls may take. To ask what is free takes 10 ms where there are many gaps, and pages
-    that are given back must be mapped again; a call that comes too early for that share does nothing.
     Nothing happens without glibc 2.33 or later.
+
+    Args:
+        least: bytes that are worth the effort.
+        share: largest share of the running time that such calls may take. Asking for the free bytes takes 10 ms in a
+            fragmented heap, and returned pages must be mapped again; a call that comes too early does nothing.
     """
     global _last_end, _last_seconds
     started = time.monotonic()

@@ -1,6 +1,6 @@
-"""bm25s without JAX, of which it uses nothing here.
+"""Import bm25s without JAX, which is not needed here.
 
-Where JAX is installed too, ``import bm25s`` runs one of its operations, and JAX then takes three quarters of the GPU's
+Where JAX is installed, ``import bm25s`` runs one of its operations, and JAX then takes three quarters of the GPU's
 memory.
 """
 
@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 def import_bm25s(name: str = "bm25s") -> ModuleType:
-    """Module ``name`` of bm25s. Raises: ImportError where it is not installed."""
+    """Import and return the module ``name`` of bm25s. Raises: ImportError if it is not installed."""
     missing = object()
     jax = sys.modules.get("jax", missing)
     sys.modules["jax"] = None  # type: ignore[assignment]  # `import jax` fails, as where it is not installed

@@ -1,7 +1,7 @@
 """`PartialFile`: the result of a long job that grows on the disk, survives a kill, and is resumed.
 
-``OUTPUT.part`` holds what is done; ``OUTPUT.part.json`` says which job it is of; ``OUTPUT.part.sums`` has a line for
-each complete piece, written after it, so that a torn or changed piece is known.
+``OUTPUT.part`` has the pieces that are done, ``OUTPUT.part.json`` the settings of the job, and ``OUTPUT.part.sums`` a
+line for each complete piece, which is written after it, so that an incomplete or changed piece is recognised.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _SUM_BYTES = 32  # of a line of OUTPUT.part.sums: bytes of the piece, checksum
 
 
 class PartialFile:
-    """What is done of a job, on the disk. One process at a time may hold it.
+    """The finished pieces of a job, on the disk, for one process at a time.
 
-    A piece is there as a whole or not at all, and a kill costs at most the one being written. Opening the same job
-    again finds the complete pieces and cuts off what follows: a torn piece, or, with a warning, everything from the
-    first piece on that is not as it was written.
+    A piece is stored completely or not at all, so a kill costs at most the piece that is being written. Opening the
+    same job again finds the complete pieces and drops what follows: an incomplete piece, or, with a warning, everything
+    from the first changed piece on.
 
     Args:
-        path: the final name of the result; the part lies beside it.
-        settings: what the result depends on, name -> value; a part of a job with other settings is refused.
-        about: what else to write beside the settings, for people.
-        name: where several share ``path``; it becomes part of the file's name.
-        resume: False starts over.
+        path: the final name of the result; the part is written beside it.
+        settings: everything that the result depends on, name → value; a part with other settings is refused.
+        about: further facts, which are written beside the settings for people to read.
+        name: becomes part of the file's name where several parts share ``path``.
+        resume: whether an earlier part is resumed; False starts over.
 
-    Attributes: target: where the result will lie.  part: the growing file.  num_pieces: the complete ones.
+    Attributes: target: the final path of the result.  part: the growing file.  num_pieces: number of complete pieces.
     Raises: ValueError for other settings; OSError if ``path`` cannot be written.
     """
 
@@ -55,7 +55,8 @@ class PartialFile:
         self._about, self._sums = (self.part.with_name(f"{self.part.name}.{ending}") for ending in ("json", "sums"))
         self.num_pieces = 0
         self._size: int | None = None  # bytes of complete pieces; None while the file is not ours
-        self._file = self._sums_file = None
+        self._file: int | None = None
+        self._sums_file: int | None = None
         try:
             self._file = open_locked(self.part, lambda: self._open_part(path), "let it end, or write to another file")
             there = self._sums.exists()
@@ -76,15 +77,23 @@ class PartialFile:
             raise
 
     def _take(self, piece: bytes) -> None:
-        """A complete piece of the part, in the order of writing. Raises: ValueError if this job writes no such one."""
+        """Take a complete piece of the part, in the order of writing. Raises: ValueError if it is not this job's."""
         raise NotImplementedError
 
     def _split(self, file: IO[bytes]) -> Iterator[bytes]:
-        """The pieces of a part without checksums, as earlier versions wrote it; the last one may be torn."""
+        """Yield the pieces of a part without checksums, as earlier versions wrote it; the last may be incomplete."""
         raise NotImplementedError
 
     def append(self, piece: bytes) -> None:
-        """Write a piece. Raises: OSError if the disk is full; nothing of the piece is kept then."""
+        """Write a piece, completely or not at all.
+
+        Args:
+            piece: The bytes to append.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        assert self._file is not None and self._sums_file is not None and self._size is not None, "closed"
         try:
             _write(self._file, piece)
             _write(self._sums_file, _sum(piece))
@@ -95,18 +104,18 @@ class PartialFile:
         self.num_pieces += 1
 
     def discard(self) -> None:
-        """Nothing of it is kept."""
+        """Remove the part and all that is beside it."""
         self._size = self.num_pieces = 0
         self._cut()
         self.close()
 
     def close(self) -> None:
-        """Let go of the file; what is in it can be resumed. A part without any piece is removed."""
+        """Close the file, which can be resumed. A part without any piece is removed."""
         if self._file is None:
             return
         if self.num_pieces and self._size is not None:
             self._cut()
-        elif self._size == 0:  # the part last: its lock keeps other processes from the three of them
+        elif self._size == 0:  # the part last: its lock keeps other processes from all three files
             for path in (self._sums, self._about, self.part):
                 path.unlink(missing_ok=True)
         for file in (self._sums_file, self._file):
@@ -115,7 +124,7 @@ class PartialFile:
         self._file = self._sums_file = None
 
     def _renamed(self) -> None:
-        """The part was given its final name: what is beside it is not needed any more."""
+        """Remove the files beside the part, which has its final name now, and close it."""
         self._size = None
         for path in (self._sums, self._about):
             path.unlink(missing_ok=True)
@@ -142,11 +151,11 @@ class PartialFile:
         if differences:
             raise ValueError(
                 f"{self.part} is of a job with other settings: {'; '.join(differences)}; give those again "
-                "to go on with it, or start over with --no-resume (resume=False)"
+                "to resume it, or start over with --no-resume (resume=False)"
             )
 
     def _read(self, with_sums: bool) -> None:
-        """Take the complete pieces of the part, up to the first that is torn or changed."""
+        """Take the complete pieces of the part, up to the first that is incomplete or changed."""
         sums = _lines(self._sums.read_bytes()) if with_sums else None
         size = lines = 0
         with open(self.part, "rb") as file:
@@ -166,16 +175,17 @@ class PartialFile:
                     break
                 size, lines = size + len(piece), lines + piece.count(b"\n")
                 self.num_pieces += 1
-                if sums is None:
+                if sums is None and self._sums_file is not None:
                     _write(self._sums_file, _sum(piece))
         self._size = size
 
     def _cut(self) -> None:
-        """Drop what stands behind the complete pieces."""
+        """Drop everything behind the complete pieces."""
         for file, size in ((self._file, self._size), (self._sums_file, self.num_pieces * _SUM_BYTES)):
-            with contextlib.suppress(OSError):  # it is dropped when the part is read, at the latest
-                os.ftruncate(file, size)
-                os.lseek(file, size, os.SEEK_SET)
+            if file is not None and size is not None:
+                with contextlib.suppress(OSError):  # reading the part drops it too
+                    os.ftruncate(file, size)
+                    os.lseek(file, size, os.SEEK_SET)
 
 
 def _open(path: AnyPath, file: AnyPath) -> int:
@@ -192,17 +202,17 @@ def _write(file: int, data: bytes) -> None:
 
 
 def _sum(piece: bytes) -> bytes:
-    """The line that says what a piece is."""
+    """Return the line of ``OUTPUT.part.sums`` for a piece: its length and its checksum."""
     return f"{len(piece):<14} {hashlib.sha256(piece).hexdigest()[:16]}\n".encode()
 
 
 def _lines(sums: bytes) -> list[bytes]:
-    """Those that are whole."""
+    """Return the complete lines of ``OUTPUT.part.sums``."""
     return [sums[start : start + _SUM_BYTES] for start in range(0, len(sums) - _SUM_BYTES + 1, _SUM_BYTES)]
 
 
 def _recorded(file: IO[bytes], sums: list[bytes]) -> Iterator[bytes]:
-    """The pieces that have a checksum; what its line does not say is empty."""
+    """Yield a piece for each line of checksums; a piece is empty if its line gives no length."""
     for line in sums:
         length = line.split(b" ")[0]
         yield file.read(int(length)) if length.isdigit() else b""

@@ -1,7 +1,7 @@
-"""Reading small JSON and YAML files that a stranger may have written: within bounds, and every fault is one ValueError.
+"""Read small JSON and YAML files of unknown origin within bounds; every fault in them is one ValueError.
 
-Bounded are the size of the file, the depth of its nesting (parsers call themselves for each level), and what aliases of
-YAML expand to. A pipe in the place of a file is refused: reading it would never end.
+The bounds are on the size of the file, the depth of its nesting (parsers call themselves for each level), and the
+number of values that aliases of YAML expand to. A pipe instead of a file is refused: reading it might never end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _JSON_PARTS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 
 
 def open_regular(path: str | os.PathLike, buffering: int = -1) -> IO[bytes]:
-    """A file, opened for reading. Raises: ValueError if it is a pipe or a device; OSError if it cannot be opened."""
+    """Open a regular file for reading. Raises: ValueError for a pipe or a device; OSError if it cannot be opened."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # or opening a pipe waits for a writer
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
         os.close(handle)
@@ -33,7 +33,7 @@ def open_regular(path: str | os.PathLike, buffering: int = -1) -> IO[bytes]:
 
 
 def read_small(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
-    """What is in a file of at most ``max_bytes``. Raises: ValueError; OSError if it cannot be read."""
+    """Read a file of at most ``max_bytes``. Raises: ValueError for a larger one; OSError if it cannot be read."""
     with open_regular(path) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -42,8 +42,11 @@ def read_small(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: str | os.PathLike, max_bytes: int = MAX_BYTES, nan: bool = False) -> Any:
-    """The value in a small JSON file; ``nan`` says whether NaN and Infinity are taken, as Python writes them.
+    """Return the value in a small JSON file.
 
+    Args:
+        max_bytes: size of the largest file that is read.
+        nan: whether NaN and Infinity are accepted, which Python writes.
     Raises: ValueError that starts with the path; OSError if it cannot be read.
     """
     try:
@@ -53,11 +56,11 @@ def read_json(path: str | os.PathLike, max_bytes: int = MAX_BYTES, nan: bool = F
 
 
 class NotJSON(ValueError):
-    """A text that is no JSON, or JSON beyond the bounds."""
+    """The text is no JSON, or JSON beyond the bounds."""
 
 
 def parse_json(data: bytes, nan: bool = False) -> Any:
-    """The value of a small JSON text in UTF-8. Raises: `NotJSON`, short."""
+    """Return the value of a small JSON text in UTF-8. Raises: `NotJSON` with a short message."""
     try:
         text = data.decode("utf-8")
         check_depth(text)
@@ -110,7 +113,7 @@ def _finite(text: str) -> float:
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain values in a small YAML file; 1e-3 is a number, unlike in YAML 1.1, and a key given twice an error.
+    """Return the plain values in a small YAML file. Unlike in YAML 1.1, 1e-3 is a number, and a repeated key an error.
 
     Raises: ValueError that names path and, where it is known, line; OSError if it cannot be read.
     """
@@ -135,11 +138,11 @@ def read_yaml(path: Path) -> Any:
 
 
 class _NotYAML(ValueError):
-    """YAML beyond the bounds; starts with the line."""
+    """The YAML is beyond the bounds; the message starts with the line."""
 
 
 def _check_events(events) -> None:
-    """Count depth, and values with every alias written out, without building any of them."""
+    """Check the depth, and the number of values with every alias written out, before any value is built."""
     import yaml
 
     sizes: dict[str, int] = {}  # anchor -> values in what it stands for
@@ -148,9 +151,10 @@ def _check_events(events) -> None:
     for event in events:
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise _NotYAML(f"line {line}: *{event.anchor[:60]} stands for nothing that is complete")
-            values += sizes[event.anchor]
+            alias = str(event.anchor)
+            if alias not in sizes:
+                raise _NotYAML(f"line {line}: *{alias[:60]} stands for nothing that is complete")
+            values += sizes[alias]
         elif isinstance(event, yaml.NodeEvent):
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, values))
@@ -178,7 +182,8 @@ def _loader() -> type:
                     continue
                 value = self.construct_object(key, deep=True)
                 try:
-                    twice = value in seen or seen.add(value)
+                    twice = value in seen
+                    seen.add(value)
                 except TypeError:
                     raise yaml.MarkedYAMLError(
                         problem="a key must be a name or a number", problem_mark=key.start_mark

@@ -1,4 +1,4 @@
-"""Token ids of users' texts, in which the words of a special token (``</s>``, ``<|im_start|>``) are text by default."""
+"""Turn users' texts into token ids; the words of a special token (``</s>``, ``<|im_start|>``) are text by default."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import copy
 import json
 import re
 import secrets
+from typing import Any
 
 _TEXTS_AT_ONCE = 256  # a fast tokenizer keeps a hundred bytes a token until all texts of a call are done
 
 
 class TextTokenizer:
-    """Turns texts into token ids, without special tokens around them.
+    """Turn texts into token ids, without special tokens around them.
 
-    Tokens that were added to the vocabulary and are not special stay tokens, and a text without the words of a special
-    token has the same ids either way. The tokenizer itself is never changed: other threads may use it.
+    Tokens that were added to the vocabulary and are not special stay tokens. A text without the words of a special
+    token gets the same ids with both settings. The tokenizer itself is never changed, since other threads may use it.
 
     Args:
         tokenizer: a transformers tokenizer.
-        special_tokens: whether the words of a special token become its id, as the tokenizer does by itself.
+        special_tokens: whether the words of a special token become its id, as the tokenizer itself does.
     """
 
     def __init__(self, tokenizer, special_tokens: bool) -> None:
-        self.tokenizer, self._special, self._own = tokenizer, {}, None
+        self.tokenizer = tokenizer
+        self._special: dict[int, str] = {}
+        self._own: Any = None  # a copy of the tokenizer, made when it is first needed
         if special_tokens:
             return
         self._added = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
         self._special = {i: self._added[i] for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special |= zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True)
-        self._unknown = tokenizer.unk_token_id  # what a text without any special token may give, too
+        self._unknown = tokenizer.unk_token_id  # which a text without any special token may contain too
         self._control = frozenset(self._special) - {self._unknown}
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
@@ -49,7 +52,7 @@ class TextTokenizer:
         return rows
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """The characters of each token. Raises: ValueError for a tokenizer that cannot say (a slow one)."""
+        """Return (start, end) of the characters of each token. Raises: ValueError for a slow tokenizer."""
         if not self.tokenizer.is_fast:
             raise ValueError("character offsets need a fast tokenizer; load it with use_fast=True")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -58,13 +61,13 @@ class TextTokenizer:
         return encoded["offset_mapping"]
 
     def _made_special(self, text: str, ids: list[int]) -> bool:
-        """Whether words of the text became a special token."""
+        """Return True if words of the text became a special token."""
         return not self._control.isdisjoint(ids) or (
             self._unknown in self._special and self._unknown in ids and self._special[self._unknown] in text
         )
 
     def _as_text(self, text: str, **options) -> dict:
-        """What a tokenizer of our own makes of a text that has the words of a special token."""
+        """Tokenise a text that has the words of a special token, with a changed copy of the tokenizer."""
         if not self.tokenizer.is_fast:  # those in Python would split added tokens of every kind
             return {"input_ids": self._in_parts(text)}
         options |= {"add_special_tokens": False, "verbose": False, "split_special_tokens": True}
@@ -80,7 +83,7 @@ class TextTokenizer:
         plain = {words: i for i, words in self._added.items() if i not in self._special}
         words = sorted(plain, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, words))})", text) if words else [text]
-        ids = []
+        ids: list[int] = []
         for part in filter(None, parts):
             ids += (
                 [plain[part]]
@@ -93,10 +96,10 @@ class TextTokenizer:
 
 
 def _hide_pieces(tokenizer, pieces: dict[str, int]) -> None:
-    """Keep the model of a fast tokenizer from finding these pieces in any text; other ids stay as they are.
+    """Keep the model of a fast tokenizer from finding these pieces in any text, without changing other ids.
 
-    Unigram models (T5) and whole-word ones take every entry of their vocabulary for a piece. Here the entries get names
-    that nobody can write.
+    Unigram models (T5) and whole-word models take every entry of their vocabulary for a piece, so these entries are
+    renamed to random texts.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
@@ -111,9 +114,9 @@ def _hide_pieces(tokenizer, pieces: dict[str, int]) -> None:
             for pair in model["merges"]
             if "".join(_halves(pair)) not in names and names.keys().isdisjoint(_halves(pair))
         ]
-    alone = {"version": state["version"], "model": model, "added_tokens": []}
-    alone |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
-    tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer).from_str(json.dumps(alone)).model
+    bare = {"version": state["version"], "model": model, "added_tokens": []}
+    bare |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer).from_str(json.dumps(bare)).model
 
 
 def _halves(pair: list[str] | str) -> list[str]:

@@ -1,7 +1,7 @@
-"""What torch keeps as a state of the process or the thread, and what our own computations must not depend on.
+"""State of torch, of the process or the thread, on which our computations must not depend.
 
-Autocast, the default dtype, the default device, inference mode: inside `own_state` none of them is in force, so that a
-score and a gradient are the same to the bit whatever the caller has set.
+Inside `own_state` there is no autocast, no other default dtype or device, and no inference mode, so that scores and
+gradients are the same to the bit whatever the caller has set.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class SharedSetting:
-    """A setting of the process that has another value while any thread is inside; the last to leave gives it back.
+    """A setting of the process that is changed while any thread is inside; the last to leave restores it.
 
     Args:
-        read, write: get and set it.  value: what it is inside.
+        read: returns the setting.
+        write: changes the setting.
+        value: the setting inside.
     """
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> None:
@@ -30,7 +32,7 @@ class SharedSetting:
         self._before: Any = None
 
     def is_other(self) -> bool:
-        """Whether it has another value than ours, or would have without those that are inside."""
+        """Return True if the setting differs from ours, or would without the threads that are inside."""
         with self._lock:
             return self._inside > 0 or self._read() != self._value
 
@@ -55,9 +57,9 @@ _default_dtype = SharedSetting(torch.get_default_dtype, torch.set_default_dtype,
 
 @contextmanager
 def own_state() -> Iterator[None]:
-    """Inside: no autocast, float32 and the CPU as defaults, ordinary tensors instead of inference tensors.
+    """Turn off autocast and inference tensors, and make float32 and the CPU the defaults.
 
-    Whether gradients are recorded stays as it is: inside `torch.inference_mode` none are.
+    Gradients are recorded if they were before, so not inside `torch.inference_mode`.
     """
     with ExitStack() as stack:
         for device in _AUTOCAST_DEVICES:
@@ -74,7 +76,7 @@ def own_state() -> Iterator[None]:
 
 
 def refuse_backward_in_autocast(scores: torch.Tensor) -> torch.Tensor:
-    """``scores``, whose backward pass raises a ValueError inside `torch.autocast`: torch would round it to 16 bits."""
+    """Return ``scores``; their backward pass inside `torch.autocast`, which rounds to 16 bits, is a ValueError."""
     if scores.requires_grad:
         scores.register_hook(_expect_no_autocast)
     return scores
