@@ -1,4 +1,4 @@
-"""What a comparison is made of: a plan with its collections, methods and training, as dataclasses.
+"""Plans of comparisons as dataclasses: collections, methods and training.
 
 `plan_file` reads them from YAML; their fields are the keys of the file.
 """
@@ -123,7 +123,7 @@ class Method:
 
     @property
     def preset(self) -> Preset:
-        """What the method sets by itself."""
+        """The method with its defaults."""
         return PRESETS[self.method]
 
     def goes_by(self, names: Container[str]) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
 from .data import CollectionData, Ranked, digest
 from .methods import FIRST_STAGE, UPR, peft_options
 from .plan import Method, Plan, file_name
+from .provenance import provenance
 from .train import trained_model
 
 if TYPE_CHECKING:
@@ -321,31 +320,3 @@ def differences(then: dict, now: dict, but: Collection[str] = (), prefix: str = 
         else:
             found.append(prefix + name)
     return found
-
-
-@cache
-def provenance() -> dict[str, Any]:
-    """Return what results are made with: versions, commit, machine and date."""
-    from ..utils.environment import machine, versions
-
-    return {
-        "versions": versions(),
-        "commit": _commit(),
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _commit() -> str | None:
-    """Return the commit of the source tree that the package runs from; None for an installed package."""
-    tree = Path(__file__).resolve().parents[2]
-    if not (tree / ".git").exists():
-        return None
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True, timeout=10)
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=tree, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return git.stdout.strip() + (" with changes" if changed.stdout.strip() else "") or None

@@ -1,4 +1,4 @@
-"""What the tables of a comparison show, whatever they are written as: headings, columns, values and notes."""
+"""Contents of the tables of a comparison, in whatever form they are written: headings, columns, values and notes."""
 
 from __future__ import annotations
 

@@ -1,20 +1,31 @@
-"""Several systems side by side, each tested against the others."""
+"""Systems side by side, each tested against a baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..formats.trec import Qrels, Run
 from .measures import DEFAULT_MEASURES, JUDGED_AT, evaluate
 from .significance import format_p, holm, paired_test
 
+if TYPE_CHECKING:
+    from rich.console import Group
+
 
 @dataclass
 class System:
-    """One row of a `ComparisonTable`; ``difference``, ``p_value`` and ``p_holm`` (against the baseline) are empty for
-    it. ``p_holm`` is corrected for the number of systems compared, measure by measure; it is what tables show."""
+    """One row of a `ComparisonTable`.
+
+    Attributes:
+        name: name of the system.
+        values: measure -> mean over the queries.
+        difference, p_value: measure -> difference to the baseline, and p-value of the paired test; empty for the
+            baseline itself.
+        p_holm: measure -> p-value, corrected for the number of systems that are compared; tables show this one.
+        num_missing, num_unjudged, judged, num_identical: as in `Evaluation`.
+    """
 
     name: str
     values: dict[str, float]
@@ -29,7 +40,15 @@ class System:
 
 @dataclass
 class ComparisonTable:
-    """Systems over the same queries, each against the baseline. ``render`` shows it, ``to_dict`` is for JSON."""
+    """Systems over the same queries, each compared with a baseline.
+
+    Attributes:
+        measures: names of the measures.
+        baseline: name of the baseline.
+        test: the paired test; see `paired_test`.
+        num_queries: how many queries the means are over.
+        systems: the systems, in the order of the table.
+    """
 
     measures: list[str]
     baseline: str
@@ -38,7 +57,7 @@ class ComparisonTable:
     systems: list[System]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; a p-value that does not exist (fewer than two queries) is None."""
+        """Return plain values, for JSON; a p-value that does not exist (with fewer than two queries) is None."""
         result = asdict(self)
         for system in result["systems"]:
             for key in ("p_value", "p_holm"):
@@ -46,7 +65,7 @@ class ComparisonTable:
         return result
 
     def notes(self) -> list[str]:
-        """What a reader must know beside the numbers, one sentence each."""
+        """Return sentences about what a reader must know beside the numbers."""
         lines = [f"{self.num_queries} queries"]
         if (others := len(self.systems) - 1) > 0:
             lines[0] += (
@@ -66,8 +85,12 @@ class ComparisonTable:
                 lines.append(f"{system.name}: {system.num_unjudged} queries are not in the qrels and do not count")
         return lines
 
-    def render(self, seconds_per_query: Mapping[str, str] | None = None):
-        """The table and its notes, for rich to print: one column per measure, and one for times if there are any."""
+    def render(self, seconds_per_query: Mapping[str, str] | None = None) -> Group:
+        """Return the table and its notes for rich to print.
+
+        Args:
+            seconds_per_query: system -> time, shown in a column of its own; None: no such column.
+        """
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -106,8 +129,27 @@ def compare_table(
 
     Args:
         runs: name of the system -> run, in the order of the table.
+        qrels: query_id -> doc_id -> relevance.
+        measures: names as for `evaluate`.
         baseline: a name of ``runs``; None: the first one.
-        test: see `paired_test`.  ties: see `evaluate`.
+        test: "t-test" or "permutation"; see `paired_test`.
+        ignore_identical_ids, ties: as for `evaluate`.
+
+    Returns: the table; its ``render()`` can be printed with rich, its ``to_dict()`` written as JSON.
+
+    Raises:
+        ImportError: without ir_measures or scipy.
+        ValueError: without runs, for a baseline that is not among them, and as `evaluate` and `paired_test`.
+
+    Example: one of two queries gains 0.5, so t = 0.25 / 0.25 = 1 with one degree of freedom, and p = 0.5::
+
+        >>> from qpeft_ext.evaluation import compare_table
+        >>> qrels = {"q1": {"a": 1}, "q2": {"c": 1}}
+        >>> before = {"q1": [("a", 2.0), ("b", 1.0)], "q2": [("b", 3.0), ("c", 1.5)]}
+        >>> after = {"q1": [("a", 0.9), ("b", 0.1)], "q2": [("c", 0.8), ("b", 0.3)]}
+        >>> table = compare_table({"before": before, "after": after}, qrels, ["RR@10"])
+        >>> print(table.systems[1].values, table.systems[1].difference, f"p = {table.systems[1].p_holm['RR@10']:.3f}")
+        {'RR@10': 1.0} {'RR@10': 0.25} p = 0.500
     """
     if not runs:
         raise ValueError("compare_table: expected at least one run")

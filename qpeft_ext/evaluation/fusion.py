@@ -1,25 +1,42 @@
-"""Fusion of runs: weighted sums of normalised scores, reciprocal ranks, and the choice of weights on dev queries."""
+"""Fusion of runs by weighted sums of scores or by reciprocal ranks, and the choice of weights on dev queries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from ..formats.trec import Qrels, Run
 from .measures import evaluate
 
+Add = Callable[[Sequence[tuple[str, float]], float, dict[str, float]], None]
 STEPS = {2: 20, 3: 10, 4: 10}  # number of runs -> steps from weight 0 to 1 that `choose_weights` tries
 
 
 def fuse(runs: Sequence[Run], weights: Sequence[float] | None = None, normalization: str = "min_max") -> Run:
-    """Weighted sum of normalised scores, query by query.
+    """Fuse runs by a weighted sum of their scores, which are normalised within each query.
+
+    A document that a run lacks gets that run's lowest normalised score of the query.
 
     Args:
-        weights: one per run; None: all 1.
-        normalization: "min_max" (0 to 1 within a query) or "z_score". A document that a run lacks gets that run's
-            lowest normalised score of the query; where a run has one score for everything, all get 0.
-    Returns: a run over the union of queries and documents; equal sums in the order of the first run.
+        runs: query_id -> [(doc_id, score)], best first, of each system.
+        weights: one for each run; None: all 1.
+        normalization: "min_max" (from 0 to 1) or "z_score" (mean 0, deviation 1). A run that gives all documents of a
+            query the same score gives them 0.
+
+    Returns: a run over the union of queries and documents; equal sums are in the order of the first run.
+
+    Raises:
+        ValueError: without runs, for another number of weights, and for weights or scores that are not finite.
+
+    Example: c has score 0 in the first run and 1 in the second; d, which the first run lacks, has 0 in both::
+
+        >>> from qpeft_ext.evaluation import fuse
+        >>> first = {"q": [("a", 10.0), ("b", 6.0), ("c", 2.0)]}
+        >>> second = {"q": [("c", 0.7), ("d", 0.2)]}
+        >>> fuse([first, second], weights=[1.0, 0.25])
+        {'q': [('a', 1.0), ('b', 0.5), ('c', 0.25), ('d', 0.0)]}
     """
     weights = [1.0] * len(runs) if weights is None else list(weights)
     if not runs or len(weights) != len(runs) or not np.isfinite(weights).all():
@@ -42,7 +59,20 @@ def fuse(runs: Sequence[Run], weights: Sequence[float] | None = None, normalizat
 
 
 def reciprocal_rank_fusion(runs: Sequence[Run], k: int = 60, weights: Sequence[float] | None = None) -> Run:
-    """Sum of weight / (k + rank) over the runs (Cormack et al. 2009); a run gives nothing to a document it lacks."""
+    """Fuse runs by the sum of weight / (k + rank); a run adds nothing to a document that it lacks.
+
+    Args:
+        runs: query_id -> [(doc_id, score)], best first, of each system.
+        k: 0 or more; a larger one makes the first ranks count less.
+        weights: one for each run; None: all 1.
+
+    Returns: a run over the union of queries and documents.
+
+    Raises:
+        ValueError: without runs, for another number of weights, or a negative ``k``.
+
+    Source: Cormack et al. 2009, https://doi.org/10.1145/1571941.1572114.
+    """
     weights = [1.0] * len(runs) if weights is None else list(weights)
     if not runs or len(weights) != len(runs) or k < 0:
         raise ValueError(
@@ -57,8 +87,8 @@ def reciprocal_rank_fusion(runs: Sequence[Run], k: int = 60, weights: Sequence[f
     return _combine(runs, weights, add)
 
 
-def _combine(runs: Sequence[Run], weights: Sequence[float], add) -> Run:
-    """Per query: ``add`` each ranking to the sums of all its documents, then sort."""
+def _combine(runs: Sequence[Run], weights: Sequence[float], add: Add) -> Run:
+    """Return the documents of each query, sorted by the sums to which ``add`` adds each ranking with its weight."""
     fused: Run = {}
     for query_id in dict.fromkeys(query_id for run in runs for query_id in run):
         rankings = [run.get(query_id, []) for run in runs]
@@ -73,25 +103,34 @@ def _combine(runs: Sequence[Run], weights: Sequence[float], add) -> Run:
 def choose_weights(
     runs: Sequence[Run], qrels: Qrels, measure: str = "nDCG@10", normalization: str = "min_max"
 ) -> tuple[list[float], float]:
-    """The weights for `fuse` that are best on these (dev) queries, and the measure they reach there.
+    """Choose the weights for `fuse` that are best on dev queries.
 
-    All weights that sum to 1 are tried in steps of 0.05 for two runs and 0.1 for three or four. Of equally good ones
-    the largest weight of the first run wins: a second run must earn its place.
+    All weights that sum to 1 are tried, in steps of 0.05 for two runs and of 0.1 for three or four. Of equally good
+    ones those with the largest weight of the first run are taken: a second run must earn its place.
 
-    Raises: ValueError for another number of runs, and as `fuse` and `evaluate`.
+    Args:
+        runs: 2 to 4 runs over the dev queries.
+        qrels: judgements of the dev queries.
+        measure: the measure that decides.
+        normalization: as for `fuse`.
+
+    Returns: the weights, and the value of the measure on the dev queries.
+
+    Raises:
+        ValueError: for another number of runs, and as `fuse` and `evaluate`.
     """
     if len(runs) not in STEPS:
         raise ValueError(f"choose_weights: expected 2 to 4 runs, got {len(runs)}; give the weights instead")
-    best: tuple[float, list[float]] | None = None
+    best, best_value = [1.0], -math.inf
     for weights in _weights(len(runs), STEPS[len(runs)]):
         (value,) = evaluate(fuse(runs, weights, normalization), qrels, [measure]).means.values()
-        if best is None or value > best[0] + 1e-12:
-            best = value, weights
-    return best[1], best[0]
+        if value > best_value + 1e-12:
+            best, best_value = weights, value
+    return best, best_value
 
 
 def _weights(count: int, steps: int) -> Iterator[list[float]]:
-    """Every list of ``count`` multiples of 1 / steps that sums to 1, the largest first weight first."""
+    """Yield all lists of ``count`` multiples of 1 / steps that sum to 1, from the largest first weight down."""
 
     def rest(count: int, left: int) -> Iterator[list[int]]:
         if count == 1:

@@ -1,7 +1,7 @@
-"""Measures by their `ir_measures` names, paired tests between systems, and tables that compare them.
+"""Measures of a run, by their `ir_measures` names.
 
-A query of the qrels that a run does not hold counts as 0, a document without a judgement as not relevant, and every
-result says over how many queries it averages and how much of what counts is judged.
+A query of the qrels that the run lacks counts as 0, and a document without a judgement as not relevant. Every result
+says over how many queries it averages, and which share of the documents is judged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEFAULT_MEASURES = ("nDCG@10", "RR@10", "Success@1", "Success@5", "Success@20")
 TIES = ("order", "trec_eval")
 JUDGED_AT = 10
 _NOBODY = "\N{REPLACEMENT CHARACTER} no document"
-_MAX_GRADE = 4  # of gdeval
+_MAX_GRADE = 4  # that gdeval takes
 _EVAL_EXTRA = "evaluation needs the packages ir_measures and scipy: pip install qpeft_ext[eval]"
 
 
@@ -34,11 +34,15 @@ _EVAL_EXTRA = "evaluation needs the packages ir_measures and scipy: pip install 
 class Evaluation:
     """Quality of one run.
 
-    means: measure -> mean over the queries of the qrels.  per_query: measure -> query_id -> value.
-    num_queries: how many the means are over.  num_missing: those of them that the run has no candidates for (they
-    count as 0).  num_unjudged: queries of the run that are not in the qrels (they do not count).  num_identical:
-    documents left out by ``ignore_identical_ids``.  judged: the share of the first `JUDGED_AT` documents that have a
-    judgement, mean over the queries with candidates.
+    Attributes:
+        means: measure -> mean over the queries of the qrels.
+        per_query: measure -> query_id -> value.
+        num_queries: how many queries the means are over.
+        num_missing: how many of these have no candidates in the run; they count as 0.
+        num_unjudged: how many queries of the run are not in the qrels; they do not count.
+        judged: share of the first 10 documents (`JUDGED_AT`) that have a judgement, averaged over the queries with
+            candidates.
+        num_identical: documents that ``ignore_identical_ids`` left out.
     """
 
     means: dict[str, float]
@@ -60,56 +64,49 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run.
 
-    The order of each ranking is what counts: equal scores stay in the order they come in (see `decreasing_scores`),
-    so a run in memory and the file that `write_run` makes of it have the same values.
+    Equal scores stay in the order of the ranking, so that a run in memory and the file that `write_run` makes of it
+    have the same values.
 
     Args:
         run: query_id -> [(doc_id, score)], best first.
-        measures: names such as "nDCG@10", "RR@10", "AP", "R@100", "Success@5".
-        ignore_identical_ids: leave out a document whose id is that of the query (ArguAna, Quora).
-        ties: "order" as above; "trec_eval" gives scores that are equal as float32 the order of trec_eval, the larger
-            doc_id first, for its figures to the last digit on a run that has ties.
-    Raises: ImportError without ir_measures; ValueError for an unknown measure, a relevance beyond 1,000,000, or if no
-        query is in both.
+        qrels: query_id -> doc_id -> relevance; 0 and below is not relevant.
+        measures: names of `ir_measures` such as "nDCG@10", "RR@10", "AP", "R@100", "Success@5".
+        ignore_identical_ids: leave out a document that has the id of its query (ArguAna, Quora).
+        ties: "order" as above. "trec_eval" sorts as trec_eval does, which orders scores that are equal as float32 by
+            doc_id, the larger first; it gives trec_eval's numbers to the last digit on a run with ties.
+
+    Returns: means over the queries of the qrels, and the values of each query.
+
+    Raises:
+        ImportError: without ir_measures.
+        ValueError: for an unknown measure, a relevance beyond 1,000,000, or if no query is in both.
+
+    Example: the relevant document has rank 1 for one query and rank 2 for the other::
+
+        >>> from qpeft_ext.evaluation import evaluate
+        >>> run = {"q1": [("a", 2.0), ("b", 1.0)], "q2": [("b", 3.0), ("c", 1.5)]}
+        >>> qrels = {"q1": {"a": 1}, "q2": {"c": 1}}
+        >>> result = evaluate(run, qrels, ["RR@10", "Success@1"])
+        >>> result.means
+        {'RR@10': 0.75, 'Success@1': 0.5}
+        >>> result.per_query["RR@10"]
+        {'q1': 1.0, 'q2': 0.5}
     """
     if ties not in TIES:
         raise ValueError(f"evaluate: ties must be one of {', '.join(TIES)}, got {ties!r}")
     parsed = parse_measures(measures)
     import ir_measures
 
-    if not qrels:
-        raise ValueError("evaluate: the qrels are empty")
-    if not run.keys() & qrels.keys():
-        raise ValueError(
-            f"evaluate: no query of the run is in the qrels (run: {next(iter(run), None)!r}, ...; "
-            f"qrels: {next(iter(qrels))!r}, ...); the files do not belong together"
-        )
-    for query_id, judged_documents in qrels.items():
-        for doc_id, relevance in judged_documents.items():
-            if not -LARGEST_RELEVANCE <= relevance <= LARGEST_RELEVANCE:
-                raise ValueError(
-                    f"evaluate: query {query_id!r}, document {doc_id!r}: expected a relevance of at most "
-                    f"{LARGEST_RELEVANCE:,}, got {relevance}"
-                )
-    # where all grades of a query are below 0 trec_eval writes beside its memory; a document that nobody retrieves helps
+    _check(run, qrels)
+    num_identical = 0
+    if ignore_identical_ids:
+        run, num_identical = without_identical_ids(run)
+    scored = _scored(run, qrels, ties)
+    # trec_eval writes beyond its memory where all grades of a query are below 0; a document that no run has prevents it
     qrels = {
         query_id: grades if max(grades.values(), default=0) >= 0 else {**grades, _NOBODY: 0}
         for query_id, grades in qrels.items()
     }
-    num_identical = 0
-    if ignore_identical_ids:
-        run, num_identical = without_identical_ids(run)
-    scored: dict[str, dict[str, float]] = {}
-    for query_id in qrels:
-        ranking = list(run.get(query_id, ()))
-        if ranking:
-            if ties == "trec_eval":
-                ranking.sort(key=lambda candidate: (np.float32(candidate[1]), candidate[0]), reverse=True)
-            try:
-                scores = decreasing_scores([score for _, score in ranking])
-            except ValueError as error:
-                raise ValueError(f"evaluate: query {query_id!r}: {error}") from None
-            scored[query_id] = {doc_id: score for (doc_id, _), score in zip(ranking, scores, strict=True)}
     per_query = {name: dict.fromkeys(qrels, 0.0) for name in parsed}
     names = {measure: name for name, measure in parsed.items()}
     numbered = [measure for measure in parsed.values() if _needs_numbers(measure)]
@@ -135,14 +132,55 @@ def evaluate(
     )
 
 
+def _check(run: Run, qrels: Qrels) -> None:
+    """Raises: ValueError if run and qrels do not belong together, or for a relevance that trec_eval cannot take."""
+    if not qrels:
+        raise ValueError("evaluate: the qrels are empty")
+    if not run.keys() & qrels.keys():
+        raise ValueError(
+            f"evaluate: no query of the run is in the qrels (run: {next(iter(run), None)!r}, ...; "
+            f"qrels: {next(iter(qrels))!r}, ...); the files do not belong together"
+        )
+    for query_id, judged_documents in qrels.items():
+        for doc_id, relevance in judged_documents.items():
+            if not -LARGEST_RELEVANCE <= relevance <= LARGEST_RELEVANCE:
+                raise ValueError(
+                    f"evaluate: query {query_id!r}, document {doc_id!r}: expected a relevance of at most "
+                    f"{LARGEST_RELEVANCE:,}, got {relevance}"
+                )
+
+
+def _scored(run: Run, qrels: Qrels, ties: str) -> dict[str, dict[str, float]]:
+    """Return query_id -> doc_id -> a score, which are different numbers in the order of each ranking (see ``ties``).
+
+    Queries without candidates are left out.
+    """
+    scored: dict[str, dict[str, float]] = {}
+    for query_id in qrels:
+        ranking = list(run.get(query_id, ()))
+        if ranking:
+            if ties == "trec_eval":
+                ranking.sort(key=lambda candidate: (np.float32(candidate[1]), candidate[0]), reverse=True)
+            try:
+                scores = decreasing_scores([score for _, score in ranking])
+            except ValueError as error:
+                raise ValueError(f"evaluate: query {query_id!r}: {error}") from None
+            scored[query_id] = {doc_id: score for (doc_id, _), score in zip(ranking, scores, strict=True)}
+    return scored
+
+
 def _needs_numbers(measure: Any) -> bool:
-    """Whether gdeval computes it: it takes numbers as query ids, and of "a-1" and "b-1" makes the same query."""
+    """Return whether gdeval computes a measure; it takes query ids for numbers, and "a-1" and "b-1" for the same."""
     return measure.NAME == "ERR" or measure.params.get("dcg") == "exp-log2"
 
 
 def _with_numbers(measures: list[Any], qrels: Qrels, scored: Mapping[str, Mapping[str, float]]) -> Iterator[Any]:
-    """``iter_calc`` with numbers in place of all ids; queries without a relevant document, which gdeval divides by, are
-    left out: their value is 0. Raises: ValueError for a grade that gdeval refuses."""
+    """Yield the values of ``iter_calc``, which is given numbers in place of all ids.
+
+    Queries without a relevant document, for which gdeval divides by 0, are left out: their value is 0.
+
+    Raises: ValueError for a grade that gdeval refuses.
+    """
     import ir_measures
 
     for query_id, judged in qrels.items():
@@ -163,7 +201,12 @@ def _with_numbers(measures: list[Any], qrels: Qrels, scored: Mapping[str, Mappin
 
 
 def parse_measures(names: Sequence[str]) -> dict[str, Any]:
-    """``ir_measures`` objects by the names they were asked for. Raises: ImportError, or ValueError for a bad name."""
+    """Return ``ir_measures`` objects by the names that were given; a measure that is named twice is taken once.
+
+    Raises:
+        ImportError: without ir_measures.
+        ValueError: for a name that is no measure.
+    """
     try:
         import ir_measures  # noqa: F401
     except ImportError:
@@ -187,7 +230,7 @@ def parse_measures(names: Sequence[str]) -> dict[str, Any]:
 
 
 def is_measure(name: str) -> bool:
-    """Whether `parse_measures` knows the name; False without ir_measures."""
+    """Return whether `parse_measures` knows the name; False without ir_measures."""
     try:
         return _measure(name) is not None
     except ImportError:
@@ -195,11 +238,11 @@ def is_measure(name: str) -> bool:
 
 
 def _measure(name: str) -> Any:
-    """The ``ir_measures`` object of a name of its own or of trec_eval (``map``, ``ndcg_cut_10``); None for others."""
+    """Return the object of a name of ir_measures or trec_eval (``map``, ``ndcg_cut_10``); None for other names."""
     import ir_measures
 
     for parse in (ir_measures.parse_measure, _parse_trec_measure):
-        # what its parser raises for words that are no measure
+        # the errors that the parser raises for words that are no measure
         with contextlib.suppress(
             ValueError, NameError, SyntaxError, TypeError, AttributeError, KeyError, AssertionError
         ):
@@ -216,12 +259,12 @@ def _measure(name: str) -> Any:
 def _parse_trec_measure(name: str) -> Any:
     import ir_measures
 
-    (measure,) = ir_measures.parse_trec_measure(name)  # some names stand for several, which is an error here
+    (measure,) = ir_measures.parse_trec_measure(name)  # a name of several measures is a ValueError here
     return measure
 
 
 def closest_measure(name: str) -> str | None:
-    """A measure that the user may have meant: other letters in upper case, a typing error, a cutoff left out."""
+    """Return a measure that the user may have meant: with other capitals, without a typing error, or with a cutoff."""
     from ir_measures.measures import registry
 
     word, at, cutoff = name.partition("@")
@@ -246,11 +289,13 @@ def check_measures(names: Sequence[str]) -> None:
 
 
 def per_query(run: Run, qrels: Qrels, measures: Sequence[str]) -> dict[str, dict[str, float]]:
-    """measure -> query_id -> value.
+    """Compute values for each query, of the measures of `evaluate` and of ``CandidateRecall@k``.
 
     ``CandidateRecall@k`` is the recall of the Q-PEFT paper's code: relevant documents among the first k, divided by
-    those among all candidates. Queries without a relevant candidate have no such value, so it averages over fewer
-    queries (the code's "clean" variant). Everything else is as `evaluate` has it, over all queries of the qrels.
+    those among all candidates. A query without a relevant candidate has no such value and is left out, as in the
+    "clean" variant of that code.
+
+    Returns: measure -> query_id -> value.
     """
     own = {name: int(match[1]) for name in measures if (match := _CANDIDATE_RECALL.fullmatch(name))}
     rest = [name for name in measures if name not in own]

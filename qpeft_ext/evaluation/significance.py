@@ -1,4 +1,4 @@
-"""Tests whether two systems differ, and corrections for many of them."""
+"""Tests of whether two systems differ, and the correction for several comparisons."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ TESTS = ("t-test", "permutation")
 
 
 def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: str = "t-test", seed: int = 0) -> float:
-    """Two-sided p-value of the paired difference between two systems over the same queries.
+    """Compute the two-sided p-value of the paired difference between two systems over the same queries.
 
     Args:
-        first, second: query_id -> value, same queries.
-        test: "t-test" (`scipy.stats.ttest_rel`) or "permutation" (signs of the differences, 9,999 draws or all).
+        first, second: query_id -> value, for the same queries.
+        test: "t-test" (as `scipy.stats.ttest_rel`), or "permutation" of the signs of the differences: all of them, or
+            9,999 draws where there are more.
+        seed: seed of the draws.
+
     Returns: p; 1.0 if no query differs, NaN with fewer than two queries.
+
+    Raises:
+        ImportError: without scipy.
+        ValueError: for an unknown test, or other queries.
     """
     if test not in TESTS:
         raise ValueError(f"paired_test: test must be one of {', '.join(TESTS)}, got {test!r}")
@@ -32,7 +39,7 @@ def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: s
     if not difference.any():
         return 1.0
     if np.ptp(difference) == 0 and test == "t-test":
-        return 0.0  # the same difference on every query: no variance to test against
+        return 0.0  # no variance to test the difference against
     try:
         from scipy import stats
     except ImportError:
@@ -51,7 +58,7 @@ def paired_test(first: Mapping[str, float], second: Mapping[str, float], test: s
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction (1979) for that many comparisons at once; a NaN is no comparison and stays one.
+    """Correct p-values for their number, as Holm (1979); a NaN is no comparison and stays NaN.
 
     The smallest of m is multiplied by m, the next by m − 1, and so on; none becomes smaller than one before it, or
     larger than 1.
@@ -65,5 +72,5 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def format_p(p: float) -> str:
-    """A p-value as a table shows it."""
+    """Return a p-value as tables show it."""
     return "p –" if p != p else "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1)
