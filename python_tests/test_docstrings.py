@@ -139,6 +139,9 @@ def wrong_with(path: str, value) -> list[str]:
     if inspect.isclass(value):
         docstring += "\n\n" + inspect.cleandoc(getattr(value.__init__, "__doc__", None) or "")
     names = parameters(value)
+    if other := re.search(r"Args: as for `([\w.]+)`", docstring):  # whose arguments it shares
+        found = [like for path, like in OBJECTS.items() if path.endswith("." + other[1])]
+        docstring += "".join(f"\n\n{inspect.getdoc(like)}" for like in found)
     if missing := [name for name in names if name not in documented(docstring)]:
         return [f"{path}: Args lacks {', '.join(missing)}"]
     return []
@@ -172,6 +175,15 @@ def test_words(folder):
     place = PACKAGE / folder
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
     assert not [line for file in files for line in words_of(file)]
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_words_of_pages(page):
+    found = RETIRED.search(page.read_text(encoding="utf-8"))
+    assert not found, f"{page.name}: {found[0]!r} is a retired word"
 
 
 @LATER

@@ -85,8 +85,8 @@ def section(title: str, lines: list[str]) -> str:
     text = textwrap.dedent("\n".join(lines[1:] if inline else lines)).strip("\n")
     if inline:
         text = lines[0] + "\n" + textwrap.indent(text, "    ")
-    if title == "Source":
-        return f"**Source:** {text}"
+    if title == "Source" or title == "Args" and not re.match(r"\**\w+(, \**\w+)*( \([^)]*\))?:", text):
+        return f"**{title}:** {text}"  # "Args: as for `clue_attention`" has no entries
     if title == "Raises":
         text = "\n".join(errors(" ".join(text.split())))
     if title in ("Args", "Attributes"):

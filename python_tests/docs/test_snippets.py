@@ -36,7 +36,6 @@ import qpeft_ext as qpeft
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB_IDS = ("meta-llama/Llama-2-7b-hf", "Qwen/Qwen2.5-0.5B")
 NOT_RUN = 12
-BEING_WRITTEN: set[str] = set()  # pages as they were before this test
 SECONDS = 60  # of all pages on one idle core; twice as many end the test
 
 
@@ -59,9 +58,7 @@ def written_by(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if read_blocks(page)], ids=lambda page: page.name)
-def test_the_snippets_of_a_page_run(page, files, tmp_path, monkeypatch, request):
-    if page.name in BEING_WRITTEN:
-        request.applymarker(pytest.mark.xfail(reason="is being rewritten", strict=False))
+def test_the_snippets_of_a_page_run(page, files, tmp_path, monkeypatch):
     blocks = [block for block in read_blocks(page) if not block.not_run]
     folder = tmp_path / "work"
     shutil.copytree(files, folder, symlinks=True)
