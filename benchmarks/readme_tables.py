@@ -42,6 +42,7 @@ def main() -> int:
     check = "--check" in sys.argv
     outdated = markers.write_tables("results", table, check)
     outdated += markers.write_tables("quality", lambda name, page: quality(name), check)
+    outdated += markers.write_tables("demo", lambda name, page: demo(name), check)
     return markers.report(outdated, check, "benchmarks/readme_tables.py")
 
 
@@ -142,8 +143,11 @@ def _difference(row: dict, to: str) -> str:
     """The difference to another row, with its p-value."""
     against = row["against"][to]
     sign = "+" if (difference := against["difference"]["nDCG@10"]) >= 0 else "−"
-    p = f"{against['p_holm']['nDCG@10']:.2g}".replace("e-0", "e-")
-    return f"{sign}{abs(difference):.3f} ({'p<1e-9' if float(p) < 1e-9 else f'p={p}'})"
+    return f"{sign}{abs(difference):.3f} ({_p_value(against['p_holm']['nDCG@10'])})"
+
+
+def _p_value(p: float) -> str:
+    return "p<1e-9" if p < 1e-9 else f"p={p:.2g}".replace("e-0", "e-")
 
 
 def _fused(rows: dict[str, dict]) -> tuple[str, str]:
@@ -155,6 +159,19 @@ def _fused(rows: dict[str, dict]) -> tuple[str, str]:
             best = round(row["means"]["nDCG@10"], 3) if significant else None
             return _mean(row, best) + name, _difference(row, "first_stage")
     return "–", "–"
+
+
+def demo(name: str) -> str:
+    """Markdown of a result of ``make demo``: all measures, and the p-value of the first against the first stage."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    measures = result["measures"]
+    lines = [f"| {' | '.join(['system', *measures])} |", "|---" * (1 + len(measures)) + "|"]
+    for system in result["systems"]:
+        cells = [f"{system['values'][measure]:.3f}" for measure in measures]
+        if measures[0] in system["p_holm"]:
+            cells[0] += f" ({_p_value(system['p_holm'][measures[0]])})"
+        lines.append(f"| {' | '.join([system['name'], *cells])} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

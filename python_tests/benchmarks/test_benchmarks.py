@@ -68,6 +68,7 @@ def test_the_pages_show_the_committed_results(monkeypatch):
     shown = markers.names("results")
     assert len(shown) == len(set(shown)), "a table is on two pages"
     assert sorted(markers.names("quality")) == sorted(readme_tables.QUALITY)
+    assert len(markers.names("demo")) == 1
 
 
 def test_the_readme_fits_on_a_screen_or_two():
@@ -129,6 +130,21 @@ def test_quality_table(tmp_path, monkeypatch):
     assert readme_tables.quality("summary").splitlines()[2] == (
         "| SQuAD | 0.400 | **0.500** | 0.450 ± 0.012 | −0.050 (p=2e-5) | 0.410 (Q-PEFT-A) | +0.010 (p=0.06) |"
     )
+
+
+def test_demo_table(tmp_path, monkeypatch):
+    systems = [
+        {"name": "BM25", "values": {"nDCG@10": 0.25, "RR@10": 0.5}, "p_holm": {}},
+        {"name": "UPR", "values": {"nDCG@10": 0.5, "RR@10": 0.25}, "p_holm": {"nDCG@10": 0.003, "RR@10": 1.0}},
+    ]
+    (tmp_path / "demo.json").write_text(json.dumps({"measures": ["nDCG@10", "RR@10"], "systems": systems}))
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    assert readme_tables.demo("demo").splitlines() == [
+        "| system | nDCG@10 | RR@10 |",
+        "|---|---|---|",
+        "| BM25 | 0.250 | 0.500 |",
+        "| UPR | 0.500 (p=0.003) | 0.250 |",
+    ]
 
 
 def test_roofline(gpu_result, tmp_path):

@@ -1,6 +1,7 @@
-"""Every option of `QPeftConfig` and of every command is on a page of docs/."""
+"""Every option of `QPeftConfig`, of the main classes and of every command is on a page of docs/."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -46,6 +47,16 @@ def _as_shown(name: str, value: object) -> tuple[str, ...]:
     if name == "target_modules":
         return ("q_proj`, `v_proj",)
     return ("none",) if value in (None, ()) else (str(value), f"{value:g}" if isinstance(value, float) else str(value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [(qpeft.Reranker, "reranking.md"), (qpeft.DocumentCache, "prefix-cache.md"), (qpeft.QPeftTrainer, "training.md")],
+)
+def test_every_argument_of_a_class_is_on_its_page(kind, page):
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.kind is not parameter.VAR_KEYWORD and name != "model":
+            assert f"`{name}`" in PAGES[page], f"docs/{page} says nothing about {name} of {kind.__name__}"
 
 
 def test_every_command_is_listed():
