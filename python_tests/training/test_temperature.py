@@ -11,6 +11,7 @@ from training.tiny_training import EXAMPLES, Stream, tiny_model, trainer
 from qpeft_ext import QPeftConfig
 from qpeft_ext.training.checkpoints import mark_complete
 from qpeft_ext.training.losses import configured_loss
+from qpeft_ext.training.sampling import first_members
 from qpeft_ext.training.temperature import best_temperature
 
 
@@ -81,7 +82,7 @@ def test_training_finds_it_first(tmp_path, loss):
     run.evaluate(EXAMPLES[:4])
     config = model.qpeft_config
     found = config.temperature
-    inputs = run._collators[True](run._first_members(EXAMPLES[:4]))
+    inputs = run._collators[True](first_members(EXAMPLES[:4], config, run.args.seed, shuffle=True, count=4))
     assert inputs["queries"] == 4
 
     def loss_at(temperature: float) -> float:

@@ -364,7 +364,7 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(model.engine, "prefill", lambda p: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
     with pytest.raises(torch.OutOfMemoryError):
         trained.train()
-    assert trained._max_pairs_per_batch == 1
+    assert trained._budget.max_pairs == 1
     model.save_pretrained(tmp_path / "adapter")
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert model.qpeft_config.suffix_micro_batch is None and saved["suffix_micro_batch"] is None

@@ -1,4 +1,4 @@
-"""Which `TrainingArguments` fit the training of clues: the others are refused, with what to set instead."""
+"""Checks of what `QPeftTrainer` is given: arguments that would do nothing are refused, with what to set instead."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..model import QPeftModel
+from ..prefixes.index import PrefixIndex
 
 logger = logging.getLogger(__name__)
 
 # TrainingArguments that would do nothing here, or the wrong thing: (name, the value that is fine, what to do instead)
-_UNSUPPORTED = (
+_UNSUPPORTED: tuple[tuple[str, object, str], ...] = (
     ("activation_checkpointing", False, "set suffix_micro_batch in QPeftConfig: the suffixes are then recomputed"),
     ("gradient_checkpointing", False, "set suffix_micro_batch in QPeftConfig: the suffixes are then recomputed"),
     ("auto_find_batch_size", False, "set suffix_micro_batch in QPeftConfig; the group of queries stays whole"),
@@ -33,7 +35,7 @@ _UNSUPPORTED = (
     ("eval_do_concat_batches", True, "compute_metrics gets one table of all queries"),
 )
 # TrainingArguments that do nothing here, and harm nothing: said once
-_WITHOUT_EFFECT = (
+_WITHOUT_EFFECT: tuple[tuple[str, object, str], ...] = (
     ("label_names", None, "labels are those of the examples"),
     ("length_column_name", "length", "prefixes are sorted by length anyway"),
     ("average_tokens_across_devices", True, "the loss is the mean over the queries of all ranks"),
@@ -52,7 +54,10 @@ _NOT_TAKEN = {
 
 
 def refuse_others(others: Mapping[str, object], trainer: type) -> None:
-    """Raises: TypeError for an argument that is not taken: why not, or what is taken."""
+    """Refuse arguments that the trainer does not have.
+
+    Raises: TypeError that says why it is not taken, or which are.
+    """
     for name in others:
         if name in _NOT_TAKEN:
             raise TypeError(f"QPeftTrainer does not take {name}: {_NOT_TAKEN[name]}")
@@ -64,13 +69,54 @@ def refuse_others(others: Mapping[str, object], trainer: type) -> None:
         raise TypeError(f"QPeftTrainer does not take {name}; it takes {', '.join(taken)}")
 
 
+def expect_model(model: object) -> None:
+    """Raises: TypeError for what is no `QPeftModel`."""
+    if not isinstance(model, QPeftModel):
+        raise TypeError(
+            f"QPeftTrainer: model must be a QPeftModel, as get_qpeft_model(lm, config) makes it, got "
+            f"{type(model).__name__}"
+        )
+
+
+def expect_functions(**functions: object) -> None:
+    """Raises: TypeError for an argument that is neither None nor a function."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"QPeftTrainer: {name} must be a function, got {type(function).__name__}")
+
+
+def expect_trained(model: QPeftModel) -> None:
+    """Raises: ValueError if no parameter of the model is trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "QPeftTrainer: nothing to train: the model has clues='none' or was loaded without "
+            "is_trainable=True, and its LM has no trained adapter"
+        )
+
+
+def check_index(index: PrefixIndex, model: QPeftModel) -> None:
+    """Raises: ValueError if training cannot read the prefixes of the index."""
+    why = model.engine.why_plain
+    if not why and model.engine.prefix_is_trained:
+        why = "its soft prompt, or what is trained in its LM, changes the prefixes with every step"
+    if why:
+        raise ValueError(f"QPeftTrainer: an index is of no use to this model: {why}")
+    index.expect_prompt(model.prompt)
+
+
 def _is_set(args: TrainingArguments, name: str, fine: object) -> bool:
     value = getattr(args, name, fine)
     return value != fine and not (value is None or not value and not fine)  # None and False are as good as each other
 
 
+def accelerator_config(args: TrainingArguments) -> AcceleratorConfig:
+    """Return accelerate's settings, which `TrainingArguments` makes of whatever it is given."""
+    assert isinstance(args.accelerator_config, AcceleratorConfig)
+    return args.accelerator_config
+
+
 def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArguments:
-    """A copy of the arguments, fit for this model.
+    """Return a copy of the arguments that fits this model.
 
     Raises: ValueError for a setting that would be ignored, or would break a group of queries.
     """
@@ -85,7 +131,7 @@ def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArg
     if args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau") and args.warmup_steps:
         raise ValueError(
             f"QPeftTrainer: warmup_steps={args.warmup_steps} does nothing with lr_scheduler_type="
-            f"{str(args.lr_scheduler_type.value)!r}; use constant_with_warmup, linear or cosine"
+            f"{SchedulerType(args.lr_scheduler_type).value!r}; use constant_with_warmup, linear or cosine"
         )
     if getattr(args, "fsdp", None):
         raise ValueError("QPeftTrainer: fsdp is not supported: the LM is frozen, use torchrun without it")
@@ -100,7 +146,7 @@ def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArg
             f"QPeftTrainer: per_device_train_batch_size must be a multiple of queries_per_group, {group}, "
             f"got {size}: a group of queries that share their documents is never split"
         )
-    if args.accelerator_config.split_batches:
+    if accelerator_config(args).split_batches:
         raise ValueError("QPeftTrainer: split_batches=True is not supported: it splits groups of queries over ranks")
     if not (model.qpeft_config.train_lm or hasattr(model.lm, "peft_config")) and any(
         parameter.requires_grad for parameter in model.lm.parameters()
@@ -118,7 +164,7 @@ def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArg
             )
     args = copy.copy(args)
     args.accelerator_config = copy.deepcopy(args.accelerator_config)
-    args.accelerator_config.dispatch_batches = False  # a batch is more than tensors: each rank reads its own
+    accelerator_config(args).dispatch_batches = False  # a batch is more than tensors: each rank reads its own
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one process uses one of them; torchrun uses all", args.n_gpu)
         args._n_gpu = 1

@@ -36,7 +36,7 @@ def mark_complete(folder: str | Path) -> None:
 
 
 def why_incomplete(folder: str | Path, read: bool = False) -> str:
-    """What is wrong with a checkpoint folder, in words; "" when it is whole. ``read``: look at checksums too."""
+    """Say what is wrong with a checkpoint folder; "" if it is whole. ``read``: compare checksums too."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
@@ -59,8 +59,8 @@ def why_incomplete(folder: str | Path, read: bool = False) -> str:
 
 
 def last_complete(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
-    """The whole checkpoint with the most steps, and the later ones that are not whole with the reason."""
-    skipped = {}
+    """Return the whole checkpoint with the most steps, and why each later one is not whole."""
+    skipped: dict[Path, str] = {}
     for folder in reversed(_checkpoints(Path(output_dir))):
         reason = why_incomplete(folder, read=True)
         if not reason:

@@ -13,7 +13,7 @@ from .examples import DocumentSet, IdentifiedDocument, Member
 
 
 def documents_of_each(members: Sequence[Member], in_batch_negatives: bool) -> Iterator[tuple[Member, list, list]]:
-    """(member, its positives, its negatives) for one group.
+    """Yield (member, its positives, its negatives) for one group.
 
     A negative is a document of its own or, with ``in_batch_negatives``, of another query of the group, unless it is
     relevant: one of the query's positives, by id or by normalised text. A query that occurs twice has the positives
@@ -37,12 +37,12 @@ def _distinct(documents: Iterable[IdentifiedDocument]) -> list[IdentifiedDocumen
 
 
 class GroupCollator:
-    """Members → the distinct pairs to score, and the tables that the losses read.
+    """Makes a batch of members: the distinct pairs to score, and the tables that the losses read.
 
     Args:
-        prompt: `Prompt` of the model.
-        queries_per_group: consecutive members that share their documents; 1 in evaluation.
-        in_batch_negatives: whether they do.
+        prompt: the model's `Prompt`.
+        queries_per_group: consecutive members that form a group; 1 in evaluation.
+        in_batch_negatives: whether the documents of a group are negatives of its other queries.
         needs_scores: whether every document must have a teacher score.
         truncate_queries: whether queries that are too long are cut, instead of an error.
     """
@@ -59,18 +59,23 @@ class GroupCollator:
         self.needs_scores, self.truncate_queries = needs_scores, truncate_queries
 
     def __call__(self, members: Sequence[Member]) -> dict:
-        """Tables over Q queries and up to M documents each.
+        """Collate members into tables over Q queries and up to M documents each.
 
-        Returns: dict of positive, mask [Q, M] bool; pair [Q, M] int64, the row of `PairBatch`; document [Q, M] int64,
-            equal where two queries of a group meet the same document; teacher_scores [Q, M] float32, NaN where there
-            is none; pairs: `PairBatch`, where the candidates of a query are the documents of its own examples;
-            queries: how many count, Q, or 0 for a batch of idle members, which still has one to run on.
+        Returns: a dict of
+            positive, mask: bool [Q, M]; which documents are relevant, and which are there.
+            pair: int64 [Q, M]; the row of `PairBatch` that the score comes from.
+            document: int64 [Q, M]; equal where two queries of a group meet the same document.
+            teacher_scores: float32 [Q, M], NaN where there is none.
+            pairs: `PairBatch`; the candidates of a query in it are the documents of its own examples.
+            queries: how many of the Q queries count; 0 for a batch of idle members, which still has one to run on.
         Raises: ValueError for a missing teacher score or a query that is too long.
         """
         busy = [member for member in members if not member.idle]
         queries, members = len(busy), busy or members[:1]
         distinct: dict[tuple[str, str], int] = {}  # (query, document text) -> row
-        pairs, rows, own_rows = [], [], []
+        pairs: list[tuple[str, Document]] = []
+        rows: list[tuple[list[int], int, int, list[float]]] = []
+        own_rows: list[int] = []
         for start in range(0, len(members), self.queries_per_group):
             group = members[start : start + self.queries_per_group]
             for member, positives, negatives in documents_of_each(group, self.in_batch_negatives):

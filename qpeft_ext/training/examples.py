@@ -1,4 +1,4 @@
-"""Training examples → groups of queries that share their documents, as tables over distinct query–document pairs.
+"""Training examples, and the queries with their documents that are drawn from them.
 
 An example is ``{"query_id"?, "query", "positives": [document], "negatives": [document]}``; for distillation it has a
 teacher's scores, ``"positive_scores"`` and ``"negative_scores"``, a number for each document. The keys of other
@@ -8,24 +8,33 @@ example index), so that a resumed run sees the same data.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
 from ..config import QPeftConfig
+from ..formats.example_keys import table_rows, view
 from ..prompts.prompt import Document, document_text
 
-TRAINING, EVALUATION = "training example", "evaluation example"  # how errors call them
+logger = logging.getLogger(__name__)
+
+TRAINING, EVALUATION = "training example", "evaluation example"  # in messages
 
 
 @dataclass(frozen=True)
 class IdentifiedDocument:
-    """A document and what it is recognised by: its id (None without one) and its normalised text.
+    """A document and what it is recognised by.
 
-    teacher_score: what a teacher gives it for the query; NaN without one.
+    Attributes:
+        document: as in the example.
+        id: its id, None without one.
+        text: its normalised text.
+        teacher_score: the score that a teacher gives it for the query; NaN without one.
     """
 
     document: Document
@@ -34,7 +43,7 @@ class IdentifiedDocument:
     teacher_score: float = math.nan
 
     @classmethod
-    def of(cls, document: Document, teacher_score: float = math.nan) -> IdentifiedDocument:
+    def from_document(cls, document: Document, teacher_score: float = math.nan) -> IdentifiedDocument:
         doc_id = document.get("id") if isinstance(document, Mapping) else None
         return cls(document, doc_id, normalised(document_text(document)), teacher_score)
 
@@ -43,7 +52,8 @@ class DocumentSet:
     """Documents by id or normalised text: two texts that differ in spaces or case are one document."""
 
     def __init__(self, documents: Iterable[IdentifiedDocument] = ()) -> None:
-        self.ids, self.texts = set(), set()
+        self.ids: set[object] = set()
+        self.texts: set[str] = set()
         for document in documents:
             self.add(document)
 
@@ -60,8 +70,12 @@ class DocumentSet:
 class Member:
     """One query of a group.
 
-    index: of its example.  positives, negatives: what it brings along.  relevant: all positives of its example.
-    idle: it only fills up a batch, so that every rank has as many batches as the others; it counts nothing.
+    Attributes:
+        index: the index of its example.
+        query, query_id: its text, and its id or None.
+        positives, negatives: the documents that it adds to the group.
+        relevant: all positives of its example, and those of the same query in other examples.
+        idle: it only fills up a batch, so that every rank has as many batches as the others; it is not counted.
     """
 
     index: int
@@ -73,16 +87,21 @@ class Member:
     idle: bool = False
 
     def same_query(self, other: Member) -> bool:
+        """Return whether both have one query, by its id or its normalised text."""
         same_id = self.query_id is not None and self.query_id == other.query_id
         return same_id or normalised(self.query) == normalised(other.query)
 
 
 def normalised(text: str) -> str:
+    """Return the text in one case and with single spaces, for comparison."""
     return " ".join(text.casefold().split())
 
 
 def check_example(example: object, index: int, what: str = TRAINING) -> None:
-    """Raises: ValueError that names the example and what is wrong with it."""
+    """Check the keys and the types of one example.
+
+    Raises: ValueError that names the example and what is wrong with it.
+    """
     where = f"{what} {index}"
     if not isinstance(example, Mapping):
         raise ValueError(f"{where}: expected a dict with query, positives and negatives, got {type(example).__name__}")
@@ -112,10 +131,48 @@ def check_example(example: object, index: int, what: str = TRAINING) -> None:
         raise ValueError(f"{where} ({example['query'][:60]!r}): positives is empty, expected at least one document")
 
 
-def lacking_negatives(examples: Sequence, config: QPeftConfig) -> str:
-    """A line on examples that have no negatives, where their loss compares and nothing else gives them any; or "".
+def is_sized(dataset: object) -> bool:
+    """Return whether examples can be asked for by their index."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
 
-    Raises: ValueError with that line if no example has one: there is nothing to learn.
+
+def checked_dataset(dataset: Any, what: str, config: QPeftConfig | None = None) -> Any:
+    """Return a data set whose rows are examples.
+
+    Every example of a list is checked now; those of other data sets are checked when they are read.
+
+    Args:
+        dataset: a list, a `datasets.Dataset`, an iterable, or None.
+        what: `TRAINING` or `EVALUATION`, for messages.
+        config: given for a data set to train on, whose examples need the negatives that the config's loss compares
+            with.
+    Raises: ValueError for a data set that cannot be read again, is empty, or has a bad example.
+    """
+    dataset = table_rows(dataset)
+    if dataset is None:
+        return None
+    if not is_sized(dataset):
+        if not hasattr(dataset, "__iter__") or hasattr(dataset, "__next__"):
+            raise ValueError(
+                f"QPeftTrainer: {what}s must be a list, a datasets.Dataset or an iterable that can be "
+                f"read again, got a {type(dataset).__name__}"
+            )
+        return dataset
+    if not len(dataset):
+        raise ValueError(f"QPeftTrainer: there are no {what}s")
+    if isinstance(dataset, (list, tuple)):
+        examples = view(dataset, what)
+        for index, example in enumerate(examples):
+            check_example(example, index, what)
+        if config is not None and (lacking := lacking_negatives(examples, config)):
+            logger.warning("%s", lacking)
+    return dataset
+
+
+def lacking_negatives(examples: Sequence, config: QPeftConfig) -> str:
+    """Say how many examples lack the negatives that the loss of ``config`` compares with; "" if none does.
+
+    Raises: ValueError with that line if all of them do: there is nothing to learn.
     """
     others = config.num_random_negatives or config.in_batch_negatives and config.queries_per_group > 1
     if others or config.loss == "pointwise":
@@ -142,7 +199,7 @@ def _are_numbers(scores: object, count: int) -> bool:
 
 
 def whole_member(example: Mapping, index: int, what: str = EVALUATION) -> Member:
-    """All positives and all negatives of an example: what evaluation ranks."""
+    """Return the query of an example with all its positives and all its negatives, which evaluation ranks."""
     check_example(example, index, what)
     positives, negatives = (_identified(example, key) for key in ("positives", "negatives"))
     return Member(index, example["query"], example.get("query_id"), positives, negatives, positives)
@@ -151,7 +208,7 @@ def whole_member(example: Mapping, index: int, what: str = EVALUATION) -> Member
 def _identified(example: Mapping, key: str) -> list[IdentifiedDocument]:
     scores = example.get(f"{key[:-1]}_scores")
     return [
-        IdentifiedDocument.of(document, math.nan if scores is None else float(scores[i]))
+        IdentifiedDocument.from_document(document, math.nan if scores is None else float(scores[i]))
         for i, document in enumerate(example[key])
     ]
 
@@ -164,9 +221,14 @@ def drawn_member(
     seed: int,
     known_positives: Iterable[IdentifiedDocument] = (),
 ) -> Member:
-    """One positive and up to ``num_hard_negatives`` negatives, drawn by (seed, epoch, index) alone.
+    """Draw one positive and up to ``num_hard_negatives`` negatives, as (seed, epoch, index) alone decide.
 
-    known_positives: positives of the same query in other examples, which are no negatives either.
+    Args:
+        example: its positives and negatives are drawn from.
+        index: its place among the examples.
+        epoch, seed: of the draw.
+        num_hard_negatives: how many negatives, if it has as many.
+        known_positives: positives of the same query in other examples, which are no negatives either.
     """
     member = whole_member(example, index, TRAINING)
     member.relevant = [*member.relevant, *known_positives]
@@ -174,6 +236,7 @@ def drawn_member(
     relevant = DocumentSet(member.relevant)
     pool = [document for document in member.negatives if document not in relevant]
     member.positives = [member.positives[draw.integers(len(member.positives))]]
-    chosen = draw.choice(len(pool), min(num_hard_negatives, len(pool)), replace=False) if pool else []
-    member.negatives = [pool[i] for i in chosen]
+    if pool:
+        pool = [pool[i] for i in draw.choice(len(pool), min(num_hard_negatives, len(pool)), replace=False)]
+    member.negatives = pool
     return member

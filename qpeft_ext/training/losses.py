@@ -1,13 +1,19 @@
 """Training objectives over ℓ, the mean log-likelihood of the query, in nats: per query first, then over queries.
 
-Each takes ℓ of every candidate in a [Q, M] table, which of them are ``positive`` [Q, M] bool, and which are real
-(``mask`` [Q, M] bool). A query without negatives adds nothing to a pairwise loss; one without positives is an error.
-The ``temperature`` is what differences of ℓ, tenths of a nat, are divided by; `best_temperature` finds one for an LM.
+All take tables over Q queries and up to M documents each, and return a scalar:
+
+    likelihood  ℓ of every document, [Q, M], floating
+    positive    [Q, M] bool, True for a relevant document; a query without any is a ValueError
+    mask        [Q, M] bool, False where a query has fewer than M documents
+
+A query without negatives adds nothing to a pairwise loss. Differences of ℓ are tenths of a nat; a ``temperature``
+divides them, and `best_temperature` finds one for an LM.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,12 +29,16 @@ def configured_loss(
     document: Tensor | None = None,
     teacher_scores: Tensor | None = None,
 ) -> Tensor:
-    """The loss that a config names, with its options; a scalar.
+    """Compute the loss that a config names, with the config's options.
 
     Args:
-        likelihood: ℓ, [Q, M].  positive, mask: [Q, M] bool.
+        config: names the loss, its margin and its temperature.
+        likelihood: ℓ, [Q, M].
+        positive, mask: [Q, M] bool, as described above.
         document: int64 [Q, M], equal where two queries meet the same document (for "contrastive").
         teacher_scores: [Q, M], NaN where there is none (for "margin_mse").
+    Returns: a scalar.
+    Raises: ValueError for a temperature that is not a number yet, or a query without positives.
     """
     options = {"margin": config.margin, "temperature": config.temperature, "document": document,
                "teacher_scores": teacher_scores}  # fmt: skip
@@ -43,18 +53,38 @@ def configured_loss(
 
 
 def needs_temperature(config: QPeftConfig) -> bool:
+    """Return whether the loss of a config has a temperature.
+
+    Args:
+        config: names the loss.
+    """
     return "temperature" in inspect.signature(LOSSES[config.loss]).parameters
 
 
 def pointwise(likelihood: Tensor, positive: Tensor, mask: Tensor) -> Tensor:
-    """mean over positives of −ℓ⁺."""
+    """Compute the mean over positives of −ℓ⁺.
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+    Returns: a scalar, in nats per query token.
+    """
     positive = _positives(positive, mask)
     per_query = torch.where(positive, -likelihood, 0).sum(1) / positive.sum(1)
     return per_query.mean()
 
 
 def pairwise(likelihood: Tensor, positive: Tensor, mask: Tensor, margin: float = 0.0) -> Tensor:
-    """mean over (positive, negative) of relu(margin − ℓ⁺ + ℓ⁻)."""
+    """Compute the mean over pairs (positive, negative) of relu(margin − ℓ⁺ + ℓ⁻).
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+        margin: how far a positive should be above a negative, in nats per query token.
+    Returns: a scalar, in nats per query token.
+    """
     positive = _positives(positive, mask)
     pairs = positive[:, :, None] & (mask & ~positive)[:, None, :]  # [Q, M⁺, M⁻]
     hinge = torch.relu(margin - likelihood[:, :, None] + likelihood[:, None, :])
@@ -62,12 +92,36 @@ def pairwise(likelihood: Tensor, positive: Tensor, mask: Tensor, margin: float =
 
 
 def pointwise_pairwise(likelihood: Tensor, positive: Tensor, mask: Tensor, margin: float = 0.0) -> Tensor:
-    """The paper's objective: `pointwise` + `pairwise`."""
+    """Compute the paper's objective, `pointwise` + `pairwise`.
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+        margin: as in `pairwise`.
+    Returns: a scalar, in nats per query token.
+    """
     return pointwise(likelihood, positive, mask) + pairwise(likelihood, positive, mask, margin)
 
 
 def listwise(likelihood: Tensor, positive: Tensor, mask: Tensor, temperature: float = 0.1) -> Tensor:
-    """−log of the softmax mass of the positives, of ℓ / temperature."""
+    """Compute −log of the share of the positives in the softmax over ℓ / temperature.
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+        temperature: in nats per query token.
+    Returns: a scalar.
+
+    Example:
+        >>> import torch
+        >>> likelihood = torch.tensor([[-2.0, -2.1, -2.4]])  # one query, three documents
+        >>> positive = torch.tensor([[True, False, False]])
+        >>> loss = listwise(likelihood, positive, torch.ones_like(positive), temperature=0.1)
+        >>> print(f"{loss:.4f}")  # −log(1 / (1 + e⁻¹ + e⁻⁴))
+        0.3266
+    """
     positive = _positives(positive, mask)
     logits = (likelihood / temperature).masked_fill(~mask, float("-inf"))
     return (logits.logsumexp(1) - logits.masked_fill(~positive, float("-inf")).logsumexp(1)).mean()
@@ -76,11 +130,19 @@ def listwise(likelihood: Tensor, positive: Tensor, mask: Tensor, temperature: fl
 def contrastive(
     likelihood: Tensor, positive: Tensor, mask: Tensor, document: Tensor, temperature: float = 0.1
 ) -> Tensor:
-    """InfoNCE in both directions, for retrieval of text and code: half of each.
+    """Compute InfoNCE in both directions, half of each, for retrieval of text and code.
 
     A positive against the negatives of its query, and the query against the other queries that met the same document.
     Queries are unequally likely before any document is read, so ℓ is taken relative to its mean over the query's
     documents; within a query this changes nothing. A document that no other query met adds nothing to the second half.
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+        document: int64 [Q, M], equal where two queries meet the same document.
+        temperature: in nats per query token.
+    Returns: a scalar.
     """
     positive = _positives(positive, mask)
     prior = likelihood.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
@@ -98,9 +160,19 @@ def contrastive(
 def margin_mse(
     likelihood: Tensor, positive: Tensor, mask: Tensor, teacher_scores: Tensor, temperature: float = 0.1
 ) -> Tensor:
-    """Distillation: mean over (positive, negative) of ((ℓ⁺ − ℓ⁻) / temperature − (teacher⁺ − teacher⁻))².
+    """Compute the loss of distillation: differences of scores should be those of a teacher.
 
-    Documents without a teacher score are left out.
+    It is the mean over pairs (positive, negative) of ((ℓ⁺ − ℓ⁻) / temperature − (teacher⁺ − teacher⁻))². Documents
+    without a teacher score are left out.
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+        teacher_scores: [Q, M], NaN where there is none.
+        temperature: nats per query token that are worth one of the teacher's units.
+    Returns: a scalar.
+    Source: Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666.
     """
     positive = _positives(positive, mask)
     scored = mask & ~teacher_scores.isnan()
@@ -111,7 +183,7 @@ def margin_mse(
     return (torch.where(pairs, errors, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()
 
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (pointwise_pairwise, pointwise, pairwise, listwise, contrastive, margin_mse)
 }

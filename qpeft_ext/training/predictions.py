@@ -1,8 +1,9 @@
-"""What `Trainer`'s ``compute_metrics`` and ``predict`` get: the scores of every query's documents, and the labels."""
+"""Scores and labels of every query's documents, for ``compute_metrics`` and ``predict`` of `Trainer`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +17,26 @@ class Predictions:
     """Collects the tables of an evaluation over batches and ranks.
 
     Args:
-        accelerator: of the trainer.
-        batch_size: rows that every rank gathers a batch, Q at most.
+        accelerator: the trainer's; it gathers the rows of all ranks.
+        batch_size: queries of a batch on one rank, at most.
         preprocess: ``preprocess_logits_for_metrics``: (scores [Q, C], labels [Q, C]) → a tensor [Q] or [Q, …].
     """
 
-    def __init__(self, accelerator, batch_size: int, preprocess: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+    def __init__(
+        self, accelerator: Any, batch_size: int, preprocess: Callable[[Tensor, Tensor], Tensor] | None
+    ) -> None:
         self.accelerator, self.batch_size, self.preprocess = accelerator, batch_size, preprocess
         self._batches: list[tuple[Tensor, Tensor]] = []
 
     def add(self, table: Tensor, positive: Tensor, mask: Tensor, kept: Tensor, queries: int) -> None:
-        """One batch.
+        """Take in one batch.
 
         Args:
-            table: scores, [Q, M] float32.  positive, mask: [Q, M] bool.
-            kept: which of the gathered rows are real, [ranks × batch_size] bool.  queries: how many of Q count.
+            table: scores, [Q, M] float32.
+            positive, mask: [Q, M] bool.
+            kept: which of the gathered rows are real, [ranks × batch_size] bool.
+            queries: how many of the Q queries count.
+        Raises: TypeError if ``preprocess`` returns something else than a tensor of Q rows.
         """
         scores = table.masked_fill(~mask, -torch.inf)
         labels = positive.long().masked_fill(~mask, PADDING)
@@ -42,16 +48,13 @@ class Predictions:
                     f"preprocess_logits_for_metrics must return a tensor with a row for each of the "
                     f"{len(labels)} queries, got {got}"
                 )
-        rows = (self._gathered(part[:queries])[kept].cpu() for part in (scores, labels))
-        self._batches.append(tuple(rows))
+        own_scores, own_labels = (self._gathered(part[:queries])[kept].cpu() for part in (scores, labels))
+        self._batches.append((own_scores, own_labels))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(predictions, label_ids) of all queries, in the order of the examples."""
-        return tuple(
-            torch.cat([_widened(part, width) for part in parts]).numpy()
-            for parts in zip(*self._batches, strict=True)
-            for width in [max(part.shape[1] if part.ndim > 1 else 0 for part in parts)]
-        )
+        """Return (predictions, label_ids) of all queries, in the order of the examples."""
+        scores, labels = zip(*self._batches, strict=True)
+        return _joined(scores), _joined(labels)
 
     def _gathered(self, rows: Tensor) -> Tensor:
         rows = pad(rows, (0, 0) * (rows.ndim - 1) + (0, self.batch_size - len(rows)))
@@ -60,13 +63,17 @@ class Predictions:
         return self.accelerator.gather(rows)
 
 
+def _joined(parts: Sequence[Tensor]) -> np.ndarray:
+    """The rows of all parts, padded to the widest."""
+    width = max(part.shape[1] if part.ndim > 1 else 0 for part in parts)
+    return torch.cat([_widened(part, width) for part in parts]).numpy()
+
+
 def _padding(rows: Tensor) -> float:
     return -torch.inf if rows.is_floating_point() else PADDING
 
 
 def _widened(rows: Tensor, width: int) -> Tensor:
-    return (
-        pad(rows, (0, 0) * (rows.ndim - 2) + (0, width - rows.shape[1]), value=_padding(rows))
-        if rows.ndim > 1
-        else rows
-    )
+    if rows.ndim == 1:
+        return rows
+    return pad(rows, (0, 0) * (rows.ndim - 2) + (0, width - rows.shape[1]), value=_padding(rows))

@@ -1,13 +1,16 @@
-"""Which examples make up a batch, in which order."""
+"""The examples that make up a batch, and their order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from ..config import QPeftConfig
 from ..formats.example_keys import view
 from .examples import (
     EVALUATION,
@@ -16,15 +19,20 @@ from .examples import (
     IdentifiedDocument,
     Member,
     drawn_member,
+    is_sized,
     normalised,
     whole_member,
 )
 
 
 class TrainingExamples(Dataset):
-    """Map-style examples; an item is asked for by (epoch, index), as `EpochOrder` yields them; −1 is an idle one.
+    """Training examples by (epoch, index), as `EpochOrder` yields them; index −1 is an idle one.
 
-    num_random_negatives: documents of other examples that a member brings besides; see `OtherExamples`.
+    Args:
+        examples: a list or a `datasets.Dataset`.
+        num_hard_negatives: documents that are drawn from the example's own negatives.
+        seed: of the draws.
+        num_random_negatives: documents of other examples that are added; see `OtherExamples`.
     """
 
     def __init__(self, examples: Sequence, num_hard_negatives: int, seed: int, num_random_negatives: int = 0) -> None:
@@ -45,7 +53,7 @@ class TrainingExamples(Dataset):
 
 
 class OtherExamples:
-    """What the rest of the examples says about one of them: further positives of its query, and random negatives.
+    """Further positives of an example's query, and random negatives for it, from the rest of the examples.
 
     Examples of one query, by id or normalised text, are known where looking is cheap: in a list or a
     `datasets.Dataset`.
@@ -59,18 +67,22 @@ class OtherExamples:
         self._same_query = {index: same for same in places.values() if len(same) > 1 for index in same}
 
     def known_positives(self, index: int) -> list[IdentifiedDocument]:
+        """Return the positives that other examples have for the query of this one."""
         others = (i for i in self._same_query.get(index, ()) if i != index)
-        return [IdentifiedDocument.of(document) for i in others for document in self.examples[i]["positives"]]
+        return [
+            IdentifiedDocument.from_document(document) for i in others for document in self.examples[i]["positives"]
+        ]
 
     def random_negatives(self, member: Member, count: int, draw: np.random.Generator) -> list[IdentifiedDocument]:
-        """Up to ``count`` documents of other examples that are neither relevant nor drawn already."""
-        taken, found = DocumentSet((*member.relevant, *member.negatives)), []
+        """Draw up to ``count`` documents of other examples that are neither relevant nor drawn already."""
+        taken = DocumentSet((*member.relevant, *member.negatives))
+        found: list[IdentifiedDocument] = []
         for _ in range(8 * count):  # tries: in a small set there may be nothing left to draw
             if len(found) == count:
                 break
             other = self.examples[int(draw.integers(len(self.examples)))]
             documents = [*other["positives"], *other["negatives"]]
-            document = IdentifiedDocument.of(documents[draw.integers(len(documents))])
+            document = IdentifiedDocument.from_document(documents[draw.integers(len(documents))])
             if document.text and document not in taken:
                 taken.add(document)
                 found.append(document)
@@ -78,19 +90,23 @@ class OtherExamples:
 
 
 def _query_keys(examples: Sequence) -> Iterator[object]:
-    """What says that two examples have the same query: the id, or else the normalised text."""
-    if isinstance(examples, (list, tuple)):
-        queries: Iterable = ((example.get("query_id"), example["query"]) for example in examples)
+    """Yield what two examples with the same query share: the id, or else the normalised text."""
+    if hasattr(examples, "queries"):  # a data set that can read these columns without the documents
+        queries: Iterable = examples.queries()
     else:
-        queries = examples.queries()
+        queries = ((example.get("query_id"), example["query"]) for example in examples)
     return (("id", query_id) if query_id is not None else normalised(query) for query_id, query in queries)
 
 
 class EpochOrder(Sampler):
-    """(epoch, index) of every example, in an order that is a pure function of (seed, epoch).
+    """Yields (epoch, index) of every example, in an order that is a pure function of (seed, epoch).
 
-    multiple: filled up with idle items, (epoch, −1), to a multiple of this: the global batch. Otherwise accelerate
-        would fill up the last one with examples of the beginning, which then count twice.
+    Args:
+        length: how many examples there are.
+        seed: of the order.
+        shuffle: False yields them in their own order.
+        multiple: idle items, (epoch, −1), are added up to a multiple of this, the global batch. Otherwise accelerate
+            would fill up the last batch with examples of the beginning, which then count twice.
     """
 
     def __init__(self, length: int, seed: int, shuffle: bool = True, multiple: int = 1) -> None:
@@ -104,7 +120,7 @@ class EpochOrder(Sampler):
         return self.length + -self.length % self.multiple
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, order = self.epoch, range(self.length)
+        epoch, order = self.epoch, np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
         yield from ((epoch, int(index)) for index in order)
@@ -112,7 +128,7 @@ class EpochOrder(Sampler):
 
 
 class StreamedTrainingExamples(IterableDataset):
-    """Examples of an iterable in its own order, pass after pass without end (``max_steps`` ends the training).
+    """Training examples of an iterable in its own order, pass after pass without end (``max_steps`` ends the training).
 
     Being endless it has one epoch for the trainer, so that a resumed run skips exactly what was read, over any number
     of passes.
@@ -144,8 +160,16 @@ class StreamedTrainingExamples(IterableDataset):
             epoch += 1
 
 
+def first_members(dataset: Any, config: QPeftConfig, seed: int, shuffle: bool, count: int) -> list[Member]:
+    """The first ``count`` queries, with their documents, that a training on ``dataset`` begins with."""
+    if not is_sized(dataset):
+        return list(islice(StreamedTrainingExamples(dataset, config.num_hard_negatives, seed), count))
+    examples = TrainingExamples(dataset, config.num_hard_negatives, seed, config.num_random_negatives)
+    return [examples[key] for key in islice(EpochOrder(len(dataset), seed, shuffle), count)]
+
+
 class EvaluationExamples(Dataset):
-    """Map-style examples; an item is asked for as of `TrainingExamples`."""
+    """Evaluation examples by (epoch, index), like `TrainingExamples`."""
 
     def __init__(self, examples: Sequence) -> None:
         self.examples = view(examples, EVALUATION)
@@ -159,7 +183,7 @@ class EvaluationExamples(Dataset):
 
 
 class StreamedEvaluationExamples(IterableDataset):
-    """Examples of an iterable, filled up with idle ones to a ``multiple``; see `EpochOrder`."""
+    """Evaluation examples of an iterable, filled up with idle ones to a ``multiple``; see `EpochOrder`."""
 
     def __init__(self, examples: Iterable, multiple: int = 1) -> None:
         self.examples, self.multiple = view(examples, EVALUATION), multiple

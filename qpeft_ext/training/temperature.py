@@ -1,10 +1,9 @@
-"""The temperature that suits an LM before it is trained.
+"""Choose the temperature of a loss before training.
 
-In a softmax over documents it is where the LM's own likelihoods give the lowest loss: below it the loss falls when all
-differences shrink, above it when all grow, and neither ranks anything better (`benchmarks/quality/NOTES.md` has what
-that costs). It is at most the deviation of ℓ between the documents of a query, so that an LM that knows nothing yet
-can learn, and at least a twentieth of that. With a teacher it makes the deviations of ℓ and of the teacher's scores
-equal.
+The best one is that with which the *untrained* LM has the lowest loss. At any other the optimiser can lower the loss
+by merely scaling all differences of ℓ, which changes no ranking (`benchmarks/quality/NOTES.md` has what that costs).
+It is kept between σ/20 and σ, where σ is the deviation of ℓ between the documents of a query, so that an LM that knows
+nothing yet can learn. For distillation it is σ / σ of the teacher's scores.
 """
 
 from __future__ import annotations
@@ -25,10 +24,12 @@ _SHARES = tuple(20 ** (-step / 60) for step in range(61))  # of the deviation: 1
 
 
 def best_temperature(config: QPeftConfig, tables: Sequence[tuple[Tensor, ...]]) -> float:
-    """A temperature for the config's loss, in nats per query token, to two digits.
+    """Find the temperature for the config's loss.
 
     Args:
-        tables: what `configured_loss` takes behind the config, for each group of queries.
+        config: names the loss.
+        tables: for each group of queries the arguments of `configured_loss` that follow the config.
+    Returns: nats per query token, to two digits.
     Raises: ValueError if ℓ is not finite, or the same for all documents.
     """
     spread = _deviation([(likelihood, mask) for likelihood, _, mask, *_ in tables])

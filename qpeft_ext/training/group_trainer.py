@@ -1,0 +1,106 @@
+"""How batches differ from those of transformers' Trainer: they are groups of queries that share their documents."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
+
+from ..config import QPeftConfig
+from ..model import QPeftModel
+from .collator import GroupCollator
+from .examples import is_sized
+from .sampling import (
+    EpochOrder,
+    EvaluationExamples,
+    StreamedEvaluationExamples,
+    StreamedTrainingExamples,
+    TrainingExamples,
+)
+
+
+class GroupTrainer(Trainer):
+    """A `Trainer` of a `QPeftModel` whose batches are made by `GroupCollator`, in the order of `EpochOrder`.
+
+    Attributes: order: the order of the training examples.
+    """
+
+    model: QPeftModel
+    order: EpochOrder
+    _truncate_queries: bool
+
+    @property
+    def _config(self) -> QPeftConfig:
+        """The model's options."""
+        return self.model.qpeft_config
+
+    @cached_property
+    def _collators(self) -> dict[bool, GroupCollator]:
+        """Collators of training (True) and of evaluation, where every query has its own documents only."""
+        prompt, config, truncate = self.model.prompt, self._config, self._truncate_queries
+        needs_scores = config.loss == "margin_mse"
+        return {
+            True: GroupCollator(prompt, config.queries_per_group, config.in_batch_negatives, needs_scores, truncate),
+            False: GroupCollator(prompt, 1, False, needs_scores, truncate),
+        }
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ) -> DataLoader:
+        examples: Dataset
+        if is_training:
+            kind = TrainingExamples if is_sized(dataset) else StreamedTrainingExamples
+            config = self._config
+            examples = kind(dataset, config.num_hard_negatives, self._data_seed, config.num_random_negatives)
+        elif is_sized(dataset):
+            examples = EvaluationExamples(dataset)
+        else:
+            examples = StreamedEvaluationExamples(dataset, batch_size * self.args.world_size)
+        self.data_collator = self._collators[is_training]
+        return super()._get_dataloader(examples, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        unpadded = self.args.world_size == 1 or self.args.dataloader_drop_last
+        multiple = 1 if unpadded else self.args.train_batch_size * self.args.world_size
+        examples: Any = train_dataset or self.train_dataset
+        self.order = EpochOrder(len(examples), self._data_seed, self._shuffles, multiple)
+        return self.order
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> EpochOrder:
+        multiple = self.args.eval_batch_size * self.args.world_size
+        return EpochOrder(len(eval_dataset), 0, shuffle=False, multiple=multiple)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        return data_collator  # an example's keys are not arguments of forward, and none of them is unused
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    @property
+    def _shuffles(self) -> bool:
+        return self.args.train_sampling_strategy == "random"
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor | None:
+        """Queries of all batches, on all ranks, that one optimiser step accumulates."""
+        queries = torch.tensor(sum(batch["queries"] for batch in batch_samples), device=device)
+        return self.accelerator.gather(queries).sum() if self.args.world_size > 1 else queries
+
+
+class EpochOfOrder(TrainerCallback):
+    """Tells the order of examples which epoch begins: in a resumed run on many ranks accelerate does not reach it."""
+
+    def __init__(self, trainer: GroupTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        if is_sized(self.trainer.train_dataset):
+            steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+            self.trainer.order.set_epoch(state.global_step // steps)

@@ -1,0 +1,133 @@
+"""How checkpoints differ from those of transformers' Trainer: an adapter's own files, in folders marked as complete."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from ..adapters.files import load_weights_into
+from ..config import QPeftConfig
+from ..model import QPeftModel
+from .checkpoints import last_complete, mark_complete, rotate, why_incomplete
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """A `Trainer` of a `QPeftModel` that can be killed at any moment and resumed.
+
+    A checkpoint holds the adapter's files and the state of the training, nothing pickled. It is marked as complete
+    when all its files are written, and only then are older checkpoints deleted.
+    """
+
+    model: QPeftModel
+
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        """The folder that ``train(resume_from_checkpoint)`` begins from.
+
+        Raises: ValueError if it is not a complete checkpoint, or with True if there is none.
+        """
+        if asked is True:
+            return self._last_complete()
+        if not asked:
+            if (earlier := last_complete(self._output_dir)[0]) is not None:
+                logger.warning("%s is of an earlier run: if this one is killed, resuming would find it", earlier)
+            return None
+        if reason := why_incomplete(asked):
+            raise ValueError(f"cannot resume from {asked}: {reason}; pass True to take the last complete checkpoint")
+        return asked
+
+    def _last_complete(self) -> str:
+        folder, skipped = last_complete(self._output_dir)
+        for path, reason in skipped.items():
+            logger.warning("%s is passed over: %s", path, reason)
+        if folder is None:
+            raise ValueError(
+                f"resume_from_checkpoint=True: there is no complete checkpoint in {self._output_dir}; "
+                f"name its folder, or leave it out to train from the beginning"
+            )
+        return str(folder)
+
+    @property
+    def _output_dir(self) -> str:
+        assert self.args.output_dir is not None  # transformers fills it in
+        return self.args.output_dir
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write, then mark as complete, then delete older ones: at any moment one can be resumed from."""
+        run_dir = Path(self._get_output_dir(trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # cut short by a kill, or of an earlier run: none of its files may survive
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            if not re.search("iostream|inline_container|PytorchStreamWriter|unexpected pos", str(error)):
+                raise
+            raise OSError(
+                f"cannot write the checkpoint {folder} (File too large, or no space left); make room for it"
+            ) from None
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            best = self.state.best_model_checkpoint
+            rotate(run_dir, limit, {folder, Path(best)} if best else {folder})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the adapter's own files (`QPeftModel.save_pretrained`); `Trainer` adds its state."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        then = QPeftConfig.from_pretrained(resume_from_checkpoint).to_dict()
+        now = self.model.qpeft_config.to_dict()
+        changed = [
+            f"{name} {then[name]!r} -> {now[name]!r}"
+            for name in now
+            if then[name] != now[name] and not name.startswith("base_model")
+        ]
+        if changed:
+            logger.warning("the run is resumed with other options: %s", ", ".join(changed))
+        load_weights_into(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _state_of(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _state_of(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None  # `Trainer` calls this only where there is one
+        logger.info("loading the best adapter, %s (%s)", best, self.state.best_metric)
+        load_weights_into(self.model, best)
+
+
+@contextmanager
+def _state_of(checkpoint: str | None) -> Iterator[None]:
+    """Turn what torch raises for a damaged state, or one with more than tensors and numbers, into one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise ValueError(
+            f"{checkpoint}: the state of the training cannot be read ({reason}); remove the folder to "
+            "resume from an earlier one"
+        ) from None
