@@ -142,12 +142,14 @@ def checked_dataset(dataset: Any, what: str, config: QPeftConfig | None = None) 
     Every example of a list is checked now; those of other data sets are checked when they are read.
 
     Args:
-        dataset: a list, a `datasets.Dataset`, an iterable, or None.
+        dataset: a list, a `datasets.Dataset`, an iterable, or None; or a dict of them.
         what: `TRAINING` or `EVALUATION`, for messages.
         config: given for a data set to train on, whose examples need the negatives that the config's loss compares
             with.
     Raises: ValueError for a data set that cannot be read again, is empty, or has a bad example.
     """
+    if isinstance(dataset, dict):
+        return {name: checked_dataset(part, what, config) for name, part in dataset.items()}
     dataset = table_rows(dataset)
     if dataset is None:
         return None

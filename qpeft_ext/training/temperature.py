@@ -20,6 +20,7 @@ from ..config import QPeftConfig
 from .losses import configured_loss
 
 AUTO = "auto"
+QUERIES = 64  # that a temperature is fitted on
 _SHARES = tuple(20 ** (-step / 60) for step in range(61))  # of the deviation: 1 … 1/20, in steps of 5 %
 
 

@@ -27,11 +27,9 @@ from .group_trainer import EpochOfOrder, GroupTrainer
 from .losses import configured_loss, needs_temperature
 from .resumable import ResumableTrainer
 from .sampling import first_members
-from .temperature import AUTO, best_temperature
+from .temperature import AUTO, QUERIES, best_temperature
 
 logger = logging.getLogger(__name__)
-
-_QUERIES_FOR_TEMPERATURE = 64
 
 
 class QPeftTrainer(GroupTrainer, ResumableTrainer):
@@ -85,7 +83,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         `Trainer` that is not taken.
 
     Example:
-        >>> import torch, transformers
+        >>> import transformers
         >>> import qpeft_ext as qpeft
         >>> from qpeft_ext.lm.loading import BASE_LM  # the small LM of the demo; any causal LM will do
         >>> transformers.utils.logging.set_verbosity_error()
@@ -94,18 +92,18 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         ...     {"query": query, "positives": [text], "negatives": ["raised when an import fails"]}
         ...     for query, text in texts.items()
         ... ]
-        >>> config = qpeft.QPeftConfig(clues="top_k", loss="listwise", queries_per_group=2)
-        >>> model = qpeft.get_qpeft_model(qpeft.load_lm(BASE_LM), config)
+        >>> model = qpeft.get_qpeft_model(qpeft.load_lm(BASE_LM), qpeft.QPeftConfig(queries_per_group=2))
         >>> args = transformers.TrainingArguments(
         ...     "checkpoints", max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, use_cpu=True,
         ...     save_strategy="no", report_to="none", disable_tqdm=True,
         ... )
         >>> trainer = qpeft.QPeftTrainer(model, args, examples, eval_dataset=examples)
-        >>> before = trainer.evaluate()["eval_loss"]
+        >>> trainer.remove_callback(transformers.PrinterCallback)  # which prints all logs
+        >>> losses = [trainer.evaluate()["eval_loss"]]
         >>> steps = trainer.train().global_step
-        >>> after = trainer.evaluate()["eval_loss"]
-        >>> print(f"{steps} steps: the loss falls" if after < before else "the loss does not fall")
-        2 steps: the loss falls
+        >>> losses.append(trainer.evaluate()["eval_loss"])
+        >>> print(f"{steps} steps, loss {losses[0]:.2f} -> {losses[1]:.2f}")
+        2 steps, loss 2.86 -> 1.10
         >>> model.save_pretrained("my-adapter")
     """
 
@@ -134,10 +132,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         args = checked_arguments(args or TrainingArguments("qpeft-checkpoints"), model)
         expect_trained(model)
         train_dataset = checked_dataset(train_dataset, TRAINING, model.qpeft_config)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: checked_dataset(part, EVALUATION) for name, part in eval_dataset.items()}
-        else:
-            eval_dataset = checked_dataset(eval_dataset, EVALUATION)
+        eval_dataset = checked_dataset(eval_dataset, EVALUATION)
         if args.dataloader_num_workers and train_dataset is not None and not is_sized(train_dataset):
             raise ValueError(
                 "QPeftTrainer: an iterable of examples is read in the main process; set dataloader_num_workers=0"
@@ -343,7 +338,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         self.model.eval()
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
-        members = first_members(dataset, config, self._data_seed, self._shuffles, _QUERIES_FOR_TEMPERATURE)
+        members = first_members(dataset, config, self._data_seed, self._shuffles, QUERIES)
         collate, size = self._collators[True], config.queries_per_group
         groups = (self._prepare_inputs(collate(members[i : i + size])) for i in range(0, len(members), size))
         tables = [
