@@ -1,4 +1,4 @@
-"""What the batch, the cache and other threads do to a score.
+"""How much a score depends on its batch, on the cache and on other threads.
 
     python benchmarks/bench_batch_drift.py                     # 300 batches a combination
     python benchmarks/bench_batch_drift.py --batches 20 --lm llama --threads-only
@@ -13,7 +13,6 @@ LMs: three random ones with attention that matters, and that of the demo. Nothin
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import RESULTS, result_name, write
+from result_file import new_parser, parse, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qpeft_ext as qpeft
@@ -65,7 +64,7 @@ CACHES = ("none", "memory", "disk")
 
 
 def make_texts() -> tuple[list[str], list[str]]:
-    """Queries of one to 16 words and documents of none to 120, from the standard library."""
+    """Take queries of one to 16 words and documents of none to 120 from the source of a standard module."""
     rng, words = np.random.default_rng(0), inspect.getsource(statistics).split()
 
     def some(most: int) -> str:
@@ -76,7 +75,7 @@ def make_texts() -> tuple[list[str], list[str]]:
 
 
 def make_model(lm: str, dtype: str, clues: str) -> qpeft.QPeftModel:
-    """The model, its trained modules a little away from their start."""
+    """Make the model, with trained modules that are a little away from their start."""
     tokenizer = load_tokenizer(BASE_LM)
     if LMS[lm] is None:
         base = qpeft.load_lm(str(BASE_LM), dtype=dtype)
@@ -101,9 +100,11 @@ def make_model(lm: str, dtype: str, clues: str) -> qpeft.QPeftModel:
 
 
 class Drift:
-    """Scores of random batches against those of their pairs alone.
+    """Scores of random batches against those of their pairs, unpadded and one per pass.
 
-    Attributes: alone: of each (query, document), nats a query token.  tokens: of each query.
+    Attributes:
+        expected: the score of each (query, document), in nats per query token.
+        tokens: query tokens of each (query, document).
     """
 
     def __init__(self, model: qpeft.QPeftModel, folder: Path) -> None:
@@ -113,7 +114,7 @@ class Drift:
             [model.score([(query, document)], path="plain") for document in self.documents] for query in self.queries
         ]
         self.tokens = np.array([[float(score.num_tokens) for score in row] for row in scores])
-        self.alone = np.array([[float(score.query_log_likelihood) for score in row] for row in scores]) / self.tokens
+        self.expected = np.array([[float(score.query_log_likelihood) for score in row] for row in scores]) / self.tokens
         prefix = model.engine.layout.nbytes(80)
         small = {
             "memory": qpeft.DocumentCache(6 * prefix),  # of 12 documents: some have to leave
@@ -122,15 +123,15 @@ class Drift:
         self.rerankers = {name: qpeft.Reranker(model, cache=small.get(name)) for name in CACHES}
 
     def of_batch(self, reranker: qpeft.Reranker, rng: np.random.Generator) -> np.ndarray:
-        """Differences of one batch, nats a query token."""
+        """Return the differences of the scores of one batch, in nats per query token."""
         count = int(rng.integers(1, 17))
         q, d = rng.integers(len(self.queries), size=count), rng.integers(len(self.documents), size=count)
         reranker.max_tokens_per_batch = int(rng.choice([128, 512, 2048]))
         scores = reranker.predict([(self.queries[i], self.documents[j]) for i, j in zip(q, d, strict=True)])
-        return np.abs(scores / self.tokens[q, d] - self.alone[q, d])
+        return np.abs(scores / self.tokens[q, d] - self.expected[q, d])
 
     def of_batches(self, batches: int) -> dict[str, np.ndarray]:
-        """Differences of all pairs of ``batches`` batches, by cache."""
+        """Return the differences of all pairs of ``batches`` batches, for each cache."""
         rng, found = np.random.default_rng(1), {name: [] for name in CACHES}
         for number in range(batches):
             name = CACHES[number % len(CACHES)]
@@ -138,7 +139,7 @@ class Drift:
         return {name: np.concatenate(parts) for name, parts in found.items() if parts}
 
     def of_threads(self, batches: int) -> dict[str, np.ndarray]:
-        """The same with each cache by `THREADS` threads at once, which share a reranker and its cache."""
+        """Return the same when `THREADS` threads at once share a reranker and its cache."""
 
         def work(reranker: qpeft.Reranker, seed: int) -> np.ndarray:
             rng = np.random.default_rng(seed)
@@ -155,7 +156,7 @@ class Drift:
 def measure(
     lms: list[str], dtypes: list[str], clues: list[str], batches: int, with_batches: bool = True
 ) -> Iterator[dict]:
-    """Rows of results. Raises: ValueError if a float32 score differs by more than `LIMIT`."""
+    """Yield rows of results. Raises: ValueError if a float32 score differs by more than `LIMIT`."""
     for lm in lms:
         for dtype in dtypes:
             for kind in clues:
@@ -173,36 +174,31 @@ def measure(
                             "max_error": float(differences.max()),
                             "median_error": float(np.median(differences)),
                             "max_error_by_cache": {cache: float(part.max()) for cache, part in found.items()},
-                            "spread": float(drift.alone.std()),  # of the scores themselves, nats a query token
+                            "spread": float(drift.expected.std()),  # of the scores themselves, nats a query token
                         }
                         yield row
                         if dtype == "float32" and not differences.max() <= LIMIT:
                             raise ValueError(
                                 f"{row['work']}: a score differs by {row['max_error']:.1e} nats a query "
-                                f"token from that of the pair alone, expected at most {LIMIT}"
+                                f"token from that of the unpadded pair, expected at most {LIMIT}"
                             )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "batch_drift")
     parser.add_argument("--batches", type=int, default=300, help="of every LM, dtype and clue kind")
     parser.add_argument("--lm", nargs="*", default=list(LMS), choices=LMS)
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--clues", nargs="*", default=list(CLUES), choices=CLUES)
     parser.add_argument("--threads-only", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="default results/<machine>_batch_drift.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    device = torch.device("cpu")
-    path = arguments.out or RESULTS / result_name(device, "batch_drift")
+    arguments = parse(parser)
     for row in measure(arguments.lm, arguments.dtype, arguments.clues, arguments.batches, not arguments.threads_only):
         print(
             f"{row['work']}: {row['pairs']} pairs, at most {row['max_error']:.1e}, median {row['median_error']:.1e} "
             f"nats a query token; the scores spread by {row['spread']:.2f}",
             flush=True,
         )
-        write(path, device, [row])
+        path = save(arguments, "batch_drift", [row])
     print("wrote", path)
 
 

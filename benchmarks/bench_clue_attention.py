@@ -13,11 +13,11 @@ from common import (
     distinct_bytes,
     main,
     make_documents,
-    normal,
     pairs_of_rows,
     run_tiny,
     works,
 )
+from timing import normal
 from torch import Tensor
 from torch.nn.functional import linear
 

@@ -26,7 +26,7 @@ _PROGRAM = "import sys, bench_corpus; bench_corpus.child(*sys.argv[1:])"
 
 
 def generate(path: Path, documents: int) -> None:
-    """Documents of 3 words of title and 60 of text, about 400 bytes, ids in random order."""
+    """Write documents with 3 words of title and 60 of text, about 400 bytes each, their ids in random order."""
     source = random.Random(0)
     words = [f"w{i}" for i in range(5000)]
     ids = list(range(documents))
@@ -65,7 +65,7 @@ def child(kind: str, path: str, documents: str) -> None:
 
 
 def measure(documents: int, repeats: int) -> tuple[list[dict], dict[str, float]]:
-    """Rows of DESIGN 8, and what `LIMITS` names; medians, ours and the baseline in turns."""
+    """Measure ours and the baseline in turns; return rows of medians, and the numbers that `LIMITS` names."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus.jsonl"
         generate(path, documents)
@@ -138,7 +138,7 @@ def _dictionary(path: str) -> dict[str, dict]:
 
 
 def _resident() -> int:
-    """The largest so far, in bytes. (`getrusage` would start with what the parent process held.)"""
+    """Return the largest resident set so far, in bytes; that of `getrusage` would include the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -161,11 +161,11 @@ def main() -> int:
             f"{row['baselines_ms']['dictionary']:,.0f} ms, {row['baselines_peak_bytes']['dictionary'] / 1e6:,.0f} MB"
         )
     print(f"{measured['lookups_per_s']:,.0f} lookups a second")
-    import common  # not at the top: the measured processes must not hold torch
-    import torch
+    import torch  # not at the top: the measured processes must not load it
+    from result_file import RESULTS, machine, write
 
     device = torch.device("cpu")
-    print("wrote", common.write(common.RESULTS / f"{common.machine(device)}_corpus.json", device, rows))
+    print("wrote", write(RESULTS / f"{machine(device)}_corpus.json", device, rows))
     for complaint in (failures := missed(measured)):
         print("MISSED", complaint)
     return bool(failures)

@@ -22,9 +22,7 @@ Times include tokenisation. Process CPU time stands beside wall time.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import math
 import os
 import shutil
 import tempfile
@@ -35,95 +33,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_training import Shape, make_model
-from common import RESULTS, machine, peak_bytes, show, synchronize, write
+from common import show
+from random_llama import Shape, make_model
+from result_file import new_parser, parse, save
+from shared_candidates import LONGEST_DOCUMENT, SETTINGS, Pairs, Setting, make_pairs
+from timing import peak_bytes, synchronize
 
 import qpeft_ext as qpeft
 
 TOLERANCE = 1e-4  # of mean log-likelihoods, nats per query token
-LONGEST_DOCUMENT = 320
 UPR_BATCH = 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    shape: Shape
-    queries: int = 50
-    candidates: int = 100
-    parts: int = 5
-    suffix: str = ""  # of the works' names; the fixed ones belong to the 25 M Llama
-
-
-SETTINGS = {
-    "25m": Setting(Shape()),
-    "small": Setting(Shape(layers=4, width=256, inner=768, heads=4, vocabulary=4000), suffix="/small"),
-    "tiny": Setting(
-        Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=30, query=5),
-        queries=4,
-        candidates=6,
-        parts=2,
-        suffix="/tiny",
-    ),
-}
-
-
-@dataclass
-class Pairs:
-    """queries, documents: texts.  pairs: (query, document) indices, in the order of the queries."""
-
-    queries: list[str]
-    documents: list[str]
-    pairs: list[tuple[int, int]]
-
-    def texts(self) -> list[tuple[str, str]]:
-        return [(self.queries[q], self.documents[d]) for q, d in self.pairs]
-
-    def part(self, r: int, parts: int, by_query: bool = False) -> Pairs:
-        return replace(self, pairs=[(q, d) for q, d in self.pairs if (q if by_query else d) % parts == r])
-
-    def few(self, count: int) -> Pairs:
-        """About ``count`` of the pairs, from all over them."""
-        return replace(self, pairs=self.pairs[:: max(1, len(self.pairs) // count)])
-
-
-def make_pairs(setting: Setting, sharing: float, seed: int = 0) -> Pairs:
-    """Words follow Zipf's law; a few documents are candidates of many queries, most of one."""
-    shape, random = setting.shape, np.random.default_rng(seed)
-    frequencies = 1 / np.arange(1, shape.vocabulary - 9) ** 1.05
-    frequencies /= frequencies.sum()
-    names = random.permutation(np.arange(10, shape.vocabulary))
-
-    def text(length: int) -> str:
-        return " ".join(f"w{i}" for i in names[random.choice(len(names), length, p=frequencies)])
-
-    pairs = _shared_candidates(setting, sharing, random)
-    spread = 0.4
-    sigma = math.sqrt(math.log(1 + spread**2))
-    count, longest = 1 + max(d for _, d in pairs), LONGEST_DOCUMENT * shape.document // 200
-    lengths = np.exp(random.normal(math.log(shape.document) - sigma**2 / 2, sigma, count)).round().clip(8, longest)
-    documents = [text(int(n)) for n in lengths]
-    queries = [text(n) for n in random.integers(shape.query - 4, shape.query + 5, setting.queries)]
-    return Pairs(queries, documents, pairs)
-
-
-def _shared_candidates(setting: Setting, sharing: float, random: np.random.Generator) -> list[tuple[int, int]]:
-    """(query, document) for every query's candidates; a pool is enlarged until it gives enough distinct documents."""
-    total = setting.queries * setting.candidates
-    if sharing <= 1:
-        return [(i // setting.candidates, i) for i in range(total)]
-    pool, used = round(total / sharing), set()
-    while len(used) * sharing < total:
-        popularity = random.pareto(3, pool) + 0.5  # a few documents are candidates of many queries
-        popularity /= popularity.sum()
-        pairs = [
-            (q, int(d))
-            for q in range(setting.queries)
-            for d in random.choice(pool, setting.candidates, replace=False, p=popularity)
-        ]
-        used = {d for _, d in pairs}
-        pool = round(pool * 1.05)
-    place = {d: i for i, d in enumerate(sorted(used))}
-    return [(q, place[d]) for q, d in pairs]
 
 
 # -- the systems: each takes the pairs of a part and returns their scores, [B] float32 ---------------------------------
@@ -132,8 +51,8 @@ def _shared_candidates(setting: Setting, sharing: float, random: np.random.Gener
 class Systems:
     def __init__(self, setting: Setting, device, dtype: torch.dtype, cache_bytes: int, folder: Path) -> None:
         self.setting, self.device, self.folder = setting, torch.device(device), folder
-        self.model = make_model(setting.shape, device, "attention", dtype).eval()
-        self.model.prompt.max_document_tokens = LONGEST_DOCUMENT
+        options = {"max_document_tokens": LONGEST_DOCUMENT}
+        self.model = make_model(setting.shape, device, "attention", dtype, **options).eval()
         self.cache_bytes = cache_bytes
         self.cache = self.disk_cache = None
         self.cross_encoder_model = self._load_cross_encoder()
@@ -145,7 +64,7 @@ class Systems:
         return systems
 
     def ours_cold(self, part: Pairs) -> np.ndarray:
-        """An empty cache, filled on the way."""
+        """Score with an empty cache, which is filled on the way."""
         self.cache = qpeft.DocumentCache(self.cache_bytes)
         return self.ours_warm(part)
 
@@ -153,12 +72,12 @@ class Systems:
         return qpeft.Reranker(self.model, cache=self.cache).predict(part.texts(), show_progress_bar=False)
 
     def ours_disk(self, part: Pairs) -> np.ndarray:
-        """Prefixes of an earlier process: read from files, then kept."""
+        """Score with prefixes in files of an earlier process, which are read once and then kept in memory."""
         return qpeft.Reranker(self.model, cache=self.disk_cache).predict(part.texts(), show_progress_bar=False)
 
     @torch.no_grad()
     def write_files(self, part: Pairs) -> None:
-        """What `ours_disk` reads; nothing of it stays in the page cache."""
+        """Write what `ours_disk` reads, and let the system drop it from its page cache."""
         folder = self.folder / "prefixes"
         if self.disk_cache is not None:
             self.disk_cache.tiers["disk"]._lock.close()  # as the end of a process would
@@ -208,7 +127,7 @@ class Systems:
 
     @torch.no_grad()
     def cross_encoder_oracle(self, part: Pairs) -> np.ndarray:
-        """The same numbers from the LM itself, a pair at a time."""
+        """Compute the logits of the cross-encoder by the LM itself, one pair at a time."""
         scores = []
         for document, query in self._cross_encoder_texts(part):
             ids = self.model.tokenizer([f"{document} {query}"], add_special_tokens=False, return_tensors="pt").input_ids
@@ -229,7 +148,7 @@ def _groups_of_one_query(pairs: list[tuple[int, int]], size: int):
 
 @dataclass
 class Tokens:
-    """True tokens through the LM, what they attend to, and rows through the head; padding is not counted."""
+    """Counts, without padding: tokens through the LM, tokens that these attend to, and rows through the head."""
 
     tokens: int = 0
     attended: int = 0
@@ -241,7 +160,7 @@ class Tokens:
         self.head_rows += head_rows
 
     def flops(self, shape: Shape) -> float:
-        """Multiply-adds twice; clue modules not counted (a few per cent)."""
+        """Return the FLOPs, two for a multiply-add; those of clue modules, a few per cent, are not counted."""
         layer = 4 * shape.width**2 + 3 * shape.width * shape.inner
         linear = 2 * shape.layers * layer * self.tokens
         head = 2 * shape.width * shape.vocabulary * self.head_rows
@@ -270,7 +189,7 @@ def count_tokens(systems: Systems, data: Pairs) -> dict[str, Tokens]:
 
 
 def check(systems: Systems, part: Pairs) -> float:
-    """Largest difference of mean log-likelihoods between any two systems. Raises: ValueError above `TOLERANCE`."""
+    """Return the largest difference of mean log-likelihoods from the plain path; ValueError above `TOLERANCE`."""
     query_tokens = np.array([len(systems.model.prompt.queries([part.queries[q]])[0]) for q, _ in part.pairs])
     expected = systems.plain(part) / query_tokens
     largest = 0.0
@@ -288,105 +207,106 @@ def check(systems: Systems, part: Pairs) -> float:
     return largest
 
 
+class Times:
+    """What every system took for each part."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.wall, self.cpu, self.pairs_per_second = ({name: [] for name in names} for _ in range(3))
+
+    def add(self, name: str, pairs: int, run: Callable[[], object], device: torch.device) -> None:
+        gc.collect()
+        synchronize(device)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        run()
+        synchronize(device)
+        self.wall[name].append((time.perf_counter() - start) * 1e3)
+        self.cpu[name].append((time.process_time() - cpu_start) * 1e3)
+        self.pairs_per_second[name].append(1e3 * pairs / self.wall[name][-1])
+
+    def row(self, name: str, baselines: list[str]) -> dict:
+        """Return the sums over all parts of one of ours, beside those of the baselines."""
+        wall, cpu, rates = self.wall, self.cpu, self.pairs_per_second
+        return {
+            "ours_ms": sum(wall[name]),
+            "baselines_ms": {b: sum(wall[b]) for b in baselines},
+            "ratio": {b: sum(wall[b]) / sum(wall[name]) for b in baselines},
+            "part_ratios": {b: [y / x for x, y in zip(rates[b], rates[name], strict=True)] for b in baselines},
+            "ours_cpu_ms": sum(cpu[name]),
+            "baselines_cpu_ms": {b: sum(cpu[b]) for b in baselines},
+            "cpu_ratio": {b: sum(cpu[b]) / sum(cpu[name]) for b in baselines},
+            "pairs_per_second": {n: len(wall[n]) / sum(1 / x for x in rates[n]) for n in (name, *baselines)},
+            "parts": len(wall[name]),
+        }
+
+
 def measure(systems: Systems, data: Pairs, baselines: list[str], only: int | None = None) -> list[dict]:
-    """One row for each of the works. ``only``: so many parts of the work."""
+    """Return one row for each of the works. ``only``: stop after this number of parts."""
     setting, device = systems.setting, systems.device
     largest_error = check(systems, data.few(100))
     ours = {"cold": systems.ours_cold, "warm": systems.ours_warm, "disk": systems.ours_disk}
     against = {name: function for name, function in systems.baselines().items() if name in baselines}
-    wall, cpu, pairs_per_second = ({name: [] for name in (*ours, *against)} for _ in range(3))
+    times = Times([*ours, *against])
     for r in range(only or setting.parts):
         systems.write_files(data.part(r, setting.parts))
         for name, function in {**ours, **against}.items():  # warm follows cold: it reads what cold left
             part = data.part(r, setting.parts, by_query=name == "padded_unsorted")
-            gc.collect()
-            synchronize(device)
-            start, cpu_start = time.perf_counter(), time.process_time()
-            function(part)
-            synchronize(device)
-            wall[name].append((time.perf_counter() - start) * 1e3)
-            cpu[name].append((time.process_time() - cpu_start) * 1e3)
-            pairs_per_second[name].append(1e3 * len(part.pairs) / wall[name][-1])
-        print(
-            f"part {r + 1} of {setting.parts}, pairs/s: "
-            + ", ".join(f"{name} {rates[r]:.1f}" for name, rates in pairs_per_second.items()),
-            flush=True,
-        )
+            times.add(name, len(part.pairs), lambda function=function, part=part: function(part), device)
+        rates = ", ".join(f"{name} {rates[r]:.1f}" for name, rates in times.pairs_per_second.items())
+        print(f"part {r + 1} of {setting.parts}, pairs/s: {rates}", flush=True)
     sample = data.part(0, setting.parts).few(200)
     systems.write_files(sample)
     peaks = {name: peak_bytes(lambda f=function: f(sample), device) for name, function in {**ours, **against}.items()}
     counts = count_tokens(systems, data)
     rows = []
     for name in ours:
-        ratio = {b: sum(wall[b]) / sum(wall[name]) for b in against}
+        row = {"work": f"rerank_{name}{setting.suffix}", **times.row(name, list(against))}
         bound = {b: counts[b].tokens / counts[name].tokens for b in against}
-        rows.append(
-            {
-                "work": f"rerank_{name}{setting.suffix}",
-                "ours_ms": sum(wall[name]),
-                "baselines_ms": {b: sum(wall[b]) for b in against},
-                "ratio": ratio,
-                "ours_peak_bytes": peaks[name],
-                "baselines_peak_bytes": {b: peaks[b] for b in against},
-                "bound_share": ratio["plain"] / bound["plain"] if "plain" in ratio else None,
-                "max_error": largest_error,
-                "token_bound": bound,
-                "part_ratios": {
-                    b: [y / x for x, y in zip(pairs_per_second[b], pairs_per_second[name], strict=True)]
-                    for b in against
-                },
-                "ours_cpu_ms": sum(cpu[name]),
-                "baselines_cpu_ms": {b: sum(cpu[b]) for b in against},
-                "cpu_ratio": {b: sum(cpu[b]) / sum(cpu[name]) for b in against},
-                "pairs_per_second": {
-                    n: len(wall[n]) / sum(1 / x for x in pairs_per_second[n]) for n in (name, *against)
-                },
-                "parts": len(wall[name]),
-                "queries_per_petaflop": {
-                    n: 1e15 * setting.queries / counts[n].flops(setting.shape) for n in (name, *against)
-                },
-                "shape": vars(setting.shape)
-                | {
-                    "queries": setting.queries,
-                    "candidates": setting.candidates,
-                    "distinct_documents": len({d for _, d in data.pairs}),
-                    "tokens": {n: counts[n].tokens for n in (name, *against)},
-                    "parameters": sum(p.numel() for p in systems.model.lm.parameters()),
-                    "dtype": str(systems.model.engine.table.dtype).removeprefix("torch."),
-                },
-            }
-        )
+        flops = {n: counts[n].flops(setting.shape) for n in (name, *against)}
+        row |= {
+            "ours_peak_bytes": peaks[name],
+            "baselines_peak_bytes": {b: peaks[b] for b in against},
+            "bound_share": row["ratio"]["plain"] / bound["plain"] if "plain" in bound else None,
+            "max_error": largest_error,
+            "token_bound": bound,
+            "queries_per_petaflop": {n: 1e15 * setting.queries / flops[n] for n in flops},
+            "shape": describe(systems, data) | {"tokens": {n: counts[n].tokens for n in flops}},
+        }
+        rows.append(row)
     return rows
 
 
+def describe(systems: Systems, data: Pairs) -> dict:
+    """Return the sizes of the work."""
+    setting, model = systems.setting, systems.model
+    return vars(setting.shape) | {
+        "queries": setting.queries,
+        "candidates": setting.candidates,
+        "distinct_documents": len({d for _, d in data.pairs}),
+        "parameters": sum(p.numel() for p in model.lm.parameters()),
+        "dtype": str(model.engine.table.dtype).removeprefix("torch."),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time reranking against its baselines.")
-    parser.add_argument("--device", default="cpu")
+    parser = new_parser("Time reranking against its baselines.", "reranking", threads=2)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--setting", default="25m", choices=SETTINGS)
     parser.add_argument("--queries", type=int)
     parser.add_argument("--parts", type=int, help="the work is done in so many parts, at least 5 for a median")
     parser.add_argument("--only", type=int, help="stop after so many parts: a quick look")
     parser.add_argument("--sharing", type=float, default=2.0, help="pairs per distinct document")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--baselines", nargs="*", default=["plain", "padded_unsorted", "cross_encoder"])
-    parser.add_argument("--cache-gb", type=float, default=6.0, help="memory for prefixes: of one part of the work")
-    parser.add_argument("--out", type=Path, help="default results/<machine>_reranking.json; no file for tiny")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    parser.add_argument("--cache-gb", type=float, default=6.0, help="memory for the prefixes of one part of the work")
+    arguments = parse(parser)
     setting = SETTINGS[arguments.setting]
     setting = replace(setting, queries=arguments.queries or setting.queries, parts=arguments.parts or setting.parts)
     data = make_pairs(setting, arguments.sharing)
+    dtype, cache_bytes = getattr(torch, arguments.dtype), int(arguments.cache_gb * 1e9)
     with tempfile.TemporaryDirectory() as folder:
-        systems = Systems(
-            setting, arguments.device, getattr(torch, arguments.dtype), int(arguments.cache_gb * 1e9), Path(folder)
-        )
+        systems = Systems(setting, arguments.device, dtype, cache_bytes, Path(folder))
         rows = measure(systems, data, arguments.baselines, arguments.only)
-        if arguments.out or arguments.setting != "tiny":
-            print(
-                "wrote",
-                write(arguments.out or RESULTS / f"{machine(systems.device)}_reranking.json", systems.device, rows),
-            )
+    if arguments.out or arguments.setting != "tiny":
+        print("wrote", save(arguments, "reranking", rows))
     for row in rows:
         show(row)
         for name, bound in row["token_bound"].items():

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_reranking import SETTINGS, make_pairs
-from bench_training import make_model
+from random_llama import make_model
+from shared_candidates import SETTINGS, make_pairs
 
 import qpeft_ext as qpeft
 from qpeft_ext import formats
@@ -32,7 +32,7 @@ def resident_bytes() -> int:
 
 
 class Peak(threading.Thread):
-    """The largest resident set while the block runs."""
+    """A context that records the largest resident set while it is open."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -52,7 +52,7 @@ class Peak(threading.Thread):
 
 
 def write_corpus(folder: Path, documents: list[str], count: int) -> None:
-    """``count`` documents: the given texts again and again, each behind a word of its own."""
+    """Write ``count`` documents: the given texts again and again, each after a word of its own."""
     with open(folder / "corpus.jsonl", "w") as file:
         for i in range(count):
             file.write(f'{{"_id": "d{i}", "title": "", "text": "n{i} {documents[i % len(documents)]}"}}\n')

@@ -19,14 +19,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_training import TINY, Shape, make_model
 from common import Case, main, run_tiny
+from random_llama import TINY, RandomIds, Shape, make_model
 from torch import Tensor
 
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.engine.shared_cache import shared_cache
 from qpeft_ext.prompts.pairs import PairBatch
-from qpeft_ext.prompts.prompt import DocumentPrefix
 
 
 class Work:
@@ -35,14 +34,10 @@ class Work:
     def __init__(self, shape: Shape, documents: int, queries: int, device, backward: bool) -> None:
         self.model = make_model(shape, device, "attention", torch.float32).eval()
         self.queries, self.backward, self.width = queries, backward, shape.width
-        random = torch.Generator().manual_seed(2)
-
-        def ids(length: int) -> tuple[int, ...]:
-            return tuple(torch.randint(10, shape.vocabulary, (length,), generator=random).tolist())
-
-        prefixes = [DocumentPrefix((0, *ids(shape.prefix - 1)), 11, 11 + shape.document, 0) for _ in range(documents)]
+        ids = RandomIds(shape)
+        prefixes = [ids.prefix() for _ in range(documents)]
         pairs = [(q, d) for d in range(documents) for q in range(queries)]
-        batch = PairBatch([ids(shape.query) for _ in range(queries)], prefixes, pairs)
+        batch = PairBatch([ids.query() for _ in range(queries)], prefixes, pairs)
         with torch.no_grad():
             self.prefix = self.model.engine.prefill([prefix.ids for prefix in prefixes])
             clues = self.model.compute_clues(batch)
@@ -92,7 +87,7 @@ class Work:
         return self._result(engine.head(hidden.reshape(B * L, -1)[rows.before_query], rows.target_ids))
 
     def _result(self, log_p: Tensor) -> Tensor:
-        """log p of every query token, or the gradient to the clue vectors."""
+        """Return log p of every query token, or the gradient of the clue vectors."""
         return torch.autograd.grad(log_p.sum(), self.vectors)[0] if self.backward else log_p
 
 

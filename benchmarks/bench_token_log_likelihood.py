@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from common import FIRST, MODELS, SETS, Case, T, compiled, default_dtype, main, normal, run_tiny, works
+from common import FIRST, MODELS, SETS, Case, T, compiled, main, run_tiny, works
+from timing import default_dtype, normal
 from torch import Tensor
 
 from qpeft_ext.ops import token_log_likelihood

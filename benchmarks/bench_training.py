@@ -14,101 +14,24 @@ Baselines, same weights and same loss:
 
 from __future__ import annotations
 
-import argparse
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from common import RESULTS, machine, median, peak_bytes, show, synchronize, write
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from common import show
+from random_llama import TINY, Shape, make_batch, make_model
+from result_file import new_parser, parse, save
+from timing import median, peak_bytes, synchronize
 
 import qpeft_ext as qpeft
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.prompts.pairs import PairBatch
-from qpeft_ext.prompts.prompt import DocumentPrefix, SuffixPieces
 from qpeft_ext.training.losses import configured_loss
 
 QUERIES, DOCUMENTS = 4, 8  # a positive and a hard negative for each query
 OFFICIAL_ROWS, OFFICIAL_MICRO_BATCH, DISTINCT_MICRO_BATCH = 56, 4, 8
 TOLERANCE = 1e-4  # of losses and gradients, relative
-
-
-@dataclass(frozen=True)
-class Shape:
-    """An LM and the lengths of its prompts; the defaults are DESIGN's."""
-
-    layers: int = 6
-    width: int = 512
-    inner: int = 1536
-    heads: int = 8
-    groups: int = 1  # heads that share keys and values
-    vocabulary: int = 8000
-    document: int = 200  # tokens of title and text
-    query: int = 16
-
-    @property
-    def prefix(self) -> int:
-        return self.document + 12  # <bos>, the instruction, a newline
-
-    @property
-    def suffix(self) -> int:
-        return 8 + 2 * self.query  # "hints:" and "Question:", a clue for each query token, the query
-
-
-TINY = Shape(layers=2, width=64, inner=96, heads=4, vocabulary=300, document=38, query=4)
-
-
-def make_model(shape: Shape, device, clues: str, dtype: torch.dtype, **options) -> qpeft.QPeftModel:
-    """A Llama with random weights and trained modules that have left the identity; ``options`` of `QPeftConfig`."""
-    torch.manual_seed(0)
-    lm = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=shape.width,
-            intermediate_size=shape.inner,
-            num_hidden_layers=shape.layers,
-            bos_token_id=0,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads // shape.groups,
-            vocab_size=shape.vocabulary,
-            eos_token_id=1,
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-            max_position_embeddings=1024,
-        )
-    ).to(device, dtype)
-    config = qpeft.QPeftConfig(clues=clues, k=shape.query, num_heads=shape.heads, margin=0.5, **options)
-    model = qpeft.get_qpeft_model(lm, config, make_tokenizer(shape.vocabulary))
-    torch.manual_seed(1)
-    for module in model.trained_modules.values():
-        for parameter in module.parameters():
-            parameter.data.add_(0.02 * torch.randn_like(parameter))
-    model.prompt.suffix = SuffixPieces(hints=(2, 3, 4), question=(5, 6, 7, 8, 9), bare_question=(6, 7, 8, 9))
-    return model.train()
-
-
-def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    words = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def make_batch(shape: Shape) -> PairBatch:
-    """All queries with all documents; document q is the positive of query q."""
-    random = torch.Generator().manual_seed(2)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(10, shape.vocabulary, (length,), generator=random).tolist())
-
-    queries = [ids(shape.query) for _ in range(QUERIES)]
-    documents = [
-        DocumentPrefix((0, *ids(10), *ids(shape.document), 9), 11, 11 + shape.document, 0) for _ in range(DOCUMENTS)
-    ]
-    return PairBatch(queries, documents, [(q, d) for q in range(QUERIES) for d in range(DOCUMENTS)])
 
 
 # -- the three orders of computation; each leaves the gradient in model.clues and returns the loss ---------------------
@@ -119,7 +42,7 @@ class Step:
 
     def __init__(self, shape: Shape, device="cpu", clues: str = "attention", dtype=torch.float32) -> None:
         self.shape, self.device = shape, torch.device(device)
-        self.model, self.batch = make_model(shape, device, clues, dtype), make_batch(shape)
+        self.model, self.batch = make_model(shape, device, clues, dtype), make_batch(shape, QUERIES, DOCUMENTS)
         self.positive = torch.zeros(QUERIES, DOCUMENTS, dtype=torch.bool, device=device)
         self.positive[range(QUERIES), range(QUERIES)] = True
         self.mask = torch.ones_like(self.positive)
@@ -129,30 +52,26 @@ class Step:
         config = self.model.qpeft_config
         return configured_loss(config, table, self.positive[rows], self.mask[rows])
 
-    def ours(self, cache: qpeft.DocumentCache | None = None) -> torch.Tensor:
+    def ours(self, **options) -> torch.Tensor:
+        """Run the step through `QPeftModel.forward`, with its ``options``."""
         self.model.zero_grad(set_to_none=True)
-        scores = self.model(self.batch, cache=cache).mean_query_log_likelihood
+        scores = self.model(self.batch, **options).mean_query_log_likelihood
         loss = self.loss(scores.view(QUERIES, DOCUMENTS))
         loss.backward()
         return loss.detach()
 
     def ours_cached(self) -> torch.Tensor:
-        return self.ours(self.cache)
+        return self.ours(cache=self.cache)
 
     def ours_first_epoch(self) -> torch.Tensor:
-        return self.ours(qpeft.DocumentCache(1 << 30))
+        return self.ours(cache=qpeft.DocumentCache(1 << 30))
 
     def ours_in_micro_batches(self) -> torch.Tensor:
-        """Suffix micro-batches of 8 pairs: less memory, the suffixes are computed twice."""
-        whole = self.model.qpeft_config
-        self.model.qpeft_config = replace(whole, suffix_micro_batch=8)
-        try:
-            return self.ours()
-        finally:
-            self.model.qpeft_config = whole
+        """Run the step with passes of at most 8 pairs: less memory, but the suffixes are computed twice."""
+        return self.ours(max_pairs_per_batch=8)
 
     def plain_distinct(self, pairs_at_once: int = DISTINCT_MICRO_BATCH) -> torch.Tensor:
-        """Whole prompts of the distinct pairs, a few queries at a time; the head on query positions only."""
+        """Run the step on whole prompts of the distinct pairs, a few queries at a time; logits of query tokens only."""
         self.model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         queries_at_once = pairs_at_once // DOCUMENTS
@@ -169,7 +88,7 @@ class Step:
         return self.plain_distinct(QUERIES * DOCUMENTS)
 
     def official(self) -> torch.Tensor:
-        """Every (positive, negative) pair of rows by itself: a query's positive is computed once for each negative."""
+        """Run the step on every (positive, negative) pair of rows: the positive is computed once for each negative."""
         self.model.zero_grad(set_to_none=True)
         pairs = [(q, d) for q in range(QUERIES) for d in range(DOCUMENTS) if d != q]
         total, size = torch.zeros((), device=self.device), OFFICIAL_MICRO_BATCH // 2
@@ -185,7 +104,7 @@ class Step:
         return total
 
     def _likelihood(self, batch: PairBatch, every_position: bool) -> torch.Tensor:
-        """ℓ of whole prompts, through the LM's public forward with inputs_embeds, [B]."""
+        """Return the mean log-likelihood of whole prompts, [B], by the LM's own forward with inputs_embeds."""
         model = self.model
         clues = model.compute_clues(batch)
         rows = assemble_rows(batch, model.prompt.suffix, clues.mask.sum(1).tolist(), self.device, with_prefix=True)
@@ -219,7 +138,7 @@ class Step:
 
 
 def error(step: Step, function: Callable, expected: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """The larger of the relative errors of loss and gradient. Raises: ValueError above `TOLERANCE`."""
+    """Return the larger of the relative errors of loss and gradient. Raises: ValueError above `TOLERANCE`."""
     loss, (expected_loss, expected_gradient) = function(), expected
     of_gradient = float((step.gradient() - expected_gradient).norm() / expected_gradient.norm())
     largest = max(float(abs(loss - expected_loss) / abs(expected_loss)), of_gradient)
@@ -229,9 +148,9 @@ def error(step: Step, function: Callable, expected: tuple[torch.Tensor, torch.Te
 
 
 def saved_bytes(step: Step, function: Callable) -> int:
-    """Bytes that autograd keeps for the backward pass: the distinct storages that are no parameter, at their largest.
+    """Return the bytes that autograd keeps for the backward pass of the largest graph of a step.
 
-    A graph is counted until its backward pass begins; the largest graph of the step counts.
+    These are the distinct storages, without those of parameters, that are saved before the backward pass begins.
     """
     parameters = {p.untyped_storage().data_ptr() for p in step.model.parameters()}
     kept: dict[int, int] = {}
@@ -261,7 +180,7 @@ def saved_bytes(step: Step, function: Callable) -> int:
 
 
 def token_passes(shape: Shape) -> dict[str, int]:
-    """Tokens that go through the LM, forward and backward (DESIGN 8: 28,224, 16,128, 4,256 and 2,560)."""
+    """Count the tokens that go through the LM, forward and backward (28,224, 16,128, 4,256 and 2,560 by default)."""
     whole, pairs = shape.prefix + shape.suffix, QUERIES * DOCUMENTS
     cached = 2 * pairs * shape.suffix
     return {
@@ -273,7 +192,7 @@ def token_passes(shape: Shape) -> dict[str, int]:
 
 
 def measure(step: Step, work: str, ours: Callable, baselines: dict[str, Callable], repeats: int) -> dict:
-    """Checks, then wall and CPU time in turns, then bytes."""
+    """Check all functions, then measure wall and CPU time in turns, then memory."""
     functions = {"ours": ours, **baselines}
     expected = step.plain_distinct(), step.gradient()
     errors = [error(step, function, expected) for function in functions.values()]
@@ -317,8 +236,8 @@ def measure(step: Step, work: str, ours: Callable, baselines: dict[str, Callable
 
 
 def measure_saved(step: Step) -> dict:
-    """DESIGN's memory targets: one graph against one graph, and micro-batches against the official micro-batch."""
-    # what a step in micro-batches keeps at once: the checkpoints of all, and the graph of one that is recomputed
+    """Compare saved memory: one graph with one graph, and micro-batches with the official micro-batch."""
+    # A step in micro-batches keeps the checkpoints of all at once, and the graph of one that is computed again.
     one = Step(step.shape, step.device, step.model.qpeft_config.clues, step.model.engine.table.dtype)
     one.batch = step.batch.select(range(DOCUMENTS))
 
@@ -343,16 +262,12 @@ def measure_saved(step: Step) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time a training step against its baselines.")
-    parser.add_argument("--device", default="cpu")
+    parser = new_parser("Time a training step against its baselines.", "training", threads=2)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--clues", default="attention", choices=("attention", "top_k"))
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="a tiny model, one repetition, no file")
-    parser.add_argument("--out", type=Path, help="default results/<machine>_training.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse(parser)
     step = Step(TINY if arguments.tiny else Shape(), arguments.device, arguments.clues, getattr(torch, arguments.dtype))
     repeats = 1 if arguments.tiny else arguments.repeats
     step.ours_cached()  # fills the cache
@@ -384,7 +299,7 @@ def main() -> None:
     for name, ratio in rows[0]["saved_bytes"]["ratio"].items():
         print(f"saved for backward: {name} = {ratio:.2f}")
     if arguments.out or not arguments.tiny:
-        print("wrote", write(arguments.out or RESULTS / f"{machine(step.device)}_training.json", step.device, rows))
+        print("wrote", save(arguments, "training", rows))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench_training import TINY, Shape, make_batch, make_model
-from common import POOLS, Case, T, main, normal, run_tiny, seconds
+from common import POOLS, Case, T, main, run_tiny
+from random_llama import TINY, Shape, make_batch, make_model
+from timing import normal, seconds
 
 import qpeft_ext as qpeft
 from qpeft_ext.adapters.inputs import ClueInputs
@@ -36,7 +37,7 @@ def generated_lora(shape: Shape, backward: bool):
     """Scores of 4 queries with 8 documents whose prefixes are in a cache, with default clues; and their gradient."""
 
     def case(device):
-        batch, cache = make_batch(shape), qpeft.DocumentCache(1 << 30)
+        batch, cache = make_batch(shape, queries=4, documents=8), qpeft.DocumentCache(1 << 30)
         models = [make_model(shape, device, "attention", torch.float32, **options)
                   for options in ({"generated_lora_rank": RANK}, {})]  # fmt: skip
         ours, without = models

@@ -45,7 +45,7 @@ def load() -> None:
 
 
 def uses_reference(device: torch.device) -> bool:
-    """Whether operators on this device run their PyTorch definition; a warning says why, once per device type."""
+    """Return whether operators on this device run their PyTorch definition, and warn once why they do."""
     if device.type in _live:
         return False
     if not torch.compiler.is_compiling() and device.type not in _noticed:
@@ -129,7 +129,7 @@ def _why_no_gpu() -> str | None:
 
 
 def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
-    """Whether kernels built for CMake's architecture names (``80-real``, ``90a-real``, ``120``) run on this capability.
+    """Return whether kernels for CMake's architectures (``80-real``, ``90a-real``, ``120``) run on this capability.
 
     Machine code runs on later minor versions of the same major one, ``a`` variants on their own version only;
     a name without ``-real`` also carries PTX, which the driver compiles for any later GPU.
@@ -160,5 +160,5 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def registered() -> bool:
-    """Whether the library, and with it the schemas of csrc/ops.cpp, is loaded."""
+    """Return whether the library, and with it the schemas of csrc/ops.cpp, is loaded."""
     return hasattr(torch.ops.qpeft_ext, "document_rows_distinct")

@@ -142,7 +142,20 @@ def attention_weights(
 ) -> Tensor:  # fmt: skip
     """Return how much each query token attends to each document token in `clue_attention`, to explain a score.
 
-    This is plain PyTorch. Args: as for `clue_attention`; the weights of values and output do not matter.
+    This is plain PyTorch. The projections of values and output do not matter for it.
+
+    Args:
+        query_embeds: embeddings of the query tokens, ``[Q, T, D]``, floating.
+        query_mask: True where there is a query token, ``[Q, T]``, bool.
+        table: embeddings, ``[V, D]``, dtype and device of ``query_embeds``.
+        document_ids: rows of ``table``, ``[B, S]``, int64, in ``[0, V)``; never read where ``document_mask`` is False.
+        document_mask: which document tokens are keys, ``[B, S]``, bool.
+        query_index: the query of each pair, ``[B]``, int64 in ``[0, Q)``.
+        w_q: weight of the query projection, ``[D, D]``, same dtype.
+        w_k: weight of the key projection, likewise.
+        b_q: bias of the query projection, ``[D]``, same dtype, or None.
+        b_k: bias of the key projection, likewise.
+        num_heads: H, a divisor of D.
     Returns: ``[B, H, T, S]``, dtype of ``query_embeds``; they sum to 1 over S, or are all 0 for a document without
         tokens.
     """

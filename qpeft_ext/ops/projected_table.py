@@ -98,9 +98,20 @@ class ProjectedTable:
     ) -> Tensor:
         """Return the result of `clue_attention` for these queries and documents, without gradient.
 
-        Args: as for `clue_attention`; the table, w_k, w_v and b_v are those of this object.
+        The inputs are those of `clue_attention`; the table and the projections of keys and values are this object's.
+
+        Args:
+            query_embeds: embeddings of the query tokens, ``[Q, T, D]``, floating.
+            query_mask: True where there is a query token, ``[Q, T]``, bool.
+            document_ids: rows of the table, ``[B, S]``, int64, in ``[0, V)``; unread where ``document_mask`` is False.
+            document_mask: which document tokens are keys, ``[B, S]``, bool.
+            query_index: the query of each pair, ``[B]``, int64 in ``[0, Q)``.
+            w_q: weight of the query projection, ``[D, D]``, same dtype.
+            w_o: weight of the output projection, likewise.
+            b_q: bias of the query projection, ``[D]``, same dtype, or None.
+            b_o: bias of the output projection, likewise.
+            num_heads: H, a divisor of D.
         Returns: ``[B, T, D]``, dtype of ``query_embeds``.
-        Raises: what `clue_attention` raises for shapes, dtypes and ids.
         """
         weights = (w_q, self.w_k, self.w_v, w_o, b_q, None, self.b_v, b_o)
         documents = (query_embeds, query_mask, self.table, document_ids, document_mask, query_index)
