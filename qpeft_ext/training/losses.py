@@ -116,9 +116,10 @@ def listwise(likelihood: Tensor, positive: Tensor, mask: Tensor, temperature: fl
 
     Example:
         >>> import torch
+        >>> from qpeft_ext import losses
         >>> likelihood = torch.tensor([[-2.0, -2.1, -2.4]])  # one query, three documents
         >>> positive = torch.tensor([[True, False, False]])
-        >>> loss = listwise(likelihood, positive, torch.ones_like(positive), temperature=0.1)
+        >>> loss = losses.listwise(likelihood, positive, torch.ones_like(positive), temperature=0.1)
         >>> print(f"{loss:.4f}")  # −log(1 / (1 + e⁻¹ + e⁻⁴))
         0.3266
     """
