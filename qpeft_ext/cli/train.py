@@ -177,49 +177,38 @@ def command(
     lacking_negatives(examples, config)  # before the LM is loaded
     device = default_device(device)
     quiet_transformers()
-    from transformers import TrainingArguments
-
     from ..model import get_qpeft_model
-    from ..training.trainer import QPeftTrainer
+    from ..training.fit import fit
 
     checkpoints = output / CHECKPOINTS
     if overwrite and checkpoints.exists() and is_first_process():
         shutil.rmtree(checkpoints)  # a later --resume must not find the earlier run's
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        learning_rate=learning_rate,
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation,
-        weight_decay=weight_decay,
-        warmup_steps=int(warm_up) if warm_up >= 1 else warm_up,
-        lr_scheduler_type=scheduler,
-        max_grad_norm=max_grad_norm,
-        save_strategy="no" if save_steps is None else "steps",
-        save_steps=save_steps or 500,
-        save_total_limit=2,
-        eval_strategy="no" if not dev_examples else "epoch" if save_steps is None else "steps",
-        eval_steps=save_steps,
-        load_best_model_at_end=bool(dev_examples and save_steps),
-        report_to=report_to,
-        seed=seed,
-        use_cpu=device == "cpu",
-        logging_steps=10,
-    )
     model = get_qpeft_model(load_lm(base_model, dtype=dtype, device=device, attention=attention), config)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
-    trainer = QPeftTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=examples,
-        eval_dataset=dev_examples,
-        deterministic=deterministic,
+    trainer = fit(
+        model,
+        examples,
+        checkpoints,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        warm_up=warm_up,
+        dev=dev_examples,
+        save_every=save_steps,
+        seed=seed,
         cache=cache,
+        deterministic=deterministic,
         truncate_queries=truncate_queries,
-    )
-    trainer.train(resume_from_checkpoint=True if resumed else None)
+        resume=resumed,
+        num_train_epochs=epochs,
+        gradient_accumulation_steps=gradient_accumulation,
+        weight_decay=weight_decay,
+        lr_scheduler_type=scheduler,
+        max_grad_norm=max_grad_norm,
+        save_total_limit=2,
+        report_to=report_to,
+    ).trainer
     if trainer.is_world_process_zero():
         model.save_pretrained(output)
     fitted = config.temperature == "auto" and model.qpeft_config.temperature != "auto"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,7 @@ def trained_model(
     (cell.folder / TRAINED).unlink(missing_ok=True)  # it says that the adapter is complete
     shutil.rmtree(adapter, ignore_errors=True)
     examples = data.examples(cell.method.examples, cell.method.training, cell.seed)
-    facts["training"] = _train(model, cell, examples, device, prefixes(model))
+    facts["training"] = _train(model, cell, examples, prefixes(model))
     shutil.rmtree(cell.folder / CHECKPOINTS, ignore_errors=True)
     model.save_pretrained(adapter)
     # written last, since it says that the adapter is complete
@@ -56,34 +55,34 @@ def trained_model(
     return model, facts
 
 
-def _train(model: QPeftModel, cell: Cell, examples: list[dict], device: str, prefixes: Prefixes) -> dict[str, Any]:
+def _train(model: QPeftModel, cell: Cell, examples: list[dict], prefixes: Prefixes) -> dict[str, Any]:
     """Train a model in place, on a linear schedule with a warm-up of a tenth of the steps. Returns: facts about it."""
-    from transformers import TrainingArguments
-
-    from ..training.progress import TrainingBar
-    from ..training.trainer import QPeftTrainer
+    from ..training.fit import fit
     from .cost import PeakMemory
 
     method = cell.method
     assert method.learning_rate is not None  # `read_plan` checks it
     size = method.training.queries_per_step
     steps = max(1, round(len(examples) * method.training.epochs / size))
-    arguments = TrainingArguments(
-        output_dir=str(cell.folder / CHECKPOINTS), per_device_train_batch_size=size, max_steps=steps,
-        warmup_steps=steps // 10, learning_rate=method.learning_rate, lr_scheduler_type="linear", save_strategy="no",
-        report_to="none", logging_steps=max(1, steps // 20), seed=cell.seed, use_cpu=device == "cpu",
-    )  # fmt: skip
-    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, cache=prefixes.cache)
-    TrainingBar.install(trainer, cell.name, "loss")
-    started = time.perf_counter()
     with PeakMemory(model.device) as peak:
-        trainer.train()
-    seconds = time.perf_counter() - started
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        done = fit(
+            model,
+            examples,
+            cell.folder / CHECKPOINTS,
+            learning_rate=method.learning_rate,
+            batch_size=size,
+            max_steps=steps,
+            warm_up=steps // 10,
+            log_every=max(1, steps // 20),
+            seed=cell.seed,
+            bar=(cell.name, "loss"),
+            cache=prefixes.cache,
+        )
+    losses = [entry["loss"] for entry in done.trainer.state.log_history if "loss" in entry]
     return {
         "steps": steps,
         "queries": len(examples),
-        "seconds": seconds,
+        "seconds": done.seconds,
         "peak_bytes": peak.bytes,
         "prefixes_from_index": prefixes.from_index,
         "first_loss": losses[0] if losses else None,

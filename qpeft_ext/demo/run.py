@@ -24,7 +24,6 @@ from ..lm.loading import BASE_LM
 from ..prompts.prompt import Prompt
 from ..ranking.first_stage import bm25_run
 from ..ranking.run import by_likelihood, by_similarity, rerank_run
-from ..training.progress import TrainingBar
 from ..utils.console import say
 from ..utils.files import write_text
 from .data import DemoData, load_demo_data
@@ -205,46 +204,37 @@ def _packaged(lm, tokenizer):
 
 def _train(system: str, model, examples: list, dev_examples: list, output: Path, settings: Settings, seed: int) -> str:
     """Train one adapter in place; returns a line on how it went."""
-    from transformers import TrainingArguments
-
-    from ..training.trainer import QPeftTrainer
+    from ..training.fit import fit
 
     count, learning_rate = settings.training_of(system)
     examples = examples[:count]
     steps = max(1, len(examples) // settings.queries_per_step)
     every = max(1, steps // settings.evaluations)
-    arguments = TrainingArguments(
-        output_dir=str(output / "training" / system),
-        per_device_train_batch_size=settings.queries_per_step,
-        per_device_eval_batch_size=settings.queries_per_step,
-        max_steps=steps,
+    done = fit(
+        model,
+        examples,
+        output / "training" / system,
         learning_rate=learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=steps // 10,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=every,
-        save_steps=every,
+        batch_size=settings.queries_per_step,
+        max_steps=steps,
+        warm_up=steps // 10,
+        dev=dev_examples,
+        evaluate_first=True,
+        save_every=every,
+        log_every=every,
+        seed=seed,
+        bar=(system, "eval_mrr"),
+        per_device_eval_batch_size=settings.queries_per_step,
         save_total_limit=1,
-        load_best_model_at_end=True,
         metric_for_best_model="mrr",
         greater_is_better=True,
-        logging_steps=every,
-        report_to="none",
-        seed=seed,
-        use_cpu=model.device.type == "cpu",
     )
-    trainer = QPeftTrainer(model=model, args=arguments, train_dataset=examples, eval_dataset=dev_examples)
-    TrainingBar.install(trainer, system, "eval_mrr")
-    before = trainer.evaluate()
-    started = time.perf_counter()
-    trainer.train()
-    seconds, after = time.perf_counter() - started, trainer.evaluate()
+    after = done.trainer.evaluate()
     trainable, total = model.get_nb_trainable_parameters()
     model.eval()
     return (
-        f"{system}: {steps} steps of {settings.queries_per_step} queries in {seconds:.0f} s; reciprocal rank among "
-        f"{settings.num_negatives + 1} documents on dev {before['eval_mrr']:.3f} → {after['eval_mrr']:.3f}; "
+        f"{system}: {steps} steps of {settings.queries_per_step} queries in {done.seconds:.0f} s; reciprocal rank "
+        f"among {settings.num_negatives + 1} documents on dev {done.before['eval_mrr']:.3f} → {after['eval_mrr']:.3f}; "
         f"{trainable:,} trainable parameters ({trainable / total:.1%})"
     )
 
