@@ -11,7 +11,8 @@ from small_data import DOCUMENTS, QRELS, QUERIES, RUN, write_folder
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 from qpeft_ext.formats import open_collection
-from qpeft_ext.formats.convert import TARGETS, Source, convert
+from qpeft_ext.formats.convert import TARGETS, convert
+from qpeft_ext.formats.source import Source
 
 CORPUS = {i: {"id": i, "title": title, "text": text} for i, (title, text) in DOCUMENTS.items()}
 CANDIDATES = {doc_id for ranking in RUN.values() for doc_id, _ in ranking}  # all but none: d1 to d6

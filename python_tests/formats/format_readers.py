@@ -43,7 +43,7 @@ READERS = {
     "beir qrels": beir.read_qrels,
     "trec run": trec.read_run,
     "qrels": formats.read_qrels,
-    "msmarco collection": corpus_of(msmarco.Corpus),
+    "msmarco collection": corpus_of(msmarco.MsmarcoCorpus),
     "msmarco queries": msmarco.read_queries,
     "msmarco top1000": msmarco.read_top,
     "msmarco top1000 corpus": corpus_of(msmarco.TopCorpus),
@@ -55,7 +55,7 @@ READERS = {
     "upr": everything(upr.RetrieverFile),
     "upr corpus": corpus_of(upr.Contexts),
     "rankllm": everything(rankllm.RequestsFile),
-    "jsonl corpus": corpus_of(jsonl.Corpus),
+    "jsonl corpus": corpus_of(jsonl.JsonlCorpus),
     "jsonl examples": everything(jsonl.ExamplesFile),
     "any": everything(open_collection),
 }

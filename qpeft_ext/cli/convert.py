@@ -22,7 +22,8 @@ def command(
     Example: qpeft convert BEIR_FOLDER candidates.jsonl --to rankllm --run bm25.trec
     """
     from .. import formats
-    from ..formats.convert import TARGETS, Source, convert
+    from ..formats.convert import TARGETS, convert
+    from ..formats.source import Source
     from ..utils.console import say
 
     if to not in TARGETS:

@@ -1,4 +1,4 @@
-"""Data sets and their file formats, one module each, behind one interface: `open_collection` finds out which it is."""
+"""Formats of data sets, one module each, behind one interface: `open_collection` recognises the format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
     "write_run",
 ]
 
-# of files and folders, in the order in which they are asked whether they recognise one
+# in the order in which they are asked whether they recognise a file or folder
 FORMATS = (
     beir.Folder,
     msmarco.Folder,
@@ -53,9 +53,17 @@ FORMATS = (
 
 
 def open_collection(data: AnyPath) -> Collection:
-    """The data set that ``data`` names: a folder or file of any format, ``hf:owner/name``, or an id of ir_datasets.
+    """Open a data set of any format.
 
-    Raises: ValueError or FileNotFoundError that lists what was looked for.
+    Args:
+        data: A folder or file, ``hf:owner/name``, or an id of ir_datasets.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ValueError: If no format recognises it; the message lists what was looked for.
+        FileNotFoundError: If there is no such file, folder or id.
     """
     path, name = Path(data), str(data)
     if name.startswith(hf_datasets.PREFIX):
@@ -79,7 +87,7 @@ def open_collection(data: AnyPath) -> Collection:
 
 
 def _open_id(name: str) -> Collection:
-    """An id of ir_datasets, if it can be one."""
+    """Open an id of ir_datasets. Raises: FileNotFoundError if it is none."""
     try:
         return ir_datasets.Dataset(name)
     except (ValueError, ImportError) as error:
@@ -91,9 +99,18 @@ def _open_id(name: str) -> Collection:
 
 
 def read_judgements(data: AnyPath, split: str | None, runs: Sequence[Run]) -> Qrels:
-    """Qrels to evaluate ``runs`` with: a qrels file, or a collection that judges (by its qrels, or by answers).
+    """Read qrels to evaluate runs with.
 
-    Raises: ValueError if the collection judges nothing.
+    Args:
+        data: A qrels file, or a collection that judges by its qrels or by answers.
+        split: Split of the collection; None for the default one.
+        runs: The runs, whose passages are judged where there are only answers.
+
+    Returns:
+        query_id → doc_id → relevance.
+
+    Raises:
+        ValueError: If the collection judges nothing.
     """
     path = Path(data)
     if path.is_file() and not Glance(path).record and not dpr.Questions.recognises(Glance(path)):
@@ -110,7 +127,14 @@ def read_judgements(data: AnyPath, split: str | None, runs: Sequence[Run]) -> Qr
 
 
 def read_qrels(path: AnyPath) -> Qrels:
-    """Read a qrels file: the labels of retriever output (UPR) if it is json, else a table, BEIR's or TREC's."""
+    """Read a qrels file.
+
+    Args:
+        path: A table (BEIR's or TREC's), or json of a retriever, whose labels are read (UPR's).
+
+    Returns:
+        query_id → doc_id → relevance.
+    """
     for _, text in read_lines(path, "qrels"):
         if text.lstrip("\ufeff")[:1] in ("[", "{"):
             return upr.RetrieverFile(path).qrels()

@@ -1,7 +1,7 @@
-"""Does a passage hold the answer? The matching rule of DPR's evaluation (https://arxiv.org/abs/2004.04906).
+"""Judge whether a passage contains the answer, by the rule of DPR's evaluation (https://arxiv.org/abs/2004.04906).
 
 Passage and answer are Unicode-normalised (NFD) and cut into tokens: runs of letters, digits and combining marks, and
-single other characters that are neither separators nor control characters. The passage holds the answer if the
+single other characters that are neither separators nor control characters. The passage contains the answer if the
 answer's lower-cased tokens follow each other in it. Only the text counts, not the title, as in DPR and UPR.
 """
 
@@ -19,7 +19,7 @@ from .trec import Qrels, Run
 
 @functools.cache
 def _token() -> re.Pattern:
-    """The token as a regular expression; Python's own knows no Unicode categories, so they are spelled out."""
+    """Return the pattern of a token; Python's patterns lack Unicode categories, so they are written as ranges."""
     kinds = (
         ({"L": "w", "N": "w", "M": "w", "Z": "s", "C": "s"}.get(unicodedata.category(chr(code))[0], "o"), code)
         for code in range(sys.maxunicode + 1)
@@ -32,12 +32,12 @@ def _token() -> re.Pattern:
 
 
 def answer_tokens(text: str) -> list[str]:
-    """The tokens of ``text``, lower-cased."""
+    """Return the tokens of ``text``, lower-cased."""
     return [token.lower() for token in _token().findall(unicodedata.normalize("NFD", text))]
 
 
 def has_answer(text: str, answers: Iterable[str]) -> bool:
-    """Whether ``text`` holds one of ``answers``. An answer without any token is in no text."""
+    """Return True if ``text`` contains one of ``answers``. An answer without any token is in no text."""
     tokens = answer_tokens(text)
     for answer in answers:
         wanted = answer_tokens(answer)
@@ -55,12 +55,14 @@ def answer_qrels(
 ) -> Qrels:
     """Judge every candidate of ``runs`` by `has_answer`: 1 or 0, so that Success@k is the paper's top-k accuracy.
 
-    R@k with these qrels is "of the retrieved passages with an answer, the share in the top k".
+    R@k with these qrels is the share of the retrieved passages with an answer that are in the top k.
 
     Args:
-        answers: query_id -> short answers; each of its queries is in the result, with or without candidates.
-        known: labels that are there already; they are kept.
-    Raises: ValueError for a candidate that the corpus does not hold.
+        runs: the candidates to judge.
+        answers: query_id → short answers; each of its queries is in the result, with or without candidates.
+        corpus: doc_id → document.
+        known: labels that exist already; they are kept.
+    Raises: ValueError for a candidate that is not in the corpus.
     """
     qrels: Qrels = {}
     for query_id, wanted in answers.items():

@@ -14,8 +14,8 @@ from .qrels import read_table
 from .trec import Qrels
 
 
-class Corpus(corpus.Corpus):
-    """``corpus.jsonl`` as a mapping from doc_id to {"id", "title", "text"}; see `corpus.Corpus`.
+class Corpus(corpus.FileCorpus):
+    """Documents of ``corpus.jsonl``: a mapping from doc_id to {"id", "title", "text"}; see `corpus.FileCorpus`.
 
     Args:
         path: a BEIR folder, or the corpus file itself.
@@ -28,6 +28,12 @@ class Corpus(corpus.Corpus):
         super().__init__(find_file(path, "corpus.jsonl"))
 
     def parse(self, number: int, text: str) -> corpus.Document:
+        """Return the checked document of a line.
+
+        Args:
+            number: Number of the line, from 1.
+            text: The line, a JSON object.
+        """
         return corpus.json_document(self.path, number, parse_object(self.path, number, text.rstrip()))
 
 
@@ -103,7 +109,7 @@ def read_qrels(path: AnyPath, split: str = "test") -> Qrels:
 
 
 def splits(folder: AnyPath) -> list[str]:
-    """Names of the splits a BEIR folder has qrels for."""
+    """Return the names of the splits that a BEIR folder has qrels for."""
     return sorted(
         {
             file.name.removesuffix(".gz").removesuffix(".tsv")
@@ -114,7 +120,7 @@ def splits(folder: AnyPath) -> list[str]:
 
 
 def find_file(path: AnyPath, name: str) -> Path:
-    """``path`` itself if it is a file; else ``name`` or ``name.gz`` in the folder ``path``."""
+    """Return ``path`` itself if it is a file, else ``name`` or ``name.gz`` in the folder ``path``."""
     path = Path(path)
     if path.is_file():
         return path

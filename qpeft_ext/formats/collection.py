@@ -1,4 +1,4 @@
-"""`Collection`: the one interface to a data set, whatever its format, and how a format is recognised."""
+"""`Collection`, the interface to a data set of any format, and `Glance`, by which a format is recognised."""
 
 from __future__ import annotations
 
@@ -18,26 +18,36 @@ _GLANCE = 1 << 16  # bytes; enough for the first line of a tsv
 
 
 class Collection:
-    """A data set: some of the six `PARTS`. Asking for one that it does not hold is a ValueError that says so.
+    """A data set with some of the six `PARTS`; asking for another is a ValueError that lists those it has.
 
-    corpus: Mapping doc_id → {"id", "title", "text"}, read from disk document by document.
-    queries(split): query_id → text.  answers(split): query_id → short answers, for open-domain questions.
-    qrels(split): query_id → doc_id → relevance.  candidates(split): a first stage's run.
-    examples(split): training examples, streamed: {"query_id"?, "query", "positives", "negatives"}.
-    splits: the names that can be asked for; [] where there is one unnamed set. parts: what is there.
+    A format is a subclass in a file of its own, which recognises its files.
 
-    A format is a subclass in a file of its own that names what it looks for and recognises it.
+    Args:
+        place: The folder, file or id of the data set.
+
+    Attributes:
+        format: Name of the format.
+        looks_for: How the format is recognised, for an error message.
+        parts: Those of `PARTS` that the data set has.
+        splits: Names of its splits; empty for one unnamed set.
+        corpus: doc_id → {"id", "title", "text"}, read from disk document by document.
+        left_out: What reading has left out, in words → how many.
     """
 
     format: ClassVar[str] = ""
-    looks_for: ClassVar[str] = ""  # for the error that nothing fits
+    looks_for: ClassVar[str] = ""
 
     def __init__(self, place: AnyPath) -> None:
         self.place = os.fspath(place)
-        self.left_out: dict[str, int] = {}  # what reading left out, in words -> how many
+        self.left_out: dict[str, int] = {}
 
     @classmethod
     def recognises(cls, glance: Glance) -> bool:
+        """Return True if a file or folder is of this format.
+
+        Args:
+            glance: The first line or record of the file, or the names in the folder.
+        """
         raise NotImplementedError
 
     @property
@@ -45,7 +55,12 @@ class Collection:
         raise NotImplementedError
 
     def has(self, part: str, split: str | None = None) -> bool:
-        """Whether it holds the part, for that split; None: for the one that is chosen without a name."""
+        """Return True if the data set has a part.
+
+        Args:
+            part: One of `PARTS`.
+            split: Name of the split; None for the default one.
+        """
         return part in self.parts and (not self.splits or (split or self.default_split()) in self.splits)
 
     @property
@@ -53,7 +68,7 @@ class Collection:
         return []
 
     def default_split(self) -> str | None:
-        """ "test", or the only split there is; None where neither is so."""
+        """Return "test" or the only split; None if there is neither."""
         there = self.splits
         return "test" if "test" in there else there[0] if len(there) == 1 else None
 
@@ -62,30 +77,72 @@ class Collection:
         raise self.lacks("corpus")
 
     def queries(self, split: str | None = None) -> dict[str, str]:
+        """Return query_id → text.
+
+        Args:
+            split: Name of the split; None for the default one.
+        """
         raise self.lacks("queries")
 
     def answers(self, split: str | None = None) -> dict[str, list[str]]:
+        """Return query_id → short answers, for open-domain questions.
+
+        Args:
+            split: Name of the split; None for the default one.
+        """
         raise self.lacks("answers")
 
     def qrels(self, split: str | None = None) -> Qrels:
+        """Return query_id → doc_id → relevance.
+
+        Args:
+            split: Name of the split; None for the default one.
+        """
         raise self.lacks("qrels")
 
     def judge(self, split: str | None, runs: Sequence[Run]) -> Qrels | None:
-        """Qrels to evaluate ``runs`` with; None where nothing is judged. Question sets judge the runs' own passages."""
+        """Return qrels to evaluate runs with; None if the data set judges nothing.
+
+        Args:
+            split: Name of the split; None for the default one.
+            runs: The runs, whose passages are judged by the answers where a data set has no qrels.
+        """
         return self.qrels(split) if self.has("qrels", split) else None
 
     def candidates(self, split: str | None = None) -> Run:
+        """Return the run of a first stage: query_id → (doc_id, score), best first.
+
+        Args:
+            split: Name of the split; None for the default one.
+        """
         raise self.lacks("candidates")
 
     def examples(self, split: str | None = None) -> Iterator[Example]:
+        """Yield training examples {"query_id"?, "query", "positives", "negatives"}, read one by one.
+
+        Args:
+            split: Name of the split; None for the default one.
+        """
         raise self.lacks("examples")
 
     def lacks(self, part: str) -> ValueError:
+        """Return the error for a part that the data set does not have.
+
+        Args:
+            part: One of `PARTS`.
+        """
         there = ", ".join(self.parts) or "nothing"
         return ValueError(f"{self.place} ({self.format}) holds no {part}; it holds {there}")
 
     def choose_split(self, split: str | None) -> str:
-        """``split`` if there is one of that name; without one asked for, `default_split`."""
+        """Return the name of an existing split.
+
+        Args:
+            split: A name, which is returned; None for `default_split`.
+
+        Raises:
+            ValueError: If there is no such split, or no default one; the message lists all.
+        """
         there = self.splits
         if split is None:
             if default := self.default_split():
@@ -102,9 +159,12 @@ class Collection:
 
 
 class Glance:
-    """What can be seen of a file or folder at once.
+    """The beginning of a file, or the names in a folder.
 
-    record: the first JSON object.  columns: the first line of another file, cut at tabs.  error: why it shows neither.
+    Attributes:
+        record: the first JSON object of the file.
+        columns: the first line of another file, cut at tabs.
+        error: why it has neither.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,7 +183,11 @@ class Glance:
         with open_bytes(check_file(self.path)) as file, reading(self.path):
             start = file.read(_GLANCE)
         if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{"):
-            for key in ("question", "query", "_id"):  # of an object of records; the rest look the same with any of them
+            for key in (
+                "question",
+                "query",
+                "_id",
+            ):  # a key of its records tells an object of them from a record
                 _, name, self.record = next(read_records(self.path, key), (0, None, None))
                 if name is not None:
                     return
@@ -132,11 +196,11 @@ class Glance:
             self.columns = line.split("\t")
 
     def has(self, *keys: str) -> bool:
-        """Whether the first record has one of ``keys``."""
+        """Return True if the first record has one of ``keys``."""
         return self.record is not None and any(key in self.record for key in keys)
 
     def holds(self, *names: str) -> Path | None:
-        """The first of ``names``, plain or .gz, in the folder."""
+        """Return the first of the files ``names``, plain or .gz, that is in the folder."""
         return next(
             (
                 file
@@ -149,5 +213,5 @@ class Glance:
 
 
 def plain_name(path: Path) -> str:
-    """The name of a file without .gz."""
+    """Return the name of a file without .gz."""
     return path.name.removesuffix(".gz")

@@ -1,127 +1,47 @@
-"""From one format to another: everything that the target can hold, and a count of what it cannot.
+"""Convert a collection to another format: everything that the target can store, and a count of what it cannot.
 
 Targets: ``beir`` (folder), ``msmarco`` (folder), ``trec`` (folder with ``qrels.<split>.txt`` and ``run.<split>.trec``),
 ``upr`` (json), ``rankllm`` (jsonl), ``dpr`` (training json) and ``jsonl`` (training examples). Each appears under its
-name when it is complete, or never; so what a target does not hold is read, and may fail, before anything is written.
+name when it is complete, or never. Parts that a target cannot store are counted, and may fail, before it is written.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import AnyPath, AtomicWriter, sync_folder, temporary_name
+from ..utils.files import AnyPath, AtomicWriter, new_folder
 from . import trec
-from .collection import Collection, Example
+from .collection import Example
 from .jsonl import training_examples, write_examples
+from .source import Conversion, Source
 from .trec import Qrels, Run, RunWriter
 
-_TAB = re.compile(r"[\t\n\r]+")  # what would end a column or a line
-
-
-@dataclass
-class Conversion:
-    """What was written, and what the target cannot hold or was left out: words -> count."""
-
-    written: Counter = field(default_factory=Counter)
-    lost: Counter = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        def counted(counts: Counter) -> str:
-            return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
-
-        return f"wrote {counted(self.written)}; not held: {counted(self.lost)}"
-
-
-@dataclass
-class Source:
-    """One split of a collection; a part that it does not hold is None. ``run`` replaces its candidates."""
-
-    data: Collection
-    split: str | None = None
-    run: Run | None = None
-
-    def __post_init__(self) -> None:
-        if self.split is not None:
-            self.data.choose_split(self.split)
-        self.split = self.split or self.data.default_split()
-        if self.run is None and self._has("candidates"):
-            self.run = self.data.candidates(self.split)
-
-    def _has(self, part: str) -> bool:
-        return self.data.has(part, self.split)
-
-    @property
-    def name(self) -> str:
-        """Of the split, for file names."""
-        return self.split or "test"
-
-    @property
-    def corpus(self) -> Mapping[str, dict] | None:
-        return self.data.corpus if "corpus" in self.data.parts else None
-
-    @property
-    def queries(self) -> dict[str, str] | None:
-        return self.data.queries(self.split) if "queries" in self.data.parts else None
-
-    @property
-    def answers(self) -> dict[str, list[str]] | None:
-        return self.data.answers(self.split) if self._has("answers") else None
-
-    @property
-    def qrels(self) -> Qrels | None:
-        return self.data.qrels(self.split) if self._has("qrels") else None
-
-    def asked(self, done: Conversion) -> dict[str, str] | None:
-        """The queries of this split: judged, or with candidates. Some formats keep those of all splits in one file."""
-        queries, qrels = self.queries, self.qrels
-        if queries is None or (qrels is None and self.run is None):
-            return queries
-        asked = {q: text for q, text in queries.items() if q in (qrels or {}) or q in (self.run or {})}
-        done.lost["queries of other splits"] = len(queries) - len(asked)
-        return asked
-
-    def need(self, target: str, *parts: str) -> list[Any]:
-        """The parts, all of which ``target`` is made of."""
-        values = []
-        for part in parts:
-            value = self.run if part == "candidates" else getattr(self, part)
-            if value is None:
-                hint = "; give a run" if part == "candidates" else ""
-                raise ValueError(
-                    f"{target} is made of {', '.join(parts)}, but {self.data.place} ({self.data.format}) "
-                    f"holds {', '.join(self.data.parts) or 'nothing'}{hint}"
-                )
-            values.append(value)
-        return values
+_TAB = re.compile(r"[\t\n\r]+")  # ends a column or a line
 
 
 def convert(source: Source, output: AnyPath, target: str, *, num_negatives: int = 11, seed: int = 0) -> Conversion:
     """Write one split of a collection in another format.
 
     Args:
+        source: the split.
+        output: a new folder or a file, depending on the target; files may be .gz by their name.
         target: one of `TARGETS`.
-        output: a new folder or a file, as the target has it; files may be .gz by their name.
-        num_negatives, seed: of training examples where they are made from qrels and candidates.
-    Raises: ValueError if the source lacks what the target is made of, or a folder is there already.
+        num_negatives: negatives of a training example, where examples are made from qrels and candidates.
+        seed: seed of the drawing of those negatives.
+    Raises: ValueError if the source lacks a part that the target is made of, or the folder exists already.
     """
     if target not in TARGETS:
         raise ValueError(f"convert: the target must be one of {', '.join(TARGETS)}, got {target!r}")
     done = Conversion()
-    write = TARGETS[target]
-    if write in (_write_dpr, _write_jsonl):
-        write(source, output, done, num_negatives, seed)
+    if target in _OF_EXAMPLES:
+        _OF_EXAMPLES[target](source, output, done, num_negatives, seed)
     else:
-        write(source, output, done)
+        _OF_TEXTS[target](source, output, done)
     return done
 
 
@@ -129,7 +49,7 @@ def _write_beir(source: Source, output: AnyPath, done: Conversion) -> None:
     corpus, queries = source.need("beir", "corpus", "queries")
     done.lost["queries' answers"] = len(source.answers or ())
     done.lost["candidates"] = _size(source.run)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         done.written["documents"] = _lines(
             folder / "corpus.jsonl",
             (_json({"_id": i, "title": document["title"], "text": document["text"]}) for i, document in corpus.items()),
@@ -155,7 +75,7 @@ def _write_msmarco(source: Source, output: AnyPath, done: Conversion) -> None:
     queries = source.asked(done)
     done.lost["queries' answers"] = len(source.answers or ())
     flat = _Flat(done)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
 
         def passages() -> Iterator[str]:
             for doc_id, document in corpus.items():
@@ -187,7 +107,7 @@ def _write_trec(source: Source, output: AnyPath, done: Conversion) -> None:
     done.lost["texts of documents"] = len(source.corpus or ())
     done.lost["texts of queries"] = len(source.queries or ())
     done.lost["queries' answers"] = len(source.answers or ())
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         if (qrels := source.qrels) is not None:
             done.written["judgements"] = _write_qrels(folder / f"qrels.{source.name}.txt", qrels)
         if source.run is not None:
@@ -201,10 +121,10 @@ def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
     _, run = source.need("upr", "queries", "candidates")
     queries = source.asked(done)
     corpus, answers, qrels = source.corpus, source.answers or {}, source.qrels or {}
-    held = 0
+    labelled = 0
 
     def records() -> Iterator[tuple[str, dict]]:
-        nonlocal held
+        nonlocal labelled
         for query_id, ranking in _per_query(run, queries, done):
             passages = []
             for doc_id, score in ranking:
@@ -217,7 +137,7 @@ def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
                 if doc_id in qrels.get(query_id, {}):
                     grade = qrels[query_id][doc_id]
                     passage["has_answer"] = grade > 0
-                    held += 1
+                    labelled += 1
                     done.lost["grades other than 0 and 1"] += grade not in (0, 1)
                 done.written["candidates"] += 1
                 passages.append(passage)
@@ -229,7 +149,7 @@ def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
         for number, (query_id, record) in enumerate(records()):
             file.write(f"{',' * (number > 0)}\n{_json(query_id)}: {_json(record)}".encode())
         file.write(b"\n}\n")
-    done.lost["judgements of documents that are no candidates"] = _size(qrels) - held
+    done.lost["judgements of documents that are no candidates"] = _size(qrels) - labelled
     done.lost["documents that are no candidates"] = _not_candidates(corpus, run)
 
 
@@ -276,19 +196,19 @@ def _write_jsonl(source: Source, output: AnyPath, done: Conversion, num_negative
     done.written["training examples"] = write_examples(output, _examples(source, done, num_negatives, seed))
 
 
-TARGETS = {
+_OF_TEXTS = {
     "beir": _write_beir,
     "msmarco": _write_msmarco,
     "trec": _write_trec,
     "upr": _write_upr,
     "rankllm": _write_rankllm,
-    "dpr": _write_dpr,
-    "jsonl": _write_jsonl,
 }
+_OF_EXAMPLES = {"dpr": _write_dpr, "jsonl": _write_jsonl}
+TARGETS = (*_OF_TEXTS, *_OF_EXAMPLES)
 
 
 def _examples(source: Source, done: Conversion, num_negatives: int, seed: int) -> Iterator[Example]:
-    """Those of the source or, from qrels, candidates and texts, as `training_examples` makes them."""
+    """Yield the examples of the source, or make them of qrels, candidates and texts by `training_examples`."""
     if source.data.has("examples", source.split):
         yield from source.data.examples(source.split)
         done.lost.update(source.data.left_out)
@@ -332,14 +252,14 @@ def _passage(document: str | Mapping[str, str]) -> dict[str, str]:
 
 
 def _per_query(run: Run, queries: Mapping[str, str], done: Conversion) -> Iterator[tuple[str, list]]:
-    """(query_id, ranking) for every query, without candidates too; queries of the run that have no text are counted."""
+    """Yield (query_id, ranking) of every query, also without candidates; count candidates of queries without text."""
     done.lost["candidates of queries without text"] = sum(len(run[q]) for q in run if q not in queries)
     for query_id in queries:
         yield query_id, run.get(query_id, [])
 
 
 def _known(run: Run, queries, corpus, done: Conversion) -> Iterator[tuple[str, str, float]]:
-    """Candidates whose query and document have texts; the others are counted."""
+    """Yield the candidates whose query and document have texts, and count the others."""
     for query_id, ranking in run.items():
         for doc_id, score in ranking:
             if query_id not in queries:
@@ -351,7 +271,7 @@ def _known(run: Run, queries, corpus, done: Conversion) -> Iterator[tuple[str, s
 
 
 def _not_candidates(corpus: Mapping[str, dict] | None, run: Run) -> int:
-    """How many documents no query has as a candidate."""
+    """Return how many documents are no candidates of any query."""
     if corpus is None:
         return 0
     candidates = {doc_id for ranking in run.values() for doc_id, _ in ranking}
@@ -373,30 +293,10 @@ def _json(value: object) -> str:
 
 
 def _lines(path: AnyPath, lines: Iterator[str]) -> int:
-    """Write lines, as a whole or not at all. Returns: how many."""
+    """Write lines, completely or not at all. Returns: how many."""
     count = 0
     with AtomicWriter(path) as file:
         for line in lines:
             file.write(f"{line}\n".encode())
             count += 1
     return count
-
-
-@contextmanager
-def _new_folder(output: AnyPath) -> Iterator[Path]:
-    """A folder that gets its name when it is complete."""
-    folder = Path(output)
-    if folder.exists():
-        raise ValueError(f"{output} is there already; name a new folder")
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"cannot write {output}: the folder {folder.absolute().parent} does not exist; create it first"
-        )
-    temporary = folder.with_name(temporary_name(folder.name))
-    try:
-        temporary.mkdir()
-        yield temporary
-        os.rename(temporary, folder)
-        sync_folder(folder.absolute().parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

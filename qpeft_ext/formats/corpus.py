@@ -1,4 +1,4 @@
-"""`Corpus`: the documents of one file by id, in any order, without holding them in memory."""
+"""`FileCorpus`: the documents of one file by id, in any order, without keeping them in memory."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ _BUILDING = threading.Lock()
 Document = dict[str, str]  # "id", "title", "text"
 
 
-class Corpus(Mapping[str, Document]):
+class FileCorpus(Mapping[str, Document]):
     """Documents by id: ``corpus["d7"]`` is ``{"id", "title", "text"}``. Iteration follows the file.
 
-    The first use writes an index (id → place in the file) to the cache folder (`$QPEFT_CACHE`, else
-    ``~/.cache/qpeft_ext``); beside it goes the unpacked text of a .gz file, or the distinct documents of a file in
-    which they do not lie line by line. Later uses start at once, as long as size and modification time of the file are
-    the same; an outdated index is replaced. An interrupted build leaves nothing that is taken for an index.
-    Safe to use from several threads and to hand to worker processes.
+    The first use writes an index (id → offset in the file) to the cache folder (`$QPEFT_CACHE`, or
+    ``~/.cache/qpeft_ext``), together with the uncompressed text of a .gz file, or with the distinct documents of a file
+    that does not have one per line. Later uses start at once while size and modification time of the file are the
+    same; an outdated index is replaced. An interrupted build leaves no index. A corpus may be used from several threads
+    and handed to worker processes.
 
     A format is a subclass with `format` and either `parse` (one document per line) or `documents`.
 
     Raises: ValueError naming file and line for a bad document; every one is checked when the index is built.
     """
 
-    format: ClassVar[str] = ""  # part of the index' name
-    expected: ClassVar[str] = ""  # what a file that holds nothing should have held
-    by_lines: ClassVar[bool] = True  # False: `documents`, which may repeat, are copied to the cache
+    format: ClassVar[str] = ""  # part of the name of the index
+    expected: ClassVar[str] = ""  # content of a proper file, for the error about an empty one
+    by_lines: ClassVar[bool] = True  # False: `documents`, which may be repeated, are copied to the cache
 
     def __init__(self, path: AnyPath) -> None:
         self.path = check_file(path, "a corpus")
@@ -54,15 +54,23 @@ class Corpus(Mapping[str, Document]):
         self._open()
 
     def parse(self, number: int, text: str) -> Document | None:
-        """The checked document on line ``number``; None where the line holds none (a header)."""
+        """Return the checked document of a line; None for a line without one, such as a header.
+
+        Args:
+            number: Number of the line, from 1.
+            text: The line.
+
+        Raises:
+            ValueError: For a bad document; the message names file and line.
+        """
         raise NotImplementedError
 
     def documents(self) -> Iterator[tuple[int, Document]]:
-        """(line, checked document), where documents are not lines. One that comes again must be the same."""
+        """Yield (line, checked document) where documents are not lines. A repeated document must be the same."""
         raise NotImplementedError
 
     def __getitem__(self, doc_id: str) -> Document:
-        """One document; KeyError if there is none."""
+        """Return one document. Raises: KeyError if there is none of that id."""
         try:
             number, raw = self._raw(doc_id)
         except _Damaged as error:
@@ -81,7 +89,7 @@ class Corpus(Mapping[str, Document]):
         return document
 
     def _raw(self, doc_id: str) -> tuple[int, bytes]:
-        """Line and bytes of a document. Raises: `_Damaged`; KeyError if there is no such document."""
+        """Return line and bytes of a document. Raises: `_Damaged`; KeyError if there is no such document."""
         place = self._select("SELECT offset, length, line, check_sum FROM documents WHERE id = ?", doc_id)
         if place is None:
             raise KeyError(doc_id)
@@ -99,7 +107,7 @@ class Corpus(Mapping[str, Document]):
         return number, raw
 
     def _build_again(self, reason: Exception) -> None:
-        """Take a damaged index, and the copy of the texts, for none."""
+        """Replace a damaged index or copy of the texts."""
         with _BUILDING:
             logger.warning("%s is damaged (%s); it is built again", self._index, reason)
             self._left.append(self._file)  # another thread may be reading from it
@@ -108,8 +116,10 @@ class Corpus(Mapping[str, Document]):
 
     def __contains__(self, doc_id: object) -> bool:
         query = "SELECT 1 FROM documents WHERE id = ?"
+        if not isinstance(doc_id, str):
+            return False
         try:
-            return isinstance(doc_id, str) and self._select(query, doc_id) is not None
+            return self._select(query, doc_id) is not None
         except _Damaged as error:
             self._build_again(error)
             return self._select(query, doc_id) is not None
@@ -144,18 +154,18 @@ class Corpus(Mapping[str, Document]):
         self._open()
 
     def version(self) -> str:
-        """The same as long as the file is, wherever it lies."""
+        """Return a text that changes with the file, but not with its path."""
         status = self.path.stat()
         return f"{status.st_size} bytes of {status.st_mtime_ns / 1e9:.6f}"
 
     def fingerprint(self) -> str:
-        """The same for the same file in the same place: path, size, modification time and format."""
+        """Return a text that changes with path, size, modification time or format of the file."""
         status = self.path.stat()
         place = hashlib.sha256(os.fsencode(os.path.realpath(self.path))).hexdigest()[:16]
         return f"{place}-{self.format}-{status.st_size}-{status.st_mtime_ns}-v{_INDEX_VERSION}"
 
     def _open(self) -> None:
-        """Open the index, building it if there is none that fits."""
+        """Open the index, and build it first if there is none that fits."""
         name = f"corpus-{self.fingerprint()}"
         index = cache_folder() / f"{name}.sqlite"
         copy = None if self.by_lines and not is_gzip(self.path) else index.with_suffix(".jsonl")
@@ -171,7 +181,7 @@ class Corpus(Mapping[str, Document]):
                     raise sqlite3.DatabaseError("the text has another size")
                 if type(self._length) is not int:
                     raise sqlite3.DatabaseError("the number of documents is none")
-                for file in filter(None, (index, copy)):  # the corpus may have become private since
+                for file in filter(None, (index, copy)):  # the corpus may have become private after they were made
                     restrict(file, permissions_of(self.path))
                 return
             except (sqlite3.DatabaseError, OSError, TypeError, ValueError):
@@ -190,7 +200,7 @@ class Corpus(Mapping[str, Document]):
         return os.pread(self._file.fileno(), length, offset)
 
     def _connection(self) -> sqlite3.Connection:
-        """One per thread and process: neither may share it, and a lock could be held at a fork."""
+        """Return the connection of this thread and process, which neither threads nor a fork may share."""
         mine = self._connections
         if getattr(mine, "pid", None) != os.getpid():
             mine.database = sqlite3.connect(f"{self._index.as_uri()}?mode=ro&immutable=1", uri=True)
@@ -205,11 +215,11 @@ class Corpus(Mapping[str, Document]):
 
 
 class _Damaged(ValueError):
-    """An index, or a copy of the texts, is not what was written."""
+    """The index, or the copy of the texts, was changed after it was written."""
 
 
 def _remove(path: Path) -> None:
-    """Whatever stands at a name of the cache."""
+    """Remove the file or folder at a name of the cache."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -219,22 +229,22 @@ def _remove(path: Path) -> None:
 def json_document(
     path: AnyPath, number: int, record: dict[str, Any], id_key: str = "_id", text_key: str = "text"
 ) -> Document:
-    """The checked document of a JSON object. The text may be empty: such a document has a score too."""
+    """Return the checked document of a JSON object. The text may be empty: such a document has a score too."""
     doc_id = require_id(path, number, record, id_key)
     title = "" if record.get("title") is None else require_text(path, number, record, "title", empty=True)
     return {"id": doc_id, "title": title, "text": require_text(path, number, record, text_key, empty=True)}
 
 
 def drop_leftovers(prefix: str) -> None:
-    """Remove what killed processes left in the cache folder: temporary names that nobody has written to for an hour."""
+    """Remove temporary files of killed processes from the cache folder: those not written to for an hour."""
     for left in cache_folder().glob(f"{prefix}*.tmp"):
         with contextlib.suppress(OSError):  # gone already
             if time.time() - left.stat().st_mtime > 3600:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def _build_index(corpus: Corpus, index: Path, copy: Path | None) -> None:
-    """Read the whole corpus once: check every document and write the index, and the copy where there is one."""
+def _build_index(corpus: FileCorpus, index: Path, copy: Path | None) -> None:
+    """Read the whole corpus once, check every document, and write the index and the copy, if there is one."""
     drop_leftovers("corpus-")
     mark = f".{os.urandom(6).hex()}.tmp"
     new_index = index.with_name(index.name + mark)
@@ -263,9 +273,9 @@ def _build_index(corpus: Corpus, index: Path, copy: Path | None) -> None:
                 os.fsync(file.fileno())
         with open(new_index, "rb") as file:
             os.fsync(file.fileno())
-        if new_copy:
+        if new_copy and copy:
             os.replace(new_copy, copy)
-        os.replace(new_index, index)  # last: an index stands for a complete text
+        os.replace(new_index, index)  # last: an index promises a complete text
     except sqlite3.Error as error:
         raise OSError(f"cannot write the index {index} ({error}); free some space or set QPEFT_CACHE") from None
     finally:
@@ -274,8 +284,8 @@ def _build_index(corpus: Corpus, index: Path, copy: Path | None) -> None:
             new_copy.unlink(missing_ok=True)
 
 
-def _add_lines(corpus: Corpus, database: sqlite3.Connection, copy, progress: tqdm) -> int:
-    """A document per line. Returns: the bytes of the text."""
+def _add_lines(corpus: FileCorpus, database: sqlite3.Connection, copy, progress: tqdm) -> int:
+    """Add a document per line. Returns: the bytes of the text."""
     position, size, packed = [0], 0, is_gzip(corpus.path)
     with open_bytes(corpus.path) as source, reading(corpus.path, position):
         for raw in source:
@@ -302,8 +312,8 @@ def _add_lines(corpus: Corpus, database: sqlite3.Connection, copy, progress: tqd
     return size
 
 
-def _add_documents(corpus: Corpus, database: sqlite3.Connection, copy, progress: tqdm) -> int:
-    """Documents that may come again, the same each time. Returns: the bytes of the copy."""
+def _add_documents(corpus: FileCorpus, database: sqlite3.Connection, copy, progress: tqdm) -> int:
+    """Add documents that may be repeated, unchanged. Returns: the bytes of the copy."""
     size = 0
     database.execute("CREATE UNIQUE INDEX by_id ON documents (id)")
     for number, document in corpus.documents():

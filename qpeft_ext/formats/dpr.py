@@ -21,7 +21,7 @@ from . import corpus
 from .answers import answer_qrels
 from .collection import Collection, Glance
 from .io import check_unicode, line_error, read_lines, require_text, shorten
-from .json_records import Place, read_records
+from .json_records import RecordPlace, read_records
 from .jsonl import Example
 from .trec import Qrels, Run
 
@@ -30,7 +30,7 @@ PASSAGES = "psgs_w100.tsv"
 _POSITIVES, _NEGATIVES = "positive_ctxs", ("hard_negative_ctxs", "negative_ctxs")
 
 
-class Passages(corpus.Corpus):
+class Passages(corpus.FileCorpus):
     """``psgs_w100.tsv``."""
 
     format = "dpr"
@@ -46,7 +46,7 @@ class Passages(corpus.Corpus):
 
 
 class PassagesFile(Collection):
-    """``psgs_w100.tsv`` alone: a corpus."""
+    """A ``psgs_w100.tsv`` without its folder: a corpus."""
 
     format = "dpr"
     looks_for = "a tsv with the header id, text, title (DPR's psgs_w100.tsv)"
@@ -89,7 +89,7 @@ class Questions(Collection):
         return answer_qrels(runs, self.answers(), self.corpus)
 
 
-class Contexts(corpus.Corpus):
+class Contexts(corpus.FileCorpus):
     """The passages inside a training file, by their ids."""
 
     format = "dpr_training"
@@ -120,7 +120,7 @@ class TrainingFile(Collection):
     @cached_property
     def parts(self) -> tuple[str, ...]:
         _, _, first = next(self._records())
-        if not first.get(_POSITIVES):  # nothing to be seen in it
+        if not first.get(_POSITIVES):  # its passages show nothing
             first = next((record for _, _, record in self._records() if record.get(_POSITIVES)), first)
         passages = first.get(_POSITIVES)
         has_ids = isinstance(passages, list) and all(isinstance(p, dict) and _id(p) is not None for p in passages)
@@ -166,7 +166,7 @@ class TrainingFile(Collection):
             else:
                 self.left_out["questions without a positive passage"] += 1
 
-    def _records(self) -> Iterator[tuple[int, Place, dict]]:
+    def _records(self) -> Iterator[tuple[int, RecordPlace, dict]]:
         count = 0
         for count, (place, _, record) in enumerate(read_records(self.place, "question", "DPR training json"), 1):
             yield count - 1, place, record
@@ -175,8 +175,8 @@ class TrainingFile(Collection):
 
 
 def read_questions(path: AnyPath) -> dict[str, tuple[str, list[str]]]:
-    """``*.qa.csv``: query_id -> (question, answers). Raises: ValueError naming file and line."""
-    questions = {}
+    """Read ``*.qa.csv``: query_id → (question, answers). Raises: ValueError naming file and line."""
+    questions: dict[str, tuple[str, list[str]]] = {}
     for number, text in read_lines(path, "DPR questions"):
         columns = [unquote(column) for column in text.split("\t")]
         if len(columns) != 2 or not columns[0].strip():
@@ -192,13 +192,16 @@ def read_questions(path: AnyPath) -> dict[str, tuple[str, list[str]]]:
 
 
 def read_answers(path: AnyPath, place: int, record: dict[str, Any]) -> list[str]:
-    """The checked "answers" of a record."""
+    """Return the checked "answers" of a record."""
     return _answers(path, place, record.get("answers"), record.get("answers", "no such key"))
 
 
 def find_passages(path: AnyPath) -> Path | None:
-    """``psgs_w100.tsv``, plain or .gz: beside ``path`` or up to three folders above, or in ``wikipedia-split`` there,
-    where UPR's download puts it."""
+    """Return the path of ``psgs_w100.tsv``, plain or .gz; None if there is none.
+
+    It is looked for beside ``path``, up to three folders above, and in ``wikipedia-split`` there, where UPR's download
+    puts it.
+    """
     for folder in list(Path(path).absolute().parents)[:4]:
         if file := Glance(folder).holds(PASSAGES, f"wikipedia-split/{PASSAGES}"):
             return file
@@ -206,6 +209,7 @@ def find_passages(path: AnyPath) -> Path | None:
 
 
 def passages_near(path: AnyPath) -> Passages:
+    """Open the passages that `find_passages` finds. Raises: FileNotFoundError if there are none."""
     file = find_passages(path)
     if file is None:
         raise FileNotFoundError(
@@ -216,7 +220,7 @@ def passages_near(path: AnyPath) -> Passages:
 
 
 def unquote(column: str) -> str:
-    """A tsv column as csv readers take it: one in quotation marks is what they enclose, inner ones doubled."""
+    """Return a tsv column as csv readers do: without enclosing quotation marks, inner ones no longer doubled."""
     inner = column[1:-1]
     if len(column) > 1 and column[0] == column[-1] == '"' and '"' not in inner.replace('""', ""):
         return inner.replace('""', '"')
@@ -237,7 +241,7 @@ def _id(passage: dict[str, Any]) -> str | None:
 
 
 def _documents(path: AnyPath, place: int, record: dict[str, Any], key: str) -> list[dict[str, str]]:
-    """The passages under ``key`` as documents, with an id where they have one."""
+    """Return the passages under ``key`` as documents, with an id where they have one."""
     passages = record.get(key, [] if key in _NEGATIVES else None)
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
         raise line_error(

@@ -41,28 +41,29 @@ _EXPECTED = (
 
 
 def are_of_examples(keys: Iterable[str]) -> bool:
-    """Whether a record with these keys is a training example."""
+    """Return True if a record with these keys is a training example."""
     keys = set(keys)
     documents = {"positives", *_SIDES["positives"], _ANSWER} & keys or (keys & {*_LISTS} and keys & {*_LABELS})
     return bool(keys & {*_QUERIES} and documents)
 
 
 def query_key(keys: Iterable[str]) -> str:
-    """The key that the query stands under; "query" where there is none."""
+    """Return the key of the query; "query" if there is none."""
     keys = set(keys)
     return next((name for name in _QUERIES if name in keys), "query")
 
 
 def query_id_key(keys: Iterable[str]) -> str | None:
+    """Return the key of the query's id; None if there is none."""
     keys = set(keys)
     return next((name for name in _QUERY_IDS if name in keys), None)
 
 
 class ExampleKeys:
-    """Reads examples of one file or data set; says once what it does not use.
+    """Reader of the examples of one file or data set, which warns once about each key that it does not use.
 
     Args:
-        place: where the examples are from, for that line.
+        place: where the examples are from, for the warning.
     """
 
     def __init__(self, place: str) -> None:
@@ -70,9 +71,9 @@ class ExampleKeys:
         self._said: set[str] = set()
 
     def own(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The example under this package's keys; the same object if it has them already.
+        """Return the example under this package's keys; the same object if it has them already.
 
-        Further keys are kept. What the values are is not checked here.
+        Further keys are kept. Values are not checked here.
         Raises: ValueError, without a place, for keys that could mean several things.
         """
         keys = example.keys()
@@ -88,7 +89,7 @@ class ExampleKeys:
             )
         if not are_of_examples(rest):
             raise ValueError(_why_none(rest))
-        if "positives" in rest:  # of our own, where only negatives or a plain value is missing
+        if "positives" in rest:  # our own keys, where only negatives or a plain value is missing
             own = {"query": rest.pop(query_key(rest)), "positives": rest.pop("positives")}
         else:
             own = {"query": rest.pop(query_key(rest)), **_documents_of(rest)}
@@ -111,14 +112,14 @@ class ExampleKeys:
 
 
 def table_rows(table: Any) -> Any:
-    """A table of pandas, polars or Arrow as a list of rows; anything else as it is."""
+    """Return a table of pandas, polars or Arrow as a list of rows, and anything else unchanged."""
     if hasattr(table, "to_dict") and hasattr(table, "columns"):
         return table.to_dict("records") if hasattr(table, "iloc") else table.to_dicts()
     return table.to_pylist() if hasattr(table, "to_pylist") and hasattr(table, "column_names") else table
 
 
 def plain(value: Any) -> Any:
-    """An array, series or scalar of numpy, pandas, Arrow or torch as Python's own value."""
+    """Return an array, series or scalar of numpy, pandas, Arrow or torch as a value of Python."""
     if isinstance(value, (str, int, float, list, tuple, Mapping)) and type(value).__module__ != "numpy":
         return value
     for name in ("as_py", "to_pylist", "tolist", "to_list"):
@@ -129,7 +130,7 @@ def plain(value: Any) -> Any:
 
 
 def _is_missing(value: Any) -> bool:
-    """What a table holds where a row lacks the key: None, NaN or the NA of pandas."""
+    """Return True for the values of a table where a row lacks the key: None, NaN or the NA of pandas."""
     return value is None or isinstance(value, float) and value != value or type(value).__name__ == "NAType"
 
 
@@ -140,7 +141,7 @@ def _is_own(value: Any) -> bool:
 
 
 def _is_renamed(document: Any) -> bool:
-    """Whether `_document` would change it."""
+    """Return True if `_document` would change it."""
     return isinstance(document, Mapping) and (
         "id" not in document
         and any(key in document for key in _IDS)
@@ -162,7 +163,7 @@ def _document(document: Any) -> Any:
 
 
 def _documents_of(rest: dict[str, Any]) -> dict[str, Any]:
-    """Positives and negatives, taken out of ``rest``."""
+    """Take positives and negatives out of ``rest``."""
     if not any(name in rest for name in (*_SIDES["positives"], *_LISTS)):
         rest["positive"] = rest.pop(_ANSWER)
     if any(name in rest for name in _SIDES["positives"]):
@@ -195,7 +196,7 @@ def _documents_of(rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _side(rest: dict[str, Any], side: str, own: dict[str, Any]) -> list[Any]:
-    """The documents of one side, taken out of ``rest`` with their ids; their scores go to ``own``."""
+    """Take the documents of one side, and their ids, out of ``rest``; their scores go to ``own``."""
     there = [name for name in _SIDES[side] if name in rest]
     numbered = (
         sorted((name for name in rest if _NUMBERED.fullmatch(name)), key=lambda name: int(name[9:]))
@@ -224,7 +225,7 @@ def _side(rest: dict[str, Any], side: str, own: dict[str, Any]) -> list[Any]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """One document as a list of one."""
+    """Return a list as it is, and one document as a list of one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -240,9 +241,9 @@ def _why_none(keys: Iterable[str]) -> str:
 
 
 def view(examples: Any, place: str) -> Any:
-    """The examples under our own keys: of a list a list, of a `datasets.Dataset` or an iterable a view.
+    """Return the examples under our own keys: a list for a list, a view for a `datasets.Dataset` or an iterable.
 
-    Errors have the place in front: ``place`` and the number of the example, from 0.
+    Errors begin with ``place`` and the number of the example, from 0.
     """
     examples, keys = table_rows(examples), ExampleKeys(place)
     if isinstance(examples, (list, tuple)):
@@ -264,17 +265,19 @@ def _own(keys: ExampleKeys, example: Any, index: int) -> Any:
 
 
 class _SizedView(Sequence):
+    """A view of examples that have a length and are read by their number."""
+
     def __init__(self, examples: Any, keys: ExampleKeys) -> None:
         self.examples, self.keys = examples, keys
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         return _own(self.keys, self.examples[index], index)
 
     def queries(self) -> Iterator[tuple[Any, str]]:
-        """(query id or None, query) of every example, where that is cheap: from the columns of a `datasets.Dataset`."""
+        """Return (query id or None, query) of every example of a `datasets.Dataset`; nothing of other data sets."""
         names = getattr(self.examples, "column_names", ())
         if (name := query_key(names)) not in names:
             return iter(())
@@ -284,6 +287,8 @@ class _SizedView(Sequence):
 
 
 class _StreamView:
+    """A view of examples that are read one after the other."""
+
     def __init__(self, examples: Iterable, keys: ExampleKeys) -> None:
         self.examples, self.keys = examples, keys
 

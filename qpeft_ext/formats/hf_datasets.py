@@ -1,7 +1,7 @@
 """Data sets of the library ``datasets``: ``hf:owner/name`` on the Hub, or a folder that its ``save_to_disk`` wrote.
 
 Retrieval sets in the shape of MTEB and BEIR have three configurations (on disk: three folders): ``corpus`` (_id,
-title, text), ``queries`` (_id, text) and ``default`` or ``qrels`` (query-id, corpus-id, score). Anything else is taken
+title, text), ``queries`` (_id, text) and ``default`` or ``qrels`` (query-id, corpus-id, score). Anything else is read
 as training examples: rows with a query and positives, under any keys that `example_keys` knows.
 """
 
@@ -19,21 +19,21 @@ from .qrels import whole_relevance
 from .trec import Qrels
 
 PREFIX = "hf:"
-_MARKS = ("dataset_dict.json", "state.json")  # what save_to_disk writes
+_MARKS = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
 _EXTRA = "data sets of the Hub need the package datasets: pip install qpeft_ext[datasets]"
 _QRELS = ("qrels", "default")
 
 
 class Documents(Mapping[str, dict]):
-    """Rows {"_id", "title"?, "text"} by id. Texts stay in the memory-mapped file of ``datasets``; the ids are held."""
+    """Rows {"_id", "title"?, "text"} by id. Texts stay in the memory-mapped file of ``datasets``, ids in memory."""
 
     def __init__(self, place: str, rows: Any) -> None:
         self._rows = rows
         self._ids = list(map(str, rows["_id"]))
         self._places = {doc_id: i for i, doc_id in enumerate(self._ids)}
         if len(self._places) < len(self._ids):
-            seen: set[str] = set()
-            i, twice = next((i, d) for i, d in enumerate(self._ids) if d in seen or seen.add(d))
+            first = {doc_id: i for i, doc_id in reversed(list(enumerate(self._ids)))}
+            i, twice = next((i, doc_id) for i, doc_id in enumerate(self._ids) if first[doc_id] < i)
             raise ValueError(
                 f"{place}, row {i + 1} of corpus: the document id {twice!r} occurs twice; ids must be unique"
             )
@@ -56,7 +56,7 @@ class Documents(Mapping[str, dict]):
 
 
 class Dataset(Collection):
-    """One data set, in any of the shapes above."""
+    """A data set in any of the shapes above."""
 
     format = "datasets"
     looks_for = f"{PREFIX}owner/name (a data set of the Hub), or a folder with {_MARKS[0]} (datasets)"
@@ -152,7 +152,7 @@ class Dataset(Collection):
         return part if part != "qrels" else next((n for n in _QRELS if n in self._configurations), "qrels")
 
     def _load(self, configuration: str | None) -> dict[str, Any]:
-        """Split → rows. One that was saved without splits is "train", as `load_dataset` would call it."""
+        """Return split → rows. A set that was saved without splits is "train", as `load_dataset` would call it."""
         if configuration not in self._loaded:
             library, folder = _library(), Path(self.place)
             if folder.is_dir():
@@ -163,7 +163,7 @@ class Dataset(Collection):
         return self._loaded[configuration]
 
     def _only(self, configuration: str) -> Any:
-        """The rows of a configuration that is one set, whatever its split is called."""
+        """Return the rows of a configuration that has one split, whatever that is called."""
         splits = self._load(configuration)
         if len(splits) > 1:
             raise ValueError(f"{self.place}: expected one split in {configuration}, got {', '.join(splits)}")
@@ -190,7 +190,7 @@ def _library() -> Any:
 
 
 def _documents(where: str, key: str, value: object) -> list[Any]:
-    """Texts, and objects with "text" whose ids become texts."""
+    """Return texts, and objects with "text" whose ids become texts."""
     documents = []
     for document in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(document, dict) and isinstance(document.get("text"), str):

@@ -1,4 +1,4 @@
-"""What all formats share: reading lines with their numbers, JSON lines, and writing a file as a whole or not at all."""
+"""Reading for all formats: lines with their numbers, JSON objects, checked texts and ids."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ..utils.files import AnyPath, is_gzip
 from ..utils.text import shorten
 
 
 def line_error(path: AnyPath, number: int, message: str) -> ValueError:
-    """The error for a bad line: always "file, line n: …"; an id of thousands of characters does not make it longer."""
+    """Return the error for a bad line, "file, line n: …", of bounded length."""
     message = message if len(message) <= 600 else f"{message[:599]}…"
     return ValueError(f"{os.fspath(path)}, line {number}: {message}")
 
 
 def check_file(path: AnyPath, what: str = "a file") -> Path:
-    """``path`` as a Path, or an error if it is not a file."""
+    """Return ``path`` as a Path. Raises: ValueError or FileNotFoundError if it is not a file."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; expected {what}")
@@ -34,14 +34,14 @@ def check_file(path: AnyPath, what: str = "a file") -> Path:
 
 
 def _is_given_open(path: Path) -> bool:
-    """Whether it is a pipe that the shell opened for this process (``/dev/stdin``, ``<(command)``), or a terminal."""
+    """Return True for a pipe that the shell opened for this process (``/dev/stdin``, ``<(command)``) or a terminal."""
     place = os.path.realpath(path)
     return place.startswith("/proc/") and path.is_fifo() or place.startswith(("/dev/pts/", "/dev/tty", "/dev/null"))
 
 
 @contextlib.contextmanager
 def reading(path: AnyPath, position: list[int] | None = None) -> Iterator[None]:
-    """Turn the errors of a damaged gzip file into one ValueError. ``position[0]`` is the last line that was read."""
+    """Turn errors of a damaged gzip file into one ValueError. ``position[0]`` is the last line that was read."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -52,7 +52,7 @@ def reading(path: AnyPath, position: list[int] | None = None) -> Iterator[None]:
 
 
 def decode(path: AnyPath, number: int, raw: bytes) -> str:
-    """Line ``number`` as text; UTF-8 only. A byte order mark at the start of the file is no part of the text."""
+    """Return line ``number`` as text, without a byte order mark. Raises: ValueError if it is not UTF-8."""
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -65,13 +65,14 @@ def decode(path: AnyPath, number: int, raw: bytes) -> str:
 
 
 def open_bytes(path: AnyPath) -> IO[bytes]:
-    return gzip.open(path, "rb") if is_gzip(path) else open(path, "rb")
+    """Open a file, plain or .gz, for reading its uncompressed bytes."""
+    return cast(IO[bytes], gzip.open(path, "rb")) if is_gzip(path) else open(path, "rb")
 
 
 def read_lines(path: AnyPath, what: str = "a file") -> Iterator[tuple[int, str]]:
-    """The lines of a text file, plain or .gz, as (number from 1, text without its line end).
+    """Yield the lines of a text file, plain or .gz, as (number from 1, text without its line end).
 
-    Lines of white space alone are not yielded: they hold nothing.
+    Lines with nothing but white space are skipped.
     Raises: ValueError naming file and line for undecodable bytes or a damaged gzip file; OSError if unreadable.
     """
     position = [0]
@@ -84,7 +85,7 @@ def read_lines(path: AnyPath, what: str = "a file") -> Iterator[tuple[int, str]]
 
 
 def parse_object(path: AnyPath, number: int, text: str) -> dict[str, Any]:
-    """One line of a jsonl file, which must be a JSON object."""
+    """Return the JSON object on a line. Raises: ValueError naming file and line if it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError, as are ints of too many digits
@@ -97,7 +98,7 @@ def parse_object(path: AnyPath, number: int, text: str) -> dict[str, Any]:
 
 
 def require_text(path: AnyPath, number: int, record: dict[str, Any], key: str, *, empty: bool = False) -> str:
-    """``record[key]`` as text; ``empty`` says whether it may be empty."""
+    """Return ``record[key]``, which must be a text, not empty unless ``empty``. Raises: ValueError."""
     if key not in record:
         raise line_error(path, number, f"expected the key {key!r}, got the keys {shorten(sorted(record))}")
     value = record[key]
@@ -110,7 +111,7 @@ def require_text(path: AnyPath, number: int, record: dict[str, Any], key: str, *
 
 
 def require_id(path: AnyPath, number: int, record: dict[str, Any], key: str = "_id") -> str:
-    """``record[key]`` as an id. A number is taken as its digits, since qrels and runs know only text."""
+    """Return ``record[key]`` as an id. A number becomes its digits, since ids in qrels and runs are text."""
     value = record.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -118,7 +119,7 @@ def require_id(path: AnyPath, number: int, record: dict[str, Any], key: str = "_
 
 
 def check_unicode(path: AnyPath, number: int, key: str, value: str) -> None:
-    """JSON can spell half a surrogate pair, which no file can hold and no tokenizer takes."""
+    """Raises: ValueError for half a surrogate pair, which JSON can write, but no file or tokenizer accepts."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
 """Data sets of the library ``ir_datasets`` by their ids, such as ``msmarco-passage/trec-dl-2019/judged``.
 
-It downloads what it can to its own folder and looks documents up there. An id is one split.
+The library downloads data sets to its own folder and looks documents up there. An id is one split.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Documents(Mapping[str, dict]):
         document = self._store.get(doc_id)
         title = getattr(document, "title", None) or ""
         text = getattr(document, "text", None) if title or hasattr(document, "text") else None
-        if text is None:  # other fields: what the library holds for the whole text, which has the title in it
+        if text is None:  # other fields: the library makes one text of them, with the title in it
             title, text = "", document.default_text()
         return {"id": document.doc_id, "title": title, "text": text}
 
@@ -48,7 +48,7 @@ class Documents(Mapping[str, dict]):
         return self.fingerprint()
 
     def fingerprint(self) -> str:
-        # no hyphen within the id: what follows the second one tells versions of a corpus apart, and replaces them
+        # no hyphen within the id: the text behind the second hyphen is the version, and a new version replaces the old
         return f"ir_datasets-{self.dataset.dataset_id().replace('/', '.').replace('-', '_')}"
 
 
@@ -115,7 +115,7 @@ class Dataset(Collection):
 
 
 def load(name: str) -> Any:
-    """The data set of that id. Raises: ImportError without the library, ValueError for an unknown id."""
+    """Return the data set of an id. Raises: ImportError without the library, ValueError for an unknown id."""
     try:
         import ir_datasets
     except ImportError:

@@ -1,6 +1,6 @@
-"""Records of a JSON file of any size, one after the other: a list, an object of records, or JSON lines; plain or .gz.
+"""Read the records of a JSON file of any size: a list, an object of records, or JSON lines; plain or .gz.
 
-Only one record is held at a time, so a list of many gigabytes on a single line is no problem.
+Only one record is in memory at a time, so a list of many gigabytes on a single line can be read.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
-class Place(int):
-    """A line number that knows which record is meant, for files that have all of theirs on one line."""
+class RecordPlace(int):
+    """A line number with the number of a record, for files that have all records on one line."""
 
-    def __new__(cls, line: int, record: int) -> Place:
+    record: int
+
+    def __new__(cls, line: int, record: int) -> RecordPlace:
         place = super().__new__(cls, line)
         place.record = record
         return place
@@ -31,14 +33,15 @@ class Place(int):
         return f"{int(self)}, record {self.record}"
 
     def __format__(self, spec: str) -> str:
-        return format(str(self), spec)  # an int's own may drop the record
+        return format(str(self), spec)  # the format of an int would drop the record
 
 
-def read_records(path: AnyPath, key: str, what: str = "a JSON file") -> Iterator[tuple[Place, str | None, dict]]:
-    """(place, its key in an object of records or None, record), in the order of the file.
+def read_records(path: AnyPath, key: str, what: str = "a JSON file") -> Iterator[tuple[RecordPlace, str | None, dict]]:
+    """Yield (place, key in an object of records or None, record), in the order of the file.
 
     Args:
-        key: one that every record has; tells ``{"0": {key: …}, "1": …}`` from JSON lines.
+        key: a key of every record, which tells ``{"0": {key: …}, "1": …}`` from JSON lines.
+        what: kind of the file, for errors.
     Raises: ValueError naming file, line and record for anything that is not a JSON object.
     """
     position = [0]
@@ -52,12 +55,12 @@ def read_records(path: AnyPath, key: str, what: str = "a JSON file") -> Iterator
             yield from _object(text)
             return
     for record, (number, line) in enumerate(read_lines(path, what), start=1):
-        place = Place(number, record)
+        place = RecordPlace(number, record)
         yield place, None, parse_object(path, place, line)
 
 
 class _Text:
-    """A window on the file: ``buffer`` from ``position`` on is still to be read."""
+    """A window on the file: ``buffer`` from ``position`` on was not parsed yet."""
 
     def __init__(self, path: AnyPath, file, lines: list[int]) -> None:
         self.path, self.file = path, file
@@ -65,16 +68,16 @@ class _Text:
         self.buffer, self.position, self.ended = "", 0, False
         self.lines = lines  # [line ends before the buffer]
         self.record = 0
-        self.whole = True  # nothing is dropped yet, so that the start can be read again
+        self.whole = True  # nothing was dropped yet, so the start can be parsed again
 
-    def place(self) -> Place:
-        return Place(self.lines[0] + self.buffer.count("\n", 0, self.position) + 1, self.record)
+    def place(self) -> RecordPlace:
+        return RecordPlace(self.lines[0] + self.buffer.count("\n", 0, self.position) + 1, self.record)
 
     def error(self, message: str) -> ValueError:
         return line_error(self.path, self.place(), message)
 
     def more(self) -> None:
-        """Read as much again as is waiting, a megabyte at least: a long record is then tried a few times only."""
+        """Double what waits in the buffer, by a megabyte at least, so that a long record is parsed only a few times."""
         raw = self.file.read(max(1 << 20, len(self.buffer) - self.position))
         self.ended = not raw
         if not self.whole:
@@ -89,9 +92,10 @@ class _Text:
             ) from None
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """Return the next character that is no white space; "" at the end."""
         while True:
-            self.position = _SPACE.match(self.buffer, self.position).end()
+            if space := _SPACE.match(self.buffer, self.position):
+                self.position = space.end()
             if self.position < len(self.buffer) or self.ended:
                 return self.buffer[self.position : self.position + 1]
             self.more()
@@ -128,7 +132,7 @@ class _Text:
 
 
 def _is_object_of_records(text: _Text, key: str) -> bool:
-    """Whether the first value of the object is a record. Leaves the text at its start."""
+    """Return True if the first value of the object is a record; the text stays at its start."""
     start = text.position
     text.position += 1
     try:
@@ -146,7 +150,7 @@ def _is_object_of_records(text: _Text, key: str) -> bool:
         text.position = start
 
 
-def _list(text: _Text) -> Iterator[tuple[Place, None, dict]]:
+def _list(text: _Text) -> Iterator[tuple[RecordPlace, str | None, dict]]:
     text.expect("[")
     text.whole = False
     if text.peek() == "]":
@@ -159,7 +163,7 @@ def _list(text: _Text) -> Iterator[tuple[Place, None, dict]]:
     _end(text)
 
 
-def _object(text: _Text) -> Iterator[tuple[Place, str, dict]]:
+def _object(text: _Text) -> Iterator[tuple[RecordPlace, str | None, dict]]:
     text.expect("{")
     text.whole = False
     if text.peek() == "}":
@@ -176,7 +180,7 @@ def _object(text: _Text) -> Iterator[tuple[Place, str, dict]]:
     _end(text)
 
 
-def _record(text: _Text, key: str | None) -> tuple[Place, str | None, dict]:
+def _record(text: _Text, key: str | None) -> tuple[RecordPlace, str | None, dict]:
     text.record += 1
     text.peek()
     place = text.place()

@@ -1,8 +1,8 @@
-"""JSON lines: training examples, and documents alone.
+"""JSON lines: training examples, or documents.
 
 Examples: {"query", "positives", "negatives"} (and "query_id", if there is one); a document in them is a text, or an
-object with "text" and, if wanted, "id" and "title". Keys of other libraries are read too: `example_keys`. Documents
-alone: an id, "text" or "contents" and perhaps "title".
+object with "text" and, if wanted, "id" and "title". Keys of other libraries are read too: `example_keys`. Documents:
+an id, "text" or "contents", and perhaps "title".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IDS = ("_id", "id", "docid", "doc_id")
 _TEXTS = ("text", "contents")
 
 
-class Corpus(corpus.Corpus):
+class JsonlCorpus(corpus.FileCorpus):
     """Documents, one JSON object per line, under the names that BEIR, Pyserini and others give the keys."""
 
     format = "jsonl"
@@ -49,7 +49,7 @@ class CorpusFile(Collection):
 
     @cached_property
     def corpus(self) -> Mapping[str, dict]:
-        return Corpus(self.place)
+        return JsonlCorpus(self.place)
 
 
 class ExamplesFile(Collection):
@@ -68,16 +68,22 @@ class ExamplesFile(Collection):
 
 
 def read_examples(path: AnyPath) -> list[Example]:
-    """Read training examples. "negatives" may be missing: other queries' documents can serve.
+    """Read training examples from JSON lines; "negatives" may be missing.
 
-    Returns: the objects of the file under our own keys, with "negatives" always there; further keys are kept.
-    Raises: ValueError naming file and line.
+    Args:
+        path: The file, plain or .gz, under our keys or those of other libraries.
+
+    Returns:
+        The objects of the file under our keys, each with "negatives", which may be empty; further keys are kept.
+
+    Raises:
+        ValueError: For a bad example; the message names file and line.
     """
     return list(iterate_examples(path))
 
 
 def iterate_examples(path: AnyPath) -> Iterator[Example]:
-    """As `read_examples`, one after the other."""
+    """Yield the examples of `read_examples`, read one by one."""
     number, keys = 0, ExampleKeys(str(path))
     for number, text in read_lines(path, "training examples (jsonl)"):
         record = parse_object(path, number, text)
@@ -96,7 +102,15 @@ def iterate_examples(path: AnyPath) -> Iterator[Example]:
 
 
 def write_examples(path: AnyPath, examples: Iterable[Example]) -> int:
-    """Write training examples, plain or .gz, as a whole or not at all. Returns: how many."""
+    """Write training examples as JSON lines, completely or not at all.
+
+    Args:
+        path: The file to write; .gz by its name.
+        examples: The examples.
+
+    Returns:
+        How many were written.
+    """
     count = 0
     with AtomicWriter(path) as file:
         for example in examples:
@@ -107,13 +121,15 @@ def write_examples(path: AnyPath, examples: Iterable[Example]) -> int:
 
 @dataclass
 class ExampleCounts:
-    """What became of the queries of the qrels in `training_examples`.
+    """Counts of what `training_examples` made of the queries of the qrels.
 
-    examples: queries that became an example.  without_relevant: had no relevant document in the qrels.
-    without_candidates: were not in the run (their examples have no negatives).
-    missing_positives: relevant documents that the corpus does not hold.
-    without_positives: queries left out because it holds none of theirs.
-    fewer_negatives: examples with fewer negatives than asked for, those without candidates included.
+    Attributes:
+        examples: queries that became an example.
+        without_relevant: queries without a relevant document in the qrels, which are left out.
+        without_candidates: queries that are not in the run, whose examples have no negatives.
+        missing_positives: relevant documents that are not in the corpus.
+        without_positives: queries left out because the corpus has none of their relevant documents.
+        fewer_negatives: examples with fewer negatives than asked for, those without candidates included.
     """
 
     examples: int = 0
@@ -145,17 +161,26 @@ def training_examples(
     min_relevance: int = 1,
     seed: int = 0,
 ) -> tuple[list[Example], ExampleCounts]:
-    """One training example per query: its relevant documents, and negatives from the top of a run.
+    """Make a training example of each query: its relevant documents, and negatives from the top of a run.
 
-    The defaults are the shape for the listwise loss: the positive and 11 of the first stage's top 40.
+    The defaults suit the listwise loss: the positives and 11 negatives from the first stage's top 40.
 
     Args:
-        run: a first stage; the negatives are drawn from its ``depth`` best candidates that are not relevant, without
-            replacement, by a generator that depends on ``seed`` and the query alone. None: no negatives.
-        min_relevance: from which judgement on a document is relevant. What lies below, or is unjudged, is a negative.
-    Returns: examples in the order of the qrels, each {"query_id", "query", "positives", "negatives"} with documents
-        from the corpus, best first; and `ExampleCounts`.
-    Raises: ValueError if a query or a candidate is unknown, or if no example comes out.
+        queries: query_id → text.
+        qrels: query_id → doc_id → relevance.
+        run: Run of a first stage, from which the negatives are drawn without replacement; None for no negatives.
+        corpus: doc_id → {"title"?, "text"}.
+        num_negatives: Negatives per example, or as many as there are.
+        depth: Number of the best candidates, without relevant ones, that the negatives are drawn from.
+        min_relevance: Least judgement of a relevant document; documents below it and unjudged ones are negatives.
+        seed: Seed of the drawing, which is independent for each query.
+
+    Returns:
+        Examples in the order of the qrels, each {"query_id", "query", "positives", "negatives"} with documents of the
+        corpus, best first; and `ExampleCounts`.
+
+    Raises:
+        ValueError: If a query or a candidate is unknown, or if there is no example.
     """
     if num_negatives < 0 or depth < 1:
         raise ValueError(f"num_negatives must be at least 0 and depth at least 1, got {num_negatives} and {depth}")

@@ -10,9 +10,10 @@ triples.<split>.tsv    query, positive, negative: texts; qidpidtriples.<split>.t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..utils.files import AnyPath
 from . import corpus
@@ -26,7 +27,7 @@ _QRELS = ("qrels.{}.tsv", "qrels.{}.txt", "qrels.{}")
 _TOP = ("top1000.{}", "top1000.{}.tsv", "top1000.{}.txt")
 _TRIPLES = ("triples.{}.tsv", "triples.{}", "qidpidtriples.{}.tsv", "qidpidtriples.{}")
 _SPLIT = re.compile(r"(?:queries|qrels|top1000|triples|qidpidtriples)\.(.+?)(?:\.tsv|\.txt)?$")
-# first lines that name the columns, which the official files do not have
+# names of columns on a first line, which the official files do not have
 _HEADERS = {
     (name, text)
     for name in ("qid", "pid", "query_id", "query-id", "doc_id", "docid", "id")
@@ -34,7 +35,7 @@ _HEADERS = {
 }
 
 
-class Corpus(corpus.Corpus):
+class MsmarcoCorpus(corpus.FileCorpus):
     """``collection.tsv``: pid, passage. There are no titles."""
 
     format = "msmarco"
@@ -47,7 +48,7 @@ class Corpus(corpus.Corpus):
         return {"id": doc_id, "title": "", "text": passage}
 
 
-class TopCorpus(corpus.Corpus):
+class TopCorpus(corpus.FileCorpus):
     """The passages of a ``top1000`` file, where there is no collection."""
 
     format = "msmarco_top"
@@ -99,7 +100,7 @@ class Folder(Collection):
                 f"{self.place} (msmarco) has no collection.tsv and several top1000 files ({tops[0].name}, "
                 f"{tops[1].name}, …); name one of them as the data"
             )
-        return Corpus(whole) if whole else TopCorpus(tops[0])
+        return MsmarcoCorpus(whole) if whole else TopCorpus(tops[0])
 
     def queries(self, split: str | None = None) -> dict[str, str]:
         split = self.choose_split(split)
@@ -164,7 +165,7 @@ class TopFile(Collection):
 
 
 class CollectionFile(Collection):
-    """``collection.tsv`` alone: a corpus."""
+    """A ``collection.tsv`` without its folder: a corpus."""
 
     format = "msmarco"
     parts = ("corpus",)
@@ -175,11 +176,11 @@ class CollectionFile(Collection):
 
     @cached_property
     def corpus(self) -> Mapping[str, dict]:
-        return Corpus(self.place)
+        return MsmarcoCorpus(self.place)
 
 
 def _files(folder: AnyPath) -> list[Path]:
-    """The files of the folder but for the archives that MS MARCO comes in."""
+    """Return the files of the folder, without the archives that MS MARCO is distributed in."""
     return sorted(file for file in Path(folder).iterdir() if file.is_file() and not plain_name(file).endswith(".tar"))
 
 
@@ -188,7 +189,7 @@ def _tops(folder: AnyPath) -> list[Path]:
 
 
 def read_queries(path: AnyPath) -> dict[str, str]:
-    """``queries.<split>.tsv``: query_id -> text. Raises: ValueError naming file and line."""
+    """Read ``queries.<split>.tsv``: query_id → text. Raises: ValueError naming file and line."""
     queries: dict[str, str] = {}
     for number, text in read_lines(path, "MS MARCO queries"):
         query_id, query = _columns(path, number, text, "qid", "query")
@@ -203,8 +204,11 @@ def read_queries(path: AnyPath) -> dict[str, str]:
 
 
 def read_top(path: AnyPath) -> tuple[dict[str, str], Run]:
-    """``top1000``: (queries, run). The file knows no scores: the run keeps its order, which in the official files is
-    no ranking. Raises: ValueError naming file and line."""
+    """Read ``top1000``: (queries, run).
+
+    The file has no scores, and the run keeps its order, which in the official files is no ranking.
+    Raises: ValueError naming file and line.
+    """
     queries: dict[str, str] = {}
     run: dict[str, dict[str, float]] = {}
     for number, query_id, doc_id, query, _ in _top_lines(path):
@@ -220,30 +224,32 @@ def read_top(path: AnyPath) -> tuple[dict[str, str], Run]:
 
 
 def read_triples(path: AnyPath) -> Iterator[Example]:
-    """Triples of texts as training examples; neighbouring lines of one query and positive become one example."""
-    rows = (
-        (number, *_columns(path, number, text, "query", "positive", "negative"))
-        for number, text in read_lines(path, "MS MARCO triples")
-    )
-    return _grouped(path, rows, lambda query: {"query": query}, lambda text: text)
+    """Read triples of texts as training examples; consecutive lines of one query and positive become one example."""
+
+    def rows() -> Iterator[tuple[int, str, str, str]]:
+        for number, text in read_lines(path, "MS MARCO triples"):
+            query, positive, negative = _columns(path, number, text, "query", "positive", "negative")
+            yield number, query, positive, negative
+
+    return _grouped(path, rows(), lambda query: {"query": query}, lambda text: text)
 
 
 def read_id_triples(path: AnyPath, queries: Mapping[str, str], passages: Mapping[str, dict]) -> Iterator[Example]:
-    """Triples of ids as training examples, with the texts looked up; grouped as in `read_triples`."""
+    """Read triples of ids as training examples, look the texts up, and group them as `read_triples` does."""
 
     def rows() -> Iterator[tuple[int, str, str, str]]:
         for number, text in read_lines(path, "MS MARCO triples of ids"):
-            query_id, *doc_ids = _columns(path, number, text, "qid", "positive pid", "negative pid")
+            query_id, positive, negative = _columns(path, number, text, "qid", "positive pid", "negative pid")
             if query_id not in queries:
                 raise line_error(
                     path, number, f"query {query_id!r} is not in the queries; the files do not belong together"
                 )
-            for doc_id in doc_ids:
+            for doc_id in (positive, negative):
                 if doc_id not in passages:
                     raise line_error(
                         path, number, f"passage {doc_id!r} is not in the collection; the files do not belong together"
                     )
-            yield number, query_id, *doc_ids
+            yield number, query_id, positive, negative
 
     return _grouped(
         path,
@@ -253,9 +259,16 @@ def read_id_triples(path: AnyPath, queries: Mapping[str, str], passages: Mapping
     )
 
 
-def _grouped(path: AnyPath, rows, start, document) -> Iterator[Example]:
-    """Consecutive rows (line, query, positive, negative) of one query and positive as one example."""
-    key, example, negatives = None, None, set()
+def _grouped(
+    path: AnyPath,
+    rows: Iterable[tuple[int, str, str, str]],
+    start: Callable[[str], Example],
+    document: Callable[[str], Any],
+) -> Iterator[Example]:
+    """Make one example of consecutive rows (line, query, positive, negative) of one query and positive."""
+    key: tuple[str, str] | None = None
+    example: Example = {}
+    negatives: set[str] = set()
     for _, query, positive, negative in rows:
         if key != (query, positive):
             if example:
@@ -265,18 +278,21 @@ def _grouped(path: AnyPath, rows, start, document) -> Iterator[Example]:
         if negative not in negatives:
             negatives.add(negative)
             example["negatives"].append(document(negative))
-    if example is None:
+    if not example:
         raise ValueError(f"{path}: no triples; expected lines query <tab> positive <tab> negative")
     yield example
 
 
 def _top_lines(path: AnyPath) -> Iterator[tuple[int, str, str, str, str]]:
     for number, text in read_lines(path, "MS MARCO top1000"):
-        yield number, *_columns(path, number, text, "qid", "pid", "query", "passage", empty="passage")
+        query_id, doc_id, query, passage = _columns(
+            path, number, text, "qid", "pid", "query", "passage", empty="passage"
+        )
+        yield number, query_id, doc_id, query, passage
 
 
 def _columns(path: AnyPath, number: int, text: str, *names: str, empty: str = "") -> list[str]:
-    """The columns of a line; only the one named ``empty`` may be so."""
+    """Return the columns of a line, of which only the one named ``empty`` may be empty."""
     columns = text.split("\t")
     if len(columns) != len(names):
         raise line_error(

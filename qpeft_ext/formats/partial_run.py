@@ -1,6 +1,6 @@
 """`PartialRun`: a TREC run that grows block by block, survives a kill, and is resumed.
 
-``RUN.part`` is plain TREC, so it can be looked at and evaluated at any time; ``RUN.part.json`` says which job it is of.
+``RUN.part`` is plain TREC, so it can be read and evaluated at any time; ``RUN.part.json`` has the settings of the job.
 """
 
 from __future__ import annotations
@@ -19,18 +19,26 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class PartialRun(PartialFile):
-    """The queries of a job that are ranked so far, on the disk, in blocks; each block is a piece of a `PartialFile`.
+    """The rankings of a job that are finished, on the disk, in blocks of queries that are ranked at once.
 
     Args:
-        path: the final name of the run, plain or .gz.
-        candidates: query_id -> (doc_id, score) of every query of the job.
-        blocks: the ids of ``candidates``, in their order, in the blocks that are ranked at once: scores depend on what
-            is ranked with them, by rounding, so that a block is resumed as a whole.  [default: each query alone]
-        settings, about, name, resume: of `PartialFile`; ``name`` is the system's, where several share ``path``.
+        path: The final name of the run, plain or .gz.
+        candidates: query_id → (doc_id, score) of every query of the job.
+        settings: Everything that the scores depend on, name → value; a part with other settings is refused.
+        about: Further facts, which are written beside the settings for people to read.
+        name: Name of the system, where several share ``path``.
+        resume: Whether an earlier part is resumed; False starts over.
+        tag: Last column of the run.
+        blocks: The ids of ``candidates``, in their order, in the blocks that are ranked at once. By rounding, scores
+            depend on the pairs in the same pass, so a block is resumed as a whole. None for one query per block.
 
-    Attributes: rankings: query_id -> ranking as written, of all complete blocks.
-        num_resumed: how many queries an earlier process has written.
-    Raises: as `PartialFile`; ValueError for ids that no run can hold.
+    Attributes:
+        rankings: query_id → ranking as written, of all complete blocks.
+        num_resumed: How many queries an earlier process has written.
+
+    Raises:
+        ValueError: For other settings, or ids with white space.
+        OSError: If ``path`` cannot be written.
     """
 
     def __init__(
@@ -56,9 +64,14 @@ class PartialRun(PartialFile):
         self.num_resumed = len(self.rankings)
 
     def add(self, rankings: Mapping[str, Iterable[tuple[str, float]]]) -> None:
-        """Append the next of ``blocks``; a ranking as in `RunWriter.add`.
+        """Append the next of ``blocks``.
 
-        Raises: OSError if the disk is full; earlier blocks stay whole. ValueError for another block.
+        Args:
+            rankings: query_id → (doc_id, score) for the queries of the block; sorted as by `RunWriter.add`.
+
+        Raises:
+            OSError: If the disk is full; earlier blocks stay complete.
+            ValueError: For another block than the next.
         """
         if list(rankings) != list(self.blocks[self.num_pieces]):
             raise ValueError(f"block {self.num_pieces} of the run is of other queries")
@@ -67,7 +80,8 @@ class PartialRun(PartialFile):
         self.rankings |= written
 
     def finish(self) -> None:
-        """All queries are there: give the run its name, and keep the settings beside it as ``RUN.json``."""
+        """Give the complete run its name, and keep the settings beside it as ``RUN.json``."""
+        assert self._file is not None, "closed"
         os.fsync(self._file)
         write_text(self.target.with_name(f"{self.target.name}.json"), self._about.read_text(encoding="utf-8"))
         if is_gzip(self.target):
@@ -106,7 +120,7 @@ class PartialRun(PartialFile):
 
 
 def _document(line: str) -> tuple[str, float]:
-    """Document and score of a line of a run. Raises: ValueError if it is none."""
+    """Return document and score of a line of a run. Raises: ValueError if it is no such line."""
     columns = line.split(" ")
     if len(columns) != 6 or not abs(score := float(columns[4])) <= _LARGEST:
         raise ValueError("no line of a run")

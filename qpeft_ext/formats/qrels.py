@@ -1,4 +1,4 @@
-"""Qrels as a table: three columns (query, document, relevance) or TREC's four, with a header or without one.
+"""Read qrels from a table of three columns (query, document, relevance) or TREC's four, with or without a header.
 
 A line with tabs is cut at them, so its ids may contain blanks; any other line is cut at white space. All lines of a
 file have as many columns as the first.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 from ..utils.files import AnyPath
 from .io import line_error, read_lines, shorten
@@ -17,7 +18,7 @@ from .trec import Qrels, split_columns, whole_number
 BEIR_HEADER = ("query-id", "corpus-id", "score")
 LARGEST_RELEVANCE = 1_000_000  # trec_eval counts grades in a table of that length, and ends the process where it fails
 _EXPECTED = "query_id 0 doc_id relevance (TREC) or query-id<tab>corpus-id<tab>score (BEIR)"
-_NAMES = {  # what headers call the columns, in lower case and without "-" and "_"
+_NAMES = {  # names of the columns in headers, in lower case and without "-" and "_"
     "query": ("queryid", "qid", "query", "topic", "topicid"),
     "document": ("corpusid", "docid", "documentid", "pid", "passageid", "docno", "doc", "document"),
     "relevance": ("score", "relevance", "rel", "label", "grade", "judgment", "judgement"),
@@ -28,13 +29,13 @@ _POSITIONS = {3: {"query": 0, "document": 1, "relevance": 2}, 4: {"query": 0, "d
 
 
 def read_table(path: AnyPath) -> Qrels:
-    """Read qrels: query_id -> doc_id -> relevance.
+    """Read qrels: query_id → doc_id → relevance, a whole number that is written as ``1`` or ``1.0``.
 
-    The relevance is a whole number, written as ``1`` or ``1.0``.
     Raises: ValueError naming file and line.
     """
     qrels: Qrels = {}
-    count, places = 0, {}
+    count = 0
+    places: dict[str, int] = {}
     for number, text in read_lines(path, "qrels"):
         columns = split_columns(text)
         if not count:
@@ -84,9 +85,9 @@ def read_table(path: AnyPath) -> Qrels:
 
 
 def whole_relevance(where: str, value: object) -> int:
-    """A relevance that comes as a value and not as text. Raises: ValueError for a fraction or no number at all."""
+    """Return a relevance that is given as a value, not as text. Raises: ValueError if it is no whole number."""
     try:
-        number = float(value)
+        number = float(cast(Any, value))
     except (TypeError, ValueError):
         number = math.nan
     if not number.is_integer():
@@ -95,7 +96,7 @@ def whole_relevance(where: str, value: object) -> int:
 
 
 def _header(path: AnyPath, number: int, columns: Sequence[str]) -> dict[str, int]:
-    """Where a header says that the columns are; {} if the line is none."""
+    """Return name → number of the columns of a header; {} if the line is no header."""
     plain = [column.strip().lower().replace("-", "").replace("_", "") for column in columns]
     places = {name: plain.index(word) for name, words in _NAMES.items() for word in words if word in plain}
     if len(columns) == 1 and plain[0].count(",") in (2, 3):

@@ -16,7 +16,7 @@ from ..utils.files import AnyPath
 from . import corpus
 from .collection import Collection, Glance
 from .io import line_error, require_id, require_text, shorten
-from .json_records import Place, read_records
+from .json_records import RecordPlace, read_records
 from .trec import Run
 from .upr import read_score
 
@@ -27,14 +27,14 @@ _TEXTS = ("text", "segment", "contents", "content", "body", "passage")  # the ke
 class Request:
     """One query and its candidates."""
 
-    place: Place
+    place: RecordPlace
     query_id: str
     query: str
     ranking: list[tuple[str, float]]
     documents: list[dict[str, str]]
 
 
-class Contexts(corpus.Corpus):
+class Contexts(corpus.FileCorpus):
     """The documents inside the file."""
 
     format = "rankllm"
@@ -78,7 +78,7 @@ class RequestsFile(Collection):
 
 
 def read_requests(path: AnyPath) -> Iterator[Request]:
-    """The queries of the file with their candidates. Raises: ValueError naming file, line and record."""
+    """Yield the queries of the file with their candidates. Raises: ValueError naming file, line and record."""
     seen: set[str] = set()
     for place, _, record in read_records(path, "query", "candidates with text (RankLLM)"):
         key = "candidates" if "candidates" in record else "hits"
@@ -108,8 +108,8 @@ def read_requests(path: AnyPath) -> Iterator[Request]:
         raise ValueError(f'{path}: no queries; expected records {{"query": {{"text", "qid"}}, "candidates"}}')
 
 
-def _query(path: AnyPath, place: Place, record: dict[str, Any], rows: list[dict]) -> tuple[str, str]:
-    """(query_id, text); the id may be with the query or, in the older shape, with each hit."""
+def _query(path: AnyPath, place: RecordPlace, record: dict[str, Any], rows: list[dict]) -> tuple[str, str]:
+    """Return (query_id, text); the id belongs to the query or, in the older shape, to each hit."""
     query = record.get("query")
     if isinstance(query, dict):
         return require_id(path, place, query, "qid"), require_text(path, place, query, "text")
@@ -117,7 +117,7 @@ def _query(path: AnyPath, place: Place, record: dict[str, Any], rows: list[dict]
     return require_id(path, place, owner, "qid"), require_text(path, place, record, "query")
 
 
-def _document(path: AnyPath, place: Place, doc_id: str, row: dict[str, Any]) -> dict[str, str]:
+def _document(path: AnyPath, place: RecordPlace, doc_id: str, row: dict[str, Any]) -> dict[str, str]:
     content = row.get("doc", row)
     if isinstance(content, str):
         content = {"text": content}

@@ -11,22 +11,28 @@ import numpy as np
 from ..utils.files import AnyPath, AtomicWriter
 from .io import line_error, read_lines, shorten
 
-Run = dict[str, list[tuple[str, float]]]  # query_id -> (doc_id, score), best first
-Qrels = dict[str, dict[str, int]]  # query_id -> doc_id -> relevance
+Run = dict[str, list[tuple[str, float]]]  # query_id → (doc_id, score), best first
+Qrels = dict[str, dict[str, int]]  # query_id → doc_id → relevance
 
-_SPACE = re.compile(r"[ \t\n\r\f\v]+")  # what trec_eval calls space; other blanks may be part of an id
-_INTEGER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?")  # "1.0" is what tables with numbers make of 1
+_SPACE = re.compile(r"[ \t\n\r\f\v]+")  # space for trec_eval; other blanks may be part of an id
+_INTEGER = re.compile(r"([+-]?[0-9]{1,18})(?:\.0*)?")  # tables of numbers write 1 as "1.0"
 _LOWEST = np.float32(-np.inf)
 
 
 def read_run(path: AnyPath) -> Run:
     """Read a TREC run.
 
-    Candidates are ordered as trec_eval orders them, by score; where scores are equal, by the rank column and then
-    by doc_id. Any first rank and any tag will do.
+    Candidates are ordered as trec_eval orders them, by score; equal scores by the rank column and then by doc_id. The
+    first rank and the tag may be any.
 
-    Returns: query_id -> [(doc_id, score), ...], best first; queries in the order of the file.
-    Raises: ValueError naming file and line.
+    Args:
+        path: The run, plain or .gz.
+
+    Returns:
+        query_id → [(doc_id, score), …], best first; queries in the order of the file.
+
+    Raises:
+        ValueError: For a bad line; the message names file and line.
     """
     rows: dict[str, dict[str, tuple[float, int]]] = {}
     for number, text in read_lines(path, "a TREC run"):
@@ -48,10 +54,13 @@ def read_run(path: AnyPath) -> Run:
 
 
 def decreasing_scores(scores: Sequence[float]) -> list[float]:
-    """Scores of a ranking, best first, lowered where needed so that they strictly decrease *as float32*.
+    """Return the scores of a ranking, lowered where needed so that they strictly decrease *as float32*.
 
-    trec_eval reads floats and orders equal ones by doc_id, so two scores that differ only in float64 would come
-    back in another order than they were written.
+    trec_eval reads float32 and orders equal scores by doc_id, so two scores that differ only in float64 would be read
+    in another order than they were written.
+
+    Args:
+        scores: scores, best first.
 
     Raises: ValueError if a score is not finite as float32, or is larger than the one before it.
     """
@@ -75,7 +84,7 @@ def decreasing_scores(scores: Sequence[float]) -> list[float]:
 
 
 def written_ranking(query_id: str, ranking: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """A ranking as it is written: best first (equal scores keep the order they come in), by `decreasing_scores`.
+    """Return a ranking as it is written: best first (equal scores in the given order), with `decreasing_scores`.
 
     Raises: ValueError for an id with white space, a document that occurs twice, a score that is not finite.
     """
@@ -97,7 +106,7 @@ def written_ranking(query_id: str, ranking: Iterable[tuple[str, float]]) -> list
 
 
 def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> bytes:
-    """The lines of one query, whose ranking is a `written_ranking`."""
+    """Return the lines of one query, whose ranking is a `written_ranking`."""
     return "".join(
         f"{query_id} Q0 {doc_id} {rank} {np.float32(score)!s} {tag}\n"
         for rank, (doc_id, score) in enumerate(ranking, start=1)
@@ -105,7 +114,7 @@ def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> 
 
 
 class RunWriter:
-    """Writes a TREC run query by query; the file appears under its name when it is complete, or never.
+    """Writer of a TREC run, query by query; the file appears under its name when it is complete, or never.
 
         with RunWriter("run.trec") as writer:
             for query_id, ranking in rankings:
@@ -127,9 +136,14 @@ class RunWriter:
         """Append one query.
 
         Args:
-            ranking: (doc_id, score); sorted here by score, equal scores keep the order they come in.
-        Returns: how many lines were written; an empty ranking writes none.
-        Raises: ValueError for a repeated query or document, an id with white space, a score that is not finite.
+            query_id: Id of the query.
+            ranking: (doc_id, score); sorted here by score, and equal scores keep the given order.
+
+        Returns:
+            How many lines were written; an empty ranking writes none.
+
+        Raises:
+            ValueError: For a repeated query or document, an id with white space, or a score that is not finite.
         """
         if query_id in self._queries:
             raise ValueError(f"query {query_id!r} is already in the run; write each query once")
@@ -147,7 +161,16 @@ class RunWriter:
 
 
 def write_run(path: AnyPath, run: Mapping[str, Iterable[tuple[str, float]]], tag: str = "qpeft_ext") -> int:
-    """Write a whole run, as `RunWriter` does. Returns: the number of lines."""
+    """Write a whole run, as `RunWriter` does.
+
+    Args:
+        path: The file to write; .gz by its name.
+        run: query_id → (doc_id, score).
+        tag: Last column, the name of the system.
+
+    Returns:
+        The number of lines.
+    """
     with RunWriter(path, tag) as writer:
         for query_id, ranking in run.items():
             writer.add(query_id, ranking)
@@ -155,8 +178,16 @@ def write_run(path: AnyPath, run: Mapping[str, Iterable[tuple[str, float]]], tag
 
 
 def without_identical_ids(run: Mapping[str, Sequence[tuple[str, float]]]) -> tuple[Run, int]:
-    """The run without the documents that have the id of their query: where queries are documents (ArguAna, Quora) they
-    would find themselves. Returns: the run, every query still in it, and how many candidates were left out."""
+    """Remove the documents that have the id of their query: where queries are documents, they would find themselves.
+
+    Examples are ArguAna and Quora.
+
+    Args:
+        run: query_id → (doc_id, score).
+
+    Returns:
+        The run with every query, and how many candidates were removed.
+    """
     kept = {
         query_id: [candidate for candidate in ranking if candidate[0] != query_id] for query_id, ranking in run.items()
     }
@@ -164,7 +195,7 @@ def without_identical_ids(run: Mapping[str, Sequence[tuple[str, float]]]) -> tup
 
 
 def find_line(path: AnyPath, query_id: str, doc_id: str | None = None) -> int | None:
-    """The line of a run that names ``query_id`` (and ``doc_id``); only for error messages."""
+    """Return the line of a run that names ``query_id`` (and ``doc_id``), for an error message."""
     for number, text in read_lines(path):
         columns = split_columns(text)
         if columns[0] == query_id and (doc_id is None or columns[2] == doc_id):
@@ -173,9 +204,9 @@ def find_line(path: AnyPath, query_id: str, doc_id: str | None = None) -> int | 
 
 
 def split_columns(text: str) -> list[str]:
-    """The columns of a line: cut at tabs where there are any, so that an id may contain blanks; else at white space.
+    """Return the columns of a line: cut at tabs if there are any, so that ids may contain blanks, else at white space.
 
-    Where both cut a line into as many columns, blanks beside a tab belong to no id.
+    Where both give the same number of columns, blanks beside a tab belong to no id.
     """
     spaced = _SPACE.split(text.strip(" \t\r\n\f\v"))
     tabbed = text.split("\t")
@@ -195,7 +226,7 @@ def _columns(path: AnyPath, number: int, text: str) -> list[str]:
 
 
 def whole_number(path: AnyPath, number: int, name: str, text: str) -> int:
-    """A whole number, written as 1 or as 1.0. Raises: ValueError naming file and line."""
+    """Return a whole number that is written as 1 or 1.0. Raises: ValueError naming file and line."""
     found = _INTEGER.fullmatch(text.strip())
     if not found:
         raise line_error(path, number, f"expected a whole number as {name}, got {shorten(text)}")

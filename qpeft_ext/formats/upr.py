@@ -20,15 +20,20 @@ from . import corpus, dpr
 from .answers import answer_qrels, has_answer
 from .collection import Collection, Glance, plain_name
 from .io import check_unicode, line_error, require_text, shorten
-from .json_records import Place, read_records
+from .json_records import RecordPlace, read_records
 from .trec import Qrels, Run
 
 
 @dataclass
 class Record:
-    """One question. documents: doc_id -> its text, None where the file has none; labels: its has_answer likewise."""
+    """A question with its candidates.
 
-    place: Place
+    Attributes:
+        documents: doc_id → document; None where the file has no text.
+        labels: doc_id → whether the document contains an answer; None where the file does not say.
+    """
+
+    place: RecordPlace
     query_id: str
     question: str
     answers: list[str]
@@ -37,7 +42,7 @@ class Record:
     labels: dict[str, bool | None]
 
 
-class Contexts(corpus.Corpus):
+class Contexts(corpus.FileCorpus):
     """The passages inside the file."""
 
     format = "upr"
@@ -95,16 +100,17 @@ class RetrieverFile(Collection):
         return qrels
 
     def _text(self, query_id: str, doc_id: str) -> str:
-        """Of a candidate without a label."""
+        """Return the text of a candidate without a label."""
         if doc_id not in self.corpus:
+            passages = getattr(self.corpus, "path", self.place)
             raise ValueError(
-                f"{self.place}: passage {doc_id!r} of query {query_id!r} is not in {self.corpus.path}; "
+                f"{self.place}: passage {doc_id!r} of query {query_id!r} is not in {passages}; "
                 f"the files do not belong together"
             )
         return self.corpus[doc_id]["text"]
 
     def judge(self, split: str | None, runs: Sequence[Run]) -> Qrels:
-        """The labels; passages of ``runs`` that the file does not label go by the matching rule, if there are texts."""
+        """Return the labels; unlabelled passages of ``runs`` are judged by the matching rule, if there are texts."""
         return answer_qrels(runs, self.answers(), self.corpus, self.qrels()) if "corpus" in self.parts else self.qrels()
 
     @cached_property
@@ -114,7 +120,7 @@ class RetrieverFile(Collection):
 
     @cached_property
     def _content(self) -> tuple[dict[str, tuple[str, list[str]]], Run, dict[str, dict[str, bool | None]]]:
-        """(questions, run, labels), all but the texts, in one pass over the file."""
+        """Return (questions, run, labels), without the texts, by one pass over the file."""
         questions, run, labels = {}, {}, {}
         for record in read_file(self.place):
             questions[record.query_id] = record.question, record.answers
@@ -143,7 +149,7 @@ class Folder(Collection):
 
     @cached_property
     def corpus(self) -> Mapping[str, dict]:
-        return dpr.Passages(Glance(Path(self.place)).holds(dpr.PASSAGES))
+        return dpr.Passages(Glance(Path(self.place)).holds(dpr.PASSAGES) or Path(self.place, dpr.PASSAGES))
 
     def queries(self, split: str | None = None) -> dict[str, str]:
         return self._file(split).queries()
@@ -190,7 +196,7 @@ class Folder(Collection):
 
 
 def read_file(path: AnyPath) -> Iterator[Record]:
-    """The records of a retriever output. Raises: ValueError naming file, line and record."""
+    """Yield the records of a retriever output. Raises: ValueError naming file, line and record."""
     seen: set[str] = set()
     for place, key, record in read_records(path, "question", "retriever output (json)"):
         question = require_text(path, place, record, "question")
@@ -219,10 +225,10 @@ def read_file(path: AnyPath) -> Iterator[Record]:
 
 
 def read_score(path: AnyPath, place: int, passage: dict[str, Any]) -> float:
-    """A finite "score"; DPR writes it as text."""
+    """Return the finite "score" of a passage; DPR writes it as text."""
     score = passage.get("score")
     try:
-        if isinstance(score, bool) or not math.isfinite(number := float(score)):
+        if score is None or isinstance(score, bool) or not math.isfinite(number := float(score)):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         got = shorten(score) if "score" in passage else "no such key"

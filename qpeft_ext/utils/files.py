@@ -161,6 +161,26 @@ def save_folder_with(folder: Path, save: Callable[[str], object]) -> None:
 
 
 @contextlib.contextmanager
+def new_folder(output: AnyPath) -> Iterator[Path]:
+    """Make a folder that gets its name when it is complete. Raises: ValueError if there is one of that name."""
+    folder = Path(output)
+    if folder.exists():
+        raise ValueError(f"{output} is there already; name a new folder")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {output}: the folder {folder.absolute().parent} does not exist; create it first"
+        )
+    temporary = folder.with_name(temporary_name(folder.name))
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.rename(temporary, folder)
+        sync_folder(folder.absolute().parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def private_folder(path: Path) -> Iterator[Path]:
     """Make a folder beside ``path`` that only this user can enter, and remove it at the end."""
     folder = tempfile.mkdtemp(prefix=temporary_name(path.name)[:-4] + ".", suffix=".tmp", dir=path.parent)
