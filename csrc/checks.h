@@ -1,5 +1,5 @@
-// What memory safety needs, and no more: one function per primitive, called by both devices before any pointer is taken.
-// Words for users are in qpeft_ext/ops/*.py; the stable ABI can only raise RuntimeError.
+// The checks that memory safety needs, and no more: one function per primitive, which both devices call before they take a
+// pointer. Messages for users are in qpeft_ext/ops/*.py; the stable ABI can only raise RuntimeError.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -54,7 +54,7 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   // The distinct ids of each group of pairs, and of each document.
   //   document_ids [B, S] i64, document_mask [B, S] bool, group_index [B] i64 in [0, G); num_groups = G, num_rows = V
   //   rows         [U] i64   distinct ids, group after group; inside a group each id once, in any deterministic order. On
-  //                CUDA [min(B * S, G * V)]: U is not known there, and what lies behind is not to be read
+  //                CUDA [min(B * S, G * V)]: U is not known there; what follows must not be read
   //   row_offsets  [G + 1] i64: rows of group g are rows[row_offsets[g] : row_offsets[g + 1]]
   //   ids          [B, S] i64  the document's distinct ids in the order of their *first* unmasked position; -1 after the last
   //   slots        [B, S] i32  where in `rows` (of the pair's group) the id of the same place lies; -1 after the last
@@ -116,7 +116,7 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
 
   // Gathered products, CUDA only (on the CPU a GEMM of torch over gathered rows is faster than what could be written by hand).
   //   table [V, D], row stride free; rows [n] i64 in [0, V): lists of rows. Either end to end, offsets [lists + 1] i64, or each
-  //   in its n / lists places, lengths [lists] i64. What lies behind the last list or in places that a list leaves is not read.
+  //   in its n / lists places, lengths [lists] i64. What follows the last list, or fills a list up, is not read.
   // products[u, r] = table[rows[u]] . dense[l, r] for u in list l. dense [lists, R, D], dtype of table;
   //   products [n, R] in the dtype of sums, not written for u of no list.
   m.def(

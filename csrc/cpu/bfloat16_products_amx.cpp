@@ -11,7 +11,7 @@ constexpr int64_t kWordBytes = 1 << 20;  // of packed words that stay in the sec
 constexpr int64_t kTilePairs = 640;  // of words, packed at a time
 constexpr int64_t kTilesOfB = 4;
 
-// n rows of 2 * pairs numbers as tiles: packed[step][row of kRows][pair of kStep], zeros behind the last row and pair.
+// n rows of 2 * pairs numbers as tiles: packed[step][row of kRows][pair of kStep], zeros after the last row and pair.
 template <int kRows>
 void pack_rows(const uint16_t* x, int64_t stride, int64_t n, int64_t numbers, uint16_t* packed) {
   for (int64_t at = 0; at < numbers; at += 2 * kStep) {

@@ -55,7 +55,7 @@ inline void store(const __m512 (&sums)[kWords], float* out, int64_t stride, int6
 template <int kVectors>
 void products(const uint32_t* packed, int64_t n_rows, int64_t pairs, const uint16_t* b, int64_t b_stride,
               int64_t n_words, float* out, int64_t out_stride) {
-  const uint16_t* word[kWords];  // words behind the last are the last once more
+  const uint16_t* word[kWords];  // after the last word, the last word again
   for (int64_t c = 0; c < kWords; ++c) word[c] = b + std::min(c, n_words - 1) * b_stride;
   __m512 sums[kVectors][kWords];
   for (auto& of_vector : sums)
@@ -88,7 +88,7 @@ void add_tile(const uint16_t* a, int64_t a_stride, int64_t n, const uint32_t* ti
       for (int v = 0; v < 4; ++v) sums[r][v] = multiply_add(sums[r][v], weights, b[v]);
     }
   }
-  if (n % 2)  // the last word alone: there may be no memory behind it
+  if (n % 2)  // the last number only: there may be no memory after it
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < 4; ++v)
         sums[r][v] = multiply_add(sums[r][v], _mm512_set1_epi32(a[r * a_stride + n - 1]),

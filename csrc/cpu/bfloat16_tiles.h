@@ -1,4 +1,4 @@
-// Tiles of AMX and memory for them: to be included by the files that only a processor with AMX may run.
+// Tiles of AMX and memory for them. Only files that run on processors with AMX may include it.
 #pragma once
 #include <memory>
 #include <new>

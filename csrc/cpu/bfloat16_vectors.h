@@ -1,4 +1,4 @@
-// What the kernels of bfloat16_products.h have in common, in vectors of AVX-512: to be included by their files alone.
+// Parts that the kernels of bfloat16_products.h share, in vectors of AVX-512. Only their files may include it.
 #pragma once
 #include <immintrin.h>
 
@@ -57,7 +57,7 @@ struct ColumnMasks {
   }
 };
 
-// Rows c and c + 1 of b (zeros for the latter behind the last), column by column, as pairs.
+// Rows c and c + 1 of b (zeros for the second one after the last row), column by column, as pairs.
 inline void pack_pairs(const uint16_t* b, int64_t b_stride, int64_t n, const ColumnMasks& mask, uint32_t* tile) {
   for (int64_t c = 0; c < n; c += 2, tile += kColumns)
     for (int v = 0; v < 4; ++v) {

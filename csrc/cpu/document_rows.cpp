@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> distinct(Tensor docum
 
   struct Seen {
     int32_t slot;   // 1 + the row in `rows`, 0: not yet in this group
-    int32_t pair;   // 1 + the last document that held the id
+    int32_t pair;   // 1 + the last document that had the id
     int32_t place;  // where in that document's distinct ids
   };
   const std::unique_ptr<Seen[]> seen(new Seen[num_rows]());

@@ -1,4 +1,4 @@
-// One chunk of the vocabulary into the running log-sum-exp of each row, what comes after the last, and a chunk's gradient.
+// Adds a chunk of the vocabulary to the running log-sum-exp of each row; the end after the last chunk; a chunk's gradient.
 //   u = logit_scale x + bias, z = cap tanh(u / cap);   log p = z[target] - logsumexp z
 //   Parallel over   rows; a row's chunk is walked twice (maximum, then exponentials), in the cache the second time
 //   Memory traffic  the chunk of logits, [N, C]: read once, written once where probabilities are kept

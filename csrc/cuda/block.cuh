@@ -1,4 +1,4 @@
-// What every kernel file uses: the launcher, and reductions over the threads of one block. No torch here.
+// The launcher and the reductions over the threads of one block, for every kernel file. No torch here.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -17,7 +17,7 @@ constexpr int kThreads = 256;  // every kernel runs with blocks of this size
 template <typename T>
 using SumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// A boring launch: an empty grid is no work, the status is returned, nothing waits. shared_bytes: of block_memory().
+// Launches a kernel: an empty grid is no work, the status is returned, nothing waits. shared_bytes: of block_memory().
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_with_memory(void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes, cudaStream_t stream,
                                Arguments... arguments) {

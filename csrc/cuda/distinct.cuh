@@ -18,7 +18,7 @@ struct Cells {
   static constexpr int32_t kEmpty = -1, kNowhere = 0x7F7F7F7F;  // the latter by cudaMemset
   int32_t* ids;  // of a hash table [size], size a power of two; null: cell = id
   int32_t* first;  // the smallest position of the id
-  int32_t* counts;  // how often it occurs; null: nobody asks
+  int32_t* counts;  // how often it occurs; null: not wanted
   int32_t size;
 
   __device__ int32_t find(int32_t id) const {

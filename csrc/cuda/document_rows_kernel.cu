@@ -42,7 +42,7 @@ __global__ void number_kernel(DistinctSizes sizes, GroupedIds groups) {
   if (threadIdx.x == 0) groups.sizes[group] = total;
 }
 
-// One block for kThreads words of a group; it sums up the groups before by itself, which saves a launch.
+// One block for kThreads words of a group; it also sums up the groups before it, which saves a launch.
 __global__ void list_kernel(DistinctSizes sizes, GroupedIds groups, int64_t parts) {
   const int64_t group = blockIdx.x / parts, word = blockIdx.x % parts * kThreads + threadIdx.x;
   int64_t before = 0;

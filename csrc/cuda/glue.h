@@ -23,7 +23,7 @@ inline void check_cuda(const char* op, cudaError_t status) {
 
 #ifndef QPEFT_CUDA_REPLICA
 // torch's current stream of a device. The function lives in libtorch_cuda, which this library does not link (so that it
-// also loads where torch is a CPU build); whoever calls this has CUDA tensors, so libtorch_cuda is there to be asked.
+// also loads where torch is a CPU build); a caller of this has CUDA tensors, so libtorch_cuda is loaded.
 inline cudaStream_t current_stream(int32_t device) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get_stream = [] {

@@ -11,13 +11,13 @@ namespace qpeft {
 struct DistinctSizes {
   int64_t B, S, Q, M, G, V, words;
 };
-// The numbered ids of each group, on the device: scratch of every later question.
+// The numbered ids of each group, on the device; later kernels look them up.
 struct GroupedIds {
   uint32_t* bits;        // [G, words], zeros before
   int32_t* prefix;       // [G, words]: ids of the group in the words before
   int32_t* sizes;        // [G]
   int64_t* row_offsets;  // [G + 1]
-  int64_t* rows;         // [most_rows]; what lies behind row_offsets[G] is not written
+  int64_t* rows;         // [most_rows]; what follows row_offsets[G] is not written
 };
 inline int64_t most_rows(const DistinctSizes& sizes) {
   return sizes.B * sizes.S < sizes.G * sizes.V ? sizes.B * sizes.S : sizes.G * sizes.V;

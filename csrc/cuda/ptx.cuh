@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no word for, one small function each, all of sm_80. Fragment layouts: PTX manual,
+// Instructions that CUDA C++ has no function for, one small function each, all of sm_80. Fragment layouts: PTX manual,
 // "Warp-level matrix instructions". With g = lane / 4 and c = lane % 4, a register holds two halves (first one low):
 //   mma.m16n8k16   a0 = A[g, 2c..]  a1 = A[g + 8, 2c..]  a2 = A[g, 2c + 8..]  a3 = A[g + 8, 2c + 8..]   (rows x k)
 //                  b0 = B[2c.., g]  b1 = B[2c + 8.., g]                                                 (k x columns)
@@ -28,7 +28,7 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, both aligned to 16, without registers and behind this thread's back: the first
+// 16 bytes from global to shared memory, both aligned to 16, without registers, while this thread goes on: the first
 // `bytes` are read (none: any address will do), the rest becomes zero. They are there for this thread after the wait, for
 // others after a barrier too.
 __device__ inline void cp_async_16(void* to, const void* from, int bytes) {

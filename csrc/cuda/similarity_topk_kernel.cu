@@ -17,7 +17,7 @@
 namespace qpeft {
 namespace {
 
-// What the other kernels find: bits that are zero, 1 / norm of the query tokens.
+// Prepares what the other kernels use: bits that are zero, 1 / norm of the query tokens.
 template <typename Row, typename Sum>
 __global__ void begin_kernel(SimilarityInputs<Row> inputs, DistinctSizes sizes, uint32_t* bits, Sum* query_scales) {
   const int64_t token = blockIdx.x, query = token / inputs.T, words = sizes.G * sizes.words;
@@ -27,7 +27,7 @@ __global__ void begin_kernel(SimilarityInputs<Row> inputs, DistinctSizes sizes, 
     for (int64_t t = threadIdx.x; t < inputs.T; t += kThreads) any |= inputs.query_mask[query * inputs.T + t];
     if (block_reduce(any, Max()) == 0) __trap();  // the whole block
   }
-  if (!inputs.cosine || !inputs.query_mask[token]) return;  // a masked token may be NaN, and nobody asks for its norm
+  if (!inputs.cosine || !inputs.query_mask[token]) return;  // a masked token may be NaN, and its norm is not used
   const Row* embed = inputs.query_embeds + token * inputs.D;
   Sum square = 0;
 #pragma unroll 8
@@ -37,8 +37,8 @@ __global__ void begin_kernel(SimilarityInputs<Row> inputs, DistinctSizes sizes, 
   if (threadIdx.x == 0) query_scales[token] = square > 0 ? 1 / std::sqrt(square) : square;  // zero: 0, a NaN stays
 }
 
-// What becomes of a tile of products [rows, M * T] (tile.cuh): the best token of each query. With T beyond one tile M is 1,
-// a thread keeps one row, and its best so far is carried from tile to tile.
+// Finds the best token of each query in a tile of products [rows, M * T] (tile.cuh). With more tokens than one tile has
+// columns M is 1, a thread keeps one row, and its best so far is carried from tile to tile.
 template <typename Sum>
 struct BestTokens {
   static constexpr bool kRowSquares = true, kSequential = true;
@@ -224,7 +224,7 @@ cudaError_t launch_select(PairInputs pairs, DistinctSizes sizes, GroupedIds grou
 
 }  // namespace
 
-// As many as the widest tile has columns for, spread evenly over the groups: a row that several queries share is read once.
+// As many queries as the widest tile has columns for, spread evenly over the groups: they share each row that is read.
 int64_t queries_per_group(int64_t Q, int64_t T, bool is_double) {
   const int64_t columns = is_double ? MiddleTile::kColumns : WideTile::kColumns;
   const int64_t most = std::max<int64_t>(std::min(Q, columns / T), 1), groups = blocks_for(Q, most);

@@ -4,7 +4,7 @@
 //   RowLists   which rows of the table: lists end to end (offsets [L + 1], as document_rows_distinct leaves them on the
 //              device) or one every `stride` places (lengths [L]). Their lengths are read on the device: nothing waits for it.
 //   Dense      list l takes dense rows l * columns .. l * columns + columns - 1, as far as there are any.
-//   Epilogue   what becomes of a tile: operator()(const RowTile&, Sum* c, int stride, const Sum* squares), called by all
+//   Epilogue   what is done with a tile: operator()(const RowTile&, Sum* c, int stride, const Sum* squares), called by all
 //              threads. c[i * stride + j] are the products, in shared memory. StoreProducts below is the plainest one.
 //                kRowSquares  squares[i] is the sum of the squares of row i of the table: its norm costs no second pass
 //                kSequential  one block takes all column tiles of its rows in order (the object keeps its members between
@@ -16,14 +16,12 @@
 //   Shared memory   a stage holds kDepth bytes of each row, in sub-tiles of 64 bytes a row: 8 lanes of a 16-byte access meet
 //                   two whole rows, so there are no bank conflicts; odd sub-tiles swap neighbouring rows, which lets the
 //                   8 lanes that write 128 bytes of one row miss each other too
-//   Registers       a product does not care about the order of d as long as both sides agree: lane (g, c) takes 16 bytes of row
-//                   g at once, and calls them the fragments of two mma.m16n8k16. No ldmatrix. float and double: the same
-//                   tiles by multiply-add (never tf32).
+//   Registers       see warp_sums.cuh
 //   Precision       float (double for double); partial sums of warps along d are added in fixed order
 //   Deterministic   yes, no atomics
 #pragma once
 #include "block.cuh"
-#include "ptx.cuh"
+#include "warp_sums.cuh"
 
 namespace qpeft {
 
@@ -102,94 +100,8 @@ __device__ void load_stage(char* stage, const Row* const* begins, int d, int D, 
   }
 }
 
-// The sums of one warp: 16 x 8 pieces of 4 values a lane. Two ways to add a sub-tile; a and b point to the warp's first row
-// there, `flip` says that neighbouring rows are swapped.
-template <typename Row, int kM, int kN>
-struct WarpSums {  // 16-bit types: tensor cores
-  float c[kM][kN][4] = {};
-  float squares[kM][2] = {};
-
-  static __device__ int row(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
-  static __device__ int column(int i) { return threadIdx.x % 4 * 2 + i % 2; }
-
-  __device__ void add(const char* a, const char* b, int flip, bool with_squares) {
-    const int offset = ((threadIdx.x % 32 / 4) ^ flip) * 64 + threadIdx.x % 4 * 16;
-    uint4 low[kM], high[kM];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      low[m] = *reinterpret_cast<const uint4*>(a + offset + m * 1024);
-      high[m] = *reinterpret_cast<const uint4*>(a + offset + m * 1024 + 512);
-    }
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const uint4 column = *reinterpret_cast<const uint4*>(b + offset + n * 512);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        mma_16816<Row>(c[m][n], low[m].x, high[m].x, low[m].y, high[m].y, column.x, column.y);
-        mma_16816<Row>(c[m][n], low[m].z, high[m].z, low[m].w, high[m].w, column.z, column.w);
-      }
-    }
-    if (!with_squares) return;
-#pragma unroll
-    for (int m = 0; m < kM; ++m) squares[m][0] += square(low[m]), squares[m][1] += square(high[m]);
-  }
-
-  static __device__ float square(uint4 chunk) {
-    const float2 x = unpack<Row>(chunk.x), y = unpack<Row>(chunk.y), z = unpack<Row>(chunk.z), w = unpack<Row>(chunk.w);
-    return ((x.x * x.x + x.y * x.y) + (y.x * y.x + y.y * y.y)) + ((z.x * z.x + z.y * z.y) + (w.x * w.x + w.y * w.y));
-  }
-};
-
-template <typename Real, int kM, int kN>
-struct WarpSumsByFma {
-  Real c[kM][kN][4] = {};
-  Real squares[kM][2] = {};
-  static constexpr int kElements = 16 / sizeof(Real);
-  struct alignas(16) Chunk {
-    Real x[kElements];
-  };
-
-  static __device__ int row(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
-  static __device__ int column(int i) { return threadIdx.x % 4 + i % 2 * 4; }  // 0-3 and 4-7: fewer lanes share a bank
-
-  __device__ void add(const char* a, const char* b, int flip, bool with_squares) {
-    const int row_offset = ((threadIdx.x % 32 / 4) ^ flip) * 64, column_offset = ((threadIdx.x % 4) ^ flip) * 64;
-#pragma unroll
-    for (int chunk = 0; chunk < 4; ++chunk) {
-      Chunk rows[kM][2];
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-        for (int i = 0; i < 2; ++i)
-          rows[m][i] = *reinterpret_cast<const Chunk*>(a + row_offset + m * 1024 + i * 512 + chunk * 16);
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const Chunk column = *reinterpret_cast<const Chunk*>(b + column_offset + n * 512 + j * 256 + chunk * 16);
-#pragma unroll
-          for (int m = 0; m < kM; ++m)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-              for (int e = 0; e < kElements; ++e) c[m][n][i * 2 + j] += rows[m][i].x[e] * column.x[e];
-        }
-      if (!with_squares || chunk != static_cast<int>(threadIdx.x % 4)) continue;  // four lanes hold the same row
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int e = 0; e < kElements; ++e) squares[m][i] += rows[m][i].x[e] * rows[m][i].x[e];
-    }
-  }
-};
-template <int kM, int kN>
-struct WarpSums<float, kM, kN> : WarpSumsByFma<float, kM, kN> {};
-template <int kM, int kN>
-struct WarpSums<double, kM, kN> : WarpSumsByFma<double, kM, kN> {};
-
-// One tile into shared memory: c [kRows, kStride], behind it the squares of the rows. All threads call. begins: of the rows of
-// the table [kRows], then of the dense ones [kColumns].
+// Computes one tile into shared memory: c [kRows, kStride], then the squares of the rows. All threads call. begins: where the rows
+// of the table begin [kRows], then the dense ones [kColumns].
 template <typename Shape, bool kRowSquares, typename Row>
 __device__ const SumOf<Row>* multiply_tile(const Row* const* begins, int D, bool aligned, SumOf<Row>* c) {
   using Sum = SumOf<Row>;
@@ -281,7 +193,7 @@ template <typename Row>
 constexpr int kBlocksAtOnce = 1;
 #endif
 
-// What tile number `at` is (tile.rows == 0: the list is shorter), and where its rows begin. All threads call.
+// Finds tile number `at` (tile.rows == 0: its list is shorter), and where its rows begin. All threads call.
 template <typename Shape, typename Row>
 __device__ void begin_tile(int at, int column, RowLists lists, Table<Row> table, Dense<Row> dense, RowTile& tile,
                            const Row** begins) {

@@ -1,4 +1,4 @@
-// One chunk of the vocabulary into the running log-sum-exp of each row, what comes after the last, and a chunk's gradient.
+// Adds a chunk of the vocabulary to the running log-sum-exp of each row; the end after the last chunk; a chunk's gradient.
 #include "glue.h"
 
 namespace qpeft {

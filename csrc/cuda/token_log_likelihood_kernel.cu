@@ -1,4 +1,4 @@
-// One chunk of the vocabulary into the running log-sum-exp of each row, what comes after the last, and a chunk's gradient.
+// Adds a chunk of the vocabulary to the running log-sum-exp of each row; the end after the last chunk; a chunk's gradient.
 //   u = scale x + bias, z = cap tanh(u / cap);   log p = z[target] - logsumexp z
 //   Parallel over   one block per row; a thread takes 16 bytes of the row at a time
 //   Global memory   chunk: reads the logits [N, C] once; where probabilities are kept, once more (out of the cache) and

@@ -20,7 +20,7 @@ def test_a_copy_that_nobody_waited_for_is_seen(replica):
 
 @pytest.mark.parametrize(
     ("what", "words"),
-    [(1, "at different calls"), (2, "wait for the others"), (3, "at a barrier"), (4, "behind its shared memory")],
+    [(1, "at different calls"), (2, "wait for the others"), (3, "at a barrier"), (4, "past its shared memory")],
 )
 def test_misuse_is_an_error(replica, what, words):
     out = torch.zeros(32)

@@ -212,7 +212,7 @@ def absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads) -> Tensor:
 def project_heads(heads, query_mask, document_mask, query_index, w_o, b_k, b_v, b_o) -> Tensor:
     """Turn concatenated heads ``[B, T, D]`` into the result of `clue_attention`."""
     bias = b_o
-    if b_v is not None:  # not moved behind W_o: the gradient of that is an outer product [D, D]
+    if b_v is not None:  # added before W_o: after it, the gradient would take an outer product [D, D]
         heads = heads + b_v
     if b_k is not None:  # it cancels in the softmax, but optimisers expect a gradient, which is 0
         bias = 0 * b_k if bias is None else bias + 0 * b_k

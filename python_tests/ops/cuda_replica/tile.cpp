@@ -1,4 +1,4 @@
-// csrc/cuda/tile.cuh by itself, for test_cuda_tile.py: every shape, both kinds of row lists, squares and sequential columns.
+// csrc/cuda/tile.cuh without an operator, for test_cuda_tile.py: every shape, both kinds of row lists, squares and sequential columns.
 #include "replica.h"
 
 #include "../../../csrc/cuda/glue.h"

@@ -44,7 +44,7 @@ void product(const Tensor a, const Tensor b, Tensor c, bool wait) {
 }
 
 // One thing wrong each: 0 nothing, 1 lanes at different calls, 2 a lane that left, 3 a thread that left before a barrier,
-// 4 a write behind shared memory. out [32]: what unwritten shared memory holds.
+// 4 a write past shared memory. out [32]: what unwritten shared memory holds.
 void misuse_kernel(int64_t what, float* out) {
   __shared__ float cell[32];
   const unsigned lane = threadIdx.x;
