@@ -16,6 +16,7 @@ import griffe
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Source|Example|Examples):(?: +(.*))?$")
 NAME = re.compile(r"(?<!`)`(\w+(?:\.\w+)*)(\(\))?`(?!`)")
 PAGE = re.compile(r"(?<![\w`/(\[])docs/([\w-]+)\.md")
+ADDRESS = re.compile(r"(?<![<(])https?://\S+?(?=[.,;)]*(\s|$))")
 REFERENCE = Path(__file__).resolve().parents[1] / "api"
 
 
@@ -53,7 +54,8 @@ def link_names(text: str, object_: griffe.Object, paths: dict[str, str]) -> str:
         path = paths.get(scoped) or paths.get(name) or paths.get(name.partition(".")[2] or name)
         return f"[{found[0]}][{path}]" if path and path != object_.path else found[0]
 
-    lines = PAGE.sub(r"[\g<0>](../\1.html)", text).split("\n")
+    text = ADDRESS.sub(r"<\g<0>>", PAGE.sub(r"[\g<0>](../\1.html)", text))
+    lines = text.split("\n")
     return "\n".join(line if line.lstrip().startswith((">>>", "...")) else NAME.sub(link, line) for line in lines)
 
 
@@ -83,6 +85,8 @@ def section(title: str, lines: list[str]) -> str:
         return "\n".join(lines).strip("\n")
     inline = lines and not lines[0].startswith(" ")
     text = textwrap.dedent("\n".join(lines[1:] if inline else lines)).strip("\n")
+    if title.startswith("Example"):
+        return f"Examples:\n{textwrap.indent(example(lines[0] if inline else '', text), '    ')}"
     if inline:
         text = lines[0] + "\n" + textwrap.indent(text, "    ")
     if title == "Source" or title == "Args" and not re.match(r"\**\w+(, \**\w+)*( \([^)]*\))?:", text):
@@ -91,7 +95,15 @@ def section(title: str, lines: list[str]) -> str:
         text = "\n".join(errors(" ".join(text.split())))
     if title in ("Args", "Attributes"):
         text = "\n".join(entries(text))
-    return f"{'Examples' if title == 'Example' else title}:\n{textwrap.indent(text, '    ')}"
+    return f"{title}:\n{textwrap.indent(text, '    ')}"
+
+
+def example(introduction: str, text: str) -> str:
+    """A sentence before the code is a paragraph of its own."""
+    before, prompt, code = text.partition(">>>")
+    before = f"{introduction} {before}".strip()
+    before = before[:1].upper() + before[1:]
+    return f"{before.removesuffix('::') + ':' if before.endswith('::') else before}\n\n{prompt}{code}".strip()
 
 
 def errors(text: str) -> list[str]:
