@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import wraps
+from dataclasses import replace
+from functools import partial, wraps
 from threading import local
 
 import numpy as np
@@ -23,20 +23,22 @@ from .adapters.projected_rows import ProjectedRows
 from .adapters.soft_prompt import build_soft_prompt
 from .adapters.top_k_clues import TopKClues
 from .config import QPeftConfig
+from .engine.base import BaseEngine
 from .engine.encoder_decoder import EncoderStates
 from .engine.factory import make_engine
 from .engine.rows import Rows
 from .engine.schedule import Limits, default_tokens, schedule
+from .engine.scores import CountTokens, PassClues, Scores, count_all_tokens, counts_of, in_order
 from .lm.arguments import expect_lm_arguments
 from .lm.passes import lm_lock
 from .official.clues import build_official_clues
-from .official.likelihood import counted_tokens
+from .official.likelihood import count_uncertain_tokens
 from .prefixes.cache import DocumentCache
 from .prefixes.kv import PrefixKV
 from .prompts.pairs import PairBatch, to_device
 from .prompts.prompt import Document, Prompt, as_pairs
 from .utils.forked import computes_now
-from .utils.torch_state import own_state, refuse_backward_in_autocast
+from .utils.torch_state import own_state
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +57,6 @@ def _in_passes(method):
             return method(self, *args, **kwargs)
 
     return run
-
-
-@dataclass
-class Scores:
-    """Scores of B pairs.
-
-    query_log_likelihood: Σ log p(query token), nats, float32 [B]; larger is better.
-    num_tokens: tokens in the sum, [B]: those of the query (and its ``</s>`` where the template scores it).
-    With ``compat="official"`` BOS and EOS count as query tokens, and of all of them those with log p other than 0.
-    """
-
-    query_log_likelihood: Tensor
-    num_tokens: Tensor
-
-    @property
-    def mean_query_log_likelihood(self) -> Tensor:
-        """The sum ÷ the number of its tokens, [B]: ranks as the sum does, comparable between queries."""
-        return self.query_log_likelihood / self.num_tokens
 
 
 class QPeftModel(nn.Module):
@@ -112,7 +96,7 @@ class QPeftModel(nn.Module):
         self.tokenizer = tokenizer
         self.clues = self.generated_lora = self.soft_prompt = None
         self.qpeft_config = config
-        self._look_at_lm()
+        self.engine = self._probed_engine()
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder)
         self.prompt.expect_rows(len(self.engine.table))
@@ -126,18 +110,17 @@ class QPeftModel(nn.Module):
             self.soft_prompt = build_soft_prompt(
                 config, self.prompt, self.engine.table, self.engine.scale, self.engine.context
             )
-        self._tell_engine()
+        self.engine = self.engine.with_soft_prompt(self.soft_prompt)
+        self._count_tokens, self.ranks_by_mean = build_token_count(config, tokenizer)
         self.to_device_of_lm()
         self.eval()
 
-    def _look_at_lm(self) -> None:
-        """Find out what the passes need to know of the LM, in the dtype that it has now."""
-        self.engine = make_engine(self.lm, CLUES_FIRST_IS_PLAIN if self.qpeft_config.layout == "clues_first" else "")
-        self._lm_dtype = self.engine.table.dtype
-
-    def _tell_engine(self) -> None:
-        """What the engine has to know of the trained modules."""
-        self.engine.soft_prompt = self.soft_prompt
+    def _probed_engine(self) -> BaseEngine:
+        """An engine that has found out what the passes need to know of the LM, in the dtype that it has now."""
+        why_plain = CLUES_FIRST_IS_PLAIN if self.qpeft_config.layout == "clues_first" else ""
+        engine = make_engine(self.lm, why_plain).with_soft_prompt(self.soft_prompt)
+        self._lm_dtype = engine.table.dtype
+        return engine
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -164,8 +147,7 @@ class QPeftModel(nn.Module):
                 self.train(self.training)
             if self.engine.table.dtype != self._lm_dtype:
                 compiled = self.engine.is_compiled
-                self._look_at_lm()
-                self._tell_engine()
+                self.engine = self._probed_engine()
                 if compiled:
                     self.engine.compile()
             training = self.training
@@ -255,7 +237,7 @@ class QPeftModel(nn.Module):
             return Scores(empty, empty.long())
         limits = self._limits(path, max_tokens_per_batch, max_pairs_per_batch, deterministic, prefilled)
         projected = None if deterministic else projected
-        clues, rows, parts = _PassClues(self, batch, projected), [], []
+        clues, rows, parts = PassClues(partial(self.compute_clues, projected=projected), batch), [], []
         for read in schedule(batch, limits, self._rotary_tables(batch, projected)):
             prefix = None  # the one before is not needed any more
             if read.shared:
@@ -265,7 +247,7 @@ class QPeftModel(nn.Module):
                 own = clues.of(pairs, read.clues_of)
                 rows.append(pairs)
                 parts.append(self._score_group(batch.select(pairs), *own, read.documents, prefix, limits.recompute))
-        return _in_order(rows, parts)
+        return in_order(rows, parts)
 
     def _limits(
         self, path: str, max_tokens: int | None, max_pairs: int | None, deterministic: bool, prefilled: bool
@@ -294,7 +276,7 @@ class QPeftModel(nn.Module):
 
         @torch.no_grad()
         def clue_counts() -> list[int]:
-            return _counts(self.compute_clues(batch, projected=projected), len(batch))
+            return counts_of(self.compute_clues(batch, projected=projected), len(batch))
 
         most = 0 if self.clues is None else 2 * (self.qpeft_config.k or 1) * max(map(len, batch.queries))
         return self.engine.table_of_each(batch, self.prompt.suffix, clue_counts, most)
@@ -347,11 +329,7 @@ class QPeftModel(nn.Module):
             log_p = checkpoint(own_state()(run), *arguments, use_reentrant=False)
         else:
             log_p = run(*arguments)
-        if self.qpeft_config.compat == "official":
-            num_tokens = counted_tokens(rows.sum_of_each_pair((log_p != 0).long()), batch, self.tokenizer.decode)
-        else:
-            num_tokens = rows.sum_of_each_pair(torch.ones_like(rows.target_ids))
-        return Scores(rows.sum_of_each_pair(log_p), num_tokens)
+        return Scores(rows.sum_of_each_pair(log_p), self._count_tokens(log_p, rows.sum_of_each_pair, batch))
 
     def _rows(self, batch: PairBatch, counts: Sequence[int], with_prefix: bool) -> Rows:
         """What the LM reads of each pair, and what it is asked for."""
@@ -402,11 +380,22 @@ class QPeftModel(nn.Module):
         return push_adapter(self, repo_id, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, folder, lm=None, tokenizer=None, is_trainable: bool = False, **lm_kwargs) -> QPeftModel:
+    def from_pretrained(
+        cls,
+        folder,
+        lm=None,
+        tokenizer=None,
+        is_trainable: bool = False,
+        max_document_tokens: int | None = None,
+        max_query_tokens: int | None = None,
+        **lm_kwargs,
+    ) -> QPeftModel:
         """Load an adapter; the LM named in its config is loaded unless ``lm`` (a model or a name) is given."""
         from .adapters.files import load_adapter
 
-        return load_adapter(cls, folder, lm, tokenizer, is_trainable, **lm_kwargs)
+        limits = {"max_document_tokens": max_document_tokens, "max_query_tokens": max_query_tokens}
+        limits = {name: limit for name, limit in limits.items() if limit is not None}
+        return load_adapter(cls, folder, lm, tokenizer, is_trainable, limits, **lm_kwargs)
 
 
 def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
@@ -454,49 +443,6 @@ def _usable(lm: nn.Module) -> nn.Module:
     return lm
 
 
-class _PassClues:
-    """The clues of the pairs of a batch, computed for as many pairs together as the schedule says."""
-
-    def __init__(self, model: QPeftModel, batch: PairBatch, projected: ProjectedRows | None) -> None:
-        self._model, self._batch, self._projected = model, batch, projected
-        self._together: list[int] | None = None
-        self._clues: Clues | None = None
-        self._counted: list[int] = []
-        self._place: dict[int, int] = {}
-
-    def of(self, pairs: list[int], together: list[int] | None) -> tuple[Clues | None, list[int]]:
-        """The clues of the pairs of a pass, and how many each of them has. ``together``: `Pass.clues_of`."""
-        if together is None:
-            return self._compute(pairs)
-        if together is not self._together:
-            self._together = together
-            self._clues, self._counted = self._compute(together)
-            self._place = {pair: place for place, pair in enumerate(together)}
-        places = [self._place[pair] for pair in pairs]
-        return self._clues and self._clues[places], [self._counted[place] for place in places]
-
-    def _compute(self, pairs: list[int]) -> tuple[Clues | None, list[int]]:
-        clues = self._model.compute_clues(self._batch.select(pairs), projected=self._projected)
-        return clues, _counts(clues, len(pairs))
-
-
-def _counts(clues: Clues | None, pairs: int) -> list[int]:
-    """Clues of each pair. Asked once for many passes: on a GPU it waits for all that was begun before."""
-    return [0] * pairs if clues is None else clues.mask.sum(1).tolist()
-
-
-def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Scores:
-    """Scores of all pairs, from those of groups; ``groups``: which pairs each has."""
-    rows = torch.tensor([row for group in groups for row in group])
-    order = torch.empty_like(rows)
-    order[rows] = torch.arange(len(rows))
-    order = order.to(parts[0].num_tokens.device)
-    return Scores(
-        refuse_backward_in_autocast(torch.cat([part.query_log_likelihood for part in parts])[order]),
-        torch.cat([part.num_tokens for part in parts])[order],
-    )
-
-
 def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> Prompt:
     """The prompt of a config: `Prompt`, or `official.prompt.OfficialPrompt`.
 
@@ -514,6 +460,13 @@ def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) 
 
         return OfficialPrompt(tokenizer, config)
     return Prompt(tokenizer, config, encoder_decoder)
+
+
+def build_token_count(config: QPeftConfig, tokenizer) -> tuple[CountTokens, bool]:
+    """How the tokens of a score are counted, and whether documents are ranked by the mean instead of the sum."""
+    if config.compat == "official":
+        return partial(count_uncertain_tokens, decode=tokenizer.decode), True
+    return count_all_tokens, False
 
 
 def build_clues(config: QPeftConfig, table: Tensor, tokenizer) -> nn.Module | None:

@@ -14,7 +14,7 @@ from official.restatement import Official, Refused
 import qpeft_ext as qpeft
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.official.clues import allowed_pieces
-from qpeft_ext.official.likelihood import counted_tokens
+from qpeft_ext.official.likelihood import count_uncertain_tokens
 from qpeft_ext.utils.optional import import_bm25s
 
 QUERIES = ["why is the tide high?", "boats", "the moon"]
@@ -298,10 +298,9 @@ def test_a_mean_over_nothing_is_refused():
     laid_out = assemble_rows(batch, model.prompt.suffix, [0], model.device, with_prefix=True)
     log_p = torch.zeros(len(laid_out.target_ids))
     with pytest.raises(ValueError, match="query 'boats': every token is predicted with certainty"):
-        counted_tokens(laid_out.sum_of_each_pair((log_p != 0).long()), batch, model.tokenizer.decode)
+        count_uncertain_tokens(log_p, laid_out.sum_of_each_pair, batch, model.tokenizer.decode)
     log_p[2] = -1.0
-    counted = laid_out.sum_of_each_pair((log_p != 0).long())
-    assert counted_tokens(counted, batch, model.tokenizer.decode).tolist() == [1]
+    assert count_uncertain_tokens(log_p, laid_out.sum_of_each_pair, batch, model.tokenizer.decode).tolist() == [1]
 
 
 def test_other_tokenizers_are_refused():

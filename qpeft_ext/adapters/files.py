@@ -53,14 +53,16 @@ def save_adapter(model, folder: str | Path) -> None:
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
 
 
-def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = False, **lm_kwargs):
+def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = False, options=None, **lm_kwargs):
     """Load an adapter and, unless given, its base LM.
 
+    Args:
+        options: of the config, instead of those saved; not such as change the shapes of weights.
     Raises: FileNotFoundError for a missing file; ValueError for a damaged one, for keys that are missing or unknown,
         weights that are not finite, or an LM other than the adapter's.
     """
     folder = local_folder(folder)
-    config = QPeftConfig.from_pretrained(folder)
+    config = replace(QPeftConfig.from_pretrained(folder), **(options or {}))
     state = read_weights(folder / WEIGHTS)
     if config.train_lm:
         if lm is not None:

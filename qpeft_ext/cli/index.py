@@ -51,11 +51,13 @@ def command(
     device = default_device(device)
     quiet_transformers()
     if model:
-        qpeft = QPeftModel.from_pretrained(model, base_model, device=device, dtype=dtype, attention=attention)
+        qpeft = QPeftModel.from_pretrained(
+            model, base_model, max_document_tokens=max_document_tokens, device=device, dtype=dtype, attention=attention
+        )
     else:
         lm = load_lm(base_model, dtype=dtype, device=device, attention=attention)
-        qpeft = get_qpeft_model(lm, QPeftConfig(clues="none"))
-    qpeft.prompt.max_document_tokens = max_document_tokens or qpeft.prompt.max_document_tokens
+        limits = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
+        qpeft = get_qpeft_model(lm, QPeftConfig(clues="none", **limits))
     with IndexWriter(qpeft, documents, out, alone=deterministic, max_tokens_per_batch=max_tokens_per_batch) as writer:
         plan = writer.plan()
         cut = f", {plan.cut} cut to max_document_tokens" if plan.cut else ""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters.soft_prompt import SoftPrompt
 from ..lm.decoder import find_decoder
 from ..lm.head import LikelihoodHead, log_likelihood_of_logits
 from ..lm.passes import Hook, LMPasses, hooked
@@ -39,10 +42,16 @@ class BaseEngine(ABC):
         self.lm = lm
         self.decoder = self.suffix_decoder = find_decoder(lm, lambda: self._own_logits((0, 1, 2), (1,)))
         self.why_unpadded = ""
-        self.soft_prompt = None
+        self.soft_prompt: SoftPrompt | None = None
         self.lm_passes = LMPasses(lm)
         self.context, self._context_is = _context(lm.config.get_text_config())
         self.rotary = RotaryTables()
+
+    def with_soft_prompt(self, soft_prompt: SoftPrompt | None) -> Self:
+        """The same engine with trained virtual tokens in every prefix."""
+        engine = copy(self)
+        engine.soft_prompt = soft_prompt
+        return engine
 
     def log_likelihood(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,18 +11,25 @@ from ..prompts.pairs import PairBatch
 
 
 @torch.no_grad()
-def counted_tokens(counted: Tensor, batch: PairBatch, decode) -> Tensor:
-    """How many tokens of each pair the official mean counts: ``counted``, if no pair has none.
+def count_uncertain_tokens(
+    log_p: Tensor,
+    sum_of_each_pair: Callable[[Tensor], Tensor],
+    batch: PairBatch,
+    decode: Callable[[Sequence[int]], str],
+) -> Tensor:
+    """The number of tokens of each pair that the official mean counts, int64 [B]: those whose log p is not 0.
 
     Args:
-        counted: the number of tokens of each pair whose log p is not 0, int64 [B].
+        log_p: of all scored tokens, [N].
+        sum_of_each_pair: adds up numbers of all scored tokens, [N], for each pair, [B].
         decode: token ids to text, for the error.
     Raises: ValueError for a pair without such a token, where the official code gives NaN.
     """
-    for i in (counted == 0).nonzero()[:1, 0].tolist():
+    counts = sum_of_each_pair((log_p != 0).long())
+    for i in (counts == 0).nonzero()[:1, 0].tolist():
         query = decode(list(batch.queries[batch.pairs[i][0]]))
         raise ValueError(
             f"compat='official', query {query!r}: every token is predicted with certainty, and the "
             "official mean over the others would be NaN; use compat='none'"
         )
-    return counted
+    return counts

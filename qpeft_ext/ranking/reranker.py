@@ -111,7 +111,18 @@ class Reranker:
         self.adapter: str | None = None
 
     @classmethod
-    def from_pretrained(cls, path, base_model=None, device=None, dtype=None, tokenizer=None, lm_kwargs=None, **options):
+    def from_pretrained(
+        cls,
+        path,
+        base_model=None,
+        device=None,
+        dtype=None,
+        tokenizer=None,
+        lm_kwargs=None,
+        max_document_tokens: int | None = None,
+        max_query_tokens: int | None = None,
+        **options,
+    ):
         """Load an adapter folder (or Hub id) and its base LM.
 
         Args:
@@ -119,10 +130,12 @@ class Reranker:
             base_model: overrides the LM that the adapter names: a name, a folder or a loaded model, which other
                 threads may use meanwhile (`get_qpeft_model`).
             device, dtype, lm_kwargs: for loading the LM (`load_lm`).
+            max_document_tokens, max_query_tokens: limits instead of the adapter's; None keeps those.
             options: of `Reranker`.
         """
         lm_kwargs = dict(lm_kwargs or {}, device=device, dtype=dtype)
-        reranker = cls(QPeftModel.from_pretrained(path, base_model, tokenizer, **lm_kwargs), **options)
+        limits = {"max_document_tokens": max_document_tokens, "max_query_tokens": max_query_tokens}
+        reranker = cls(QPeftModel.from_pretrained(path, base_model, tokenizer, **limits, **lm_kwargs), **options)
         reranker.adapter = str(path)
         return reranker
 
@@ -348,8 +361,8 @@ class Reranker:
             rows += job
             bar.update(len(job))
         scores = np.empty(len(pairs), dtype=np.float32)
-        official = self.model.qpeft_config.compat == "official"
-        parts = [part.mean_query_log_likelihood if official else part.query_log_likelihood for part in parts]
+        mean = self.model.ranks_by_mean
+        parts = [part.mean_query_log_likelihood if mean else part.query_log_likelihood for part in parts]
         scores[rows] = torch.cat(parts).float().cpu().numpy()
         return scores
 

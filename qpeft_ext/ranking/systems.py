@@ -172,6 +172,7 @@ class Systems:
                 device=device,
                 dtype=spec.dtype,
                 lm_kwargs={"attention": spec.attention},
+                **spec.limits,
                 **options,
             )
             self.rerankers = {name: adapter for name in spec.names if name != UPR}  # its clues' similarities, too
@@ -187,17 +188,12 @@ class Systems:
                     "template",
                     "instruction",
                     "allow_special_tokens",
-                    "max_document_tokens",
-                    "max_query_tokens",
                 )
-            }
+            } | spec.limits
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
             reranker = Reranker(get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer), **options)
             self.rerankers |= dict.fromkeys(plain, reranker)
-        for reranker in self.rerankers.values():
-            for name, limit in spec.limits.items():
-                setattr(reranker.model.prompt, name, limit)
 
     def ranker(self, name: str) -> Ranker:
         """How the system of this name ranks."""

@@ -1,0 +1,96 @@
+"""The scores of pairs, put together from those of passes, and the clues that passes read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapters.layers import Clues
+from ..prompts.pairs import PairBatch
+from ..utils.torch_state import refuse_backward_in_autocast
+
+SumOfEachPair = Callable[[Tensor], Tensor]  # numbers of all scored tokens, [N], to their sums over each pair, [B]
+CountTokens = Callable[[Tensor, SumOfEachPair, PairBatch], Tensor]  # log p [N] to the number of tokens of each pair
+
+
+@dataclass
+class Scores:
+    """Scores of B pairs.
+
+    query_log_likelihood: Σ log p(query token), nats, float32 [B]; larger is better.
+    num_tokens: tokens in the sum, [B]: those of the query (and its ``</s>`` where the template scores it).
+    With ``compat="official"`` BOS and EOS count as query tokens, and of all of them those with log p other than 0.
+    """
+
+    query_log_likelihood: Tensor
+    num_tokens: Tensor
+
+    @property
+    def mean_query_log_likelihood(self) -> Tensor:
+        """The sum ÷ the number of its tokens, [B]: ranks as the sum does, comparable between queries."""
+        return self.query_log_likelihood / self.num_tokens
+
+
+def in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Scores:
+    """Scores of all pairs in their own order.
+
+    Args:
+        groups: for each pass the pairs that it read; each pair is in one of them.
+        parts: the scores of each pass.
+    """
+    rows = torch.tensor([row for group in groups for row in group])
+    order = torch.empty_like(rows)
+    order[rows] = torch.arange(len(rows))
+    order = order.to(parts[0].num_tokens.device)
+    return Scores(
+        refuse_backward_in_autocast(torch.cat([part.query_log_likelihood for part in parts])[order]),
+        torch.cat([part.num_tokens for part in parts])[order],
+    )
+
+
+def count_all_tokens(log_p: Tensor, sum_of_each_pair: SumOfEachPair, batch: PairBatch) -> Tensor:
+    """The number of scored tokens of each pair, int64 [B]."""
+    return sum_of_each_pair(torch.ones_like(log_p, dtype=torch.long))
+
+
+class PassClues:
+    """The clues of the pairs of a batch, computed for as many pairs together as the schedule says.
+
+    Args:
+        compute: gives the clues of all pairs of a batch; None where the model has no clue module.
+        batch: the whole batch.
+    """
+
+    def __init__(self, compute: Callable[[PairBatch], Clues | None], batch: PairBatch) -> None:
+        self._compute, self._batch = compute, batch
+        self._together: list[int] | None = None
+        self._clues: Clues | None = None
+        self._counts: list[int] = []
+        self._place: dict[int, int] = {}
+
+    def of(self, pairs: list[int], together: list[int] | None) -> tuple[Clues | None, list[int]]:
+        """The clues of the pairs of a pass, and how many each of them has.
+
+        Args:
+            together: `Pass.clues_of`.
+        """
+        if together is None:
+            return self._computed(pairs)
+        if together is not self._together:
+            self._together = together
+            self._clues, self._counts = self._computed(together)
+            self._place = {pair: place for place, pair in enumerate(together)}
+        places = [self._place[pair] for pair in pairs]
+        return self._clues and self._clues[places], [self._counts[place] for place in places]
+
+    def _computed(self, pairs: list[int]) -> tuple[Clues | None, list[int]]:
+        clues = self._compute(self._batch.select(pairs))
+        return clues, counts_of(clues, len(pairs))
+
+
+def counts_of(clues: Clues | None, pairs: int) -> list[int]:
+    """The number of clues of each pair. On a GPU this waits for all work so far, so ask once for many passes."""
+    return [0] * pairs if clues is None else clues.mask.sum(1).tolist()
