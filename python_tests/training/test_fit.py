@@ -11,7 +11,7 @@ SETTINGS = {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2}
 def test_it_trains_as_the_trainer_does(tmp_path):
     by_hand = trainer(tmp_path / "trainer", tiny_model())
     by_hand.train()
-    done = fit(tiny_model(), EXAMPLES, tmp_path / "fit", **SETTINGS)
+    done = fit(tiny_model(), EXAMPLES, tmp_path / "fit", seed=by_hand.args.seed, **SETTINGS)
     for name, weight in weights(by_hand.model).items():
         assert torch.equal(weight, weights(done.trainer.model)[name])
     assert done.seconds > 0 and not done.before
