@@ -43,6 +43,8 @@ SLOW = (  # parts of test ids that `make check` leaves out: processes killed and
     "test_hostile_calls.py",
     "test_long_runs.py",
     "test_resumed_runs.py",
+    "test_site.py",
+    "test_snippets.py",
     "test_synthesize.py",
     "test_temperature.py",
     "test_trainer.py",
