@@ -53,7 +53,7 @@ def operators() -> None:
 
 
 def packaged_model():
-    from qpeft_ext.demo.run import ADAPTER
+    from qpeft_ext.demo.adapters import ADAPTER
     from qpeft_ext.lm.loading import BASE_LM
 
     return qpeft.QPeftModel.from_pretrained(ADAPTER, qpeft.load_lm(BASE_LM, dtype="float32"), is_trainable=True)

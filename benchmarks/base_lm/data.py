@@ -12,7 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qpeft_ext.config import QPeftConfig
-from qpeft_ext.demo import harvest
+from qpeft_ext.demo import definitions, harvest
+from qpeft_ext.demo.sentences import sentences
 from qpeft_ext.prompts.prompt import Prompt
 
 
@@ -29,12 +30,12 @@ def training_texts() -> list[Text]:
     """Every definition of the train packages, documented or not, that no dev or test package contains."""
     counts: Counter[str] = Counter()
     held_out = harvest.DEV_PACKAGES + harvest.TEST_PACKAGES
-    seen = {definition.digest for definition in harvest.iter_definitions(held_out, counts, documented=False)}
+    seen = {definition.digest for definition in definitions.iter_definitions(held_out, counts, documented=False)}
     texts = []
-    for definition in harvest.iter_definitions(harvest.TRAIN_PACKAGES, counts, documented=False):
+    for definition in definitions.iter_definitions(harvest.TRAIN_PACKAGES, counts, documented=False):
         if definition.digest not in seen:
             seen.add(definition.digest)
-            texts.append(Text(definition.name, definition.source, harvest.sentences(definition.docstring, 4)))
+            texts.append(Text(definition.name, definition.source, sentences(definition.docstring, 4)))
     return texts
 
 

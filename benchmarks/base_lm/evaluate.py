@@ -38,7 +38,9 @@ class DevSet:
     """
 
     def __init__(self, prompt: Prompt, seed: int, queries: int = 60, candidates: int = 50) -> None:
-        collection = harvest._sample(harvest.harvest(harvest.DEV_PACKAGES, show_progress_bar=False), queries, seed)
+        collection = harvest.sample_queries(
+            harvest.harvest(harvest.DEV_PACKAGES, show_progress_bar=False), queries, seed
+        )
         self.prompt, self.ids = prompt, list(collection.documents)
         documents = list(collection.documents.values())
         retriever = bm25s.BM25(k1=0.9, b=0.4)

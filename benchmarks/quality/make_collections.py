@@ -21,7 +21,7 @@ from pathlib import Path
 
 from qpeft_ext.config import QPeftConfig
 from qpeft_ext.demo import harvest
-from qpeft_ext.demo.run import MAX_QUERY_TOKENS
+from qpeft_ext.demo.settings import MAX_QUERY_TOKENS
 from qpeft_ext.lm.loading import BASE_LM, load_tokenizer
 from qpeft_ext.prompts.prompt import Prompt
 from qpeft_ext.utils.files import write_text

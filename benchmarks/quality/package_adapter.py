@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from qpeft_ext import QPeftModel
-from qpeft_ext.demo.run import ADAPTER
+from qpeft_ext.demo.adapters import ADAPTER
 from qpeft_ext.lm.loading import BASE_LM, load_lm, load_tokenizer
 
 

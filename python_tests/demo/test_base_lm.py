@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from qpeft_ext import QPeftConfig, QPeftModel, Reranker, get_qpeft_model, load_lm
 from qpeft_ext.demo import harvest
-from qpeft_ext.demo.run import ADAPTER
+from qpeft_ext.demo.adapters import ADAPTER
 from qpeft_ext.lm.loading import BASE_LM
 
 ROUTE = {"title": "maps.shortest_path", "text": "def shortest_path(graph, a, b):\n    return walk(graph, a)[b]"}

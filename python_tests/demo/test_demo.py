@@ -10,6 +10,7 @@ import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 from qpeft_ext.demo import run as demo
+from qpeft_ext.demo.adapters import ADAPTER
 from qpeft_ext.demo.data import load_demo_data
 
 pytest.importorskip("bm25s", reason="the extra qpeft_ext[bm25] is not installed")
@@ -54,12 +55,12 @@ def test_on_a_collection_both_are_trained_and_saved(collection, tmp_path, capsys
     assert reranker.model.qpeft_config.generated_lora_rank == 16
 
 
-def test_on_the_installed_packages_the_second_comes_along(collection, tmp_path, monkeypatch):
+def test_on_the_installed_packages_the_second_is_packaged(collection, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "load_demo_data", lambda data, *others: load_demo_data(collection, *others))
     report = demo.main(output=tmp_path, settings=demo.Settings(candidates=5, evaluations=1))
     assert "comes with the package" in report.notes[1] and report.notes[1].startswith(f"{demo.BEST}: ")
     assert sorted(path.name for path in tmp_path.glob("adapter-*")) == ["adapter-Q-PEFT-R"]
     ranked = formats.read_run(tmp_path / "Q-PEFT-R+generatedLoRA.trec")
-    packaged = qpeft.QPeftModel.from_pretrained(demo.ADAPTER, qpeft.load_lm(demo.BASE_LM, dtype="float32"))
+    packaged = qpeft.QPeftModel.from_pretrained(ADAPTER, qpeft.load_lm(demo.BASE_LM, dtype="float32"))
     pairs = [(QUERIES["q10"], DOCUMENTS[document]) for document, _ in ranked["q10"]]
     assert qpeft.Reranker(packaged).predict(pairs) == pytest.approx([score for _, score in ranked["q10"]], abs=1e-3)

@@ -6,7 +6,8 @@ import textwrap
 import pytest
 
 from qpeft_ext.demo import harvest as module
-from qpeft_ext.demo.harvest import first_sentence, harvest, write_beir
+from qpeft_ext.demo.harvest import harvest, write_beir
+from qpeft_ext.demo.sentences import first_sentence
 
 FILES = {
     "alpha/__init__.py": '''

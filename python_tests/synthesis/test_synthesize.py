@@ -20,16 +20,9 @@ import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 from qpeft_ext.ranking.first_stage import bm25_run
+from qpeft_ext.synthesis.filters import Counts, Filters, KeptQuery, select
 from qpeft_ext.synthesis.generator import GeneratedQuery, QueryGenerator, Sampling
-from qpeft_ext.synthesis.training_set import (
-    Counts,
-    Filters,
-    KeptQuery,
-    PartialQueries,
-    choose_documents,
-    round_trip,
-    select,
-)
+from qpeft_ext.synthesis.training_set import PartialQueries, choose_documents, round_trip
 
 pytest.importorskip("bm25s", reason="the extra qpeft_ext[bm25] is not installed")
 KEYS = ["a", "b", "c", "d"]

@@ -68,8 +68,9 @@ def command(
     from ..config import DEFAULT_INSTRUCTION, QPeftConfig
     from ..lm.loading import default_device, lm_digest, load_lm, quiet_transformers
     from ..model import get_qpeft_model
+    from ..synthesis.filters import Filters
     from ..synthesis.generator import QueryGenerator, Sampling
-    from ..synthesis.training_set import Filters, PartialQueries, choose_documents, generate_queries, write_training_set
+    from ..synthesis.training_set import PartialQueries, choose_documents, generate_queries, write_training_set
     from ..utils.console import Interrupted, say
     from ..utils.environment import versions
 

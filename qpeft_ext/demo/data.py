@@ -1,4 +1,4 @@
-"""The demo's data: train, dev and test from the installed packages, or from a BEIR folder."""
+"""The demo's data: train, dev and test splits, of the installed packages or of a BEIR folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..formats import Corpus, beir
 
 
 @dataclass
-class Part:
+class Split:
     """Documents, queries and judgements of one split."""
 
     documents: Mapping[str, dict]
@@ -21,18 +21,30 @@ class Part:
 
 @dataclass
 class DemoData:
-    """Three splits; ``versions`` names the packages that were harvested."""
+    """Three splits.
+
+    Attributes:
+        name: what they are made of.
+        train, dev, test: the splits.
+        versions: package -> version, of the packages that were harvested.
+        left_out: how many queries are too long for the prompt.
+    """
 
     name: str
-    train: Part
-    dev: Part
-    test: Part
+    train: Split
+    dev: Split
+    test: Split
     versions: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
 
+    def split(self, name: str) -> Split:
+        """Return "train", "dev" or "test"."""
+        return {"train": self.train, "dev": self.dev, "test": self.test}[name]
+
     def describe(self) -> str:
-        parts = [f"{len(getattr(self, part).queries)} {part}" for part in ("train", "dev", "test")]
-        return f"{self.name}: {', '.join(parts)} queries; {len(self.test.documents):,} documents to search" + (
+        """Return the sizes of the splits in a line."""
+        sizes = [f"{len(self.split(name).queries)} {name}" for name in ("train", "dev", "test")]
+        return f"{self.name}: {', '.join(sizes)} queries; {len(self.test.documents):,} documents to search" + (
             f"; {self.left_out} queries left out as too long for the prompt" if self.left_out else ""
         )
 
@@ -40,12 +52,22 @@ class DemoData:
 def load_demo_data(
     folder: str | Path | None, queries: int, train_queries: int, seed: int, fits: Callable[[str], bool]
 ) -> DemoData:
-    """Harvest, or read a BEIR folder with qrels for train and test (or dev). Queries that do not fit are left out."""
+    """Harvest the installed packages, or read a BEIR folder with qrels for train and for test or dev.
+
+    Args:
+        folder: the BEIR folder; None: harvest.
+        queries: how many test queries are sampled.
+        train_queries: how many training queries are sampled.
+        seed: seed of the samples.
+        fits: whether a query fits the prompt; others are left out.
+
+    Raises: ValueError or OSError for a folder without such qrels.
+    """
     data = _harvested(queries, train_queries, seed) if folder is None else _beir(folder, queries, train_queries, seed)
-    for part in (data.train, data.dev, data.test):
-        too_long = [query_id for query_id, text in part.queries.items() if not fits(text)]
+    for split in (data.train, data.dev, data.test):
+        too_long = [query_id for query_id, text in split.queries.items() if not fits(text)]
         for query_id in too_long:
-            del part.queries[query_id], part.qrels[query_id]
+            del split.queries[query_id], split.qrels[query_id]
         data.left_out += len(too_long)
     return data
 
@@ -54,9 +76,9 @@ def _harvested(queries: int, train_queries: int, seed: int) -> DemoData:
     from .harvest import demo_collection
 
     collection = demo_collection(seed=seed, test_queries=queries)
-    parts = (collection.train, collection.dev, collection.test)
-    train, dev, test = (Part(part.documents, part.queries, part.qrels) for part in parts)
-    versions = {name: version for part in parts for name, version in part.versions.items()}
+    harvests = (collection.train, collection.dev, collection.test)
+    train, dev, test = (Split(harvest.documents, harvest.queries, harvest.qrels) for harvest in harvests)
+    versions = {name: version for harvest in harvests for name, version in harvest.versions.items()}
     return DemoData(
         "docstrings and sources of the installed packages",
         _sample(train, train_queries, seed),
@@ -68,27 +90,27 @@ def _harvested(queries: int, train_queries: int, seed: int) -> DemoData:
 
 def _beir(folder: str | Path, queries: int, train_queries: int, seed: int) -> DemoData:
     corpus, texts, splits = Corpus(folder), beir.read_queries(folder), beir.splits(folder)
-    held_out = next((split for split in ("test", "dev") if split in splits), None)
+    held_out = next((name for name in ("test", "dev") if name in splits), None)
     if "train" not in splits or held_out is None:
         raise ValueError(
             f"{folder}: the demo needs qrels/train.tsv and qrels/test.tsv (or dev.tsv), "
             f"got {', '.join(splits) or 'none'}"
         )
 
-    def part(split: str) -> Part:
-        qrels = beir.read_qrels(folder, split)
-        return Part(corpus, {query_id: texts[query_id] for query_id in qrels if query_id in texts}, qrels)
+    def read(name: str) -> Split:
+        qrels = beir.read_qrels(folder, name)
+        return Split(corpus, {query_id: texts[query_id] for query_id in qrels if query_id in texts}, qrels)
 
-    train = part("train")
-    # dev queries for choosing come out of train, so that the held-out ones are looked at once
+    train = read("train")
+    # dev queries, which are for choosing, are taken out of train, so that test queries are looked at once
     dev = _sample(train, min(100, len(train.queries) // 5), seed + 1)
     rest = {query_id: text for query_id, text in train.queries.items() if query_id not in dev.queries}
-    train = _sample(Part(corpus, rest, train.qrels), train_queries, seed)
-    return DemoData(Path(folder).resolve().name, train, dev, _sample(part(held_out), queries, seed))
+    train = _sample(Split(corpus, rest, train.qrels), train_queries, seed)
+    return DemoData(Path(folder).resolve().name, train, dev, _sample(read(held_out), queries, seed))
 
 
-def _sample(part: Part, count: int | None, seed: int) -> Part:
-    chosen = sorted(part.queries)
+def _sample(split: Split, count: int | None, seed: int) -> Split:
+    chosen = sorted(split.queries)
     if count is not None and count < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, count))
-    return Part(part.documents, {i: part.queries[i] for i in chosen}, {i: part.qrels[i] for i in chosen})
+    return Split(split.documents, {i: split.queries[i] for i in chosen}, {i: split.qrels[i] for i in chosen})

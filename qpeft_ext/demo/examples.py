@@ -1,20 +1,30 @@
-"""Which queries the report shows, with their clues marked in the text."""
+"""Queries that the report shows, with the clues of their documents."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..evaluation.report import Clue, Example
 from ..formats.trec import Run
-from .data import Part
+from ..ranking.reranker import Reranker
+from .data import Split
 
 
-def report_examples(reranker, method: str, test: Part, before: Run, after: Run) -> list[Example]:
-    """Three queries: where the relevant document gained most places, the median, and where it lost most."""
+def report_examples(reranker: Reranker, method: str, test: Split, before: Run, after: Run) -> list[Example]:
+    """Explain three queries: where the relevant document gained most ranks, the median, and where it lost most.
+
+    Args:
+        reranker: explains the clues.
+        method: its name in the report.
+        test: test queries.
+        before, after: runs of the first stage and of the reranker.
+    """
     moved = []
     for query_id, relevant in test.qrels.items():
-        doc_id = next((d for d in relevant if relevant[d] > 0), None)
-        ranks = _rank(before.get(query_id, []), doc_id), _rank(after.get(query_id, []), doc_id)
-        if None not in ranks:
-            moved.append((ranks[0] - ranks[1], query_id, doc_id, *ranks))
+        doc_id = next((d for d in relevant if relevant[d] > 0), "")
+        rank_before, rank_after = _rank(before.get(query_id, []), doc_id), _rank(after.get(query_id, []), doc_id)
+        if rank_before is not None and rank_after is not None:
+            moved.append((rank_before - rank_after, query_id, doc_id, rank_before, rank_after))
     moved.sort(reverse=True)
     if not moved:
         return []
@@ -41,5 +51,5 @@ def report_examples(reranker, method: str, test: Part, before: Run, after: Run) 
     return examples
 
 
-def _rank(ranking: list, doc_id: str | None) -> int | None:
-    return next((place for place, (candidate, _) in enumerate(ranking, start=1) if candidate == doc_id), None)
+def _rank(ranking: Sequence[tuple[str, float]], doc_id: str) -> int | None:
+    return next((rank for rank, (candidate, _) in enumerate(ranking, start=1) if candidate == doc_id), None)

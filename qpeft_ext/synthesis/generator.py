@@ -1,8 +1,8 @@
-"""`QueryGenerator`: queries that an LM writes for documents, in the very prompt that it scores them in.
+"""`QueryGenerator`: queries that an LM writes for documents, in the same prompt that it scores them in.
 
-A document's queries depend on seed, document and LM alone, whatever else is in the batch: every row of a batch draws
-from a generator of its own. Only rounding can differ between batches, and with it a token whose draw falls on the
-border of two.
+The queries of a document depend on the seed, the document and the LM, but not on the rest of the batch: every row of a
+batch draws from a random generator of its own. Between batches only rounding can differ; it changes a token if the
+number that is drawn falls on the border between two.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -38,15 +40,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How queries are drawn.
+    """Options of how queries are drawn.
 
     Args:
-        queries_per_document: how many are drawn for each document.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_p: only the likeliest tokens that have this share of the probability together.
-        top_k: only so many of the likeliest tokens; 0: all.
-        max_new_tokens: a query that has no end by then is cut.
-        seed: of the draws.
+        queries_per_document: how many queries are drawn for each document.
+        temperature: the logits are divided by it; 0 takes the likeliest token each time.
+        top_p: only the likeliest tokens are drawn that together have this share of the probability.
+        top_k: only so many of the likeliest tokens are drawn; 0: all.
+        max_new_tokens: a query that has not ended by then is cut.
+        seed: seed of the draws.
+
     Raises: ValueError for an impossible value.
     """
 
@@ -74,10 +77,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GeneratedQuery:
-    """text: up to the first line end or end token.  ended: whether there was one.
+    """A query that an LM wrote for a document.
 
-    log_likelihood: of the text given the document, the mean per token, nats; None where the text has no token or more
-    than ``max_query_tokens``.  num_tokens: of the text.
+    Attributes:
+        text: what the LM wrote, up to the first line end or end token.
+        ended: whether there was one.
+        log_likelihood: log-likelihood of the text given the document, mean per token, in nats; None where the text has
+            no token, or more than ``max_query_tokens``.
+        num_tokens: number of tokens of the text.
     """
 
     text: str
@@ -90,13 +97,16 @@ class QueryGenerator:
     """Writes queries for documents with a causal LM, and scores each as `Reranker` does.
 
     Args:
-        model: a `QPeftModel` with ``clues="none"``: its LM and its prompt are used.
-        sampling: `Sampling`.
-        max_tokens_per_batch: token budget of a batch, new tokens included; None: what suits the device. A batch that
-            does not fit in memory is halved.
+        model: a model with ``clues="none"``, of which the LM and the prompt are used.
+        sampling: how queries are drawn.
+        max_tokens_per_batch: token budget of a batch, new tokens included; None: a budget that suits the device. A
+            batch that does not fit in memory is halved.
 
-    Attributes: has_end: whether the tokenizer has a line end or an end token; without one no query ends by itself.
-    Raises: ValueError for an LM that is no causal one.
+    Attributes:
+        has_end: whether the tokenizer has a line end or an end token; without one no query ends before
+            ``max_new_tokens``.
+
+    Raises: ValueError for an encoder–decoder LM.
     """
 
     def __init__(self, model: QPeftModel, sampling: Sampling, max_tokens_per_batch: int | None = None) -> None:
@@ -111,38 +121,42 @@ class QueryGenerator:
         self._keeps_spaces = " " in model.tokenizer.decode(words).strip()
 
     def batches(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Places of the documents that share a batch, the longest first. Raises: ValueError if one does not fit."""
-        lengths = [len(prefix.ids) for prefix in self.model.prompt.documents(documents)]
-        new = len(self.model.prompt.suffix.bare_question) + self.sampling.max_new_tokens
+        """Group documents into batches, the longest first.
+
+        Returns: the indices of the documents of each batch.
+
+        Raises: ValueError if a document does not fit the context of the LM.
+        """
+        lengths = [len(prompt) for prompt in self._prompts(documents)]
+        new = self.sampling.max_new_tokens
         self.model.engine.expect_fits(max(lengths, default=0) + new)
         copies = self.sampling.queries_per_document
         return list(generation_groups(lengths, new, self.max_tokens_per_batch // copies))
 
     def __call__(self, keys: Sequence[str], documents: Sequence[Document]) -> list[list[GeneratedQuery]]:
-        """The queries of each document.
+        """Write and score the queries of each document.
 
         Args:
             keys: names of the documents, which their draws depend on.
+            documents: the documents.
         """
         copies = self.sampling.queries_per_document
-        prompts = [
-            (*prefix.ids, *self.model.prompt.suffix.bare_question)
-            for prefix in self.model.prompt.documents(documents)
-            for _ in range(copies)
-        ]
+        prompts = [prompt for prompt in self._prompts(documents) for _ in range(copies)]
         seeds = [f"{self.sampling.seed} {i} {key}" for key in keys for i in range(copies)]
         tokens = self._generate(prompts, seeds)
         queries = [self._query(ids) for ids in tokens]
         scored = [i for i, query in enumerate(queries) if query.text and self.model.prompt.fits(query.text)]
-        scores = (
-            self._scorer.predict([(queries[i].text, documents[i // copies]) for i in scored], show_progress_bar=False)
-            if scored
-            else []
-        )
+        pairs = [(queries[i].text, documents[i // copies]) for i in scored]
+        scores = np.asarray(self._scorer.predict(pairs, show_progress_bar=False)) if pairs else ()
         for i, score in zip(scored, scores, strict=True):
             mean = round(float(score) / queries[i].num_tokens, 6)
             queries[i] = replace(queries[i], log_likelihood=mean)
         return [queries[start : start + copies] for start in range(0, len(queries), copies)]
+
+    def _prompts(self, documents: Sequence[Document]) -> list[tuple[int, ...]]:
+        """Return the token ids up to where the query begins."""
+        prompt = self.model.prompt
+        return [prompt.suffix.lay_out(prefix.ids, 0)[0] for prefix in prompt.documents(documents)]
 
     def _generate(self, prompts: list[tuple[int, ...]], seeds: list[str]) -> list[list[int]]:
         """Call `_continue`, in halves when the device runs out of memory."""
@@ -157,7 +171,7 @@ class QueryGenerator:
 
     @torch.no_grad()
     def _continue(self, prompts: list[tuple[int, ...]], seeds: list[str]) -> list[list[int]]:
-        """New tokens of each prompt, up to the first end, which is kept."""
+        """Return new tokens of each prompt, up to the first end, which is kept."""
         model, sampling = self.model, self.sampling
         width = max(map(len, prompts))
         ids, _ = pad([(0,) * (width - len(prompt)) + prompt for prompt in prompts], model.device)
@@ -171,13 +185,14 @@ class QueryGenerator:
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(float(sampling.top_p)))
             processors.append(_Draw(seeds))
-        settings = GenerationConfig(  # nothing that changes the draws is left to the LM's generation_config.json
+        settings = GenerationConfig(  # every option that changes the draws, so that none is the LM's own
             do_sample=False, num_beams=1, max_new_tokens=sampling.max_new_tokens, min_length=0,
             repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, pad_token_id=0,
         )  # fmt: skip
         stop = StoppingCriteriaList([_AtEnd(self._ends.to(model.device))])
+        lm: Any = model.lm  # a peft model generates too, but has no type that says so
         with model.passes(evaluating=True):
-            out = model.lm.generate(
+            out = lm.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=settings,
@@ -187,27 +202,27 @@ class QueryGenerator:
         return [_until_end(row, self._ends) for row in out[:, width:].tolist()]
 
     def _query(self, ids: list[int]) -> GeneratedQuery:
-        """The text of new tokens, of which only the last may be an end."""
+        """Decode new tokens, of which only the last may be an end."""
         tokenizer = self.model.tokenizer
         ended = bool(ids) and bool(self._ends[ids[-1]])
         if ended and not self._line_ends[ids[-1]]:
             ids = ids[:-1]  # an end token has no text
         if self._keeps_spaces:
             text = tokenizer.decode(ids, skip_special_tokens=True)
-        else:  # a tokenizer that drops white space (the demo's): where words end is not known
+        else:  # the tokenizer drops white space, as the demo's does: the pieces are set apart
             text = " ".join(tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=True))
         text = " ".join((text.splitlines() or [""])[0].split())
         return GeneratedQuery(text, ended, None, self.model.prompt.count(text))
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn from its distribution with one number of the row's own generator."""
+    """Draws one token of each row with a number of the row's own generator, and rules out all others."""
 
     def __init__(self, seeds: Sequence[str]) -> None:
         self.generators = [random.Random(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # in the order of the vocabulary: an order by probability would change with the last bit of a logit
+        # summed in the order of the vocabulary; an order by probability would change with the last bit of a logit
         cumulative = scores.double().softmax(-1).cumsum(-1)
         numbers = torch.tensor([[generator.random()] for generator in self.generators], dtype=torch.float64)
         chosen = torch.searchsorted(cumulative, numbers.to(scores.device) * cumulative[:, -1:], right=True)
@@ -215,7 +230,7 @@ class _Draw(LogitsProcessor):
 
 
 class _AtEnd(StoppingCriteria):
-    """A row is complete with its first end token; what others make it write behind that is cut off later."""
+    """Ends a row with its first end token; what it writes after that, until the others have ended, is cut off later."""
 
     def __init__(self, ends: Tensor) -> None:
         self.ends = ends
@@ -225,13 +240,13 @@ class _AtEnd(StoppingCriteria):
 
 
 def _until_end(ids: list[int], ends: Tensor) -> list[int]:
-    """The tokens up to the first end, which is kept."""
-    place = next((place for place, i in enumerate(ids) if ends[i]), len(ids))
-    return ids[: place + 1]
+    """Return the tokens up to the first end, which is kept."""
+    first = next((n for n, i in enumerate(ids) if ends[i]), len(ids))
+    return ids[: first + 1]
 
 
 def _end_tokens(model: QPeftModel) -> tuple[Tensor, Tensor]:
-    """Which tokens end a query, and which of those by a line end in their text: bool [V] each."""
+    """Return which tokens end a query, and which of these do so by a line end in their text; bool, ``[V]`` each."""
     tokenizer, vocabulary = model.tokenizer, len(model.engine.table)
     pieces = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
     line_ends = torch.zeros(vocabulary, dtype=torch.bool)
