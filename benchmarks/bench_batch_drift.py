@@ -115,7 +115,7 @@ class Drift:
         ]
         self.tokens = np.array([[float(score.num_tokens) for score in row] for row in scores])
         self.expected = np.array([[float(score.query_log_likelihood) for score in row] for row in scores]) / self.tokens
-        prefix = model.engine.layout.nbytes(80)
+        prefix = model.engine.packing.nbytes(80)
         small = {
             "memory": qpeft.DocumentCache(6 * prefix),  # of 12 documents: some have to leave
             "disk": qpeft.DocumentCache(2 * prefix, disk=folder / "prefixes", disk_bytes=6 * prefix),

@@ -209,7 +209,7 @@ def test_an_index_belongs_to_its_soft_prompt(tmp_path):
     }
     ours = changed(model())
     with IndexWriter(ours, corpus, tmp_path) as writer:
-        writer.run(writer.plan())
+        writer.run(writer.survey())
     cache = qpeft.DocumentCache(0, index=tmp_path)
     torch.testing.assert_close(scores(changed(model()), cache), scores(ours), rtol=0, atol=1e-4)
     assert (cache.hits, cache.misses) == (len(DOCUMENTS), 0)

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 import qpeft_ext as qpeft
 from qpeft_ext.engine.filling import CacheFilling
 from qpeft_ext.prefixes.files import checksum
-from qpeft_ext.prefixes.kv import LayerKV, Layout, PrefixKV
+from qpeft_ext.prefixes.kv import LayerKV, Packing, PrefixKV
 from qpeft_ext.utils.files import AtomicWriter
 
-LAYOUT = Layout(((1, 4, 4, None),), torch.float32)  # 32 bytes a token
+PACKING = Packing(((1, 4, 4, None),), torch.float32)  # 32 bytes a token
 TWO_FILES = 1600  # budget for two files of four tokens, of 384 bytes each; a third asks for 1920
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ VERSION = Version()
 
 
 def prefix(i: int, length: int = 4) -> PrefixKV:
-    return LAYOUT.unpack(torch.full((LAYOUT.numel(length),), float(i)), length)
+    return PACKING.unpack(torch.full((PACKING.numel(length),), float(i)), length)
 
 
 def key(i: int, length: int = 4, version=VERSION):
@@ -53,7 +53,7 @@ def key(i: int, length: int = 4, version=VERSION):
 
 def look(cache, i: int, length: int = 4, version=VERSION):
     """Look up one prefix and check that it is the right one."""
-    (found,) = cache.fetch([key(i, length, version)], LAYOUT, CPU)
+    (found,) = cache.fetch([key(i, length, version)], PACKING, CPU)
     if found is not None:
         assert found.lengths == [length]
         assert torch.equal(found.layers[0].values, torch.full((1, 1, length, 4), float(i)))
@@ -530,7 +530,7 @@ def test_split_and_collate_lose_nothing():
     alone = batch.split()
     again = PrefixKV.collate(alone)
     for i, length in enumerate(batch.lengths):
-        assert alone[i].flat.numel() == Layout.of(batch).numel(length)
+        assert alone[i].flat.numel() == Packing.of(batch).numel(length)
         for kv, expected in ((again.layers[0], batch.layers[0]), (again.layers[2], batch.layers[2])):
             kept = min(length, kv.keys.shape[2])
             assert torch.equal(kv.keys[i, :, -kept:], expected.keys[i, :, -kept:])

@@ -51,13 +51,13 @@ def corpus(documents=DOCUMENTS) -> dict[str, dict]:
     return {i: {"id": i, "title": title, "text": text} for i, (title, text) in documents.items()}
 
 
-def make(folder: Path, of=None, documents=None, **options) -> index_run.Plan:
+def make(folder: Path, of=None, documents=None, **options) -> index_run.Survey:
     """An index with a shard for every prefix or two, unless told otherwise."""
     with IndexWriter(of or model(), documents or corpus(), folder, **({"shard_bytes": 1} | options)) as writer:
-        plan = writer.plan(show_progress_bar=False)
-        writer.expect_room(plan)
-        writer.run(plan, show_progress_bar=False)
-    return plan
+        survey = writer.survey(show_progress_bar=False)
+        writer.expect_room(survey)
+        writer.run(survey, show_progress_bar=False)
+    return survey
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:
@@ -94,8 +94,8 @@ def error(capsys, *arguments) -> str:
 
 def test_scores_with_an_index(tmp_path, monkeypatch):
     lm = model()
-    plan = make(tmp_path, lm)
-    assert (plan.documents, plan.distinct, plan.there, plan.missing) == (6, 6, 0, 6)
+    survey = make(tmp_path, lm)
+    assert (survey.documents, survey.distinct, survey.there, survey.missing) == (6, 6, 0, 6)
     expected, expected_bits = scores(lm), scores(lm, deterministic=True)
     cache = qpeft.DocumentCache(0, index=tmp_path)
     monkeypatch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
@@ -104,7 +104,7 @@ def test_scores_with_an_index(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="computed in batches, which deterministic scores cannot use"):
         scores(lm, cache, deterministic=True)
     monkeypatch.undo()
-    make(tmp_path / "alone", lm, alone=True)
+    make(tmp_path / "alone", lm, deterministic=True)
     monkeypatch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
     alone = qpeft.DocumentCache(0, index=tmp_path / "alone")
     assert torch.equal(scores(lm, alone, deterministic=True), expected_bits)
@@ -113,10 +113,10 @@ def test_scores_with_an_index(tmp_path, monkeypatch):
 
 def test_the_bytes_are_known_before(tmp_path):
     with IndexWriter(model(), corpus(), tmp_path) as writer:
-        plan = writer.plan()
-        writer.run(plan)
+        survey = writer.survey()
+        writer.run(survey)
     written = sum(path.stat().st_size for path in shard_paths(tmp_path))
-    assert written <= plan.nbytes <= written + 1000
+    assert written <= survey.nbytes <= written + 1000
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["bytes"] == written and manifest["shards"] == 1 and manifest["complete"] is True
 
@@ -330,12 +330,12 @@ def killed_at(monkeypatch, moment: str, occurrence: int) -> None:
 def test_a_killed_run_goes_on(moment, occurrence, tmp_path, monkeypatch):
     """The result is that of a run that was not disturbed, bit by bit; no stored prefix is computed again."""
     lm, folder = model(), tmp_path / "index"
-    make(tmp_path / "expected", lm, alone=True)
+    make(tmp_path / "expected", lm, deterministic=True)
     pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)
         killed_at(monkeypatch, moment, occurrence)
-        make(folder, lm, alone=True)
+        make(folder, lm, deterministic=True)
         os._exit(0)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     there = len(contents(folder))
@@ -344,7 +344,7 @@ def test_a_killed_run_goes_on(moment, occurrence, tmp_path, monkeypatch):
             PrefixIndex(folder)
     prefill, computed = CausalEngine.prefill, []
     monkeypatch.setattr(CausalEngine, "prefill", lambda self, group: computed.append(group) or prefill(self, group))
-    assert make(folder, lm, alone=True).there == there
+    assert make(folder, lm, deterministic=True).there == there
     assert len(computed) == 6 - there
     ours, expected = contents(folder), contents(tmp_path / "expected")
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
@@ -367,7 +367,7 @@ def test_stopped_after_any_pass_the_files_are_those_of_one_run(kept, dtype, tmp_
     options = {
         "documents": corpus(documents),
         "max_tokens_per_batch": 4 * 55,
-        "shard_bytes": 3 * lm.engine.layout.numel(20) * dtype.itemsize,
+        "shard_bytes": 3 * lm.engine.packing.numel(20) * dtype.itemsize,
     }
     make(tmp_path / "grown", lm, documents=corpus(dict(list(documents.items())[:3])))  # a run may begin with an index
     shutil.copytree(tmp_path / "grown", tmp_path / "expected")
@@ -408,7 +408,7 @@ def stopped_at(monkeypatch, prefill, number: int, kept: bool):
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-70] + b"x" + b[-69:], lambda b: b""])
 def test_a_damaged_shard_costs_its_documents_and_nothing_else(damage, tmp_path, caplog):
     lm = model()
-    make(tmp_path, lm, alone=True)
+    make(tmp_path, lm, deterministic=True)
     expected, whole = scores(lm, deterministic=True), contents(tmp_path)
     path = shard_paths(tmp_path)[2]
     path.write_bytes(damage(path.read_bytes()))
@@ -418,7 +418,7 @@ def test_a_damaged_shard_costs_its_documents_and_nothing_else(damage, tmp_path, 
     assert (cache.hits, cache.misses) == (10, 2)
     assert [record.message.startswith(f"{path} is damaged") for record in caplog.records] == [True]  # said once
     cache.index._told.clear()
-    if make(tmp_path, lm, alone=True).missing:  # damage inside a prefix is only seen when it is read
+    if make(tmp_path, lm, deterministic=True).missing:  # damage inside a prefix is only seen when it is read
         assert {name: flat.tolist() for name, flat in contents(tmp_path).items()} == {
             name: flat.tolist() for name, flat in whole.items()
         }

@@ -106,7 +106,7 @@ def test_nothing_is_shared_and_everything_says_so(tmp_path):
         IndexWriter(model, corpus, tmp_path / "index")
     assert not (tmp_path / "index").exists()
     with IndexWriter(model_with(layout="document_first"), corpus, tmp_path / "index") as writer:
-        writer.run(writer.plan())
+        writer.run(writer.survey())
     with pytest.raises(ValueError, match="an index is of no use to this model: layout='clues_first'"):
         qpeft.Reranker(model, cache=qpeft.DocumentCache(0, index=tmp_path / "index"))
 

@@ -189,7 +189,7 @@ def test_a_header_of_prefixes_with_wild_values(tmp_path):
         path.write_bytes((length or len(data)).to_bytes(8, "little") + data)
         return path
 
-    assert list(read_contents(written(good)).places) == ["aa"]
+    assert list(read_contents(written(good)).extents) == ["aa"]
     bad = [
         [],
         1,

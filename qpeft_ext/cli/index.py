@@ -58,17 +58,19 @@ def command(
         lm = load_lm(base_model, dtype=dtype, device=device, attention=attention)
         limits = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
         qpeft = get_qpeft_model(lm, QPeftConfig(clues="none", **limits))
-    with IndexWriter(qpeft, documents, out, alone=deterministic, max_tokens_per_batch=max_tokens_per_batch) as writer:
-        plan = writer.plan()
-        cut = f", {plan.cut} cut to max_document_tokens" if plan.cut else ""
-        there = f", {plan.there} of them are there already" if plan.there else ""
+    with IndexWriter(
+        qpeft, documents, out, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch
+    ) as writer:
+        survey = writer.survey()
+        cut = f", {survey.cut} cut to max_document_tokens" if survey.cut else ""
+        there = f", {survey.there} of them are there already" if survey.there else ""
         say(
-            f"{plan.documents} documents{cut}, {plan.distinct} different ones{there}; "
-            f"{plan.missing} to compute, {size(plan.nbytes)} to write to {out}"
+            f"{survey.documents} documents{cut}, {survey.distinct} different ones{there}; "
+            f"{survey.missing} to compute, {size(survey.nbytes)} to write to {out}"
         )
-        writer.expect_room(plan)
+        writer.expect_room(survey)
         try:
-            writer.run(plan)
+            writer.run(survey)
         except KeyboardInterrupt:
             raise Interrupted(
                 "interrupted; what was computed is kept, and the same command goes on from there"

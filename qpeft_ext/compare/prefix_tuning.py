@@ -72,7 +72,7 @@ class PrefixTuningEngine(CausalEngine):
 
     def _why_plain(self) -> str:
         why = super()._why_plain()
-        if not why and any(layer and layer[-1] for layer in self.layout.layers):
+        if not why and any(layer and layer[-1] for layer in self.packing.layers):
             raise ValueError(
                 "prefix tuning: an LM with sliding windows is not supported, since padding between the "
                 "virtual tokens and the document would count in its windows"

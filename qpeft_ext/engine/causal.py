@@ -16,7 +16,7 @@ from ..lm.passes import Hook
 from ..lm.rope import find_rotary_tables
 from ..ops.hardware import shape_step
 from ..prefixes.cache import DocumentCache
-from ..prefixes.kv import Layout, PrefixKey, PrefixKV
+from ..prefixes.kv import Packing, Prefixes, PrefixKey, PrefixKV, SeparatePrefixes
 from ..prompts.pairs import PairBatch, pad
 from ..prompts.prompt import DocumentPrefix, SuffixPieces
 from ..utils.memory import return_freed_memory
@@ -76,7 +76,7 @@ class CausalEngine(BaseEngine):
         try:
             ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
             cache = self._run_prefix(self.embed(ids), None, None)
-            self.layout = Layout.of(PrefixKV.from_cache(cache, [3]))
+            self.packing = Packing.of(PrefixKV.from_cache(cache, [3]))
             if not any(hasattr(module, "_hf_hook") for module in self.lm.modules()):  # a hook may count on the end
                 self.last_layer = max(i for i, layer in enumerate(cache.layers) if layer.is_initialized)
         except (TypeError, AttributeError, ValueError) as error:
@@ -124,7 +124,7 @@ class CausalEngine(BaseEngine):
         self,
         rows: Rows,
         clue_embeds: Tensor | None,
-        prefix: PrefixKV | None = None,
+        prefix: Prefixes | None = None,
         prefix_rows: Tensor | None = None,
         updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
@@ -175,13 +175,13 @@ class CausalEngine(BaseEngine):
 
     def token_bytes(self) -> tuple[int, float]:
         """Bytes of a prefix token that are kept for its queries, and bytes that a pass takes to read it in a layer."""
-        kept = 0 if self.why_plain else self.layout.nbytes(1)
+        kept = 0 if self.why_plain else self.packing.nbytes(1)
         layers = max(1, getattr(self.lm.config.get_text_config(), "num_hidden_layers", 1))
         return kept, 2 * kept / layers  # gathered, and joined with the suffix's
 
     def prefix_bytes(self, prefixes: Sequence[DocumentPrefix]) -> int:
-        """Bytes of keys and values of prefixes, alone and unpadded."""
-        return sum(self.layout.nbytes(len(prefix.ids)) for prefix in prefixes)
+        """Bytes of keys and values of unpadded prefixes."""
+        return sum(self.packing.nbytes(len(prefix.ids)) for prefix in prefixes)
 
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
         """One left-padded pass over document prefixes; with grad only where `prefix_is_trained`.
@@ -221,15 +221,17 @@ class CausalEngine(BaseEngine):
 
     def cached_prefill(
         self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, deterministic: bool = False
-    ) -> PrefixKV:
-        """`prefill`, reading and filling the cache. ``deterministic``: each prefix alone, unpadded."""
+    ) -> Prefixes:
+        """`prefill`, reading and filling the cache. ``deterministic``: each prefix unpadded, one per pass."""
         with_grad = torch.is_grad_enabled() and self.prefix_is_trained
         if with_grad and deterministic:
             return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
         if with_grad or (cache is None and not deterministic):
             return self.prefill(prefixes)
         keys = self.cache_keys(prefixes, deterministic)
-        stored = [None] * len(keys) if cache is None else cache.fetch(keys, self.layout, self.device)
+        stored: list[PrefixKV | None] = [None] * len(keys)
+        if cache is not None:
+            stored = cache.fetch(keys, self.packing, self.device)
         missing = [i for i, entry in enumerate(stored) if entry is None]
         groups = [[i] for i in missing] if deterministic else [missing] if missing else []
         for group in groups:
@@ -242,6 +244,8 @@ class CausalEngine(BaseEngine):
                     cache.put(keys[i], entry)
             if cache is not None and len(group) == len(prefixes) and not deterministic:
                 return fresh  # a cold cache costs one copy, not two
-        # a GPU would make a launch of every copy, and a compiled pass a graph of every number of prefixes
-        side_by_side = self.device.type == "cpu" and not self.is_compiled
-        return (PrefixKV.side_by_side if side_by_side else PrefixKV.collate)(stored)
+        found = [entry for entry in stored if entry is not None]
+        if len(found) == 1 or self.device.type != "cpu" or self.is_compiled:
+            # a GPU would make a launch of every copy, and a compiled pass a graph of every number of prefixes
+            return PrefixKV.collate(found)
+        return SeparatePrefixes(found)

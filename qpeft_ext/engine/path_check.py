@@ -70,7 +70,7 @@ def _has_window(engine) -> bool:
     A cache may drop what its LM's masks still show (Moshi), which short prompts would not tell. Kernels that get the
     window from each layer would not see the narrow one.
     """
-    if engine.is_encoder_decoder or not any(layer and layer[-1] for layer in engine.layout.layers):
+    if engine.is_encoder_decoder or not any(layer and layer[-1] for layer in engine.packing.layers):
         return False
     config = getattr(engine.decoder, "config", None)
     known = isinstance(getattr(config, "sliding_window", None), int) and config is engine.lm.config.get_text_config()

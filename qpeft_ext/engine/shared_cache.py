@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..prefixes.kv import LayerKV, PrefixKV, left_pad
+from ..prefixes.kv import LayerKV, Prefixes, PrefixKV, SeparatePrefixes, left_pad
 
 
-def shared_cache(prefix: PrefixKV, rows: Tensor | None) -> Cache:
+def shared_cache(prefixes: Prefixes, rows: Tensor | None) -> Cache:
     """A transformers cache for pairs that read document prefixes.
 
-    rows: the prefix of each pair, int64 [B]; None when pair i reads prefix i.
+    Args:
+        prefixes: a `PrefixKV` or `SeparatePrefixes`.
+        rows: the prefix of each pair, int64 [B]; None when pair i reads prefix i.
     """
-    return Cache(layers=[_shared_layer(kv, rows, prefix.padded_length) for kv in prefix.layers])
+    parts = prefixes.prefixes if isinstance(prefixes, SeparatePrefixes) else [prefixes]
+    layers = zip(*(part.layers for part in parts if isinstance(part, PrefixKV)), strict=True)
+    return Cache(layers=[_shared_layer(kvs, rows, prefixes.padded_length) for kvs in layers])
 
 
 class _ReadOnly:
@@ -24,12 +30,13 @@ class _ReadOnly:
     forward may run twice.
     """
 
-    kv: LayerKV
+    stored: tuple[Tensor | list[Tensor], Tensor | list[Tensor]]  # keys and values, of all prefixes or of each
     rows: Tensor | None
     slots: int  # P
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        return self._joined(self.kv.keys, key_states), self._joined(self.kv.values, value_states)
+        keys, values = self.stored
+        return self._joined(keys, key_states), self._joined(values, value_states)
 
     def _joined(self, stored: Tensor | list[Tensor], new: Tensor) -> Tensor:
         """The stored slots of each pair's document, then the new ones: [B, heads, P + L, head width]."""
@@ -59,14 +66,17 @@ class _ReadOnlySlidingLayer(_ReadOnly, DynamicSlidingWindowLayer):
     pass
 
 
-def _shared_layer(kv: LayerKV | None, rows: Tensor | None, length: int) -> DynamicLayer:
-    if kv is None:
+def _shared_layer(parts: Sequence[LayerKV | None], rows: Tensor | None, length: int) -> DynamicLayer:
+    """A layer of the cache, from one `LayerKV` of all prefixes or from one of each."""
+    kvs = [kv for kv in parts if kv is not None]
+    if not kvs:
         return DynamicLayer()
-    layer = _ReadOnlyLayer() if kv.window is None else _ReadOnlySlidingLayer(kv.window)
-    some = kv.keys[0] if isinstance(kv.keys, list) else kv.keys
-    layer.lazy_initialization(some, some)
-    layer.kv, layer.rows, layer.slots = kv, rows, length
-    if kv.window is not None:
+    first = kvs[0]
+    layer = _ReadOnlyLayer() if first.window is None else _ReadOnlySlidingLayer(first.window)
+    layer.lazy_initialization(first.keys, first.keys)
+    layer.stored = (first.keys, first.values) if len(kvs) == 1 else ([kv.keys for kv in kvs], [kv.values for kv in kvs])
+    layer.rows, layer.slots = rows, length
+    if first.window is not None:
         layer.cumulative_length = length  # tokens seen, of which the layer kept the last window - 1
-        layer.slots = min(length, kv.window - 1)
+        layer.slots = min(length, first.window - 1)
     return layer

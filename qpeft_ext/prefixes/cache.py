@@ -1,4 +1,4 @@
-"""`DocumentCache`: the key/value caches of document prefixes, kept between calls in tiers, each under a byte budget."""
+"""`DocumentCache`: keys and values of document prefixes, kept between calls."""
 
 from __future__ import annotations
 
@@ -11,39 +11,51 @@ import torch
 
 from ..lm.state import LMState, LMVersion
 from .copies import Copies, copies
-from .files import Place, prefetch, read_prefix
+from .files import Extent, prefetch, read_prefix
 from .index import PrefixIndex
-from .kv import Layout, PrefixKey, PrefixKV, prefix_digest
-from .tiers import DiskTier, HostTier, MemoryTier, Tier
+from .kv import Packing, PrefixKey, PrefixKV, prefix_digest
+from .tiers import DiskTier, FileTier, HostTier, MemoryTier, Tier
 
 logger = logging.getLogger(__name__)
 
 
 class DocumentCache:
-    """Least-recently-used store of prefix caches, shared between queries, epochs and negatives.
+    """Keys and values of document prefixes, kept between calls in tiers, each under a budget in bytes.
 
     Tiers, from the top: ``device`` (memory of the model's device), ``host`` (pinned memory for a CUDA model), ``disk``
-    (safetensors files, found again by the next process), ``index`` (made by ``qpeft index``, only read). What has no
-    room in a tier moves to the one below it, what is found below moves up; a file stays where it is. Without further
-    arguments there is the device tier alone.
+    (safetensors files, found again by the next process), ``index`` (made by ``qpeft index``, only read). The least
+    recently used prefixes of a tier move to the one below when it is full; what is found below moves up. Files stay
+    where they are.
 
-    The key is the exact LM (its parameters, adapters in it, dtype) and a SHA-256 of the prefix *ids*: a document whose
-    text, template or truncation changed cannot hit, whatever its ``doc_id``. Files know the LM by its content, which
-    is read once a process for that (about 0.55 s per GB). Beside the budgets, what is read from files for one pass is
-    held in memory that is used again. By itself not for use by several threads at once; rerankers take turns.
+    A prefix is known by the exact LM (its parameters, adapters in it, dtype) and by a SHA-256 of its token *ids*, so a
+    document whose text, template or truncation changed is not found, whatever its ``doc_id``. Files know the LM by a
+    hash of its content, computed once a process (about 0.55 s per GB). Several threads must not use a cache at once;
+    rerankers take turns.
 
     A copy, pickled or deep, has the same settings and starts with nothing in memory. Only one cache at a time can use a
-    folder as its disk tier: a copy that finds it in use does without one and says so.
+    folder as its disk tier: a copy that finds it in use does without one and logs a warning.
 
     Args:
-        max_bytes: budget for keys and values on the model's device. 0 stores nothing there.
-        host_bytes: budget in the host's memory; 0: no such tier.
-        disk, disk_bytes: a folder for files, and their budget.
-        index: a `PrefixIndex`, or the folder of one.
-
+        max_bytes: budget for the device tier; 0 stores nothing there.
+        host_bytes: budget for the host tier; 0: no such tier.
+        disk: a folder for the disk tier; None: no such tier.
+        disk_bytes: budget for the disk tier.
+        index: a `PrefixIndex`, or the folder of one; None: no such tier.
     Attributes:
         tiers: `Tier` by name, with hits, misses, evictions, nbytes and max_bytes of each.
-        hits, misses: prefixes found in any tier, and in none.  nbytes, evictions: of the device tier.
+        hits, misses: look-ups that found a prefix in some tier, and in none.
+        nbytes, evictions, max_bytes: those of the device tier.
+    Raises: ValueError for an impossible budget, a folder in use or an index that is not complete.
+    Example:
+        >>> import qpeft_ext as qpeft
+        >>> from qpeft_ext.lm.loading import BASE_LM
+        >>> model = qpeft.get_qpeft_model(qpeft.load_lm(BASE_LM), qpeft.QPeftConfig(clues="none"))
+        >>> reranker = qpeft.Reranker(model, cache=qpeft.DocumentCache(64 << 20))
+        >>> documents = ["The moon causes the tides.", "Boats need a harbour."]
+        >>> for query in ("why are there tides?", "where do boats go?"):
+        ...     ranking = reranker.rank(query, documents)
+        >>> len(reranker.cache), reranker.cache.misses  # each document was read once, for both queries
+        (2, 2)
     """
 
     def __init__(
@@ -63,9 +75,9 @@ class DocumentCache:
         self._host = HostTier(host_bytes) if host_bytes else None
         self._disk = None if disk is None else DiskTier(disk, disk_bytes)
         self.index = index if index is None or isinstance(index, PrefixIndex) else PrefixIndex(index)
-        self._memory = [tier for tier in (self._device, self._host) if tier is not None]
-        self._stores = [*self._memory, *([self._disk] if self._disk is not None else ())]
-        self._files = [tier for tier in (self._disk, self.index) if tier is not None]
+        self._memory: list[MemoryTier] = [tier for tier in (self._device, self._host) if tier is not None]
+        self._stores: list[MemoryTier | DiskTier] = [*self._memory, *([self._disk] if self._disk is not None else ())]
+        self._files: list[FileTier] = [tier for tier in (self._disk, self.index) if tier is not None]
         self.misses = 0
 
     def __reduce__(self) -> tuple:
@@ -76,24 +88,49 @@ class DocumentCache:
     # -- look-ups and stores --------------------------------------------------------------------------------------
 
     @staticmethod
-    def key(model: LMVersion, prefix_ids: Sequence[int], alone: bool = False) -> PrefixKey:
-        return PrefixKey(model, prefix_digest(prefix_ids), len(prefix_ids), alone)
+    def key(model: LMVersion, prefix_ids: Sequence[int], deterministic: bool = False) -> PrefixKey:
+        """The identity of a prefix.
 
-    def fetch(self, keys: Sequence[PrefixKey], layout: Layout, device: torch.device) -> list[PrefixKV | None]:
-        """The prefixes that are stored, on the device; None for those that are not."""
+        Args:
+            model: the version of the LM that computes it.
+            prefix_ids: its token ids.
+            deterministic: whether it is computed unpadded in a pass of its own.
+        """
+        return PrefixKey(model, prefix_digest(prefix_ids), len(prefix_ids), deterministic)
+
+    def fetch(self, keys: Sequence[PrefixKey], packing: Packing, device: torch.device) -> list[PrefixKV | None]:
+        """Look prefixes up, tier by tier, and bring what is found to the device.
+
+        Args:
+            keys: their identities.
+            packing: how the LM's keys and values lie in files.
+            device: the model's.
+        Returns: one entry per key, None where nothing is stored.
+        Raises: ValueError if the index belongs to another LM.
+        """
         link = copies(device)
         found = [self._in_memory(key, link) for key in keys]
-        self._read(keys, found, layout, link)
+        self._read(keys, found, packing, link)
         self.misses += sum(prefix is None for prefix in found)
         return found
 
     def announce(self, keys: Sequence[PrefixKey]) -> bool:
-        """Have the system read what `fetch` will want from files, without waiting. Returns: whether it wants any."""
+        """Ask the system to read ahead what `fetch` will want from files, without waiting.
+
+        Args:
+            keys: identities of prefixes.
+        Returns: whether any of them is in a file and not in memory.
+        """
         missing = [key for key in keys if not any(key in memory for memory in self._memory)]
         return any([tier.prefetch(key) for tier in self._files for key in missing])
 
     def put(self, key: PrefixKey, prefix: PrefixKV) -> None:
-        """Store one unpadded prefix; the least recently used ones move down, and out of the lowest tier."""
+        """Store a prefix; the least recently used ones move down, and out of the lowest tier.
+
+        Args:
+            key: its identity.
+            prefix: one unpadded prefix, as `PrefixKV.split` gives it.
+        """
         self._store(key, prefix, 0)
 
     def _in_memory(self, key: PrefixKey, link: Copies) -> PrefixKV | None:
@@ -107,42 +144,49 @@ class DocumentCache:
 
     def _store(self, key: PrefixKey, prefix: PrefixKV, level: int) -> None:
         if level == len(self._stores) or level and not (key.model.is_current and prefix.flat is not None):
-            return  # nowhere to go; of an LM that has changed; or spread over several devices
-        for leaving in self._stores[level].put(key, prefix):
-            self._store(*leaving, level + 1)
+            return  # there is no tier below; the LM has changed since; or the layers lie on several devices
+        for lower_key, lower in self._stores[level].put(key, prefix):
+            self._store(lower_key, lower, level + 1)
 
-    def _read(self, keys, found: list[PrefixKV | None], layout: Layout, link: Copies) -> None:
+    def _read(self, keys: Sequence[PrefixKey], found: list[PrefixKV | None], packing: Packing, link: Copies) -> None:
         """Fill the gaps in ``found`` from files."""
-        places: dict[int, tuple[DiskTier | PrefixIndex, Place]] = {}
-        for tier in self._files:
-            for i in (i for i, prefix in enumerate(found) if prefix is None and i not in places):
-                place = tier.locate(keys[i])
-                if place is not None and place.nbytes != layout.nbytes(keys[i].length):
-                    tier.drop(keys[i], f"expected {layout.nbytes(keys[i].length)} bytes, got {place.nbytes}")
-                    place = None
-                if place is None:
-                    tier.count(False)
-                else:
-                    places[i] = tier, place
-                    prefetch(place.path, place.offset, place.nbytes)
+        located = self._locate(keys, found, packing)
         # a GPU's copies start from pinned memory; on the CPU passes read the prefixes where they lie
-        staging = link.staging(sum(place.nbytes for _, place in places.values()) if link.cuda else 0)
-        for i, (tier, place) in places.items():
+        staging = link.staging(sum(extent.nbytes for _, extent in located.values()) if link.cuda else 0)
+        for i, (tier, extent) in located.items():
             if link.cuda:
-                buffer, staging = staging[: place.nbytes], staging[place.nbytes :]
+                buffer, staging = staging[: extent.nbytes], staging[extent.nbytes :]
             else:
-                buffer = torch.empty(place.nbytes, dtype=torch.uint8)
+                buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
             try:
-                read_prefix(place, buffer)
+                read_prefix(extent, buffer)
             except (ValueError, OSError) as error:
                 tier.drop(keys[i], error)
             else:
-                found[i] = link.to_device(layout.unpack(buffer.view(layout.dtype), keys[i].length))
-                if any(place.nbytes <= memory.max_bytes for memory in self._memory):
-                    self._store(keys[i], found[i], 0)
+                found[i] = prefix = link.to_device(packing.unpack(buffer.view(packing.dtype), keys[i].length))
+                if any(extent.nbytes <= memory.max_bytes for memory in self._memory):
+                    self._store(keys[i], prefix, 0)
             tier.count(found[i] is not None)
-        if places:
+        if located:
             link.staging_is_read()
+
+    def _locate(
+        self, keys: Sequence[PrefixKey], found: Sequence[PrefixKV | None], packing: Packing
+    ) -> dict[int, tuple[FileTier, Extent]]:
+        """Where in files the prefixes are that are missing in ``found``; the system begins to read them."""
+        located: dict[int, tuple[FileTier, Extent]] = {}
+        for tier in self._files:
+            for i in (i for i, prefix in enumerate(found) if prefix is None and i not in located):
+                extent = tier.locate(keys[i])
+                if extent is not None and extent.nbytes != packing.nbytes(keys[i].length):
+                    tier.drop(keys[i], f"expected {packing.nbytes(keys[i].length)} bytes, got {extent.nbytes}")
+                    extent = None
+                if extent is None:
+                    tier.count(False)
+                else:
+                    located[i] = tier, extent
+                    prefetch(extent.path, extent.offset, extent.nbytes)
+        return located
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -191,7 +235,7 @@ class DocumentCache:
 
 
 def _copied(max_bytes: int, host_bytes: int, disk: Path | None, disk_bytes: int, index) -> DocumentCache:
-    """A cache with these settings, without the disk tier if its folder is in use."""
+    """Return a cache with these settings, without the disk tier if its folder is in use."""
     try:
         return DocumentCache(max_bytes, host_bytes, disk, disk_bytes, index)
     except (ValueError, OSError) as error:

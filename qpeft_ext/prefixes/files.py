@@ -33,8 +33,8 @@ class Damaged(ValueError):
     """A file, or a prefix in it, is not what was written."""
 
 
-class Place(NamedTuple):
-    """Where a prefix lies: bytes ``offset`` to ``offset + nbytes`` of a file, and the checksum they must have."""
+class Extent(NamedTuple):
+    """The bytes of a file that hold a prefix, ``offset`` to ``offset + nbytes``, and their checksum."""
 
     path: Path
     offset: int
@@ -44,9 +44,15 @@ class Place(NamedTuple):
 
 @dataclass
 class Contents:
-    """What a file says that it holds: names and places of prefixes in order, and the writer's metadata."""
+    """The content of a file according to its header.
 
-    places: dict[str, Place]
+    Attributes:
+        extents: name -> where the prefix is, in the order of the file.
+        metadata: the writer's.
+        nbytes: size of the file.
+    """
+
+    extents: dict[str, Extent]
     metadata: dict[str, str]
     nbytes: int
 
@@ -54,12 +60,14 @@ class Contents:
 def write_prefixes(
     path: Path, prefixes: Sequence[tuple[str, Tensor]], metadata: dict[str, str], mode: int = 0o666
 ) -> int:
-    """Write prefixes (name, flat tensor on the CPU) to a new file; it appears when it is complete and synced.
+    """Write prefixes to a new file, which appears when it is complete and synced.
 
     Args:
-        mode: permissions, of which the umask takes away what it does.
-
-    Returns: its size in bytes.
+        path: the file.
+        prefixes: name and flat tensor (`PrefixKV.flat`, on the CPU) of each.
+        metadata: strings to store in the header.
+        mode: permissions, before the umask.
+    Returns: the size of the file in bytes.
     Raises: OSError if it cannot be written; nothing is left then.
     """
     parts = [_bytes(flat) for _, flat in prefixes]
@@ -88,7 +96,7 @@ def write_prefixes(
 
 
 def header_bytes(prefixes: int) -> int:
-    """About how long the header of a file with so many prefixes is."""
+    """About the length of a header with so many prefixes, in bytes."""
     return 600 + 160 * prefixes
 
 
@@ -109,56 +117,61 @@ def read_contents(path: Path) -> Contents:
             checksums = [int(text, 16) for text in metadata["checksums"].split()]
             if not all(0 <= checksum < 1 << 32 for checksum in checksums):
                 raise Damaged("a checksum of more than 32 bits")
-            places, end = {}, 0
+            extents, end = {}, 0
             for (name, entry), expected in zip(header.items(), checksums, strict=True):
                 start, (begin, end) = end, entry["data_offsets"]
                 if begin != start or type(end) is not int or not start <= end <= size:
                     raise Damaged(f"{name[:64]!r} is not where it must be")
-                places[name] = Place(path, 8 + length + start, end - start, expected)
+                extents[name] = Extent(path, 8 + length + start, end - start, expected)
         except Damaged:
             raise
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"not a readable header ({type(error).__name__})") from None
         if size != 8 + length + end:
             raise Damaged(f"expected {8 + length + end} bytes, got {size}")
-    return Contents(places, metadata, size)
+    return Contents(extents, metadata, size)
 
 
-def read_prefix(place: Place, into: Tensor) -> None:
-    """Read a prefix into uint8 memory of the CPU, [nbytes].
+def read_prefix(extent: Extent, into: Tensor) -> None:
+    """Read a prefix into memory of the CPU, uint8 [nbytes].
 
-    One copy, from the page cache: on the CPUs tried that is twice as fast as reading through a memory map, and a file
-    that is cut short while it is read is an error, not a bus error.
+    That is one copy, from the page cache. It was twice as fast as reading through a memory map, and a file that is cut
+    short while it is read is an error, not a bus error.
+
     Raises: `Damaged`, or OSError if the file cannot be read.
     """
     view = memoryview(into.numpy())
-    with open_regular(place.path, buffering=0) as file:
+    with open_regular(extent.path, buffering=0) as file:
         done = 0
-        while done < place.nbytes:
-            count = os.preadv(file.fileno(), [view[done:]], place.offset + done)
+        while done < extent.nbytes:
+            count = os.preadv(file.fileno(), [view[done:]], extent.offset + done)
             if not count:
                 raise Damaged("cut short")
             done += count
-    if checksum(view) != place.checksum:
+    if checksum(view) != extent.checksum:
         raise Damaged("wrong checksum")
 
 
 def prefetch(path: Path, offset: int = 0, nbytes: int = 0) -> None:
-    """Ask the system to read a part of a file into its page cache, without waiting; 0 bytes: to its end."""
+    """Ask the system to read a part of a file into its page cache, without waiting.
+
+    nbytes: how much; 0: to the end of the file.
+    """
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError, ValueError), open_regular(path, buffering=0) as file:  # reading will say why
             os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
-def checksum(data) -> int:
+def checksum(data: memoryview) -> int:
     """CRC-32 of the sums (mod 2^64) of the blocks of 4 KiB, and of the bytes after the last whole one.
 
-    Reads at the speed of the memory, which a CRC of every byte does not; a flipped bit, a lost or a moved block shows.
+    It is computed at the speed of the memory, unlike a CRC of every byte, and shows a flipped bit and a lost or moved
+    block.
     """
-    data = np.frombuffer(data, dtype=np.uint8)
-    whole = len(data) // (8 * _BLOCK) * 8 * _BLOCK
-    sums = data[:whole].view(np.uint64).reshape(-1, _BLOCK).sum(axis=1)
-    return zlib.crc32(data[whole:], zlib.crc32(sums))
+    words = np.frombuffer(data, dtype=np.uint8)
+    whole = len(words) // (8 * _BLOCK) * 8 * _BLOCK
+    sums = words[:whole].view(np.uint64).reshape(-1, _BLOCK).sum(axis=1)
+    return zlib.crc32(words[whole:], zlib.crc32(sums))
 
 
 def _bytes(flat: Tensor) -> memoryview:

@@ -1,7 +1,7 @@
-"""`PrefixIndex`: the prefix caches of a corpus on disk, made by ``qpeft index`` (`index_run`) and read here.
+"""`PrefixIndex`: keys and values of a corpus on disk, made by ``qpeft index`` (`index_writer`) and read here.
 
-A folder of shards (`prefix_files`) and ``manifest.json``, which says which LM and which prompt they belong to. A shard
-names its prefixes by the SHA-256 of their ids; where each lies is held in memory, 56 bytes a document.
+It is a folder of shards (`files`) and ``manifest.json``, which says which LM and which prompt they belong to. A shard
+names its prefixes by the SHA-256 of their ids. The place of each is kept in memory, 56 bytes a document.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
+from ..prompts.prompt import Prompt
 from ..utils.small_files import read_json
 from ..utils.text import shorten
-from .files import Place, prefetch, read_contents
+from .files import Extent, prefetch, read_contents
 from .kv import PrefixKey
-from .tiers import Tier
+from .tiers import FileTier
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = "qpeft_ext index 1"
-# S32 compares like bytes do; zeros at its end are put back when it is read
+# S32 compares as bytes do, but drops zeros at its end; `_find` puts them back
 _ROW = np.dtype([("digest", "S32"), ("shard", "i4"), ("offset", "i8"), ("nbytes", "i8"), ("checksum", "u4")])
 _PROBE = "The moon's 2 tides, rising & falling; naïve été (x_1 = 10%)."
 
 
-class PrefixIndex(Tier):
+class PrefixIndex(FileTier):
     """An index, open for reading: the lowest tier of a `DocumentCache`.
 
     Args:
         folder: made by ``qpeft index``; it must be complete.
-    Attributes: manifest: its settings and counts.
+    Attributes:
+        manifest: its settings and counts.
     Raises: FileNotFoundError if there is none; ValueError if it is not complete or not readable.
     """
 
@@ -48,21 +50,21 @@ class PrefixIndex(Tier):
         self._paths = shard_paths(self.folder)
         rows = np.concatenate([np.zeros(0, _ROW), *map(self._read_shard, range(len(self._paths)))])
         order = np.argsort(rows["digest"])
-        self._digests = rows["digest"][order]  # on their own, or each search would gather them first
+        self._digests = rows["digest"][order]  # an array of its own, or each search would copy them together first
         self._rows = repack_fields(rows[["shard", "offset", "nbytes", "checksum"]])[order]
         self.nbytes = int(self._rows["nbytes"].sum())
 
     def __reduce__(self) -> tuple:
-        return PrefixIndex, (self.folder,)  # read again where it arrives: no rows to send, no LM that is known by now
+        return PrefixIndex, (self.folder,)  # the receiver reads the folder again
 
     def _read_shard(self, shard: int) -> np.ndarray:
-        """Rows of what a shard holds."""
+        """Names and places of the prefixes in a shard."""
         try:
-            places = read_contents(self._paths[shard]).places
+            extents = read_contents(self._paths[shard]).extents
             return np.array(
                 [
-                    (bytes.fromhex(name), shard, place.offset, place.nbytes, place.checksum)
-                    for name, place in places.items()
+                    (bytes.fromhex(name), shard, extent.offset, extent.nbytes, extent.checksum)
+                    for name, extent in extents.items()
                 ],
                 dtype=_ROW,
             )
@@ -70,15 +72,18 @@ class PrefixIndex(Tier):
             self._tell(self._paths[shard], error)
             return np.zeros(0, _ROW)
 
-    def locate(self, key: PrefixKey) -> Place | None:
-        """Where the prefix is; None if the index does not have it.
+    def locate(self, key: PrefixKey) -> Extent | None:
+        """Find the prefix.
 
-        Raises: ValueError if the index belongs to another LM, or does not do for ``deterministic=True``.
+        Args:
+            key: its identity.
+        Returns: None if the index does not have it.
+        Raises: ValueError if the index belongs to another LM, or was not made for ``deterministic=True``.
         """
         if key.model is not self._checked:
             expect_same_lm(self.folder, self.manifest, key.model.fingerprint())
             self._checked = key.model
-        if key.alone and not self.manifest["alone"]:
+        if key.deterministic and not self.manifest["alone"]:
             raise ValueError(
                 f"{self.folder} was computed in batches, which deterministic scores cannot use; make "
                 f"another one with qpeft index --deterministic"
@@ -86,21 +91,39 @@ class PrefixIndex(Tier):
         row = self._find(key.digest)
         if row is None:
             return None
-        return Place(self._paths[row["shard"]], int(row["offset"]), int(row["nbytes"]), int(row["checksum"]))
+        return Extent(self._paths[row["shard"]], int(row["offset"]), int(row["nbytes"]), int(row["checksum"]))
 
     def prefetch(self, key: PrefixKey) -> bool:
-        """Have the system read the prefix from its shard. Returns: whether the index has it. Raises: as `locate`."""
-        place = self.locate(key)
-        if place is not None:
-            prefetch(place.path, place.offset, place.nbytes)
-        return place is not None
+        """Ask the system to read the prefix ahead.
+
+        Args:
+            key: its identity.
+        Returns: whether the index has it.
+        Raises: as `locate`.
+        """
+        extent = self.locate(key)
+        if extent is not None:
+            prefetch(extent.path, extent.offset, extent.nbytes)
+        return extent is not None
 
     def drop(self, key: PrefixKey, reason: object) -> None:
-        """Say once for each shard that something in it is damaged; nothing is changed."""
-        self._tell(self._paths[self._find(key.digest)["shard"]], reason)
+        """Log once for each shard that something in it is damaged; the files stay as they are.
 
-    def expect_prompt(self, prompt) -> None:
-        """Raises: ValueError naming what differs if ``prompt`` (a `Prompt`) makes other prefixes of the same text."""
+        Args:
+            key: a prefix that the index has.
+            reason: what is wrong with it.
+        """
+        row = self._find(key.digest)
+        if row is not None:
+            self._tell(self._paths[row["shard"]], reason)
+
+    def expect_prompt(self, prompt: Prompt) -> None:
+        """Check that a prompt makes the prefixes of this index.
+
+        Args:
+            prompt: the model's.
+        Raises: ValueError naming what differs if it makes other prefixes of the same text.
+        """
         expect_same_prompt(self.folder, self.manifest, prompt_settings(prompt))
 
     def _find(self, digest: bytes) -> np.void | None:
@@ -117,11 +140,15 @@ class PrefixIndex(Tier):
 
 
 def shard_paths(folder: Path) -> list[Path]:
+    """The shards of an index, in order."""
     return sorted(path for path in folder.glob("shard-*.safetensors") if path.stem[6:].isdecimal())
 
 
 def read_manifest(folder: Path) -> dict:
-    """Raises: FileNotFoundError or ValueError if ``folder`` is no index."""
+    """Read the manifest of an index.
+
+    Raises: FileNotFoundError or ValueError if ``folder`` is no index.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no index: it has no {MANIFEST}; make one with qpeft index")
@@ -138,8 +165,8 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def prompt_settings(prompt) -> dict:
-    """What decides about the prefix ids of a text: template, tokenizer, limit."""
+def prompt_settings(prompt: Prompt) -> dict:
+    """Everything that decides about the prefix ids of a text: template, tokenizer, limit."""
     empty, probe = prompt.documents(["", _PROBE])
     return {
         "template": list(empty.ids),
@@ -167,12 +194,18 @@ _PROMPT_DIFFERENCES = {
 
 
 def expect_same_lm(folder: Path, manifest: dict, fingerprint: dict[str, str]) -> None:
-    """Raises: ValueError naming what differs if ``fingerprint`` (`fingerprint_of`) is not the index's."""
+    """Check that a fingerprint (`fingerprint_of`) is that of the index's LM.
+
+    Raises: ValueError naming what differs.
+    """
     _expect_equal(folder, manifest["model"], fingerprint, _LM_DIFFERENCES)
 
 
 def expect_same_prompt(folder: Path, manifest: dict, settings: dict) -> None:
-    """Raises: ValueError naming what differs if ``settings`` (`prompt_settings`) are not the index's."""
+    """Check that settings (`prompt_settings`) are those of the index's prompt.
+
+    Raises: ValueError naming what differs.
+    """
     # the words of special tokens were special tokens before there was a choice
     _expect_equal(folder, {"allow_special_tokens": True} | manifest["prompt"], settings, _PROMPT_DIFFERENCES)
 

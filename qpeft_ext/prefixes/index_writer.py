@@ -1,7 +1,7 @@
-"""Make an index: the prefix caches of a corpus, computed once and written in shards.
+"""Make an index: keys and values of the documents of a corpus, computed once and written in shards.
 
-A run that was killed is resumed to the same bytes: which prefixes share a pass depends on what was there when the run
-began, not on how far it came, and a shard that an interrupt left short is filled up.
+A run that was killed is resumed and ends with the same bytes: which prefixes share a pass depends on what was there
+when the run began, not on how far it came, and a shard that an interrupt left short is filled up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..utils.locks import lock_folder
 from ..utils.memory import in_halves
 from ..utils.progress import progress_bar
 from .copies import copies
-from .files import Contents, Place, header_bytes, read_contents, read_prefix, write_prefixes
+from .files import Contents, Extent, header_bytes, read_contents, read_prefix, write_prefixes
 from .index import FORMAT, MANIFEST, expect_same_lm, expect_same_prompt, prompt_settings, read_manifest, shard_paths
 from .kv import PrefixKV, prefix_digest
 
@@ -34,15 +34,19 @@ SHARD_BYTES = 256 << 20
 _CHUNK = 1024  # documents that are tokenised and sorted by length together
 _MAX_PREFIXES = 1 << 16  # in a shard, so that its header stays small
 
-_Pending = tuple[str, torch.Tensor, torch.cuda.Event | None]  # name, flat prefix, when it may be read
+_Pending = tuple[str, torch.Tensor, torch.cuda.Event | None]  # name, flat prefix, event after which it may be read
 
 
 @dataclass
-class Plan:
-    """What is to be done.
+class Survey:
+    """How much of a corpus is in an index, and how much is missing.
 
-    documents: in the corpus.  distinct: different prefixes.  there: of those, in the index already.
-    nbytes: bytes that the others take.  cut: documents cut to max_document_tokens.
+    Attributes:
+        documents: in the corpus.
+        distinct: different prefixes of them.
+        there: prefixes that are in the index already.
+        nbytes: bytes that the missing prefixes take.
+        cut: documents cut to max_document_tokens.
     """
 
     documents: int
@@ -57,19 +61,19 @@ class Plan:
 
 
 class IndexWriter:
-    """Writes an index of a corpus, or goes on with one; one process at a time.
+    """Writes an index of a corpus, or completes one; one process at a time.
 
-    A document whose text is already there costs nothing, so a corpus that grew or changed is brought up to date by
-    the same call. Prefixes are computed in batches (equal to 1e-5 in float32 to computing each alone), or one by one
-    with ``alone``, which `QPeftModel.forward` needs for ``deterministic=True``.
+    A document whose text is in the index already costs nothing, so the same call brings a corpus that grew or changed
+    up to date. Prefixes are computed in batches, or one per pass with ``deterministic``; the two differ by 1e-5 in
+    float32.
 
     Args:
         model: a `QPeftModel`; its LM, prompt and soft prompt are used, not its clues.
         corpus: documents by id.
         folder: of the index.
-        alone: compute each prefix alone and unpadded.
+        deterministic: compute each prefix unpadded in a pass of its own, as rerankers with ``deterministic=True`` need.
         max_tokens_per_batch: token budget of a pass; halved when the device runs out of memory.
-        shard_bytes: of a shard; so much work is lost by a kill, and so much memory is held.
+        shard_bytes: size of a shard: how much work a kill loses at most, and how much memory is used.
     Raises: ValueError if the folder holds an index of another LM or prompt, or the LM's cache cannot be shared.
     """
 
@@ -79,13 +83,13 @@ class IndexWriter:
         corpus: Mapping[str, dict],
         folder: str | os.PathLike,
         *,
-        alone: bool = False,
+        deterministic: bool = False,
         max_tokens_per_batch: int = 8192,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         if model.engine.why_plain:
             raise ValueError(f"an index is of no use to this model: {model.engine.why_plain}")
-        self.model, self.corpus, self.folder, self.alone = model, corpus, Path(folder), alone
+        self.model, self.corpus, self.folder, self.deterministic = model, corpus, Path(folder), deterministic
         self.max_tokens_per_batch, self.shard_bytes = max_tokens_per_batch, shard_bytes
         self._link = copies(model.engine.device)
         self._mode = permissions_of(getattr(corpus, "path", None))  # what is made of a private corpus is as private
@@ -112,67 +116,79 @@ class IndexWriter:
 
     # -- before ---------------------------------------------------------------------------------------------------
 
-    def plan(self, show_progress_bar: bool | None = None) -> Plan:
-        """Tokenise the corpus and look at what is there: how much is to be done, exactly."""
-        layout = self.model.engine.layout
-        keys, lengths, cut = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    def survey(self, show_progress_bar: bool | None = None) -> Survey:
+        """Tokenise the corpus and look at what is there.
+
+        Args:
+            show_progress_bar: None: only on a terminal.
+        """
+        packing = self.model.engine.packing
+        all_keys, all_lengths, cut = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
         for chunk in self._chunks("reading", show_progress_bar):
-            keys.append(_keys(chunk))
-            lengths.append(np.array([len(prefix.ids) for prefix in chunk]))
+            all_keys.append(_keys(chunk))
+            all_lengths.append(np.array([len(prefix.ids) for prefix in chunk]))
             cut += sum(prefix.cut > 0 for prefix in chunk)
-        keys, first = np.unique(np.concatenate(keys), return_index=True)
-        lengths = np.concatenate(lengths)[first]
+        keys, first = np.unique(np.concatenate(all_keys), return_index=True)
+        lengths = np.concatenate(all_lengths)[first]
         before, written = self._keys_there()
         self._keys, self._done = keys, np.isin(keys, before)
         self._written = np.isin(keys, written) & ~self._done
         there = self._done | self._written
-        sizes = {int(length): layout.nbytes(int(length)) for length in np.unique(lengths)}
+        sizes = {int(length): packing.nbytes(int(length)) for length in np.unique(lengths)}
         missing = lengths[~there]
         nbytes = sum(sizes[int(length)] for length in missing) + header_bytes(len(missing))
-        return Plan(len(self.corpus), len(keys), int(there.sum()), nbytes if len(missing) else 0, cut)
+        return Survey(len(self.corpus), len(keys), int(there.sum()), nbytes if len(missing) else 0, cut)
 
-    def expect_room(self, plan: Plan) -> None:
-        """Raises: ValueError with the figures if the index will not fit on the disk."""
+    def expect_room(self, survey: Survey) -> None:
+        """Check that what is missing fits on the disk.
+
+        Raises: ValueError with the figures if it does not.
+        """
         free = shutil.disk_usage(self.folder).free
-        if plan.nbytes > free:
+        if survey.nbytes > free:
             raise ValueError(
-                f"the index needs {size(plan.nbytes)} more, but {self.folder} has {size(free)} free; free "
+                f"the index needs {size(survey.nbytes)} more, but {self.folder} has {size(free)} free; free "
                 f"some space, name another disk, or lower max_document_tokens"
             )
 
     # -- the work -------------------------------------------------------------------------------------------------
 
-    def run(self, plan: Plan, show_progress_bar: bool | None = None) -> None:
-        """Compute what is missing. An interrupt (Ctrl-C) writes what is computed before it is raised."""
-        if plan.missing:
-            self._write_manifest(plan, complete=False)
-        held, taken_up = sum(flat.nbytes for _, flat, _ in self._pending), len(self._pending)
-        with progress_bar(total=plan.missing, desc="index", unit=" documents", show=show_progress_bar) as progress:
+    def run(self, survey: Survey, show_progress_bar: bool | None = None) -> None:
+        """Compute what is missing. An interrupt (Ctrl-C) writes what is computed before it is raised.
+
+        Args:
+            survey: what `survey` has returned.
+            show_progress_bar: None: only on a terminal.
+        """
+        if survey.missing:
+            self._write_manifest(survey, complete=False)
+        nbytes, taken_up = sum(flat.nbytes for _, flat, _ in self._pending), len(self._pending)
+        with progress_bar(total=survey.missing, desc="index", unit=" documents", show=show_progress_bar) as progress:
             try:
-                for chunk in self._chunks() if plan.missing else ():
+                for chunk in self._chunks() if survey.missing else ():
                     for group in self._groups(chunk):
                         written = self._written[np.searchsorted(self._keys, _keys(group))]
                         if written.all():
                             continue
                         for (prefix, stored), there in zip(self._compute(group), written, strict=True):
-                            if there:  # it was computed for the others' sake: a pass is the same each time
+                            if there:  # computed again with the others, so that the pass is the same each time
                                 continue
-                            self._pending.append((prefix_digest(prefix.ids).hex(), stored.flat, stored.ready))
-                            held += stored.nbytes
+                            self._pending.append((prefix_digest(prefix.ids).hex(), stored.block, stored.ready))
+                            nbytes += stored.nbytes
                             progress.update()
-                            if held >= self.shard_bytes or len(self._pending) == _MAX_PREFIXES:
-                                held = taken_up = 0
+                            if nbytes >= self.shard_bytes or len(self._pending) == _MAX_PREFIXES:
+                                nbytes = taken_up = 0
                                 self._write_shard()
             finally:  # also when something went wrong: what is computed is right
                 if len(self._pending) > taken_up:
                     self._write_shard()
-        self._write_manifest(plan, complete=True)
+        self._write_manifest(survey, complete=True)
 
     def _groups(self, chunk: list[DocumentPrefix]) -> Iterator[list[DocumentPrefix]]:
         """Prefixes of a chunk that were missing when the run began, of similar length and within the token budget."""
         group: list[DocumentPrefix] = []
         for prefix in sorted(self._missing(chunk), key=lambda prefix: len(prefix.ids)):
-            if group and (self.alone or (len(group) + 1) * len(prefix.ids) > self.max_tokens_per_batch):
+            if group and (self.deterministic or (len(group) + 1) * len(prefix.ids) > self.max_tokens_per_batch):
                 yield group
                 group = []
             group.append(prefix)
@@ -209,7 +225,7 @@ class IndexWriter:
             write_prefixes(
                 path,
                 [(name, flat) for name, flat, _ in pending],
-                {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.alone)},
+                {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.deterministic)},
                 self._mode,
             )
         except OSError as error:
@@ -219,7 +235,7 @@ class IndexWriter:
         self._shards += 1
 
     def _chunks(self, title: str = "", show_progress_bar: bool | None = False) -> Iterator[list[DocumentPrefix]]:
-        """The corpus in its order, tokenised; only a chunk is held."""
+        """The corpus in its order, tokenised chunk by chunk."""
         texts: list[dict] = []
         with progress_bar(
             total=len(self.corpus), desc=title, unit=" documents", delay=1, show=show_progress_bar
@@ -234,13 +250,13 @@ class IndexWriter:
     # -- the folder -----------------------------------------------------------------------------------------------
 
     def _check_settings(self) -> dict:
-        """This run's settings; those of an index that is there already must be the same."""
+        """The settings of this run, which an index that is there already must share."""
         engine = self.model.engine
         settings = {
             "format": FORMAT,
             "model": engine.version().fingerprint(),
             "prompt": prompt_settings(self.model.prompt),
-            "alone": self.alone,
+            "alone": self.deterministic,
         }
         if not (self.folder / MANIFEST).exists():
             if others := [file.name for file in self.folder.iterdir() if not file.name.startswith(".")]:
@@ -251,7 +267,7 @@ class IndexWriter:
             self._first_shard = first
         expect_same_lm(self.folder, there, settings["model"])
         expect_same_prompt(self.folder, there, settings["prompt"])
-        if there["alone"] != self.alone:
+        if there["alone"] != self.deterministic:
             raise ValueError(
                 f"the index {self.folder} was made {'with' if there['alone'] else 'without'} "
                 f"--deterministic; do so again, or name another folder"
@@ -259,7 +275,7 @@ class IndexWriter:
         return settings
 
     def _keys_there(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys of what the shards hold that were there when the run began, and of those that it has written.
+        """Keys of the prefixes in shards that were there when the run began, and in shards that it has written.
 
         A damaged shard is removed, so that its prefixes are computed again. The last one, if it is of this run and not
         full, is taken up to be filled.
@@ -275,24 +291,24 @@ class IndexWriter:
             try:
                 contents = read_contents(path)
                 if own and number == max(numbers) and self._is_short(contents):
-                    self._pending = [(name, self._read(place), None) for name, place in contents.places.items()]
+                    self._pending = [(name, self._read(extent), None) for name, extent in contents.extents.items()]
                     self._shards = number
-                keys[own] += [_key(bytes.fromhex(name)) for name in contents.places]
+                keys[own] += [_key(bytes.fromhex(name)) for name in contents.extents]
             except ValueError as error:
                 logger.warning("%s is damaged (%s): it is removed, its documents are computed again", path, error)
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return np.array(keys[False], dtype=np.int64), np.array(keys[True], dtype=np.int64)
 
     def _is_short(self, contents: Contents) -> bool:
-        held = sum(place.nbytes for place in contents.places.values())
-        return held < self.shard_bytes and len(contents.places) < _MAX_PREFIXES
+        nbytes = sum(extent.nbytes for extent in contents.extents.values())
+        return nbytes < self.shard_bytes and len(contents.extents) < _MAX_PREFIXES
 
-    def _read(self, place: Place) -> torch.Tensor:
-        flat = torch.empty(place.nbytes, dtype=torch.uint8)
-        read_prefix(place, flat)
-        return flat.view(self.model.engine.layout.dtype)
+    def _read(self, extent: Extent) -> torch.Tensor:
+        flat = torch.empty(extent.nbytes, dtype=torch.uint8)
+        read_prefix(extent, flat)
+        return flat.view(self.model.engine.packing.dtype)
 
-    def _write_manifest(self, plan: Plan, complete: bool) -> None:
+    def _write_manifest(self, survey: Survey, complete: bool) -> None:
         from ..utils.environment import VERSION
 
         shards = shard_paths(self.folder)
@@ -302,8 +318,8 @@ class IndexWriter:
             | begun
             | {
                 "complete": complete,
-                "documents": plan.documents,
-                "prefixes": plan.distinct,
+                "documents": survey.documents,
+                "prefixes": survey.distinct,
                 "shards": len(shards),
                 "bytes": sum(path.stat().st_size for path in shards),
                 "qpeft_version": VERSION,
@@ -313,7 +329,7 @@ class IndexWriter:
 
 
 def _key(digest: bytes) -> int:
-    """8 bytes of a digest: enough to tell the documents of a corpus apart; a clash only costs a computation later."""
+    """The first 8 bytes of a digest, enough to tell documents apart; a clash only costs a computation later."""
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
@@ -321,10 +337,10 @@ def _keys(chunk: list[DocumentPrefix]) -> np.ndarray:
     return np.array([_key(prefix_digest(prefix.ids)) for prefix in chunk], dtype=np.int64)
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if nbytes < 1000 or unit == "TB":
+def size(nbytes: float) -> str:
+    """A number of bytes with a unit, such as 1.5 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
-    raise AssertionError
+    return f"{nbytes:.1f} TB"

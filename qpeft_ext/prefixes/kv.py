@@ -1,4 +1,4 @@
-"""Key/value caches of document prefixes: taken from a prefix pass, stored one by one, collated."""
+"""Keys and values of document prefixes: taken from a prefix pass, stored one by one, put together for a suffix pass."""
 
 from __future__ import annotations
 
@@ -17,26 +17,49 @@ from ..lm.state import LMVersion
 
 @dataclass
 class LayerKV:
-    """Keys and values of one layer, [N, heads, P, head width]; ``window`` is the sliding window, if any.
+    """Keys and values of one layer of N prefixes, and its sliding window, if any.
 
-    Or N prefixes that lie by themselves, lists of [1, heads, P_i, head width]: see `PrefixKV.side_by_side`.
+    Attributes:
+        keys, values: [N, heads, P, head width].
+        window: tokens that the layer attends to; None: all.
     """
 
-    keys: Tensor | list[Tensor]
-    values: Tensor | list[Tensor]
+    keys: Tensor
+    values: Tensor
     window: int | None
 
 
-@dataclass
-class PrefixKV:
-    """The caches of N left-padded prefixes.
+class Prefixes:
+    """Keys and values of N prefixes for a suffix pass: `PrefixKV`, or `SeparatePrefixes`.
 
-    layers: one `LayerKV` a layer (None for a layer that stores nothing, because it shares another's keys).
-    lengths: true prefix lengths, N ints; the longest is the padded length P. A sliding layer keeps only its
-        last min(P, window - 1) slots.
-    flat: of a single prefix that was stored: the memory of all its layers, one after another (`Layout`), so that it
-        moves in one copy. None for a batch, and where the layers lie on several devices.
-    ready: the event after which ``flat`` may be read by the CPU, while a copy from a CUDA device is under way.
+    Attributes:
+        lengths: tokens of each prefix, N ints; the longest is the padded length P.
+    """
+
+    lengths: list[int]
+
+    @property
+    def padded_length(self) -> int:
+        return max(self.lengths)
+
+    def mask(self, device: torch.device) -> Tensor:
+        """Left-padded attention mask, int64 [N, P]."""
+        slots = torch.arange(self.padded_length, device=device)
+        lengths = torch.tensor(self.lengths, device=device)
+        return (slots >= self.padded_length - lengths[:, None]).long()
+
+
+@dataclass
+class PrefixKV(Prefixes):
+    """Keys and values of N left-padded prefixes.
+
+    Attributes:
+        layers: one `LayerKV` a layer; None for a layer that stores nothing, because it shares another's keys. A sliding
+            layer has only its last min(P, window - 1) slots.
+        lengths: tokens of each prefix, N ints; the longest is the padded length P.
+        flat: for a single prefix in the cache, the memory of all its layers one after another (`Packing`), so that it
+            moves in one copy. None for a batch, and where the layers lie on several devices.
+        ready: the event after which the CPU may read ``flat``, while a copy from a CUDA device is under way.
     """
 
     layers: list[LayerKV | None]
@@ -45,8 +68,14 @@ class PrefixKV:
     ready: torch.cuda.Event | None = None
 
     @property
-    def padded_length(self) -> int:
-        return max(self.lengths)
+    def block(self) -> Tensor:
+        """``flat``, which is there.
+
+        Raises: ValueError if the layers do not lie one after another.
+        """
+        if self.flat is None:
+            raise ValueError("expected a prefix in one block of memory, got one whose layers lie apart")
+        return self.flat
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +86,7 @@ class PrefixKV:
         """Keys and values of a finished pass over left-padded prefixes; padding left of the longest one is dropped.
 
         Args:
+            cache: what the pass has filled.
             lengths: tokens of each prefix.
             leading: the first slots of each row that belong to its prefix, before the padding.
         Raises: TypeError for a layer that stores anything else.
@@ -75,81 +105,86 @@ class PrefixKV:
 
     def split(self) -> list[PrefixKV]:
         """One unpadded `PrefixKV` for each prefix, in memory of its own."""
-        layout = Layout.of(self)
+        packing = Packing.of(self)
         several_devices = len({kv.keys.device for kv in self.layers if kv}) > 1
-        return [self._alone(i, None if several_devices else layout) for i in range(len(self.lengths))]
+        return [self._unpadded(i, None if several_devices else packing) for i in range(len(self.lengths))]
 
-    def _alone(self, i: int, layout: Layout | None) -> PrefixKV:
+    def _unpadded(self, i: int, packing: Packing | None) -> PrefixKV:
+        """A copy of prefix i, in one block where ``packing`` is given."""
         length = self.lengths[i]
         rows = [
             kv and LayerKV(_tail(kv.keys[i : i + 1], length), _tail(kv.values[i : i + 1], length), kv.window)
             for kv in self.layers
         ]
-        if layout is None:
+        if packing is None:
             return PrefixKV([kv and LayerKV(kv.keys.clone(), kv.values.clone(), kv.window) for kv in rows], [length])
         device = next(kv.keys.device for kv in rows if kv)
-        alone = layout.unpack(torch.empty(layout.numel(length), dtype=layout.dtype, device=device), length)
-        for own, row in zip(alone.layers, rows, strict=True):
-            if row:
+        copied = packing.unpack(torch.empty(packing.numel(length), dtype=packing.dtype, device=device), length)
+        for own, row in zip(copied.layers, rows, strict=True):
+            if own and row:
                 own.keys.copy_(row.keys)
                 own.values.copy_(row.values)
-        return alone
+        return copied
 
     @classmethod
     def collate(cls, prefixes: Sequence[PrefixKV]) -> PrefixKV:
-        """Caches stored one by one as one left-padded batch: zeros on the left are never attended to. One copy."""
+        """Put prefixes that are stored one by one together, left-padded with zeros that are never attended to."""
         if len(prefixes) == 1:
             return prefixes[0]
-        layers = []
-        for kvs in zip(*(prefix.layers for prefix in prefixes), strict=True):
-            if kvs[0] is None:
-                layers.append(None)
-                continue
-            keys, values = (left_pad([getattr(kv, name) for kv in kvs]) for name in ("keys", "values"))
-            layers.append(LayerKV(keys, values, kvs[0].window))
+        layers: list[LayerKV | None] = []
+        for rows in zip(*(prefix.layers for prefix in prefixes), strict=True):
+            kvs = [kv for kv in rows if kv is not None]
+            keys, values = [kv.keys for kv in kvs], [kv.values for kv in kvs]
+            layers.append(LayerKV(left_pad(keys), left_pad(values), kvs[0].window) if kvs else None)
         return cls(layers, [length for prefix in prefixes for length in prefix.lengths])
 
-    @classmethod
-    def side_by_side(cls, prefixes: Sequence[PrefixKV]) -> PrefixKV:
-        """As `collate`, but nothing is copied until a layer is read: then each pair's keys are put together at once."""
-        if len(prefixes) == 1:
-            return prefixes[0]
-        layers = [
-            kvs[0] and LayerKV([kv.keys for kv in kvs], [kv.values for kv in kvs], kvs[0].window)
-            for kvs in zip(*(prefix.layers for prefix in prefixes), strict=True)
-        ]
-        return cls(layers, [length for prefix in prefixes for length in prefix.lengths])
 
-    def mask(self, device) -> Tensor:
-        """Left-padded attention mask, int64 [N, P]."""
-        slots = torch.arange(self.padded_length, device=device)
-        lengths = torch.tensor(self.lengths, device=device)
-        return (slots >= self.padded_length - lengths[:, None]).long()
+class SeparatePrefixes(Prefixes):
+    """Several stored prefixes, each where it lies.
+
+    A suffix pass puts the keys of each pair together when it comes to a layer, which saves the copy of `collate`.
+
+    Args:
+        prefixes: each of one document.
+    """
+
+    def __init__(self, prefixes: Sequence[PrefixKV]) -> None:
+        self.prefixes = list(prefixes)
+        self.lengths = [length for prefix in prefixes for length in prefix.lengths]
+
+
+LayerShape = tuple[int, int, int, int | None]  # heads, width of a key, width of a value, sliding window
 
 
 @dataclass(frozen=True)
-class Layout:
+class Packing:
     """How an LM's keys and values of one prefix lie in one flat tensor: layer after layer, keys before values.
 
-    layers: (heads, width of a key, width of a value, window or None) a layer; None for one that stores nothing.
+    Attributes:
+        layers: the shape of each layer; None for one that stores nothing.
+        dtype: of all layers.
     """
 
-    layers: tuple[tuple[int, int, int, int | None] | None, ...]
+    layers: tuple[LayerShape | None, ...]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, prefix: PrefixKV) -> Layout:
-        """Raises: TypeError where the layers have several dtypes."""
+    def of(cls, prefix: PrefixKV) -> Packing:
+        """The packing of prefixes like this one.
+
+        Raises: TypeError where the layers have several dtypes.
+        """
         dtypes = {t.dtype for kv in prefix.layers if kv for t in (kv.keys, kv.values)}
         if len(dtypes) != 1:
             raise TypeError(f"keys and values must have one dtype, got {sorted(map(str, dtypes))}")
         layers = tuple(
-            kv and (kv.keys.shape[1], kv.keys.shape[-1], kv.values.shape[-1], kv.window) for kv in prefix.layers
+            None if kv is None else (kv.keys.shape[1], kv.keys.shape[-1], kv.values.shape[-1], kv.window)
+            for kv in prefix.layers
         )
         return cls(layers, dtypes.pop())
 
     def numel(self, length: int) -> int:
-        """Numbers in the cache of a prefix of ``length`` tokens."""
+        """Numbers in the keys and values of a prefix of ``length`` tokens."""
         return sum(
             heads * _kept(length, window) * (key + value) for heads, key, value, window in filter(None, self.layers)
         )
@@ -159,19 +194,18 @@ class Layout:
 
     def unpack(self, flat: Tensor, length: int) -> PrefixKV:
         """A prefix whose layers are views of ``flat`` [numel(length)]."""
-        layers, start = [], 0
+        layers: list[LayerKV | None] = []
+        start = 0
         for layer in self.layers:
             if layer is None:
                 layers.append(None)
                 continue
-            heads, *widths, window = layer
-            parts = []
-            for width in widths:
-                shape = (1, heads, _kept(length, window), width)
-                end = start + heads * shape[2] * width
-                parts.append(flat[start:end].view(shape))
-                start = end
-            layers.append(LayerKV(*parts, window))
+            heads, key_width, value_width, window = layer
+            slots = _kept(length, window)
+            middle, end = start + heads * slots * key_width, start + heads * slots * (key_width + value_width)
+            keys = flat[start:middle].view(1, heads, slots, key_width)
+            layers.append(LayerKV(keys, flat[middle:end].view(1, heads, slots, value_width), window))
+            start = end
         return PrefixKV(layers, [length], flat)
 
 
@@ -196,9 +230,12 @@ def _pads_first(tensor: Tensor, lengths: Sequence[int], leading: int) -> Tensor:
 
 
 def left_pad(tensors: Sequence[Tensor], length: int | None = None, room: int = 0) -> Tensor:
-    """Tensors [1, heads, P_i, width] as one of [N, heads, length + room, width]; ``room`` slots at the end stay empty.
+    """Tensors [1, heads, P_i, width] as one of [N, heads, length + room, width].
 
-    length: None: the longest P_i.
+    Args:
+        tensors: N of them.
+        length: the padded length; None: the longest P_i.
+        room: slots at the end that stay uninitialised.
     """
     first = tensors[0]
     length = max(t.shape[-2] for t in tensors) if length is None else length
@@ -211,16 +248,19 @@ def left_pad(tensors: Sequence[Tensor], length: int | None = None, room: int = 0
 
 
 class PrefixKey(NamedTuple):
-    """What a cached prefix is of.
+    """The identity of a cached prefix.
 
-    model: the version of the LM.  digest: SHA-256 of the prefix ids.  length: how many there are.
-    alone: computed alone and unpadded (``deterministic=True``), which differs in the last bits.
+    Attributes:
+        model: the version of the LM.
+        digest: SHA-256 of the prefix ids.
+        length: how many ids there are.
+        deterministic: whether it was computed unpadded in a pass of its own, which changes the last bits.
     """
 
     model: LMVersion
     digest: bytes
     length: int
-    alone: bool
+    deterministic: bool
 
 
 def prefix_digest(prefix_ids: Sequence[int]) -> bytes:

@@ -16,7 +16,7 @@ import torch
 from ..utils.files import drop_temporary
 from ..utils.locks import lock_folder
 from .copies import copies
-from .files import Place, prefetch, read_contents, write_prefixes
+from .files import Extent, prefetch, read_contents, write_prefixes
 from .kv import PrefixKey, PrefixKV
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Tier:
-    """Counts of a tier: look-ups that found something, those that did not, prefixes that had to leave, bytes in it."""
+    """One tier of a `DocumentCache`, and its counts.
+
+    Attributes:
+        name: "device", "host", "disk" or "index".
+        max_bytes: its budget.
+        nbytes: bytes of the prefixes in it now.
+        hits, misses: look-ups that found a prefix here, and that did not.
+        evictions: prefixes that had to leave for others.
+    """
 
     name: str
     max_bytes: int
@@ -33,7 +41,12 @@ class Tier:
     misses: int = 0
     evictions: int = 0
 
+    def __len__(self) -> int:
+        """Prefixes in the tier."""
+        raise NotImplementedError
+
     def count(self, found: bool) -> None:
+        """Count a look-up."""
         self.hits += found
         self.misses += not found
 
@@ -61,7 +74,7 @@ class MemoryTier(Tier):
         return entry
 
     def put(self, key: PrefixKey, prefix: PrefixKV) -> list[tuple[PrefixKey, PrefixKV]]:
-        """Store a prefix. Returns those that have no room: older ones, or itself if larger than the budget."""
+        """Store a prefix. Returns: those that have no room, older ones or itself if larger than the budget."""
         cost, leaving = self.cost(prefix), []
         if cost > self.max_bytes:
             return [(key, prefix)]
@@ -76,15 +89,17 @@ class MemoryTier(Tier):
         return leaving
 
     def take(self, key: PrefixKey) -> PrefixKV:
-        """Remove a prefix that is there."""
+        """Remove and return a prefix that is there."""
         prefix = self._entries.pop(key)
         self.nbytes -= self.cost(prefix)
         return prefix
 
     def cost(self, prefix: PrefixKV) -> int:
+        """Bytes that the prefix takes here."""
         return prefix.nbytes
 
     def stored(self, prefix: PrefixKV) -> PrefixKV:
+        """The prefix as it is stored here."""
         return prefix
 
     def clear(self) -> None:
@@ -99,31 +114,55 @@ class MemoryTier(Tier):
 
 
 class HostTier(MemoryTier):
-    """Prefixes in the host's memory: pinned for a CUDA model, whose prefixes are copied; for a model on the CPU it is
-    the same memory, and nothing is copied."""
+    """Prefixes in the host's memory.
+
+    For a CUDA model they are copies in pinned memory; for a model on the CPU it is the same memory, nothing is copied.
+
+    Args:
+        max_bytes: its budget.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__("host", max_bytes)
 
     def stored(self, prefix: PrefixKV) -> PrefixKV:
-        return copies(prefix.flat.device).to_host(prefix)
+        return copies(prefix.block.device).to_host(prefix)
 
     def cost(self, prefix: PrefixKV) -> int:
-        """Bytes it takes here: torch rounds pinned memory up to a power of two."""
-        pinned = prefix.flat.is_cuda or prefix.flat.is_pinned() if torch.cuda.is_available() else False
+        """Bytes that the prefix takes here: torch rounds pinned memory up to a power of two."""
+        block = prefix.block
+        pinned = torch.cuda.is_available() and (block.is_cuda or block.is_pinned())
         return 1 << (prefix.nbytes - 1).bit_length() if pinned else prefix.nbytes
 
 
-class DiskTier(Tier):
-    """Prefixes in a folder, a file each, named by a digest of the LM's content and the prefix ids: they outlive the
-    process and are found by the next one with the same LM.
+class FileTier(Tier):
+    """A tier whose prefixes are in files."""
+
+    def locate(self, key: PrefixKey) -> Extent | None:
+        """Find the prefix. Returns: None if it is not here."""
+        raise NotImplementedError
+
+    def prefetch(self, key: PrefixKey) -> bool:
+        """Ask the system to read the prefix ahead. Returns: whether it is here."""
+        raise NotImplementedError
+
+    def drop(self, key: PrefixKey, reason: object) -> None:
+        """Take note that the prefix, which was located here, is damaged."""
+        raise NotImplementedError
+
+
+class DiskTier(FileTier):
+    """Prefixes in a folder, one file each, named by a digest of the LM's content and the prefix ids.
+
+    They outlive the process and are found by the next one with the same LM.
 
     Args:
-        folder: made if need be; one tier at a time may use it.  max_bytes: budget for the files.
+        folder: made if need be; one tier at a time may use it.
+        max_bytes: budget for the files.
     Raises: ValueError if the folder is in use; OSError if it cannot be made.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int) -> None:
+    def __init__(self, folder: str | os.PathLike, max_bytes: int) -> None:
         super().__init__("disk", max_bytes)
         self.folder = Path(folder)
         self.folder.mkdir(0o700, parents=True, exist_ok=True)  # prefixes tell what the documents say
@@ -135,30 +174,30 @@ class DiskTier(Tier):
         self._stopped = False
         self._make_room(0)
 
-    def locate(self, key: PrefixKey) -> Place | None:
-        """Where the prefix is; None if it is not here or its file is damaged."""
+    def locate(self, key: PrefixKey) -> Extent | None:
+        """Find the prefix. Returns: None if it is not here or its file is damaged."""
         name = _file_name(key)
         if name not in self._sizes:
             return None
         path = self._path(name)
         try:
-            (place,) = read_contents(path).places.values()
+            (extent,) = read_contents(path).extents.values()
             os.utime(path)  # the order of use outlives the process
         except (OSError, ValueError) as error:
             self.drop(key, error)
             return None
         self._sizes.move_to_end(name)
-        return place
+        return extent
 
     def prefetch(self, key: PrefixKey) -> bool:
-        """Have the system read the file of the prefix. Returns: whether there is one."""
+        """Ask the system to read the file of the prefix ahead. Returns: whether there is one."""
         name = _file_name(key)
         if name in self._sizes:
             prefetch(self._path(name))
         return name in self._sizes
 
-    def put(self, key: PrefixKey, prefix: PrefixKV) -> list:
-        """Write a prefix, unless it is there. It never moves further down, so the list is empty."""
+    def put(self, key: PrefixKey, prefix: PrefixKV) -> list[tuple[PrefixKey, PrefixKV]]:
+        """Write a prefix, unless it is there. Returns: an empty list, since nothing moves further down."""
         name = _file_name(key)
         if name in self._sizes or self._stopped or prefix.nbytes > self.max_bytes:
             return []
@@ -166,9 +205,9 @@ class DiskTier(Tier):
             return []
         if prefix.ready is not None:
             prefix.ready.synchronize()
-        metadata = {"fingerprint": json.dumps(key.model.fingerprint()), "alone": str(key.alone)}
+        metadata = {"fingerprint": json.dumps(key.model.fingerprint()), "alone": str(key.deterministic)}
         try:
-            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.flat.cpu())], metadata, mode=0o600)
+            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.block.cpu())], metadata, mode=0o600)
         except (OSError, ValueError) as error:
             self._stopped = True
             logger.warning(
@@ -212,5 +251,5 @@ class DiskTier(Tier):
 
 
 def _file_name(key: PrefixKey) -> str:
-    content = json.dumps([key.model.fingerprint(), key.alone], sort_keys=True)
+    content = json.dumps([key.model.fingerprint(), key.deterministic], sort_keys=True)
     return hashlib.sha256(content.encode() + key.digest).hexdigest()
