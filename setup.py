@@ -16,12 +16,14 @@ class CMakeBuild(build_ext):
     """Configure, build and install once into the folder where setuptools expects qpeft_ext._C and qpeft_ext._host."""
 
     def get_ext_filename(self, name):
-        # _C is loaded with torch.ops.load_library and holds no Python: one file for every Python version
+        # _C is loaded with torch.ops.load_library and uses no Python: one file for every Python version
         *folders, last = name.split(".")
         return os.path.join(*folders, "_C.so") if last == "_C" else super().get_ext_filename(name)
 
     def build_extensions(self):
-        isolated = "build-env-" in sys.prefix + os.environ.get("PATH", "")  # its tools vanish: keep no cache of them
+        isolated = "build-env-" in sys.prefix + os.environ.get(
+            "PATH", ""
+        )  # its tools vanish: keep no cache that names them
         build = Path(self.build_temp) if isolated else HERE / "build" / f"cmake-{sys.implementation.cache_tag}"
         package = (Path(self.get_ext_fullpath("qpeft_ext._C"))).parent.resolve()
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)

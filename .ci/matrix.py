@@ -25,7 +25,7 @@ TRANSFORMERS = ("lowest", "newest")
 
 
 def find_python(version: str) -> str | None:
-    """An interpreter of this version: on PATH, or pyenv's."""
+    """Return an interpreter of this version, from PATH or pyenv, or None."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"), reverse=True)]
     asks = f"import sys; sys.exit(sys.version_info[:2] != {tuple(map(int, version.split('.')))})"
@@ -36,7 +36,7 @@ def find_python(version: str) -> str | None:
 
 
 def requirement(package: str, version: str) -> str:
-    """What pip is asked for; ``lowest`` is the bound of pyproject.toml."""
+    """Return the requirement for pip; ``lowest`` is the bound of pyproject.toml."""
     if version == "lowest":
         lowest = re.search(package + ">=([0-9.]+)", (HERE.parent / "pyproject.toml").read_text())[1]
         return f"{package}=={lowest}.*"
@@ -44,11 +44,11 @@ def requirement(package: str, version: str) -> str:
 
 
 def try_cell(folder: Path, wheel: Path, version: str) -> str:
-    """What smoke.py says in the environment with this transformers, or the last line of what went wrong."""
-    python, alone = folder / "bin" / "python", {"PATH": str(folder / "bin")}
+    """Return what smoke.py prints in the environment with this transformers, or the last line of an error."""
+    python, path = folder / "bin" / "python", {"PATH": str(folder / "bin")}
     install = [python, "-m", "pip", "install", "-q", "--upgrade", requirement("transformers", version), wheel]
     smoke = [python, "-W", "ignore", "smoke.py"]
-    for command, environment in ((install, os.environ | alone), (smoke, alone)):
+    for command, environment in ((install, os.environ | path), (smoke, path)):
         ran = subprocess.run(command, cwd=folder / "run", env=environment, capture_output=True, text=True)
         if ran.returncode:
             return "FAILED: " + (ran.stderr.strip() or "nothing was said").splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What an installed qpeft_ext must do, said in one line. `make wheel` and `make matrix` run it outside the checkout.
+"""Check that an installed qpeft_ext works, and say so in one line. `make wheel` and `make matrix` run it elsewhere.
 
 The kernels are live; the operators equal their definitions in values and gradients; the packaged demo adapter ranks, by
 shared prefixes and by whole prompts alike; a step of training lowers the loss; `qpeft info` ends well.

@@ -1,7 +1,6 @@
 """Choose the CUDA architectures to compile for. As a script: print ``architectures;reason`` for CMake.
 
-Who installs from source wants the kernels for the GPUs of that machine, in a quarter of the time that all architectures
-take. Wheels and CI ask for all of them with ``QPEFT_CUDA_ARCHS=all``.
+An installation from source needs kernels for the GPUs of its machine only, which takes a quarter of the time. Wheels and CI ask for all of them with ``QPEFT_CUDA_ARCHS=all``.
 """
 
 import os
@@ -15,7 +14,7 @@ OLDEST = (8, 0)  # the kernels copy with cp.async
 
 
 def choose(wish: str, nvcc: str | None = None) -> tuple[str, str]:
-    """The architectures in CMake's names, separated by blanks, and the reason for them.
+    """Return the architectures in CMake's names, separated by blanks, and the reason for them.
 
     wish: the value of QPEFT_CUDA_ARCHS: ``native`` (as when it is empty), ``all``, or architectures.
     nvcc: the compiler, which may be older than the GPU.
@@ -36,7 +35,7 @@ def choose(wish: str, nvcc: str | None = None) -> tuple[str, str]:
 
 
 def architecture(capability: tuple[int, int], codes: set[int]) -> str | None:
-    """CMake's name; the nearest older one of the same generation where nvcc does not know the GPU; None without one."""
+    """Return CMake's name of a GPU, or that of the nearest older one of its generation that nvcc knows, or None."""
     major, minor = capability
     known = [number for number in codes if number // 10 == major and number % 10 <= minor]
     if codes and not known:
@@ -46,19 +45,19 @@ def architecture(capability: tuple[int, int], codes: set[int]) -> str | None:
 
 
 def visible_gpus() -> tuple[list[tuple[int, int]], str]:
-    """Compute capabilities of the GPUs that nvidia-smi shows, or none and why."""
+    """Return the compute capabilities of the GPUs that nvidia-smi shows, or none and why."""
     ran, why = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     found = [(int(a), int(b)) for a, b in re.findall(r"^\s*(\d+)\.(\d+)\s*$", ran, re.M)]
     return found, "" if found else why or "nvidia-smi shows no GPU"
 
 
 def nvcc_codes(nvcc: str | None) -> set[int]:
-    """The GPUs that this nvcc compiles for, ``{80, 86, ...}``; empty if it does not say."""
+    """Return the GPUs that this nvcc compiles for, ``{80, 86, ...}``; empty if it does not say."""
     return {int(number) for number in re.findall(r"^sm_(\d+)$", run(nvcc or "nvcc", "--list-gpu-code")[0], re.M)}
 
 
 def run(name: str, *arguments: str) -> tuple[str, str]:
-    """What the command prints, or "" and why it did not run."""
+    """Run a command; return what it prints, or "" and why it did not run."""
     command = shutil.which(name)
     if command is None:
         return "", f"{name} was not found"

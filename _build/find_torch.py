@@ -11,7 +11,7 @@ OLDEST = (2, 10)  # the library is built for the stable ABI of this release, and
 
 
 def find_torch() -> Path | None:
-    """The folder of the torch package, or None.
+    """Return the folder of the torch package, or None.
 
     pip builds in an isolated environment where ``import torch`` fails although the environment that is being installed
     into has it. ``sysconfig`` and ``site`` still name the folders of that environment, so torch is looked up there.
@@ -36,7 +36,7 @@ def find_torch() -> Path | None:
 
 
 def active_environments() -> list[str]:
-    """Virtual environments on PATH: `python -m build` works in a new one, and leaves the caller's behind it."""
+    """Return the virtual environments on PATH: `python -m build` works in a new one, after which PATH names the caller's."""
     folders = [os.path.dirname(entry) for entry in os.environ.get("PATH", "").split(os.pathsep)]
     found = [folder for folder in folders if os.path.isfile(os.path.join(folder, "pyvenv.cfg"))]
     return found + [folder for folder in [os.environ.get("VIRTUAL_ENV")] if folder]

@@ -1,4 +1,4 @@
-"""How much a score depends on its batch, on the cache and on other threads.
+"""Differences of scores between batches, caches and numbers of threads.
 
     python benchmarks/bench_batch_drift.py                     # 300 batches a combination
     python benchmarks/bench_batch_drift.py --batches 20 --lm llama --threads-only

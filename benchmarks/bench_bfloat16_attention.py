@@ -2,8 +2,8 @@
 
     python benchmarks/bench_bfloat16_attention.py --threads 2 --repeats 7
 
-``suffixes``: 40 pairs of reranking, 32 rows behind a prefix of 267, 8 heads of queries and 4 of keys, width 64 (the
-English base LM of benchmarks/base_lm); ``llama-3``: 16 pairs, 40 rows behind 260, 32 heads and 8, width 128;
+``suffixes``: 40 pairs of reranking, 32 rows after a prefix of 267, 8 heads of queries and 4 of keys, width 64 (the
+English base LM of benchmarks/base_lm); ``llama-3``: 16 pairs, 40 rows after 260, 32 heads and 8, width 128;
 ``prefixes``: 32 documents of 260 tokens, 8 heads, as a trained soft prompt or LoRA reads them.
 
     ours      `ops.bfloat16_attention`

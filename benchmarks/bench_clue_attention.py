@@ -50,20 +50,20 @@ def absorb(x: Documents, w_q, w_k, b_q) -> Tensor:
 
 
 def values_of(context: Tensor, w_v: Tensor, T: int) -> Tensor:
-    """Contexts [P, T * H, D] times W_v of each head, heads side by side, [P, T, D]."""
+    """Multiply contexts [P, T * H, D] with W_v of each head; return the heads side by side, [P, T, D]."""
     D, d = context.shape[2], context.shape[2] // HEADS
     per_head = torch.bmm(context.view(-1, HEADS, D).transpose(0, 1), w_v.view(HEADS, d, D).mT)  # [H, P * T, d]
     return per_head.transpose(0, 1).reshape(-1, T, D)
 
 
 def same_algorithm_torch(x: Documents, *weights) -> Tensor:
-    """W_k absorbed into the query, W_v behind the sum, blocks of pairs; nothing of all pairs at once."""
+    """Absorb W_k into the query and apply W_v after the sum, in blocks of pairs; nothing of all pairs is stored."""
     on_gpu = x.table.device.type == "cuda"
     return (same_algorithm_by_pairs if on_gpu else same_algorithm_by_queries)(x, *weights)
 
 
 def same_algorithm_by_queries(x: Documents, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o) -> Tensor:
-    """Scores once per distinct id of a query: the fewest operations, which is what counts on a CPU."""
+    """Compute scores once per distinct id of a query: the fewest operations, which matters most on a CPU."""
     absorbed, T, heads = absorb(x, w_q, w_k, b_q), x.query_embeds.shape[1], []
     for query in range(x.query_embeds.shape[0]):
         pairs = (x.query_index == query).nonzero()[:, 0]
@@ -77,7 +77,7 @@ def same_algorithm_by_queries(x: Documents, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b
 
 
 def same_algorithm_by_pairs(x: Documents, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o) -> Tensor:
-    """Rows gathered once for scores and contexts, 128 MB of them at a time, batched GEMMs, no wait for the GPU."""
+    """Gather rows once for scores and contexts, 128 MB at a time, with batched GEMMs and no wait for the GPU."""
     absorbed, (_, T, D), heads = absorb(x, w_q, w_k, b_q), x.query_embeds.shape, []
     ids = x.document_ids.where(x.document_mask, 0)
     size = max(1, (128 << 20) // (ids.shape[1] * D * x.table.element_size()))
@@ -91,7 +91,7 @@ def same_algorithm_by_pairs(x: Documents, w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o
 
 
 def projected_torch(x: Documents, keys: Tensor, values: Tensor, w_q, w_o, b_q, b_v, b_o) -> Tensor:
-    """ProjectedTable's algorithm in plain PyTorch: keys and values of all rows are there already."""
+    """Compute as ProjectedTable does, in plain PyTorch, with keys and values of all rows projected before."""
     Q, T, D = x.query_embeds.shape
     queries = linear(x.query_embeds, w_q, b_q).view(Q, T, HEADS, D // HEADS).transpose(1, 2)[x.query_index]
     heads = []
@@ -115,7 +115,9 @@ def gradient_error(ours, theirs) -> float:
 
 
 def flops(x: Documents, steps: int) -> float:
-    """Of the absorbed algorithm with distinct ids: outputs 2 T D^2 a pair, contexts T H n D, scores T H U D a query.
+    """Count the FLOPs of the absorbed algorithm with distinct ids.
+
+    In multiply-adds: outputs 2 T D^2 and contexts T H n D for each pair, scores T H U D for each query.
     A backward pass does the outputs twice and contexts, their gradient and the scores again.
     """
     (_, T, D), B = x.query_embeds.shape, len(x.query_index)
@@ -126,7 +128,7 @@ def flops(x: Documents, steps: int) -> float:
 
 
 def make(queries, each, shared, D, V, backward, **lengths):
-    """Backward: to the weights and biases, as in training."""
+    """Make the case; the backward pass goes to weights and biases, as in training."""
 
     def case(device):
         sets = make_documents(queries, each, shared, D, V, device, **lengths)
@@ -174,7 +176,7 @@ def make(queries, each, shared, D, V, backward, **lengths):
 
 
 def projected(Q, each, D, V):
-    """Inference with fixed weights, all rows projected before."""
+    """Make the case of inference with fixed weights, for which all rows were projected before."""
 
     def case(device):
         x = make_documents(Q, each, False, D, V, device)[0]

@@ -208,7 +208,7 @@ def check(systems: Systems, part: Pairs) -> float:
 
 
 class Times:
-    """What every system took for each part."""
+    """The times of every system for each part of the work."""
 
     def __init__(self, names: list[str]) -> None:
         self.wall, self.cpu, self.pairs_per_second = ({name: [] for name in names} for _ in range(3))

@@ -1,4 +1,4 @@
-"""What reranking needs in memory, and what bit-equal scores cost.
+"""The memory that reranking needs, and the cost of bit-equal scores.
 
     python benchmarks/bench_reranking_limits.py --work rerank_memory   # a million documents, 1 GB on disk
     python benchmarks/bench_reranking_limits.py --work deterministic   # what bit-equal scores cost

@@ -26,7 +26,7 @@ K = 10
 
 
 def official(x: Documents, k) -> SimilarityTopK:
-    """What the official module does (its mode 3, filter "d"), pair by pair and token by token in Python.
+    """Compute as the official module does (its mode 3, filter "d"), pair by pair and token by token in Python.
 
     The spans are looked for by token, similarities pass through a sigmoid, the best 1,000 (token, position) pairs
     are walked until k distinct ids are found. It has no batch over documents and no distinct ids.
@@ -56,7 +56,7 @@ def official(x: Documents, k) -> SimilarityTopK:
 
 
 def same_algorithm_torch(x: Documents, k) -> SimilarityTopK:
-    """Distinct ids once, a GEMM per block of rows, maximum over T; dedupe and top-k at once.
+    """Find distinct ids once, multiply blocks of their rows, take the maximum over T; then deduplicate and choose k.
 
     On the CPU query by query, in blocks that stay in the cache. On a GPU the distinct ids of all queries together: a
     loop over queries would wait for the GPU at each.
@@ -84,7 +84,7 @@ def same_algorithm_torch(x: Documents, k) -> SimilarityTopK:
             places.append(place)
         row = (x.query_index[pairs] - first)[:, None]
         best[pairs], positions[pairs] = torch.cat(values)[slots, row], torch.cat(places)[slots, row]
-    # an id that stands earlier in the document: a stable sort puts equal ids side by side, first position first
+    # an id that also occurs earlier in the document: a stable sort puts equal ids side by side, first position first
     keys = x.document_ids.where(x.document_mask, -1)
     ordered, where = keys.sort(dim=1, stable=True)
     repeated = torch.zeros_like(x.document_mask)
@@ -100,7 +100,7 @@ def same_algorithm_torch(x: Documents, k) -> SimilarityTopK:
 
 
 def error(ours: SimilarityTopK, theirs: SimilarityTopK) -> float:
-    """Largest difference of scores. Ids need not agree where scores tie, also after the official sigmoid."""
+    """Return the largest difference of scores. Ids need not agree where scores tie, also by the official sigmoid."""
     found, scores = ours.scores > -torch.inf, theirs.scores.to(ours.scores.device)
     assert torch.equal(found, scores > -torch.inf)
     difference = (ours.scores - scores)[found].abs().max().item()
@@ -109,14 +109,14 @@ def error(ours: SimilarityTopK, theirs: SimilarityTopK) -> float:
 
 
 def gradient_error(ours, theirs) -> float:
-    """In bf16 the baselines add up a query token's gradient in bf16: 4 % from float64 after 62 terms, ours 0.2 %."""
+    """Compare gradients. In bf16 the baselines sum in bf16: 4 % from float64 after 62 terms, ours 0.2 %."""
     difference = max(((a - b.to(a.dtype)).norm() / a.norm()).item() for a, b in zip(ours, theirs, strict=True))
     assert difference < (1e-3 if ours[0].dtype == torch.float32 else 6e-2), f"gradients differ by {difference}"
     return difference
 
 
 def differentiable_in_torch(x: Documents, k) -> SimilarityTopK:
-    """Select without a graph, then the scores of what was chosen with one: the cheap way to a gradient in PyTorch."""
+    """Choose without a graph, then score what was chosen with one: the cheap way to a gradient in PyTorch."""
     with torch.no_grad():
         chosen = same_algorithm_torch(x, k)
     query = x.query_embeds[x.query_index[:, None], chosen.query_positions.clamp_min(0)]

@@ -1,4 +1,4 @@
-"""How several suffixes should read one document's keys and values: gathered for each pair, or packed in one row.
+"""Ways in which several suffixes read one document's keys and values: gathered for each pair, or packed in one row.
 
     python benchmarks/bench_suffix_pass.py --threads 2 --repeats 7
 
@@ -7,7 +7,7 @@
 
     ours       each layer gathers the keys of each pair's document as it needs them (`engine.shared_cache.shared_cache`)
     expanded   the whole cache is copied for all pairs before the pass, as transformers' own caches do
-    packed     one row a document, its suffixes one after the other behind it, a 4-D mask keeps them apart: nothing is
+    packed     one row a document, followed by its suffixes, which a 4-D mask keeps apart: nothing is
                copied but the keys of the row; needs the mask code of each family, and none exists for ALiBi
     repeated   (``grouped``: four heads share keys and values) ours with transformers' "sdpa", which copies keys and
                values for each head of a group
@@ -29,7 +29,7 @@ from qpeft_ext.prompts.pairs import PairBatch
 
 
 class Work:
-    """The suffixes of ``documents`` times ``queries`` pairs behind cached prefixes, every query with every document."""
+    """The suffixes of every query with every document, whose prefixes are cached."""
 
     def __init__(self, shape: Shape, documents: int, queries: int, device, backward: bool) -> None:
         self.model = make_model(shape, device, "attention", torch.float32).eval()

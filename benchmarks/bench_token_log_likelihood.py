@@ -34,13 +34,13 @@ def make_inputs(N: int, D: int, V: int, device: torch.device) -> list[Inputs]:
 
 
 def eager(hidden, lm_head, target_ids):
-    """What one writes: logits in the model's dtype, the softmax in float32."""
+    """Compute as one usually writes it: logits in the model's dtype, the softmax in float32."""
     logits = hidden @ lm_head.T
     return logits.float().log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]
 
 
 class SameAlgorithm(torch.autograd.Function):
-    """Chunks of the vocabulary, online log-sum-exp, the gradient's sum in the forward pass."""
+    """Our algorithm in plain PyTorch: chunks of the vocabulary, with the sum for the gradient in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden, lm_head, target_ids):
@@ -85,7 +85,7 @@ def same_algorithm_torch(hidden, lm_head, target_ids):
 
 
 def others(device: torch.device) -> tuple[dict, dict]:
-    """Fused kernels of other packages, where they are installed: (name -> function, name -> why not)."""
+    """Find the fused kernels of other packages: functions by name, and by name why one is missing."""
     found, missing = {}, {}
     if device.type == "cpu":
         return found, {name: "its kernels need a GPU" for name in ("liger", "cut_cross_entropy")}

@@ -1,11 +1,11 @@
-"""What the variants cost: the generated LoRA, clues of the candidates, clues of the vocabulary.
+"""The cost of the variants: the generated LoRA, clues of the candidates, clues of the vocabulary.
 
     python benchmarks/bench_variants.py --threads 2          # writes results/<machine>_variants.json
     python benchmarks/bench_variants.py --work tiny          # a second, for CI; writes nothing
 
 Ratios are baseline ÷ ours, so the targets read:
     generated_lora/suffix_pass[/backward]    without    ≥ 0.91: at most 10 % on a suffix pass, prefixes in a cache
-    source_candidates/<pool>                 document   ≥ 1: one list per query is no dearer than one per document
+    source_candidates/<pool>                 document   ≥ 1: one list per query costs no more than one per document
     vocabulary/128k                          one_read   ≥ 0.5: at most two reads of the table
 
 one_read is the faster of a sum and a maximum over the table; textbook stores similarities [T, V].
@@ -34,7 +34,7 @@ K, RANK = 10, 16  # RANK: the default of `GeneratedLora`
 
 
 def generated_lora(shape: Shape, backward: bool):
-    """Scores of 4 queries with 8 documents whose prefixes are in a cache, with default clues; and their gradient."""
+    """Score 4 queries with 8 documents whose prefixes are in a cache, with default clues; also the gradient."""
 
     def case(device):
         batch, cache = make_batch(shape, queries=4, documents=8), qpeft.DocumentCache(1 << 30)
@@ -46,7 +46,9 @@ def generated_lora(shape: Shape, backward: bool):
             torch.testing.assert_close(ours(batch).query_log_likelihood, expected, rtol=1e-5, atol=1e-4)
             assert (without(batch).query_log_likelihood - expected).abs().max() > 1e-3, "the update does nothing"
             for model in models:
-                model(batch, cache=cache)  # prefixes do not depend on the update: the second finds them there
+                model(
+                    batch, cache=cache
+                )  # prefixes do not depend on the update, so the second model finds them in the cache
 
         def step(model):
             def run(_):
@@ -68,7 +70,7 @@ def generated_lora(shape: Shape, backward: bool):
 
 
 def source_candidates(queries: int, each: int, shared: bool, D: int = 4096, V: int = 32000, length: int = 200):
-    """Clue vectors of all pairs, from token ids on."""
+    """Compute the clue vectors of all pairs from their token ids."""
 
     def case(device):
         random = torch.Generator().manual_seed(0)
@@ -151,7 +153,7 @@ def vocabulary(per_token: bool, D: int = 4096, V: int = 128_256):
 
 
 def tiny(device):
-    """All of them, each checked as the large ones are; the first one is timed."""
+    """Make small versions of all, check each as the large ones are checked, and time the first."""
     small = {"D": 64, "V": 300}
     checked = [source_candidates(2, 3, True, **small, length=20), vocabulary(False, **small), vocabulary(True, **small)]
     for make in checked:

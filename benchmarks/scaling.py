@@ -1,4 +1,4 @@
-"""What reranking and training cost, in tokens, FLOPs and bytes; the tables of docs/scaling.md.
+"""The cost of reranking and training in tokens, FLOPs and bytes: the tables of docs/scaling.md.
 
     python benchmarks/scaling.py          print the tables
     python benchmarks/scaling.py --write  put them into docs/scaling.md, between their markers
@@ -27,7 +27,7 @@ PREFIX, SUFFIX, QUERY = 212, 40, 16  # tokens: document prefix; query suffix, cl
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder.  kv_heads: heads whose keys and values are stored (grouped-query attention).  16-bit weights."""
+    """The sizes of a decoder with 16-bit weights; kv_heads: heads whose keys and values are stored."""
 
     name: str
     layers: int
@@ -40,17 +40,17 @@ class Shape:
 
     @property
     def weights_per_layer(self) -> int:
-        """Of the matrix products of one layer: queries and output, keys and values, the gated MLP."""
+        """Return the weights in one layer's matrix products: queries and output, keys and values, the gated MLP."""
         attention = 2 * self.width * self.heads * self.head_width + 2 * self.width * self.kv_heads * self.head_width
         return attention + 3 * self.width * self.inner
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token: a key and a value of 16 bits per layer and stored head."""
+        """Return the bytes of one token: a key and a value of 16 bits per layer and stored head."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_width
 
     def flops(self, tokens: int, before: int = 0, head_tokens: int = 0) -> float:
-        """Of one forward pass over ``tokens`` that follow ``before`` others; the LM head on some of them."""
+        """Return the FLOPs of a forward pass over ``tokens`` after ``before`` others, with the LM head on some."""
         context = before + tokens / 2  # causal: a token attends to what is before it, to half of its own on average
         per_token = 2 * self.weights_per_layer + 4 * self.heads * self.head_width * context
         return self.layers * tokens * per_token + 2 * head_tokens * self.width * self.vocabulary
@@ -67,7 +67,7 @@ SHAPES = (
 
 
 def rerank_tokens(pairs: int, documents: int, prefix: int = PREFIX, suffix: int = SUFFIX) -> dict[str, int]:
-    """Tokens that the LM reads to rank ``pairs`` pairs of ``documents`` distinct documents.
+    """Count the tokens that the LM reads to rank ``pairs`` pairs of ``documents`` distinct documents.
 
     plain: whole prompts.  cold: each distinct prefix once.  warm: prefixes from memory.  disk: from the disk.
     """
@@ -80,7 +80,7 @@ def rerank_tokens(pairs: int, documents: int, prefix: int = PREFIX, suffix: int 
 
 
 def train_tokens(queries: int = 4, negatives: int = 1, prefix: int = PREFIX, suffix: int = SUFFIX) -> dict[str, int]:
-    """Token passes of a training step with in-batch negatives, forward and backward counted as one each.
+    """Count the token passes of a training step with in-batch negatives, forward and backward as one each.
 
     The LM is frozen, so that the backward pass has one product per weight, as the forward pass has.
     official: a query's positive is repeated for each of its negatives.  distinct: every pair once.
@@ -101,15 +101,16 @@ def train_tokens(queries: int = 4, negatives: int = 1, prefix: int = PREFIX, suf
 
 
 def popularity(documents: int, exponent: float = 0.8) -> list[float]:
-    """How often each document is a candidate: Zipf's law."""
+    """Return the share of each document among all candidates, by Zipf's law."""
     weights = [1 / rank**exponent for rank in range(1, documents + 1)]
     total = sum(weights)
     return [weight / total for weight in weights]
 
 
 def hit_rate(shares: list[float], capacity: int) -> float:
-    """Of a least-recently-used cache in the long run (Che's approximation): a document is there if it was asked for
-    within the time in which ``capacity`` distinct ones are."""
+    """Return the share of hits of a least-recently-used cache in the long run, by Che's approximation.
+
+    A document is in it if it was asked for within the time in which ``capacity`` distinct ones are."""
     low, high = 0.0, 1.0
     while sum(-math.expm1(-share * high) for share in shares) < capacity:
         high *= 2
@@ -123,7 +124,7 @@ def hit_rate(shares: list[float], capacity: int) -> float:
 
 
 def simulated_hit_rate(shares: list[float], capacity: int, asked: int = 60_000) -> float:
-    """The same by asking: the second half of ``asked`` independent draws."""
+    """Return the same by simulation: the second half of ``asked`` independent draws."""
     draw, cache, hits = random.Random(0), OrderedDict(), 0
     for i, document in enumerate(draw.choices(range(len(shares)), shares, k=asked)):
         if document in cache:
@@ -143,12 +144,12 @@ MEDIA = {"NVMe, 6 GB/s": 6e9, "PCIe 5 x16, 50 GB/s": 50e9, "HBM3e, 4.8 TB/s": 4.
 
 
 def break_even_bandwidth(shape: Shape, flops_per_second: float) -> float:
-    """Bytes per second from which on reading a prefix is quicker than computing it again."""
+    """Return the bytes per second above which reading a prefix is quicker than computing it again."""
     return PREFIX * shape.kv_bytes * flops_per_second / shape.flops(PREFIX)
 
 
 def break_even_queries(shape: Shape, flops_per_second: float, bytes_per_second: float) -> float:
-    """Queries per document from which on it pays to compute and write all prefixes first, at equal write speed.
+    """Return the queries per document above which it pays to write all prefixes first, at equal write speed.
 
     n prefix passes against one pass, one write and n reads. Infinite where reading is not quicker than computing.
     """
@@ -166,7 +167,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """Three digits with a decimal prefix."""
+    """Format a number with three digits and a decimal prefix."""
     if math.isinf(value):
         return "never"
     prefixes = ["", "k", "M", "G", "T", "P", "E"]
@@ -289,7 +290,7 @@ def hits_table() -> str:
 
 
 def measured_table() -> str:
-    """What benchmarks/bench_reranking.py has measured, if it has."""
+    """Return the table of what benchmarks/bench_reranking.py has measured, if there is a result."""
     rows = []
     for path in sorted(RESULTS.glob("*_reranking.json")):
         result = json.loads(path.read_text(encoding="utf-8"))

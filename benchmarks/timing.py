@@ -67,7 +67,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 
 class Rates(NamedTuple):
-    """What a machine does at best, measured by a large copy and a large product."""
+    """The best rates of a machine, measured by a large copy and a large product."""
 
     copy: float  # bytes read and written a second
     gemm: float  # FLOP a second

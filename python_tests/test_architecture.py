@@ -23,7 +23,7 @@ COMPILED = ("_C", "_host")  # of csrc/, which imports nothing of ours
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Name below the package -> file; a folder's own name stands for its ``__init__.py``."""
+    """Return the file of each module, by its name below the package; a folder's name means its ``__init__.py``."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
@@ -32,7 +32,7 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(package: Path) -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports, at the top, in functions and for types alike."""
+    """Return for each module those of the package that it imports: at the top, in functions and for types alike."""
     known = modules(package)
     arrows: dict[str, set[str]] = {}
     for name, path in known.items():
@@ -70,7 +70,7 @@ def room(module: str) -> str:
 
 
 def upward(arrows: dict[str, set[str]]) -> list[str]:
-    """The imports that go up, or to a neighbour on the same floor."""
+    """Return the imports that go up, or to a neighbour on the same floor."""
     wrong = []
     for module, targets in arrows.items():
         if not module:  # the face of the package names what is public
@@ -83,7 +83,7 @@ def upward(arrows: dict[str, set[str]]) -> list[str]:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other, in groups: what is left when modules that import nothing left are taken away."""
+    """Return groups of modules that import each other, found by removing those that import none of the rest."""
     left = {module: {target for target in targets if target in arrows} for module, targets in arrows.items()}
     for _ in range(2):  # first from below, then from above
         while free := [module for module, targets in left.items() if not targets & left.keys()]:

@@ -1,4 +1,4 @@
-"""The build: host packing, build info, what is said when the library is missing, symbols that it may not need."""
+"""The build: packing of lists, build info, messages about a missing library, symbols that it must not need."""
 
 import re
 import shutil
@@ -154,7 +154,7 @@ def test_architectures_that_cover_a_gpu(architectures, capability, covered):
 
 @pytest.fixture
 def find_gpus(monkeypatch):
-    """``_build/find_gpus.py`` of the checkout; skipped where the tests run against an installed package alone."""
+    """The module ``_build/find_gpus.py``; the test is skipped where there are no sources beside the tests."""
     folder = Path(__file__).parents[1] / "_build"
     if not folder.is_dir():
         pytest.skip("needs the sources")
@@ -208,7 +208,7 @@ def test_architectures_can_be_named(find_gpus, wish, architectures):
 @needs_library
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm is missing")
 def test_library_needs_only_the_stable_abi():
-    """No c10:: or at:: symbol and no Python: what the next torch or the next Python may change."""
+    """It needs no symbol of c10::, at:: or Python, which the next torch or Python may change."""
     command = ["nm", "-D", "--undefined-only", _library.LIBRARY]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     symbols = [line.split()[-1] for line in lines]
@@ -218,7 +218,7 @@ def test_library_needs_only_the_stable_abi():
 @needs_library
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm is missing")
 def test_library_exports_nothing():
-    """Above all no part of a libstdc++ that the compiler linked statically: see csrc/no_exports.map."""
+    """Exported parts of a statically linked libstdc++ would do harm: see csrc/no_exports.map."""
     assert subprocess.run(["nm", "-D", "--defined-only", _library.LIBRARY], capture_output=True, text=True).stdout == ""
 
 

@@ -1,4 +1,4 @@
-"""Random batches, caches and threads against the same pairs alone: a small version of the benchmark."""
+"""Random batches, caches and threads against the same pairs, unpadded: a small version of the benchmark."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What turns measurements into tables, pictures and verdicts."""
+"""Measurements become tables, pictures and verdicts."""
 
 import json
 import sys

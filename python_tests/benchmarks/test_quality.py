@@ -64,7 +64,7 @@ def test_articles_are_kept_back_whole(tmp_path):
 
 
 def test_results_are_packed_and_unpacked(tmp_path):
-    """All but runs and adapters; what is there already stays."""
+    """All files but runs and adapters are packed; unpacking keeps those that exist."""
     found = {}
     for method, seed, value in (("UPR", 0, 0.25), ("Q-PEFT-R, gated", 0, 0.5), ("Q-PEFT-R, gated", 1, 1 / 3)):
         result = {

@@ -21,7 +21,7 @@ DOCUMENTS = ["the sea at noon", "the sea at dawn", "the sea at dusk", "the sea a
 
 
 class Tokens:
-    """Tokens that enter the first layer of an LM; those with a gradient count twice, for the way back."""
+    """Counts the tokens that enter the first layer of an LM; those with a gradient twice, for the backward pass."""
 
     def __init__(self, model) -> None:
         self.layer, self.count = model.lm.get_decoder().layers[0], 0
@@ -46,7 +46,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def lengths(model):
-    """Tokens of a prefix, and of a suffix with its clues and its query."""
+    """The number of tokens of a prefix, and of a suffix with its clues and its query."""
     prompt = model.prompt
     prefixes = {len(prefix.ids) for prefix in prompt.documents(DOCUMENTS)}
     queries = {len(query) for query in prompt.queries(QUERIES)}
@@ -90,7 +90,7 @@ def test_token_counts_of_training(model, lengths):
 
 
 def test_flops_are_those_of_the_products():
-    """Of the plain forward pass of a tiny Llama, as torch counts them; attention in full, since masked work is done."""
+    """torch counts the FLOPs of a plain pass of a tiny Llama; attention in full, since masked products are computed."""
     from torch.utils.flop_counter import FlopCounterMode
 
     lm = tiny_lm("llama")

@@ -13,7 +13,7 @@ def replica():
 
 @pytest.fixture(params=["replica", pytest.param("gpu", marks=pytest.mark.cuda)])
 def run(request):
-    """``run(name, *arguments, outputs=())``: results of a primitive, or the arguments that it fills."""
+    """Return ``run(name, *arguments, outputs=())``, which returns a primitive's results or the arguments it fills."""
     if request.param == "replica":
         return OnReplica(request.getfixturevalue("replica"))
     live, why = _library.kernels_live()["cuda"]

@@ -1,4 +1,4 @@
-"""Inputs of the operators, of odd sizes: first document empty, last full, ids that repeat, queries out of order."""
+"""Inputs of the operators in odd sizes: first document empty, last full, repeated ids, queries out of order."""
 
 from typing import NamedTuple
 
@@ -35,12 +35,12 @@ def make_documents(Q=3, T=5, D=16, V=29, B=7, S=23, dtype=torch.float32, device=
 
 
 def to_float64(inputs: tuple) -> tuple:
-    """The same numbers: inputs are exact in float64, so a dtype costs no accuracy."""
+    """Return the same numbers in float64, where they are exact, so that their dtype costs no accuracy."""
     return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def poisoned(x: Documents) -> Documents:
-    """Everything that must not be read is spoilt: ids in turn -1, V + 5 and far away, NaN in masked query tokens."""
+    """Spoil everything that must not be read: ids in turn -1, V + 5 and far away, NaN in masked query tokens."""
     junk = torch.tensor([-1, x.table.shape[0] + 5, 2**40], device=x.document_ids.device)
     junk = junk[torch.arange(x.document_ids.numel(), device=junk.device) % 3].view_as(x.document_ids)
     return x._replace(

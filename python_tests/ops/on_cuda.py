@@ -1,4 +1,4 @@
-"""How a CUDA primitive is run by the tests: on the replica in both orders of threads, and on a GPU twice.
+"""Run CUDA primitives in tests: on the replica in both orders of threads, and on a GPU twice.
 
 cuda_replica/ compiles the shipped sources, glue and kernels, against a small stand-in for CUDA. There the inputs end at
 a page that may not be touched, so that reading past one crashes; memory that an operator allocates is full of NaN; and
@@ -26,7 +26,7 @@ cpu = torch.ops.qpeft_ext
 
 
 def build_replica():
-    """``torch.ops.qpeft_cuda_replica``, built where needed (half a minute the first time)."""
+    """Build ``torch.ops.qpeft_cuda_replica`` if its sources have changed (half a minute), and return it."""
     if _library.REFERENCE or not (ROOT / "csrc" / "cuda").is_dir() or sys.platform != "linux":
         pytest.skip("needs the library and its sources")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -46,7 +46,7 @@ def build_replica():
 
 
 def guarded(x: torch.Tensor) -> torch.Tensor:
-    """A copy whose last byte is the last before a page without access."""
+    """Return a copy whose last byte is the last before a page without access."""
     size, page = x.numel() * x.element_size(), mmap.PAGESIZE
     if size == 0:
         return x.clone()
@@ -61,7 +61,7 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def poisoned_memory():
-    """New tensors are full of NaN (integers: of the largest number) instead of whatever was there."""
+    """Fill new tensors with NaN (integers: with the largest number) instead of whatever was in memory."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -70,7 +70,7 @@ def poisoned_memory():
 
 
 class OnReplica:
-    """Runs a primitive in both orders of threads: returns its results, or the arguments ``outputs`` that it fills."""
+    """Runs a primitive in both orders of threads; returns its results, or the ``outputs`` that it fills."""
 
     def __init__(self, replica):
         self.ops = replica
@@ -90,7 +90,7 @@ class OnReplica:
 
 
 class OnGPU:
-    """The same on a GPU, twice."""
+    """A function that does the same on a GPU, twice."""
 
     def __call__(self, name, *arguments, outputs=()):
         return same_bits(self.run(name, arguments, outputs) for _ in range(2))
@@ -103,7 +103,7 @@ class OnGPU:
 
 
 def check_in_a_graph(step, inputs, other):
-    """``step(*inputs)``, a sequence of tensors, waits for nothing, and its captured graph follows new inputs.
+    """Check that ``step(*inputs)`` waits for nothing, and that a graph captured from it follows new inputs.
 
     inputs, other: tensors of equal shapes and dtypes, copied to the GPU. Replays must give the bits of direct calls.
     """
@@ -152,7 +152,7 @@ def assert_close(ours, truth, tolerance=1e-5):
 
 
 def documents(B, S, V, G=1, seed=0):
-    """Ids with repetitions; the first document empty, the last one full, wrong ids under a False mask."""
+    """Make ids with repetitions: the first document empty, the last one full, wrong ids under a False mask."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, V, (B, S), generator=generator)
     lengths = torch.arange(B) * S // max(B - 1, 1) if B > 1 else torch.tensor([S])[:B]

@@ -15,7 +15,7 @@ SHAPES = [  # B, H, heads of keys, L, T, D
 
 
 def inputs(B, H, K, L, T, D, seed=0):
-    """As an LM's layer has them: heads of the query are columns of one projection, keys lie in a longer buffer."""
+    """Make inputs as in a layer: heads of the query are columns of one projection, keys are in a longer buffer."""
     random = torch.Generator().manual_seed(seed)
     query = torch.randn(B, L, H, D, generator=random).bfloat16().transpose(1, 2)
     key, value = (torch.randn(B, K, T + 3, D, generator=random).bfloat16()[:, :, 3:] for _ in range(2))
@@ -69,7 +69,7 @@ def test_it_is_as_exact_as_torch(large):
 
 @native
 def test_rows_without_keys_and_what_is_masked():
-    """A row that may look at nothing is 0 and has no gradient; a masked key is not read, whatever it is."""
+    """A row without any key is 0 and has no gradient; a masked key is not read, whatever it is."""
     query, key, value, mask = inputs(2, 4, 2, 20, 50, 32)
     mask[0, 0, 3] = False
     mask[..., 7] = False

@@ -33,7 +33,7 @@ def threads(request):
 @pytest.mark.parametrize("N", [0, 1, 5, 16, 17, 33, 48, 49, 95, 200])
 @pytest.mark.parametrize("C, D", [(1, 2), (7, 0), (8, 6), (9, 66), (257, 64), (300, 130), (515, 62), (1030, 96)])
 def test_products(N, C, D, tiles, threads):
-    """Whole and ragged vectors of rows, tiles of words, columns and pairs; what lies beside results is left alone."""
+    """Whole and ragged vectors of rows, tiles of words, columns and pairs; memory beside the results is not written."""
     a, b, weights = random(N, D), random(C, D, seed=1), random(N, C + 3, seed=2)[:, :C]
     out = torch.full((N + 1, C + 5), 7.0)
     torch.ops.qpeft_ext.bfloat16_products(a, b, out[:N, :C], tiles)
@@ -117,7 +117,7 @@ def test_likelihood_with_and_without(has, settings, monkeypatch):
 
 @native
 def test_gradient_of_a_confident_row():
-    """p of the target near 1: the small rest is not lost in the rounding of the probabilities."""
+    """With p of the target near 1 the small rest is not lost in the rounding of the probabilities."""
     x = make_inputs(N=8, D=64, V=200, bias=False, dtype=torch.bfloat16)
     hidden = (x.lm_head[x.target_ids].float() * 0.18).bfloat16().requires_grad_()
     token_log_likelihood(hidden, x.lm_head, x.target_ids).sum().backward()
@@ -143,7 +143,7 @@ def test_what_cannot_be_multiplied_as_it_lies_is_upcast():
 
 @pytest.mark.parametrize("C", [5, 16, 100])
 def test_kept_probabilities_are_rounded_to_nearest(C):
-    """Not cut, which would make every sum of them smaller; a NaN stays one."""
+    """Probabilities are not truncated, which would make every sum of them smaller; a NaN stays one."""
     chunk, targets = torch.ops.qpeft_ext.token_log_likelihood_chunk, torch.tensor([0, 1, 2])
     logits = torch.randn(3, C, generator=torch.Generator().manual_seed(0))
     logits[2, 1] = torch.nan

@@ -16,7 +16,7 @@ SHAPES = [
 
 
 def make_inputs(H=4, dtype=torch.float32, device="cpu", biases=True, **shape):
-    """Documents, then weights and biases."""
+    """Make documents, then weights and biases."""
     x = make_documents(dtype=dtype, device=device, **shape)
     random = torch.Generator().manual_seed(7)
     D = x.table.shape[1]
@@ -26,7 +26,7 @@ def make_inputs(H=4, dtype=torch.float32, device="cpu", biases=True, **shape):
 
 
 def assert_at_most_twice_torchs_error(ours, theirs, truth):
-    """For results that are rounded to the input dtype (STYLE: tolerance follows from where the op rounds)."""
+    """Check results that are rounded to the dtype of the inputs: torch rounds them too, perhaps differently."""
     if truth.numel() == 0:
         return
     floor = 1e-6 * truth.abs().max().clamp_min(1)
@@ -49,7 +49,7 @@ def test_matches_reference(shape, H, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_matches_reference_in_several_blocks(dtype, device, small_blocks):
-    """Several blocks of pairs, parts of them and blocks of rows."""
+    """The pairs fall into several blocks, these into parts, and the rows into blocks."""
     test_matches_reference({"Q": 1, "T": 33, "D": 48, "V": 300, "B": 5, "S": 260}, 16, dtype, device)
 
 

@@ -21,7 +21,7 @@ def sum_dtype(dtype):
 
 
 def assert_near(ours, truth, dtype):
-    """Rounding of a sum in ``dtype``, relative to the largest number."""
+    """Allow the rounding of a sum in ``dtype``, relative to the largest number."""
     if truth.numel() == 0:
         return
     error, size = (ours.double() - truth.double()).abs().max().item(), truth.double().abs().max().item()
@@ -55,7 +55,7 @@ def test_softmax(run, P, n, R, dtype):
 
 
 def lists(L, most, end_to_end, V=50, seed=0):
-    """Lists of 0 (the first) to ``most`` (the last) rows: rows, offsets or lengths, and the place of each row."""
+    """Make lists of 0 (the first) to ``most`` (the last) rows: rows, offsets or lengths, and the place of each row."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.arange(L) * most // max(L - 1, 1) if L > 1 else torch.tensor([most])
     lengths[1:-1] = torch.randint(0, most + 1, (max(L - 2, 0),), generator=random)
@@ -126,7 +126,7 @@ def test_wrong_rows_trap(replica):
 
 
 class _Heads(torch.autograd.Function):
-    """`clue_attention_heads` as CUDA tensors have it."""
+    """`clue_attention_heads` with the Python that CUDA tensors take."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -144,7 +144,7 @@ class _Heads(torch.autograd.Function):
 
 @pytest.fixture
 def on_cuda_kernels(replica, monkeypatch):
-    """CPU tensors take the way of CUDA tensors, over poisoned memory."""
+    """CPU tensors go the way of CUDA tensors, with poisoned memory."""
     primitives = ("lse", "weights", "softmax_backward", "products", "weighted_sums")
     for name in ("document_rows_distinct", "weighted_rows", *(f"clue_attention_{name}" for name in primitives)):
         monkeypatch.setattr(cpu, name, getattr(replica, name))
@@ -154,7 +154,7 @@ def on_cuda_kernels(replica, monkeypatch):
 
 
 def check_against_definition(x, weights, H, tolerance=1e-5, table=True):
-    """Result and gradients of the operator in float32 or float64 against float64."""
+    """Compare result and gradients of the operator in float32 or float64 with float64."""
     results = []
     for function, change in ((ops.clue_attention, lambda y: y), (reference, torch.Tensor.double)):
         leaves = [change(y).clone().requires_grad_() for y in (x.query_embeds, x.table, *weights)]

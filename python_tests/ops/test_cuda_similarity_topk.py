@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 def check(run, x, k, metric="cosine"):
-    """Against the definition in float64; returns what the operator gave."""
+    """Compare with the definition in float64; return what the operator returned."""
     *result, norms = run("similarity_topk", *poisoned(x), k, metric)
     result = SimilarityTopK(*result)
     dtype = torch.float64 if x.table.dtype == torch.float64 else torch.float32
@@ -65,7 +65,7 @@ def test_any_shape(run, Q, T, D, V, B, S, k, seed, dtype, metric):
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 999), S=st.integers(1, 300), k=st.integers(1, 400), tiny=st.booleans())
 def test_ties(run, seed, S, k, tiny):
-    """Few different scores, exact in every order of summation: ids and positions must agree, not only scores."""
+    """With few different scores, exact in every order of summation, ids and positions must agree too."""
     random = torch.Generator().manual_seed(seed)
     x = make_documents(Q=3, T=4, D=3, V=200, B=4, S=S, seed=seed)
     table, queries = (torch.randint(-1, 2, y.shape, generator=random).float() for y in (x.table, x.query_embeds))

@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 def check(replica, dtype, lengths, columns, D, V=50, end_to_end=True, squares=False, padding=0, missing=0, seed=0):
-    """``padding``: elements between the rows of the operands; ``missing``: columns that the last list does not have."""
+    """Compare with float64. ``padding``: elements between rows; ``missing``: columns that the last list lacks."""
     generator = torch.Generator().manual_seed(seed)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     table, dense = (

@@ -19,7 +19,7 @@ def sum_dtype(dtype):
 
 
 def rounding(dtype):
-    """Half a unit in the last place of a 16-bit number, and what float32 adds."""
+    """Return half a unit in the last place of a 16-bit number, plus the rounding of float32."""
     return {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0) + 1e-5
 
 
@@ -120,7 +120,7 @@ def test_empty(run):
 
 @pytest.fixture
 def use_replica(replica, monkeypatch):
-    """The operator as it runs on CUDA: rows stay in 16 bits; its GEMMs, which the CPU does not have, in float32."""
+    """Run the operator as on CUDA, with rows in 16 bits; its GEMMs, which the CPU does not have, are in float32."""
     for name in ("chunk", "finish", "chunk_backward"):
         name = f"token_log_likelihood_{name}"
         monkeypatch.setattr(cpu, name, getattr(replica, name))

@@ -1,4 +1,4 @@
-"""Second and forward-mode derivatives: an error, never a wrong number. The definitions have both."""
+"""Second and forward-mode derivatives raise an error; the definitions have both."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from qpeft_ext.ops.bfloat16_rms_norm import bfloat16_rms_norm
 
 
 def make_cases():
-    """Name -> (loss, the input by which it is differentiated)."""
+    """Return for each name a loss and the input by which it is differentiated."""
     x = make_documents(Q=2, T=3, D=4, V=9, B=3, S=4, dtype=torch.float64)
     documents, generator = x[3:], torch.Generator().manual_seed(0)
     hidden, lm_head, w_q, w_k, w_v, w_o = (
@@ -42,7 +42,7 @@ CASES = make_cases()
 
 
 def penalised(loss, x):
-    """A gradient penalty beside another loss: without an error here the penalty would silently have no gradient."""
+    """Return a loss with a gradient penalty; without an error the penalty would silently have no gradient."""
     x = x.clone().requires_grad_()
     gradient = torch.autograd.grad(loss(x), x, create_graph=True)[0]
     return torch.autograd.grad(gradient.square().sum() + x.pow(3).sum(), x)

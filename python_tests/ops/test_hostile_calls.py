@@ -34,7 +34,7 @@ def test_attention_to_one_token_has_no_gradient(scale):
 
 
 def test_gradients_of_scores_of_thousands():
-    """Two tokens whose scores, 8192 and 8191, float32 holds exactly: their weights are those of 1 and 0."""
+    """Two tokens have the scores 8192 and 8191, which are exact in float32: their weights are those of 1 and 0."""
     query = torch.tensor([[[8192.0, 0, 0, 0]]], requires_grad=True)
     table = torch.tensor([[2, 0.5, 0, 0], [2 - 2**-12, -0.5, 0, 0]])  # times the scale of 1 / 2
     ids, mask = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool)

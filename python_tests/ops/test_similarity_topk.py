@@ -95,9 +95,9 @@ def test_pairs_do_not_depend_on_each_other(device):
     x = make_documents(device=device)
     together = run(x)
     for b in range(len(x.query_index)):
-        alone = run(x._replace(**{name: getattr(x, name)[b : b + 1] for name in x._fields[3:]}))
-        assert torch.equal(alone.clue_ids, together.clue_ids[b : b + 1])
-        torch.testing.assert_close(alone.scores, together.scores[b : b + 1], rtol=1e-6, atol=1e-6)
+        single = run(x._replace(**{name: getattr(x, name)[b : b + 1] for name in x._fields[3:]}))
+        assert torch.equal(single.clue_ids, together.clue_ids[b : b + 1])
+        torch.testing.assert_close(single.scores, together.scores[b : b + 1], rtol=1e-6, atol=1e-6)
 
 
 def test_dense_embeddings_are_ids_in_order(device):

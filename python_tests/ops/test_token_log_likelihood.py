@@ -164,11 +164,11 @@ def test_memory_is_bounded_by_chunk_bytes(N, wanted, dtype):
     chunk_bytes = 1 << 20
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = token_log_likelihood(*x, chunk_bytes=chunk_bytes)
-    held = peak = 0
+    now = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+            now += event.nbytes()
+            peak = max(peak, now)
     outputs = 2 * result.nbytes + 4 * x.hidden.numel() * wanted
     assert 0.2 * chunk_bytes < peak < 1.1 * chunk_bytes + outputs  # of logits of 16 MB and 240 MB
 
@@ -222,7 +222,7 @@ def test_products_of_ragged_heights_have_few_shapes():
 @pytest.mark.parametrize("has_products", [False, True])
 @pytest.mark.parametrize("N, V, D", [(60, 16384, 512), (1000, 16384, 512), (60, 128256, 2048)])
 def test_no_buffer_on_the_cpu_is_mapped_anew(N, V, D, has_products, monkeypatch):
-    """Of 32 MB and more every call paid with page faults, more time than the product took."""
+    """Buffers of 32 MB and more cost page faults in every call, which took longer than the product."""
     monkeypatch.setattr(_common, "has_bfloat16_products", lambda: has_products)
     sizes = _sizes(torch.empty(N, D, dtype=torch.bfloat16), torch.empty(V, D, dtype=torch.bfloat16), 64 << 20, 0)
     assert sizes.rows == N and 4 * max(N, 0 if has_products else D) * sizes.words <= CPU_BUFFER
