@@ -8,6 +8,7 @@ import pytest
 from snippets import ROOT, options_of_commands
 
 import qpeft_ext as qpeft
+from qpeft_ext.compare import methods, plan
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 # command -> the pages that explain it
@@ -57,6 +58,18 @@ def test_every_argument_of_a_class_is_on_its_page(kind, page):
     for name, parameter in inspect.signature(kind).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD and name != "model":
             assert f"`{name}`" in PAGES[page], f"docs/{page} says nothing about {name} of {kind.__name__}"
+
+
+def test_every_key_of_a_plan_is_explained():
+    for kind in (plan.Plan, plan.Collection, plan.Source, plan.Training, plan.Method):
+        for field in dataclasses.fields(kind):
+            if field.name not in ("path", "name", "varied", "all_collections"):  # no keys of the file
+                assert f"`{field.name}`" in PAGES["compare.md"], f"docs/compare.md: nothing about {field.name}"
+
+
+def test_every_method_that_can_be_compared_is_explained():
+    for name in set(methods.PRESETS) - {methods.FIRST_STAGE}:
+        assert f"`{name}`" in PAGES["compare.md"], f"docs/compare.md: nothing about the method {name}"
 
 
 def test_every_command_is_listed():
