@@ -1,4 +1,4 @@
-"""`qpeft compare`: a tiny plan from the YAML to the page, resuming, tables by hand, bad plans."""
+"""`qpeft compare`: one comparison of all kinds of methods, its files, and what later runs make of them."""
 
 import csv
 import io
@@ -9,47 +9,19 @@ import signal
 import statistics
 import xml.etree.ElementTree as ElementTree
 
-import numpy as np
 import pytest
 from evaluation.test_report import Tags
-from jobs.compare_job import make_compare_job, write_plan
+from jobs.compare_job import METHODS, assert_same_runs, command, compare, results, runs, write_plan
 from jobs.long_job import Process
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
-from qpeft_ext.compare.notes import quality_notes
-from qpeft_ext.compare.plan_file import read_plan
-from qpeft_ext.compare.tables import build_tables
-from qpeft_ext.compare.texts import csv_text, markdown
-from qpeft_ext.evaluation.measures import evaluate, per_query
+from qpeft_ext.evaluation.measures import evaluate
 
 pytest.importorskip("peft")
 pytest.importorskip("bm25s")
 pytest.importorskip("ir_measures")
-
-METHODS = [
-    "UPR: {method: upr}",
-    "hard clues: {method: hard_clues, options: {k: 3}}",
-    "similarity: {method: similarity}",
-    "LoRA: {method: lora, learning_rate: 1e-2, peft: {r: 2}}",
-    "Q-PEFT-A: {method: q_peft_a, learning_rate: 1e-2, vary: {training.queries: [2]}}",
-    "LoRA + BM25: {method: fusion, of: LoRA}",
-]
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return make_compare_job(tmp_path_factory.mktemp("compare"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QPEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -59,49 +31,6 @@ def done(job, tmp_path_factory):
     plan = write_plan(folder / "plan.yaml", job, METHODS)
     assert compare(plan, job, folder / "out") == 0
     return folder
-
-
-def compare(plan, job, output, *options) -> int:
-    return main(command(plan, job, output, *options))
-
-
-def command(plan, job, output, *options) -> list[str]:
-    return [
-        "compare",
-        str(plan),
-        "--data-root",
-        str(job),
-        "--output",
-        str(output),
-        "--device",
-        "cpu",
-        *map(str, options),
-    ]
-
-
-def results(output) -> dict:
-    """(method, seed) -> result."""
-    found = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/*/result.json"))]
-    return {(result["method"], result["seed"]): result for result in found}
-
-
-def runs(output) -> dict:
-    return {
-        path.parent.relative_to(output).as_posix(): formats.read_run(path)
-        for path in sorted(output.glob("*/*/*/run.trec.gz"))
-    }
-
-
-def assert_same_runs(ours, theirs, most: float = 1e-4) -> None:
-    """Same candidates, scores to ``most``."""
-    assert ours.keys() == theirs.keys()
-    for name, run in ours.items():
-        assert {q: dict(r) for q, r in run.items()} == {
-            q: pytest.approx(dict(r), abs=most) for q, r in theirs[name].items()
-        }, name
-
-
-# -- the whole of it -------------------------------------------------------------------------------------------------
 
 
 def test_what_is_made(done):
@@ -337,22 +266,6 @@ def test_copied_data_is_the_same_data_and_a_changed_document_is_not(done, job, t
     assert made_anew() == 2  # the first stage and UPR; BM25 does not mind capitals
 
 
-def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):
-    from qpeft_ext.training import trainer as train
-
-    budgets, init = [], train.QPeftTrainer.__init__
-
-    def spy(self, *args, cache=None, **options):
-        budgets.append(cache.max_bytes)
-        init(self, *args, cache=cache, **options)
-
-    monkeypatch.setattr(train.QPeftTrainer, "__init__", spy)
-    plan = write_plan(
-        tmp_path / "plan.yaml", job, ["A: {method: q_peft_a, learning_rate: 1e-2}"], **{"seeds: [0, 1]": "seeds: [0]"}
-    )
-    assert compare(plan, job, tmp_path / "out") == 0 and budgets == [1_000_000]
-
-
 def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
     """Of every method whose LM is the plan's, in training and in ranking: the same results, and no times."""
     methods = [
@@ -407,79 +320,6 @@ def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
     ) in (out / "comparison.md").read_text()
 
 
-def test_a_collection_may_have_some_of_the_rows(job, tmp_path, capsys):
-    """A fusion brings what it takes, a name what ``vary`` makes of it; what another collection lacks is no mistake."""
-    wide = "    data: data\n    split: test\n"
-    some = {
-        "collections:": "collections:\n  more: {data: data, split: test, candidates: 9, methods: [LoRA + BM25, "
-        "UPR], train: {data: data, split: train}, dev: {data: data, split: dev}}\n  less: {data: "
-        "data, split: test, candidates: 3, methods: [UPR]}",
-        "seeds: [0, 1]": "seeds: [0]",
-        wide: wide + "    methods: [Q-PEFT-A]\n",
-    }
-    plan = write_plan(tmp_path / "plan.yaml", job, METHODS, **some)
-    assert compare(plan, job, tmp_path / "out") == 0
-    tables = {
-        table["collection"]: [row["method"] for row in table["rows"]]
-        for table in json.loads((tmp_path / "out" / "comparison.json").read_text())
-    }
-    assert tables == {
-        "more": ["first stage", "UPR", "LoRA", "LoRA + BM25"],
-        "less": ["first stage", "UPR"],
-        "tiny": ["first stage", "Q-PEFT-A", "Q-PEFT-A, queries=2"],
-    }
-    assert [
-        row["seeds"] for table in build_tables(read_plan(plan), tmp_path / "out") for row in map(vars, table.rows)
-    ] == [1] * 9
-    write_plan(plan, job, METHODS, **some | {wide: wide + "    methods: [Q-PEFT-B]\n"})
-    capsys.readouterr()
-    assert compare(plan, job, tmp_path / "out") == 2
-    assert (
-        "plan.yaml: collections.tiny.methods: there is no method 'Q-PEFT-B'; did you mean 'Q-PEFT-A'?"
-        in capsys.readouterr().err
-    )
-
-
-def test_an_adapter_serves_all_collections_that_would_train_it(job, tmp_path, capsys):
-    """Two test collections, one training set: the method is trained once, also where they are made one by one."""
-    collections = {
-        "collections:": "collections:\n  other: {data: data, split: dev, candidates: 6, train: {data: data, "
-        "split: train}}\n  half: {data: data, split: test, candidates: 6, train: "
-        "{data: data, split: train, queries: 2}}",
-        "seeds: [0, 1]": "seeds: [0]",
-    }
-    plan = write_plan(tmp_path / "plan.yaml", job, ["A: {method: q_peft_a, learning_rate: 1e-2}"], **collections)
-    out = tmp_path / "out"
-    assert compare(plan, job, out, "--collection", "tiny") == 0
-    assert compare(plan, job, out) == 0
-    said = capsys.readouterr().out
-    assert said.count("trained in") == 2 and "other, A, seed 0: trained for tiny already" in said
-    trained, taken, half = (out / name / "A" / "seed-0" for name in ("tiny", "other", "half"))
-    weights = "adapter/adapter_model.safetensors"
-    assert (trained / weights).read_bytes() == (taken / weights).read_bytes() != (half / weights).read_bytes()
-    facts = [json.loads((place / "result.json").read_text())["training"] for place in (trained, taken)]
-    assert facts[1] == {"trained_for": "tiny"} | facts[0]
-    run = formats.read_run(taken / "run.trec.gz")
-    shutil.rmtree(trained / "adapter")  # as where results alone were kept: it is trained again
-    shutil.rmtree(out / "other")
-    assert compare(plan, job, out, "--collection", "other") == 0
-    assert "trained_for" not in json.loads((taken / "result.json").read_text())["training"]
-    assert_same_runs({"A": formats.read_run(taken / "run.trec.gz")}, {"A": run})
-
-
-def test_a_method_that_fails_does_not_stop_the_others(job, tmp_path, capsys):
-    bad = "odd LoRA: {method: lora, learning_rate: 1e-2, peft: {target_modules: [nowhere]}}"
-    others = ["UPR: {method: upr}", "sim: {method: similarity}", "sim + BM25: {method: fusion, of: sim}"]
-    plan = write_plan(tmp_path / "plan.yaml", job, [bad, *others], **{"seeds: [0, 1]": "seeds: [0]"})
-    assert compare(plan, job, tmp_path / "out") == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "1 results could not be made; the first: tiny, odd LoRA" in captured.err
-    assert "nowhere" in captured.err and "UPR" in (tmp_path / "out" / "comparison.md").read_text()
-    assert compare(plan, job, tmp_path / "out", "--method", "UPR") == 0
-    dev = formats.read_run(tmp_path / "out" / "tiny" / "sim-+-BM25" / "seed-0" / "dev.trec.gz")
-    assert all(0 < score <= 10 for ranking in dev.values() for _, score in ranking)  # cosines, not likelihoods
-
-
 def test_results_without_runs_count_but_cannot_be_fused(done, job, tmp_path, capsys):
     """As `benchmarks/quality/results.py` unpacks them."""
     output = tmp_path / "out"
@@ -494,179 +334,3 @@ def test_results_without_runs_count_but_cannot_be_fused(done, job, tmp_path, cap
     assert captured.err.count("\n") == 1 and "there are values but no run; remove" in captured.err
     assert captured.out.count("there already") == 10 and runs(output) == {}
     assert len((output / "comparison.md").read_text()) > 100
-
-
-def test_nothing_is_trained_on_test_or_dev_queries(done, job):
-    from qpeft_ext.compare.run import Comparison
-
-    assert list(read_plan(done / "plan.yaml", collections=["tiny"]).collections) == ["tiny"]
-    plan = read_plan(
-        write_plan(
-            done / "one_split.yaml",
-            job,
-            METHODS,
-            **{
-                "split: test\n    candidates": "split: train\n    queries: 3\n    candidates",
-                "split: dev": "split: train, queries: 4",
-            },
-        )
-    )
-    data = Comparison(plan, job, done / "out", "cpu").data("tiny")
-    training = plan.methods["LoRA"].training
-    few, more = (data.examples("train", training.__class__(n, 2, 8, 2), 0) for n in (2, 5))
-    test, dev = set(data.test.queries), set(data.dev.queries)
-    assert len(test) == 3 and len(dev) == 4 and not test & dev
-    assert {e["query_id"] for e in few} < {e["query_id"] for e in more}  # a learning curve adds queries
-    assert not {e["query_id"] for e in more} & (test | dev)
-    with pytest.raises(ValueError, match="6 training queries were asked for, there are 5"):
-        data.examples("train", training.__class__(6, 2, 8, 2), 0)
-    capped = read_plan(
-        write_plan(
-            done / "capped.yaml",
-            job,
-            METHODS,
-            **{
-                "split: test\n    candidates": "split: train\n    queries: 3\n    candidates",
-                "train: {data: data, split: train}": "train: {data: data, split: train, queries: 5}",
-                "split: dev": "split: train, queries: 4",
-            },
-        )
-    )
-    assert (
-        Comparison(capped, job, done / "out", "cpu").data("tiny").examples("train", training.__class__(6, 2, 8, 2), 0)
-        == more
-    )
-
-
-# -- tables, by hand -------------------------------------------------------------------------------------------------
-
-
-def test_holm_and_deviations_by_hand(job, tmp_path):
-    """Three methods against UPR on four queries; p-values from scipy's ttest_rel, corrected by hand."""
-    from scipy.stats import ttest_rel
-
-    methods = [
-        "UPR: {method: upr}",
-        "A: {method: q_peft_a, learning_rate: 1}",
-        "R: {method: q_peft_r, learning_rate: 1}",
-    ]
-    plan = read_plan(
-        write_plan(
-            tmp_path / "plan.yaml",
-            job,
-            methods,
-            **{"measures: [nDCG@10, RR@10, CandidateRecall@2]": "measures: [RR@10]"},
-        )
-    )
-    values = {
-        ("first stage", 0): [0.1, 0.2, 0.3, 0.4], ("UPR", 0): [0.2, 0.5, 0.4, 0.5],
-        ("A", 0): [0.5, 0.6, 0.8, 0.9], ("A", 1): [0.7, 0.8, 0.8, 0.7],
-        ("R", 0): [0.2, 0.4, 0.5, 0.5], ("R", 1): [0.2, 0.4, 0.5, 0.7],
-    }  # fmt: skip
-    for (name, seed), row in values.items():
-        folder = tmp_path / "out" / "tiny" / name.replace(" ", "-") / f"seed-{seed}"
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(
-            json.dumps({"method": name, "seed": seed, "per_query": {"RR@10": dict(zip("abcd", row, strict=True))}})
-        )
-    (table,) = build_tables(plan, tmp_path / "out")
-    rows = {row.name: row for row in table.rows}
-    assert list(rows) == ["first stage", "UPR", "A", "R"]
-    a, r = [0.6, 0.7, 0.8, 0.8], [0.2, 0.4, 0.5, 0.6]
-    assert rows["A"].means["RR@10"] == pytest.approx(0.725)
-    assert rows["A"].deviations["RR@10"] == pytest.approx(0.05 / 2**0.5)  # of 0.7 and 0.75
-    assert rows["UPR"].deviations == {} and rows["A"].against["upr"].difference["RR@10"] == pytest.approx(0.325)
-    upr, first = values["UPR", 0], values["first stage", 0]
-    p_a, p_r = (ttest_rel(x, upr).pvalue for x in (a, r))
-    assert p_a < p_r
-    assert rows["A"].against["upr"].p_holm["RR@10"] == pytest.approx(2 * p_a)
-    assert rows["R"].against["upr"].p_holm["RR@10"] == pytest.approx(max(2 * p_a, p_r))
-    three = sorted((ttest_rel(x, first).pvalue, name) for x, name in ((a, "A"), (r, "R"), (upr, "UPR")))
-    largest = 0.0
-    for factor, (p, name) in zip((3, 2, 1), three, strict=True):
-        largest = max(largest, min(1.0, factor * p))
-        assert rows[name].against["first_stage"].p_holm["RR@10"] == pytest.approx(largest)
-    assert "first_stage" not in rows["first stage"].against and "upr" not in rows["first stage"].against
-    assert rows["R"].against["upr"].gain["RR@10"] == 2 and rows["R"].against["upr"].lose["RR@10"] == 1
-    text = markdown(plan, [table])
-    assert "| 4. R | +0.1750 (p=" in text and ", 2:1) |" in text
-    assert "| 3. A | **0.7250 ± 0.0354**†‡ |" in text, text
-    assert csv_text([table]).splitlines()[3].startswith("tiny,A,2,0.725,0.0353")
-    table.results[-1]["training"] = {"queries": 3}  # of the 4 that the plan asks for
-    assert "R: trained on 3 queries, all that the collection gives." in quality_notes(table)
-    assert not any(note.startswith("A: trained on") for note in quality_notes(table))
-
-
-def test_candidate_recall_by_hand():
-    """Relevant documents among the first k ÷ those among the candidates; queries without any do not count."""
-    qrels = {"a": {"x": 1, "y": 2, "z": 0, "elsewhere": 1}, "b": {"x": 1}, "c": {"w": 1}}
-    run = {"a": [("n", 3.0), ("x", 2.0), ("y", 1.0), ("z", 0.0)], "b": [("x", 1.0)], "c": [("n", 1.0)]}
-    values = per_query(run, qrels, ["CandidateRecall@2", "R@2"])
-    assert list(values) == ["CandidateRecall@2", "R@2"]
-    assert values["CandidateRecall@2"] == {"a": 0.5, "b": 1.0}
-    assert values["R@2"] == pytest.approx({"a": 1 / 3, "b": 1.0, "c": 0.0})
-
-
-# -- bad plans -------------------------------------------------------------------------------------------------------
-
-BAD = [
-    ("lm: {lm}", "", "the key 'lm' is missing"),
-    ("seeds:", "seed:", "seed: unknown key; did you mean 'seeds'?"),
-    ("seeds: [0, 1]", "seeds: [0, x]", "seeds: expected a list of whole numbers, got [0, 'x']"),
-    ("seeds: [0, 1]", "seeds: [0, 0]", "seeds: each can be given once only"),
-    ("measures: [nDCG@10", "measures: [nDCGG@10", "measures: unknown measure 'nDCGG@10'"),
-    ("candidates: 6", "candidates: 0", "collections.tiny.candidates: must be above 0, got 0"),
-    ("candidates: 6", "candidates: six", "collections.tiny.candidates: expected a whole number, got 'six'"),
-    ("    dev: {{data: data, split: dev}}\n", "", "collections.tiny: the key 'dev' is missing"),
-    ("train: {{data: data, split: train}}", "train: {{split: train}}", "collections.tiny.train: expected either data"),
-    ("queries: 4,", "queriess: 4,", "training.queriess: unknown key; did you mean 'queries'?"),
-    ("rank: 4,", "rnk: 4,", "methods.UPR: QPeftConfig: unknown option 'rnk'; did you mean 'rank'?"),
-    ("rank: 4,", "seed: 4,", "options.seed: is set by seeds"),
-    ("method: upr", "method: uprr", "methods.UPR.method: unknown method 'uprr'; did you mean 'upr'?"),
-    ("method: lora, learning_rate: 1e-2,", "method: lora,", "methods.LoRA: the key 'learning_rate' is missing"),
-    ("peft: {{r: 2}}", "peft: {{rr: 2}}", "methods.LoRA: LoraConfig: unknown option 'rr'; did you mean 'r'?"),
-    ("of: LoRA", "of: LORA", "LoRA + BM25.of: expected another method of the plan that is no fusion, got 'LORA'"),
-    ("options: {{k: 3}}", "options: {{max_query_tokens: 3}}", "methods.hard clues.options.max_query_tokens: is set by"),
-    ("[2]}}", "2}}", "methods.Q-PEFT-A.vary.training.queries: expected a list of values, got 2"),
-    ("[2]}}", "[2, two]}}", "methods.Q-PEFT-A.vary.training.queries: expected a whole number, got 'two'"),
-    ("similarity: {{", "U P R: {{method: upr}}\n  U-P-R: {{", "would share a folder; rename one of them"),
-    ("lm: {lm}", "lm: {lm}\nlm: {lm}", "line 3: not valid YAML (the key 'lm' is given twice)"),
-    ("seeds: [0, 1]", "seeds: [0, 1", "not valid YAML ("),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("old", "new", "message"), BAD)
-def test_bad_plans(job, tmp_path, capsys, old, new, message):
-    old, new = (text.format(lm=job / "lm") for text in (old, new))
-    plan = write_plan(tmp_path / "plan.yaml", job, METHODS, **{old: new})
-    assert compare(plan, job, tmp_path / "out") == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"qpeft compare: error: {plan}") and err.count("\n") == 1
-    assert message in err, err
-    assert not (tmp_path / "out").exists()
-
-
-def test_other_bad_input(done, job, tmp_path, capsys):
-    for arguments, message in (
-        (["nowhere.yaml"], "No such file"),
-        ([str(done / "plan.yaml"), "--method", "LORA"], "there is no method 'LORA'; did you mean 'LoRA'?"),
-        ([str(done / "plan.yaml"), "--collection", "tinny"], "there is no collection 'tinny'; did you mean 'tiny'?"),
-        ([str(done / "plan.yaml"), "--table-only"], "there is no result of this plan yet"),
-        ([str(done / "plan.yaml"), "--data-root", "nowhere"], "data: no such file or folder"),
-    ):
-        assert main(["compare", *arguments, "--output", str(tmp_path / "out")]) == 2
-        err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1, err
-
-
-def test_labels_cover_neither_each_other_nor_points():
-    from qpeft_ext.compare.label_places import _POINT, _around, _shared, label_places
-
-    rng = np.random.default_rng(0)
-    crowd = np.concatenate([rng.normal((100, 100), 8, (12, 2)), rng.uniform(20, 180, (8, 2))])
-    sizes, within = [(12.0, 9.0)] * len(crowd), (0.0, 0.0, 200.0, 200.0)
-    labels = [_around(place, 12, 9) for place in label_places(crowd, sizes, within)]
-    for i, label in enumerate(labels):
-        assert label[0] >= 0 and label[1] >= 0 and label[2] <= 200 and label[3] <= 200
-        assert all(_shared(label, other) == 0 for other in labels[i + 1 :])
-        assert all(_shared(label, _around(point, 2 * _POINT, 2 * _POINT)) == 0 for point in crowd)

@@ -1,12 +1,16 @@
-"""A tiny comparison: a BEIR folder with three splits, a tiny LM, and a plan of all kinds of methods."""
+"""A tiny comparison: a BEIR folder with three splits, a tiny LM, a plan of all kinds of methods, and its results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
 from jobs.tiny_job import save_lm
 from small_data import write_lines
+
+from qpeft_ext import formats
+from qpeft_ext.cli import main
 
 WORDS = "tide moon sea boat harbour wind wave month earth low high pull rope lamp fog gull net pier map sail".split()
 SPLITS = {"test": range(0, 8), "train": range(8, 20), "dev": range(20, 25)}
@@ -29,6 +33,14 @@ collections:
 methods:
 {methods}
 """
+METHODS = [
+    "UPR: {method: upr}",
+    "hard clues: {method: hard_clues, options: {k: 3}}",
+    "similarity: {method: similarity}",
+    "LoRA: {method: lora, learning_rate: 1e-2, peft: {r: 2}}",
+    "Q-PEFT-A: {method: q_peft_a, learning_rate: 1e-2, vary: {training.queries: [2]}}",
+    "LoRA + BM25: {method: fusion, of: LoRA}",
+]
 
 
 def words(start: int, count: int) -> list[str]:
@@ -62,3 +74,43 @@ def write_plan(path: Path, job: Path, methods: list[str], **changes: str) -> Pat
         text = text.replace(old, new)
     path.write_text(text)
     return path
+
+
+def compare(plan, job, output, *options) -> int:
+    return main(command(plan, job, output, *options))
+
+
+def command(plan, job, output, *options) -> list[str]:
+    return [
+        "compare",
+        str(plan),
+        "--data-root",
+        str(job),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+        *map(str, options),
+    ]
+
+
+def results(output) -> dict:
+    """(method, seed) -> result."""
+    found = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/*/result.json"))]
+    return {(result["method"], result["seed"]): result for result in found}
+
+
+def runs(output) -> dict:
+    return {
+        path.parent.relative_to(output).as_posix(): formats.read_run(path)
+        for path in sorted(output.glob("*/*/*/run.trec.gz"))
+    }
+
+
+def assert_same_runs(ours, theirs, most: float = 1e-4) -> None:
+    """Same candidates, scores to ``most``."""
+    assert ours.keys() == theirs.keys()
+    for name, run in ours.items():
+        assert {q: dict(r) for q, r in run.items()} == {
+            q: pytest.approx(dict(r), abs=most) for q, r in theirs[name].items()
+        }, name
