@@ -1,37 +1,91 @@
-"""What several commands share: options, printing, and reading of a collection with its first stage."""
+"""Options that several commands have, and how options are read."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import os
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar, cast, get_type_hints
 
 import typer
 
 from ..utils.words import did_you_mean
 
-Device = Annotated[str | None, typer.Option(help="For example cuda or cpu.  [default: cuda if there is one]")]
-Dtype = Annotated[str | None, typer.Option(help="Of the LM: bfloat16, float16 or float32.  [default: as stored]")]
+Options = TypeVar("Options")
+
+Device = Annotated[str | None, typer.Option(help="Such as cuda or cpu.  [default: cuda if there is one]")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Number format of the LM: bfloat16, float16 or float32.  [default: as it is stored]")
+]
 Attention = Annotated[
     str | None,
     typer.Option(
-        help="Of the LM, one of transformers': sdpa, flash_attention_2, flex_attention, eager, …  [default: "
-        "sdpa where the LM has it]"
+        help="Attention implementation of transformers for the LM: sdpa, flash_attention_2, flex_attention, eager, …  "
+        "[default: sdpa where the LM has it]"
     ),
 ]
 IgnoreIdenticalIds = Annotated[
-    bool, typer.Option("--ignore-identical-ids", help="Leave out documents with the id of their query, as in ArguAna.")
+    bool,
+    typer.Option(
+        "--ignore-identical-ids", help="Leave out documents that have the id of their query, as needed for ArguAna."
+    ),
 ]
 Measures = Annotated[
     list[str] | None,
     typer.Option(
-        help="Names of ir_measures (nDCG@10 MAP RR@10) or trec_eval (map), one or several.  [default: nDCG@10 "
+        help="One or several names of ir_measures (nDCG@10 MAP RR@10) or trec_eval (map).  [default: nDCG@10 "
         "RR@10 Success@{1,5,20}]"
     ),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Resume OUTPUT.part, which an interrupted run of the same job left, or start over.",
+    ),
+]
+DATA = "Data set: a folder or file of any known format, or an id of ir_datasets or the Hub (see docs/formats.md)."
+SPLIT = "Split of the data set.  [default: test, or the only one]"
+RUN_OUTPUT = "TREC run to write; compressed if its name ends in .gz."
+LM = "The LM: a folder or a Hub id.  [default: the one that the adapter names]"
+TRUNCATE_QUERIES = "Cut longer queries at their end, instead of stopping with an error."
+DETERMINISTIC_SCORES = "Make scores bit-equal whatever is scored with them; slower."
+
+
+def from_dataclass(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Make a command of a function whose one argument is a dataclass; the fields are the command's options."""
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            function(options(**given))
+
+        hints = get_type_hints(options, include_extras=True)
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in dataclasses.fields(cast(Any, options))
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+        command.__annotations__ = hints
+        return command
+
+    return decorate
+
+
+def expect_at_least(least: int, **options: int | None) -> None:
+    """Raises: ValueError that names the first option below ``least``; None is always accepted."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
@@ -56,12 +110,13 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def spread_measures(arguments: list[str]) -> list[str]:
-    """``--measures A B`` as ``--measures A --measures B``: what follows, up to the next option, and is a measure.
+def spread_measures(arguments: Sequence[str]) -> list[str]:
+    """Rewrite ``--measures A B`` as ``--measures A --measures B``, for all measures up to the next option.
 
     Raises: ValueError for a word that is both a measure and a file, since either could be meant.
     """
-    spread, asked = [], False
+    spread: list[str] = []
+    asked = False
     for place, argument in enumerate(arguments):
         if argument.startswith("-"):
             asked = argument.partition("=")[0] == "--measures"

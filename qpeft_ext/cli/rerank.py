@@ -1,81 +1,112 @@
-"""``qpeft rerank``: rerank a run with an adapter, and compare with what there was before."""
+"""``qpeft rerank``: rerank a run with an adapter, and compare it with the run before."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import Attention, Device, Dtype, IgnoreIdenticalIds, Measures
+from ..utils.console import say
+from .common import (
+    DATA,
+    DETERMINISTIC_SCORES,
+    LM,
+    RUN_OUTPUT,
+    SPLIT,
+    TRUNCATE_QUERIES,
+    Attention,
+    Device,
+    Dtype,
+    IgnoreIdenticalIds,
+    Measures,
+    Resume,
+    expect_at_least,
+    from_dataclass,
+    measure_names,
+)
+
+if TYPE_CHECKING:
+    from ..ranking.systems import SystemsSpec
 
 
-def command(
-    data: Annotated[str, typer.Option(help="Collection: a folder or file of any format, or an id (see README).")],
-    output: Annotated[Path, typer.Option(help="TREC run to write; .gz by its name.")],
-    model: Annotated[str | None, typer.Option(help="Adapter: a folder or a Hub id.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="LM.  [default: the one the adapter names]")] = None,
+@dataclass(frozen=True)
+class RerankOptions:
+    """Options of ``qpeft rerank``, in the order of its help."""
+
+    data: Annotated[str, typer.Option(help=DATA)]
+    output: Annotated[Path, typer.Option(help=RUN_OUTPUT)]
+    model: Annotated[str | None, typer.Option(help="The adapter: a folder or a Hub id.")] = None
+    base_model: Annotated[str | None, typer.Option(help=LM)] = None
     run: Annotated[
-        Path | None, typer.Option(help="TREC run of the first stage.  [default: the data's candidates, else BM25]")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Whose queries.  [default: test, or the only one]")] = None,
-    top_k: Annotated[int, typer.Option(help="Candidates per query.")] = 100,
-    ignore_identical_ids: IgnoreIdenticalIds = False,
-    upr: Annotated[bool, typer.Option("--upr", help="Also rerank without clues (UPR), for comparison.")] = False,
+        Path | None,
+        typer.Option(help="TREC run of the first stage.  [default: the candidates of the data set, or BM25]"),
+    ] = None
+    split: Annotated[str | None, typer.Option(help=SPLIT)] = None
+    top_k: Annotated[int, typer.Option(help="Candidates per query that are reranked.")] = 100
+    ignore_identical_ids: IgnoreIdenticalIds = False
+    upr: Annotated[bool, typer.Option("--upr", help="Rerank without clues (UPR) too, for comparison.")] = False
     similarity_only: Annotated[
-        bool, typer.Option("--similarity-only", help="Also rank by the clues' similarities alone, without the LM.")
-    ] = False,
-    measures: Measures = None,
-    dtype: Dtype = None,
-    attention: Attention = None,
-    device: Device = None,
-    devices: Annotated[
-        str | None, typer.Option(help="One process with its own model for each, such as cuda:0,cuda:1 or cpu,cpu.")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray: one Ray actor for each of --devices.")] = "local",
-    resume: Annotated[
         bool,
-        typer.Option(
-            "--resume/--no-resume",
-            help="Go on with OUTPUT.part, which the same job left when it was interrupted; or start over.",
-        ),
-    ] = True,
+        typer.Option("--similarity-only", help="Rank by the similarities of the clues too, without the LM."),
+    ] = False
+    measures: Measures = None
+    dtype: Dtype = None
+    attention: Attention = None
+    device: Device = None
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Several devices, such as cuda:0,cuda:1 or cpu,cpu: each gets a process with its own model."),
+    ] = None
+    engine: Annotated[
+        str, typer.Option(help="Kind of processes for --devices: local, or ray for one Ray actor each.")
+    ] = "local"
+    resume: Resume = True
     cache_bytes: Annotated[
-        int, typer.Option(help="Memory per device for documents' prefixes, kept from query to query.")
-    ] = 0,
+        int, typer.Option(help="Memory per device for keys and values of documents, kept from query to query.")
+    ] = 0
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="Bytes per device besides the weights, or free (CUDA): gives token budget and "
-            "caches, instead of --cache-bytes."
+            help="Memory per device beside the weights, in bytes, or free for all free memory of the GPU. It sets the "
+            "token budget and the caches, instead of --cache-bytes."
         ),
-    ] = None,
+    ] = None
     index: Annotated[
-        Path | None, typer.Option(help="Folder made by qpeft index: documents' prefixes are read from there.")
-    ] = None,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="Bit-equal scores; slower.")] = False,
-    max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a pass.")] = None,
+        Path | None, typer.Option(help="Index made by qpeft index: keys and values of documents are read from it.")
+    ] = None
+    deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC_SCORES)] = False
+    max_tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Token budget of a pass.  [default: chosen for the device]")
+    ] = None
     template: Annotated[
         str | None,
         typer.Option(
-            help="Prompt of --upr without an adapter: qpeft, or upr as published.  [default: the adapter's, or qpeft]"
+            help="Prompt of --upr without an adapter: qpeft, or upr as it was published.  [default: the adapter's, or "
+            "qpeft]"
         ),
-    ] = None,
+    ] = None
     max_query_tokens: Annotated[
-        int | None, typer.Option(help="A longer query is an error.  [default: the adapter's, or 64]")
-    ] = None,
-    truncate_queries: Annotated[
-        bool, typer.Option("--truncate-queries", help="Cut longer queries at their end, instead of the error.")
-    ] = False,
+        int | None,
+        typer.Option(help="Longest query in tokens; a longer one is an error.  [default: the adapter's, or 64]"),
+    ] = None
+    truncate_queries: Annotated[bool, typer.Option("--truncate-queries", help=TRUNCATE_QUERIES)] = False
     max_document_tokens: Annotated[
-        int | None, typer.Option(help="A longer document is cut.  [default: the adapter's, or 256]")
-    ] = None,
-) -> None:
+        int | None,
+        typer.Option(help="Longest document in tokens; a longer one is cut.  [default: the adapter's, or 256]"),
+    ] = None
+
+
+@from_dataclass(RerankOptions)
+def command(options: RerankOptions) -> None:
     """Rerank the candidates of a first stage.
 
-    --output is the ranking of the adapter. Without --model it is that of --upr, else that of --similarity-only, and
-    --base-model says which LM. If the collection judges, a table shows the measures before and after.
+    --output is the ranking of the adapter. Without --model it is the ranking of --upr, or else of --similarity-only,
+    with the LM of --base-model. If the data set has judgements, a table shows the measures before and after.
+
+    Example: qpeft rerank --data FOLDER --model ADAPTER --run bm25.trec --output mine.trec
     """
     from .. import formats
     from ..evaluation.comparison import compare_table
@@ -83,57 +114,22 @@ def command(
     from ..ranking.first_stage import asked_queries, first_stage
     from ..ranking.job import rerank_job
     from ..ranking.run import check_candidates
-    from ..ranking.systems import SystemsSpec
-    from ..utils.console import say
-    from .common import measure_names
 
-    if not (model or upr or similarity_only):
-        raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")
-    if not (model or base_model):
-        raise ValueError("expected --base-model LM, since there is no adapter that names one")
-    for option, value, least in (
-        ("--top-k", top_k, 1),
-        ("--max-query-tokens", max_query_tokens, 1),
-        ("--max-document-tokens", max_document_tokens, 1),
-        ("--cache-bytes", cache_bytes, 0),
-        ("--max-tokens-per-batch", max_tokens_per_batch, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{option} must be at least {least}, got {value}")
-    if max_memory is not None and (cache_bytes or not (max_memory == "free" or max_memory.isdigit())):
-        raise ValueError(
-            "--max-memory and --cache-bytes exclude each other"
-            if cache_bytes
-            else f"--max-memory must be a number of bytes or free, got {max_memory!r}"
-        )
-    places = _devices(device, devices, engine)
-    collection = formats.open_collection(data)
+    _check_options(options)
+    places = _devices(options.device, options.devices, options.engine)
+    split, output = options.split, options.output
+    collection = formats.open_collection(options.data)
     corpus, asked, queries = collection.corpus, asked_queries(collection, split), collection.queries(split)
-    names = measure_names(measures)
+    names = measure_names(options.measures)
     if {"qrels", "answers"} & set(collection.parts):
         parse_measures(names)
-    candidates, before = first_stage(collection, split, asked, run, top_k, ignore_identical_ids)
-    check_candidates(candidates, queries, corpus, run)
+    candidates, before = first_stage(collection, split, asked, options.run, options.top_k, options.ignore_identical_ids)
+    check_candidates(candidates, queries, corpus, options.run)
     qrels = collection.judge(split, [candidates])
-    spec = SystemsSpec(
-        data=os.path.abspath(data) if os.path.exists(data) else data,
-        model=model,
-        base_model=base_model,
-        upr=upr,
-        similarity_only=similarity_only,
-        dtype=dtype,
-        attention=attention,
-        deterministic=deterministic,
-        max_tokens_per_batch=max_tokens_per_batch,
-        max_query_tokens=max_query_tokens,
-        truncate_queries=truncate_queries,
-        max_document_tokens=max_document_tokens,
-        cache_bytes=cache_bytes,
-        max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
-        index=index.absolute() if index else None,
-        template=template,
+    spec = _systems(options)
+    results = rerank_job(
+        spec, queries, candidates, output, engine=options.engine, devices=places, resume=options.resume
     )
-    results = rerank_job(spec, queries, candidates, output, engine=engine, devices=places, resume=resume)
     for name, result in results.items():
         say(f"{name}: {result}")
     say(f"wrote {sum(map(len, results[spec.names[0]].run.values()))} lines to {output}")
@@ -142,18 +138,64 @@ def command(
         say(compare_table(runs, qrels, names).render())
     else:
         splits = ", ".join(collection.splits) or "none"
-        say(f"{data} has no judgements for these queries, so nothing is evaluated; its splits: {splits}")
+        say(f"{options.data} has no judgements for these queries, so nothing is evaluated; its splits: {splits}")
+
+
+def _check_options(options: RerankOptions) -> None:
+    """Raises: ValueError for options that are missing, exclude each other, or are out of range."""
+    if not (options.model or options.upr or options.similarity_only):
+        raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")
+    if not (options.model or options.base_model):
+        raise ValueError("expected --base-model LM, since there is no adapter that names one")
+    expect_at_least(
+        1,
+        top_k=options.top_k,
+        max_query_tokens=options.max_query_tokens,
+        max_document_tokens=options.max_document_tokens,
+        max_tokens_per_batch=options.max_tokens_per_batch,
+    )
+    expect_at_least(0, cache_bytes=options.cache_bytes)
+    if options.max_memory is not None:
+        if options.cache_bytes:
+            raise ValueError("--max-memory and --cache-bytes exclude each other")
+        if not (options.max_memory == "free" or options.max_memory.isdigit()):
+            raise ValueError(f"--max-memory must be a number of bytes or free, got {options.max_memory!r}")
+
+
+def _systems(options: RerankOptions) -> SystemsSpec:
+    """Return the description of the systems that rank, for this process or others."""
+    from ..ranking.systems import SystemsSpec
+
+    max_memory = options.max_memory
+    return SystemsSpec(
+        data=os.path.abspath(options.data) if os.path.exists(options.data) else options.data,
+        model=options.model,
+        base_model=options.base_model,
+        upr=options.upr,
+        similarity_only=options.similarity_only,
+        dtype=options.dtype,
+        attention=options.attention,
+        deterministic=options.deterministic,
+        max_tokens_per_batch=options.max_tokens_per_batch,
+        max_query_tokens=options.max_query_tokens,
+        truncate_queries=options.truncate_queries,
+        max_document_tokens=options.max_document_tokens,
+        cache_bytes=options.cache_bytes,
+        max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
+        index=options.index.absolute() if options.index else None,
+        template=options.template,
+    )
 
 
 def _devices(device: str | None, devices: str | None, engine: str) -> list[str | None]:
-    """Where to rank; None leaves it to the engine."""
+    """Return the devices to rank on; None leaves the choice to the engine."""
     if engine not in ("local", "ray"):
         raise ValueError(f"--engine must be local or ray, got {engine!r}")
     if devices is None:
         return [device]
     if device is not None:
         raise ValueError("give either --device or --devices")
-    places = [place.strip() for place in devices.split(",")]
+    places: list[str | None] = [place.strip() for place in devices.split(",")]
     if not all(places):
         raise ValueError(f"--devices must be names with commas between them, such as cuda:0,cuda:1, got {devices!r}")
     return places

@@ -2,124 +2,182 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Device, Dtype
+from ..utils.console import Interrupted, say
+from .common import Device, Dtype, Resume, expect_at_least, from_dataclass
+
+if TYPE_CHECKING:
+    from ..config import QPeftConfig
+    from ..synthesis.generator import QueryGenerator, Sampling
+    from ..synthesis.training_set import PartialQueries
 
 
-def command(
-    data: Annotated[str, typer.Option(help="Collection with a corpus, as for qpeft rerank --data.")],
-    base_model: Annotated[str, typer.Option(help="The LM that writes, a causal one: a folder or a Hub id.")],
-    output: Annotated[Path, typer.Option(help="Training examples to write, jsonl; .gz by its name.")],
-    documents: Annotated[int | None, typer.Option(help="How many, chosen at random.  [default: all]")] = None,
-    queries_per_document: Annotated[int, typer.Option(help="Queries written for each document.")] = 1,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0: the likeliest token each time.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability together.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest tokens; 0: all.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="A query that has no end by then is cut.")] = 48,
+@dataclass(frozen=True)
+class SynthesizeOptions:
+    """Options of ``qpeft synthesize``, in the order of its help."""
+
+    data: Annotated[str, typer.Option(help="Data set with documents, as for qpeft rerank --data.")]
+    base_model: Annotated[str, typer.Option(help="The causal LM that writes the queries: a folder or a Hub id.")]
+    output: Annotated[
+        Path,
+        typer.Option(help="Training examples to write, as JSON lines; compressed if the name ends in .gz."),
+    ]
+    documents: Annotated[int | None, typer.Option(help="Number of documents, chosen at random.  [default: all]")] = None
+    queries_per_document: Annotated[int, typer.Option(help="Queries written for each document.")] = 1
+    temperature: Annotated[
+        float, typer.Option(help="Divisor of the logits; with 0 the likeliest token is always taken.")
+    ] = 1.0
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")
+    ] = 0.95
+    top_k: Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0 for all.")] = 0
+    max_new_tokens: Annotated[int, typer.Option(help="Longest query in tokens; a longer one is cut.")] = 48
     instruction: Annotated[
-        str | None, typer.Option(help="Start of every prompt, examples included if wanted.  [default: as in training]")
-    ] = None,
-    max_document_tokens: Annotated[int, typer.Option(help="A longer document is cut.")] = 256,
-    max_query_tokens: Annotated[int, typer.Option(help="A longer query is dropped.")] = 64,
-    min_tokens: Annotated[int, typer.Option(help="A shorter query is dropped.")] = 3,
-    keep_unfinished: Annotated[bool, typer.Option("--keep-unfinished", help="Keep queries that were cut.")] = False,
+        str | None,
+        typer.Option(help="Start of every prompt; it may include examples.  [default: as in training]"),
+    ] = None
+    max_document_tokens: Annotated[int, typer.Option(help="Longest document in tokens; a longer one is cut.")] = 256
+    max_query_tokens: Annotated[int, typer.Option(help="Queries longer than this are dropped.")] = 64
+    min_tokens: Annotated[int, typer.Option(help="Queries shorter than this are dropped.")] = 3
+    keep_unfinished: Annotated[
+        bool, typer.Option("--keep-unfinished", help="Keep queries that were cut at --max-new-tokens.")
+    ] = False
     min_log_likelihood: Annotated[
-        float | None, typer.Option(help="Of a query given its document: mean per token, nats.  [default: any]")
-    ] = None,
-    keep_fraction: Annotated[float, typer.Option(help="Keep only this share of the queries, the likeliest.")] = 1.0,
+        float | None,
+        typer.Option(help="Lowest log likelihood of a query given its document, in nats per token.  [default: any]"),
+    ] = None
+    keep_fraction: Annotated[float, typer.Option(help="Share of the queries that is kept, the likeliest.")] = 1.0
     round_trip_top: Annotated[
-        int, typer.Option(help="The document must be among so many best of BM25 for its query.")
-    ] = 20,
-    no_round_trip: Annotated[bool, typer.Option("--no-round-trip", help="Do not ask for that.")] = False,
-    num_negatives: Annotated[int, typer.Option(help="Negatives per query, from BM25; 0: none.")] = 11,
-    depth: Annotated[int, typer.Option(help="Negatives are drawn from this many best candidates.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of documents, draws and negatives.")] = 0,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--no-resume",
-            help="Go on with OUTPUT.part, which the same job left when it was interrupted; or start over.",
-        ),
-    ] = True,
-    max_tokens_per_batch: Annotated[int | None, typer.Option(help="Token budget of a batch.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-) -> None:
-    """Write training queries for documents with an LM, and keep those that lead back to their document.
+        int,
+        typer.Option(help="Keep a query only if BM25 finds its document among this many best."),
+    ] = 20
+    no_round_trip: Annotated[bool, typer.Option("--no-round-trip", help="Keep queries whatever BM25 finds.")] = False
+    num_negatives: Annotated[int, typer.Option(help="Negatives per query from BM25; 0 for none.")] = 11
+    depth: Annotated[
+        int, typer.Option(help="Number of the best candidates of a query that its negatives are drawn from.")
+    ] = 40
+    seed: Annotated[int, typer.Option(help="Seed of the choice of documents, of queries and of negatives.")] = 0
+    resume: Resume = True
+    max_tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Token budget of a batch.  [default: chosen for the device]")
+    ] = None
+    dtype: Dtype = None
+    device: Device = None
 
-    What is dropped is counted and printed. After a kill the same command goes on; filters and negatives may be others
-    then. Example: qpeft synthesize --data FOLDER --base-model LM --output train.jsonl, then qpeft train --train
-    train.jsonl
+
+@from_dataclass(SynthesizeOptions)
+def command(options: SynthesizeOptions) -> None:
+    """Write training queries for documents with an LM, and keep those that find their document again.
+
+    Dropped queries are counted and printed. After an interruption the same command resumes; filters and negatives may
+    be changed then.
+
+    Example: qpeft synthesize --data FOLDER --base-model LM --output train.jsonl, then qpeft train --train train.jsonl
     """
-    for option, value in (
-        ("--documents", documents),
-        ("--round-trip-top", round_trip_top),
-        ("--max-tokens-per-batch", max_tokens_per_batch),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
-    from dataclasses import asdict
-
+    expect_at_least(
+        1,
+        documents=options.documents,
+        round_trip_top=options.round_trip_top,
+        max_tokens_per_batch=options.max_tokens_per_batch,
+    )
     from .. import formats
     from ..config import DEFAULT_INSTRUCTION, QPeftConfig
-    from ..lm.loading import default_device, lm_digest, load_lm, quiet_transformers
-    from ..model import get_qpeft_model
+    from ..lm.loading import default_device, quiet_transformers
     from ..synthesis.filters import Filters
-    from ..synthesis.generator import QueryGenerator, Sampling
+    from ..synthesis.generator import Sampling
     from ..synthesis.training_set import PartialQueries, choose_documents, generate_queries, write_training_set
-    from ..utils.console import Interrupted, say
     from ..utils.environment import versions
 
-    sampling = Sampling(queries_per_document, temperature, top_p, top_k, max_new_tokens, seed)
+    sampling = Sampling(
+        options.queries_per_document,
+        options.temperature,
+        options.top_p,
+        options.top_k,
+        options.max_new_tokens,
+        options.seed,
+    )
     filters = Filters(
-        min_tokens,
-        keep_unfinished,
-        min_log_likelihood,
-        keep_fraction,
-        0 if no_round_trip else round_trip_top,
-        num_negatives,
-        depth,
+        options.min_tokens,
+        options.keep_unfinished,
+        options.min_log_likelihood,
+        options.keep_fraction,
+        0 if options.no_round_trip else options.round_trip_top,
+        options.num_negatives,
+        options.depth,
     )
     config = QPeftConfig(
         clues="none",
-        instruction=DEFAULT_INSTRUCTION if instruction is None else instruction,
-        max_document_tokens=max_document_tokens,
-        max_query_tokens=max_query_tokens,
+        instruction=DEFAULT_INSTRUCTION if options.instruction is None else options.instruction,
+        max_document_tokens=options.max_document_tokens,
+        max_query_tokens=options.max_query_tokens,
     )
-    corpus = formats.open_collection(data).corpus
-    doc_ids = choose_documents(corpus, documents, seed)
-    device = default_device(device)
+    corpus = formats.open_collection(options.data).corpus
+    doc_ids = choose_documents(corpus, options.documents, options.seed)
+    device = default_device(options.device)
     quiet_transformers()
-    settings = {
-        "base model": lm_digest(base_model), "dtype": dtype, "corpus": corpus.version(), "documents": len(doc_ids),
-        **asdict(sampling), "instruction": config.instruction, "max_document_tokens": max_document_tokens,
-        "max_query_tokens": max_query_tokens, "max_tokens_per_batch": max_tokens_per_batch,
-    }  # fmt: skip
+    settings = _settings(options, sampling, config, corpus, len(doc_ids))
     about = {
-        "base model": base_model,
-        "data": data,
+        "base model": options.base_model,
+        "data": options.data,
         "filters": asdict(filters),
         "versions": versions(("torch", "transformers")),
     }
-    partial = PartialQueries(output, len(doc_ids), settings, about=about, resume=resume)
+    partial = PartialQueries(options.output, len(doc_ids), settings, about=about, resume=options.resume)
+    with _kept(partial):
+        generate_queries(_generator(options, config, sampling, device), corpus, doc_ids, partial)
+        all_settings = {"settings": settings, **about}
+        say(str(write_training_set(partial, corpus, doc_ids, filters, options.seed, all_settings)))
+        say(f"wrote {options.output}")
+
+
+def _settings(
+    options: SynthesizeOptions, sampling: Sampling, config: QPeftConfig, corpus: Any, documents: int
+) -> dict[str, object]:
+    """Return everything that the queries depend on; a part with other settings is not resumed."""
+    from ..lm.loading import lm_digest
+
+    return {
+        "base model": lm_digest(options.base_model),
+        "dtype": options.dtype,
+        "corpus": corpus.version(),
+        "documents": documents,
+        **asdict(sampling),
+        "instruction": config.instruction,
+        "max_document_tokens": options.max_document_tokens,
+        "max_query_tokens": options.max_query_tokens,
+        "max_tokens_per_batch": options.max_tokens_per_batch,
+    }
+
+
+def _generator(options: SynthesizeOptions, config: QPeftConfig, sampling: Sampling, device: str) -> QueryGenerator:
+    from ..lm.loading import load_lm
+    from ..model import get_qpeft_model
+    from ..synthesis.generator import QueryGenerator
+
+    model = get_qpeft_model(load_lm(options.base_model, dtype=options.dtype, device=device), config)
+    generator = QueryGenerator(model, sampling, options.max_tokens_per_batch)
+    if not generator.has_end:
+        say(
+            "the LM's tokenizer has neither a line end nor an end token, so no query will end by itself; use "
+            "--keep-unfinished and a small --max-new-tokens"
+        )
+    return generator
+
+
+@contextmanager
+def _kept(partial: PartialQueries) -> Iterator[None]:
+    """Say what is resumed, and after an interruption or an error what is kept; close the file at the end."""
     try:
         if partial.num_resumed:
             say(f"{partial}: going on from there")
-        generator = QueryGenerator(
-            get_qpeft_model(load_lm(base_model, dtype=dtype, device=device), config), sampling, max_tokens_per_batch
-        )
-        if not generator.has_end:
-            say(
-                "the LM's tokenizer has neither a line end nor an end token, so no query will end by itself; use "
-                "--keep-unfinished and a small --max-new-tokens"
-            )
-        generate_queries(generator, corpus, doc_ids, partial)
-        say(str(write_training_set(partial, corpus, doc_ids, filters, seed, {"settings": settings} | about)))
-        say(f"wrote {output}")
+        yield
     except KeyboardInterrupt:
         kept = f"; {partial}: the same command goes on from there" if partial.batches else ""
         raise Interrupted(f"interrupted{kept}") from None

@@ -1,0 +1,158 @@
+"""Options of ``qpeft train``, and checks of their values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import TRUNCATE_QUERIES, Attention, Device, Dtype, IgnoreIdenticalIds, expect_at_least
+
+SCHEDULERS = (  # those of transformers that need no further settings
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of ``qpeft train``, in the order of its help."""
+
+    base_model: Annotated[str, typer.Option(help="The LM: a folder or a Hub id. It stays frozen.")]
+    output: Annotated[
+        Path, typer.Option(help="Folder for the adapter; checkpoints are written to its subfolder checkpoints.")
+    ]
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data set with training examples, or with qrels of --split (see docs/formats.md)."),
+    ] = None
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training examples instead of --data, as JSON lines with query, positives and negatives, or with the "
+            "keys of sentence-transformers, FlagEmbedding or Tevatron."
+        ),
+    ] = None
+    dev: Annotated[Path | None, typer.Option(help="Examples to evaluate on during training, as JSON lines.")] = None
+    run: Annotated[
+        Path | None,
+        typer.Option(help="TREC run that gives the negatives of --data.  [default: its own candidates, or BM25]"),
+    ] = None
+    split: Annotated[str, typer.Option(help="Split of --data to train on, if it has splits.")] = "train"
+    num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 7
+    depth: Annotated[
+        int, typer.Option(help="Number of the best candidates of a query that its negatives are drawn from.")
+    ] = 40
+    ignore_identical_ids: IgnoreIdenticalIds = False
+    clues: Annotated[str, typer.Option(help="Clue module: top_k (Q-PEFT-R), attention (Q-PEFT-A) or none.")] = "top_k"
+    k: Annotated[int | None, typer.Option(help="Clues per document, for --clues top_k.  [default: 10]")] = None
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads, for --clues attention.  [default: 8]")] = None
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Inner width of the clue module.  [default: 256, or the LM's width if that is smaller]"),
+    ] = None
+    generated_lora_rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the LoRA that the query generates; 0 for none.  [default: 16 with clues]"),
+    ] = None
+    loss: Annotated[
+        str,
+        typer.Option(help="listwise, pointwise_pairwise, pointwise, pairwise, contrastive or margin_mse."),
+    ] = "listwise"
+    margin: Annotated[float, typer.Option(help="Margin of the pairwise loss, in nats per query token.")] = 0.0
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate; choose it by the results on dev.")] = 1e-3
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0
+    max_steps: Annotated[int, typer.Option(help="Stop after this many steps; -1 for the end of --epochs.")] = -1
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW on weight matrices.")] = 0.0
+    warm_up: Annotated[
+        float,
+        typer.Option(help="Steps in which the learning rate rises; a value below 1 is a share of all steps."),
+    ] = 0.0
+    scheduler: Annotated[str, typer.Option(help=f"Schedule of the learning rate: {', '.join(SCHEDULERS)}.")] = "linear"
+    max_grad_norm: Annotated[float, typer.Option(help="Longest gradient; longer ones are scaled. 0: no limit.")] = 1.0
+    max_query_tokens: Annotated[int, typer.Option(help="Longest query in tokens; a longer one is an error.")] = 64
+    truncate_queries: Annotated[bool, typer.Option("--truncate-queries", help=TRUNCATE_QUERIES)] = False
+    max_document_tokens: Annotated[int, typer.Option(help="Longest document in tokens; a longer one is cut.")] = 256
+    queries_per_group: Annotated[
+        int, typer.Option(help="Queries that are trained together and share their documents.")
+    ] = 4
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Queries that a device reads at once, a multiple of --queries-per-group.  [default: one group]"
+        ),
+    ] = None
+    gradient_accumulation: Annotated[
+        int,
+        typer.Option(
+            "--gradient-accumulation", "--gradient-accumulation-steps", help="Batches per step of the optimiser."
+        ),
+    ] = 1
+    save_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints; with --dev the best one is kept.  [default: no checkpoints]"),
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last complete checkpoint in --output.")] = (
+        False
+    )
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the adapter and checkpoints of an earlier run.")
+    ] = False
+    cache_bytes: Annotated[
+        int, typer.Option(help="Memory for keys and values of documents, which are kept from epoch to epoch.")
+    ] = 0
+    index: Annotated[
+        Path | None,
+        typer.Option(help="Index made by qpeft index with this LM; documents that it lacks are computed."),
+    ] = None
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Make resumed runs end bit-equal; slower.")] = (
+        False
+    )
+    report_to: Annotated[str, typer.Option(help="Where transformers reports to: tensorboard, wandb, … or none.")] = (
+        "none"
+    )
+    dtype: Dtype = None
+    attention: Attention = None
+    device: Device = None
+    seed: Annotated[int, typer.Option(help="Seed of initial weights, order and negatives.")] = 0
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for any option of QPeftConfig; may be repeated.")
+    ] = None
+
+
+def check_options(options: TrainOptions) -> None:
+    """Raises: ValueError for options that exclude each other, or a value that would be ignored or train nothing."""
+    if (options.data is None) == (options.train is None):
+        raise ValueError("expected either --data FOLDER or --train FILE")
+    for name, value in (("--learning-rate", options.learning_rate), ("--epochs", options.epochs)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    for name, value in (
+        ("--weight-decay", options.weight_decay),
+        ("--warm-up", options.warm_up),
+        ("--max-grad-norm", options.max_grad_norm),
+    ):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if options.max_steps < 1 and options.max_steps != -1:
+        raise ValueError(f"--max-steps must be at least 1, or -1 for --epochs, got {options.max_steps}")
+    expect_at_least(1, gradient_accumulation=options.gradient_accumulation)
+    if options.scheduler not in SCHEDULERS:
+        raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {options.scheduler!r}")
+    warm_up = options.warm_up
+    if warm_up >= 1 and warm_up != int(warm_up):
+        raise ValueError(f"--warm-up must be a number of steps, or a share of them below 1, got {warm_up}")
+    if warm_up and options.scheduler == "constant":
+        raise ValueError(f"--warm-up {warm_up:g} does nothing with --scheduler constant; use constant_with_warmup")
+    expect_at_least(1, save_steps=options.save_steps)
+    expect_at_least(0, cache_bytes=options.cache_bytes)
+    if options.resume and options.overwrite:
+        raise ValueError("--resume goes on and --overwrite starts anew: give one of them")
