@@ -211,7 +211,7 @@ def test_train_takes_the_examples_of_the_collection(tmp_path, capsys):
             ]
         )
     )
-    examples, dev = train._read(str(tmp_path / "nq-train.json"), "train", None, None, None, 11, 40, 0)
+    examples, dev = train._read(train.TrainOptions("LM", tmp_path / "adapter", data=str(tmp_path / "nq-train.json")))
     assert [example["query"] for example in examples] == ["why"] and dev is None
     assert capsys.readouterr().out == "1 training examples; 1 questions without a positive passage left out\n"
 

@@ -204,7 +204,7 @@ def test_resume_without_a_checkpoint_does_not_replace_an_adapter(job, tmp_path, 
 
 def arguments_of(monkeypatch, job, tmp_path, *options):
     """The `TrainingArguments` of a training with these options."""
-    from qpeft_ext.training import trainer as module
+    from qpeft_ext.training import fit as module
 
     class Asked(Exception):
         pass

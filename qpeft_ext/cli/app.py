@@ -1,6 +1,6 @@
 """The command ``qpeft``: info, retrieve, synthesize, train, index, rerank, evaluate, compare, fuse, convert, demo.
 
-The commands are the modules beside this one. They import torch when they run, so that ``--help`` is quick.
+Each command is a module in this folder. It imports torch when it runs, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,8 +20,8 @@ from ..utils.text import one_line
 from . import compare, convert, demo, evaluate, fuse, index, info, rerank, retrieve, synthesize, train
 from .common import spread_measures
 
-# the base of every complaint about arguments; typer has no public name for it
-ClickException = typer.BadParameter.__mro__[2]
+# the base class of errors about arguments, for which typer has no public name
+ClickException: type[Any] = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help="Rerank text with a frozen language model and a few trained clues (Q-PEFT).",
@@ -86,7 +86,10 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _is_the_users(error: Exception) -> bool:
-    """Of torch's own errors only this one is the user's to solve; the others are ours, with their traceback."""
+    """Return True for errors that the user can solve; others are shown with their traceback.
+
+    Of torch's own errors the user can solve only a lack of memory.
+    """
     if isinstance(error, RuntimeError):
         return type(error).__name__ in ("OutOfMemoryError", "RecursionError")
     return isinstance(error, (ValueError, TypeError, OSError, ImportError, MemoryError))
@@ -100,7 +103,7 @@ def _fail(arguments: Sequence[str], message: str, code: int = 2) -> int:
 
 
 def _one_value_each(error: Exception, arguments: Sequence[str]) -> str:
-    """What to do where an option was given several values: they are then arguments that nothing expects."""
+    """Return what to do where an option was given several values, which then look like unexpected arguments."""
     found = re.match(r"Got unexpected extra argument(?:s|\(s\))? \((\S+?)\)*(?: |$)", getattr(error, "message", ""))
     before = (
         [argument for argument in arguments[: arguments.index(found[1])] if argument.startswith("--")]
@@ -112,7 +115,7 @@ def _one_value_each(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def _message(error: Exception) -> str:
-    """The message of an error; of the system's own errors ("[Errno 13] ...") the readable part."""
+    """Return the message of an error, of an error of the system ("[Errno 13] ...") its readable part."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, MemoryError):

@@ -12,22 +12,24 @@ from .common import Device
 
 
 def command(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="Methods, collections and seeds.")],
-    output: Annotated[Path, typer.Option(help="Folder for the results; one that is there is gone on with.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="File with methods, data sets and seeds.")],
+    output: Annotated[Path, typer.Option(help="Folder for the results; results in it are kept and completed.")],
     data_root: Annotated[
-        Path, typer.Option(envvar="QPEFT_DATA", help="Folder that the plan's data paths are below.")
+        Path, typer.Option(envvar="QPEFT_DATA", help="Folder that paths of data in the plan are relative to.")
     ] = Path("."),
-    method: Annotated[list[str] | None, typer.Option(help="Only this method of the plan; repeatable.")] = None,
-    collection: Annotated[list[str] | None, typer.Option(help="Only this collection of the plan; repeatable.")] = None,
-    table_only: Annotated[bool, typer.Option("--table-only", help="Tables and page of what is there.")] = False,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")] = None,
+    collection: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Only write tables of the results so far.")] = False,
     device: Device = None,
 ) -> None:
-    """Compare methods in one harness: the same candidates, tokens, truncation and LM for all.
+    """Compare methods under the same conditions.
 
-    Every result (method, collection, seed) has a folder with its settings, adapter, run file, values per query,
-    versions and commit. After a kill the same command goes on; a result is made again only when its settings changed.
-    Started several times at once, the processes share the work.
-    Writes comparison.md, .csv, .json and .html. Plans: benchmarks/compare/.
+    All methods get the same candidates, tokens, truncation and LM. Every result (method, data set, seed) gets a
+    folder with its settings, adapter, run, values per query, versions and commit. After an interruption the same
+    command resumes; a result is made again only if its settings have changed. Several processes with the same
+    command share the work. Plans are in benchmarks/compare/.
+
+    The command writes comparison.md, .csv, .json and .html.
     """
     from ..compare.plan_file import read_plan
 
@@ -45,7 +47,7 @@ def command(
     output.mkdir(parents=True, exist_ok=True)
     try:
         Comparison(asked, data_root, output, device).run()
-    except ValueError:  # some results may be there
+    except ValueError:  # other results may be complete
         if any(output.glob("*/*/*/result.json")):
             _write(asked, output)
         raise

@@ -1,4 +1,4 @@
-"""``qpeft convert``: a collection in another format."""
+"""``qpeft convert``: write a data set in another format."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ from typing import Annotated
 
 import typer
 
+from .common import DATA, SPLIT
+
 
 def command(
-    data: Annotated[str, typer.Argument(help="Collection: a folder or file of any format, or an id (see README).")],
-    output: Annotated[Path, typer.Argument(help="New folder (beir, msmarco, trec) or file (the others; .gz by name).")],
+    data: Annotated[str, typer.Argument(help=DATA)],
+    output: Annotated[
+        Path,
+        typer.Argument(help="New folder (beir, msmarco, trec) or file (others; .gz is compressed)."),
+    ],
     to: Annotated[str, typer.Option(help="beir, msmarco, trec, upr, rankllm, dpr or jsonl (training examples).")],
-    split: Annotated[str | None, typer.Option(help="Which split.  [default: test, or the only one]")] = None,
-    run: Annotated[Path | None, typer.Option(help="TREC run: the candidates, instead of the collection's.")] = None,
-    num_negatives: Annotated[int, typer.Option(help="Per training example, where they are made here.")] = 11,
-    seed: Annotated[int, typer.Option(help="Of those negatives.")] = 0,
+    split: Annotated[str | None, typer.Option(help=SPLIT)] = None,
+    run: Annotated[Path | None, typer.Option(help="TREC run whose candidates replace those of the data set.")] = None,
+    num_negatives: Annotated[int, typer.Option(help="Negatives per example that is made from qrels.")] = 11,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of those negatives.")] = 0,
 ) -> None:
-    """Write a collection in another format: all that it can hold, with a count of what it cannot.
+    """Write a data set in another format.
+
+    Parts that the format cannot store are counted and printed.
 
     Example: qpeft convert BEIR_FOLDER candidates.jsonl --to rankllm --run bm25.trec
     """

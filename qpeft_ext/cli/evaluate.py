@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import IgnoreIdenticalIds, Measures
+from .common import SPLIT, IgnoreIdenticalIds, Measures, measure_names
 
 
 def command(
@@ -17,22 +17,25 @@ def command(
     qrels: Annotated[
         str,
         typer.Option(
-            help="Qrels (TREC, BEIR tsv, MS MARCO), or a collection that judges: a folder with --split, "
-            "retriever output or questions with answers, an id of ir_datasets."
+            help="Qrels (TREC, BEIR tsv, MS MARCO), or a data set with judgements: a folder with --split, retriever "
+            "output or questions with answers, an id of ir_datasets."
         ),
     ],
-    split: Annotated[str | None, typer.Option(help="Of a collection.  [default: test, or the only one]")] = None,
+    split: Annotated[str | None, typer.Option(help=SPLIT)] = None,
     measures: Measures = None,
-    test: Annotated[str, typer.Option(help="Paired test: t-test or permutation.")] = "t-test",
+    test: Annotated[str, typer.Option(help="Paired test of significance: t-test or permutation.")] = "t-test",
     ignore_identical_ids: IgnoreIdenticalIds = False,
-    ties: Annotated[str, typer.Option(help="Equal scores: order (as in the file) or trec_eval (by id).")] = "order",
-    output: Annotated[Path | None, typer.Option(help="Write the table as JSON too.")] = None,
+    ties: Annotated[
+        str, typer.Option(help="Equal scores are ordered as in the file (order) or by id (trec_eval).")
+    ] = "order",
+    output: Annotated[Path | None, typer.Option(help="File for the table as JSON.")] = None,
 ) -> None:
-    """Evaluate runs and compare each with the first: difference and p-value of a paired test, query by query.
+    """Evaluate runs, and compare each with the first.
 
-    A query that a run does not hold counts as 0, a document without a judgement as not relevant. With several runs the
-    p-values are Holm-corrected. Example: qpeft evaluate --qrels test.tsv bm25.trec mine.trec
-    --measures nDCG@10 RR@10
+    The comparison is a paired test over the queries. A query that is missing in a run counts as 0, and a document
+    without a judgement as not relevant. With several runs the p-values are Holm-corrected.
+
+    Example: qpeft evaluate --qrels test.tsv bm25.trec mine.trec --measures nDCG@10 RR@10
     """
     from .. import formats
     from ..evaluation.comparison import compare_table
@@ -40,7 +43,6 @@ def command(
     from ..ranking.run import system_name
     from ..utils.console import say
     from ..utils.files import write_text
-    from .common import measure_names
 
     names = measure_names(measures)
     parse_measures(names)
@@ -67,7 +69,7 @@ def command(
 
 
 def _check_run(path: str, measures: list[str] | None) -> None:
-    """Raises: ValueError for a word that is no file but is, or is nearly, a measure."""
+    """Raises: ValueError for a word that is no file, but a measure or nearly one."""
     from ..evaluation.measures import closest_measure, is_measure
 
     if os.path.exists(path):

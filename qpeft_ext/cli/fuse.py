@@ -1,4 +1,4 @@
-"""``qpeft fuse``: one run out of several."""
+"""``qpeft fuse``: make one run of several."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from typing import Annotated
 
 import typer
 
+from .common import RUN_OUTPUT
+
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="TREC runs, two or more.")],
-    output: Annotated[Path, typer.Option(help="TREC run to write; .gz by its name.")],
-    method: Annotated[str, typer.Option(help="rrf (reciprocal ranks) or scores (weighted sums).")] = "rrf",
-    k: Annotated[int, typer.Option(help="Of rrf: 1 / (k + rank) is summed.")] = 60,
-    weights: Annotated[str | None, typer.Option(help="Of scores: one per run, such as 0.3,0.7.")] = None,
-    normalization: Annotated[str, typer.Option(help="Of scores: min_max or z_score, per query.")] = "min_max",
+    output: Annotated[Path, typer.Option(help=RUN_OUTPUT)],
+    method: Annotated[str, typer.Option(help="rrf (reciprocal ranks) or scores (weighted sums of scores).")] = "rrf",
+    k: Annotated[int, typer.Option(help="Constant of rrf, which sums 1 / (k + rank).")] = 60,
+    weights: Annotated[str | None, typer.Option(help="Weights for scores, one per run, such as 0.3,0.7.")] = None,
+    normalization: Annotated[str, typer.Option(help="Scaling of scores per query: min_max or z_score.")] = "min_max",
     dev_run: Annotated[
-        list[Path] | None, typer.Option(help="Choose the weights on these runs: one for each RUN, in its order.")
+        list[Path] | None, typer.Option(help="Run to choose the weights on; give one for each RUN, in the same order.")
     ] = None,
     dev_qrels: Annotated[str | None, typer.Option(help="Qrels of the dev queries.")] = None,
-    measure: Annotated[str, typer.Option(help="What the weights are chosen by.")] = "nDCG@10",
+    measure: Annotated[str, typer.Option(help="Measure that the weights are chosen by.")] = "nDCG@10",
 ) -> None:
-    """Fuse runs by reciprocal ranks, or by weighted sums of scores with weights that are given or chosen on dev.
+    """Fuse runs by reciprocal ranks or by weighted scores.
 
-    Dev queries must be others than those fused: weights chosen on the test queries would be no result.
+    Weights are given, or chosen on the queries of dev runs. The dev queries must differ from the fused ones:
+    weights chosen on the test queries would make the result invalid.
+
     Example: qpeft fuse bm25.trec mine.trec --method scores --dev-run bm25-dev.trec --dev-run mine-dev.trec
     --dev-qrels dev.tsv --output fused.trec
     """

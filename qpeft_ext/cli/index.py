@@ -1,44 +1,43 @@
-"""``qpeft index``: the prefix caches of a corpus on disk, for ``qpeft rerank --index``."""
+"""``qpeft index``: keys and values of all documents on disk, for ``qpeft rerank --index``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .common import Attention, Device, Dtype
+from .common import LM, Attention, Device, Dtype, expect_at_least
 
 
 def command(
-    corpus: Annotated[str, typer.Argument(help="Collection with a corpus, as for qpeft rerank --data.")],
-    out: Annotated[Path, typer.Option(help="Folder for the index; an index there is gone on with.")],
-    model: Annotated[str | None, typer.Option(help="Adapter: its LM and its prompt are used.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="LM.  [default: the one the adapter names]")] = None,
+    corpus: Annotated[str, typer.Argument(help="Data set with documents, as for qpeft rerank --data.")],
+    out: Annotated[Path, typer.Option(help="Folder for the index; an index in it is continued.")],
+    model: Annotated[str | None, typer.Option(help="The adapter whose LM and prompt are used.")] = None,
+    base_model: Annotated[str | None, typer.Option(help=LM)] = None,
     max_document_tokens: Annotated[
-        int | None, typer.Option(help="A longer document is cut.  [default: the adapter's, or 256]")
+        int | None,
+        typer.Option(help="Longest document in tokens; others are cut.  [default: the adapter's, or 256]"),
     ] = None,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Compute each prefix alone, for rerank --deterministic; slower.")
+        bool,
+        typer.Option("--deterministic", help="Read each document in its own pass, for rerank --deterministic; slower."),
     ] = False,
     max_tokens_per_batch: Annotated[int, typer.Option(help="Token budget of a pass.")] = 8192,
     dtype: Dtype = None,
     attention: Attention = None,
     device: Device = None,
 ) -> None:
-    """Read every document of a corpus once and keep what the LM needs of it on disk.
+    """Keep the keys and values of all documents on disk.
 
-    The index belongs to one LM, template, soft prompt and length limit. A run that was stopped goes on when it is
-    started again, and so does one whose corpus has grown.
+    Each document of the data set is read once by the LM. The index belongs to one LM, template, soft prompt and
+    length limit. The same command resumes an index that was interrupted, and extends one whose data set has grown.
+
+    Example: qpeft index FOLDER --out INDEX --model ADAPTER, then qpeft rerank --index INDEX ...
     """
     if not (model or base_model):
         raise ValueError("expected --model ADAPTER or --base-model LM")
-    for option, value in (
-        ("--max-document-tokens", max_document_tokens),
-        ("--max-tokens-per-batch", max_tokens_per_batch),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
+    expect_at_least(1, max_document_tokens=max_document_tokens, max_tokens_per_batch=max_tokens_per_batch)
     from .. import formats
     from ..utils.console import Interrupted, say
 
@@ -50,13 +49,13 @@ def command(
 
     device = default_device(device)
     quiet_transformers()
-    if model:
+    if base_model is None or model:
         qpeft = QPeftModel.from_pretrained(
             model, base_model, max_document_tokens=max_document_tokens, device=device, dtype=dtype, attention=attention
         )
     else:
         lm = load_lm(base_model, dtype=dtype, device=device, attention=attention)
-        limits = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
+        limits: dict[str, Any] = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
         qpeft = get_qpeft_model(lm, QPeftConfig(clues="none", **limits))
     with IndexWriter(
         qpeft, documents, out, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch

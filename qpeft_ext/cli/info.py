@@ -1,4 +1,4 @@
-"""``qpeft info``: versions, hardware, which kernels are live and why others are not."""
+"""``qpeft info``: versions, hardware, and which kernels are used and why others are not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from ..utils.environment import machine, versions
 
 
 def command() -> None:
-    """Print versions, devices, and which compiled kernels run here (and why others do not)."""
+    """Print versions, devices, and which kernels run here.
+
+    Kernels that do not run are listed with the reason.
+    """
     from rich.table import Table
 
     from ..utils.console import say
@@ -22,7 +25,7 @@ def command() -> None:
 
 
 def kernels() -> dict[str, str]:
-    """For every kind of device: live, or the reason why the PyTorch definitions run instead."""
+    """Return for every kind of device: live, or the reason why the PyTorch definitions run instead."""
     from ..ops import _library
 
     return {
@@ -32,7 +35,7 @@ def kernels() -> dict[str, str]:
 
 
 def build() -> dict[str, str]:
-    """How the library was built."""
+    """Return how the library was built."""
     from ..ops import _library
 
     return {name: str(value) for name, value in _library.build_info().items() if value not in ("", None)}

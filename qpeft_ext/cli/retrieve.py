@@ -7,22 +7,24 @@ from typing import Annotated
 
 import typer
 
-from .common import IgnoreIdenticalIds, Measures
+from .common import DATA, RUN_OUTPUT, SPLIT, IgnoreIdenticalIds, Measures, expect_at_least, measure_names
 
 
 def command(
-    data: Annotated[str, typer.Option(help="Collection: a folder or file of any format, or an id (see README).")],
-    output: Annotated[Path, typer.Option(help="TREC run to write; .gz by its name.")],
-    split: Annotated[str | None, typer.Option(help="Whose queries.  [default: test, or the only one]")] = None,
+    data: Annotated[str, typer.Option(help=DATA)],
+    output: Annotated[Path, typer.Option(help=RUN_OUTPUT)],
+    split: Annotated[str | None, typer.Option(help=SPLIT)] = None,
     top_k: Annotated[int, typer.Option(help="Candidates per query.")] = 100,
     ignore_identical_ids: IgnoreIdenticalIds = False,
-    k1: Annotated[float, typer.Option(help="Of BM25: how soon repeated words stop to count.")] = 0.9,
-    b: Annotated[float, typer.Option(help="Of BM25: how much long documents lose, 0 to 1.")] = 0.4,
+    k1: Annotated[float, typer.Option(help="Parameter k1 of BM25: how much repeated words count.")] = 0.9,
+    b: Annotated[float, typer.Option(help="Parameter b of BM25, 0 to 1: how much long documents lose.")] = 0.4,
     measures: Measures = None,
 ) -> None:
-    """Retrieve candidates with BM25 and, where the collection judges, evaluate them.
+    """Retrieve candidates with BM25, and evaluate them.
 
-    The index is built once and kept. Example: qpeft retrieve --data FOLDER --top-k 1000 --output bm25.trec.gz
+    They are evaluated if the data set has judgements. The index is built once and kept.
+
+    Example: qpeft retrieve --data FOLDER --top-k 1000 --output bm25.trec.gz
     """
     from .. import formats
     from ..evaluation.comparison import compare_table
@@ -30,10 +32,8 @@ def command(
     from ..formats.trec import check_id
     from ..ranking.first_stage import BM25, asked_queries, say_identical
     from ..utils.console import say
-    from .common import measure_names
 
-    if top_k < 1:
-        raise ValueError(f"--top-k must be at least 1, got {top_k}")
+    expect_at_least(1, top_k=top_k)
     collection = formats.open_collection(data)
     names = measure_names(measures)
     judges = {"qrels", "answers"} & set(collection.parts)
@@ -42,9 +42,9 @@ def command(
     queries = asked_queries(collection, split)
     for query_id in queries:
         check_id(f"{data}: query_id", query_id)
-    with formats.RunWriter(output) as writer:  # opened before the work: a bad --output is known at once
+    with formats.RunWriter(output) as writer:  # opened first, so that a bad --output is an error before the work
         index = BM25(collection.corpus, k1=k1, b=b)
-        # one more than asked for, which may be the query itself
+        # one more candidate, since one of them may be the query itself
         run = {query_id: index.search(text, top_k + ignore_identical_ids) for query_id, text in queries.items()}
         if ignore_identical_ids:
             whole, identical = formats.without_identical_ids(run)

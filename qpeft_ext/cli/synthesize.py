@@ -74,10 +74,10 @@ class SynthesizeOptions:
 
 @from_dataclass(SynthesizeOptions)
 def command(options: SynthesizeOptions) -> None:
-    """Write training queries for documents with an LM, and keep those that find their document again.
+    """Write training queries for documents with an LM.
 
-    Dropped queries are counted and printed. After an interruption the same command resumes; filters and negatives may
-    be changed then.
+    Queries that do not find their document again are dropped. Dropped queries are counted and printed. After an
+    interruption the same command resumes; filters and negatives may be changed then.
 
     Example: qpeft synthesize --data FOLDER --base-model LM --output train.jsonl, then qpeft train --train train.jsonl
     """

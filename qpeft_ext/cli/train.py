@@ -37,7 +37,9 @@ def _one_at_a_time(command: Callable[[TrainOptions], None]) -> Callable[[TrainOp
 @from_dataclass(TrainOptions)
 @_one_at_a_time
 def command(options: TrainOptions) -> None:
-    """Train an adapter; the LM stays frozen, and only the clue module and the generated LoRA learn.
+    """Train an adapter; the LM stays frozen.
+
+    The clue module and the generated LoRA are trained, and whatever else --option asks for.
 
     On several GPUs: torchrun --nproc-per-node N -m qpeft_ext.cli train ... Each GPU reads its own group of queries, so
     a step has N times as many, and equals a step on one GPU with N times --gradient-accumulation.
