@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
 from qpeft_ext.prompts.pairs import PairBatch
-from qpeft_ext.prompts.prompt import DocumentPrefix, SuffixPieces
+from qpeft_ext.prompts.prompt import DocumentPrefix
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ def make_model(shape: Shape, device, clues: str, dtype: torch.dtype, **options) 
     for module in model.trained_modules.values():
         for parameter in module.parameters():
             parameter.data.add_(0.02 * torch.randn_like(parameter))
-    model.prompt.suffix = SuffixPieces(hints=(2, 3, 4), question=(5, 6, 7, 8, 9), bare_question=(6, 7, 8, 9))
     return model.train()
 
 
@@ -72,9 +71,11 @@ def lm_config(shape: Shape, **options) -> LlamaConfig:
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of the words w2, w3 and so on."""
+    """Make a tokenizer of the words w2, w3 and so on; the template's words are as many tokens as in Llama's."""
     words = {"<s>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    template = {"hints:": "w2 w3 w4", "\nQuestion:": "w5 w6 w7 w8 w9", "Question:": "w6 w7 w8 w9"}
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(*words) for words in template.items()])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 

@@ -1,9 +1,10 @@
 """The build: packing of lists, build info, messages about a missing library, symbols that it must not need."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
-import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +19,18 @@ from qpeft_ext.ops import _library
 needs_library = pytest.mark.skipif(not _library.LIBRARY.is_file(), reason="qpeft_ext._C is not built")
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run code in a new process that has loaded ``_library.py`` as ``library``, without importing the package."""
-    path = Path(_library.__file__)
-    prologue = (
-        "import importlib.util, pathlib, torch\n"
-        f"spec = importlib.util.spec_from_file_location('library', {str(path)!r})\n"
-        "library = importlib.util.module_from_spec(spec); spec.loader.exec_module(library)\n"
-    )
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(path.parents[1]), **environment}
-    return subprocess.run([sys.executable, "-c", prologue + code], env=environment, capture_output=True, text=True)
+@pytest.fixture
+def fresh(monkeypatch):
+    """A function that loads ``_library.py`` once more, as a module of its own that has loaded no operators."""
+    monkeypatch.delenv("QPEFT_REFERENCE", raising=False)
+
+    def load():
+        spec = importlib.util.spec_from_file_location("fresh_library", _library.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.mark.parametrize(
@@ -89,50 +92,57 @@ def test_kernels_live_gives_a_reason_for_each_device():
         assert not live["cuda"][0]
 
 
-def test_missing_library_says_what_to_run():
-    ran = run_python("library.LIBRARY = pathlib.Path('/nowhere/_C.so'); library.load()")
-    last = ran.stderr.strip().splitlines()[-1]
-    assert last == (
-        "ImportError: qpeft_ext._C is not built (/nowhere/_C.so does not exist). "
+def test_missing_library_says_what_to_run(fresh):
+    library = fresh()
+    library.LIBRARY = Path("/nowhere/_C.so")
+    with pytest.raises(ImportError) as raised:
+        library.load()
+    assert str(raised.value) == (
+        "qpeft_ext._C is not built (/nowhere/_C.so does not exist). "
         "Run `pip install -e .`, or set QPEFT_REFERENCE=1 to use the PyTorch definitions."
     )
 
 
-def test_unloadable_library_says_why(tmp_path):
-    broken = tmp_path / "_C.so"
-    broken.write_bytes(b"not a library")
-    ran = run_python(f"library.LIBRARY = pathlib.Path({str(broken)!r}); library.load()")
-    last = ran.stderr.strip().splitlines()[-1]
-    assert "file too short" in last or "invalid ELF header" in last  # the loader's own words
-    assert "It was built against torch" in last and f"this is torch {torch.__version__}" in last
-    assert "QPEFT_REFERENCE=1" in last
+def test_unloadable_library_says_why(fresh, tmp_path):
+    library = fresh()
+    library.LIBRARY = tmp_path / "_C.so"
+    library.LIBRARY.write_bytes(b"not a library")
+    with pytest.raises(ImportError) as raised:
+        library.load()
+    message = str(raised.value)
+    assert "file too short" in message or "invalid ELF header" in message  # the loader's own words
+    assert "It was built against torch" in message and f"this is torch {torch.__version__}" in message
+    assert "QPEFT_REFERENCE=1" in message and "\n" not in message
 
 
-def test_old_torch_is_named():
-    ran = run_python("torch.__version__ = '2.9.1'; library.load()")
-    last = ran.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: qpeft_ext needs torch 2.10 or newer, got 2.9.1. Run `pip install -U torch`")
+def test_old_torch_is_named(fresh, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    message = "^qpeft_ext needs torch 2.10 or newer, got 2.9.1. Run `pip install -U torch`"
+    with pytest.raises(ImportError, match=message):
+        fresh().load()
 
 
-def test_reference_mode_loads_nothing():
-    code = (
-        "library.LIBRARY = pathlib.Path('/nowhere/_C.so'); library.load()\n"
-        "print(library.uses_reference(torch.device('cpu')), *library.kernels_live()['cpu'])"
-    )
-    ran = run_python(code, QPEFT_REFERENCE="1")
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "True False QPEFT_REFERENCE is set"
+def test_reference_mode_loads_nothing(fresh, monkeypatch):
+    monkeypatch.setenv("QPEFT_REFERENCE", "1")
+    library = fresh()
+    library.LIBRARY = Path("/nowhere/_C.so")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # whoever set it knows
+        library.load()
+        assert library.uses_reference(torch.device("cpu"))
+    assert library.kernels_live()["cpu"] == (False, "QPEFT_REFERENCE is set")
 
 
 @pytest.mark.parametrize("system", ["Darwin", "Windows"])
-def test_other_systems_run_the_definitions_with_one_notice(system):
-    code = (
-        f"library.platform.system = lambda: {system!r}; library.load()\n"
-        "print([library.uses_reference(torch.device('cpu')) for _ in range(3)])"
-    )
-    ran = run_python(code)
-    assert ran.stdout.strip() == "[True, True, True]"
-    assert ran.stderr.count("the PyTorch definitions run, since the kernels are built on Linux only") == 1
+def test_other_systems_run_the_definitions_with_one_notice(fresh, monkeypatch, system):
+    library = fresh()
+    monkeypatch.setattr(library.platform, "system", lambda: system)
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always")
+        library.load()
+        assert [library.uses_reference(torch.device("cpu")) for _ in range(3)] == [True, True, True]
+    said = [str(warning.message) for warning in noticed]
+    assert len(said) == 1 and "the PyTorch definitions run, since the kernels are built on Linux only" in said[0]
 
 
 @pytest.mark.parametrize(
