@@ -176,7 +176,7 @@ def test_every_tier_gives_the_same_bits(family, tmp_path):
 
 
 def test_a_reranker_has_files_read_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr("qpeft_ext.ranking.reranker._PAIRS_PER_READ", 2)
+    monkeypatch.setattr("qpeft_ext.ranking.scoring._PAIRS_PER_READ", 2)
     lm, asked = model(), []
     disk = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 30)
     expected = qpeft.Reranker(lm, cache=disk).predict(PAIRS)

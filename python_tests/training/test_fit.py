@@ -30,6 +30,7 @@ def test_checkpoints_are_evaluated_and_resumed_from(tmp_path, capsys):
     assert {"eval_loss", "eval_mrr"} <= done.before.keys()
     assert done.trainer.args.load_best_model_at_end and done.trainer.state.best_model_checkpoint
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert "{'loss'" not in capsys.readouterr().out  # the bar takes the place of the log lines
     again = fit(tiny_model(), EXAMPLES, tmp_path, **SETTINGS | {"max_steps": 3}, resume=True)
     assert again.trainer.state.global_step == 3
     assert "{'loss'" not in capsys.readouterr().out  # the bar takes the place of the log lines

@@ -22,8 +22,9 @@ other words, unless ``allow_special_tokens``. In an instruction they are special
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import QPeftConfig
 from ..utils.inputs import as_list, expect_text, kind_of, short
@@ -302,20 +303,20 @@ def expect_query(query: str, place: str) -> str:
     return query
 
 
-def as_documents(documents: Sequence[Document], what: str, of: str = "") -> list[Document]:
+def as_documents(documents: Iterable[Document], what: str, of: str = "") -> list[Document]:
     """What was given as the documents of a query, read once, each of them checked.
 
     Args:
         what: "rank: documents"; errors about the list begin with it.  of: " of query 3", behind "document 5".
     Raises: as `as_list` and `document_text`.
     """
-    documents = as_list(documents, what, "one document goes into a list: [document]")
-    for place, document in enumerate(documents):
+    checked = as_list(documents, what, "one document goes into a list: [document]")
+    for place, document in enumerate(checked):
         document_text(document, f"document {place}{of}")
-    return documents
+    return checked
 
 
-def as_pairs(pairs: Sequence[tuple[str, Document]], what: str) -> list[tuple[str, Document]]:
+def as_pairs(pairs: Iterable[Any], what: str) -> list[tuple[str, Document]]:
     """What was given as (query, document) pairs, read once, each of them checked.
 
     Raises: TypeError or ValueError that begins with ``what`` or names the pair.

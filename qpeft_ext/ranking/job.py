@@ -11,7 +11,7 @@ from ..formats.trec import Run
 from ..prefixes.index import PrefixIndex
 from ..prompts.prompt import Prompt
 from ..utils.console import Interrupted, say
-from .run import Engine, RerankedRun, rerank_blocks, run_blocks
+from .run import BlockRanker, RerankedRun, rerank_blocks, run_blocks
 from .systems import Systems, SystemsSpec
 
 
@@ -44,7 +44,6 @@ def rerank_job(
     """
     with contextlib.ExitStack() as stack:
         partials: dict[str, PartialRun] = {}
-        stack.callback(lambda: [partial.close() for partial in partials.values()])
         settings, about = spec.settings(queries, candidates), spec.about()
         for place, name in enumerate(spec.names):
             partials[name] = PartialRun(
@@ -56,6 +55,7 @@ def rerank_job(
                 resume=resume,
                 blocks=run_blocks(candidates),
             )
+            stack.callback(partials[name].close)
             if partials[name].num_resumed:
                 say(f"{partials[name]}: going on from there")
         if spec.index:
@@ -64,7 +64,7 @@ def rerank_job(
         if cut := check_queries(spec.prompt(), asked, spec.truncate_queries):
             say(f"{cut} of {len(candidates)} queries are cut to max_query_tokens = {spec.limits['max_query_tokens']}")
         try:
-            with job_engine(engine, spec, devices) as rank:
+            with block_ranker(engine, spec, devices) as rank:
                 results = {
                     name: rerank_blocks(rank, queries, candidates, name=name, partial=partial)
                     for name, partial in partials.items()
@@ -83,8 +83,8 @@ def rerank_job(
 
 
 @contextlib.contextmanager
-def job_engine(engine: str, spec: SystemsSpec, devices: Sequence[str | None]) -> Iterator[Engine]:
-    """The engine of a job, for as long as it is needed: see `rerank_job`."""
+def block_ranker(engine: str, spec: SystemsSpec, devices: Sequence[str | None]) -> Iterator[BlockRanker]:
+    """Load the systems of a job where they shall run, and free them in the end: see `rerank_job`."""
     if engine == "ray":
         from .ray_actors import RayActors
 

@@ -13,7 +13,7 @@ _RETRIES = 3  # of a block whose actor died, or could not read the corpus; each 
 
 
 class RayActors:
-    """An `Engine` on Ray.
+    """A `BlockRanker` on Ray.
 
         with RayActors(spec, ["cuda", "cuda"]) as actors:
             rerank_blocks(actors.rank, queries, run)
@@ -67,7 +67,7 @@ class RayActors:
         self._cpus = 1 if self._kind == "cuda" else max(1, int(min(sum(machines) // self._actors, max(machines))))
 
     def rank(self, blocks: Iterator[Block]) -> Generator[RankedBlock]:
-        """Rank the blocks; see `Engine`. Raises: what an actor raised; ChildProcessError when too many died."""
+        """Rank the blocks; see `BlockRanker`. Raises: what an actor raised; ChildProcessError when too many died."""
         rows = [
             {
                 "block": i,
@@ -141,7 +141,7 @@ class _Actor:
 
 def _readable(error: Exception) -> Exception:
     """Our own error inside Ray's, or Ray's in one line."""
-    inner = error
+    inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, (ValueError, TypeError, OSError)) and not type(inner).__module__.startswith("ray"):
             return type(inner)(str(inner).splitlines()[0])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from itertools import zip_longest
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,64 +14,55 @@ from torch import Tensor
 
 from ..adapters.attention_clues import AttentionClues
 from ..adapters.projected_rows import ProjectedRows
-from ..engine.filling import CacheFilling
 from ..engine.memory import plan_memory
-from ..engine.schedule import default_tokens, document_jobs, query_blocks, suffix_jobs
+from ..engine.schedule import default_tokens, query_blocks
 from ..lm.arguments import expect_model
 from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
-from ..prompts.pairs import PairBatch
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
-from ..utils.inputs import as_list, kind_of, short, whole_number
-from ..utils.memory import retry_with_less
+from ..utils.inputs import as_list, kind_of, whole_number
 from ..utils.progress import progress_bar
 from .clue_similarity import ClueSimilarity
-from .explain import Explanation, explain_pair
-
-logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
+from .explain import Explanation, describe_model, explain_pair
+from .inputs import as_lists, expect_no_activation
+from .scoring import PairScorer
 
 _PAIRS_PER_BLOCK = 8192  # tokenised together and sorted together: about 60 MB of ids when no document is shared
-_PAIRS_PER_LIST_BLOCK = 1024  # with source="candidates", and for `similarity`: all of a block is held at once
-_PAIRS_PER_READ = 64  # whose prefixes are read from files while as many are scored
-_PAIRS_PER_JOB = 256  # of a block, between two steps of the progress bar; scored again after an out-of-memory error
+_PAIRS_PER_LIST_BLOCK = 1024  # with source="candidates", and for `similarity`, which keep all of a block in memory
 
 
-class Reranker:
+class Reranker(PairScorer):
     """Scores documents by the log-likelihood of the query: Σ log p(query token), nats, larger is better.
 
     With ``compat="official"`` the score is the mean instead, as in the official code.
 
     Passes are formed over all pairs of a call, sorted by length. A score depends on the batch by rounding only: 1e-5
-    nats per query token in float32. In bfloat16 up to 2.7e-2 were measured with the demo's LM, where scores spread by 1
-    (median 1e-3; 5e-3 for queries of 16 tokens or more with attention clues), up to 4.4e-2 with tiny random LMs, on a
-    CPU without bfloat16 instructions: ``benchmarks/bench_batch_drift.py``.
+    nats per query token in float32; in bfloat16 up to 4.4e-2 were measured (``benchmarks/bench_batch_drift.py``).
 
     Several threads may use one reranker, or rerankers of one LM: they take turns, block by block (8,192 pairs). A
     thread that calls the LM itself meanwhile (``lm.generate``) gets what it always gets; one that changes the LM does
     it inside `exclusive`. More throughput comes from larger calls or from processes (`qpeft rerank --devices`): start
-    them by spawn, as a process forked after the first use gets one thread (docs/threads_and_state.md).
+    them by spawn, since a process forked after the first use gets one thread (docs/threads_and_state.md).
 
     Args:
-        model: a `QPeftModel`.
-        max_tokens_per_batch: token budget of a pass, by default what suits the device; halved and retried when the
-            device runs out of memory.
+        model: a `QPeftModel`; it is put into eval mode.
+        max_tokens_per_batch: token budget of a pass; None takes what suits the device. It is halved, and the pass tried
+            again, when the device runs out of memory.
         cache: a `DocumentCache`, to keep document prefixes between calls; it may be shared by rerankers of one LM.
-        projected_bytes: budget for projected table rows that Q-PEFT-A reuses between calls (`AttentionClues`), 256 MiB
-            if None; 0: none.
-        deterministic: bit-equal scores whatever else is scored; slower (see `QPeftModel.forward`).
-        path: "document_first" or "plain".
-        max_memory: bytes besides the weights, or "free" on a CUDA device (`memory.plan_memory` has the formula): gives
-            max_tokens_per_batch, projected_bytes and a cache, where they are not given.
-        truncate_queries: cut a query that is longer than ``max_query_tokens`` at its end, instead of an error.
+        projected_bytes: budget in bytes for projected table rows that Q-PEFT-A reuses between calls; None takes
+            256 MiB, 0 keeps none.
+        deterministic: make scores bit-equal whatever else is scored; slower (see `QPeftModel.forward`).
+        path: "document_first", or "plain" to read the whole prompt of every pair.
+        max_memory: bytes besides the weights, or "free" on a CUDA device (`engine.memory.plan_memory` has the formula);
+            it decides max_tokens_per_batch, projected_bytes and cache where they are not given.
         compile: `torch.compile` the suffix passes; the first passes then take minutes. For large models on a GPU.
-
+        truncate_queries: cut a query that is longer than ``max_query_tokens`` at its end, instead of an error.
     Attributes:
         truncated, truncated_queries: documents and queries cut so far (``max_document_tokens``, ``max_query_tokens``);
             one that is in two calls counts twice.
         projected: the table rows that Q-PEFT-A reuses between calls of this reranker.
         adapter: the folder or Hub id that it was loaded from; None for a model in memory.
+    Raises: ValueError for a budget below 1, or an index that the model cannot use; TypeError for another kind of model.
     """
 
     def __init__(
@@ -92,78 +82,72 @@ class Reranker:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
         if cache is not None and cache.index is not None and model.engine.why_plain:
             raise ValueError(f"Reranker: an index is of no use to this model: {model.engine.why_plain}")
-        attention = isinstance(model.clues, AttentionClues)
         if max_memory is not None:
-            plan = plan_memory(model.engine, max_memory, attention)
+            plan = plan_memory(model.engine, max_memory, isinstance(model.clues, AttentionClues))
             max_tokens_per_batch = max_tokens_per_batch or plan.max_tokens_per_batch
             projected_bytes = plan.projected_bytes if projected_bytes is None else projected_bytes
             cache = DocumentCache(plan.cache_bytes) if cache is None else cache
         if compile:
             model.engine.compile()
-        self.model = model.eval()
-        self.max_tokens_per_batch = max_tokens_per_batch or default_tokens(model.device)
-        self.cache = cache
-        self.deterministic = deterministic
-        self.projected = ProjectedRows(256 << 20 if projected_bytes is None else projected_bytes)
-        self.path = path
-        self.truncate_queries = truncate_queries
-        self.truncated = self.truncated_queries = 0
+        projected = ProjectedRows(256 << 20 if projected_bytes is None else projected_bytes)
+        max_tokens = max_tokens_per_batch or default_tokens(model.device)
+        super().__init__(model, max_tokens, cache, deterministic, path, truncate_queries, projected)
         self.adapter: str | None = None
 
     @classmethod
     def from_pretrained(
         cls,
-        path,
-        base_model=None,
-        device=None,
-        dtype=None,
-        tokenizer=None,
-        lm_kwargs=None,
+        path: str | Path,
+        base_model: Any = None,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        tokenizer: Any = None,
+        lm_kwargs: Mapping[str, Any] | None = None,
         max_document_tokens: int | None = None,
         max_query_tokens: int | None = None,
-        **options,
-    ):
-        """Load an adapter folder (or Hub id) and its base LM.
+        **options: Any,
+    ) -> Reranker:
+        """Load an adapter and its base LM.
 
         Args:
-            path: the adapter.
-            base_model: overrides the LM that the adapter names: a name, a folder or a loaded model, which other
+            path: the adapter, a folder or a Hub id.
+            base_model: used instead of the LM that the adapter names: a name, a folder or a loaded model, which other
                 threads may use meanwhile (`get_qpeft_model`).
-            device, dtype, lm_kwargs: for loading the LM (`load_lm`).
-            max_document_tokens, max_query_tokens: limits instead of the adapter's; None keeps those.
-            options: of `Reranker`.
+            device: where the LM goes, e.g. "cuda"; None leaves it to transformers.
+            dtype: of the LM, e.g. "bfloat16"; None keeps the checkpoint's own.
+            tokenizer: the LM's; None loads it with the LM.
+            lm_kwargs: further arguments of `load_lm`.
+            max_document_tokens, max_query_tokens: limits used instead of the adapter's; None keeps those.
+            options: arguments of `Reranker` besides the model.
+        Returns: the reranker.
+        Raises: OSError or ValueError with one line that names the adapter or the LM and what is wrong with it.
         """
-        lm_kwargs = dict(lm_kwargs or {}, device=device, dtype=dtype)
-        limits = {"max_document_tokens": max_document_tokens, "max_query_tokens": max_query_tokens}
-        reranker = cls(QPeftModel.from_pretrained(path, base_model, tokenizer, **limits, **lm_kwargs), **options)
+        model = QPeftModel.from_pretrained(
+            path,
+            base_model,
+            tokenizer,
+            max_document_tokens=max_document_tokens,
+            max_query_tokens=max_query_tokens,
+            **dict(lm_kwargs or {}, device=device, dtype=dtype),
+        )
+        reranker = cls(model, **options)
         reranker.adapter = str(path)
         return reranker
 
     def __repr__(self) -> str:
-        model, config = self.model, self.model.qpeft_config
-        name = config.base_model_name_or_path or getattr(model.lm, "name_or_path", "") or "no name"
-        kind = {
-            "top_k": f"top_k clues (k={config.k})",
-            "attention": f"attention clues ({config.num_heads} heads)",
-            "none": "no clues",
-        }[config.clues]
-        dtype = str(model.engine.table.dtype).removeprefix("torch.")
+        cache, index = self.cache, self.cache and self.cache.index
         parts = [
-            f"{type(model.lm).__name__} {name!r}, {dtype} on {model.device}",
-            kind
-            + (f", generated LoRA of rank {config.generated_lora_rank}" if config.generated_lora_rank else "")
-            + (f", soft prompt of {config.num_virtual_tokens} tokens" if config.num_virtual_tokens else ""),
+            *describe_model(self.model),
             f"adapter: {self.adapter or 'in memory'}",
             f"{'deterministic, ' if self.deterministic else ''}{self.path}, {self.max_tokens_per_batch} tokens a pass",
-            "no cache" if self.cache is None else repr(self.cache),
+            "no cache" if cache is None else repr(cache),
+            *([f"index: {index.folder}"] if index else []),
         ]
-        if self.cache is not None and self.cache.index is not None:
-            parts.append(f"index: {self.cache.index.folder}")
         return f"Reranker({'; '.join(parts)})"
 
     def predict(
         self,
-        pairs: Iterable[tuple[str, Document]],
+        pairs: Iterable[Any],
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         *,
@@ -173,37 +157,37 @@ class Reranker:
         apply_softmax: bool | None = False,
         num_workers: int | None = 0,
     ) -> np.ndarray | Tensor | list[Tensor] | float:
-        """Scores of (query, document) pairs, in the order given.
+        """Score (query, document) pairs, in the order given.
 
         Args:
             pairs: a list, array, generator, ``zip``, … of (query, document); a document is a string, or a dict with
                 "text" and perhaps "title". What has two items of which the first is a string, ``["query", "document"]``
                 or ``("query", {"text": …})``, is one pair.
-            batch_size: at most so many pairs in a pass; None: as many as fit ``max_tokens_per_batch``, which is usually
+            batch_size: pairs in a pass at most; None takes as many as fit ``max_tokens_per_batch``, which is usually
                 faster. Passes over documents are bounded by ``max_tokens_per_batch`` alone.
-            show_progress_bar: None: only on a terminal.
-            convert_to_tensor: give a tensor on the model's device instead of an array.  convert_to_numpy: if neither is
-                wanted, a list of scalar tensors is given, as by sentence-transformers.
-            activation_fn, apply_softmax, num_workers: taken for code that is written for `CrossEncoder`. A score is a
-                log-likelihood without an activation, so nothing but None, False and 0 does anything sensible here.
-        Returns: float32 [B], nats; of one pair a float (a scalar tensor with ``convert_to_tensor``).
-        Raises: TypeError or ValueError naming the pair that is not one, or the argument that cannot be served;
-            ValueError with ``source="candidates"``, where a score depends on the whole list: see `rank`.
+            show_progress_bar: None shows it on a terminal only.
+            convert_to_numpy: False gives a list of scalar tensors, as in sentence-transformers.
+            convert_to_tensor: True gives a tensor on the model's device instead.
+            activation_fn, apply_softmax, num_workers: accepted for code that is written for `CrossEncoder`. A score is
+                a log-likelihood without an activation, so only None, False and 0 are taken.
+        Returns: float32 [B], nats; for one pair a float (a scalar tensor with ``convert_to_tensor``).
+        Raises: TypeError or ValueError naming the pair or the argument that is wrong; ValueError with
+            ``source="candidates"``, where a score depends on the whole list: see `rank`.
         """
         if self.model.qpeft_config.source == "candidates":
             raise ValueError(
                 "predict: with source='candidates' a score depends on all candidates of its query; "
                 "use rank or rank_many"
             )
-        _expect_no_activation("predict", activation_fn, apply_softmax, num_workers)
+        expect_no_activation("predict", activation_fn, apply_softmax, num_workers)
         batch_size = whole_number(batch_size, "predict: batch_size")
-        pairs = as_list(pairs, "predict: pairs", "give (query, document) pairs: [(query, document), …]")
-        single = len(pairs) == 2 and isinstance(pairs[0], str)
-        pairs = as_pairs([pairs] if single else pairs, "predict")
-        scores = np.empty(len(pairs), dtype=np.float32)
-        with progress_bar(total=len(pairs), unit="pair", desc="rerank", show=show_progress_bar) as bar:
-            for start in range(0, len(pairs), _PAIRS_PER_BLOCK):
-                block = pairs[start : start + _PAIRS_PER_BLOCK]
+        given = as_list(pairs, "predict: pairs", "give (query, document) pairs: [(query, document), …]")
+        single = len(given) == 2 and isinstance(given[0], str)
+        checked = as_pairs([given] if single else given, "predict")
+        scores = np.empty(len(checked), dtype=np.float32)
+        with progress_bar(total=len(checked), unit="pair", desc="rerank", show=show_progress_bar) as bar:
+            for start in range(0, len(checked), _PAIRS_PER_BLOCK):
+                block = checked[start : start + _PAIRS_PER_BLOCK]
                 scores[start : start + len(block)] = self._score(block, bar, batch_size=batch_size)
         if convert_to_tensor:
             tensor = torch.from_numpy(scores).to(self.model.device)
@@ -226,27 +210,43 @@ class Reranker:
         activation_fn: object = None,
         apply_softmax: bool | None = False,
         num_workers: int | None = 0,
-    ) -> list[dict]:
-        """Documents of one query, best first; equal scores keep the given order.
+    ) -> list[dict[str, Any]]:
+        """Rank the documents of one query, best first; equal scores keep the given order.
 
         Args:
             query: a string.
             documents: a list, array, Series, generator, … of strings, or of dicts with "text" and perhaps "title".
-            top_k: how many to give; None: all.
+            top_k: how many to return; None returns all.
             return_documents: whether each row also has "text", title and text of the document as the LM read them.
             batch_size, show_progress_bar, activation_fn, apply_softmax, num_workers: as in `predict`.
-            convert_to_numpy, convert_to_tensor: taken for code that is written for `CrossEncoder`; a score is a float.
-        Returns: ``[{"corpus_id": place in documents, "score": nats, ("text")}, …]``.
+            convert_to_numpy, convert_to_tensor: accepted as well, without effect: a score is a float.
+        Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", nats.
         Raises: TypeError or ValueError that names the argument, or the document and what is wrong with it.
+
+        Example:
+            >>> import qpeft_ext as qpeft
+            >>> from qpeft_ext.demo.run import ADAPTER  # a small adapter for documentation of code
+            >>> from qpeft_ext.lm.loading import BASE_LM
+            >>> reranker = qpeft.Reranker.from_pretrained(ADAPTER, base_model=BASE_LM)
+            >>> documents = [
+            ...     "Delete a file or an empty folder.",
+            ...     "Return a new list with the items of the iterable in ascending order.",
+            ...     "Open a file and return a file object.",
+            ... ]
+            >>> for row in reranker.rank("sort the items of a list", documents, return_documents=True):
+            ...     print(f"{row['corpus_id']} {row['score']:.1f} {row['text']}")
+            1 -17.9 Return a new list with the items of the iterable in ascending order.
+            0 -29.9 Delete a file or an empty folder.
+            2 -31.4 Open a file and return a file object.
         """
         if not isinstance(query, str):
             raise TypeError(f"rank: query must be a string, got {kind_of(query)}; rank_many ranks for many queries")
-        _expect_no_activation("rank", activation_fn, apply_softmax, num_workers)
-        query, documents = expect_query(query, "rank: query"), as_documents(documents, "rank: documents")
-        ranked = self._ranked([query], [documents], top_k, show_progress_bar, batch_size)[0]
+        expect_no_activation("rank", activation_fn, apply_softmax, num_workers)
+        query, candidates = expect_query(query, "rank: query"), as_documents(documents, "rank: documents")
+        ranked = self._ranked([query], [candidates], top_k, show_progress_bar, batch_size)[0]
         if return_documents:
             for row in ranked:
-                row["text"] = document_text(documents[row["corpus_id"]])
+                row["text"] = document_text(candidates[row["corpus_id"]])
         return ranked
 
     def rank_many(
@@ -257,16 +257,20 @@ class Reranker:
         show_progress_bar: bool | None = None,
         *,
         batch_size: int | None = None,
-    ) -> list[list[dict]]:
-        """`rank` for many queries; passes are filled across queries and each distinct document is read once a block.
+    ) -> list[list[dict[str, Any]]]:
+        """Rank the documents of many queries.
+
+        Faster than `rank` in a loop: passes are filled across queries, each distinct document of a block is read once.
 
         Args:
-            queries: strings.  candidates: the documents of each query, in the same order.
-            top_k, batch_size: as in `rank`.  show_progress_bar: None: only on a terminal.
-        Returns: what `rank` gives, for each query.
+            queries: strings.
+            candidates: the documents of each query, in the same order.
+            top_k, batch_size: as in `rank`.
+            show_progress_bar: None shows it on a terminal only.
+        Returns: for each query what `rank` returns.
         Raises: as `rank`; ValueError if there are not as many lists of candidates as queries.
         """
-        return self._ranked(*_as_lists("rank_many", queries, candidates), top_k, show_progress_bar, batch_size)
+        return self._ranked(*as_lists("rank_many", queries, candidates), top_k, show_progress_bar, batch_size)
 
     def _ranked(
         self,
@@ -275,12 +279,13 @@ class Reranker:
         top_k: int | None,
         show_progress_bar: bool | None,
         batch_size: int | None,
-    ) -> list[list[dict]]:
-        """`rank_many` of lists that are checked."""
+    ) -> list[list[dict[str, Any]]]:
+        """Do what `rank_many` does, with lists that are checked."""
         top_k, batch_size = whole_number(top_k, "top_k"), whole_number(batch_size, "batch_size")
-        results, source = [], self.model.qpeft_config.source
+        size = _PAIRS_PER_LIST_BLOCK if self.model.qpeft_config.source == "candidates" else _PAIRS_PER_BLOCK
+        results = []
         with progress_bar(total=sum(map(len, candidates)), unit="pair", desc="rerank", show=show_progress_bar) as bar:
-            for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK if source == "candidates" else _PAIRS_PER_BLOCK):
+            for block in _blocks(candidates, size):
                 pairs = [(queries[i], document) for i in block for document in candidates[i]]
                 scores, start = self._score(pairs, bar, self._lists(block, candidates), batch_size), 0
                 for i in block:
@@ -291,39 +296,48 @@ class Reranker:
         return results
 
     def explain(self, query: str, document: Document, candidates: Iterable[Document] | None = None) -> Explanation:
-        """The clues of a pair: which document tokens, where they are in the text, with which weight.
+        """Show the clues of a pair: which document tokens they are, where in the text, and with which weight.
 
-        candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
+        Args:
+            query: a string.
+            document: as in `rank`.
+            candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
+        Returns: `Explanation`; without clues for ``clues="none"``.
         Raises: TypeError or ValueError that names what is wrong with the query or a document.
         """
         with self.model.passes(evaluating=True):
             return explain_pair(self.model, query, document, candidates, self.truncate_queries)
 
     def similarity(self, queries: Iterable[str], candidates: Iterable[Iterable[Document]]) -> list[list[float]]:
-        """Baseline without an LM: the sum of the scores of each pair's clues; 0 for a pair without clues.
+        """Score documents by their clues only, without running the LM, as a baseline.
 
-        Of "top_k" these are the clues that the model chooses, with its source, filters and trained projection (their
-        weights in `explain`); other models are given the k document tokens most similar to a query token, by the
-        filters and the similarity of their config. With a source "vocabulary…" a query's documents are all equal.
-        Arguments and errors are those of `rank_many`.
+        A score is the sum of the scores of a pair's clues; 0 for a pair without clues. With ``clues="top_k"`` these are
+        the clues that the model chooses, with its source, filters and trained projection (their weights in `explain`);
+        for other models they are the k document tokens most similar to a query token, by the filters and the similarity
+        of their config. With a source "vocabulary…" a query's documents are all equal.
+
+        Args:
+            queries, candidates: as in `rank_many`.
+        Returns: for each query the score of each of its documents, in their order.
+        Raises: as `rank_many`.
         """
-        queries, candidates = _as_lists("similarity", queries, candidates)
+        texts, lists = as_lists("similarity", queries, candidates)
         results = []
-        for block in _blocks(candidates, _PAIRS_PER_LIST_BLOCK):
-            pairs = [(queries[i], document) for i in block for document in candidates[i]]
+        for block in _blocks(lists, _PAIRS_PER_LIST_BLOCK):
+            pairs = [(texts[i], document) for i in block for document in lists[i]]
             with self.model.passes(evaluating=True):
-                batch = self.model.encode(pairs, self._lists(block, candidates), self.truncate_queries)
+                batch = self.model.encode(pairs, self._lists(block, lists), self.truncate_queries)
                 sums = iter(self._clue_similarity(batch).tolist() if pairs else ())
-            results += [[next(sums) for _ in candidates[i]] for i in block]
+            results += [[next(sums) for _ in lists[i]] for i in block]
         return results
-
-    def exclusive(self) -> AbstractContextManager[None]:
-        """While this is entered no other thread scores with this LM: see `QPeftModel.exclusive`."""
-        return self.model.exclusive()
 
     @cached_property
     def _clue_similarity(self) -> ClueSimilarity:
         return ClueSimilarity(self.model)
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Keep other threads from scoring with this LM while this is entered: see `QPeftModel.exclusive`."""
+        return self.model.exclusive()
 
     def _lists(self, block: range, candidates: Sequence[Sequence]) -> list[int] | None:
         """The list of each pair of the block: with this source the same query in two lists has two lists of clues."""
@@ -331,104 +345,7 @@ class Reranker:
             return None
         return [i for i in block for _ in candidates[i]]
 
-    def _score(self, pairs: list, bar, lists: list[int] | None = None, batch_size: int | None = None) -> np.ndarray:
-        if not pairs:
-            return np.zeros(0, dtype=np.float32)
-        with self.model.passes(evaluating=True):
-            scores = self._score_alone(pairs, bar, lists, batch_size)
-        if not np.isfinite(scores).all():
-            query, document = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
-            raise ValueError(
-                f"the score of query {short(query)} is not finite; the LM or the adapter has broken weights, "
-                "or its dtype overflows (try bfloat16 or float32)"
-            )
-        return scores
 
-    def _score_alone(self, pairs: list, bar, lists: list[int] | None, batch_size: int | None) -> np.ndarray:
-        """The scores of a block, while no other thread uses the LM."""
-        if self.cache is not None and self.cache.index is not None:
-            self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
-        batch = self.model.encode(pairs, lists, self.truncate_queries)
-        self.truncated += sum(document.cut > 0 for document in batch.documents)
-        self.truncated_queries += batch.cut_queries
-        jobs, prefilled = self._jobs(batch)
-        rows, parts = [], []
-        for job in jobs:
-            parts.append(self._within_memory(lambda tokens, job=job: self.model(
-                batch.select(job), path=self.path, cache=self.cache, deterministic=self.deterministic,
-                max_tokens_per_batch=tokens, prefilled=prefilled, max_pairs_per_batch=batch_size,
-                projected=self.projected)))  # fmt: skip
-            rows += job
-            bar.update(len(job))
-        scores = np.empty(len(pairs), dtype=np.float32)
-        mean = self.model.ranks_by_mean
-        parts = [part.mean_query_log_likelihood if mean else part.query_log_likelihood for part in parts]
-        scores[rows] = torch.cat(parts).float().cpu().numpy()
-        return scores
-
-    def _jobs(self, batch: PairBatch) -> tuple[Iterator[list[int]], bool]:
-        """Lists of pairs to score one after the other, and whether all prefixes are in the cache's memory by then."""
-        size = _PAIRS_PER_JOB if self.model.qpeft_config.source == "document" else len(batch)
-        if self.path != "document_first" or self.cache is None:
-            return document_jobs(batch, size), False
-        jobs = list(document_jobs(batch, min(size, _PAIRS_PER_READ)))
-        filling = CacheFilling(self.model.engine, self.cache, self.deterministic)
-        at_once = self.model.device.type == "cpu" and filling.has_room(batch)
-        in_files = filling.announce(batch if at_once else batch.select(jobs[0]))
-        if in_files and not at_once:  # copies to a GPU and its passes go on side by side
-            return _read_ahead(filling, batch, jobs), False
-        filled = self._within_memory(lambda tokens: filling.fill(batch, tokens))
-        return (suffix_jobs if filled else document_jobs)(batch, size), filled
-
-    @torch.no_grad()
-    def _within_memory(self, work: Callable[[int], Result]) -> Result:
-        """The result of ``work(max_tokens_per_batch)``, which is halved for good when the device runs out of memory."""
-        return retry_with_less(lambda: work(self.max_tokens_per_batch), self._halve_budget)
-
-    def _halve_budget(self) -> bool:
-        if self.max_tokens_per_batch == 1:  # every pass is one document or one pair already
-            return False
-        self.max_tokens_per_batch //= 2
-        logger.warning("out of memory: retrying with max_tokens_per_batch=%d", self.max_tokens_per_batch)
-        return True
-
-
-def _as_lists(
-    what: str, queries: Iterable[str], candidates: Iterable[Iterable[Document]]
-) -> tuple[list[str], list[list[Document]]]:
-    """Queries and the documents of each, read once and checked."""
-    queries = as_list(queries, f"{what}: queries", "one query goes into a list: [query]")
-    candidates = as_list(candidates, f"{what}: candidates", "give a list of documents for each query")
-    if len(queries) != len(candidates):
-        raise ValueError(f"{what}: {len(queries)} queries but {len(candidates)} lists of candidates")
-    for i, query in enumerate(queries):
-        expect_query(query, f"query {i}")
-    return queries, [
-        as_documents(documents, f"{what}: the candidates of query {i}", f" of query {i}")
-        for i, documents in enumerate(candidates)
-    ]
-
-
-def _expect_no_activation(what: str, activation_fn: object, apply_softmax: object, num_workers: object) -> None:
-    if activation_fn is not None and not isinstance(activation_fn, torch.nn.Identity):
-        raise ValueError(
-            f"{what}: a score is a log-likelihood without an activation; leave activation_fn out and "
-            "apply yours to the scores"
-        )
-    if apply_softmax:
-        raise ValueError(f"{what}: there is one score a pair and no classes; leave apply_softmax out")
-    if num_workers:
-        raise ValueError(f"{what}: texts are tokenised in this process; leave num_workers out")
-
-
-def _read_ahead(filling: CacheFilling, batch: PairBatch, jobs: list[list[int]]) -> Iterator[list[int]]:
-    """The jobs; while one is scored, the system reads the files of the next one."""
-    for job, following in zip_longest(jobs, jobs[1:], fillvalue=()):
-        filling.announce(batch.select(following))
-        yield job
-
-
-def _blocks(candidates: Sequence[Sequence], max_pairs: int) -> Iterator[range]:
+def _blocks(candidates: Sequence[Sequence], max_pairs: int) -> list[range]:
     """Places of consecutive queries with about ``max_pairs`` pairs together."""
-    for block in query_blocks([len(documents) for documents in candidates], max_pairs):
-        yield range(block.start, block.stop)
+    return [range(len(candidates))[block] for block in query_blocks(list(map(len, candidates)), max_pairs)]

@@ -12,12 +12,16 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..engine.schedule import query_blocks
 from ..formats.partial_run import PartialRun
 from ..formats.trec import Run, check_id, find_line
 from ..utils.files import AnyPath
 from ..utils.progress import progress_bar
+
+if TYPE_CHECKING:
+    from .reranker import Reranker
 
 PAIRS_PER_BLOCK = 256  # several passes of the default token budget, and still some life in the progress bar
 
@@ -27,7 +31,13 @@ Ranker = Callable[[Sequence[str], Sequence[Sequence[dict]]], list[list[tuple[int
 
 @dataclass(frozen=True)
 class Block:
-    """Queries that are ranked together.  doc_ids: the candidates of each.  system: who ranks them."""
+    """Queries that are ranked together.
+
+    Attributes:
+        query_ids, queries: their ids and texts.
+        doc_ids: the candidates of each.
+        system: the name of the system that ranks them.
+    """
 
     query_ids: list[str]
     queries: list[str]
@@ -37,9 +47,12 @@ class Block:
 
 @dataclass(frozen=True)
 class RankedBlock:
-    """For every query of a block (place of the document, score), best first; and what it took.
+    """The rankings of a block, and counts of the work.
 
-    truncated: documents that were cut.  cache_hits, cache_misses: prefixes read from the cache, or not.
+    Attributes:
+        rankings: for every query (place of the document, score), best first.
+        truncated: documents that were cut.
+        cache_hits, cache_misses: prefixes that were in the cache, and that were not.
     """
 
     rankings: list[list[tuple[int, float]]]
@@ -49,15 +62,19 @@ class RankedBlock:
 
 
 # blocks -> their rankings in the same order; reads only a few blocks ahead of what it has yielded
-Engine = Callable[[Iterator[Block]], Generator[RankedBlock]]
+BlockRanker = Callable[[Iterator[Block]], Generator[RankedBlock]]
 
 
 @dataclass
 class RerankedRun:
-    """``run``: the new ranking.  num_pairs: (query, document) pairs scored.  seconds: wall time, reading included.
+    """A reranked run, and counts of the work.
 
-    num_resumed: queries that an earlier process has ranked.  truncated, cache_hits, cache_misses: sums of
-    `RankedBlock`'s.
+    Attributes:
+        run: the new ranking.
+        num_pairs: (query, document) pairs scored.
+        seconds: wall time, reading included.
+        num_resumed: queries that an earlier process has ranked.
+        truncated, cache_hits, cache_misses: sums over the blocks, see `RankedBlock`.
     """
 
     run: Run
@@ -81,13 +98,13 @@ class RerankedRun:
 
     @property
     def cache_rate(self) -> str:
-        """Share of prefixes that came from the cache; "" without one."""
+        """Share of prefixes that were in the cache; "" without one."""
         asked = self.cache_hits + self.cache_misses
         return f"{self.cache_hits / asked:.0%}" if asked else ""
 
 
-def by_likelihood(reranker) -> Ranker:
-    """Rank by the reranker's score."""
+def by_likelihood(reranker: Reranker) -> Ranker:
+    """Return a function that ranks by the score of a `Reranker`."""
 
     def rank(queries, documents):
         if (rows := getattr(reranker, "projected", None)) is not None:
@@ -98,8 +115,8 @@ def by_likelihood(reranker) -> Ranker:
     return rank
 
 
-def by_similarity(reranker) -> Ranker:
-    """Rank by the sum of `similarity_topk` scores; no LM runs. Equal scores stay in the order of the candidates."""
+def by_similarity(reranker: Reranker) -> Ranker:
+    """Return a function that ranks by the clues only (`Reranker.similarity`); equal scores keep the given order."""
 
     def rank(queries, documents):
         return [
@@ -124,21 +141,25 @@ def rerank_run(
 
     Args:
         rank: `by_likelihood` or `by_similarity` of a `Reranker`.
+        queries: query_id → text.
+        corpus: doc_id → document.
         run: the candidates; `check_candidates` says whether they are known.
+        name: stands before the progress bar.
         partial: gets each of its blocks, which should be `run_blocks`, as soon as it is ranked; those that it has
             already are not ranked again.
-        show_progress_bar: None: only on a terminal.
+        show_progress_bar: None shows it on a terminal only.
+    Returns: the new run, with the queries in the order of ``run``.
     """
 
-    def engine(blocks):
+    def rank_blocks(blocks: Iterator[Block]) -> Generator[RankedBlock]:
         for block in blocks:
             yield RankedBlock(rank(block.queries, read_documents(corpus, block)))
 
-    return rerank_blocks(engine, queries, run, name=name, partial=partial, show_progress_bar=show_progress_bar)
+    return rerank_blocks(rank_blocks, queries, run, name=name, partial=partial, show_progress_bar=show_progress_bar)
 
 
 def rerank_blocks(
-    engine: Engine,
+    rank: BlockRanker,
     queries: Mapping[str, str],
     run: Run,
     *,
@@ -146,7 +167,14 @@ def rerank_blocks(
     partial: PartialRun | None = None,
     show_progress_bar: bool | None = None,
 ) -> RerankedRun:
-    """`rerank_run` with any engine: this process, worker processes, Ray."""
+    """Rerank a run by any `BlockRanker`: this process, worker processes, or Ray.
+
+    Args:
+        rank: ranks blocks.
+        queries, run, partial, show_progress_bar: as for `rerank_run`.
+        name: the system that ``rank`` is asked for; stands before the progress bar too.
+    Returns: the new run, with the queries in the order of ``run``.
+    """
     every = partial.blocks if partial else run_blocks(run)
     blocks = [_block(queries, run, query_ids, name) for query_ids in every[partial.num_pieces if partial else 0 :]]
     total = sum(map(len, run.values()))
@@ -155,7 +183,7 @@ def rerank_blocks(
     fresh: Run = {}
     start = time.perf_counter()
     with (
-        contextlib.closing(engine(iter(blocks))) as ranked_blocks,
+        contextlib.closing(rank(iter(blocks))) as ranked_blocks,
         progress_bar(
             total=total, initial=total - num_pairs, desc=name, unit="pair", show=show_progress_bar
         ) as progress,
@@ -181,24 +209,28 @@ def rerank_blocks(
 
 
 def run_blocks(run: Run) -> list[list[str]]:
-    """The ids of the queries of each block."""
+    """Return the ids of the queries of each block."""
     every_id = list(run)
     return [every_id[place] for place in query_blocks([len(ranking) for ranking in run.values()], PAIRS_PER_BLOCK)]
 
 
-def _block(queries: Mapping[str, str], run: Run, query_ids: list[str], system: str) -> Block:
+def _block(queries: Mapping[str, str], run: Run, query_ids: Sequence[str], system: str) -> Block:
     doc_ids = [[doc_id for doc_id, _ in run[query_id]] for query_id in query_ids]
-    return Block(query_ids, [queries[query_id] for query_id in query_ids], doc_ids, system)
+    return Block(list(query_ids), [queries[query_id] for query_id in query_ids], doc_ids, system)
 
 
 def read_documents(corpus: Mapping[str, dict], block: Block) -> list[list[dict]]:
-    """The candidates of each query of a block."""
+    """Read the candidates of each query of a block."""
     return [[corpus[doc_id] for doc_id in doc_ids] for doc_ids in block.doc_ids]
 
 
 def check_candidates(run: Run, queries: Mapping[str, str], corpus: Mapping[str, dict], path: AnyPath | None) -> None:
-    """Every query and candidate must be known, and its id fit into a run.
+    """Check that every query and candidate is known, and that its id fits into a run.
 
+    Args:
+        run: the candidates.
+        queries, corpus: what is known.
+        path: the file that the run is from, for messages.
     Raises: ValueError naming the id, and the line if ``path`` is given.
     """
     for query_id, candidates in run.items():
@@ -225,7 +257,7 @@ def _place(path: AnyPath | None, query_id: str, doc_id: str | None = None) -> st
 
 
 def system_name(path: Path) -> str:
-    """A short name for a run file: its name without what says the format."""
+    """Return a short name for a run file: its name without the endings of formats."""
     name = path.name.removesuffix(".gz")
     for ending in (".trec", ".txt", ".run", ".tsv"):
         name = name.removesuffix(ending) or name

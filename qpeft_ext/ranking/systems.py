@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from ..adapters.files import adapter_digest, local_folder
 from ..config import QPeftConfig
@@ -28,22 +29,29 @@ from .run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_
 UPR, SIMILARITY = "UPR", "similarity only"
 
 
+@runtime_checkable
+class _Versioned(Protocol):
+    def version(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class SystemsSpec:
-    """What a process must know to rank: plain values, so that they can be sent to another process or machine.
+    """All that a process must know to rank: plain values, so that they can be sent to another process or machine.
 
     Args:
-        data: what `formats.open_collection` finds the corpus in; a path is absolute.
-        model: adapter folder or Hub id.  base_model: overrides the LM it names.
-        upr, similarity_only: also rank without clues, and by the similarities of the clues alone (the adapter's
-            clues, or the defaults without one).
-        dtype, attention, deterministic, max_tokens_per_batch, max_query_tokens, max_document_tokens: None keeps the
-            defaults.
-        template: of the prompt, where there is no adapter that says it.
-        truncate_queries: of `Reranker`.
-        cache_bytes: of a `DocumentCache` per process; 0: none.
-        max_memory: of `Reranker`, instead of cache_bytes.
-        index: folder of prefixes on disk, made by ``qpeft index``.
+        data: the collection with the corpus, for `formats.open_collection`; a path is absolute.
+        model: the adapter, a folder or a Hub id; None for none.
+        base_model: used instead of the LM that the adapter names.
+        upr: whether to rank without clues too.
+        similarity_only: whether to rank by the similarities of the clues too, without the LM: those of the adapter's
+            clues, or of the default ones without an adapter.
+        dtype, attention: as for `load_lm`.
+        deterministic, max_tokens_per_batch, truncate_queries: as for `Reranker`.
+        max_query_tokens, max_document_tokens: limits used instead of the adapter's.
+        cache_bytes: budget of a `DocumentCache` in every process; 0 for none.
+        max_memory: as for `Reranker`, instead of cache_bytes.
+        index: a folder of prefixes on disk, made by ``qpeft index``.
+        template: the template of the prompt, where there is no adapter that says it.
     """
 
     data: str
@@ -65,7 +73,7 @@ class SystemsSpec:
 
     @cached_property
     def config(self) -> QPeftConfig:
-        """Of the adapter; the defaults without one.
+        """The adapter's config; the default one without an adapter.
 
         Raises: ValueError if ``template`` is not the adapter's.
         """
@@ -81,7 +89,7 @@ class SystemsSpec:
 
     @property
     def lm_name(self) -> str:
-        """Raises: ValueError if nobody names the LM."""
+        """The LM's folder or Hub id. Raises: ValueError if nobody names it."""
         name = self.base_model or self.config.base_model_name_or_path
         if not name:
             raise ValueError(f"{self.model}: the adapter does not name its base LM; give --base-model")
@@ -89,7 +97,7 @@ class SystemsSpec:
 
     @property
     def names(self) -> list[str]:
-        """The systems, the main one first."""
+        """Names of the systems, the main one first."""
         without = "UPR adapter" if self.config.num_virtual_tokens is None else "prompt tuning"
         method = {"top_k": "Q-PEFT-R", "attention": "Q-PEFT-A"}.get(self.config.clues, without)
         return [method] * bool(self.model) + [UPR] * self.upr + [SIMILARITY] * self.similarity_only
@@ -103,12 +111,15 @@ class SystemsSpec:
         }
 
     def prompt(self) -> Prompt:
-        """The `Prompt`, without loading the LM."""
-        config, encoder_decoder = replace(self.config, **self.limits), is_encoder_decoder(load_config(self.lm_name))
-        return build_prompt(load_tokenizer(self.lm_name), config, encoder_decoder)
+        """Make the `Prompt` without loading the LM."""
+        limits: dict[str, Any] = {**self.limits}
+        encoder_decoder = is_encoder_decoder(load_config(self.lm_name))
+        return build_prompt(load_tokenizer(self.lm_name), replace(self.config, **limits), encoder_decoder)
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
-        """What the scores of the job depend on, beyond rounding; see `PartialRun`."""
+        """Return all that the scores of the job depend on, except for rounding; see `PartialRun`."""
+        corpus = open_collection(self.data).corpus
+        assert isinstance(corpus, _Versioned)  # as all are that can be opened
         content = hashlib.sha256()
         for query_id, ranking in candidates.items():
             content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
@@ -122,11 +133,11 @@ class SystemsSpec:
             "deterministic": self.deterministic,
             **self.limits,
             "queries and candidates": content.hexdigest()[:16],
-            "corpus": open_collection(self.data).corpus.version(),
+            "corpus": corpus.version(),
         }
 
     def about(self) -> dict[str, object]:
-        """For people, beside the settings: names and versions."""
+        """Return names and versions, which the settings do not have, for people."""
         from ..utils.environment import versions
 
         return {
@@ -154,7 +165,7 @@ class Systems:
         self.corpus = open_collection(spec.data).corpus
         cached = spec.cache_bytes or spec.index is not None
         cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
-        options = {
+        options: dict[str, Any] = {
             "deterministic": spec.deterministic,
             "cache": cache,
             "max_memory": spec.max_memory,
@@ -162,8 +173,9 @@ class Systems:
         }
         if spec.max_tokens_per_batch is not None:
             options["max_tokens_per_batch"] = spec.max_tokens_per_batch
-        self.rerankers = {}
-        lm, tokenizer = None, None
+        self.rerankers: dict[str, Reranker] = {}
+        lm: Any = None
+        tokenizer: Any = None
         if spec.model:
             folder = local_folder(spec.model)
             adapter = Reranker.from_pretrained(
@@ -181,22 +193,15 @@ class Systems:
         plain = [name for name in spec.names if name not in self.rerankers]
         if plain:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention)
-            same = {
-                name: getattr(spec.config, name)
-                for name in (
-                    "compat",
-                    "template",
-                    "instruction",
-                    "allow_special_tokens",
-                )
-            } | spec.limits
+            shared = ("compat", "template", "instruction", "allow_special_tokens")
+            same: dict[str, Any] = {name: getattr(spec.config, name) for name in shared} | spec.limits
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
             reranker = Reranker(get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer), **options)
             self.rerankers |= dict.fromkeys(plain, reranker)
 
     def ranker(self, name: str) -> Ranker:
-        """How the system of this name ranks."""
+        """Return the function by which the system of this name ranks."""
         return (by_similarity if name == SIMILARITY else by_likelihood)(self.rerankers[name])
 
     def __call__(self, block: Block) -> RankedBlock:

@@ -33,7 +33,14 @@ class _Worker:
 
 @dataclass
 class _State:
-    """Blocks by number.  given: being ranked.  lost: their worker has died.  retried: have been lost once."""
+    """Blocks by number.
+
+    Attributes:
+        given: blocks that are being ranked.
+        lost: blocks whose worker has died.
+        retried: blocks that have been lost once.
+        ranked: rankings that wait for those of earlier blocks.
+    """
 
     given: dict[int, Block] = field(default_factory=dict)
     lost: deque[tuple[int, Block]] = field(default_factory=deque)
@@ -50,7 +57,7 @@ class _Failure:
 
 
 class WorkerProcesses:
-    """An `Engine` on several devices.
+    """A `BlockRanker` on several devices.
 
         with WorkerProcesses(spec, ["cuda:0", "cuda:1"]) as workers:
             rerank_blocks(workers.rank, queries, run)
@@ -90,7 +97,7 @@ class WorkerProcesses:
                 raise
 
     def rank(self, blocks: Iterator[Block]) -> Generator[RankedBlock]:
-        """Rank the blocks; see `Engine`.
+        """Rank the blocks; see `BlockRanker`.
 
         Raises: ChildProcessError when too many workers died; whatever a worker raised.
         """
@@ -100,20 +107,20 @@ class WorkerProcesses:
         while True:
             for worker in self._workers:
                 if worker.number is None and (state.lost or len(state.ranked) < _AHEAD * len(self._workers)):
-                    number, block = state.lost.popleft() if state.lost else next(numbered, (None, None))
-                    if block is None:
+                    numbered_block = state.lost.popleft() if state.lost else next(numbered, None)
+                    if numbered_block is None:
                         break
-                    worker.number, state.given[number] = number, block
+                    worker.number, state.given[numbered_block[0]] = numbered_block
                     with contextlib.suppress(OSError):  # it has died: its pipe says so below
-                        worker.connection.send((number, block))
+                        worker.connection.send(numbered_block)
             if not state.given:
                 if (first := next(numbered, None)) is None:
                     return
                 state.lost.append(first)  # nobody could take it: all are still loading
-            for connection in wait([worker.connection for worker in self._workers]):
-                worker = next(worker for worker in self._workers if worker.connection is connection)
+            ready = wait([worker.connection for worker in self._workers])
+            for worker in [worker for worker in self._workers if worker.connection in ready]:
                 try:
-                    number, answer = connection.recv()
+                    number, answer = worker.connection.recv()
                 except (EOFError, OSError):
                     self._bury(worker, state)
                     continue
@@ -127,23 +134,23 @@ class WorkerProcesses:
                 following += 1
 
     def _bury(self, worker: _Worker, state: _State) -> None:
-        """A worker has died: put its block back."""
+        """Take back the block of a worker that has died."""
         self._workers.remove(worker)
         worker.connection.close()
         worker.process.join()
-        code = worker.process.exitcode
+        code, number = worker.process.exitcode or 0, worker.number
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         what = f"the worker on {worker.device} {how}"
         if code == -signal.SIGKILL:
             what += " (the system does that when memory runs out)"
         if not self._workers:
             raise ChildProcessError(f"{what}, and no other is left")
-        if worker.number in state.retried:
+        if number in state.retried:
             raise ChildProcessError(f"{what}, as one before it on the same queries")
-        if worker.number in state.given:
-            state.retried.add(worker.number)
-            state.lost.append((worker.number, state.given.pop(worker.number)))
-        logger.warning("%s; the others go on with its queries", what)
+        if number in state.given:
+            state.retried.add(number)
+            state.lost.append((number, state.given.pop(number)))
+        logger.warning("%s; the others rank its queries", what)
 
     def close(self) -> None:
         """End all workers, whatever they do."""

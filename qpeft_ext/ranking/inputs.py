@@ -1,0 +1,51 @@
+"""Checks of what `Reranker` is called with: lists of queries and candidates, and arguments of `CrossEncoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from ..prompts.prompt import Document, as_documents, expect_query
+from ..utils.inputs import as_list
+
+
+def as_lists(
+    what: str, queries: Iterable[str], candidates: Iterable[Iterable[Document]]
+) -> tuple[list[str], list[list[Document]]]:
+    """Read queries and the documents of each once, and check them.
+
+    Args:
+        what: the method that is called, for messages.
+        queries, candidates: as for `Reranker.rank_many`.
+    Raises: TypeError or ValueError that names the query or the document.
+    """
+    queries = as_list(queries, f"{what}: queries", "one query goes into a list: [query]")
+    lists = as_list(candidates, f"{what}: candidates", "give a list of documents for each query")
+    if len(queries) != len(lists):
+        raise ValueError(f"{what}: {len(queries)} queries but {len(lists)} lists of candidates")
+    for i, query in enumerate(queries):
+        expect_query(query, f"query {i}")
+    return queries, [
+        as_documents(documents, f"{what}: the candidates of query {i}", f" of query {i}")
+        for i, documents in enumerate(lists)
+    ]
+
+
+def expect_no_activation(what: str, activation_fn: object, apply_softmax: object, num_workers: object) -> None:
+    """Refuse values of `CrossEncoder`'s arguments that a log-likelihood has no use for.
+
+    Args:
+        what: the method that is called, for messages.
+        activation_fn, apply_softmax, num_workers: its arguments.
+    Raises: ValueError that names the argument.
+    """
+    if activation_fn is not None and not isinstance(activation_fn, torch.nn.Identity):
+        raise ValueError(
+            f"{what}: a score is a log-likelihood without an activation; leave activation_fn out and "
+            "apply yours to the scores"
+        )
+    if apply_softmax:
+        raise ValueError(f"{what}: there is one score a pair and no classes; leave apply_softmax out")
+    if num_workers:
+        raise ValueError(f"{what}: texts are tokenised in this process; leave num_workers out")
