@@ -116,6 +116,6 @@ def check_queries(prompt: Prompt, queries: Mapping[str, str], truncate: bool) ->
 
 
 def _kept(partials: Mapping[str, PartialRun]) -> list[str]:
-    """What is left of the work, if anything."""
+    """Say what is left of the work, if anything."""
     kept = [str(partial) for partial in partials.values() if partial.rankings]
     return [f"{', '.join(kept)}: the same command goes on from there"] if kept else []

@@ -244,9 +244,8 @@ class Reranker(PairScorer):
         expect_no_activation("rank", activation_fn, apply_softmax, num_workers)
         query, candidates = expect_query(query, "rank: query"), as_documents(documents, "rank: documents")
         ranked = self._ranked([query], [candidates], top_k, show_progress_bar, batch_size)[0]
-        if return_documents:
-            for row in ranked:
-                row["text"] = document_text(candidates[row["corpus_id"]])
+        for row in ranked if return_documents else ():
+            row["text"] = document_text(candidates[row["corpus_id"]])
         return ranked
 
     def rank_many(
@@ -268,7 +267,7 @@ class Reranker(PairScorer):
             top_k, batch_size: as in `rank`.
             show_progress_bar: None shows it on a terminal only.
         Returns: for each query what `rank` returns.
-        Raises: as `rank`; ValueError if there are not as many lists of candidates as queries.
+        Raises: as `rank`, and if there are not as many lists of candidates as queries.
         """
         return self._ranked(*as_lists("rank_many", queries, candidates), top_k, show_progress_bar, batch_size)
 

@@ -42,7 +42,7 @@ def query_measures(config: QPeftConfig, table: Tensor, inputs: Mapping[str, Any]
 
 
 def computed_metrics(function: Callable[[EvalPrediction], Any] | None, scores: EvalPrediction) -> dict[str, float]:
-    """What the user's ``compute_metrics`` makes of the scores.
+    """Call the user's ``compute_metrics`` on the scores.
 
     Raises: TypeError if that is no dict.
     """
