@@ -1,5 +1,5 @@
 """``qpeft compare``: methods × collections × seeds in one harness, with the same candidates, tokens, truncation and LM.
 
-`plan` reads what is asked for, `methods` knows how each method is trained and ranks, `run` makes the results one by
-one, `tables` and `page` show them.
+`plan_file` reads a plan, `methods` has what each method sets, `run` makes the results, `tables` compares them, and
+`sections`, `texts` and `page` show them.
 """
