@@ -1,97 +1,71 @@
-"""`QPeftModel`: a frozen LM, a trained clue module, and the likelihood of queries given documents."""
+"""`QPeftModel`: a frozen LM, its prompt and its trained modules, made from a config or loaded from a folder."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
 from dataclasses import replace
-from functools import partial, wraps
-from threading import local
+from functools import partial
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .adapters.attention_clues import AttentionClues
 from .adapters.filters import allowed_ids
 from .adapters.generated_lora import GeneratedLora
-from .adapters.inputs import ClueInputs
-from .adapters.layers import Clues
-from .adapters.projected_rows import ProjectedRows
 from .adapters.soft_prompt import build_soft_prompt
 from .adapters.top_k_clues import TopKClues
 from .config import QPeftConfig
 from .engine.base import BaseEngine
-from .engine.encoder_decoder import EncoderStates
 from .engine.factory import make_engine
-from .engine.rows import Rows
-from .engine.schedule import Limits, default_tokens, schedule
-from .engine.scores import CountTokens, PassClues, Scores, count_all_tokens, counts_of, in_order
-from .lm.arguments import expect_lm_arguments
+from .engine.scores import CountTokens, Scores, count_all_tokens
+from .engine.scoring import ScoringModel, in_passes
+from .lm.arguments import expect_lm_arguments, freeze, without_compilation
 from .lm.passes import lm_lock
 from .official.clues import build_official_clues
 from .official.likelihood import count_uncertain_tokens
-from .prefixes.cache import DocumentCache
-from .prefixes.kv import PrefixKV
-from .prompts.pairs import PairBatch, to_device
-from .prompts.prompt import Document, Prompt, as_pairs
-from .utils.forked import computes_now
+from .official.prompt import OfficialPrompt
+from .prompts.prompt import Prompt
 from .utils.torch_state import own_state
 
-logger = logging.getLogger(__name__)
+__all__ = ["QPeftModel", "Scores", "get_qpeft_model"]
 
-CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which hang on the query, before the document"
-
-
-_this_thread = local()
+CLUES_FIRST_IS_PLAIN = "layout='clues_first' puts the clues, which depend on the query, before the document"
 
 
-def _in_passes(method):
-    """A method that runs the LM or the trained modules: see `QPeftModel.passes`."""
+class QPeftModel(ScoringModel):
+    """A frozen LM with the trained modules of Q-PEFT.
 
-    @wraps(method)
-    def run(self, *args, **kwargs):
-        with self.passes():
-            return method(self, *args, **kwargs)
+    Make it with `get_qpeft_model`, or load it with `from_pretrained`. The LM is a causal or an encoder–decoder LM of
+    transformers, or a `peft` model of one. It is frozen (unless ``train_lm``) and stays in eval mode; what a pass
+    changes in it is restored after every pass. Precision is that of its weights: `torch.autocast`, the default dtype
+    and inference mode change no score, and ``model.to(dtype)`` changes the LM only, because the trained modules have
+    float32 weights.
 
-    return run
-
-
-class QPeftModel(nn.Module):
-    """Composes an LM (of transformers, causal or encoder–decoder, or a `peft` model) with trained modules.
-
-    The LM is frozen (unless ``train_lm``) and stays in eval mode. Precision is that of its weights: `torch.autocast`,
-    the default dtype and inference mode change no score, and ``model.to(dtype)`` changes the LM only, as the trained
-    modules have float32 weights. Build it with `get_qpeft_model` or load it with `QPeftModel.from_pretrained`.
-
-    Passes of several threads take turns. A thread that calls the LM itself meanwhile gets what it always gets; one that
-    changes it (weights, adapters, device, dtype) does so inside `exclusive`.
+    Passes of several threads take turns. A thread that calls the LM itself meanwhile gets what it always gets; a thread
+    that changes the LM (weights, adapters, device, dtype) does so inside `exclusive`.
 
     Args:
-        lm: the language model.  config: `QPeftConfig`.  tokenizer: the LM's tokenizer.
-    Raises: ValueError for an LM that does not fit the config, or whose weights are on the meta device.
+        lm: the language model.
+        config: every option.
+        tokenizer: the LM's tokenizer.
+    Attributes:
+        lm: the language model.
+        qpeft_config: the config, with the options that depend on the LM filled in.
+        clues, generated_lora, soft_prompt: the trained modules; None where the config has none.
+    Raises: ValueError for an LM that does not fit the config, or whose weights are on the meta device; TypeError for
+        arguments that are no LM, no config or no tokenizer.
     """
 
     def __init__(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         super().__init__()
         expect_lm_arguments("QPeftModel", lm, config, tokenizer)
-        lm = _usable(lm)
+        lm = without_compilation(lm)
         with lm_lock(lm), own_state():
+            freeze(lm, config.train_lm)
             self._build(lm, config, tokenizer)
 
     def _build(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
-        lm.eval()
-        if config.train_lm and hasattr(lm, "peft_config"):
-            raise ValueError("QPeftModel: train_lm=True trains the whole LM; give it without its peft adapter")
-        if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(lm, "peft_config", {}).values()):
-            raise ValueError(
-                "QPeftModel: a peft adapter of virtual tokens (prompt tuning, prefix tuning) would not be "
-                "read; give the LM without it"
-            )
-        if not hasattr(lm, "peft_config"):
-            lm.requires_grad_(config.train_lm)
         self.lm = lm
         self.tokenizer = tokenizer
         self.clues = self.generated_lora = self.soft_prompt = None
@@ -100,7 +74,7 @@ class QPeftModel(nn.Module):
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder)
         self.prompt.expect_rows(len(self.engine.table))
-        with torch.random.fork_rng(devices=[]):  # the same seed, the same clue module, whatever was drawn before
+        with torch.random.fork_rng(devices=[]):  # one seed gives one clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, self.engine.table, tokenizer)
             if config.generated_lora_rank:
@@ -115,51 +89,11 @@ class QPeftModel(nn.Module):
         self.to_device_of_lm()
         self.eval()
 
-    def _probed_engine(self) -> BaseEngine:
-        """An engine that has found out what the passes need to know of the LM, in the dtype that it has now."""
+    def _probed_engine(self) -> BaseEngine[Any, Any]:
         why_plain = CLUES_FIRST_IS_PLAIN if self.qpeft_config.layout == "clues_first" else ""
         engine = make_engine(self.lm, why_plain).with_soft_prompt(self.soft_prompt)
         self._lm_dtype = engine.table.dtype
         return engine
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """While this is entered no other thread runs a pass of this LM, in whatever model or reranker around it.
-
-        For a thread that changes the LM while others rank. It may use the model itself, but with a gradient on a GPU
-        the backward pass belongs outside: with ``suffix_micro_batch`` it runs in another thread of torch.
-        """
-        with lm_lock(self.lm):
-            yield
-
-    @contextmanager
-    def passes(self, evaluating: bool = False) -> Iterator[None]:
-        """Around everything that runs the LM or the trained modules: this thread alone, in the state of torch that is
-        ours (`own_state`), and with the LM as it is now. ``evaluating``: in eval mode, whatever the mode outside is.
-        """
-        inside = getattr(_this_thread, "models", ())  # whose passes this thread is in
-        if id(self) in inside and not (evaluating and self.training):
-            yield
-            return
-        with lm_lock(self.lm), own_state():
-            computes_now()
-            if self.lm.training:
-                self.train(self.training)
-            if self.engine.table.dtype != self._lm_dtype:
-                compiled = self.engine.is_compiled
-                self.engine = self._probed_engine()
-                if compiled:
-                    self.engine.compile()
-            training = self.training
-            try:
-                if evaluating and training:
-                    self.eval()
-                _this_thread.models = (*inside, id(self))
-                yield
-            finally:
-                _this_thread.models = inside
-                if self.training != training:
-                    self.train(training)
 
     def to_device_of_lm(self) -> None:
         """Move the trained modules to the device of the LM's embeddings."""
@@ -168,213 +102,78 @@ class QPeftModel(nn.Module):
 
     @property
     def trained_modules(self) -> dict[str, nn.Module]:
-        """What an adapter consists of, by the prefix of its keys in the adapter file."""
+        """The modules that an adapter consists of, by the prefix of their keys in the adapter file."""
         parts = {"": self.clues, "generated_lora.": self.generated_lora, "soft_prompt.": self.soft_prompt}
         return {prefix: module for prefix, module in parts.items() if module is not None}
 
-    @property
-    def device(self) -> torch.device:
-        return self.engine.device
-
     def train(self, mode: bool = True) -> QPeftModel:
-        """Train mode for the clue module and for dropout *inside* adapters of the LM; never for the LM itself.
+        """Set train mode for the trained modules and for dropout inside trained adapters of the LM.
 
-        Only of adapters that are trained: the dropout of others would end up in cached prefixes.
+        The LM itself stays in eval mode, and so do adapters that are not trained: their dropout would end up in cached
+        prefixes.
+
+        Args:
+            mode: whether to train; False is eval mode.
+        Returns: the model.
         """
         super().train(mode)
         self.lm.eval()
         for module in self.lm.modules():
-            if hasattr(module, "lora_dropout"):
-                module.lora_dropout.train(mode and any(p.requires_grad for p in module.parameters()))
+            if isinstance(dropout := getattr(module, "lora_dropout", None), nn.Module):
+                dropout.train(mode and any(p.requires_grad for p in module.parameters()))
         return self
 
-    # -- scoring -------------------------------------------------------------------------------------------------
-
-    def encode(
-        self, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None, truncate_queries: bool = False
-    ) -> PairBatch:
-        """Tokenise pairs (query, document). ``lists``, ``truncate_queries``: see `PairBatch.from_text`.
-
-        Raises: TypeError or ValueError that names the pair and what is wrong with it.
-        """
-        return PairBatch.from_text(self.prompt, as_pairs(pairs, "encode"), lists, truncate_queries)
-
-    @_in_passes
-    def forward(
-        self,
-        batch: PairBatch,
-        path: str = "document_first",
-        cache: DocumentCache | None = None,
-        max_tokens_per_batch: int | None = None,
-        deterministic: bool = False,
-        prefilled: bool = False,
-        max_pairs_per_batch: int | None = None,
-        projected: ProjectedRows | None = None,
-    ) -> Scores:
-        """Score B pairs.
-
-        Args:
-            batch: from `encode`.
-            path: "document_first" (each distinct document's prefix once, then the suffixes), or "plain" (whole
-                prompts). Models whose cache cannot be shared take the plain path either way, and so does
-                ``layout="clues_first"``.
-            cache: prefixes are read from it and put into it, unless they need a gradient (a soft prompt or the LM
-                is trained).
-            max_tokens_per_batch: budget of tokens per pass; None: what suits the device (`schedule.default_tokens`).
-            deterministic: every prefix, clue and suffix is computed unpadded and one per pass, so that a score is
-                bit-equal whatever else is in the batch or in the cache (same machine and number of threads). Slower.
-            prefilled: whether the prefixes of all documents are in the cache already (`CacheFilling`): documents of
-                different lengths may share a pass.
-            max_pairs_per_batch: pairs in a suffix pass at most; None: as many as the token budget allows. With a
-                gradient the passes are then computed again in the backward pass, as with ``suffix_micro_batch``.
-            projected: rows of the embedding table that Q-PEFT-A reuses between calls with it, without gradient. Not
-                used with ``deterministic``.
-        """
-        if path not in ("document_first", "plain"):
-            raise ValueError(f"path must be document_first or plain, got {path!r}")
-        if not len(batch):
-            empty = torch.zeros(0, dtype=torch.float32, device=self.device)
-            return Scores(empty, empty.long())
-        limits = self._limits(path, max_tokens_per_batch, max_pairs_per_batch, deterministic, prefilled)
-        projected = None if deterministic else projected
-        clues, rows, parts = PassClues(partial(self.compute_clues, projected=projected), batch), [], []
-        for read in schedule(batch, limits, self._rotary_tables(batch, projected)):
-            prefix = None  # the one before is not needed any more
-            if read.shared:
-                ids = [batch.documents[d].ids for d in read.documents]
-                prefix = self.engine.cached_prefill(ids, cache, deterministic=deterministic)
-            for pairs in read.suffixes:
-                own = clues.of(pairs, read.clues_of)
-                rows.append(pairs)
-                parts.append(self._score_group(batch.select(pairs), *own, read.documents, prefix, limits.recompute))
-        return in_order(rows, parts)
-
-    def _limits(
-        self, path: str, max_tokens: int | None, max_pairs: int | None, deterministic: bool, prefilled: bool
-    ) -> Limits:
-        """What decides the passes of a call of `forward`, whose arguments these are."""
-        config, engine = self.qpeft_config, self.engine
-        return Limits(
-            device=self.device,
-            dtype=engine.table.dtype,
-            max_tokens=max_tokens or default_tokens(self.device),
-            max_pairs=max_pairs,
-            micro_batch=config.suffix_micro_batch,
-            with_grad=torch.is_grad_enabled(),
-            deterministic=deterministic,
-            unpadded=bool(engine.why_unpadded),
-            shared=path == "document_first" and engine.shares_prefixes(self.clues is not None),
-            prefilled=prefilled,
-            clue_per_token=config.clues == "attention",
-            clues_per_pair=(config.k or 0) if config.clues == "top_k" else 0,
-            clue_bytes=4 * engine.table.shape[1],
-            clues_of_lists=config.source != "document",
-        )
-
-    def _rotary_tables(self, batch: PairBatch, projected: ProjectedRows | None) -> list[int]:
-        """Which rotary table of the LM each pair is read with; 0: the one that prefixes are cached with."""
-
-        @torch.no_grad()
-        def clue_counts() -> list[int]:
-            return counts_of(self.compute_clues(batch, projected=projected), len(batch))
-
-        most = 0 if self.clues is None else 2 * (self.qpeft_config.k or 1) * max(map(len, batch.queries))
-        return self.engine.table_of_each(batch, self.prompt.suffix, clue_counts, most)
-
-    @_in_passes
-    def compute_clues(
-        self, batch: PairBatch, explain: bool = False, projected: ProjectedRows | None = None
-    ) -> Clues | None:
-        """Clues of every pair of the batch; None for ``clues="none"``.
-
-        Args:
-            batch: from `encode`.
-            explain: whether the result has an explanation.
-            projected: for `AttentionClues`, table rows to reuse between calls.
-        """
-        if self.clues is None:
-            return None
-        inputs = ClueInputs.from_batch(batch, self.device, self.qpeft_config.source)
-        reused = {"projected": projected} if isinstance(self.clues, AttentionClues) else {}
-        return self.clues(inputs, self.engine.table, self.engine.scale, explain, **reused)
-
-    def _score_group(
-        self,
-        batch: PairBatch,
-        clues: Clues | None,
-        counts: Sequence[int],
-        documents: list[int],
-        prefix: PrefixKV | EncoderStates | None,
-        recompute: bool,
-    ) -> Scores:
-        """Scores of the pairs of one suffix pass.
-
-        Args:
-            clues, counts: the clues of the pairs, and how many each has.
-            documents, prefix: the documents that were read before, and what was made of them; None: read whole prompts.
-            recompute: whether activations are computed again in the backward pass instead of being kept for it.
-        """
-        vectors = None if clues is None else clues.embeds[clues.mask]
-        rows = self._rows(batch, counts, with_prefix=prefix is None)
-        prefix_rows = None
-        if prefix is not None:
-            place = {d: i for i, d in enumerate(documents)}
-            order = [place[d] for _, d in batch.pairs]
-            if order != list(range(len(prefix.lengths))):
-                prefix_rows = to_device(np.array(order), self.device)
-        run, arguments = self.engine.log_likelihood, (rows, vectors, prefix, prefix_rows)
-        if self.generated_lora is not None:
-            run, arguments = self._with_generated_lora, (batch, *arguments)
-        if recompute:  # own_state, because the backward pass runs outside of this method's state of torch
-            log_p = checkpoint(own_state()(run), *arguments, use_reentrant=False)
-        else:
-            log_p = run(*arguments)
-        return Scores(rows.sum_of_each_pair(log_p), self._count_tokens(log_p, rows.sum_of_each_pair, batch))
-
-    def _rows(self, batch: PairBatch, counts: Sequence[int], with_prefix: bool) -> Rows:
-        """What the LM reads of each pair, and what it is asked for."""
-        return self.engine.assemble(batch, self.prompt.suffix, counts, with_prefix)
-
-    def _with_generated_lora(self, batch: PairBatch, rows, vectors, prefix, prefix_rows) -> Tensor:
-        """`log_likelihood` with the update that each pair's query generates, on the suffixes only."""
-        gates = self.generated_lora.gates_of_pairs(batch, self.engine.table)
-        updates = self.generated_lora.updates(gates, rows.suffix)
-        return self.engine.log_likelihood(rows, vectors, prefix, prefix_rows, updates)
-
-    @_in_passes
+    @in_passes
     def merge_for(self, query: str) -> dict[str, Tensor]:
-        """Weights of the LM's suffix passes for one query, by parameter name; prefixes keep the LM's own.
+        """Compute the weights with which the LM reads suffixes for one query; prefixes are read with the LM's own.
 
+        Args:
+            query: a string.
+        Returns: tensors by the name of the LM's parameter that they take the place of.
         Raises: ValueError without a generated LoRA.
         """
         if self.generated_lora is None:
             raise ValueError("merge_for: the model has no generated LoRA; set generated_lora_rank in QPeftConfig")
         return self.generated_lora.merged(self.prompt.queries([query])[0], self.engine.table)
 
-    @torch.no_grad()
-    def score(self, pairs: Sequence[tuple[str, Document]], **options) -> Scores:
-        """Scores of (query, document) pairs, without gradient; ``options`` as in `forward`."""
-        return self(self.encode(pairs), **options)
-
     # -- parameters and files ------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable parameters, and all parameters of LM and clue module."""
+        """Count the trainable parameters, and all parameters of the LM and the trained modules.
+
+        Returns: (trainable, all).
+        """
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return trainable, sum(p.numel() for p in self.parameters())
 
     def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trainable, in the form that `peft` has."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
-    def save_pretrained(self, folder) -> None:
-        """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a model card; see `adapter_files`."""
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the trained modules, their config and a model card.
+
+        Writes ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``, each of which appears whole or
+        not at all; the adapter of a `peft` model in ``lm_adapter``; with ``train_lm`` the whole LM in ``lm``.
+
+        Args:
+            folder: made if it is not there.
+        Raises: ValueError if a weight is not finite, or ``folder`` is not a folder; OSError if it cannot be written.
+        """
         from .adapters.files import save_adapter
 
         save_adapter(self, folder)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Save to a temporary folder and upload it; ``kwargs`` go to `huggingface_hub.HfApi.create_repo`."""
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the adapter to the Hugging Face Hub: the files of `save_pretrained`.
+
+        Args:
+            repo_id: "owner/name"; the repository is created if it is not there.
+            kwargs: for `huggingface_hub.HfApi.create_repo`, such as ``private`` or ``token``.
+        Returns: the URL of the commit.
+        Raises: as `save_pretrained`; what `huggingface_hub` raises without a login or a network.
+        """
         from .adapters.files import push_adapter
 
         return push_adapter(self, repo_id, **kwargs)
@@ -382,15 +181,37 @@ class QPeftModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        folder,
-        lm=None,
-        tokenizer=None,
+        folder: str | os.PathLike[str],
+        lm: nn.Module | str | os.PathLike[str] | None = None,
+        tokenizer: Any = None,
         is_trainable: bool = False,
         max_document_tokens: int | None = None,
         max_query_tokens: int | None = None,
-        **lm_kwargs,
-    ) -> QPeftModel:
-        """Load an adapter; the LM named in its config is loaded unless ``lm`` (a model or a name) is given."""
+        **lm_kwargs: Any,
+    ) -> Self:
+        """Load an adapter and, unless it is given, its LM.
+
+        Args:
+            folder: of `save_pretrained`, or the name of a repository on the Hugging Face Hub.
+            lm: the LM, or the name or folder of one; None: the LM that the adapter's config names.
+            tokenizer: the LM's tokenizer; None: loaded from the name of the LM.
+            is_trainable: whether the adapter is to be trained further; otherwise it is frozen.
+            max_document_tokens, max_query_tokens: limits in place of the config's; None keeps those.
+            lm_kwargs: for `load_lm`: ``dtype``, ``device``, ``attention``, ….
+        Returns: the model, in eval mode.
+        Raises: FileNotFoundError for a missing file; ValueError for a damaged one, for weights that do not fit the
+            config or are not finite, and for another LM than the adapter was trained on.
+
+        Example:
+            >>> from pathlib import Path
+            >>> import qpeft_ext as qpeft
+            >>> demo = Path(qpeft.__file__).parent / "demo"
+            >>> model = qpeft.QPeftModel.from_pretrained(demo / "adapter", lm=demo / "base_lm")
+            >>> pairs = [("read a json file", "def load(path): return json.loads(path.read_text())")]
+            >>> scores = model.score(pairs)
+            >>> [round(score, 1) for score in scores.query_log_likelihood.tolist()]  # nats, larger is better
+            [-10.6]
+        """
         from .adapters.files import load_adapter
 
         limits = {"max_document_tokens": max_document_tokens, "max_query_tokens": max_query_tokens}
@@ -398,19 +219,28 @@ class QPeftModel(nn.Module):
         return load_adapter(cls, folder, lm, tokenizer, is_trainable, limits, **lm_kwargs)
 
 
-def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
-    """Wrap a causal or an encoder–decoder LM, or a `peft` model of one, for Q-PEFT.
+def get_qpeft_model(lm: nn.Module, config: QPeftConfig, tokenizer: Any = None) -> QPeftModel:
+    """Add new trained modules to an LM.
 
-    The LM may be used elsewhere too, in other threads as well: passes leave nothing in it. A thread that changes it
-    while another scores does so inside `QPeftModel.exclusive`.
+    The LM may be used elsewhere too, in other threads as well: it is restored after every pass. A thread that changes
+    it while another scores does so inside `QPeftModel.exclusive`.
 
     Args:
-        lm: the model, put into eval mode; its own parameters are frozen, or trained with ``train_lm`` (an adapter's
-            stay as they are).
-        config: `QPeftConfig`.
-        tokenizer: loaded from ``lm.name_or_path`` if None.
-    Raises: ValueError for an LM that is neither (encoder-only, or without a head); TypeError for what is no LM (a name,
-        a pipeline, a classifier, swapped arguments), with the right call.
+        lm: a causal or an encoder–decoder LM of transformers, or a `peft` model of one. It is put into eval mode and
+            its parameters are frozen, or trained with ``train_lm``; those of a `peft` adapter stay as they are.
+        config: every option: the clue module, the prompt, the limits, the loss.
+        tokenizer: the LM's tokenizer; None: loaded from ``lm.name_or_path``.
+    Returns: the model, in eval mode.
+    Raises: ValueError for an LM that is neither causal nor encoder–decoder, or does not fit the config; TypeError for
+        arguments that are no LM (a name, a pipeline, a classifier, swapped arguments), with the right call.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import qpeft_ext as qpeft
+        >>> lm = qpeft.load_lm(Path(qpeft.__file__).parent / "demo" / "base_lm")
+        >>> model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="top_k", rank=8))
+        >>> model.print_trainable_parameters()
+        trainable params: 3,272 || all params: 1,970,696 || trainable%: 0.1660
     """
     expect_lm_arguments("get_qpeft_model", lm, config, tokenizer)
     from .adapters.files import describe_lm
@@ -427,27 +257,14 @@ def get_qpeft_model(lm, config: QPeftConfig, tokenizer=None) -> QPeftModel:
     return model
 
 
-def _usable(lm: nn.Module) -> nn.Module:
-    """The LM itself, whose modules the passes run.
-
-    Raises: ValueError for one without memory.
-    """
-    if hasattr(lm, "_orig_mod"):
-        logger.warning("the LM comes from torch.compile; passes run it uncompiled, unless Reranker has compile=True")
-        lm = lm._orig_mod
-    if getattr(getattr(lm.get_input_embeddings(), "weight", None), "is_meta", False):
-        raise ValueError(
-            "QPeftModel: the LM's weights are on the meta device, without values; load the LM outside of "
-            "torch.device('meta')"
-        )
-    return lm
-
-
 def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> Prompt:
-    """The prompt of a config: `Prompt`, or `official.prompt.OfficialPrompt`.
+    """Make the prompt of a config.
 
-    encoder_decoder: whether the LM is one.
-    Raises: ValueError for an option that such an LM does not have.
+    Args:
+        tokenizer: of the LM.
+        config: every option.
+        encoder_decoder: whether the LM is an encoder–decoder.
+    Raises: ValueError for an option that encoder–decoder LMs do not have.
     """
     for name, value in (("layout", "document_first"), ("compat", "none")):
         if encoder_decoder and getattr(config, name) != value:
@@ -456,21 +273,28 @@ def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) 
                 f"encoder–decoder; leave {name} out"
             )
     if config.compat == "official":
-        from .official.prompt import OfficialPrompt
-
         return OfficialPrompt(tokenizer, config)
     return Prompt(tokenizer, config, encoder_decoder)
 
 
 def build_token_count(config: QPeftConfig, tokenizer) -> tuple[CountTokens, bool]:
-    """How the tokens of a score are counted, and whether documents are ranked by the mean instead of the sum."""
+    """Choose how the tokens of a score are counted, and whether documents are ranked by the mean instead of the sum.
+
+    Returns: (the function that counts, whether the mean ranks).
+    """
     if config.compat == "official":
         return partial(count_uncertain_tokens, decode=tokenizer.decode), True
     return count_all_tokens, False
 
 
 def build_clues(config: QPeftConfig, table: Tensor, tokenizer) -> nn.Module | None:
-    """The clue module of a resolved config over an embedding table [V, D]; None for ``clues="none"`` (UPR)."""
+    """Make the clue module of a config; None for ``clues="none"``.
+
+    Args:
+        config: a resolved one (`QPeftConfig.resolve`).
+        table: the LM's input embeddings, [V, D].
+        tokenizer: of the LM.
+    """
     if config.clues == "none":
         return None
     if config.compat == "official":

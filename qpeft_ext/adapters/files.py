@@ -28,7 +28,7 @@ _PROBES = 16  # embedding entries by which an LM is recognised
 
 
 @own_state()
-def save_adapter(model, folder: str | Path) -> None:
+def save_adapter(model, folder: str | os.PathLike[str]) -> None:
     """Save the trained modules; each file appears whole or not at all, the config last.
 
     Raises: ValueError if a weight is not finite; OSError if the folder cannot be written.

@@ -1,11 +1,11 @@
-"""What is known of a frozen LM of any kind."""
+"""The part of an engine that causal and encoder–decoder LMs have in common."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +16,41 @@ from ..lm.head import LikelihoodHead, log_likelihood_of_logits
 from ..lm.passes import Hook, LMPasses, hooked
 from ..lm.rope import RotaryTables
 from ..lm.state import LMState, LMVersion
+from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch
-from ..prompts.prompt import SuffixPieces
+from ..prompts.prompt import CluesFirstPieces, SuffixPieces
+
+RowsT = TypeVar("RowsT")  # what a pass reads: `Rows` or `EncoderDecoderRows`
+PrefixT = TypeVar("PrefixT")  # what a prefix pass gives: `Prefixes` or `EncoderStates`
 
 
-class BaseEngine(ABC):
-    """What is known of a frozen LM of any kind; see `causal.CausalEngine` and `encoder_decoder.EncoderDecoderEngine`.
+class BaseEngine(ABC, Generic[RowsT, PrefixT]):
+    """Runs a frozen LM on document prefixes and on suffixes: `CausalEngine` or `EncoderDecoderEngine`.
 
+    Args:
+        lm: the language model, in the dtype in which it will be used.
     Attributes:
-        table: input embeddings [V, D].  scale: what the embedding module multiplies a row with.
-        head: `LikelihoodHead`.
-        soft_prompt: trained virtual tokens in every prefix (`SoftPrompt`), or None.
-        why_plain: why keys and values of prefixes cannot be shared ("" when they can).
-        why_unpadded: why each pair has a pass of its own ("" where several share one).
-        context: the longest prompt, in tokens (None: unlimited).
-        rotary: which prompts are read with the same rotary tables.
-        suffix_decoder: what suffix passes run: the decoder, compiled or not.
-        lm_passes: what the passes change in the LM for their time.
+        table: input embeddings [V, D].
+        scale: the factor by which the embedding module multiplies a row of the table.
+        head: log p of tokens from final hidden states.
+        soft_prompt: trained virtual tokens in every prefix, or None.
+        why_plain: why keys and values of prefixes cannot be shared; "" when they can.
+        why_unpadded: why each pair has a pass of its own; "" where several share one.
+        context: the longest prompt, in tokens; None: unlimited.
+        rotary: tells which prompts are read with the same rotary tables.
+        decoder: the LM's decoder.  suffix_decoder: the same, compiled or not, for suffix passes.
+        lm_passes: the changes that passes make in the LM, and restore.
     """
 
     is_encoder_decoder = False
     head: LikelihoodHead
+    scale: float
+    why_plain: str
 
-    def __init__(self, lm) -> None:
+    def __init__(self, lm: Any) -> None:
         self.lm = lm
-        self.decoder = self.suffix_decoder = find_decoder(lm, lambda: self._own_logits((0, 1, 2), (1,)))
+        self.decoder = find_decoder(lm, lambda: self._own_logits((0, 1, 2), (1,)))
+        self.suffix_decoder: Callable[..., Any] = self.decoder
         self.why_unpadded = ""
         self.soft_prompt: SoftPrompt | None = None
         self.lm_passes = LMPasses(lm)
@@ -48,20 +58,20 @@ class BaseEngine(ABC):
         self.rotary = RotaryTables()
 
     def with_soft_prompt(self, soft_prompt: SoftPrompt | None) -> Self:
-        """The same engine with trained virtual tokens in every prefix."""
+        """Make the same engine with trained virtual tokens in every prefix."""
         engine = copy(self)
         engine.soft_prompt = soft_prompt
         return engine
 
     def log_likelihood(
         self,
-        rows,
+        rows: RowsT,
         clue_embeds: Tensor | None,
-        prefix=None,
+        prefix: PrefixT | None = None,
         prefix_rows: Tensor | None = None,
         updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
-        """log p of every scored token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
+        """Compute log p of every scored token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
 
         Args and Raises: those of `outputs`.
         """
@@ -71,13 +81,69 @@ class BaseEngine(ABC):
     @abstractmethod
     def outputs(
         self,
-        rows,
+        rows: RowsT,
         clue_embeds: Tensor | None,
-        prefix=None,
+        prefix: PrefixT | None = None,
         prefix_rows: Tensor | None = None,
         updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
-        """What the head reads for each scored token, [N, D]; where it is left to the LM, its logits [N, V]."""
+        """Compute the input of the head for each scored token, [N, D], or the LM's logits, [N, V].
+
+        They are logits where the head is left to the LM (`LikelihoodHead.fused`).
+
+        Args:
+            rows: from `assemble`.
+            clue_embeds: the clue vectors of all rows, [number of clues, D], or None.
+            prefix: what a prefix pass gave, where the rows are suffixes; None: the rows are whole prompts.
+            prefix_rows: for each row its place in ``prefix``, int64 [B]; None: row i reads place i.
+            updates: forward hooks that change the outputs of modules (`GeneratedLora.updates`).
+        Raises: ValueError if a prompt is longer than the LM's context.
+        """
+
+    @abstractmethod
+    def assemble(
+        self, batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], with_prefix: bool
+    ) -> RowsT:
+        """Lay out the rows of a pass.
+
+        Args:
+            batch: the pairs.
+            pieces: the fixed tokens around clues and queries.
+            clue_counts: the number of clues of each pair.
+            with_prefix: whether each row is a whole prompt; otherwise it is a suffix.
+        """
+
+    @abstractmethod
+    def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> PrefixT:
+        """Run one pass over document prefixes; with gradient only where `prefix_is_trained`.
+
+        Args:
+            prefixes: token ids of each.
+        """
+
+    @abstractmethod
+    def cached_prefill(
+        self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, deterministic: bool = False
+    ) -> PrefixT:
+        """Read prefixes, those that a cache has from there; put the others into it.
+
+        Args:
+            prefixes: token ids of each.
+            cache: None: all are computed.
+            deterministic: whether each prefix is computed unpadded, in a pass of its own.
+        """
+
+    @abstractmethod
+    def shares_prefixes(self, with_clues: bool) -> bool:
+        """Tell whether a document is read once for all its queries.
+
+        Args:
+            with_clues: whether clues follow the document.
+        """
+
+    @abstractmethod
+    def token_bytes(self) -> tuple[int, float]:
+        """Count the bytes of a prefix token that are kept for its queries, and those that a layer takes to read it."""
 
     def compile(self, backend: str = "inductor") -> None:
         """`torch.compile` the decoder for suffix passes, with dynamic shapes; prefix passes stay as they are."""
@@ -86,9 +152,11 @@ class BaseEngine(ABC):
             self.lm_passes = self.lm_passes.compiled()
 
     def own_forward(self, before: Sequence[int], query: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What the LM itself makes of one prompt, from ids: logits [L, V] and its decoder's hidden states [L, D].
+        """Run the LM's own forward on the ids of one prompt: its logits [L, V] and its decoder's hidden states [L, D].
 
-        query: what is given of it.  L: of the whole prompt, or of what the decoder of an encoder–decoder LM reads.
+        Args:
+            before: ids before the query; the encoder of an encoder–decoder LM reads them.
+            query: the ids of the query that are read. L counts all ids that the decoder reads.
         """
         hidden: list[Tensor] = []
         with hooked(after=[(self.decoder, lambda *call: hidden.append(call[-1].last_hidden_state))]):
@@ -104,7 +172,7 @@ class BaseEngine(ABC):
         return self.suffix_decoder is not self.decoder
 
     @property
-    def embeddings(self):
+    def embeddings(self) -> Any:
         """The module that embeds document and clue tokens."""
         return self.lm.get_input_embeddings()
 
@@ -118,17 +186,21 @@ class BaseEngine(ABC):
 
     @property
     def prefix_is_trained(self) -> bool:
-        """Whether prefixes get gradients: of an adapter in the LM, or of a soft prompt."""
+        """Whether prefixes need a gradient, of an adapter in the LM or of a soft prompt."""
         modules = (module for module in (self.soft_prompt, self.lm) if module is not None)
         return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def version(self) -> LMVersion:
-        """What prefixes are computed with: the LM and the soft prompt, as they are now."""
+        """Give the version of the LM and the soft prompt, with which prefixes are computed now."""
         return LMState.of(self.lm, self.soft_prompt).version()
 
     def embed(self, ids: Tensor, prefix_starts: Tensor | None = None) -> Tensor:
-        """``inputs_embeds`` of ids [B, L]; with the soft prompt if rows hold prefixes, that of row i from slot
-        ``prefix_starts[i]`` on.
+        """Embed ids [B, L] as the LM does: ``inputs_embeds`` [B, L, D].
+
+        Args:
+            ids: int64 [B, L].
+            prefix_starts: where the document prefix of each row begins, int64 [B], so that the soft prompt is put
+                there; None: the rows have no prefix.
         """
         embeds = self._embed_tokens(ids)
         if prefix_starts is None or self.soft_prompt is None:
@@ -159,11 +231,19 @@ class BaseEngine(ABC):
         return 1.0 if abs(scale - 1) < 1e-6 else scale
 
     def table_of_each(
-        self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Callable[[], Sequence[int]], most_clues: int
+        self,
+        batch: PairBatch,
+        pieces: SuffixPieces | CluesFirstPieces,
+        clue_counts: Callable[[], Sequence[int]],
+        most_clues: int,
     ) -> list[int]:
-        """Which rotary table each pair's prompt is read with (`RotaryTables.of`).
+        """Give the rotary table that each pair's prompt is read with (`RotaryTables.of`).
 
-        clue_counts: gives the clues of each pair; only asked if ``most_clues``, the most that one may have, matter.
+        Args:
+            batch: the pairs.
+            pieces: the fixed tokens around clues and queries.
+            clue_counts: gives the number of clues of each pair; called only if ``most_clues`` for all could matter.
+            most_clues: the largest number of clues that a pair may have.
         """
 
         def tables(counts: Sequence[int]) -> list[int]:
@@ -176,6 +256,7 @@ class BaseEngine(ABC):
         return tables(clue_counts())
 
     def expect_fits(self, tokens: int) -> None:
+        """Raises: ValueError if a prompt of so many tokens is longer than the LM's context."""
         if self.context and tokens > self.context:
             raise ValueError(
                 f"a prompt of {tokens} tokens or more does not fit the LM's {self._context_is} of {self.context}; "
@@ -185,12 +266,12 @@ class BaseEngine(ABC):
 
 
 def _context(config) -> tuple[int | None, str]:
-    """The longest prompt, and what it is.
+    """Find the longest prompt, in tokens (None: unlimited), and the words for this limit.
 
-    Sparse attention chooses some keys for each query where there are more (Doge, DeepSeek-V3.2). Ties are broken in a
-    way that depends on all that is read, so that an LM's own scores of a longer prompt depend on what shares its pass.
+    Sparse attention (Doge, DeepSeek-V3.2) chooses some of the keys once there are more than a limit. It breaks ties in
+    a way that depends on all rows of a pass, so that the LM's own scores of longer prompts depend on the batch.
     """
-    limits = {"max_position_embeddings": "context", "keep_window_size": "full attention (keep_window_size)",
+    names = {"max_position_embeddings": "context", "keep_window_size": "full attention (keep_window_size)",
               "index_topk": "full attention (index_topk)"}  # fmt: skip
-    found = [(value, words) for name, words in limits.items() if isinstance(value := getattr(config, name, None), int)]
+    found = [(value, words) for name, words in names.items() if isinstance(value := getattr(config, name, None), int)]
     return min(found, default=(None, "context"), key=lambda limit: limit[0])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ..ops.hardware import shape_step
 from ..prefixes.cache import DocumentCache
 from ..prefixes.kv import Packing, Prefixes, PrefixKey, PrefixKV, SeparatePrefixes
 from ..prompts.pairs import PairBatch, pad
-from ..prompts.prompt import DocumentPrefix, SuffixPieces
+from ..prompts.prompt import CluesFirstPieces, DocumentPrefix, SuffixPieces
 from ..utils.memory import return_freed_memory
 from .base import BaseEngine
 from .path_check import check_paths
@@ -31,7 +32,13 @@ class _PrefixIsStored(Exception):
 
 
 class _PrefixCache(DynamicCache):
-    """Knows when the last layer has handed in its keys and values; ``ends`` the pass there: the rest is not read."""
+    """Knows when the last layer has stored its keys and values, after which nothing of a prefix pass is needed.
+
+    Args:
+        last_layer: index of this layer; -1: never.
+        ends: whether the pass is ended there, by a `_PrefixIsStored`.
+    Attributes: complete: whether the last layer has stored its keys and values.
+    """
 
     def __init__(self, last_layer: int, ends: bool = True, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -46,18 +53,22 @@ class _PrefixCache(DynamicCache):
         return result
 
 
-class CausalEngine(BaseEngine):
+class CausalEngine(BaseEngine[Rows, Prefixes]):
     """Runs a frozen causal LM on prefixes and suffixes.
 
     Args:
-        lm: the model.  why_plain: a reason not to share prefixes that is known beforehand.
+        lm: the model.
+        why_plain: a reason not to share prefixes that is known beforehand; "": try whether they can be shared.
     Attributes (and those of `BaseEngine`):
-        last_layer: the last one that stores keys and values; a prefix pass ends there (-1: it runs to its end).
+        packing: how keys and values of a prefix lie in memory; only where prefixes can be shared.
+        last_layer: the last layer that stores keys and values; a prefix pass ends there (-1: it runs to its end).
         takes_positions: whether the decoder has ``position_ids`` (Bloom counts the mask instead).
-        cache_argument: what the decoder calls the cache.
+        cache_argument: the name of the decoder's argument for the cache.
     """
 
-    def __init__(self, lm, why_plain: str = "") -> None:
+    packing: Packing
+
+    def __init__(self, lm: Any, why_plain: str = "") -> None:
         super().__init__(lm)
         parameters = inspect.signature(self.decoder.forward).parameters
         self.takes_positions = "position_ids" in parameters
@@ -76,9 +87,10 @@ class CausalEngine(BaseEngine):
         try:
             ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
             cache = self._run_prefix(self.embed(ids), None, None)
-            self.packing = Packing.of(PrefixKV.from_cache(cache, [3]))
+            prefix = PrefixKV.from_cache(cache, [3])
+            self.packing = Packing.of(prefix)
             if not any(hasattr(module, "_hf_hook") for module in self.lm.modules()):  # a hook may count on the end
-                self.last_layer = max(i for i, layer in enumerate(cache.layers) if layer.is_initialized)
+                self.last_layer = max(i for i, kv in enumerate(prefix.layers) if kv is not None)
         except (TypeError, AttributeError, ValueError) as error:
             return f"its cache cannot be shared ({str(error).splitlines()[0]})"
         return ""
@@ -101,9 +113,10 @@ class CausalEngine(BaseEngine):
         cache = _PrefixCache(-1, config=self.lm.config)
         for layer, kv in enumerate(leading.layers if leading is not None else ()):
             if kv is not None:
-                cache.update(*(x.expand(len(embeds), -1, -1, -1) for x in (kv.keys, kv.values)), layer)
+                keys, values = (x.expand(len(embeds), -1, -1, -1) for x in (kv.keys, kv.values))
+                cache.update(keys, values, layer)
         cache.last_layer = self.last_layer
-        extra = {self.cache_argument: cache}
+        extra: dict[str, Any] = {self.cache_argument: cache}
         if self.takes_positions and positions is not None:
             extra["position_ids"] = positions
         with contextlib.suppress(_PrefixIsStored), self.lm_passes.prefix():
@@ -111,11 +124,11 @@ class CausalEngine(BaseEngine):
         return cache
 
     def shares_prefixes(self, with_clues: bool) -> bool:
-        """Whether a document is read once for all its queries; ``with_clues``: whether clues follow it."""
         return not self.why_plain
 
-    def assemble(self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Sequence[int], with_prefix: bool) -> Rows:
-        """The rows of a pass; see `assemble_rows`."""
+    def assemble(
+        self, batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], with_prefix: bool
+    ) -> Rows:
         step = 1 if with_prefix else shape_step(self.device, self.table.dtype)
         spare = int(with_prefix and self.rotary.limit is not None)  # a prompt's last token counts in its length
         return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix, step, spare)
@@ -128,22 +141,13 @@ class CausalEngine(BaseEngine):
         prefix_rows: Tensor | None = None,
         updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
-        """What the head reads for each query token of the rows, [N, D]; where it is left to the LM, its logits [N, V].
-
-        Args:
-            rows: suffixes (with ``prefix``) or whole prompts (without).
-            clue_embeds: the clue vectors of ``rows.clue_slots``, [number of clues, D], or None.
-            prefix, prefix_rows: caches of the distinct documents and the one of each row, int64 [B].
-            updates: forward hooks that change the outputs of modules (`GeneratedLora.updates`).
-        Raises: ValueError if a prompt is longer than the LM's context.
-        """
         B, L = rows.ids.shape
         self.expect_fits(rows.end)
         self.rotary.reset()
         embeds = self.embed(rows.ids, rows.ids.new_zeros(B) if prefix is None else None)
         embeds = with_clues(embeds, rows, clue_embeds)
-        arguments = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
-        # those of padding may lie past a learned position table, and past where a rotary table becomes another
+        arguments: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": rows.mask, "use_cache": False}
+        # padding must not reach beyond a learned position table, nor to where the rotary table changes
         positions = rows.positions.clamp_max(rows.end - 1)
         if prefix is not None:
             prefix_mask = prefix.mask(self.device)
@@ -162,7 +166,7 @@ class CausalEngine(BaseEngine):
         with self.lm_passes.suffix(rows.read, (B, L), updates):
             return self._read_rows(self.suffix_decoder, arguments, rows)
 
-    def _read_rows(self, decoder, arguments: dict, rows: Rows) -> Tensor:
+    def _read_rows(self, decoder: Callable[..., Any], arguments: dict[str, Any], rows: Rows) -> Tensor:
         """Run ``decoder``, or the LM where the head is left to it, and keep the outputs before the query tokens."""
         if self.head.fused:
             return decoder(**arguments).last_hidden_state.flatten(0, 1)[rows.before_query]
@@ -174,29 +178,27 @@ class CausalEngine(BaseEngine):
         return logits[rows.before_query] if len(logits) == rows.ids.numel() else logits
 
     def token_bytes(self) -> tuple[int, float]:
-        """Bytes of a prefix token that are kept for its queries, and bytes that a pass takes to read it in a layer."""
         kept = 0 if self.why_plain else self.packing.nbytes(1)
         layers = max(1, getattr(self.lm.config.get_text_config(), "num_hidden_layers", 1))
         return kept, 2 * kept / layers  # gathered, and joined with the suffix's
 
     def prefix_bytes(self, prefixes: Sequence[DocumentPrefix]) -> int:
-        """Bytes of keys and values of unpadded prefixes."""
+        """Count the bytes of keys and values of prefixes, without padding."""
         return sum(self.packing.nbytes(len(prefix.ids)) for prefix in prefixes)
 
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
-        """One left-padded pass over document prefixes; with grad only where `prefix_is_trained`.
-
-        Where the LM has several rotary tables, one for those of each.
-        """
+        """Read document prefixes in one pass, or one by one where they need different rotary tables."""
         lengths = [len(ids) for ids in prefixes]
         if len({self.rotary.of(length) for length in lengths}) > 1:
             return PrefixKV.collate([self.read_prefixes([prefix]) for prefix in prefixes])
         return self.read_prefixes(prefixes)
 
     def read_prefixes(self, prefixes: Sequence[Sequence[int]], leading: PrefixKV | None = None) -> PrefixKV:
-        """The pass of `prefill`, with one rotary table for all.
+        """Run one left-padded pass over document prefixes, which share a rotary table.
 
-        leading: keys and values that each prefix begins with, of one row; the ids come after them.
+        Args:
+            prefixes: token ids of each.
+            leading: keys and values that each prefix begins with, of one row; the ids come after them.
         """
         P = 0 if leading is None else leading.padded_length
         lengths = [len(ids) for ids in prefixes]
@@ -216,13 +218,13 @@ class CausalEngine(BaseEngine):
             return PrefixKV.from_cache(cache, [P + length for length in lengths], P)
 
     def cache_keys(self, prefixes: Sequence[Sequence[int]], deterministic: bool = False) -> list[PrefixKey]:
+        """Make the keys under which a cache stores prefixes of this LM."""
         version = self.version()
         return [DocumentCache.key(version, prefix, deterministic) for prefix in prefixes]
 
     def cached_prefill(
         self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, deterministic: bool = False
     ) -> Prefixes:
-        """`prefill`, reading and filling the cache. ``deterministic``: each prefix unpadded, one per pass."""
         with_grad = torch.is_grad_enabled() and self.prefix_is_trained
         if with_grad and deterministic:
             return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
@@ -244,8 +246,8 @@ class CausalEngine(BaseEngine):
                     cache.put(keys[i], entry)
             if cache is not None and len(group) == len(prefixes) and not deterministic:
                 return fresh  # a cold cache costs one copy, not two
-        found = [entry for entry in stored if entry is not None]
+        found = [entry for entry in stored if entry is not None]  # all of them by now
         if len(found) == 1 or self.device.type != "cpu" or self.is_compiled:
-            # a GPU would make a launch of every copy, and a compiled pass a graph of every number of prefixes
+            # on a GPU every copy is a launch, and a compiled pass would need a graph for every number of prefixes
             return PrefixKV.collate(found)
         return SeparatePrefixes(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..lm.head import LikelihoodHead
 from ..lm.passes import Hook
 from ..lm.rope import find_rotary_tables
+from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
-from ..prompts.prompt import SuffixPieces
+from ..prompts.prompt import CluesFirstPieces, SuffixPieces
 from .base import BaseEngine
 from .path_check import check_paths, ordinary_ids
 from .rows import Rows, assemble_rows, with_clues
@@ -22,7 +24,10 @@ from .rows import Rows, assemble_rows, with_clues
 
 @dataclass
 class EncoderStates:
-    """What the encoder made of N right-padded inputs: hidden [N, S, D], mask [N, S] int64; lengths, N ints."""
+    """The encoder's output for N right-padded inputs.
+
+    hidden: states, [N, S, D].  mask: int64 [N, S], 0 at padding.  lengths: true lengths of the inputs, N ints.
+    """
 
     hidden: Tensor
     mask: Tensor
@@ -31,13 +36,13 @@ class EncoderStates:
 
 @dataclass
 class EncoderDecoderRows:
-    """B pairs.
+    """Decoder inputs of B pairs, and encoder inputs where the encoder has not read the documents yet.
 
-    encoder: what the encoder reads, or None where it has read the documents before.
-    ids: what the decoder reads, right-padded, [B, T] int64.
+    encoder: rows for the encoder; None where it has read the documents before.
+    ids: the decoder's input ids, right-padded, [B, T] int64.
     slots: flat indices into [B·T] of the decoder slots whose output predicts a scored token, [N].
-    target_ids: those tokens, [N] int64.
-    suffix: None: all that the decoder reads is the suffix (see `Rows`).
+    target_ids: the scored tokens, [N] int64.
+    suffix: None, because everything that the decoder reads is the suffix (see `Rows`).
     """
 
     encoder: Rows | None
@@ -47,31 +52,33 @@ class EncoderDecoderRows:
     suffix: None = None
 
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
-        """Sums over the targets of each pair, [N] -> [B]; through a table [B, T], so that their order is fixed."""
+        """Add up numbers of the scored tokens, [N], for each pair, [B]; in a table [B, T], which fixes the order."""
         return of_targets.new_zeros(self.ids.numel()).index_copy(0, self.slots, of_targets).view(self.ids.shape).sum(1)
 
 
-class EncoderDecoderEngine(BaseEngine):
+class EncoderDecoderEngine(BaseEngine[EncoderDecoderRows, EncoderStates]):
     """Runs a frozen encoder–decoder LM.
 
-    An encoder reads in both directions, so that what follows the document changes what is made of it. Without clues
-    nothing follows: each distinct document is encoded once, and the decoders of all its queries read the same states.
-    With clues every pair has an encoder pass of its own. There are no keys and values to cache.
+    An encoder reads in both directions, so the states of a document depend on what follows it. Without clues nothing
+    follows: each distinct document is encoded once, and the decoders of all its queries read the same states. With
+    clues every pair has its own row in an encoder pass. There are no keys and values to cache.
 
-    Attributes (and those of `BaseEngine`): encoder: the module.  start: the token that a decoder begins with.
+    Attributes (and those of `BaseEngine`):
+        encoder: the module.
+        start: the token that a decoder begins with.
     Raises: ValueError for an encoder that does not read embeddings as it reads ids.
     """
 
     is_encoder_decoder = True
     why_plain = "an encoder–decoder LM has no keys and values of a document alone: its encoder reads in both directions"
 
-    def __init__(self, lm) -> None:
+    def __init__(self, lm: Any) -> None:
         self.encoder, self.start = lm.get_encoder(), _start_token(lm)
         super().__init__(lm)
         with torch.no_grad():
             self.scale = self._embedding_scale() * self._scale_inside
             self._expect_reads_embeddings()
-            # T5's decoder is scaled before the head, FLAN-T5's is not
+            # T5 scales its decoder's output before the head, FLAN-T5 does not
             heads = (LikelihoodHead(lm, self.own_forward, scale) for scale in (None, self.table.shape[1] ** -0.5))
             first = next(heads)
             self.head = first if first.fused else next((head for head in heads if head.fused), first)
@@ -82,13 +89,13 @@ class EncoderDecoderEngine(BaseEngine):
                 self.why_unpadded = "its rotary tables depend on the longest text that is read"
 
     @property
-    def embeddings(self):
+    def embeddings(self) -> Any:
         return self.encoder.get_input_embeddings()
 
     @property
     def _scale_inside(self) -> float:
-        """What the encoder itself multiplies embedded ids with, and given embeddings not (Pegasus, Marian)."""
-        return float(getattr(self.encoder, "embed_scale", None) or 1.0)
+        """The factor by which the encoder multiplies embeddings of ids, but not embeddings that it is given."""
+        return float(getattr(self.encoder, "embed_scale", None) or 1.0)  # Pegasus, Marian
 
     def _expect_reads_embeddings(self) -> None:
         ids = torch.tensor([ordinary_ids(self.lm, 4)], device=self.device)
@@ -105,22 +112,20 @@ class EncoderDecoderEngine(BaseEngine):
         return self.lm(input_ids=ids, decoder_input_ids=given, use_cache=False).logits
 
     def shares_prefixes(self, with_clues: bool) -> bool:
-        """Whether a document is read once for all its queries."""
         return self._shares and not with_clues
 
     def token_bytes(self) -> tuple[int, float]:
-        """Bytes of a prefix token that are kept for its queries, and bytes that a pass takes to read it in a layer."""
         state = self.table.shape[1] * self.table.element_size()
-        return state, 5 * state  # the state gathered, its keys and values, and those once more, transposed
+        return state, 5 * state  # the gathered state, its keys and values, and their transposed copies
 
     def cached_prefill(
-        self, prefixes: Sequence[Sequence[int]], cache=None, deterministic: bool = False
+        self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None = None, deterministic: bool = False
     ) -> EncoderStates:
-        """`read_prefixes`. ``cache`` is not used, and documents that must be read one by one are in groups of one."""
+        """Read prefixes; nothing is cached, and with ``deterministic`` the schedule gives one prefix at a time."""
         return self.read_prefixes(prefixes)
 
     def read_prefixes(self, prefixes: Sequence[Sequence[int]]) -> EncoderStates:
-        """One right-padded pass of the encoder; with grad only where the LM itself is trained."""
+        """Run the encoder on right-padded prefixes; with gradient only where the LM itself is trained."""
         ids, mask = pad(prefixes, self.device)
         with self.lm_passes.prefix(), torch.set_grad_enabled(torch.is_grad_enabled() and self.prefix_is_trained):
             embeds = self.embed(ids, ids.new_zeros(len(ids)))
@@ -135,9 +140,9 @@ class EncoderDecoderEngine(BaseEngine):
         return EncoderStates(states.last_hidden_state, mask, list(lengths))
 
     def assemble(
-        self, batch: PairBatch, pieces: SuffixPieces, clue_counts: Sequence[int], with_prefix: bool
+        self, batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], with_prefix: bool
     ) -> EncoderDecoderRows:
-        """The rows of a pass. ``with_prefix``: each pair has an encoder row of its own."""
+        """Lay out the rows of a pass; with ``with_prefix`` each pair has its own row for the encoder too."""
         encoder = None
         if with_prefix:  # a prompt without its query
             asked = replace(batch, queries=[()] * len(batch.queries))
@@ -158,17 +163,10 @@ class EncoderDecoderEngine(BaseEngine):
         prefix_rows: Tensor | None = None,
         updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
-        """What the head reads for each scored token, [N, D]; where it is left to the LM, its logits [N, V].
-
-        Args:
-            clue_embeds: the clue vectors of ``rows.encoder.clue_slots``, [number of clues, D], or None.
-            prefix, prefix_rows: states of the distinct documents and the one of each row, int64 [B].
-            updates: forward hooks that change the outputs of modules of the decoder (`GeneratedLora.updates`).
-        Raises: ValueError if encoder or decoder would read more than the LM's context.
-        """
         self.expect_fits(rows.ids.shape[1])
         self.rotary.reset()
         if prefix is None:
+            assert rows.encoder is not None  # `assemble` with ``with_prefix``
             ids = rows.encoder.ids
             embeds = with_clues(self.embed(ids, ids.new_zeros(len(ids))), rows.encoder, clue_embeds)
             with self.lm_passes.prefix():
@@ -178,14 +176,15 @@ class EncoderDecoderEngine(BaseEngine):
             hidden, mask = hidden[prefix_rows], mask[prefix_rows]
         with self.lm_passes.whole(updates):
             if self.head.fused:
-                read = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask, "use_cache": False}
-                return self.suffix_decoder(input_ids=rows.ids, **read).last_hidden_state.flatten(0, 1)[rows.slots]
+                given = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+                output = self.suffix_decoder(input_ids=rows.ids, use_cache=False, **given)
+                return output.last_hidden_state.flatten(0, 1)[rows.slots]
             states = BaseModelOutput(hidden)
-            read = {"encoder_outputs": states, "attention_mask": mask, "use_cache": False}
-            return self.lm(decoder_input_ids=rows.ids, **read).logits.flatten(0, 1)[rows.slots]
+            output = self.lm(decoder_input_ids=rows.ids, encoder_outputs=states, attention_mask=mask, use_cache=False)
+            return output.logits.flatten(0, 1)[rows.slots]
 
 
-def _start_token(lm) -> int:
+def _start_token(lm: Any) -> int:
     for config in (lm.config, getattr(lm, "generation_config", None)):
         if (start := getattr(config, "decoder_start_token_id", None)) is not None:
             return start

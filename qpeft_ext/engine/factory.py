@@ -1,4 +1,4 @@
-"""The engine that suits an LM."""
+"""Makes the engine for an LM."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from .encoder_decoder import EncoderDecoderEngine
 
 
 def make_engine(lm, why_plain: str = "") -> CausalEngine | EncoderDecoderEngine:
-    """The engine that fits the LM; ``why_plain`` is for `CausalEngine`.
+    """Make the engine for an LM.
 
-    Raises: ValueError for a model that is neither a causal LM nor an encoder–decoder LM, for one that fails, and for
+    Args:
+        lm: the language model.
+        why_plain: for `CausalEngine`.
+    Raises: ValueError for a model that is neither a causal nor an encoder–decoder LM, for an LM that fails, and for
         an adapter in it that would not be read.
     """
     try:
@@ -40,13 +43,16 @@ def _make_engine(lm, why_plain: str) -> CausalEngine | EncoderDecoderEngine:
 
 @torch.no_grad()
 def _why_not_language_model(lm) -> str:
-    """A causal LM's logits do not change with the tokens behind them."""
+    """Say why a model is no language model; "" if it is one.
+
+    The logits of a causal LM do not depend on later tokens.
+    """
     table = lm.get_input_embeddings().weight
     first = torch.arange(4, device=table.device)[None] % len(table)
     other = first.clone()
     other[:, -1] = len(table) - 1
     before = []
-    for ids in (first, other):  # by themselves: in one batch both would be changed alike by what mixes its rows
+    for ids in (first, other):  # one per pass: a model that mixes the rows of a batch would change both alike
         read = {"input_ids": first, "decoder_input_ids": ids} if is_encoder_decoder(lm.config) else {"input_ids": ids}
         logits = getattr(lm(**read), "logits", None)
         if logits is None or logits.dim() != 3:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..prefixes.cache import DocumentCache
@@ -23,7 +25,7 @@ class CacheFilling:
         deterministic: whether prefixes are computed unpadded, one per pass.
     """
 
-    def __init__(self, engine: BaseEngine, cache: DocumentCache, deterministic: bool) -> None:
+    def __init__(self, engine: BaseEngine[Any, Any], cache: DocumentCache, deterministic: bool) -> None:
         self.engine = engine if isinstance(engine, CausalEngine) and not engine.why_plain else None
         self.cache, self.deterministic = cache, deterministic
 

@@ -1,8 +1,9 @@
-"""Token budget and cache budgets from one budget in bytes."""
+"""Splits one budget in bytes into a token budget and cache budgets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,19 +16,27 @@ FREE_SHARE = 0.9  # of the free memory of a GPU; the rest is for fragments
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """max_tokens_per_batch: of a pass.  cache_bytes: for a `DocumentCache`.  projected_bytes: for Q-PEFT-A's rows."""
+    """Budgets of a reranker.
+
+    max_tokens_per_batch: tokens in a pass.
+    cache_bytes: for a `DocumentCache`.
+    projected_bytes: for the projected table rows of Q-PEFT-A.
+    """
 
     max_tokens_per_batch: int
     cache_bytes: int
     projected_bytes: int
 
 
-def bytes_per_token(engine: BaseEngine) -> int:
-    """What a token of the budget takes at most in a pass, in bytes.
+def bytes_per_token(engine: BaseEngine[Any, Any]) -> int:
+    """Estimate the bytes that a token of the budget takes at most in a pass.
 
-    What is kept of it for later passes (its keys and values, or its encoder state); what a layer holds of the 8 prefix
-    tokens that a suffix token's share of the budget may read; and a layer's results: 8 vectors of the hidden size and
-    3 of the MLP's inner size.
+    They are: what is kept of it for later passes (its keys and values, or its encoder state); a layer's copies of the
+    8 prefix tokens that a suffix token's share of the budget may read; and a layer's results, 8 vectors of the hidden
+    size and 3 of the MLP's inner size.
+
+    Args:
+        engine: of the LM.
     """
     config = engine.lm.config.get_text_config()
     width, itemsize = engine.table.shape[1], engine.table.element_size()
@@ -37,15 +46,17 @@ def bytes_per_token(engine: BaseEngine) -> int:
     return kept + int(READ_TOKENS_PER_TOKEN * read) + itemsize * (8 * width + 3 * inner)
 
 
-def plan_memory(engine: BaseEngine, max_memory: int | str, attention_clues: bool) -> MemoryPlan:
+def plan_memory(engine: BaseEngine[Any, Any], max_memory: int | str, attention_clues: bool) -> MemoryPlan:
     """Split ``max_memory`` bytes, which do not include the weights.
 
-    192 MiB are set aside. Half of the rest is for passes, as many tokens as `bytes_per_token` allows, but not more than
-    `default_tokens`, which the device can use; a sixteenth, at most 256 MiB, for projected rows of Q-PEFT-A; what
-    remains for cached prefixes.
+    192 MiB are set aside. Half of the rest is for passes: as many tokens as `bytes_per_token` allows, but not more than
+    `default_tokens`, because more would not be faster. A sixteenth, at most 256 MiB, is for projected rows of Q-PEFT-A,
+    and the remainder is for cached prefixes.
 
     Args:
-        max_memory: bytes; or "free": nine tenths of what is free on a CUDA device.
+        engine: of the LM.
+        max_memory: bytes; or "free": nine tenths of the free memory of a CUDA device.
+        attention_clues: whether there are projected rows of Q-PEFT-A.
     Raises: ValueError if it is too small for passes of 256 tokens, or "free" and not on CUDA.
     """
     if max_memory == "free":

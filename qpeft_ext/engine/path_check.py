@@ -1,8 +1,8 @@
-"""Do our passes give an LM's own numbers? Tried on two short prompts when an LM is taken, for each way to read them.
+"""Checks that our passes give an LM's own numbers, on two short prompts when an engine is made for the LM.
 
-What can be wrong is many things with one effect: a decoder that counts slots where a batch is padded on the left (BART
-as a causal LM), one that reads padding, embeddings that are not read as ids are. So the effect is looked at, not a list
-of families: hidden states of a pass against those of the LM's own forward from ids, one prompt by itself, unpadded.
+Many faults have the same effect: a decoder that counts slots where a batch is padded on the left (BART as a causal LM),
+one that reads padding, embeddings that are not read as ids are. So these checks compare effects instead of keeping a
+list of families: hidden states of a pass against those of the LM's own forward, unpadded and one prompt per pass.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +19,17 @@ from ..lm.errors import LM_ERRORS, in_one_line
 from ..prompts.pairs import PairBatch
 from ..prompts.prompt import DocumentPrefix, SuffixPieces
 
-# two prefixes and what follows them, as lengths: far enough apart that a place counted from the wrong end is far off
+# lengths of two prefixes and of what follows them, so different that a position counted from the wrong end is far off
 _PREFIXES, _BETWEEN, _SCORED = (3, 12), 2, (5, 3)
-_LARGEST_NOISE = 0.2  # no more is taken for rounding
+_LARGEST_NOISE = 0.2  # a larger relative error is never taken for rounding
 
 
 @dataclass
 class Findings:
-    """Reasons in words, "" where there is none.
+    """Reasons in words; "" where there is none.
 
     why_plain: why a prefix cannot be read once for several suffixes.
-    why_unpadded: why prompts of different lengths cannot be read together, so that each is read by itself.
+    why_unpadded: why prompts of different lengths cannot share a pass.
     """
 
     why_plain: str = ""
@@ -36,20 +37,24 @@ class Findings:
 
 
 @torch.no_grad()
-def check_paths(engine, try_shared: bool) -> Findings:
-    """Four to eight forwards of 16 tokens or less a row.
+def check_paths(engine: Any, try_shared: bool) -> Findings:
+    """Find out which passes of an engine give the LM's own numbers.
 
-    try_shared: whether the path with shared prefixes is to be tried.
-    Raises: ValueError if not even a prompt by itself gives what the LM's own forward does.
+    This takes four to eight forwards over rows of at most 16 tokens.
+
+    Args:
+        engine: the engine of the LM.
+        try_shared: whether the path with shared prefixes is tried too.
+    Raises: ValueError if even an unpadded prompt in a pass of its own does not give what the LM's own forward gives.
     """
     probe, found = _Probe(engine), Findings()
     noise, reason = probe.error(shared=False, together=True)
     if not noise <= probe.rounding:
-        alone, reason_alone = probe.error(shared=False, together=False)
-        if not alone <= probe.rounding:
+        unpadded, reason_unpadded = probe.error(shared=False, together=False)
+        if not unpadded <= probe.rounding:
             raise ValueError(
                 f"this {engine.lm.config.model_type} LM does not give its own scores for embedded tokens "
-                f"({reason_alone}), which clues need; merge its adapter (merge_and_unload) if it has one, or use "
+                f"({reason_unpadded}), which clues need; merge its adapter (merge_and_unload) if it has one, or use "
                 "another LM")  # fmt: skip
         found.why_unpadded = f"prompts of different lengths disturb each other in it ({reason})"
         found.why_plain = found.why_unpadded
@@ -65,16 +70,17 @@ def check_paths(engine, try_shared: bool) -> Findings:
 
 
 def _has_window(engine) -> bool:
-    """Whether a few tokens can be read with a narrow sliding window as well.
+    """Whether the check can be repeated with a sliding window that is narrower than its prompts.
 
-    A cache may drop what its LM's masks still show (Moshi), which short prompts would not tell. Kernels that get the
-    window from each layer would not see the narrow one.
+    A cache may drop slots that its LM's masks still show (Moshi), which prompts shorter than the window do not reveal.
+    Kernels that take the window from each layer would not see a narrower one in the config.
     """
     if engine.is_encoder_decoder or not any(layer and layer[-1] for layer in engine.packing.layers):
         return False
     config = getattr(engine.decoder, "config", None)
-    known = isinstance(getattr(config, "sliding_window", None), int) and config is engine.lm.config.get_text_config()
-    return known and config._attn_implementation in ("eager", "sdpa")
+    if config is None or config is not engine.lm.config.get_text_config():
+        return False
+    return isinstance(getattr(config, "sliding_window", None), int) and config._attn_implementation in ("eager", "sdpa")
 
 
 @contextmanager
@@ -87,14 +93,14 @@ def _narrow_window(config) -> Iterator[None]:
 
 
 class _Probe:
-    """Two pairs, and what the LM itself makes of them.
+    """Two pairs, and the outputs of the LM's own forward for them.
 
-    rounding: the largest relative error that counts as rounding.
+    Attributes: rounding: the largest relative error that counts as rounding.
     """
 
     def __init__(self, engine) -> None:
         self.engine = engine
-        between = 0 if engine.is_encoder_decoder else _BETWEEN  # without clues, its encoder reads the document alone
+        between = 0 if engine.is_encoder_decoder else _BETWEEN  # without clues its encoder reads the document only
         room = (engine.context or 1000) - between - max(_SCORED)
         lengths = [max(1, min(length, room)) for length in _PREFIXES]
         ids = ordinary_ids(engine.lm, sum(lengths) + between + sum(_SCORED))
@@ -116,9 +122,14 @@ class _Probe:
         return (hidden if self.engine.head.fused else logits)[-len(query) :].float()
 
     def error(self, shared: bool, together: bool) -> tuple[float, str]:
-        """Relative error of what the head reads, and words for it. Infinite where the pass fails.
+        """Compute the relative error of the head's inputs, infinite where the pass fails, and words for it.
 
-        In low precision the middle one of a pair's tokens counts: rounding may send one to another expert.
+        The largest error of a pair's tokens counts, in low precision their median: rounding may send a token to another
+        expert.
+
+        Args:
+            shared: whether prefixes are read first, and suffixes after them.
+            together: whether both pairs share a pass.
         """
         try:
             got = self._read(self.both, shared) if together else torch.cat(
@@ -150,13 +161,13 @@ def _rounding(engine) -> float:
 
 
 def ordinary_ids(lm, count: int) -> list[int]:
-    """Token ids spread over the vocabulary, none of them one that a config names (padding, images, ends)."""
+    """Choose token ids spread over the vocabulary, without those that a config names (padding, images, ends)."""
     size = len(lm.get_input_embeddings().weight)
-    named = set()
+    named: set[int] = set()
     for config in (lm.config, lm.config.get_text_config()):
         for name, value in config.to_dict().items():
             if name.endswith(("_token_id", "_token_ids", "_token_index", "_id")):
                 named.update(i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int))
     free = [i for i in range(size // 16, size) if i not in named] or list(range(size))
-    free = free[: max(count, len(free) // 2)]  # ends of tables are often not trained
+    free = free[: max(count, len(free) // 2)]  # the last rows of a table are often untrained
     return [free[i * len(free) // count] for i in range(count)]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import nn
 
 from ..config import QPeftConfig
 from ..utils.inputs import kind_of
+
+logger = logging.getLogger(__name__)
 
 _LOAD = "load_lm(name) loads one"
 
@@ -39,6 +43,41 @@ def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object
             f"{what}: tokenizer must be a transformers tokenizer, got {kind_of(tokenizer)}; load it: "
             "AutoTokenizer.from_pretrained(name)"
         )
+
+
+def without_compilation(lm: nn.Module) -> nn.Module:
+    """The LM itself, whose modules the passes run: not the wrapper that `torch.compile` makes.
+
+    Raises: ValueError for an LM on the meta device.
+    """
+    if hasattr(lm, "_orig_mod"):
+        logger.warning("the LM comes from torch.compile; passes run it uncompiled, unless Reranker has compile=True")
+        lm = lm._orig_mod
+    if getattr(getattr(lm.get_input_embeddings(), "weight", None), "is_meta", False):
+        raise ValueError(
+            "QPeftModel: the LM's weights are on the meta device, without values; load the LM outside of "
+            "torch.device('meta')"
+        )
+    return lm
+
+
+def freeze(lm: nn.Module, train_lm: bool) -> None:
+    """Put the LM into eval mode and freeze its parameters; those of a `peft` model stay as they are.
+
+    Args:
+        train_lm: whether all parameters of the LM are trained instead.
+    Raises: ValueError for a `peft` adapter that would not be read, or that ``train_lm`` excludes.
+    """
+    lm.eval()
+    if train_lm and hasattr(lm, "peft_config"):
+        raise ValueError("QPeftModel: train_lm=True trains the whole LM; give it without its peft adapter")
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(lm, "peft_config", {}).values()):
+        raise ValueError(
+            "QPeftModel: a peft adapter of virtual tokens (prompt tuning, prefix tuning) would not be "
+            "read; give the LM without it"
+        )
+    if not hasattr(lm, "peft_config"):
+        lm.requires_grad_(train_lm)
 
 
 def _why_no_lm(lm: object) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +21,28 @@ _LISTED = 1000  # (query token, position) pairs that are looked at, best first
 
 
 class OfficialClues(Float32Module):
-    """What both modules share. The clues of a pair are virtual tokens between those of "hints: " and a newline.
+    """Base of both clue modules: the clues of a pair are virtual tokens between those of "hints: " and a newline.
 
     Args:
-        config: resolved `QPeftConfig`.  table: E, [V, D].  tokens: of the template.
-        allowed: bool [V] (`allowed_pieces`).  decode: token ids to text, for errors.
+        config: a resolved config.
+        table: E, the LM's input embeddings, [V, D].
+        tokens: template words that the module reads.
+        allowed: which token ids may become clues, bool [V] (`allowed_pieces`).
+        decode: token ids to text, for errors.
     """
 
-    def __init__(self, config: QPeftConfig, table: Tensor, tokens: OfficialTokens, allowed: Tensor, decode) -> None:
+    hints: Tensor
+    newline: Tensor
+    question: Tensor
+
+    def __init__(
+        self,
+        config: QPeftConfig,
+        table: Tensor,
+        tokens: OfficialTokens,
+        allowed: Tensor,
+        decode: Callable[[list[int]], str],
+    ) -> None:
         super().__init__()
         width = table.shape[1]
         self.filter = ClueFilter(allowed, "query_tokens" in config.filters)
@@ -37,14 +53,14 @@ class OfficialClues(Float32Module):
         self.decode = decode
 
     def read(self, inputs: ClueInputs) -> ClueInputs:
-        """The inputs with "Question: \\n" behind every document."""
+        """Add "Question: \\n" to the end of every document."""
         B = len(inputs.document_ids)
         ids = torch.cat([inputs.document_ids, self.question.expand(B, -1)], 1)
         mask = torch.cat([inputs.document_mask, inputs.document_mask.new_ones(B, len(self.question))], 1)
         return replace(inputs, document_ids=ids, document_mask=mask)
 
     def refuse(self, inputs: ClueInputs, wrong: Tensor, reason: str) -> None:
-        """Raises: ValueError that names the first pair where ``wrong`` [B] is True."""
+        """Raises: ValueError that gives the first pair where ``wrong`` [B] is True, and the reason."""
         for i in wrong.nonzero()[:1, 0].tolist():
             q = inputs.query_index[i]
             query = self.decode(inputs.query_ids[q][inputs.query_mask[q]].tolist())
@@ -53,7 +69,7 @@ class OfficialClues(Float32Module):
 
 
 class OfficialTopKClues(OfficialClues):
-    """Q-PEFT-R as the official code has it (its mode 3).
+    """Q-PEFT-R of the official code, where it is mode 3.
 
     Every query token, embedded by the trained table, is compared with every position of document part, BOS, query and
     EOS, embedded by E; σ(similarity) of BOS, query and EOS is 0. Of the best 1000 (query token, position) pairs, larger
@@ -65,13 +81,20 @@ class OfficialTopKClues(OfficialClues):
     Raises: ValueError in `forward` for a pair with some, but fewer than k tokens: the official code fills up at random.
     """
 
-    def __init__(self, config: QPeftConfig, table: Tensor, tokens: OfficialTokens, allowed: Tensor, decode) -> None:
+    def __init__(
+        self,
+        config: QPeftConfig,
+        table: Tensor,
+        tokens: OfficialTokens,
+        allowed: Tensor,
+        decode: Callable[[list[int]], str],
+    ) -> None:
         super().__init__(config, table, tokens, allowed, decode)
         self.k, self.similarity = config.k, config.similarity
 
     @torch.no_grad()
     def select(self, inputs: ClueInputs, table: Tensor) -> SimilarityTopK:
-        """The clues of each pair, [B, k]."""
+        """Select the clues of each pair, [B, k]."""
         read = self.read(inputs)
         query_ids, query_mask = inputs.query_ids[inputs.query_index], inputs.query_mask[inputs.query_index]  # [B, T]
         one = torch.ones_like(query_mask[:, :1])
@@ -79,7 +102,7 @@ class OfficialTopKClues(OfficialClues):
         there = torch.cat([read.document_mask, one, query_mask, one], 1)
         hidden = torch.arange(ids.shape[1], device=ids.device) >= read.document_ids.shape[1]
         scores = torch.sigmoid(self._similarities(inputs, table, ids)).masked_fill(hidden, 0)  # [B, T, S]
-        scores = scores.masked_fill(~(query_mask[:, :, None] & there[:, None]), -1)  # padding: behind all others
+        scores = scores.masked_fill(~(query_mask[:, :, None] & there[:, None]), -1)  # padding ranks last
         scores, order = scores.flatten(1).sort(dim=1, descending=True, stable=True)
         scores, order = scores[:, :_LISTED], order[:, :_LISTED]
         listed_ids = ids.gather(1, order % ids.shape[1])
@@ -100,7 +123,7 @@ class OfficialTopKClues(OfficialClues):
         return SimilarityTopK(*chosen)
 
     def _similarities(self, inputs: ClueInputs, table: Tensor, ids: Tensor) -> Tensor:
-        """Of every query token and every position of ``ids`` [B, S]: [B, T, S] float32. Each distinct id once."""
+        """Compute the similarity of every query token and every position of ``ids`` [B, S]: float32 [B, T, S]."""
         distinct, place = ids.unique(return_inverse=True)
         queries, keys = self.embeddings.weight[inputs.query_ids], table[distinct].float()
         if self.similarity == "cosine":
@@ -120,7 +143,7 @@ class OfficialTopKClues(OfficialClues):
 
 
 class OfficialAttentionClues(OfficialClues):
-    """Q-PEFT-A as the official code has it (its mode 4): a `torch.nn.MultiheadAttention`, one clue per query token.
+    """Q-PEFT-A of the official code, where it is mode 4: a `torch.nn.MultiheadAttention`, one clue per query token.
 
     Queries are embedded by the trained table; keys and values are E of the document part, template words included,
     without filtered tokens. ``config.dropout`` is that of the attention weights.
@@ -128,7 +151,14 @@ class OfficialAttentionClues(OfficialClues):
     Raises: ValueError in `forward` for a pair with every key filtered: the official code gives NaN.
     """
 
-    def __init__(self, config: QPeftConfig, table: Tensor, tokens: OfficialTokens, allowed: Tensor, decode) -> None:
+    def __init__(
+        self,
+        config: QPeftConfig,
+        table: Tensor,
+        tokens: OfficialTokens,
+        allowed: Tensor,
+        decode: Callable[[list[int]], str],
+    ) -> None:
         super().__init__(config, table, tokens, allowed, decode)
         self.attention = nn.MultiheadAttention(table.shape[1], config.num_heads, config.dropout, batch_first=True)
 
@@ -155,15 +185,15 @@ class OfficialAttentionClues(OfficialClues):
         return self.embeddings(table, ids, table.dtype)
 
 
-def build_official_clues(config: QPeftConfig, table: Tensor, tokenizer) -> OfficialClues:
-    """The official clue module of a resolved config over an embedding table [V, D]."""
+def build_official_clues(config: QPeftConfig, table: Tensor, tokenizer: Any) -> OfficialClues:
+    """Make the official clue module of a resolved config over an embedding table [V, D]."""
     kind = OfficialTopKClues if config.clues == "top_k" else OfficialAttentionClues
     allowed = allowed_pieces(tokenizer, len(table), config.filters)
     return kind(config, table, OfficialTokens.of(tokenizer), allowed, tokenizer.decode)
 
 
 def _first_of_each(ids: Tensor) -> Tensor:
-    """True where an id stands for the first time in its row, [B, N] -> bool [B, N]."""
+    """Mark the first occurrence of each id in its row, [B, N] -> bool [B, N]."""
     ordered, places = ids.sort(dim=1, stable=True)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
@@ -173,10 +203,10 @@ def _first_of_each(ids: Tensor) -> Tensor:
 _LETTERS = frozenset(string.ascii_letters)
 
 
-def allowed_pieces(tokenizer, vocabulary: int, filters: tuple[str, ...]) -> Tensor:
-    """Token ids that may become clues: bool [V]; BOS and EOS never may.
+def allowed_pieces(tokenizer: Any, vocabulary: int, filters: tuple[str, ...]) -> Tensor:
+    """Find the token ids that may become clues, bool [V]; BOS and EOS never may.
 
-    Both filters look at the vocabulary's own pieces. ``stop_words`` takes the ASCII "_" out of them where "▁" is meant,
+    Both filters look at pieces of the vocabulary. ``stop_words`` takes the ASCII "_" out of them where "▁" is meant,
     so that it finds stop words inside of words only ("the", not "▁the"); the list is that of bm25s, not the official
     one, which has no licence. ``non_alphabetic`` asks for an ASCII letter: it keeps byte pieces such as "<0x0A>" and
     drops digits and every other script.

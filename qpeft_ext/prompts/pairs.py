@@ -16,8 +16,8 @@ try:
     from .._host import pack_ragged
 except ImportError:  # not built: QPEFT_REFERENCE=1
 
-    def pack_ragged(lists):
-        """CSR arrays of lists of ids: values [N], offsets [rows + 1], int64."""
+    def pack_ragged(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Pack lists of ids into CSR arrays: values [N], offsets [rows + 1], int64."""
         offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
         return np.fromiter((i for ids in lists for i in ids), dtype=np.int64, count=offsets[-1]), offsets
 

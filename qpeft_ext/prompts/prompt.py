@@ -74,6 +74,11 @@ class SuffixPieces(_AroundTheQuery):
     question: tuple[int, ...]
     bare_question: tuple[int, ...]
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens of a suffix without clue and query."""
+        return len(self.bare_question)
+
     def lay_out(self, document: tuple[int, ...], clues: int) -> tuple[tuple[int, ...], int, int]:
         """A prompt up to its query.
 
@@ -96,6 +101,11 @@ class CluesFirstPieces(_AroundTheQuery):
     hints: tuple[int, ...]
     newline: tuple[int, ...]
     question: tuple[int, ...]
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens around a document without clue and query."""
+        return len(self.head) + len(self.question)
 
     def lay_out(self, document: tuple[int, ...], clues: int) -> tuple[tuple[int, ...], int, int]:
         framed = (*self.hints, *(0,) * clues, *self.newline) if clues else ()
@@ -134,7 +144,8 @@ class Prompt:
             bos, eos = self._around()
         else:
             bos, eos = (() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)), ()
-        self.soft_prompt_start, self.instruction_ids = len(bos), ()
+        self.soft_prompt_start = len(bos)
+        self.instruction_ids: tuple[int, ...] = ()
         self.suffix: SuffixPieces | CluesFirstPieces
         if config.layout == "clues_first":
             texts = [config.instruction.strip(), "\n", self._spaced("hints:"), "Question:", self._spaced("Passage:")]
@@ -142,7 +153,7 @@ class Prompt:
             self.suffix = CluesFirstPieces(bos + head, hints, self._tail, question)
             return
         head, tail, hints, question, bare = self._pieces(config)
-        around = {}
+        around: dict[str, tuple[int, ...]] = {}
         if encoder_decoder:
             question, bare = question + eos, bare + eos
             if config.clues == "none":  # then all that the encoder reads is the document's
@@ -156,8 +167,8 @@ class Prompt:
         """Before the text, after it, before the clues, after them, and in their place if there is none."""
         if config.template == "upr":
             head, hints = self._encode(["Passage:", self._spaced("hints:")])
-            tail, question = [], self._continued(UPR_INSTRUCTION)
-            pieces = head, tail, hints, question, question
+            question = self._continued(UPR_INSTRUCTION)
+            pieces = [head, [], hints, question, question]
         else:
             instruction = config.instruction.strip()
             pieces = self._encode([f"{instruction} Passage:".strip(), "\n", "hints:", "\nQuestion:", "Question:"])
@@ -209,7 +220,7 @@ class Prompt:
     @property
     def least_tokens(self) -> int:
         """Tokens that the LM reads of a prompt with an empty document, no clue and a query of one token."""
-        return len(self._head) + len(self._tail) + len(self.suffix.bare_question)
+        return len(self._head) + len(self._tail) + self.suffix.least_tokens
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
         """Prefixes of the documents; only a document's own text is ever truncated, at its end."""

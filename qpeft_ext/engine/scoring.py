@@ -1,0 +1,300 @@
+"""The passes that score pairs: what `QPeftModel` does with its LM, its prompt and its trained modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from threading import local
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..adapters.attention_clues import AttentionClues
+from ..adapters.generated_lora import GeneratedLora
+from ..adapters.inputs import ClueInputs
+from ..adapters.layers import Clues
+from ..adapters.projected_rows import ProjectedRows
+from ..config import QPeftConfig
+from ..lm.passes import Hook, lm_lock
+from ..prefixes.cache import DocumentCache
+from ..prompts.pairs import PairBatch, to_device
+from ..prompts.prompt import Document, Prompt, as_pairs
+from ..utils.forked import computes_now
+from ..utils.torch_state import own_state
+from .base import BaseEngine
+from .schedule import Limits, default_tokens, schedule
+from .scores import CountTokens, PassClues, Scores, counts_of, in_order
+
+_Model = TypeVar("_Model", bound="ScoringModel")
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+_this_thread = local()
+
+
+def in_passes(
+    method: Callable[Concatenate[_Model, _Given], _Result],
+) -> Callable[Concatenate[_Model, _Given], _Result]:
+    """Decorate a method that runs the LM or the trained modules: it runs inside `ScoringModel.passes`."""
+
+    @wraps(method)
+    def run(self: _Model, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        with self.passes():
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class ScoringModel(nn.Module):
+    """A frozen LM, a prompt and trained modules, and the passes that score pairs with them.
+
+    `QPeftModel`, the subclass that users make, builds the parts.
+
+    Attributes:
+        lm: the language model.
+        engine: runs the LM on prefixes and suffixes.
+        prompt: makes token ids of queries and documents.
+        qpeft_config: every option.
+        clues: the clue module; None for ``clues="none"``.
+        generated_lora: the update of the LM that a query generates, or None.
+    """
+
+    lm: nn.Module
+    engine: BaseEngine[Any, Any]
+    prompt: Prompt
+    qpeft_config: QPeftConfig
+    clues: nn.Module | None
+    generated_lora: GeneratedLora | None
+    _count_tokens: CountTokens
+    _lm_dtype: torch.dtype
+
+    def _probed_engine(self) -> BaseEngine[Any, Any]:
+        """Make an engine for the LM in the dtype that it has now, and remember this dtype."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep all other threads from running a pass of this LM while the context is entered.
+
+        This holds for every model and reranker around the LM. It is for a thread that changes the LM while others rank.
+        That thread may use the model inside, but on a GPU the backward pass belongs outside: with
+        ``suffix_micro_batch`` it runs in another thread of torch.
+        """
+        with lm_lock(self.lm):
+            yield
+
+    @contextmanager
+    def passes(self, evaluating: bool = False) -> Iterator[None]:
+        """Enter the context in which the LM and the trained modules run.
+
+        Inside, other threads wait with their passes, torch has the state that our passes need (`own_state`), and the
+        engine fits the LM as it is now. Contexts may be nested.
+
+        Args:
+            evaluating: whether eval mode is set inside, whatever the mode outside is.
+        """
+        inside = getattr(_this_thread, "models", ())  # ids of the models whose context this thread has entered
+        if id(self) in inside and not (evaluating and self.training):
+            yield
+            return
+        with lm_lock(self.lm), own_state():
+            computes_now()
+            if self.lm.training:
+                self.train(self.training)
+            if self.engine.table.dtype != self._lm_dtype:
+                compiled = self.engine.is_compiled
+                self.engine = self._probed_engine()
+                if compiled:
+                    self.engine.compile()
+            training = self.training
+            try:
+                if evaluating and training:
+                    self.eval()
+                _this_thread.models = (*inside, id(self))
+                yield
+            finally:
+                _this_thread.models = inside
+                if self.training != training:
+                    self.train(training)
+
+    def encode(
+        self, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None, truncate_queries: bool = False
+    ) -> PairBatch:
+        """Tokenise pairs of a query and a document.
+
+        Args:
+            pairs: (query, document); a document is a string, or a dict with "text" and perhaps "title".
+            lists: for each pair the list of candidates that it belongs to; None: all of a query's pairs are one list.
+                It matters with ``source="candidates"`` only.
+            truncate_queries: whether queries longer than ``max_query_tokens`` are cut at their end.
+        Returns: the batch for `forward`; each distinct text is in it once.
+        Raises: TypeError or ValueError that names the pair and what is wrong with it.
+        """
+        return PairBatch.from_text(self.prompt, as_pairs(pairs, "encode"), lists, truncate_queries)
+
+    @in_passes
+    def forward(
+        self,
+        batch: PairBatch,
+        path: str = "document_first",
+        cache: DocumentCache | None = None,
+        max_tokens_per_batch: int | None = None,
+        deterministic: bool = False,
+        prefilled: bool = False,
+        max_pairs_per_batch: int | None = None,
+        projected: ProjectedRows | None = None,
+    ) -> Scores:
+        """Score B pairs, with gradient unless it is disabled.
+
+        Args:
+            batch: from `encode`.
+            path: "document_first" reads each distinct document once and then the suffixes of its pairs; "plain" reads
+                whole prompts. LMs whose cache cannot be shared take the plain path either way, and so does
+                ``layout="clues_first"``.
+            cache: prefixes are read from it and put into it, unless they need a gradient (a soft prompt or the LM
+                is trained); None: they are kept for this call only.
+            max_tokens_per_batch: token budget of a pass; None: what suits the device (`schedule.default_tokens`).
+            deterministic: whether every prefix, clue and suffix is computed unpadded, one per pass, so that a score is
+                bit-equal whatever else is in the batch or in the cache (same machine and number of threads). Slower.
+            prefilled: whether the prefixes of all documents are in the cache already (`CacheFilling`): documents of
+                different lengths may share a pass.
+            max_pairs_per_batch: pairs in a suffix pass at most; None: as many as the token budget allows. With a
+                gradient the passes are then computed again in the backward pass, as with ``suffix_micro_batch``.
+            projected: rows of the embedding table that Q-PEFT-A reuses between calls with it, without gradient. Not
+                used with ``deterministic``.
+        Returns: the scores, in the order of ``batch.pairs``.
+        Raises: ValueError for another path, or a prompt that is longer than the LM's context.
+        """
+        if path not in ("document_first", "plain"):
+            raise ValueError(f"path must be document_first or plain, got {path!r}")
+        if not len(batch):
+            empty = torch.zeros(0, dtype=torch.float32, device=self.device)
+            return Scores(empty, empty.long())
+        limits = self._limits(path, max_tokens_per_batch, max_pairs_per_batch, deterministic, prefilled)
+        projected = None if deterministic else projected
+        clues, rows, parts = PassClues(partial(self.compute_clues, projected=projected), batch), [], []
+        for read in schedule(batch, limits, self._rotary_tables(batch, projected)):
+            prefix = None  # the one before is not needed any more
+            if read.shared:
+                ids = [batch.documents[d].ids for d in read.documents]
+                prefix = self.engine.cached_prefill(ids, cache, deterministic=deterministic)
+            for pairs in read.suffixes:
+                own = clues.of(pairs, read.clues_of)
+                rows.append(pairs)
+                parts.append(self._score_group(batch.select(pairs), *own, read.documents, prefix, limits.recompute))
+        return in_order(rows, parts)
+
+    def _limits(
+        self, path: str, max_tokens: int | None, max_pairs: int | None, deterministic: bool, prefilled: bool
+    ) -> Limits:
+        """Gather what decides the passes of a call of `forward`, whose arguments these are."""
+        config, engine = self.qpeft_config, self.engine
+        return Limits(
+            device=self.device,
+            dtype=engine.table.dtype,
+            max_tokens=max_tokens or default_tokens(self.device),
+            max_pairs=max_pairs,
+            micro_batch=config.suffix_micro_batch,
+            with_grad=torch.is_grad_enabled(),
+            deterministic=deterministic,
+            unpadded=bool(engine.why_unpadded),
+            shared=path == "document_first" and engine.shares_prefixes(self.clues is not None),
+            prefilled=prefilled,
+            clue_per_token=config.clues == "attention",
+            clues_per_pair=(config.k or 0) if config.clues == "top_k" else 0,
+            clue_bytes=4 * engine.table.shape[1],
+            clues_of_lists=config.source != "document",
+        )
+
+    def _rotary_tables(self, batch: PairBatch, projected: ProjectedRows | None) -> list[int]:
+        """Give the rotary table that each pair is read with; 0 is the table that prefixes are cached with."""
+
+        @torch.no_grad()
+        def clue_counts() -> list[int]:
+            return counts_of(self.compute_clues(batch, projected=projected), len(batch))
+
+        most = 0 if self.clues is None else 2 * (self.qpeft_config.k or 1) * max(map(len, batch.queries))
+        return self.engine.table_of_each(batch, self.prompt.suffix, clue_counts, most)
+
+    @in_passes
+    def compute_clues(
+        self, batch: PairBatch, explain: bool = False, projected: ProjectedRows | None = None
+    ) -> Clues | None:
+        """Compute the clues of every pair of a batch; None for ``clues="none"``.
+
+        Args:
+            batch: from `encode`.
+            explain: whether the result has an explanation.
+            projected: for `AttentionClues`, table rows to reuse between calls.
+        """
+        if self.clues is None:
+            return None
+        inputs = ClueInputs.from_batch(batch, self.device, self.qpeft_config.source)
+        reused = {"projected": projected} if isinstance(self.clues, AttentionClues) else {}
+        return self.clues(inputs, self.engine.table, self.engine.scale, explain, **reused)
+
+    def _score_group(
+        self,
+        batch: PairBatch,
+        clues: Clues | None,
+        counts: Sequence[int],
+        documents: list[int],
+        prefix: Any,
+        recompute: bool,
+    ) -> Scores:
+        """Score the pairs of one suffix pass.
+
+        Args:
+            batch: these pairs only.
+            clues, counts: the clues of the pairs, and how many each has.
+            documents, prefix: the documents that were read before, and the result; None: read whole prompts.
+            recompute: whether activations are computed again in the backward pass instead of being kept for it.
+        """
+        vectors = None if clues is None else clues.embeds[clues.mask]
+        rows = self._rows(batch, counts, with_prefix=prefix is None)
+        prefix_rows = None
+        if prefix is not None:
+            place = {d: i for i, d in enumerate(documents)}
+            order = [place[d] for _, d in batch.pairs]
+            if order != list(range(len(prefix.lengths))):
+                prefix_rows = to_device(np.array(order), self.device)
+        arguments = (batch, rows, vectors, prefix, prefix_rows)
+        if recompute:  # own_state, because the backward pass runs outside of this method's state of torch
+            log_p = checkpoint(own_state()(self._log_likelihood), *arguments, use_reentrant=False)
+        else:
+            log_p = self._log_likelihood(*arguments)
+        return Scores(rows.sum_of_each_pair(log_p), self._count_tokens(log_p, rows.sum_of_each_pair, batch))
+
+    def _rows(self, batch: PairBatch, counts: Sequence[int], with_prefix: bool) -> Any:
+        """Lay out what the LM reads of each pair, and the tokens that are scored."""
+        return self.engine.assemble(batch, self.prompt.suffix, counts, with_prefix)
+
+    def _log_likelihood(
+        self, batch: PairBatch, rows: Any, vectors: Tensor | None, prefix: Any, prefix_rows: Tensor | None
+    ) -> Tensor:
+        """Compute log p of the scored tokens of the rows, [N]; each query updates the LM for its own suffixes."""
+        updates: Sequence[tuple[nn.Module, Hook]] = ()
+        if self.generated_lora is not None:
+            gates = self.generated_lora.gates_of_pairs(batch, self.engine.table)
+            updates = self.generated_lora.updates(gates, rows.suffix)
+        return self.engine.log_likelihood(rows, vectors, prefix, prefix_rows, updates)
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[tuple[str, Document]], **options: Any) -> Scores:
+        """Score pairs of a query and a document, without gradient.
+
+        Args:
+            pairs: as in `encode`.
+            options: of `forward`: ``path``, ``cache``, ``deterministic``, ….
+        Returns: the scores, in the order of the pairs.
+        Raises: as `encode` and `forward`.
+        """
+        return self(self.encode(pairs), **options)
