@@ -88,7 +88,7 @@ def section(title: str, lines: list[str]) -> str:
     if title.startswith("Example"):
         return f"Examples:\n{textwrap.indent(example(lines[0] if inline else '', text), '    ')}"
     if inline:
-        text = lines[0] + "\n" + textwrap.indent(text, "    ")
+        text = f"{lines[0]}\n{textwrap.indent(text, '    ')}".rstrip()
     if title == "Source" or title == "Args" and not re.match(r"\**\w+(, \**\w+)*( \([^)]*\))?:", text):
         return f"**{title}:** {text}"  # "Args: as for `clue_attention`" has no entries
     if title == "Raises":

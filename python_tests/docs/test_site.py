@@ -1,5 +1,6 @@
 """The site of `make docs`: it builds without a warning, has every public name, and loads nothing from elsewhere."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def site(tmp_path_factory):
         config.plugins.on_startup(command="build", dirty=False)
         build.build(config)
     return folder
+
+
+def part(name: str):
+    """A module of docs/site/."""
+    spec = importlib.util.spec_from_file_location(f"site_{name}", ROOT / "docs" / "site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def text_of(page: Path) -> str:
@@ -69,3 +78,68 @@ def test_every_page_of_the_documentation_is_in_the_navigation(site):
 def test_the_front_page_is_the_readme(site):
     title = re.search(r"^# (.*)", text_of(ROOT / "README.md"), re.M)[1]
     assert re.search(rf"<h1[^>]*>{re.escape(title)}", text_of(site / "index.html"))
+
+
+def test_docstrings_get_the_exact_form_of_googles_style():
+    written = """Do it.
+
+Args:
+    a, b: two of them,
+        on two lines.
+    c: one.  d: another one.
+Returns: float32 [B],
+    in nats.
+Raises: ValueError for a; TypeError or OSError for b; else nothing.
+Source: a paper.
+Example: two numbers::
+    >>> 1 + 1
+    2
+"""
+    assert (
+        part("docstrings").google(written)
+        == """Do it.
+
+Args:
+    a: two of them,
+        on two lines.
+    b: two of them,
+        on two lines.
+    c: one.
+    d: another one.
+
+Returns:
+    float32 [B],
+        in nats.
+
+Raises:
+    ValueError: for a
+    TypeError or OSError: for b; else nothing.
+
+**Source:** a paper.
+
+Examples:
+    Two numbers:
+
+    >>> 1 + 1
+    2"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "markdown", "site"),
+    [
+        ("README.md", "[a](docs/scaling.md#x)", "[a](scaling.md#x)"),
+        ("docs/scaling.md", "![a](../benchmarks/scaling.py)", "![a](repository/benchmarks/scaling.py.md)"),
+        (
+            "docs/scaling.md",
+            "[a](../README.md) [b](../benchmarks/)",
+            "[a](index.md) [b](repository/benchmarks/index.md)",
+        ),
+        ("README.md", "`[a](docs/scaling.md)` [b](https://example.org/docs)", None),
+        ("README.md", "[a](docs/nothing.md)", None),
+        ("README.md", "```\n[a](docs/scaling.md)\n```\n", None),
+    ],
+)
+def test_links_to_files_of_the_repository(page, markdown, site):
+    hooks = part("hooks")
+    assert hooks.replace_links(markdown, page, hooks.site_path) == (site or markdown)
