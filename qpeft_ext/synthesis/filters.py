@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ..formats.answers import answer_tokens, has_answer
 from ..prompts.prompt import document_text
+from ..utils.inputs import whole_number
 from .generator import GeneratedQuery
 
 COPIED_WORDS = 4  # a query of at least so many words that is in its document word for word is a copy
@@ -28,7 +29,7 @@ class Filters:
         num_negatives: negatives of each query.
         depth: how many of BM25's best other documents the negatives are drawn from.
 
-    Raises: ValueError for an impossible value.
+    Raises: ValueError for an impossible value; TypeError for a number that is not whole.
     """
 
     min_tokens: int = 3
@@ -41,8 +42,7 @@ class Filters:
 
     def __post_init__(self) -> None:
         for name, least in (("min_tokens", 1), ("round_trip_top", 0), ("num_negatives", 0), ("depth", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            whole_number(getattr(self, name), name, least)
         if not 0 < self.keep_fraction <= 1:
             raise ValueError(f"keep_fraction must be above 0 and at most 1, got {self.keep_fraction}")
         if self.min_log_likelihood is not None and not self.min_log_likelihood <= 0:

@@ -33,6 +33,7 @@ from ..model import QPeftModel
 from ..prompts.pairs import pad
 from ..prompts.prompt import Document
 from ..ranking.reranker import Reranker
+from ..utils.inputs import whole_number
 from ..utils.memory import in_halves
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Sampling:
         max_new_tokens: a query that has not ended by then is cut.
         seed: seed of the draws.
 
-    Raises: ValueError for an impossible value.
+    Raises: ValueError for an impossible value; TypeError for a number that is not whole.
     """
 
     queries_per_document: int = 1
@@ -62,8 +63,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, least in (("queries_per_document", 1), ("top_k", 0), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            whole_number(getattr(self, name), name, least)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
         if not 0 < self.top_p <= 1:
