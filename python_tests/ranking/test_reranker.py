@@ -1,19 +1,14 @@
-"""Reranker: the shapes of CrossEncoder, batches over queries, explanations, memory."""
+"""Reranker: the shapes of CrossEncoder, batches over queries, explanations."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
-from transformers import LlamaForSequenceClassification
 
 import qpeft_ext as qpeft
-from qpeft_ext.engine.memory import FIXED_BYTES, bytes_per_token, plan_memory
-from qpeft_ext.engine.schedule import document_jobs, prefix_groups, prefix_tokens, suffix_groups, suffix_jobs
-from qpeft_ext.ops.hardware import shape_step
 from qpeft_ext.prompts.prompt import document_text
 
 
@@ -56,62 +51,6 @@ def test_equal_scores_keep_the_given_order(model):
     assert [row["corpus_id"] for row in ranked] == [0, 1, 2]
 
 
-def test_out_of_memory_halves_the_batch_and_no_other_error_does(model, monkeypatch):
-    reranker = qpeft.Reranker(model, max_tokens_per_batch=256)
-    expected, forward, tried = reranker.predict(PAIRS), type(model).forward, []
-
-    def failing(self, *args, **options):
-        tried.append(options["max_tokens_per_batch"])
-        if options["max_tokens_per_batch"] > 64:
-            raise torch.OutOfMemoryError("pretended")
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(type(model), "forward", failing)
-    np.testing.assert_allclose(reranker.predict(PAIRS), expected, atol=1e-4)
-    assert tried == [256, 128, 64]
-    monkeypatch.setattr(type(model), "forward", lambda *a, **o: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
-    with pytest.raises(torch.OutOfMemoryError):
-        reranker.predict(PAIRS)
-    assert reranker.max_tokens_per_batch == 1
-    monkeypatch.setattr(type(model), "forward", lambda *a, **o: (_ for _ in ()).throw(RuntimeError("other")))
-    with pytest.raises(RuntimeError, match="other"):
-        reranker.predict(PAIRS)
-
-
-@pytest.mark.parametrize("cache_bytes", [None, 20_000, 1 << 20])
-def test_out_of_memory_in_a_prefix_pass_halves_the_passes(model, monkeypatch, caplog, cache_bytes):
-    expected, prefill = qpeft.Reranker(model).predict(PAIRS), model.engine.prefill
-
-    def failing(prefixes):
-        if len(prefixes) > 1:
-            raise torch.OutOfMemoryError("pretended")
-        return prefill(prefixes)
-
-    monkeypatch.setattr(model.engine, "prefill", failing)
-    cache = None if cache_bytes is None else qpeft.DocumentCache(cache_bytes)
-    reranker = qpeft.Reranker(model, max_tokens_per_batch=256, cache=cache)
-    np.testing.assert_allclose(reranker.predict(PAIRS), expected, atol=1e-4)
-    assert reranker.max_tokens_per_batch < 256
-    assert f"retrying with max_tokens_per_batch={reranker.max_tokens_per_batch}" in caplog.text
-
-
-def test_a_memory_budget_is_divided(model):
-    attention = model.qpeft_config.clues == "attention"
-    budget = FIXED_BYTES + (64 << 20)
-    plan = plan_memory(model.engine, budget, attention)
-    assert plan.max_tokens_per_batch == 2048 and (plan.projected_bytes > 0) == attention
-    passes = plan.max_tokens_per_batch * bytes_per_token(model.engine)
-    assert FIXED_BYTES + passes + plan.cache_bytes + plan.projected_bytes == budget
-    small = plan_memory(model.engine, FIXED_BYTES + 600 * bytes_per_token(model.engine), attention)
-    assert small.max_tokens_per_batch == 300
-    reranker = qpeft.Reranker(model, max_memory=budget)
-    assert (reranker.max_tokens_per_batch, reranker.cache.max_bytes) == (2048, plan.cache_bytes)
-    np.testing.assert_allclose(reranker.predict(PAIRS), qpeft.Reranker(model).predict(PAIRS), atol=1e-4)
-    for wrong, message in ((FIXED_BYTES, "at least 19"), ("free", "only a CUDA device"), (1.5, "whole number")):
-        with pytest.raises(ValueError, match=message):
-            qpeft.Reranker(model, max_memory=wrong)
-
-
 def test_compiled_suffix_passes_give_the_same_scores():
     model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(clues="top_k", k=3, rank=8), tiny_tokenizer())
     expected = qpeft.Reranker(model).predict(PAIRS)
@@ -120,54 +59,6 @@ def test_compiled_suffix_passes_give_the_same_scores():
     np.testing.assert_allclose(qpeft.Reranker(model, compile=True).predict(PAIRS), expected, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-@pytest.mark.parametrize("max_pairs", [1, 3, 100])
-def test_every_pair_is_in_one_pass_and_padding_is_bounded(model, max_pairs):
-    queries = ["a" * n for n in (3, 9, 4, 9, 5)]
-    documents = ["b" * n for n in range(5, 60, 6)]
-    batch = model.encode([(query, document) for query in queries for document in documents])
-    for jobs in (document_jobs(batch, max_pairs), suffix_jobs(batch, max_pairs)):
-        assert sorted(i for job in jobs for i in job) == list(range(len(batch)))
-    for job in document_jobs(batch, max_pairs):
-        assert {batch.pairs[i][1] for i in job}.isdisjoint(
-            {batch.pairs[i][1] for i in range(len(batch)) if i not in job}
-        )
-    seen = []
-    for group in prefix_groups(batch, 150, 10):
-        lengths = [len(batch.documents[d].ids) for d in group]
-        assert len(group) == 1 or len(group) * max(lengths) <= 150
-        assert sum(max(lengths) - n for n in lengths) <= 10
-        for step in (1, 4):
-            for rows in suffix_groups(batch, group, 100, None, 6, True, False, step):
-                lengths = [len(batch.queries[batch.pairs[i][0]]) for i in rows]
-                assert sum(max(lengths) - n for n in lengths) <= 6
-                seen += rows
-    assert sorted(seen) == sorted(2 * list(range(len(batch))))
-
-
-def test_passes_have_multiples_of_pairs_where_they_can(model):
-    batch = model.encode([("a" * (3 + n % 5), "b" * 20 + str(n)) for n in range(45)])
-    documents = list(range(len(batch.documents)))
-    for max_tokens, max_pairs in ((140, None), (10_000, 11), (10_000, None), (1, None)):
-        sizes = []
-        for step in (1, 4):
-            groups = list(suffix_groups(batch, documents, max_tokens, max_pairs, 1000, True, False, step))
-            assert sorted(i for group in groups for i in group) == list(range(45))
-            sizes.append([len(group) for group in groups])
-        assert max(sizes[1]) <= max(sizes[0])
-        assert all(size % 4 == 0 for size in sizes[1][:-1] if size >= 4)
-    assert sizes[1] == [1] * 45
-    assert {
-        (device, dtype): shape_step(torch.device(device), dtype)
-        for device in ("cpu", "cuda")
-        for dtype in (torch.bfloat16, torch.float32)
-    } == {
-        ("cpu", torch.bfloat16): 8,
-        ("cpu", torch.float32): 1,
-        ("cuda", torch.bfloat16): 1,
-        ("cuda", torch.float32): 1,
-    }
 
 
 def test_a_prefix_pass_ends_with_the_last_keys(model):
@@ -251,13 +142,6 @@ def test_predict_wants_pairs(model, bad):
         qpeft.Reranker(model).predict(bad)
 
 
-def test_fewer_prefixes_are_held_on_a_cpu_unless_they_are_in_memory_anyway():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [prefix_tokens(2048, device, False) for device in (cpu, cuda)] == [1024, 2048]
-    assert [prefix_tokens(2048, device, True) for device in (cpu, cuda)] == [16384, 16384]
-    assert prefix_tokens(1, cpu, False) == 1  # after halving for want of memory
-
-
 @pytest.mark.parametrize("options", [{}, {"generated_lora_rank": 2, "target_modules": "all-linear"}], ids=str)
 def test_threads_take_turns(options):
     """A pass sets hooks in the LM: without turns nearly every call of eight threads raised or returned other scores."""
@@ -308,45 +192,3 @@ def test_a_reranker_says_what_it_is(model):
     ):
         assert words in text
     assert "no cache" in repr(qpeft.Reranker(model))
-
-
-class TextGenerationPipeline:
-    def __init__(self, model, tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-
-WRONG_MODELS = {
-    "a name": (lambda lm, tok, conf: qpeft.get_qpeft_model("gpt2", conf), "the string 'gpt2'; load_lm(name) loads one"),
-    "a path": (lambda lm, tok, conf: qpeft.QPeftModel(Path("x"), conf, tok), "load_lm(name) loads one"),
-    "a pipeline": (
-        lambda lm, tok, conf: qpeft.get_qpeft_model(TextGenerationPipeline(lm, tok), conf),
-        "a pipeline (TextGenerationPipeline); give its model: pipeline.model",
-    ),
-    "a class": (lambda lm, tok, conf: qpeft.get_qpeft_model(type(lm), conf, tok), "LlamaForCausalLM.from_pretrained"),
-    "a tokenizer": (lambda lm, tok, conf: qpeft.get_qpeft_model(tok, conf, lm), "got a tokenizer"),
-    "a config": (lambda lm, tok, conf: qpeft.get_qpeft_model(conf, lm, tok), "a QPeftConfig, which comes after the LM"),
-    "a classifier": (
-        lambda lm, tok, conf: qpeft.get_qpeft_model(LlamaForSequenceClassification(lm.config), conf, tok),
-        "a LlamaForSequenceClassification, which does not write text; load the LM itself",
-    ),
-    "a module": (lambda lm, tok, conf: qpeft.get_qpeft_model(torch.nn.Linear(2, 2), conf, tok), "the module Linear"),
-    "a model of ours": (
-        lambda lm, tok, conf: qpeft.get_qpeft_model(qpeft.get_qpeft_model(lm, conf, tok), conf, tok),
-        "take its own: model.lm",
-    ),
-    "options": (lambda lm, tok, conf: qpeft.get_qpeft_model(lm, {"clues": "none"}, tok), "config must be a QPeftCon"),
-    "swapped": (lambda lm, tok, conf: qpeft.QPeftModel(lm, tok, conf), "got a tokenizer, which comes after it"),
-    "a tokenizer's name": (lambda lm, tok, conf: qpeft.get_qpeft_model(lm, conf, "gpt2"), "AutoTokenizer.from_pretr"),
-    "an LM": (lambda lm, tok, conf: qpeft.Reranker(lm), "wrap it: Reranker(get_qpeft_model(lm, QPeftConfig("),
-    "an adapter's name": (lambda lm, tok, conf: qpeft.Reranker("my-adapter"), "Reranker.from_pretrained(…) loads an"),
-    "a tokenizer to rank": (lambda lm, tok, conf: qpeft.Reranker(tok), "model must be a QPeftModel, got a tokenizer"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_MODELS)
-def test_what_is_no_lm_is_an_error_that_names_the_right_call(name):
-    call, words = WRONG_MODELS[name]
-    with pytest.raises(TypeError) as caught:
-        call(tiny_lm("llama"), tiny_tokenizer(), qpeft.QPeftConfig(clues="none"))
-    message = str(caught.value)
-    assert words in message and "\n" not in message and len(message) <= 300
