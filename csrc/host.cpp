@@ -1,4 +1,4 @@
-// qpeft_ext._host: what is not a tensor operator. Build info, and packing of ragged token lists.
+// qpeft_ext._host: build info, and packing of ragged token lists; these are no tensor operators.
 // Written for Python's limited API, so that one file serves every Python version from 3.11 on.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000

@@ -23,7 +23,7 @@ CONTEXT_BYTES = 32 << 20  # contexts [pairs, R, D] of a part of a block, in L2 f
 ROW_BYTES = 64 << 20  # gradients of table rows
 
 
-class Block(NamedTuple):
+class ScoredPairs(NamedTuple):
     """Pairs whose scores are in memory at the same time. Letters as in csrc/ops.cpp; padding follows distinct ids."""
 
     pairs: slice
@@ -52,12 +52,12 @@ class Block(NamedTuple):
         torch.ops.qpeft_ext.clue_attention_products(table, rows, None, lengths, dense, out[here].flatten(0, 1))
 
 
-def blocks_of_pairs(V: int, documents: tuple[Tensor, Tensor, Tensor], Q: int, pair_bytes: int) -> Iterator[Block]:
+def blocks_of_pairs(V: int, documents: tuple[Tensor, Tensor, Tensor], Q: int, pair_bytes: int) -> Iterator[ScoredPairs]:
     """Cut the pairs into blocks. ``documents``: ids [B, S], mask, query_index; ``pair_bytes``: of scores of a pair."""
     for pairs in ranges(slice(0, len(documents[0])), SCORE_BYTES // max(pair_bytes, 1)):
         here = (x[pairs].contiguous() for x in documents)
         rows, offsets, ids, slots, counts, lengths = torch.ops.qpeft_ext.document_rows_distinct(*here, Q, V)
-        yield Block(pairs, rows, offsets, ids, slots, counts, lengths)
+        yield ScoredPairs(pairs, rows, offsets, ids, slots, counts, lengths)
 
 
 def ranges(whole: slice, size: int) -> Iterator[slice]:
@@ -66,7 +66,7 @@ def ranges(whole: slice, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, whole.stop))
 
 
-def weights_of(table: Tensor, columns: Tensor, block: Block, lse: Tensor, known: bool = False) -> Tensor:
+def weights_of(table: Tensor, columns: Tensor, block: ScoredPairs, lse: Tensor, known: bool = False) -> Tensor:
     """Return the weights [P, S, R] of a block, in the dtype of the table.
 
     ``lse`` [B, R]: log-sum-exp of the scores; the rows of these pairs are written first unless they are ``known``.
@@ -149,7 +149,7 @@ def backward(grad_heads, lse, absorbed, table, document_ids, document_mask, quer
     grad_table = torch.zeros_like(table, dtype=dtype) if want_table else table.new_empty(0)
     contexts, grad_contexts = sizes.new_contexts(table), sizes.new_contexts(table)
 
-    def run(block: Block) -> None:
+    def run(block: ScoredPairs) -> None:
         weights = weights_of(table, columns, block, lse, known=True)
         grad_weights = torch.empty_like(weights, dtype=dtype)
         for part in ranges(block.pairs, sizes.pairs):
