@@ -32,7 +32,6 @@ class Ranked:
         candidates: the first stage's run.
         corpus: doc_id -> document.
         first_stage: name of the first stage.
-        left_out: how many queries are too long for the prompt.
     """
 
     queries: dict[str, str]
@@ -40,7 +39,6 @@ class Ranked:
     candidates: Run
     corpus: Mapping[str, dict]
     first_stage: str
-    left_out: int = 0
 
     @cached_property
     def digest(self) -> str:
@@ -113,7 +111,7 @@ class CollectionData:
             examples = [found[i] for i in chosen]
             place = str(path)
         else:
-            data, queries, qrels, _ = self._sampled(source, count, seed, taken, with_relevant=True)
+            data, queries, qrels = self._sampled(source, count, seed, taken, with_relevant=True)
             most = depth + max((len(judged) for judged in qrels.values()), default=0)
             run = self._root / source.run if source.run else None
             candidates, _ = first_stage(data, source.split, queries, run, most)
@@ -138,39 +136,41 @@ class CollectionData:
 
     def _sampled(
         self, source: Source, count: int | None, seed: int, taken: set[str], with_relevant: bool = False
-    ) -> tuple[formats.Collection, dict[str, str], Qrels, int]:
+    ) -> tuple[formats.Collection, dict[str, str], Qrels]:
         """Sample queries of a source that are judged, fit the prompt and are not ``taken``.
 
         Args:
             count: how many; None: all.
             with_relevant: only queries with a relevant document.
 
-        Returns: The collection, the queries, their qrels, and how many queries are too long.
+        Returns: the collection, the queries and their qrels.
         """
         if source.data is None:
             raise ValueError("expected data: a collection, and not examples")
         data = formats.open_collection(_place(self._root, source.data))
         split = data.choose_split(source.split) if data.splits else None
         judged = data.qrels(split)
-        asked = {
+        fitting = {
             q: text
             for q, text in asked_queries(data, split).items()
-            if q in judged and text not in taken and (not with_relevant or max(judged[q].values()) > 0)
+            if q in judged
+            and text not in taken
+            and (not with_relevant or max(judged[q].values()) > 0)
+            and self._prompt.fits(text)
         }
-        fitting = {q: text for q, text in asked.items() if self._prompt.fits(text)}
-        chosen = sorted(_sample(sorted(fitting), count, seed))
-        queries = {q: fitting[q] for q in chosen}
-        return data, queries, {q: judged[q] for q in queries}, len(asked) - len(fitting)
+        queries = {q: fitting[q] for q in sorted(_sample(sorted(fitting), count, seed))}
+        return data, queries, {q: judged[q] for q in queries}
 
     def _ranked(self, source: Source, candidates: int, seed: int, taken: set[str]) -> Ranked:
-        data, queries, qrels, left_out = self._sampled(source, source.queries, seed, taken)
+        """Sample queries of a source, with the best ``candidates`` of the first stage."""
+        data, queries, qrels = self._sampled(source, source.queries, seed, taken)
         if not queries:
             raise ValueError(f"{data.place}, split {source.split}: no judged query is left")
         run = self._root / source.run if source.run else None
         found, name = first_stage(data, source.split, queries, run, candidates)
         found = {q: found[q] for q in queries if found.get(q)}
         check_candidates(found, queries, data.corpus, run)
-        return Ranked(queries, qrels, found, data.corpus, name, left_out)
+        return Ranked(queries, qrels, found, data.corpus, name)
 
 
 def _place(root: Path, data: str) -> str:

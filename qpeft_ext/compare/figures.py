@@ -79,7 +79,7 @@ def _draw_cost(axes: Axes, name: str, table: CollectionTable) -> list[tuple[str,
 def _use_log_scale(axes: Axes, values: Sequence[float]) -> bool:
     """Make the x axis logarithmic if the values span more than a factor of 5 or contain 0, which stands at its left.
 
-    Returns: Whether it is.
+    Returns: whether it is.
     """
     from matplotlib.ticker import EngFormatter, LogLocator
 

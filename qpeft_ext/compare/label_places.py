@@ -23,7 +23,7 @@ def label_places(
         sizes: width and height of each label.
         within: the area that labels may take.
 
-    Returns: The middle of each label.
+    Returns: the middle of each label.
     """
     taken: list[Box] = [(x - _POINT, y - _POINT, x + _POINT, y + _POINT) for x, y in points]
     places = []

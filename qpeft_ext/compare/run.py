@@ -100,7 +100,7 @@ class Comparison:
             failed: gets a message for each that could not be made.
             wait: wait for other processes.
 
-        Returns: Without ``wait`` the results that other processes are making, and the fusions that take them.
+        Returns: without ``wait`` the results that other processes are making, and the fusions that take them.
         """
         elsewhere: list[Cell] = []
         for cell in asked:

@@ -17,7 +17,7 @@ def render_page(template: Path, **values: object) -> str:
         template: a file that extends ``page.html``, which gives a page its style and shows ``title`` and ``lead``.
         values: what the template names.
 
-    Returns: The page; equal values give equal bytes.
+    Returns: the page; equal values give equal bytes.
     """
     return _environment(template.parent).get_template(template.name).render(values)
 
