@@ -10,7 +10,7 @@ from ..ops import clue_attention
 from ..ops.clue_attention import attention_weights
 from .filters import ClueFilter
 from .inputs import ClueInputs
-from .layers import Clues, Float32Module, Projection, ResidualMLP
+from .layers import Clues, Float32Module, Projection, ResidualMLP, resolved_rank
 from .projected_rows import ProjectedRows
 
 
@@ -18,10 +18,11 @@ class AttentionClues(Float32Module):
     """Q-PEFT-A: multi-head attention of the query tokens over all document tokens, then the same MLP.
 
     One clue per query token. Equal to `torch.nn.MultiheadAttention` without attention dropout, whose ``state_dict`` can
-    be loaded with ``rank=None``: the MLP stays as it is. A document without any token gives no clues.
+    be loaded with ``rank=None``; the MLP then stays as it is. A document without any token gives no clues.
 
     Args:
-        config: resolved `QPeftConfig`.  width: D.
+        config: resolved `QPeftConfig`.
+        width: D, of the embedding table.
         allowed: bool [V], the ids that are attended to; None attends to every token.
     """
 
@@ -29,9 +30,10 @@ class AttentionClues(Float32Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.filter = None if allowed is None else ClueFilter(allowed, "query_tokens" in config.filters)
-        self.q, self.k, self.v, self.o = (Projection(width, config.rank, config.attention_bias) for _ in range(4))
+        rank = resolved_rank(config)
+        self.q, self.k, self.v, self.o = (Projection(width, rank, config.attention_bias) for _ in range(4))
         self.dropout = nn.Dropout(config.dropout)
-        self.mlp = ResidualMLP(width, config.rank, config.residual)
+        self.mlp = ResidualMLP(width, rank, config.residual)
 
     def forward(
         self,
@@ -81,16 +83,16 @@ class AttentionClues(Float32Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _rename_multihead_attention(self, state: dict[str, Tensor], prefix: str) -> None:
-        """The state of a `torch.nn.MultiheadAttention` under our names, in place; the MLP keeps its values."""
+        """Give the state of a `torch.nn.MultiheadAttention` our names, in place; the MLP keeps its values."""
         if not hasattr(self.q, "weight"):
             raise ValueError(
                 f"a MultiheadAttention has full matrices, these AttentionClues have rank {len(self.q.b)}; use rank=None"
             )
-        has_bias, given = self.q.bias is not None, f"{prefix}in_proj_bias" in state
-        if given and not has_bias:
+        bias, given = self.q.bias, f"{prefix}in_proj_bias" in state
+        if given and bias is None:
             raise ValueError("the MultiheadAttention has biases, these AttentionClues do not; use attention_bias=True")
         weights = [*state.pop(f"{prefix}in_proj_weight").chunk(3), state.pop(f"{prefix}out_proj.weight")]
-        biases = [torch.zeros_like(self.q.bias)] * 4 if has_bias else []  # of a MultiheadAttention(bias=False)
+        biases = [] if bias is None else [torch.zeros_like(bias)] * 4  # those of MultiheadAttention(bias=False)
         if given:
             biases = [*state.pop(f"{prefix}in_proj_bias").chunk(3), state.pop(f"{prefix}out_proj.bias")]
         state |= {f"{prefix}{name}.weight": weight for name, weight in zip("qkvo", weights, strict=True)}

@@ -1,7 +1,7 @@
-"""Adapters on disk, with PEFT's file names: adapter_config.json, adapter_model.safetensors, README.md.
+"""Adapters on disk, with the file names of `peft`: adapter_config.json, adapter_model.safetensors, README.md.
 
-An LM that is itself a `peft` model is saved by `peft` in the sub-folder ``lm_adapter``, one that was trained itself
-(``train_lm``) as a whole in ``lm``.
+An LM that is a `peft` model is saved by `peft` in the sub-folder ``lm_adapter``; one that was trained (``train_lm``) is
+saved as a whole in ``lm``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
         if lm is not None:
             raise ValueError(f"{folder} holds a whole LM, trained with train_lm=True; do not pass another")
         lm = load_lm(folder / TRAINED_LM, **lm_kwargs)
-        tokenizer = tokenizer or load_tokenizer(config.base_model_name_or_path)
+        tokenizer = tokenizer or _tokenizer_of(folder, config.base_model_name_or_path)
     elif lm is None or isinstance(lm, (str, os.PathLike)):
         name = lm or config.base_model_name_or_path
         if not name:
@@ -77,16 +77,19 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     if (folder / LM_ADAPTER).is_dir() and not hasattr(lm, "peft_config"):
         lm = load_lm_adapter(lm, folder / LM_ADAPTER, is_trainable)
     if tokenizer is None:
-        name = getattr(lm, "name_or_path", None) or config.base_model_name_or_path
-        if not name:
-            raise ValueError(f"{folder}: tokenizer must be given, because the base LM has no name")
-        tokenizer = load_tokenizer(name)
+        tokenizer = _tokenizer_of(folder, getattr(lm, "name_or_path", None) or config.base_model_name_or_path)
     model = cls(lm, config, tokenizer)
     _expect_same_lm(folder, config, model)
     _load_state(folder / WEIGHTS, model, state)
     for module in (*model.trained_modules.values(), *([model.lm] if config.train_lm else ())):
         module.requires_grad_(is_trainable)
     return model
+
+
+def _tokenizer_of(folder: Path, base_lm: str | None):
+    if not base_lm:
+        raise ValueError(f"{folder}: tokenizer must be given, because the base LM has no name")
+    return load_tokenizer(base_lm)
 
 
 def load_weights_into(model, folder: str | Path) -> None:
@@ -118,7 +121,7 @@ def push_adapter(model, repo_id: str, **kwargs) -> str:
 
 
 def describe_lm(engine) -> dict:
-    """What an adapter remembers of its LM: its type, sizes, and a few entries of the embedding table."""
+    """Facts by which an adapter recognises its LM: its type, sizes, and a few entries of the embedding table."""
     table = engine.table.detach()
     vocabulary, width = table.shape
     probes = [(i * 7919 % vocabulary, i * 104729 % width) for i in range(1, _PROBES + 1)]
@@ -201,7 +204,10 @@ def _expect_finite(state: dict[str, torch.Tensor], where: str) -> None:
 
 
 def local_folder(folder: str | Path) -> Path:
-    """The adapter's folder; a Hub id is downloaded."""
+    """The adapter's folder; an adapter named by a Hub id is downloaded.
+
+    Raises: FileNotFoundError if there is none.
+    """
     path = Path(folder)
     if path.is_dir():
         return path

@@ -1,4 +1,4 @@
-"""Which token ids may become clues."""
+"""The choice of token ids that may become clues."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from .inputs import ClueInputs
 
 
 class ClueFilter(nn.Module):
-    """Which document tokens count for which query.
+    """Masks of the document tokens that may become clues of a query.
 
     Args:
-        allowed: bool [V] (`allowed_ids`).  drop_query_tokens: whether the query's own tokens are left out too.
+        allowed: bool [V] (`allowed_ids`).
+        drop_query_tokens: whether the query's own tokens are left out too.
     """
+
+    allowed: Tensor
 
     def __init__(self, allowed: Tensor, drop_query_tokens: bool) -> None:
         super().__init__()
@@ -22,7 +25,7 @@ class ClueFilter(nn.Module):
         self.register_buffer("allowed", allowed, persistent=False)
 
     def ids(self, inputs: ClueInputs) -> Tensor:
-        """The ids that count for each query, bool [Q, V]; [1, V] where all queries have the same."""
+        """The ids that may be clues of each query, bool [Q, V]; [1, V] where they are the same for all queries."""
         if not self.drop_query_tokens:
             return self.allowed[None]
         allowed = self.allowed.repeat(len(inputs.query_ids), 1)
@@ -31,16 +34,22 @@ class ClueFilter(nn.Module):
         return allowed
 
     def tokens(self, inputs: ClueInputs, query_index: Tensor) -> Tensor:
-        """The tokens of ``inputs.document_ids`` that count, bool; ``query_index``: the query of each of its rows."""
+        """The tokens of ``inputs.document_ids`` that may be clues, bool [B, S].
+
+        query_index: the query of each row of ``inputs.document_ids``.
+        """
         allowed = self.ids(inputs)
         return inputs.document_mask & allowed[query_index[:, None] if len(allowed) > 1 else 0, inputs.document_ids]
 
 
 def allowed_ids(tokenizer, vocabulary: int, filters: tuple[str, ...] = ()) -> Tensor:
-    """Token ids that may become clues: bool [V]. Special tokens never may.
+    """Token ids that may become clues, bool [V]. Special tokens never may.
 
-    ``stop_words`` (the English list of bm25s) and ``non_alphabetic`` (no letter of any script and no digit) look at
-    the decoded piece, not at the raw vocabulary string.
+    Args:
+        tokenizer: the LM's.
+        vocabulary: V, rows of the embedding table.
+        filters: "stop_words" drops the English list of bm25s, "non_alphabetic" drops tokens without a letter of any
+            script and without a digit. Both look at the decoded token, not at the raw string of the vocabulary.
     """
     allowed = torch.ones(vocabulary, dtype=torch.bool)
     allowed[[i for i in tokenizer.all_special_ids if i < vocabulary]] = False
@@ -56,7 +65,10 @@ def allowed_ids(tokenizer, vocabulary: int, filters: tuple[str, ...] = ()) -> Te
 
 
 def stop_words() -> frozenset[str]:
-    """The English list of bm25s."""
+    """The English list of bm25s.
+
+    Raises: ImportError without bm25s.
+    """
     try:
         words = import_bm25s("bm25s.stopwords").STOPWORDS_EN_PLUS
     except ImportError:

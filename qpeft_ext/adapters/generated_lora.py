@@ -8,6 +8,7 @@ forward hooks, which `lm.passes` registers for a suffix pass and removes after i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,13 @@ from ..prompts.pairs import PairBatch, pad
 from ..utils.words import did_you_mean
 from .layers import Float32Module
 
-DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("q", "v"))  # first there
+DEFAULT_TARGETS = (
+    ("q_proj", "v_proj"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("q", "v"),
+)  # tried in this order
 ALL_LINEAR = "all-linear"  # peft's word
 _BOTTLENECK = 64  # between the pooled query and the gates of all layers
 
@@ -25,15 +32,17 @@ _BOTTLENECK = 64  # between the pooled query and the gates of all layers
 class GeneratedLora(Float32Module):
     """The query-dependent parameter generator.
 
-    g(q) = 1 + W₂·tanh(W₁·p) with p the mean of the query's embeddings (rows of E, scaled to root mean square 1). W₂ = 0
-    and B = 0 at the start, where the LM is the frozen one. All rows of a batch take one product with A and one with B.
+    g(q) = 1 + W₂·tanh(W₁·p), where p is the mean of the query's embeddings (rows of E, scaled to root mean square 1).
+    At the start W₂ = 0 and B = 0, so the LM is the frozen one. All rows of a batch share one product with A and one
+    with B.
 
     Args:
-        lm: the language model, or a `peft` model of it, whose own adapters stay in force.
-        width: D, of the embeddings.  rank: of the update.
+        lm: the language model, or a `peft` model of it, whose own adapters stay active.
+        width: D, of the embeddings.
+        rank: of the update.
+        target_modules: endings of module names, as in `peft`, or "all-linear" for every linear layer but the head and
+            gates of one output; None takes the first of `DEFAULT_TARGETS` that the LM has.
         decoder: the LM's; None: ``lm.get_decoder()``.
-        target_modules: endings of module names, as in `peft`, or "all-linear", every linear layer but the head and
-            gates of one output; None takes the first of `DEFAULT_TARGETS` that is there.
     Raises: ValueError for a target that is not there, is no linear layer, or has fewer than ``rank`` inputs or outputs.
     """
 
@@ -58,7 +67,12 @@ class GeneratedLora(Float32Module):
         self.b = nn.ParameterList([nn.Parameter(torch.zeros(n, rank)) for _, n in sizes.values()])
 
     def gates(self, queries: Sequence[Sequence[int]], table: Tensor) -> Tensor:
-        """g of each query, [Q, layers, rank]; ``queries`` are token ids, ``table`` is E."""
+        """g of each query, [Q, layers, rank].
+
+        Args:
+            queries: token ids of Q queries.
+            table: E, [V, D].
+        """
         ids, mask = pad(queries, table.device)
         rows = table[ids].to(self.pool.weight.dtype) * mask[..., None]
         pooled = rows.sum(1) / mask.sum(1, keepdim=True)
@@ -66,7 +80,12 @@ class GeneratedLora(Float32Module):
         return 1 + self.generate(torch.tanh(self.pool(pooled))).view(len(queries), -1, self.rank)
 
     def gates_of_pairs(self, batch: PairBatch, table: Tensor) -> Tensor:
-        """g of the query of each pair, [B, layers, rank]."""
+        """g of the query of each pair, [B, layers, rank].
+
+        Args:
+            batch: B pairs.
+            table: E, [V, D].
+        """
         used = sorted({query for query, _ in batch.pairs})
         place = {query: i for i, query in enumerate(used)}
         rows = torch.tensor([place[query] for query, _ in batch.pairs], device=table.device)
@@ -106,9 +125,13 @@ class GeneratedLora(Float32Module):
 
     @torch.no_grad()
     def merged(self, query: Sequence[int], table: Tensor) -> dict[str, Tensor]:
-        """Weights of the suffix pass for one query, by parameter name of the LM: W + B·diag(g)·A.
+        """Weights of the suffix pass for one query, W + B·diag(g)·A, by parameter name of the LM.
 
-        They are not those of the prefixes. A `peft` adapter on a target is not merged; it adds its part as before.
+        Document prefixes are read with W itself. A `peft` adapter on a target is not merged; it keeps adding its part.
+
+        Args:
+            query: its token ids.
+            table: E, [V, D].
         """
         gates, weights = self.gates([query], table)[0], {}
         for layer, (name, module) in enumerate(zip(self.names, self.targets, strict=True)):
@@ -124,11 +147,13 @@ class GeneratedLora(Float32Module):
 def find_targets(
     lm: nn.Module, target_modules: Sequence[str] | None, decoder: nn.Module | None = None
 ) -> dict[str, nn.Module]:
-    """Linear layers whose name ends with one of ``target_modules`` (or all), in the order of the LM.
+    """Linear layers of the decoder whose name ends with one of ``target_modules`` (None: see `GeneratedLora`).
 
-    Only those of the decoder: an encoder reads the document, and the head's weight is read without calling the head.
+    Encoder and head are left out: an encoder reads the document, and the head is not called, only its weight is read.
     """
-    inside = {id(module) for module in (lm.get_decoder() if decoder is None else decoder).modules()}
+    if decoder is None:
+        decoder = cast(Any, lm).get_decoder()
+    inside = {id(module) for module in decoder.modules()}
     modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in inside}
     if target_modules is not None and list(target_modules) == [ALL_LINEAR]:
         return {name: module for name, module in modules.items() if _sizes(name, module)[1] > 1}  # no gates
@@ -157,7 +182,7 @@ def _unknown(ending: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A linear layer, a Conv1D of transformers (GPT-2), or one of these inside an adapter of peft."""
+    """Is the module a linear layer, a Conv1D of transformers (GPT-2), or one of these inside an adapter of peft?"""
     base = getattr(module, "base_layer", module)
     return isinstance(base, nn.Linear) or _is_transposed(base)
 
@@ -167,6 +192,9 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _sizes(name: str, module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs."""
-    base = getattr(module, "base_layer", module)
-    return tuple(base.weight.shape) if _is_transposed(base) else (base.in_features, base.out_features)
+    """Numbers of inputs and outputs of a linear layer."""
+    base: Any = getattr(module, "base_layer", module)
+    if _is_transposed(base):
+        inputs, outputs = base.weight.shape
+        return inputs, outputs
+    return base.in_features, base.out_features

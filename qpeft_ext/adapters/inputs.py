@@ -1,4 +1,4 @@
-"""What a clue module reads: padded queries and documents."""
+"""The input of clue modules: padded queries and documents."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ..prompts.pairs import PairBatch, pad, paired_documents
 
 @dataclass
 class ClueInputs:
-    """What a clue module reads: Q padded queries, B padded documents, and which query each document is paired with.
+    """Token ids of Q queries and of the documents of B pairs, padded.
 
-    query_ids [Q, T], document_ids [B, S] int64; query_mask [Q, T], document_mask [B, S] bool; query_index [B] int64.
-    With ``source="candidates"`` the rows of document_ids and document_mask, [Q, S], are the concatenated candidates of
-    each query instead.
+    Attributes:
+        query_ids, query_mask: [Q, T], int64 and bool.
+        document_ids, document_mask: [B, S], int64 and bool. With ``source="candidates"`` they are the concatenated
+            candidates of each query instead, [Q, S].
+        query_index: the query of each pair, int64 [B].
     """
 
     query_ids: Tensor
@@ -26,13 +28,14 @@ class ClueInputs:
     query_index: Tensor
 
     @classmethod
-    def from_batch(cls, batch: PairBatch, device, source: str = "document") -> ClueInputs:
+    def from_batch(cls, batch: PairBatch, device: torch.device, source: str = "document") -> ClueInputs:
+        """The input for the pairs of a batch; ``source``: that of the config."""
         used = sorted({query for query, _ in batch.pairs})
         place = {query: i for i, query in enumerate(used)}
         query_ids, query_mask = pad([batch.queries[query] for query in used], device)
         if source == "candidates":
             candidates = batch.candidates or paired_documents(batch.pairs, len(batch.queries))
-            rows = [[i for d in candidates[query] for i in batch.documents[d].document_ids] for query in used]
+            rows = [tuple(i for d in candidates[query] for i in batch.documents[d].document_ids) for query in used]
         else:
             rows = [batch.documents[d].document_ids for _, d in batch.pairs]
         document_ids, document_mask = pad(rows, device)

@@ -1,4 +1,4 @@
-"""What clue modules are made of: the result `Clues`, and small trained layers that start at the identity."""
+"""The result of a clue module, `Clues`, and the small trained layers that the modules are made of."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..config import QPeftConfig
+
 logger = logging.getLogger(__name__)
 
 
@@ -15,10 +17,12 @@ logger = logging.getLogger(__name__)
 class Clues:
     """Virtual tokens of B pairs.
 
-    embeds: [B, K, D] float32 in ``inputs_embeds`` space.  mask: [B, K] bool, True where there is a clue.
-    explanation: dict of tensors that says which document tokens, with which weight (None unless asked for):
-        top_k: clue_ids, scores, query_positions [B, K], and gates [B, K] with ``score_gate``;
-        attention: weights [B, H, T, S].
+    Args:
+        embeds: vectors in the space of ``inputs_embeds``, [B, K, D] float32.
+        mask: bool [B, K], True where there is a clue.
+        explanation: tensors that say which document tokens, with which weight; None unless asked for. Of `TopKClues`:
+            clue_ids, scores, query_positions, and with ``score_gate`` gates, [B, K]. Of `AttentionClues`: weights,
+            [B, H, T, S].
     """
 
     embeds: Tensor
@@ -26,16 +30,20 @@ class Clues:
     explanation: dict[str, Tensor] | None = None
 
     def __getitem__(self, rows) -> Clues:
-        """The clues of some pairs; ``rows`` indexes the first axis."""
+        """The clues of some pairs.
+
+        rows: their indices on the first axis.
+        """
         facts = self.explanation and {name: fact[rows] for name, fact in self.explanation.items()}
         return Clues(self.embeds[rows], self.mask[rows], facts)
 
 
 class SharedClues(Clues):
-    """Clues of B pairs that share R lists: the vectors are repeated for those pairs only that are asked for.
+    """Clues of B pairs that share R lists. Vectors are repeated only for the pairs that are asked for.
 
     Args:
-        lists: the clues of each list.  of_pair: the list of each pair, int64 [B].
+        lists: the clues of each list.
+        of_pair: the list of each pair, int64 [B].
     """
 
     def __init__(self, lists: Clues, of_pair: Tensor) -> None:
@@ -49,10 +57,20 @@ class SharedClues(Clues):
     explanation = property(lambda self: self[:].explanation)
 
 
-class Float32Module(nn.Module):
-    """A module whose weights stay float32: ``half()``, ``to(dtype)`` and the like, on it or around it, only move it.
+def resolved_rank(config: QPeftConfig) -> int | None:
+    """``rank`` of a resolved config.
 
-    In 16 bits, steps of a usual learning rate round to nothing for half of the weights.
+    Raises: ValueError where it is a word still ("auto").
+    """
+    if isinstance(config.rank, str):
+        raise ValueError(f"expected a resolved QPeftConfig, got rank={config.rank!r}; use config.resolve(width)")
+    return config.rank
+
+
+class Float32Module(nn.Module):
+    """A module whose weights stay float32; ``half()``, ``to(dtype)`` and the like can only change its device.
+
+    In 16 bits, steps of a usual learning rate would round to nothing for half of the weights.
     """
 
     def _apply(self, fn, recurse=True):
@@ -64,9 +82,12 @@ class Float32Module(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """x + W₂·relu(W₁·x + b₁) + b₂ of inner width ``rank``: the identity at the start (W₂ = b₂ = 0).
+    """x + W₂·relu(W₁·x + b₁) + b₂, which is the identity at the start (W₂ = b₂ = 0).
 
-    ``residual`` False, for comparison: without the x, random at the start.
+    Args:
+        width: D.
+        rank: inner width; None: D.
+        residual: False leaves out the x and starts at random, for comparison.
     """
 
     def __init__(self, width: int, rank: int | None, residual: bool = True) -> None:
@@ -84,7 +105,13 @@ class ResidualMLP(nn.Module):
 
 
 class Projection(nn.Module):
-    """x·Wᵀ + bias with W [D, D] = I + A·B of ``rank``, the identity at the start, or a full matrix (``rank`` None)."""
+    """x·Wᵀ + bias, which is the identity at the start.
+
+    Args:
+        width: D.
+        rank: of A·B in W = I + A·B; None: W is a full matrix.
+        bias: whether there is one.
+    """
 
     def __init__(self, width: int, rank: int | None, bias: bool = True) -> None:
         super().__init__()
@@ -96,12 +123,13 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W, [D, D]."""
         if hasattr(self, "weight"):
             return self.weight.to(dtype)
         return torch.addmm(torch.eye(len(self.a), device=self.a.device), self.a, self.b).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Without making the matrix; in the dtype of the parameters."""
+        """The projection of x [..., D] without computing W, in the dtype of the parameters."""
         if hasattr(self, "weight"):
             return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
         x = x.to(self.a.dtype)
@@ -110,10 +138,13 @@ class Projection(nn.Module):
 
 
 class ClueEmbeddings(nn.Module):
-    """E_c, the table that clue tokens are read from: the LM's own at the start.
+    """E_c, the table that clue tokens are read from; the LM's own E at the start.
 
-    kind: "frozen" (no parameters), "low_rank" (E + A·B) or "full" (a trained float32 copy of E, the official code's
-    choice). ``rank`` None means the embedding width for "low_rank".
+    Args:
+        kind: "frozen" (E itself, no parameters), "low_rank" (E + A·B) or "full" (a trained float32 copy of E, as in the
+            official code).
+        table: E, [V, D].
+        rank: of A·B; None: D.
     """
 
     def __init__(self, kind: str, table: Tensor, rank: int | None) -> None:
@@ -133,7 +164,7 @@ class ClueEmbeddings(nn.Module):
             )
 
     def forward(self, table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the ids, ``[*ids.shape, D]``, in ``dtype``; ``table`` is E."""
+        """The rows of ``ids``, ``[*ids.shape, D]``, in ``dtype``; ``table`` is E."""
         if self.kind == "full":
             return self.weight[ids]
         rows = table[ids].to(dtype)

@@ -12,25 +12,39 @@ from ..ops.similarity_topk import SimilarityTopK
 from ..ops.vocabulary_topk import row_scales, vocabulary_topk
 from .filters import ClueFilter
 from .inputs import ClueInputs
-from .layers import ClueEmbeddings, Clues, Float32Module, Projection, ResidualMLP, SharedClues
+from .layers import ClueEmbeddings, Clues, Float32Module, Projection, ResidualMLP, SharedClues, resolved_rank
 
 
 class TopKClues(Float32Module):
     """Q-PEFT-R: the k tokens most similar to any query token, each re-embedded by a small MLP.
 
-    s(u) = max_i sim(e_q(q_i), E[u]) for each distinct token id u of the source; larger s first, ties to the id that
-    occurs earlier. Fewer than k candidates give fewer clues, none gives none: never random, masked or template tokens.
+    Each distinct token id u of the source has the score s(u) = max_i sim(e_q(q_i), E[u]) over the query tokens q_i.
+    Clues come in the order of their scores, larger first, ties in the order in which the ids occur. With fewer than k
+    candidates there are fewer clues; masked and template tokens are never taken.
 
     The source is the pair's document, or one list of clues per query: the query's concatenated candidate documents,
-    the whole vocabulary, or for every query token its k neighbours in the vocabulary other than itself.
+    the whole vocabulary, or the k neighbours in the vocabulary of every query token, other than itself.
 
     With ``score_gate`` e_q is a trained projection of E, and a clue vector is multiplied by 2·σ(a·(s − s̄) + b), s̄ the
     mean over the pair's clues: the loss then trains the scores of the chosen clues, as in a top-k router. Training
-    chooses 2k, so that those just below the cut are heard. Without it e_q is E itself and the choice is fixed.
+    chooses 2k, so that tokens just below the cut can move up. Without it e_q is E itself and the choice is fixed.
 
     Args:
-        config: resolved `QPeftConfig`.  table: E, [V, D].
+        config: resolved `QPeftConfig`.
+        table: E, the LM's input embeddings, [V, D].
         allowed: bool [V]; False for ids that never qualify (special tokens and the filters).
+    Example:
+        >>> import qpeft_ext as qpeft
+        >>> from qpeft_ext.lm.loading import BASE_LM
+        >>> model = qpeft.get_qpeft_model(qpeft.load_lm(BASE_LM), qpeft.QPeftConfig(clues="top_k", k=3))
+        >>> isinstance(model.clues, qpeft.TopKClues)
+        True
+        >>> batch = model.encode([("why are there tides?", "The moon pulls the sea, and the tides rise and fall.")])
+        >>> clues = model.compute_clues(batch, explain=True)
+        >>> list(clues.embeds.shape)
+        [1, 3, 192]
+        >>> [model.tokenizer.decode([i]) for i in clues.explanation["clue_ids"][0].tolist()]
+        ['s', 'ti', 'de']
     """
 
     def __init__(self, config: QPeftConfig, table: Tensor, allowed: Tensor) -> None:
@@ -39,9 +53,10 @@ class TopKClues(Float32Module):
         self.k, self.source, self.similarity = config.k, config.source, config.similarity
         self.random_seed = config.seed if config.selection == "random" else None
         self.filter = ClueFilter(allowed, "query_tokens" in config.filters)
-        self.embeddings = ClueEmbeddings(config.clue_embeddings, table, config.rank)
-        self.mlp = ResidualMLP(width, config.rank, config.residual)
-        self.query_projection = Projection(width, config.rank, bias=False) if config.score_gate else None
+        rank = resolved_rank(config)
+        self.embeddings = ClueEmbeddings(config.clue_embeddings, table, rank)
+        self.mlp = ResidualMLP(width, rank, config.residual)
+        self.query_projection = Projection(width, rank, bias=False) if config.score_gate else None
         if config.score_gate:
             self.gate = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, b
         self._inverse_norms: tuple[tuple, Tensor, Tensor] | None = None
@@ -51,12 +66,18 @@ class TopKClues(Float32Module):
         return self.__dict__ | {"_inverse_norms": None}
 
     def select(self, inputs: ClueInputs, table: Tensor) -> SimilarityTopK:
-        """The clues of each list, [R, K]: R = B for the source "document", one list per query (R = Q) for others."""
+        """Choose the clues.
+
+        Args:
+            inputs: the pairs.
+            table: E, [V, D].
+        Returns: R lists of clues: one per pair for the source "document", one per query for others.
+        """
         trained = self.query_projection is not None
         k = 2 * self.k if trained and self.training else self.k
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):  # the frozen table's scores train nothing
             query_embeds = table[inputs.query_ids]
-            if trained:
+            if self.query_projection is not None:
                 query_embeds = self.query_projection(query_embeds).to(table.dtype)
             if self.source == "vocabulary_per_token":
                 return self._neighbours(inputs, query_embeds, table, k)
@@ -80,7 +101,7 @@ class TopKClues(Float32Module):
         )
 
     def _neighbours(self, inputs: ClueInputs, query_embeds: Tensor, table: Tensor, k: int) -> SimilarityTopK:
-        """The k ids next to each query token, the token itself left out: [Q, T · k], token after token."""
+        """The k ids most similar to each query token, without the token itself: [Q, T · k], token after token."""
         Q, T, D = query_embeds.shape
         ids = self._vocabulary(query_embeds, inputs, table, k + 1, per_token=True)
         tokens = inputs.query_mask.flatten().nonzero()[:, 0]  # N tokens, each a query of its own
@@ -89,7 +110,7 @@ class TopKClues(Float32Module):
             query_embeds.reshape(Q * T, 1, D)[tokens], torch.ones_like(own, dtype=torch.bool)[:, None], table,
             ids, (ids >= 0) & (ids != own[:, None]), torch.arange(len(own), device=own.device), k, self.similarity,
         )  # fmt: skip
-        # `found.query_positions` is 0 everywhere: a query of one token
+        # each query was one token, so `found.query_positions` is 0 everywhere
         positions = torch.where(found.clue_ids >= 0, (tokens % T)[:, None], -1)
         lists = (found.scores, -torch.inf), (found.clue_ids, -1), (positions, -1)
         return SimilarityTopK(*(
@@ -132,11 +153,11 @@ class TopKClues(Float32Module):
 
 
 def _random_choice(ids: Tensor, mask: Tensor, seeds: Tensor, k: int) -> SimilarityTopK:
-    """k distinct ids of each row [R, S], by the order of a hash of (seed of the row, id): the paper's ablation."""
+    """Choose k distinct ids of each row [R, S] by a hash of the row's seed and the id: the paper's ablation."""
     keys = _mix(ids ^ seeds[:, None]).masked_fill(~mask, _LAST)
     keys, order = keys.sort(dim=1)
     repeated = torch.zeros_like(mask)
-    repeated[:, 1:] = keys[:, 1:] == keys[:, :-1]  # of one row, equal keys are equal ids
+    repeated[:, 1:] = keys[:, 1:] == keys[:, :-1]  # within a row, equal keys are equal ids
     keys, again = keys.masked_fill(repeated, _LAST).sort(dim=1, stable=True)
     missing = max(k - ids.shape[1], 0)
     chosen = nn.functional.pad(ids.gather(1, order).gather(1, again), (0, missing))[:, :k]
@@ -146,7 +167,7 @@ def _random_choice(ids: Tensor, mask: Tensor, seeds: Tensor, k: int) -> Similari
 
 
 def _seeds(inputs: ClueInputs, query_index: Tensor, seed: int) -> Tensor:
-    """A number for each (query, document) from their token ids and the seed alone, int64 [R]."""
+    """A number for each (query, document), a function of their token ids and the seed, int64 [R]."""
 
     def digest(ids: Tensor, mask: Tensor) -> Tensor:
         places = torch.arange(ids.shape[1], device=ids.device) << 32
@@ -161,7 +182,7 @@ _LAST = torch.iinfo(torch.int64).max
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scrambles int64 one to one (the finaliser of splitmix64); integer products wrap."""
+    """Scramble int64 numbers one to one (the finaliser of splitmix64); integer products wrap."""
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x ^ ((x >> 31) & ((1 << 33) - 1))

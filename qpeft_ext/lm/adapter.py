@@ -1,5 +1,7 @@
-"""Adapters of `peft` in the LM (LoRA, DoRA, …), loaded from a folder that a stranger may have made: safetensors only,
-and nothing that would read another file, import a module or fetch something because the folder says so."""
+"""Adapters of `peft` in the LM (LoRA, DoRA, …), loaded from a folder that a stranger may have made.
+
+Only safetensors are read, and nothing that the folder asks for is read, imported or fetched from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,13 @@ _MAX_ITERATIONS = 100  # of pissa_niter_N, which `peft` runs when it loads the a
 
 
 def load_lm_adapter(lm: nn.Module, folder: Path, is_trainable: bool) -> nn.Module:
-    """The LM with the adapter in ``folder``, a `peft.PeftModel`.
+    """Put the adapter in ``folder`` on an LM.
 
+    Args:
+        lm: the LM.
+        folder: as `peft` saves it.
+        is_trainable: whether the adapter's weights get gradients.
+    Returns: a `peft.PeftModel`.
     Raises: ValueError or FileNotFoundError, one line, for a folder that is damaged, that has no safetensors file, or
         whose config would load anything else.
     """
@@ -31,12 +38,15 @@ def load_lm_adapter(lm: nn.Module, folder: Path, is_trainable: bool) -> nn.Modul
 
 
 def load_lm_adapter_weights(lm: nn.Module, folder: Path, device: str) -> None:
-    """Load the weights of ``folder`` into an LM that has the same adapter. Raises: as `load_lm_adapter`."""
+    """Load the weights of ``folder`` into an LM that has the same adapter.
+
+    Raises: as `load_lm_adapter`.
+    """
     from peft import load_peft_weights, set_peft_model_state_dict
 
     _check(folder)
     with one_line(f"cannot load the LM's adapter {folder}"):
-        set_peft_model_state_dict(lm, load_peft_weights(folder, device=device))
+        set_peft_model_state_dict(lm, load_peft_weights(str(folder), device=device))
 
 
 def _check(folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""Adapters of `peft` that passes cannot give what they need: they would be off, silently, or fail in the middle."""
+"""Adapters of `peft` that cannot be used: in our passes they would silently do nothing, or fail."""
 
 from __future__ import annotations
 
 from torch import nn
 
-# kinds of which an example that was just made changes nothing yet, so that trying it would not tell
+# a fresh adapter of these kinds changes nothing yet, so trying it would not show the problem
 _UNREADABLE = {
     "XLORA": "weighs its experts by a pass of its own over token ids",
     "POLY": "asks for task_ids with every pass",
@@ -15,7 +15,10 @@ _UNREADABLE = {
 
 
 def expect_readable_adapters(lm: nn.Module) -> None:
-    """Raises: ValueError naming an adapter of the LM, active or not, that reads more than embeddings."""
+    """Check that the adapters of an LM read embeddings only.
+
+    Raises: ValueError naming one that does not, active or not.
+    """
     for name, config in (getattr(lm, "peft_config", None) or {}).items():
         kind = str(getattr(config.peft_type, "value", config.peft_type)).upper()
         why = _UNREADABLE.get(kind)

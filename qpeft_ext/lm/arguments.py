@@ -1,4 +1,4 @@
-"""What is given as a model, an LM, a config or a tokenizer by mistake: errors that name the right call."""
+"""Checks of what is given as a model, an LM, a config or a tokenizer; their errors name the right call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _LOAD = "load_lm(name) loads one"
 
 
 def expect_model(model: object) -> None:
-    """Raises: TypeError if ``model``, of a `Reranker`, is no `QPeftModel`."""
+    """Check the model of a `Reranker`.
+
+    Raises: TypeError if it is no `QPeftModel`.
+    """
     if hasattr(model, "qpeft_config") and hasattr(model, "prompt"):
         return
     if isinstance(model, str) or hasattr(model, "__fspath__"):
@@ -32,7 +35,13 @@ def expect_model(model: object) -> None:
 
 
 def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object = None) -> None:
-    """Raises: TypeError for what is no LM, no config or no tokenizer; it begins with ``what``."""
+    """Check the arguments that make a model.
+
+    Args:
+        what: the function that was called, for messages.
+        lm, config, tokenizer: its arguments.
+    Raises: TypeError for what is no LM, no config or no tokenizer.
+    """
     if reason := _why_no_lm(lm):
         raise TypeError(f"{what}: lm must be a causal or an encoder–decoder LM, got {reason}")
     if not isinstance(config, QPeftConfig):
@@ -81,7 +90,7 @@ def freeze(lm: nn.Module, train_lm: bool) -> None:
 
 
 def _why_no_lm(lm: object) -> str:
-    """What it is instead, and what to do; "" for an LM (whether it has a head is tried later)."""
+    """Words for something that is no LM, and what to do; "" for an LM (whether it has a head is tried later)."""
     if isinstance(lm, str) or hasattr(lm, "__fspath__"):
         return f"{kind_of(lm)}; {_LOAD}"
     if _is_tokenizer(lm):

@@ -98,7 +98,7 @@ def configs_worth_ours(lm: nn.Module, decoder: nn.Module) -> Sequence[PreTrained
 
 
 def is_faster_in_prefixes(decoder: nn.Module) -> bool:
-    """Whether our attention is faster in passes over prefixes too: by AMX, not by sharing the heads of a group."""
+    """Is our attention faster in passes over prefixes too? It is by AMX, not by sharing the heads of a group."""
     weight = next(decoder.parameters())
     heads = weight.new_empty(1, 1, 1, 32)
     return is_supported(heads, heads, heads, torch.ones(1, 1, 1, 1, dtype=torch.bool))

@@ -1,8 +1,9 @@
-"""Which module of an LM is its decoder: the one whose hidden states the head reads."""
+"""Find the decoder of an LM: the module whose hidden states the head reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,15 @@ from .passes import hooked
 
 
 @torch.no_grad()
-def find_decoder(lm: nn.Module, run: Callable[[], object]) -> nn.Module:
-    """``lm.get_decoder()`` if it is that module; transformers guesses it by names, and some families have others.
+def find_decoder(lm: Any, run: Callable[[], object]) -> nn.Module:
+    """Return the decoder: ``lm.get_decoder()`` if that module runs, which transformers guesses by names.
 
-    Otherwise the outermost module with a ``last_hidden_state`` which is what the head reads, or else the last one that
-    ends (ModernBERT's has one more layer before the head).
-    run: one forward of the LM.
+    Otherwise it is the outermost module whose ``last_hidden_state`` the head reads, or else the last one that ends
+    (ModernBERT has one more layer before the head).
+
+    Args:
+        lm: the language model.
+        run: one forward of it.
     Raises: ValueError if there is none.
     """
     ended: dict[nn.Module, Tensor] = {}

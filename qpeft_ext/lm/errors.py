@@ -1,4 +1,4 @@
-"""Errors that LMs of other projects raise."""
+"""Errors that the code of LMs raises where something does not fit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ LM_ERRORS = (
     RuntimeError,
     TypeError,
     ValueError,
-)  # fmt: skip; what code of other projects raises where something does not fit
+)
 
 
 def in_one_line(error: Exception) -> str:
+    """The kind of an error and the beginning of its message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -37,7 +37,7 @@ def with_faster_norms(passes: LMPasses, decoder: nn.Module) -> LMPasses:
     for module in decoder.modules():
         if not may_be_ours(module):
             continue
-        weight = module.weight
+        (weight,) = module.parameters()
         x = torch.linspace(-2, 2, 2 * len(weight)).view(2, -1).to(weight.dtype)
 
         def run(tried: LMPasses, module: nn.Module = module, x: Tensor = x) -> Tensor:
@@ -87,8 +87,9 @@ def _row_wise_modules(decoder: nn.Module, run: Callable[[], object], after: Call
     def leave(module: nn.Module, inputs: tuple, named: dict, output: object) -> None:
         if inside and inside[-1] is module:
             inside.pop()
-            one = len(inputs) == 1 and not named and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
-            if one and inputs[0].dim() in (2, 3) and inputs[0].shape[:-1] == output.shape[:-1]:
+            if len(inputs) != 1 or named or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+                return
+            if inputs[0].dim() in (2, 3) and inputs[0].shape[:-1] == output.shape[:-1]:
                 found.append(module)
 
     modules = dict(decoder.named_modules())

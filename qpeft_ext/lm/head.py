@@ -13,13 +13,14 @@ from ..ops import token_log_likelihood
 class LikelihoodHead:
     """log p of given tokens from final hidden states: z = cap·tanh((scale·h·Wᵀ + bias)/cap), then log-softmax.
 
-    The three settings come from the LM's config (``final_logit_softcapping``, ``logit_scale``,
-    ``logits_scaling``) or from the caller; the bias is the layer's, and the LM's own where it has one (BART). Names
-    differ between families, so a probe compares the formula with the model's logits.
+    Cap and scale come from the LM's config (``final_logit_softcapping``, ``logit_scale``, ``logits_scaling``); the bias
+    is the layer's, plus the LM's own where it has one (BART). Names differ between families, so a probe compares the
+    formula with the model's logits.
 
     Args:
         lm: the language model.
-        probe: gives the LM's own logits [L, V] and the final hidden states [L, D] of two pieces of a prompt, ids.
+        probe: returns the LM's own logits [L, V] and final hidden states [L, D] for the token ids of two parts of a
+            prompt.
         logit_scale: None takes the config's.
 
     Attributes:
@@ -45,7 +46,7 @@ class LikelihoodHead:
 
     @property
     def bias(self) -> Tensor | None:
-        """[V], or None. Asked for again each time: a buffer is another tensor after the LM has moved."""
+        """[V], or None. Not kept, since a buffer is another tensor after the LM has moved."""
         of_layer, of_lm = self.module.bias, getattr(self.lm, "final_logits_bias", None)
         if of_lm is None:
             return of_layer

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,25 +18,32 @@ BASE_LM = Path(__file__).parents[1] / "demo" / "base_lm"  # what the demo uses, 
 
 
 def load_lm(
-    name_or_path: str | Path,
+    name_or_path: str | os.PathLike[str],
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     attention: str | None = None,
     **kwargs,
 ):
-    """An `AutoModelForCausalLM`, or an `AutoModelForSeq2SeqLM` where the config says that the LM is an encoder–decoder.
+    """Load a causal LM, or an encoder–decoder LM where the config says so, in eval mode.
 
-    In eval mode; safetensors only, no remote code.
+    Weights are read from safetensors only, and no remote code is run.
 
     Args:
         name_or_path: Hub id or folder.
-        dtype: e.g. "bfloat16"; None takes the checkpoint's own.
-        device: e.g. "cuda"; None leaves it to transformers (the CPU, unless ``device_map`` is given).
+        dtype: for example "bfloat16"; None takes the checkpoint's own.
+        device: for example "cuda"; None leaves it to transformers (the CPU, unless ``device_map`` is given).
         attention: transformers' ``attn_implementation``, e.g. "flash_attention_2"; None leaves it to transformers
             ("sdpa" where the LM has it).
-        kwargs: go to ``from_pretrained`` (``device_map``, ``quantization_config``, …), but not ``trust_remote_code``.
-    Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither, or that
-        needs code or an adapter that lies beside it.
+        kwargs: for ``from_pretrained`` (``device_map``, ``quantization_config``, …), but not ``trust_remote_code``.
+    Returns: an LM as `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads it.
+    Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither kind, or
+        that needs code or an adapter from its folder.
+    Example:
+        >>> import qpeft_ext as qpeft
+        >>> from qpeft_ext.lm.loading import BASE_LM  # the small LM of the demo
+        >>> lm = qpeft.load_lm(BASE_LM, dtype="bfloat16")
+        >>> lm.config.model_type, lm.dtype
+        ('llama', torch.bfloat16)
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -56,11 +64,12 @@ def load_lm(
     if attention is not None:
         kwargs["attn_implementation"] = attention
     config = kwargs.get("config") or load_config(name_or_path, **kwargs)
-    auto, mapping = AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING
+    auto: type[Any] = AutoModelForCausalLM
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING
     if is_encoder_decoder(config):
         auto, mapping = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
-        _expect_lm_alone(name_or_path, kwargs)
+        _expect_only_an_lm(name_or_path, kwargs)
         if attention is None:
             _expect_no_kernels(config)
         if type(config) not in mapping:
@@ -73,8 +82,11 @@ def load_lm(
         return (lm.to(device) if device else lm).eval()
 
 
-def load_config(name_or_path: str | Path, **kwargs):
-    """The `AutoConfig` of a model, no remote code; of ``kwargs``, those that say where it is are used."""
+def load_config(name_or_path: str | os.PathLike[str], **kwargs):
+    """Load the `AutoConfig` of a model, without remote code.
+
+    kwargs: as for `load_lm`; those that say where the model is are used.
+    """
     from transformers import AutoConfig
 
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
@@ -82,20 +94,20 @@ def load_config(name_or_path: str | Path, **kwargs):
 
 
 def is_encoder_decoder(config) -> bool:
-    """Whether a config is that of an encoder–decoder."""
+    """Is this the config of an encoder–decoder?"""
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def load_tokenizer(name_or_path: str | Path):
-    """The `AutoTokenizer` of a model; no remote code."""
+def load_tokenizer(name_or_path: str | os.PathLike[str]):
+    """Load the `AutoTokenizer` of a model, without remote code."""
     from transformers import AutoTokenizer
 
     with one_line(f"cannot load the tokenizer of {str(name_or_path)!r}"):
         return AutoTokenizer.from_pretrained(_existing(name_or_path), trust_remote_code=False)
 
 
-def lm_digest(name_or_path: str | Path) -> str:
-    """A short fingerprint of a base LM that is not loaded: of its files, or its name and commit on the Hub."""
+def lm_digest(name_or_path: str | os.PathLike[str]) -> str:
+    """A short fingerprint of a base LM that is not loaded: a hash of its files, or its name and commit on the Hub."""
     from transformers import AutoConfig
 
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
@@ -109,7 +121,7 @@ def lm_digest(name_or_path: str | Path) -> str:
 def files_digest(paths: Iterable[Path]) -> str:
     """A short fingerprint of the json and safetensors files among ``paths``: their names and content.
 
-    Of a file above 16 MiB its size and 64 pieces count, so that a 7B model takes milliseconds.
+    For a file above 16 MiB only its size and 64 pieces count, so that a 7B model takes milliseconds.
     """
     digest = hashlib.sha256()
     for path in sorted(path for path in paths if path.suffix in (".json", ".safetensors") and path.is_file()):
@@ -126,7 +138,7 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def quiet_transformers() -> None:
-    """Only errors from transformers: its notes on loading would bury our own."""
+    """Show only errors of transformers: its notes on loading would bury our messages."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -134,7 +146,10 @@ def quiet_transformers() -> None:
 
 
 def default_device(device: str | None) -> str:
-    """``device``, or the best there is. Raises: ValueError for one that this machine or this torch does not have."""
+    """Return ``device``, or the best one there is.
+
+    Raises: ValueError for one that this machine or this torch does not have.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":  # under torchrun each process has its own
         device = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else device
@@ -146,8 +161,8 @@ def default_device(device: str | None) -> str:
     return device
 
 
-def _existing(name_or_path: str | Path) -> str:
-    """A folder that looks like a path must exist: otherwise the Hub would be asked for it."""
+def _existing(name_or_path: str | os.PathLike[str]) -> str:
+    """Return the name. One that looks like a path must be a folder; otherwise the Hub would be asked for it."""
     name = str(name_or_path)
     if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"there is no folder {name}")
@@ -159,21 +174,27 @@ def _existing(name_or_path: str | Path) -> str:
 
 
 def expect_plain_files(folder: Path) -> None:
-    """Raises: ValueError if something in a folder is neither a file nor a folder: reading a pipe would never end."""
+    """Check that a folder has only files and folders in it: reading a pipe would never end.
+
+    Raises: ValueError naming something else.
+    """
     for path in folder.iterdir():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise ValueError(f"{path} is not a regular file; remove it")
 
 
 def _where(kwargs: dict) -> dict:
-    """Of the keywords of ``from_pretrained``, those that say where a model is."""
+    """The keywords of ``from_pretrained`` that say where a model is."""
     where = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
     return {name: kwargs[name] for name in where if name in kwargs}
 
 
-def _expect_lm_alone(name_or_path: str | Path, kwargs: dict) -> None:
-    """transformers would load an adapter that lies beside an LM too, pickled ones among them, and a file of weights of
-    any kind and place that the index of a sharded LM names."""
+def _expect_only_an_lm(name_or_path: str | os.PathLike[str], kwargs: dict) -> None:
+    """Check that loading an LM loads nothing else.
+
+    transformers would also load an adapter in the LM's folder, even a pickled one, and any file of weights that the
+    index of a sharded LM names.
+    """
     from transformers.utils.peft_utils import find_adapter_config_file
 
     name = _existing(name_or_path)
@@ -193,8 +214,10 @@ def _expect_lm_alone(name_or_path: str | Path, kwargs: dict) -> None:
 
 
 def _expect_no_kernels(config) -> None:
-    """An attention implementation with a "/" is code that transformers would fetch from the Hub: the user may ask for
-    it (``attention``), a config.json may not."""
+    """Check that a config asks for no code from the Hub, which is what an implementation with a "/" in its name is.
+
+    The user may ask for it (``attention``), a config.json may not.
+    """
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
         for name in ("_attn_implementation", "_experts_implementation"):
             if "/" in str(getattr(part, name, None)):
@@ -205,9 +228,12 @@ def _expect_no_kernels(config) -> None:
 
 
 class one_line:
-    """Turns the many-line errors of transformers into one line that starts with what was tried.
+    """A context that turns the many-line errors of transformers into one line that starts with what was tried.
 
-    Warnings of libraries come out afterwards, and not at all beside an error.
+    Warnings of libraries are shown when it ends, and not at all beside an error.
+
+    Args:
+        what: what is tried, in words.
     """
 
     def __init__(self, what: str) -> None:
@@ -217,12 +243,12 @@ class one_line:
     def __enter__(self) -> None:
         self._caught = self._warnings.__enter__()
 
-    def __exit__(self, kind, error, traceback) -> bool:
+    def __exit__(self, kind, error, traceback) -> None:
         self._warnings.__exit__(kind, error, traceback)
         if error is None or isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
             for caught in self._caught:
                 warnings.warn_explicit(caught.message, caught.category, caught.filename, caught.lineno)
-            return False
+            return
         # safetensors and tokenizers raise plain Exceptions for a damaged file
         reason = " ".join(str(error).split())[:300] or kind.__name__
         if "contains custom code" in reason:

@@ -17,7 +17,7 @@ from ..ops.bfloat16_rms_norm import bfloat16_rms_norm, is_supported
 
 
 def may_be_ours(module: nn.Module) -> bool:
-    """Whether the module looks like a root-mean-square norm that we have a faster form of."""
+    """Does the module look like a root-mean-square norm that we have a faster form of?"""
     weight = getattr(module, "weight", None)
     if _eps(module) is None or "forward" in vars(module) or not isinstance(weight, Tensor) or weight.dim() != 1:
         return False
@@ -27,8 +27,14 @@ def may_be_ours(module: nn.Module) -> bool:
 
 
 def forward_in_thread(module: nn.Module, thread: int) -> Callable[..., Tensor]:
-    """A ``forward`` for the norm that is ours in one thread and the module's own in all others."""
-    return partial(_forward, module, _eps(module), thread)
+    """A ``forward`` for the norm that is ours in one thread and the module's own in all others.
+
+    Raises: TypeError for a module that `may_be_ours` does not take.
+    """
+    eps = _eps(module)
+    if eps is None:
+        raise TypeError(f"expected a root-mean-square norm, got a {type(module).__name__}")
+    return partial(_forward, module, eps, thread)
 
 
 def _eps(module: nn.Module) -> float | None:

@@ -1,4 +1,4 @@
-"""What a pass changes in an LM and in torch. Only this module changes them, and restores everything after the pass.
+"""Changes that a pass makes in an LM and in torch. Only this module makes them, and restores everything after a pass.
 
 A pass changes an LM for its own thread: a thread that calls the LM itself meanwhile (``lm.generate``) gets what it
 always gets. Passes of one LM take turns (`lm_lock`), also where several models and rerankers are built around it.
@@ -120,8 +120,8 @@ def lm_lock(lm: nn.Module) -> RLock:
 
 def without_wrappers(lm: nn.Module) -> nn.Module:
     """The LM inside a `torch.compile`d one or a `peft` model, whose modules are the LM's own."""
-    lm = getattr(lm, "_orig_mod", lm)
-    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    inner: Any = getattr(lm, "_orig_mod", lm)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which LM is it, exactly? Versions of an LM (and a soft prompt) in memory, a fingerprint of the content for files."""
+"""The identity of an LM: versions of it (and a soft prompt) in memory, a fingerprint of its content for files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import functools
 import hashlib
 import json
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# say nothing about what the LM computes, or differ between two loads of the same LM
+# options that do not change what the LM computes, or that differ between two loads of the same LM
 _NOT_CONTENT = {
     "_name_or_path",
     "name_or_path",
@@ -34,10 +35,7 @@ _CHUNK = 64 << 20
 
 
 class LMVersion:
-    """One state of one LM, equal to nothing but itself. Part of the key of every cached prefix.
-
-    Attributes: is_current: whether the LM was still in this state when it was last looked at.
-    """
+    """One state of one LM, equal to nothing but itself; a part of the key of every cached prefix."""
 
     def __init__(self, tracker: LMState) -> None:
         self._tracker = weakref.ref(tracker)
@@ -45,11 +43,12 @@ class LMVersion:
 
     @property
     def is_current(self) -> bool:
+        """Was the LM still in this state when it was last looked at?"""
         tracker = self._tracker()
         return tracker is not None and tracker.seen is self
 
     def fingerprint(self) -> dict[str, str]:
-        """`fingerprint_of` the LM; computed once, when a file is read or written for the first time.
+        """The fingerprint of the LM (`fingerprint_of`), computed when a file is first read or written.
 
         Raises: RuntimeError if the LM has left this state.
         """
@@ -62,23 +61,29 @@ class LMVersion:
 
 
 class LMState:
-    """Tells the versions of an LM apart: a parameter that is replaced or written to in place makes a new one, and so
-    do other active adapters and another attention implementation. With a soft prompt, versions of the two together.
+    """Tells the versions of an LM apart, or of an LM and its soft prompt together.
 
-    A write through ``parameter.data`` leaves no trace in torch; call `DocumentCache.clear` after one.
+    A parameter that is replaced or written to in place makes a new version, and so do other active adapters and another
+    attention implementation. A write through ``parameter.data`` leaves no trace in torch; call `DocumentCache.clear`
+    after one.
+
+    Args:
+        lm: the language model.
+        soft_prompt: of its prefixes, or None.
     """
 
     _of_module: weakref.WeakKeyDictionary[nn.Module, LMState] = weakref.WeakKeyDictionary()
 
     def __init__(self, lm: nn.Module, soft_prompt: nn.Module | None = None) -> None:
-        self._modules = [weakref.ref(module) for module in (lm, soft_prompt) if module is not None]
+        self._lm = weakref.ref(lm)
+        self._soft_prompt = None if soft_prompt is None else weakref.ref(soft_prompt)
         self._state: tuple | None = None
-        self._held: list[Tensor] = []
+        self._kept: list[Tensor] = []
         self.seen: LMVersion | None = None
 
     @classmethod
     def of(cls, lm: nn.Module, soft_prompt: nn.Module | None = None) -> LMState:
-        """The one of this LM: engines of one LM share prefixes. A soft prompt belongs to one LM and has its own."""
+        """The state of this LM, shared by all engines of it. A soft prompt belongs to one LM and has its own."""
         owner = lm if soft_prompt is None else soft_prompt
         if owner not in cls._of_module:
             _count_optimizer_steps()
@@ -87,39 +92,52 @@ class LMState:
 
     @classmethod
     def look_again(cls) -> None:
-        """Every LM gets a new version, changed or not."""
+        """Give every LM a new version, changed or not."""
         for tracker in cls._of_module.values():
             tracker._state = None
 
     @property
     def lm(self) -> nn.Module:
-        return self._modules[0]()
+        return _alive(self._lm)
+
+    @property
+    def soft_prompt(self) -> nn.Module | None:
+        return None if self._soft_prompt is None else _alive(self._soft_prompt)
 
     def version(self) -> LMVersion:
         """The LM's version now. Cheap: addresses and write counts, no content."""
-        parameters = [parameter for module in self._modules for parameter in module().parameters()]
+        modules = [module for module in (self.lm, self.soft_prompt) if module is not None]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
         state = (*((p.data_ptr(), writes(p), p.dtype) for p in parameters), _attention(self.lm), *_adapters(self.lm))
-        if state != self._state:
+        if self.seen is None or state != self._state:
             self._state, self.seen = state, LMVersion(self)
             # kept until the next change, so that no other tensor can take an address of this state
-            self._held = [p.detach() for p in parameters]
+            self._kept = [p.detach() for p in parameters]
         return self.seen
 
     def fingerprint(self) -> dict[str, str]:
-        """`fingerprint_of` the LM, and with a soft prompt "soft_prompt", a SHA-256 over it."""
-        if len(self._modules) == 1:
+        """The fingerprint of the LM (`fingerprint_of`); "soft_prompt" is a SHA-256 over the soft prompt, if any."""
+        if self.soft_prompt is None:
             return fingerprint_of(self.lm)
         digest = hashlib.sha256()
-        for name, tensor in self._modules[1]().state_dict().items():
+        for name, tensor in self.soft_prompt.state_dict().items():
             _hash_tensor(digest, name, tensor)
         return LMState.of(self.lm).version().fingerprint() | {"soft_prompt": digest.hexdigest()}
 
 
-def fingerprint_of(lm: nn.Module) -> dict[str, str]:
-    """What an LM computes with, part by part, so that a difference can be named.
+def _alive(module: weakref.ref[nn.Module]) -> nn.Module:
+    found = module()
+    if found is None:
+        raise RuntimeError("the LM, or its soft prompt, does not exist any more")
+    return found
 
-    ``weights`` and ``adapter`` are SHA-256 over the name, dtype, shape and bytes of every parameter and buffer: about
-    0.55 s per GB on one CPU core, 7 s for a Llama-2-7B in bfloat16.
+
+def fingerprint_of(lm: Any) -> dict[str, str]:
+    """Everything that decides what an LM computes, part by part, so that a difference can be named.
+
+    "weights" and "adapter" are SHA-256 over the name, dtype, shape and bytes of every parameter and buffer, which takes
+    about 0.55 s per GB on one CPU core, 7 s for a Llama-2-7B in bfloat16.
+
     Returns: {"model_type", "dtype", "attention", "config", "weights", "adapter"}; "adapter" is "" where there is none.
     """
     config = {name: value for name, value in lm.config.to_dict().items() if name not in _NOT_CONTENT}
@@ -145,13 +163,13 @@ def fingerprint_of(lm: nn.Module) -> dict[str, str]:
 
 
 def writes(tensor: Tensor) -> int:
-    """How often it was written to in place; 0 for an inference tensor, which does not count."""
+    """How often a tensor was written to in place; 0 for an inference tensor, which does not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 @functools.cache
 def _count_optimizer_steps() -> None:
-    """From now on a step of an optimizer counts as a write to its parameters: fused ones write without counting."""
+    """Make steps of optimizers count as writes to their parameters from now on: fused ones write without counting."""
 
     def count(optimizer: torch.optim.Optimizer, *_) -> None:
         torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
@@ -164,16 +182,18 @@ def _attention(lm: nn.Module) -> str:
 
 
 def _adapters(lm: nn.Module) -> list[tuple]:
-    """State of every layer of an adapter that is not in its parameters: which are active, merged, how scaled."""
+    """The state of every adapter layer that is not in its parameters: active and merged adapters, and their scales."""
+    layers: list[Any] = [
+        module for module in lm.modules() if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")
+    ]
     return [
         (
-            tuple(module.active_adapters),
-            bool(module.disable_adapters),
-            tuple(module.merged_adapters),
-            tuple(sorted((name, float(value)) for name, value in getattr(module, "scaling", {}).items())),
+            tuple(layer.active_adapters),
+            bool(layer.disable_adapters),
+            tuple(layer.merged_adapters),
+            tuple(sorted((name, float(value)) for name, value in getattr(layer, "scaling", {}).items())),
         )
-        for module in lm.modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "merged_adapters")
+        for layer in layers
     ]
 
 

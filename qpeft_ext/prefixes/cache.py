@@ -196,7 +196,7 @@ class DocumentCache:
 
     @property
     def stores(self) -> bool:
-        """Whether `put` has a place to put something."""
+        """Does any tier that `put` writes to have a budget?"""
         return any(tier.max_bytes for tier in self._stores)
 
     @property

@@ -140,7 +140,7 @@ def read_prefix(extent: Extent, into: Tensor) -> None:
 
     Raises: `Damaged`, or OSError if the file cannot be read.
     """
-    view = memoryview(into.numpy())
+    view = into.numpy().data
     with open_regular(extent.path, buffering=0) as file:
         done = 0
         while done < extent.nbytes:
@@ -171,8 +171,8 @@ def checksum(data: memoryview) -> int:
     words = np.frombuffer(data, dtype=np.uint8)
     whole = len(words) // (8 * _BLOCK) * 8 * _BLOCK
     sums = words[:whole].view(np.uint64).reshape(-1, _BLOCK).sum(axis=1)
-    return zlib.crc32(words[whole:], zlib.crc32(sums))
+    return zlib.crc32(words[whole:].data, zlib.crc32(sums.data))
 
 
 def _bytes(flat: Tensor) -> memoryview:
-    return memoryview(flat.contiguous().view(torch.uint8).numpy())
+    return flat.contiguous().view(torch.uint8).numpy().data

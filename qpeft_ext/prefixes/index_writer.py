@@ -213,7 +213,7 @@ class IndexWriter:
 
     def _halve_budget(self, _: int) -> None:
         self.max_tokens_per_batch = max(1, self.max_tokens_per_batch // 2)
-        logger.warning("out of memory: going on with max_tokens_per_batch=%d", self.max_tokens_per_batch)
+        logger.warning("out of memory: continuing with max_tokens_per_batch=%d", self.max_tokens_per_batch)
 
     def _write_shard(self) -> None:
         pending, self._pending = self._pending, []

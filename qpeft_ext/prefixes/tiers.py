@@ -46,7 +46,11 @@ class Tier:
         raise NotImplementedError
 
     def count(self, found: bool) -> None:
-        """Count a look-up."""
+        """Count a look-up.
+
+        Args:
+            found: whether it found a prefix here.
+        """
         self.hits += found
         self.misses += not found
 

@@ -70,7 +70,7 @@ class AtomicWriter:
         # no file name and no time in the header: the same content gives the same bytes
         self.stream = gzip.GzipFile("", "wb", fileobj=self.file, mtime=0) if is_gzip(self.path) else self.file
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         with naming(self.path):
             self.stream.write(data)
 
