@@ -163,13 +163,24 @@ def words_of(path: Path) -> list[str]:
     return wrong
 
 
-# until the docstrings that are being written have landed
-LATER = pytest.mark.xfail(reason="docstrings are being written", strict=False)
+UNFINISHED = {"adapters", "compare", "config", "engine", "lm", "official", "prefixes", "prompts"}
+
+
+@pytest.fixture(autouse=True)
+def later(request):
+    """Docstrings of these folders are being written."""
+    arguments = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    folder = arguments.get("folder")
+    if (path := arguments.get("path")) in OBJECTS:
+        folder = Path(inspect.getsourcefile(OBJECTS[path])).relative_to(PACKAGE).parts[0]
+    if folder in UNFINISHED:
+        request.applymarker(pytest.mark.xfail(reason="docstrings are being written", strict=False))
+
+
 FOLDERS = sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")})
 OBJECTS = public_objects()
 
 
-@LATER
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_words(folder):
     place = PACKAGE / folder
@@ -186,7 +197,6 @@ def test_words_of_pages(page):
     assert not found, f"{page.name}: {found[0]!r} is a retired word"
 
 
-@LATER
 @pytest.mark.parametrize("path", OBJECTS)
 def test_public_docstrings_describe_every_argument(path):
     assert not wrong_with(path, OBJECTS[path])
@@ -210,7 +220,6 @@ def test_examples_print_what_they_show(path, tmp_path, monkeypatch):
     assert not runner.failures, report.getvalue()
 
 
-@LATER
 @pytest.mark.parametrize("path", sorted(WITH_EXAMPLE))
 def test_the_most_used_names_have_an_example(path):
     assert path in OBJECTS

@@ -224,10 +224,10 @@ class Reranker(PairScorer):
         Raises: TypeError or ValueError that names the argument, or the document and what is wrong with it.
 
         Example:
+            >>> from pathlib import Path
             >>> import qpeft_ext as qpeft
-            >>> from qpeft_ext.demo.run import ADAPTER  # a small adapter for documentation of code
-            >>> from qpeft_ext.lm.loading import BASE_LM
-            >>> reranker = qpeft.Reranker.from_pretrained(ADAPTER, base_model=BASE_LM)
+            >>> demo = Path(qpeft.__file__).parent / "demo"  # a small LM and an adapter for documentation of code
+            >>> reranker = qpeft.Reranker.from_pretrained(demo / "adapter", base_model=demo / "base_lm")
             >>> documents = [
             ...     "Delete a file or an empty folder.",
             ...     "Return a new list with the items of the iterable in ascending order.",
