@@ -133,8 +133,8 @@ fi
 results=benchmarks/results/$("$PYTHON" -c "
 import sys, torch
 sys.path.insert(0, 'benchmarks')
-from common import result_name
-print(result_name(torch.device('$device'), 'ops'))") || { note "FAILED   the benchmarks' common part"; failed=1; finish; }
+from result_file import machine
+print(machine(torch.device('$device')))")_ops.json || { note "FAILED   the benchmarks' common part"; failed=1; finish; }
 tiny=()
 if [[ $DRY ]]; then
   results=$OUT/dry_ops.json

@@ -1,8 +1,11 @@
 """Measurements become tables, pictures and verdicts."""
 
+import importlib
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +15,8 @@ if not BENCHMARKS.is_dir():
     pytest.skip("benchmarks/ is not here", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
-common, markers, readme_tables, sass_check = (
-    pytest.importorskip(name) for name in ("common", "markers", "readme_tables", "sass_check")
+common, markers, readme_tables, result_file, sass_check = (
+    pytest.importorskip(name) for name in ("common", "markers", "readme_tables", "result_file", "sass_check")
 )
 
 
@@ -205,3 +208,26 @@ def test_measure_says_what_it_measured():
     wrong = case._replace(error=lambda a, b: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # nothing is timed that is not right
         common.measure("op/tiny", wrong, torch.device("cpu"), 3, common.Rates(1e9, 1e9))
+
+
+def test_a_result_file_keeps_the_rows_of_other_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_file, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_file, "cpu_name", lambda: "A CPU (R) 1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bench_op.py", "--repeats", "2"])
+    arguments = SimpleNamespace(out=None, device=torch.device("cpu"))
+    path = result_file.save(arguments, "op", [row("op/a"), row("op/b")], common.Rates(1e9, 1e9))
+    assert path == tmp_path / "a-cpu-r-1-3_op.json"
+    result_file.save(arguments, "op", [row("op/b", ours=5.0)])
+    content = json.loads(path.read_text())
+    assert {found["work"]: found["ours_ms"] for found in content["rows"]} == {"op/a": 2.0, "op/b": 5.0}
+    assert content["command"] == "python benchmarks/bench_op.py --repeats 2" and content["threads"] == 3
+    assert content["rates"] == {"copy": 1e9, "gemm": 1e9}  # those of the earlier run
+
+
+def test_the_script_for_a_gpu_imports_what_is_there():
+    script = (BENCHMARKS / "gpu_check.sh").read_text()
+    imports = re.findall(r"^from (\w+) import (\w+)$", script, re.M)
+    assert imports and all(hasattr(importlib.import_module(module), name) for module, name in imports)
+    named = re.findall(r"benchmarks/(bench_[\w$]+|\w+_check|roofline)\.py", script)
+    assert named and all("$" in name or (BENCHMARKS / f"{name}.py").is_file() for name in named)
