@@ -95,6 +95,11 @@ def public_methods(cls: type) -> dict[str, object]:
     return methods
 
 
+def file_of(value) -> Path:
+    """Where a public object is defined, below its decorators."""
+    return Path(inspect.getsourcefile(inspect.unwrap(value)))
+
+
 def parameters(value) -> list[str]:
     """Names that a caller gives; those of a class are its constructor's."""
     if inspect.isclass(value) and not any(
@@ -172,7 +177,7 @@ def later(request):
     arguments = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     folder = arguments.get("folder")
     if (path := arguments.get("path")) in OBJECTS:
-        folder = Path(inspect.getsourcefile(OBJECTS[path])).relative_to(PACKAGE).parts[0]
+        folder = file_of(OBJECTS[path]).relative_to(PACKAGE).parts[0]
     if folder in UNFINISHED:
         request.applymarker(pytest.mark.xfail(reason="docstrings are being written", strict=False))
 
@@ -264,7 +269,7 @@ def report(only: str = "") -> None:
         files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
         wrong = [line for file in files for line in words_of(file)]
         for path, value in OBJECTS.items():
-            file = Path(inspect.getsourcefile(value))
+            file = file_of(value)
             if place in (file, *file.parents):
                 wrong += wrong_with(path, value)
                 if path in WITH_EXAMPLE and not example_of(path):
