@@ -48,7 +48,7 @@ def words(start: int, count: int) -> list[str]:
 
 
 def make_compare_job(folder: Path) -> Path:
-    """``data`` and ``lm`` in ``folder``: query i asks with the first words of document i."""
+    """Write ``data`` and ``lm`` into ``folder``: query i has the first words of document i."""
     write_lines(
         folder / "data" / "corpus.jsonl",
         (json.dumps({"_id": f"d{i}", "title": "", "text": " ".join(words(i, 4 + i % 5))}) for i in range(30)),
@@ -67,7 +67,7 @@ def make_compare_job(folder: Path) -> Path:
 
 
 def write_plan(path: Path, job: Path, methods: list[str], **changes: str) -> Path:
-    """``changes``: text of the plan -> other text."""
+    """Write a plan; ``changes`` maps parts of its text to other text."""
     text = PLAN.format(lm=job / "lm", methods="\n".join(f"  {method}" for method in methods))
     for old, new in changes.items():
         assert old in text
@@ -95,7 +95,7 @@ def command(plan, job, output, *options) -> list[str]:
 
 
 def results(output) -> dict:
-    """(method, seed) -> result."""
+    """Read the results of a comparison by (method, seed)."""
     found = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/*/result.json"))]
     return {(result["method"], result["seed"]): result for result in found}
 
@@ -108,7 +108,7 @@ def runs(output) -> dict:
 
 
 def assert_same_runs(ours, theirs, most: float = 1e-4) -> None:
-    """Same candidates, scores to ``most``."""
+    """Both have the same candidates, with scores that differ by ``most`` at most."""
     assert ours.keys() == theirs.keys()
     for name, run in ours.items():
         assert {q: dict(r) for q, r in run.items()} == {

@@ -1,4 +1,6 @@
-"""Train tiny adapters in child processes that are killed, resume them, and compare the adapters (for test_train.py).
+"""Train tiny adapters in child processes that are killed, resume them, and compare the adapters.
+
+Used by test_trainer_checkpoints.py.
 
     python kill_and_resume.py FOLDER     prints {scenario: {"restarts": int, "bit_equal": bool, "difference": float}}
 
@@ -35,7 +37,7 @@ EXAMPLES = [
 
 
 def build(folder: Path, deterministic: bool, cache_bytes: int) -> qpeft.QPeftTrainer:
-    """Dropout, accumulation, early stopping, the best checkpoint and rotation: all that has a state."""
+    """Train with all that has a state: dropout, accumulation, early stopping, the best checkpoint, rotation."""
     config = qpeft.QPeftConfig(clues="attention", num_heads=4, rank=8, dropout=0.2, queries_per_group=2)
     model = qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer())
     args = transformers.TrainingArguments(
@@ -76,7 +78,7 @@ def die() -> None:
 
 
 def die_in_the_middle_of(name: str, occurrence: int) -> None:
-    """Half of the bytes of a file, or half of a deletion, then SIGKILL."""
+    """Arrange a SIGKILL after half of the bytes of a file, or half of a deletion."""
     seen = 0
 
     def occurred(damage) -> None:
@@ -123,7 +125,7 @@ def die_in_the_middle_of(name: str, occurrence: int) -> None:
 
 
 def child(work) -> int:
-    """Pid of a forked process that does the work and nothing else."""
+    """Fork a process that does the work and nothing else; return its pid."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -155,7 +157,7 @@ def killed_in_the_middle_of(name: str, occurrence: int, folder: Path, **options)
 
 
 def killed_at_random_moments(seed: int, seconds: float, folder: Path, **options) -> int:
-    """Killed again and again, until one process gets to the end."""
+    """Kill the training again and again, until one process gets to the end."""
     draw, restarts = random.Random(seed), 0
     while True:
         pid = child(lambda: train(folder, **options))

@@ -19,7 +19,7 @@ WORDS = "tide moon sea boat harbour wind wave month earth low high pull rope lam
 
 
 def make_long_job(folder: Path) -> Path:
-    """``data`` with ``run.trec``, ``lm`` and ``adapter`` in ``folder``; 8 blocks of 256 pairs."""
+    """Write ``data`` with ``run.trec``, ``lm`` and ``adapter`` into ``folder``: 8 blocks of 256 pairs."""
 
     def words(start: int, count: int) -> str:
         return " ".join(WORDS[(start * 7 + i * (1 + start % 5)) % len(WORDS)] for i in range(count))
@@ -63,7 +63,7 @@ def command(job: Path, output: Path, *options) -> list[str]:
 
 
 def _hear_interrupts() -> None:
-    """A shell without job control has what it starts in the background ignore Ctrl-C, and so would our processes."""
+    """Let Ctrl-C end this process: a shell without job control makes those in its background ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -86,7 +86,7 @@ class Process:
         )
 
     def wait_for(self, happened, seconds: float = 90) -> None:
-        """Until ``happened()``; the process must be alive then."""
+        """Wait until ``happened()``; the process must be alive then."""
         deadline = time.monotonic() + seconds
         while not happened():
             if self.popen.poll() is not None:
@@ -100,13 +100,13 @@ class Process:
         self.wait_for(lambda: path.exists() and path.stat().st_size >= size)
 
     def end(self) -> tuple[int, str, str]:
-        """Exit code, stdout and stderr."""
+        """Wait for the end; return exit code, stdout and stderr."""
         out, err = self.popen.communicate(timeout=90)
         return self.popen.returncode, out, err
 
 
 def children(pid: int) -> list[int]:
-    """Processes that ``pid`` has started and that live."""
+    """Return the processes that ``pid`` has started and that are alive."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -24,7 +24,7 @@ def save_adapter(folder: Path, lm: Path, **config) -> Path:
 
 
 def make_job(folder: Path) -> Path:
-    """``data`` (with run.trec), ``lm``, ``other_lm`` and ``adapter`` in ``folder``."""
+    """Write ``data`` (with run.trec), ``lm``, ``other_lm`` and ``adapter`` into ``folder``."""
     write_folder(folder / "data")
     save_lm(folder / "lm")
     save_lm(folder / "other_lm", seed=1)
@@ -33,7 +33,7 @@ def make_job(folder: Path) -> Path:
 
 
 def copy_job(job: Path, folder: Path) -> Path:
-    """A copy to damage. The adapter finds its LM by the name in its config, so that name is moved along."""
+    """Copy a job, to damage the copy. The adapter's config names the LM, so that name is changed too."""
     shutil.copytree(job, folder)
     config = folder / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(job), str(folder)))

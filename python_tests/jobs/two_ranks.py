@@ -1,4 +1,6 @@
-"""Train the same tiny models alone and on two ranks (gloo, CPU) with the same global batch (for test_two_ranks.py).
+"""Train the same tiny models in one process and on two ranks (gloo, CPU) with the same global batch.
+
+Used by test_two_ranks.py.
 
 python two_ranks.py FOLDER     writes FOLDER/SCENARIO-WORLDSIZE.safetensors and .json, on rank 0
 """

@@ -125,9 +125,10 @@ def explain_pair(
     batch = model.encode(pairs, truncate_queries=truncate_queries)
     clues = model.compute_clues(batch, explain=True)
     start = _text_start(document)
-    if clues is None or clues.explanation is None or not clues.mask[row].any():
+    if clues is None or not clues.mask[row].any():
         return Explanation(query, text, [], start, gate_norms=_gate_norms(model, batch.queries[0]))
-    clues, explanation = clues[[row]], {name: fact[[row]] for name, fact in clues.explanation.items()}
+    clues = clues[[row]]
+    explanation = clues.explanation or {}
     query_tokens = [model.tokenizer.decode([i]).strip() for i in batch.queries[0]]
     document_ids, offsets = batch.documents[batch.pairs[row][1]].document_ids, model.prompt.offsets(document)
     tokens: list[ClueToken] = []

@@ -43,8 +43,9 @@ class BM25:
     (`$QPEFT_CACHE`), one for each corpus, k1 and b; it is replaced when the corpus changes, and read as a memory map.
 
     Args:
-        corpus: doc_id -> {"title"?, "text"}, for instance a `formats.Corpus`.
-        show_progress_bar: None: only on a terminal.
+        corpus: doc_id → a dict with "text" and perhaps "title", for instance a `formats.Corpus`.
+        k1, b: parameters of BM25.
+        show_progress_bar: None shows it on a terminal only.
     Raises: ImportError without bm25s; ValueError for an empty corpus or values that make no BM25.
     """
 
@@ -72,16 +73,19 @@ class BM25:
             self._save(name)
 
     def search(self, query: str, k: int) -> list[tuple[str, float]]:
-        """The ``k`` best documents that hold a word of the query; equal scores in the order of the corpus."""
+        """Return (doc_id, score) of the ``k`` best documents, best first; equal scores in the order of the corpus.
+
+        Only documents that have a word of the query are among them.
+        """
         if self._index is None:
             return []
         known = next(self._tokenizer.streaming_tokenize([query], update_vocab=False, allow_empty=False))
         return _best(self._index.get_scores(known), self.doc_ids, k) if known else []
 
     def _build(self, corpus: Mapping[str, dict]) -> Any:
-        """The index of bm25s; None where no document holds a word."""
+        """Make the index of bm25s; None where no document has a word."""
         bm25s = import_bm25s()
-        # one text at a time, so that the corpus is never held as text; int32 takes an eighth of a list of ints
+        # one text at a time, so that the corpus is never kept as text; int32 takes an eighth of a list of ints
         ids = progress_bar(self.doc_ids, desc="BM25: reading", unit=" documents", delay=1, show=self._show_progress_bar)
         texts = (f"{document.get('title') or ''} {document['text']}" for document in map(corpus.__getitem__, ids))
         tokens = [
@@ -100,7 +104,7 @@ class BM25:
         return fingerprint and f"bm25-{fingerprint()}-{settings}"
 
     def _load(self, name: str) -> Any:
-        """The kept index, or None if there is none that can be read."""
+        """Read the index from the cache folder; None if there is none that can be read."""
         bm25s = import_bm25s()
         folder = cache_folder() / name
         if not folder.is_dir():
@@ -153,11 +157,12 @@ def bm25_run(
     b: float = 0.4,
     show_progress_bar: bool | None = None,
 ) -> Run:
-    """The ``k`` best documents for every query by `BM25` over title and text.
+    """Search the ``k`` best documents for every query by `BM25` over title and text.
 
     Args:
-        queries: query_id -> text.
-        k: more than the corpus holds means all of it.
+        corpus, k1, b, show_progress_bar: as for `BM25`.
+        queries: query_id → text.
+        k: documents per query, at most as many as the corpus has.
     Returns: the run, queries in their given order. Documents without any word of the query are not in it, so a
         query may have fewer than ``k`` candidates, or none.
     Raises: as `BM25`; ValueError for k < 1.
@@ -170,7 +175,7 @@ def bm25_run(
 
 
 def _best(scores: np.ndarray, doc_ids: list[str], k: int) -> list[tuple[str, float]]:
-    """The ``k`` best of ``scores`` [documents] above zero; equal scores in the order of the corpus."""
+    """Return the ``k`` best of ``scores`` [documents] above zero; equal scores in the order of the corpus."""
     if len(scores) > k:
         kth = np.partition(scores, -k)[-k]
         places = np.flatnonzero((scores >= kth) & (scores > 0))
@@ -181,7 +186,7 @@ def _best(scores: np.ndarray, doc_ids: list[str], k: int) -> list[tuple[str, flo
 
 
 def _sums(folder: Path) -> dict[str, int]:
-    """CRC-32 of the files of a kept index: a flipped bit in it would be another ranking."""
+    """CRC-32 of the files of an index in the cache folder, where a flipped bit would be another ranking."""
     sums = {}
     for path in sorted(folder.iterdir()):
         if path.name != _SUMS:
@@ -202,7 +207,10 @@ def _rename_folder(temporary: Path, folder: Path) -> None:
 
 
 def asked_queries(data: formats.Collection, split: str | None) -> dict[str, str]:
-    """The queries of a split: where it has qrels, those that are judged; else all."""
+    """Return the queries of a split: where it has qrels, those that are judged; else all.
+
+    Raises: ValueError if no query is judged.
+    """
     if split is not None:
         data.choose_split(split)
     queries = data.queries(split)
@@ -222,15 +230,18 @@ def first_stage(
     k: int,
     ignore_identical_ids: bool = False,
 ) -> tuple[Run, str]:
-    """The candidates, at most ``k`` per query, and what to call them: ``run``, else the collection's own, else
-    BM25.
+    """Return the candidates and a name for them: those of a run file, else the collection's own, else BM25's.
 
-    ignore_identical_ids: documents with the id of their query are left out before the cut.
+    Args:
+        data: the collection.
+        split: whose candidates; None for its default split.
+        queries: query_id → text, for BM25.
+        run: the run file, or None.
+        k: candidates per query, at most.
+        ignore_identical_ids: whether documents with the id of their query are left out before the cut.
     """
     searched = run is None and not data.has("candidates", split)
     if searched:
-        from .first_stage import bm25_run
-
         # one more than asked for, which may be the query itself
         whole, name = bm25_run(data.corpus, queries, k + ignore_identical_ids), "BM25"
     else:
@@ -247,4 +258,5 @@ def first_stage(
 
 
 def say_identical(name: str, count: int) -> None:
+    """Print how many candidates with the id of their query are left out of a run."""
     say(f"{name}: {count} candidates with the id of their query are left out")

@@ -18,16 +18,16 @@ class RayActors:
         with RayActors(spec, ["cuda", "cuda"]) as actors:
             rerank_blocks(actors.rank, queries, run)
 
-    Each actor loads the models and opens the corpus by itself, so the paths of the spec (or Hub ids) must be valid on
-    every machine of the cluster. Only ids and query texts travel. Blocks stream through the actors and come back in
+    Each actor loads the models and opens the corpus, so the paths of the spec (or Hub ids) must be valid on every
+    machine of the cluster. Only ids and query texts are sent. Blocks stream through the actors and come back in
     order; when an actor or its machine dies, Ray starts another one and repeats its block.
 
     Args:
         spec: what each actor loads.
-        devices: one actor each, "cuda" or "cpu"; Ray says which GPU. Empty: one for each GPU of the cluster, or one
-            CPU actor where there is none.
+        devices: one actor each, "cuda" or "cpu"; Ray chooses the GPU. Without any there is one actor for each GPU of
+            the cluster, or one CPU actor where there is none.
 
-    Uses the Ray that runs, or that ``RAY_ADDRESS`` names; otherwise one is started on this machine until `close`.
+    The Ray that runs, or that ``RAY_ADDRESS`` names, is used; otherwise one is started on this machine until `close`.
     Raises: ImportError without Ray; ValueError for devices that Ray does not have.
     """
 
@@ -108,7 +108,7 @@ class RayActors:
             raise _readable(error) from error
 
     def close(self) -> None:
-        """Stop the Ray that was started here; one that ran before goes on."""
+        """Stop the Ray that was started here; one that ran before keeps running."""
         if self._ours:
             self._ray.shutdown()
             self._ours = False
@@ -121,7 +121,7 @@ class RayActors:
 
 
 class _Actor:
-    """Ranks rows that hold a `Block`; Ray makes one per device."""
+    """Ranks rows that are a `Block` each; Ray makes one actor per device."""
 
     def __init__(self, spec: SystemsSpec, device: str) -> None:
         self.systems = Systems(spec, device)
@@ -140,7 +140,7 @@ class _Actor:
 
 
 def _readable(error: Exception) -> Exception:
-    """Our own error inside Ray's, or Ray's in one line."""
+    """Find our own error inside one of Ray, or else put that of Ray into one line."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, (ValueError, TypeError, OSError)) and not type(inner).__module__.startswith("ray"):

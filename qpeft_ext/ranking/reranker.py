@@ -164,7 +164,7 @@ class Reranker(PairScorer):
                 "text" and perhaps "title". What has two items of which the first is a string, ``["query", "document"]``
                 or ``("query", {"text": …})``, is one pair.
             batch_size: pairs in a pass at most; None takes as many as fit ``max_tokens_per_batch``, which is usually
-                faster. Passes over documents are bounded by ``max_tokens_per_batch`` alone.
+                faster. Passes over documents are bounded by ``max_tokens_per_batch`` only.
             show_progress_bar: None shows it on a terminal only.
             convert_to_numpy: False gives a list of scalar tensors, as in sentence-transformers.
             convert_to_tensor: True gives a tensor on the model's device instead.

@@ -1,8 +1,8 @@
 """Rerank a run: queries in blocks and in order, reading only the candidates' texts.
 
-A block is what is ranked at once and, with several devices, what is handed to one of them. Blocks depend on the
-candidates alone, and nothing of one block is reused in the next (but for a document cache, whose purpose it is), so
-that a run is the same on any number of devices, and when it is resumed after a kill.
+A block is ranked at once and, with several devices, by one of them. Blocks depend on nothing but the candidates, and
+nothing of one block is reused in the next (except in a document cache, whose purpose that is), so that a run is the
+same on any number of devices, and when it is resumed after a kill.
 """
 
 from __future__ import annotations

@@ -151,6 +151,9 @@ class SystemsSpec:
 class Systems:
     """The systems of a job, loaded on one device: ``systems(block)`` ranks a block.
 
+    Args:
+        spec: the systems.
+        device: where the LM goes; None takes a GPU if there is one.
     Raises: ValueError for a device that cannot be used, or a model that cannot be loaded.
     """
 

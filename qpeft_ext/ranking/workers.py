@@ -25,6 +25,8 @@ _AHEAD = 4  # blocks that may wait, per worker, for an earlier one that takes lo
 
 @dataclass
 class _Worker:
+    """A process, this end of the pipe to it, and the block that it ranks."""
+
     device: str
     process: multiprocessing.process.BaseProcess
     connection: Connection
@@ -79,7 +81,7 @@ class WorkerProcesses:
         # spawn: a forked process could use neither CUDA nor the threads of this one
         context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
-        with _interrupts_held():
+        with _children_ignore_interrupts():
             try:
                 for device in devices:
                     ours, theirs = context.Pipe()
@@ -153,7 +155,7 @@ class WorkerProcesses:
         logger.warning("%s; the others rank its queries", what)
 
     def close(self) -> None:
-        """End all workers, whatever they do."""
+        """End all workers, whatever they are doing."""
         for worker in self._workers:
             worker.connection.close()
             worker.process.terminate()
@@ -172,7 +174,7 @@ class WorkerProcesses:
 
 
 def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int) -> None:
-    """The life of a worker: it ends when the pipe does, so also when the process that started it was killed."""
+    """Rank blocks until the pipe is closed, which it also is when the process that started this one was killed."""
     number = _READY
     try:
         import torch
@@ -198,11 +200,11 @@ def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int) 
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Children started here never see Ctrl-C, which the terminal sends to all: this process ends them in order."""
+def _children_ignore_interrupts() -> Iterator[None]:
+    """Keep children that are started meanwhile from Ctrl-C, which a terminal sends to all: this process ends them."""
     resource_tracker.ensure_running()  # now, since its own start would let the signals through again
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,4 +1,4 @@
-"""Checkpoint folders that say whether they are whole.
+"""Checkpoint folders that can be told whole from cut short.
 
 ``complete.json``, the names, sizes and checksums of all other files, is written last and appears at once; a folder
 without it, or with a file missing or of another size, was cut short (by a kill in the middle of a save, or of a

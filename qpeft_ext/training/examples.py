@@ -223,7 +223,7 @@ def drawn_member(
     seed: int,
     known_positives: Iterable[IdentifiedDocument] = (),
 ) -> Member:
-    """Draw one positive and up to ``num_hard_negatives`` negatives, as (seed, epoch, index) alone decide.
+    """Draw one positive and up to ``num_hard_negatives`` negatives, decided by (seed, epoch, index) only.
 
     Args:
         example: its positives and negatives are drawn from.

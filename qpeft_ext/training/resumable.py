@@ -89,7 +89,7 @@ class ResumableTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter's own files (`QPeftModel.save_pretrained`); `Trainer` adds its state."""
         if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir)
+            self.model.save_pretrained(output_dir or self._output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         then = QPeftConfig.from_pretrained(resume_from_checkpoint).to_dict()

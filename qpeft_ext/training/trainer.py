@@ -37,7 +37,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
 
     A device batch is one or more groups of ``config.queries_per_group`` queries. Each query brings one positive and
     ``config.num_hard_negatives`` negatives; with ``config.in_batch_negatives`` the documents of the group's other
-    queries are negatives too, unless they are relevant. What is drawn is a function of (seed, epoch, example) alone.
+    queries are negatives too, unless they are relevant. The draw is a function of (seed, epoch, example) only.
     Evaluation ranks an example's own positives and all its negatives: ``eval_loss``, ``eval_accuracy`` (a positive is
     first), ``eval_mrr``.
 
