@@ -209,7 +209,7 @@ def arguments_of(monkeypatch, job, tmp_path, *options):
     class Asked(Exception):
         pass
 
-    def stop(args, **_):
+    def stop(model, args, *_, **__):
         raise Asked(args)
 
     monkeypatch.setattr(module, "QPeftTrainer", stop)
