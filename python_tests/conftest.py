@@ -70,6 +70,23 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow_files)
 
 
+@pytest.fixture(scope="session")
+def whole_job(tmp_path_factory):
+    """A folder with a small LM, an adapter and data, which no test changes."""
+    from jobs.tiny_job import make_job
+
+    return make_job(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def job(whole_job, tmp_path, monkeypatch):
+    """A copy of `whole_job` for one test, with a cache folder of its own."""
+    from jobs.tiny_job import copy_job
+
+    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
+    return copy_job(whole_job, tmp_path / "job")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request) -> torch.device:
     """Every device that the operators have kernels for; CUDA where there is a GPU and the library has its kernels."""

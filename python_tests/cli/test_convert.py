@@ -18,11 +18,6 @@ CORPUS = {i: {"id": i, "title": title, "text": text} for i, (title, text) in DOC
 CANDIDATES = {doc_id for ranking in RUN.values() for doc_id, _ in ranking}  # all but none: d1 to d6
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def source(tmp_path):
     return Source(open_collection(write_folder(tmp_path / "data")), run=RUN)

@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 import torch
-from jobs.tiny_job import copy_job, make_job
+from jobs.tiny_job import copy_job
 
 from qpeft_ext.cli import main
 
@@ -31,11 +31,6 @@ COMMANDS = {  # name: (command, bytes that a file may have, what the line names)
     "adapter": (TRAIN, 2000, "out/adapter_model.safetensors"),
     "checkpoint": (TRAIN + " --save-steps 1", 10_000, "checkpoint-1"),
 }
-
-
-@pytest.fixture(scope="module")
-def whole_job(tmp_path_factory):
-    return make_job(tmp_path_factory.mktemp("full"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

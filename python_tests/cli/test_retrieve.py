@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from cli.in_process import run_command
 from jobs.tiny_job import save_lm
 from small_data import QUERIES, shared_data, write_folder, write_lines
 
@@ -19,18 +20,6 @@ RECORDS = [
     {"question": "who is round", "answers": ["Moon"], "ctxs": [{"id": 2, "score": 2, "has_answer": False}]},
     {"question": "when did the sea rise", "answers": ["1984"], "ctxs": []},
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
-
-
-def run_command(capsys, *arguments) -> str:
-    code = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    return out
 
 
 def test_retrieve(tmp_path, capsys):

@@ -19,11 +19,6 @@ def job(tmp_path_factory):
     return make_job(tmp_path_factory.mktemp("job"))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
-
-
 def train(job, output, *options) -> int:
     return main(
         [

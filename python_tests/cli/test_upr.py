@@ -72,11 +72,6 @@ def job(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
-
-
 def rerank(job, output, *options) -> int:
     return main(["rerank", "--data", str(job / "data"), "--run", str(job / "data" / "run.trec"), "--device", "cpu",
                  "--output", str(output), *map(str, options)])  # fmt: skip

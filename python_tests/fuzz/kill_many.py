@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import resource
@@ -23,8 +22,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
 
@@ -33,224 +30,16 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
-from families.tiny import tiny_lm, tiny_tokenizer  # noqa: E402
-from jobs.compare_job import make_compare_job, write_plan  # noqa: E402
-from small_data import write_lines  # noqa: E402
+from fuzz.kill_commands import Command, commands, make_job  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import qpeft_ext as qpeft  # noqa: E402
 from qpeft_ext.cli import main as qpeft_command  # noqa: E402
 from qpeft_ext.prefixes import index_writer as index_run
 from qpeft_ext.ranking import run as rerank_run  # noqa: E402
 
-QUERIES, CANDIDATES, DOCUMENTS = 24, 8, 40
-WORDS = "tide moon sea boat harbour wind wave month earth low high pull rope lamp fog gull net pier map sail".split()
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
 SECONDS = 120  # what takes longer has not ended
 _LONGEST_LINE = 300
-
-
-@dataclass
-class Command:
-    """arguments: of the folder for its output.  resumed: those after it was ended, if others.
-    made: which files of that folder are compared.  share: how often it is drawn.
-    """
-
-    name: str
-    arguments: Callable[[Path], list[str]]
-    resumed: Callable[[Path], list[str]] | None = None
-    made: Callable[[Path], bool] = lambda path: True
-    share: float = 1.0
-    expected: dict[str, bytes] = field(default_factory=dict)
-    seconds: float = 0.0
-
-
-# -- the job ------------------------------------------------------------------------------------------------------
-
-
-def make_job(folder: Path) -> Path:
-    draw = random.Random(0)
-
-    def text(least: int, most: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(least, most)))
-
-    data = folder / "data"
-    write_lines(
-        data / "corpus.jsonl",
-        (json.dumps({"_id": f"d{i}", "title": "", "text": text(1, 14)}) for i in range(DOCUMENTS)),
-    )
-    write_lines(data / "queries.jsonl", (json.dumps({"_id": f"q{i}", "text": text(1, 4)}) for i in range(QUERIES)))
-    write_lines(
-        data / "run.trec",
-        (
-            f"q{i} Q0 d{(i * 11 + 3 * rank) % DOCUMENTS} {rank} {-rank}.0 first"
-            for i in range(QUERIES)
-            for rank in range(CANDIDATES)
-        ),
-    )
-    write_lines(
-        data / "qrels" / "test.tsv",
-        ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i * 11 % DOCUMENTS}\t1" for i in range(QUERIES))],
-    )
-    write_lines(
-        folder / "train.jsonl",
-        (
-            json.dumps({"query": text(1, 4), "positives": [text(2, 9)], "negatives": [text(2, 9), text(2, 9)]})
-            for _ in range(12)
-        ),
-    )
-    make_compare_job(folder / "compared")
-    for dtype in (torch.float32, torch.bfloat16):
-        lm = folder / str(dtype).removeprefix("torch.")
-        tiny_lm("llama").to(dtype).save_pretrained(lm)
-        tiny_tokenizer().save_pretrained(lm)
-        for clues, options in (
-            ("top_k", {"generated_lora_rank": 4, "target_modules": ("o_proj",)}),
-            ("attention", {"num_heads": 4}),
-        ):
-            model = qpeft.get_qpeft_model(qpeft.load_lm(lm), qpeft.QPeftConfig(clues=clues, rank=8, **options))
-            torch.manual_seed(0)
-            for module in model.trained_modules.values():
-                for parameter in module.parameters():
-                    torch.nn.init.normal_(parameter, std=0.3)
-            model.save_pretrained(folder / f"{clues}-{lm.name}")
-    return folder
-
-
-def commands(job: Path) -> Iterator[Command]:
-    for dtype in ("float32", "bfloat16"):
-        yield from _commands_of_lm(job, dtype)
-    data, run = str(job / "data"), str(job / "data" / "run.trec")
-    yield Command("fuse", lambda out: ["fuse", run, run, "--output", str(out / "fused.trec.gz")], share=0.3)
-    yield Command(
-        "convert", lambda out: ["convert", data, str(out / "made.jsonl"), "--to", "rankllm", "--run", run], share=0.3
-    )
-    yield Command("retrieve", lambda out: ["retrieve", "--data", data, "--output", str(out / "bm25.trec")], share=0.3)
-
-
-def _commands_of_lm(job: Path, dtype: str) -> Iterator[Command]:
-    data, lm, cpu = str(job / "data"), str(job / dtype), ["--device", "cpu"]
-
-    def rerank(clues: str, name: str, *options: str) -> Callable[[Path], list[str]]:
-        return lambda out: [
-            "rerank",
-            "--model",
-            str(job / f"{clues}-{dtype}"),
-            "--data",
-            data,
-            "--run",
-            str(job / "data" / "run.trec"),
-            "--output",
-            str(out / name),
-            "--measures",
-            "RR@10",
-            *(cpu if "--devices" not in options else ()),
-            *options,
-        ]
-
-    index = str(job / f"index-{dtype}")
-    yield Command(f"rerank {dtype}", rerank("top_k", "run.trec"), share=2)
-    yield Command(f"rerank attention {dtype}", rerank("attention", "run.trec"), share=2)
-    yield Command(f"rerank .gz {dtype}", rerank("attention", "run.trec.gz"), share=2)
-    yield Command(f"rerank --upr {dtype}", rerank("top_k", "run.trec", "--upr", "--similarity-only"), share=2)
-    yield Command(f"rerank --index {dtype}", rerank("attention", "run.trec", "--index", index))
-    yield Command(
-        f"rerank cached {dtype}", rerank("attention", "run.trec", "--cache-bytes", "1000000", "--deterministic")
-    )
-    yield Command(f"rerank two workers {dtype}", rerank("top_k", "run.trec", "--devices", "cpu,cpu"), share=0.05)
-    yield Command(
-        f"index {dtype}",
-        lambda out: [
-            "index",
-            data,
-            "--out",
-            str(out / "index"),
-            "--base-model",
-            lm,
-            "--max-tokens-per-batch",
-            "256",
-            *cpu,
-        ],
-        share=2,
-    )
-    yield Command(
-        f"synthesize {dtype}",
-        lambda out: [
-            "synthesize",
-            "--data",
-            data,
-            "--base-model",
-            lm,
-            "--output",
-            str(out / "made.jsonl"),
-            "--max-new-tokens",
-            "6",
-            "--keep-unfinished",
-            "--min-tokens",
-            "1",
-            "--no-round-trip",
-            "--queries-per-document",
-            "5",
-            "--num-negatives",
-            "2",
-            "--max-tokens-per-batch",
-            "400",
-            *cpu,
-        ],
-    )
-
-    def train(out: Path) -> list[str]:
-        return [
-            "train",
-            "--base-model",
-            lm,
-            "--train",
-            str(job / "train.jsonl"),
-            "--output",
-            str(out / "adapter"),
-            "--num-negatives",
-            "2",
-            "--rank",
-            "4",
-            "--generated-lora-rank",
-            "0",
-            "--save-steps",
-            "1",
-            "--deterministic",
-            *cpu,
-        ]
-
-    yield Command(
-        f"train {dtype}",
-        train,
-        lambda out: [*train(out), "--resume"],
-        made=lambda path: path.parent.name == "adapter" and path.name != "README.md",
-    )
-    plan = job / f"plan-{dtype}.yaml"
-    write_plan(
-        plan,
-        job / "compared",
-        ["upr: {method: upr}", "ours: {method: q_peft_r, learning_rate: 0.01}"],
-        **{
-            "cache_bytes: 1_000_000": "cache_bytes: 0",
-            "seeds: [0, 1]": "seeds: [0]",
-            "dtype: float32": f"dtype: {dtype}",
-        },
-    )
-    yield Command(
-        f"compare {dtype}",
-        lambda out: [
-            "compare",
-            str(plan),
-            "--output",
-            str(out / "results"),
-            "--data-root",
-            str(job / "compared"),
-            *cpu,
-        ],
-        made=lambda path: path.name in ("run.trec.gz", "adapter_model.safetensors"),
-        share=0.5,
-    )
 
 
 # -- children -----------------------------------------------------------------------------------------------------

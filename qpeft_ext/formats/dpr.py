@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import AnyPath
+from ..utils.text import shorten
 from . import corpus
 from .answers import answer_qrels
 from .collection import Collection, Glance
-from .io import check_unicode, line_error, read_lines, require_text, shorten
+from .io import check_unicode, line_error, read_lines, require_text
 from .json_records import RecordPlace, read_records
 from .jsonl import Example
 from .trec import Qrels, Run

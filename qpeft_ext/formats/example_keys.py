@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
-from .io import shorten
+from ..utils.text import shorten
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..utils.files import AnyPath
-from .io import check_file, line_error, open_bytes, parse_object, read_lines, reading, shorten
+from ..utils.text import shorten
+from .io import check_file, line_error, open_bytes, parse_object, read_lines, reading
 
 MAX_RECORD = 1 << 26  # characters; the largest known, 1,000 passages with text, have about 2^20
 _SPACE = re.compile(r"[ \t\n\r]*")

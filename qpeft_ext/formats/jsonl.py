@@ -15,10 +15,11 @@ from functools import cached_property
 from typing import Any
 
 from ..utils.files import AnyPath, AtomicWriter
+from ..utils.text import shorten
 from . import corpus
 from .collection import Collection, Example, Glance
 from .example_keys import ExampleKeys, are_of_examples
-from .io import line_error, parse_object, read_lines, require_text, shorten
+from .io import line_error, parse_object, read_lines, require_text
 from .trec import Qrels, Run
 
 _IDS = ("_id", "id", "docid", "doc_id")

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import AnyPath
+from ..utils.text import shorten
 from . import corpus
 from .collection import Collection, Glance, plain_name
-from .io import line_error, read_lines, shorten
+from .io import line_error, read_lines
 from .jsonl import Example
 from .qrels import read_table
 from .trec import Qrels, Run

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from ..utils.files import AnyPath
-from .io import line_error, read_lines, shorten
+from ..utils.text import shorten
+from .io import line_error, read_lines
 from .trec import Qrels, split_columns, whole_number
 
 BEIR_HEADER = ("query-id", "corpus-id", "score")

@@ -13,9 +13,10 @@ from functools import cached_property
 from typing import Any
 
 from ..utils.files import AnyPath
+from ..utils.text import shorten
 from . import corpus
 from .collection import Collection, Glance
-from .io import line_error, require_id, require_text, shorten
+from .io import line_error, require_id, require_text
 from .json_records import RecordPlace, read_records
 from .trec import Run
 from .upr import read_score

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ..utils.files import AnyPath, AtomicWriter
-from .io import line_error, read_lines, shorten
+from ..utils.text import shorten
+from .io import line_error, read_lines
 
 Run = dict[str, list[tuple[str, float]]]  # query_id → (doc_id, score), best first
 Qrels = dict[str, dict[str, int]]  # query_id → doc_id → relevance

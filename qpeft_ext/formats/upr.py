@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import AnyPath
+from ..utils.text import shorten
 from . import corpus, dpr
 from .answers import answer_qrels, has_answer
 from .collection import Collection, Glance, plain_name
-from .io import check_unicode, line_error, require_text, shorten
+from .io import check_unicode, line_error, require_text
 from .json_records import RecordPlace, read_records
 from .trec import Qrels, Run
 

@@ -1,0 +1,9 @@
+"""A cache folder of its own for every test of the formats."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
