@@ -1,4 +1,6 @@
-"""Every option of `QPeftConfig`, of the main classes and of every command is on a page of docs/."""
+"""Every option of `QPeftConfig`, of the main classes and of every command is on a page of docs/, and pages name files
+that exist.
+"""
 
 import dataclasses
 import inspect
@@ -86,3 +88,15 @@ def test_every_option_of_a_command_is_explained(command):
         if option.startswith("--") and option != "--help" and not re.search(rf"{option}(?![\w-])", pages)
     ]
     assert not missing, f"{', '.join(COMMANDS[command])}: nothing about {', '.join(missing)} of qpeft {command}"
+
+
+NAMED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{name}" for name in PAGES))
+
+
+@pytest.mark.parametrize("page", NAMED)
+def test_files_that_a_page_names_exist(page):
+    """In inline code, from the root of the repository; ``x`` in a name stands for any operator."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    for path in re.findall(r"`((?:benchmarks|python_tests|qpeft_ext|csrc|docs|\.ci)/[\w./-]+)`", text):
+        if not re.search(r"(?:/|_)x(?:_kernel)?\.", path):
+            assert (ROOT / path).exists(), f"{page}: {path} does not exist"
