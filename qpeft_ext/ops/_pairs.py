@@ -87,17 +87,9 @@ class Pairs:
             yield query, slice(first, last), n
             first = last
 
-    def gather(self, pairs: slice, n: int, buffer: list[Tensor]) -> Tensor:
-        """Return the table rows of the distinct ids of some documents, [P, n, D], with zeros after each last one.
-
-        ``buffer``: an empty list at first; it keeps the memory of the result, which the next call writes again.
-        """
-        P = pairs.stop - pairs.start
-        if not buffer or buffer[0].shape[0] < P * n:
-            buffer[:] = [self.table.new_empty(P * n, self.D, dtype=self.dtype)]
-        rows = buffer[0][: P * n]
-        torch.ops.qpeft_ext.document_rows_gather(self.table, self.documents.ids[pairs, :n].reshape(-1), rows, None)
-        return rows.view(P, n, self.D)
+    def ids(self, pairs: slice, n: int) -> Tensor:
+        """Return the distinct ids of some documents, [P, n]; -1 after the last of each."""
+        return self.documents.ids[pairs, :n]
 
     def slots(self, query: int, pairs: slice, n: int) -> tuple[Tensor, Tensor, int]:
         """Return what the softmax primitives take: slots and counts [P, n], and the slot of the query's first row."""
@@ -115,6 +107,18 @@ class Pairs:
         weights = scores.new_empty(*slots.shape, self.R)
         torch.ops.qpeft_ext.clue_attention_weights(scores, slots, counts, lse[pairs], first, weights)
         return weights
+
+
+def gather(source: Tensor, rows: Tensor, buffer: list[Tensor]) -> Tensor:
+    """Return rows [P, n] of ``source`` [N, D] in the dtype of sums, [P, n, D], with zeros where the row is -1.
+
+    ``buffer``: an empty list at first; it keeps the memory of the result, which the next call writes again.
+    """
+    if not buffer or len(buffer[0]) < rows.numel():
+        buffer[:] = [source.new_empty(rows.numel(), source.shape[1], dtype=sum_dtype(source.dtype))]
+    block = buffer[0][: rows.numel()]
+    torch.ops.qpeft_ext.document_rows_gather(source, rows.reshape(-1), block, None)
+    return block.view(*rows.shape, source.shape[1])
 
 
 def shared_rows(slots: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._common import implement
-from ._pairs import Pairs, shared_rows
+from ._pairs import Pairs, gather, shared_rows
 
 
 def _scores(pairs: Pairs, query: int, absorbed: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def forward(absorbed, table, document_ids, document_mask, query_index, w_v):
             if query != of_query:
                 scores, of_query = _scores(pairs, query, pairs.columns(absorbed, query)), query
             weights = pairs.weights(scores, lse, query, part, n)
-            rows = pairs.gather(part, n, buffer)
+            rows = gather(table, pairs.ids(part, n), buffer)
             torch.bmm(weights.mT, rows, out=context[part.start - block.start : part.stop - block.start])
         P = len(context)
         context = context.view(P * T, H, D)
@@ -91,7 +91,7 @@ def backward(grad_heads, lse, absorbed, table, document_ids, document_mask, quer
                 current = _QueryGradients(pairs, absorbed, query)
             inside = slice(part.start - block.start, part.stop - block.start)
             weights = pairs.weights(current.scores, lse, query, part, n, known=True)
-            keys = pairs.gather(part, n, buffer)
+            keys = gather(table, pairs.ids(part, n), buffer)
             torch.bmm(weights.mT, keys, out=context[inside])
             grad_weights = keys @ grad_context[inside].mT  # [P, n, R]
             slots, _, first = pairs.slots(query, part, n)
@@ -101,7 +101,7 @@ def backward(grad_heads, lse, absorbed, table, document_ids, document_mask, quer
                 grad_weights.flatten(0, 1), order, None, offsets, True, current.grad_scores
             )
             if grad_table is not None:
-                ids = pairs.documents.ids[part, :n].reshape(-1)
+                ids = pairs.ids(part, n).reshape(-1)
                 grad_rows = (weights @ grad_context[inside]).flatten(0, 1)
                 grad_table.index_add_(0, ids.clamp_min(0), grad_rows)  # padding adds zeros
         context = context.view(rows, H, D)

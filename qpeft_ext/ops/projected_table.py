@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from ._common import exact_float32, outside_autocast, refuse_forward_mode, sum_dtype
 from ._library import uses_reference
-from ._pairs import Pairs
+from ._pairs import Pairs, gather
 from .clue_attention import _heads, clue_attention, project_heads
 from .clue_attention_cuda import projected_heads
 
@@ -158,7 +158,9 @@ class ProjectedTable:
                 scores = scores.reshape(len(scores), pairs.R)
                 of_query = query
             weights = pairs.weights(scores, lse, query, part, n)
-            values = self._values(pairs, part, n, buffer)  # [P, n, D]
+            ids = pairs.ids(part, n)
+            places = torch.where(ids < 0, -1, self.place[ids.clamp_min(0)])
+            values = gather(self.values, places, buffer)  # [P, n, D]
             for p in range(
                 part.stop - part.start
             ):  # pair by pair these are views; a batch over P and H would be a copy
@@ -179,13 +181,3 @@ class ProjectedTable:
         torch.mm(rows, self.w_k.to(self.dtype).T, out=self.keys[new])
         torch.mm(rows, self.w_v.to(self.dtype).T, out=self.values[new])
         self.used = new.stop
-
-    def _values(self, pairs: Pairs, part: slice, n: int, buffer: list[Tensor]) -> Tensor:
-        """Return the projected values of the distinct ids of some documents, [P, n, D]; ``buffer`` as in `gather`."""
-        P = part.stop - part.start
-        if not buffer or buffer[0].shape[0] < P * n:
-            buffer[:] = [self.values.new_empty(P * n, pairs.D, dtype=self.dtype)]
-        ids = pairs.documents.ids[part, :n].reshape(-1)
-        places = torch.where(ids < 0, -1, self.place[ids.clamp_min(0)])
-        torch.ops.qpeft_ext.document_rows_gather(self.values, places, buffer[0][: P * n], None)
-        return buffer[0][: P * n].view(P, n, pairs.D)
