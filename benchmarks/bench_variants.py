@@ -25,7 +25,7 @@ from qpeft_ext.adapters.layers import Clues
 from qpeft_ext.ops.similarity_topk import round_scores
 from qpeft_ext.ops.vocabulary_topk import row_scales, vocabulary_topk
 from qpeft_ext.prompts.pairs import PairBatch
-from qpeft_ext.prompts.prompt import DocumentPrefix
+from qpeft_ext.prompts.pieces import DocumentPrefix
 
 K, RANK = 10, 16  # RANK: the default of `GeneratedLora`
 

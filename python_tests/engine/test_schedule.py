@@ -8,7 +8,7 @@ import torch
 
 from qpeft_ext.engine.schedule import CLUE_BYTES, READ_TOKENS_PER_TOKEN, Limits, schedule, tokens_worth_a_pass
 from qpeft_ext.prompts.pairs import PairBatch
-from qpeft_ext.prompts.prompt import DocumentPrefix
+from qpeft_ext.prompts.pieces import DocumentPrefix
 
 CPU, FLOAT32 = torch.device("cpu"), torch.float32
 

@@ -11,7 +11,8 @@ from ..config import QPeftConfig
 from ..engine.causal import CausalEngine
 from ..model import QPeftModel
 from ..prefixes.kv import LayerKV, PrefixKV
-from ..prompts.prompt import Document, DocumentPrefix, Prompt
+from ..prompts.pieces import DocumentPrefix
+from ..prompts.prompt import Document, Prompt
 
 
 class PrefixTuningModel(QPeftModel):

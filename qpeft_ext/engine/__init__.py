@@ -1,1 +1,1 @@
-"""Passes over an LM: which pairs share one, and how it is run."""
+"""Passes over an LM: the schedule of which pairs share one, the engines that run them, and the scores they give."""

@@ -18,7 +18,7 @@ from ..lm.rope import RotaryTables
 from ..lm.state import LMState, LMVersion
 from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch
-from ..prompts.prompt import CluesFirstPieces, SuffixPieces
+from ..prompts.pieces import CluesFirstPieces, SuffixPieces
 
 RowsT = TypeVar("RowsT")  # what a pass reads: `Rows` or `EncoderDecoderRows`
 PrefixT = TypeVar("PrefixT")  # what a prefix pass gives: `Prefixes` or `EncoderStates`

@@ -19,7 +19,7 @@ from ..ops.hardware import shape_step
 from ..prefixes.cache import DocumentCache
 from ..prefixes.kv import Packing, Prefixes, PrefixKey, PrefixKV, SeparatePrefixes
 from ..prompts.pairs import PairBatch, pad
-from ..prompts.prompt import CluesFirstPieces, DocumentPrefix, SuffixPieces
+from ..prompts.pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 from ..utils.memory import return_freed_memory
 from .base import BaseEngine
 from .path_check import check_paths

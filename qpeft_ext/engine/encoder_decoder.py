@@ -16,7 +16,7 @@ from ..lm.passes import Hook
 from ..lm.rope import find_rotary_tables
 from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
-from ..prompts.prompt import CluesFirstPieces, SuffixPieces
+from ..prompts.pieces import CluesFirstPieces, SuffixPieces
 from .base import BaseEngine
 from .path_check import check_paths, ordinary_ids
 from .rows import Rows, assemble_rows, with_clues

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..lm.errors import LM_ERRORS, in_one_line
 from ..prompts.pairs import PairBatch
-from ..prompts.prompt import DocumentPrefix, SuffixPieces
+from ..prompts.pieces import DocumentPrefix, SuffixPieces
 
 # lengths of two prefixes and of what follows them, so different that a position counted from the wrong end is far off
 _PREFIXES, _BETWEEN, _SCORED = (3, 12), 2, (5, 3)

@@ -1,4 +1,4 @@
-"""The padded rows that the LM reads, and what is asked of it."""
+"""The padded rows that the LM reads, and the tokens that are scored."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
-from ..prompts.prompt import CluesFirstPieces, SuffixPieces
+from ..prompts.pieces import CluesFirstPieces, SuffixPieces
 
 
 @dataclass
 class Rows:
-    """B right-padded rows of LM input, L tokens wide. The last query token is only a target: nobody reads its output.
+    """B right-padded rows of LM input, L tokens wide.
 
-    ids [B, L] int64, 0 at clue slots and padding; mask [B, L] int64; positions [B, L] int64.
+    The last token of a query is only a target, so it is not in the row.
+
+    ids: int64 [B, L], 0 at clue slots and padding.  mask: int64 [B, L], 0 at padding.  positions: int64 [B, L].
     clue_slots: flat indices into [B·L] of the clue vectors, in the order of ``Clues.embeds[Clues.mask]``.
-    before_query: flat indices of the slot *before* each query token, [N]; target_ids: those tokens, [N].
-    target_slots: flat indices into [B, T] of the targets, [N], where ``longest_query`` is T.
+    before_query: flat indices into [B·L] of the slot before each query token, [N].
+    target_ids: the query tokens, [N].
+    target_slots: flat indices into [B·T] of the targets, [N], where T is ``longest_query``.
     end: one more than the largest position of a token.
-    suffix: bool [B, L], which slots of a whole prompt belong to its suffix; None where the rows are suffixes only.
+    suffix: which slots of a whole prompt belong to its suffix, bool [B, L]; None where the rows are suffixes only.
     """
 
     ids: Tensor
@@ -41,7 +45,7 @@ class Rows:
         return self.before_query
 
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
-        """Sums over the targets of each pair, [N] -> [B]; through a table [B, T], so that their order is fixed."""
+        """Add up numbers of the targets, [N], for each pair, [B]; in a table [B, T], which fixes the order."""
         table = of_targets.new_zeros(len(self.ids) * self.longest_query)
         return table.index_copy(0, self.target_slots, of_targets).view(len(self.ids), -1).sum(1)
 
@@ -50,16 +54,23 @@ def assemble_rows(
     batch: PairBatch,
     pieces: SuffixPieces | CluesFirstPieces,
     clue_counts: Sequence[int],
-    device,
+    device: torch.device,
     with_prefix: bool,
     width_step: int = 1,
     spare: int = 0,
 ) -> Rows:
-    """Lay out the suffixes of the pairs, or with ``with_prefix`` their whole prompts (the plain path).
+    """Lay out the suffixes of the pairs, or their whole prompts.
 
-    width_step: L becomes a multiple of it.  spare: slots of padding after the longest row that count in ``end``.
+    Only clues that exist take a slot, because sliding windows would count a gap inside a row.
 
-    Only clues that exist take a slot: a gap inside a row would be counted by sliding windows.
+    Args:
+        batch: the pairs.
+        pieces: the fixed tokens around clues and queries.
+        clue_counts: the number of clues of each pair.
+        device: where the tensors go.
+        with_prefix: whether rows are whole prompts (the plain path).
+        width_step: L becomes a multiple of it.
+        spare: slots of padding after the longest row that count in ``end``.
     """
     queries = [pieces.scored(batch.queries[q]) for q, _ in batch.pairs]
     rows, clue_starts, suffix_starts = [], [], []
@@ -92,13 +103,13 @@ def assemble_rows(
 
 
 def _spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, … for every span, one after the other."""
+    """Concatenate the spans start, start + 1, … of these lengths."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def with_clues(embeds: Tensor, rows: Rows, clue_embeds: Tensor | None) -> Tensor:
-    """Embeddings of the rows, [B, L, D], with the clue vectors in their slots."""
+    """Put the clue vectors into their slots of the rows' embeddings, [B, L, D]."""
     if clue_embeds is None or not len(clue_embeds):
         return embeds
     return embeds.flatten(0, 1).index_copy(0, rows.clue_slots, clue_embeds.to(embeds.dtype)).view_as(embeds)

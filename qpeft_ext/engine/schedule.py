@@ -5,7 +5,7 @@ Passes are sorted by true length and bounded by a budget of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -105,10 +105,13 @@ class Pass:
 
 
 def schedule(batch: PairBatch, limits: Limits, tables: Sequence[int] | None = None) -> Iterator[Pass]:
-    """The passes that score a batch. Each pair is in exactly one suffix pass.
+    """Yield the passes that score a batch. Each pair is in exactly one suffix pass.
 
-    tables: for each pair the rotary table that its prompt is read with, which all pairs of a pass share; 0 is the table
-        that prefixes are cached with, and pairs with another one are read as whole prompts. None: all are 0.
+    Args:
+        batch: the pairs.
+        limits: everything else that decides.
+        tables: for each pair the rotary table that its prompt is read with; pairs of a pass share it. 0 is the table
+            that prefixes are cached with, and pairs with another one are read as whole prompts. None: all are 0.
     """
     tables = [0] * len(batch) if tables is None else tables
     for table in sorted(set(tables)):
@@ -134,15 +137,23 @@ def schedule(batch: PairBatch, limits: Limits, tables: Sequence[int] | None = No
 
 
 def default_tokens(device: torch.device) -> int:
-    """Token budget of a pass. On a CPU more brings nothing (25 M Llama: 2048, 4096 and 8192 alike) and takes memory."""
+    """Give the token budget of a pass where nobody sets one.
+
+    On a CPU a larger one only takes more memory: a Llama of 25 M parameters was as fast with 2048, 4096 and 8192.
+    """
     return 8192 if device.type == "cuda" else 2048
 
 
 def prefix_tokens(max_tokens: int, device: torch.device, prefilled: bool) -> int:
-    """Tokens of the documents whose pairs are scored together, without gradient, of a budget of ``max_tokens``.
+    """Give the token budget of the documents whose pairs are scored together, where no gradient is needed.
 
-    prefilled: all of them are in a cache's memory and only read. Otherwise they are computed and held; on a CPU half of
-    them at once is as fast (25 M Llama, 160 pairs: 8.5 s and 8.6 s), and 77 MB of memory less at the peak.
+    Cached prefixes are only read, so eight times as many fit. On a CPU half the budget is as fast for prefixes that are
+    computed (a Llama of 25 M parameters, 160 pairs: 8.5 s and 8.6 s) and saves 77 MB at the peak.
+
+    Args:
+        max_tokens: token budget of a pass.
+        device: of the LM.
+        prefilled: whether the prefixes of all documents are in the memory of a cache.
     """
     if prefilled:
         return max_tokens * READ_TOKENS_PER_TOKEN
@@ -150,16 +161,22 @@ def prefix_tokens(max_tokens: int, device: torch.device, prefilled: bool) -> int
 
 
 def tokens_worth_a_pass(device: torch.device, dtype: torch.dtype) -> int:
-    """How much padding a pass of its own is worth: its fixed cost, in tokens. ``dtype``: of the LM."""
+    """Give the fixed cost of a pass, in tokens: more padding than this is worth another pass.
+
+    Args:
+        device, dtype: those of the LM.
+    """
     if device.type == "cuda":
         return 1024
     return 512 if dtype == torch.bfloat16 and multiplies_bfloat16_by_tiles() else 64
 
 
 def query_blocks(candidates: Sequence[int], max_pairs: int) -> Iterator[slice]:
-    """Consecutive queries with at most ``max_pairs`` pairs together (one query at least).
+    """Split queries into consecutive blocks of at most ``max_pairs`` pairs, but at least one query.
 
-    candidates: how many documents each query has.
+    Args:
+        candidates: the number of documents of each query.
+        max_pairs: pairs in a block.
     """
     start = pairs = 0
     for i, count in enumerate(candidates):
@@ -172,9 +189,9 @@ def query_blocks(candidates: Sequence[int], max_pairs: int) -> Iterator[slice]:
 
 
 def document_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
-    """Pairs in lists of about ``max_pairs``: all pairs of a document together, the longest documents first.
+    """Split pairs into lists of about ``max_pairs`` that have all pairs of each of their documents.
 
-    The longest first, so that what does not fit in memory is known at once.
+    The longest documents come first, so that a lack of memory shows at once.
     """
     of_document: dict[int, list[int]] = {}
     for i, (_, d) in enumerate(batch.pairs):
@@ -190,7 +207,10 @@ def document_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
 
 
 def suffix_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
-    """Pairs in lists of at most ``max_pairs``, queries of one length together: for prefixes that are all in a cache."""
+    """Split pairs into lists of at most ``max_pairs`` with queries of similar length.
+
+    For pairs whose prefixes are all in a cache, so that the pairs of a document need not stay together.
+    """
 
     def lengths(i: int) -> tuple[int, int]:
         q, d = batch.pairs[i]
@@ -201,7 +221,13 @@ def suffix_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
 
 
 def prefix_groups(batch: PairBatch, max_tokens: int, pass_tokens: int) -> Iterator[list[int]]:
-    """Documents that occur in the pairs, in groups of at most ``max_tokens`` padded tokens (at least one document)."""
+    """Group the documents of the pairs by length: at most ``max_tokens`` padded tokens, but at least one document.
+
+    Args:
+        batch: the pairs.
+        max_tokens: token budget of a group.
+        pass_tokens: padding at which a group ends (`tokens_worth_a_pass`).
+    """
 
     def length(d: int) -> int:
         return len(batch.documents[d].ids)
@@ -219,11 +245,19 @@ def suffix_groups(
     clue_per_token: bool,
     step: int = 1,
 ) -> Iterator[list[int]]:
-    """Pairs of the documents, in groups of at most ``max_tokens`` tokens and ``max_pairs`` pairs, multiples of ``step``
-    where they can be.
+    """Group the pairs of documents by length, for suffix passes.
 
-    A pair counts with its query's tokens and an eighth of the group's longest prefix where that is only read from a
-    cache, with the whole prompt otherwise. ``clue_per_token``: each query token brings a clue.
+    A pair counts with the tokens of its query, and an eighth of the longest prefix of the documents where this is only
+    read; otherwise with its whole prompt.
+
+    Args:
+        batch: the pairs.
+        documents: those whose pairs are grouped.
+        max_tokens, max_pairs: what a group has at most, but at least one pair.
+        pass_tokens: padding at which a group ends (`tokens_worth_a_pass`).
+        shared: whether the documents have been read before.
+        clue_per_token: whether each query token brings a clue.
+        step: groups have multiples of so many pairs where they can.
     """
     wanted, factor = set(documents), 2 if clue_per_token else 1
     read = max(len(batch.documents[d].ids) for d in documents) // READ_TOKENS_PER_TOKEN if shared else 0
@@ -237,9 +271,14 @@ def suffix_groups(
 
 
 def generation_groups(lengths: Sequence[int], new_tokens: int, max_tokens: int) -> Iterator[list[int]]:
-    """Prompts that are gone on with for ``new_tokens``, in groups of at most ``max_tokens`` (at least one prompt).
+    """Group prompts that an LM continues: at most ``max_tokens`` in a group, but at least one prompt.
 
-    A pass of its own costs as many steps as there are new tokens, so padding never ends a group.
+    Another group costs as many steps as there are new tokens, so padding never ends a group.
+
+    Args:
+        lengths: tokens of each prompt.
+        new_tokens: tokens that each prompt is continued with.
+        max_tokens: token budget of a group, new tokens included.
     """
     yield from _groups(
         range(len(lengths)), lengths.__getitem__, lambda i: lengths[i] + new_tokens, max_tokens, None, max_tokens
@@ -247,7 +286,7 @@ def generation_groups(lengths: Sequence[int], new_tokens: int, max_tokens: int) 
 
 
 def _groups(
-    items,
+    items: Iterable[int],
     length: Callable[[int], int],
     tokens: Callable[[int], int],
     max_tokens: int,
@@ -255,9 +294,9 @@ def _groups(
     pass_tokens: int,
     step: int = 1,
 ) -> Iterator[list[int]]:
-    """Items from the longest to the shortest; a group ends before it pads more than ``pass_tokens`` tokens.
+    """Group items from the longest to the shortest; a group ends before it pads more than ``pass_tokens`` tokens.
 
-    The last items of a group wait for the next one if it then has a multiple of ``step``.
+    The last items of a group are left to the next one, so that the group has a multiple of ``step``.
     """
     group: list[int] = []
     padding = 0

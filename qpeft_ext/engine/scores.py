@@ -21,8 +21,8 @@ class Scores:
     """Scores of B pairs.
 
     query_log_likelihood: Σ log p(query token), nats, float32 [B]; larger is better.
-    num_tokens: tokens in the sum, [B]: those of the query (and its ``</s>`` where the template scores it).
-    With ``compat="official"`` BOS and EOS count as query tokens, and of all of them those with log p other than 0.
+    num_tokens: the number of tokens in the sum, int64 [B]: those of the query (and its ``</s>`` where the template
+        scores it). With ``compat="official"`` BOS and EOS count as query tokens, and tokens with a log p of 0 do not.
     """
 
     query_log_likelihood: Tensor
@@ -30,12 +30,12 @@ class Scores:
 
     @property
     def mean_query_log_likelihood(self) -> Tensor:
-        """The sum ÷ the number of its tokens, [B]: ranks as the sum does, comparable between queries."""
+        """The sum ÷ the number of its tokens, [B]; it ranks documents as the sum does, and queries can be compared."""
         return self.query_log_likelihood / self.num_tokens
 
 
 def in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Scores:
-    """Scores of all pairs in their own order.
+    """Put the scores of passes into the order of the pairs.
 
     Args:
         groups: for each pass the pairs that it read; each pair is in one of them.
@@ -52,7 +52,7 @@ def in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Scores
 
 
 def count_all_tokens(log_p: Tensor, sum_of_each_pair: SumOfEachPair, batch: PairBatch) -> Tensor:
-    """The number of scored tokens of each pair, int64 [B]."""
+    """Count the scored tokens of each pair, int64 [B]."""
     return sum_of_each_pair(torch.ones_like(log_p, dtype=torch.long))
 
 
@@ -72,9 +72,10 @@ class PassClues:
         self._place: dict[int, int] = {}
 
     def of(self, pairs: list[int], together: list[int] | None) -> tuple[Clues | None, list[int]]:
-        """The clues of the pairs of a pass, and how many each of them has.
+        """Give the clues of the pairs of a pass, and how many each of them has.
 
         Args:
+            pairs: indices into ``batch.pairs``.
             together: `Pass.clues_of`.
         """
         if together is None:
@@ -92,5 +93,5 @@ class PassClues:
 
 
 def counts_of(clues: Clues | None, pairs: int) -> list[int]:
-    """The number of clues of each pair. On a GPU this waits for all work so far, so ask once for many passes."""
+    """Count the clues of each pair. On a GPU this waits for all work so far, so count once for many passes."""
     return [0] * pairs if clues is None else clues.mask.sum(1).tolist()

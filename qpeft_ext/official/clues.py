@@ -133,7 +133,7 @@ class OfficialTopKClues(OfficialClues):
         return found[inputs.query_index[:, None, None], tokens[:, None], place[:, None]]
 
     def forward(self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False) -> Clues:
-        """Clues of B pairs and the words around them; what is explained of those is -1."""
+        """Compute the clues of B pairs and the words around them; facts about these words are -1."""
         selected = self.select(inputs, table)
         B, words = len(selected.clue_ids), (len(self.hints), len(self.newline))
         ids = torch.cat([self.hints.expand(B, -1), selected.clue_ids, self.newline.expand(B, -1)], 1)
@@ -163,7 +163,7 @@ class OfficialAttentionClues(OfficialClues):
         self.attention = nn.MultiheadAttention(table.shape[1], config.num_heads, config.dropout, batch_first=True)
 
     def forward(self, inputs: ClueInputs, table: Tensor, scale: float, explain: bool = False) -> Clues:
-        """Clues of B pairs and the words around them."""
+        """Compute the clues of B pairs and the words around them."""
         read = self.read(inputs)
         keys = self.filter.tokens(read, inputs.query_index)
         self.refuse(

@@ -1,4 +1,4 @@
-"""The official mean log-likelihood."""
+"""The count of tokens by which the official code divides a log-likelihood."""
 
 from __future__ import annotations
 

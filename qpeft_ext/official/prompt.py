@@ -2,35 +2,41 @@
 
     <s> {instruction} Passage: {title} {text} \\n  |  hints: <clue vectors> \\n  Question: \\n <s> {query} </s>
 
-With ``layout="clues_first"`` the hints stand before "Passage:". The clue module makes the vectors of the words around
-the clues as well, so they are slots like clues, and the prompt has no piece for them.
+With ``layout="clues_first"`` the hints stand before "Passage:". The clue module also makes the vectors of
+the words around the clues, so they are slots like clues, and the prompt has no piece for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import QPeftConfig
-from ..prompts.prompt import CluesFirstPieces, Document, DocumentPrefix, Prompt, SuffixPieces, document_text
+from ..prompts.pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
+from ..prompts.prompt import Document, Prompt, document_text
 from ..utils.inputs import short
 
 BOS, EOS = 1, 2  # fixed in the official code
 _BEFORE = "Passage: "
-QUESTION = 4  # tokens of " Question: \n"; the hints are put so far before the end of the document part
+QUESTION = 4  # tokens of " Question: \n" at the end of the document part; the hints are put before them
 
 
 @dataclass(frozen=True)
 class OfficialTokens:
-    """Template words that the clue modules read: around the clues, and behind the document, which give clues too."""
+    """Template words that the clue modules read.
+
+    hints, newline: around the clues.
+    question: after the document; these tokens may become clues.
+    """
 
     hints: tuple[int, ...]
     newline: tuple[int, ...]
     question: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer) -> OfficialTokens:
-        """Raises: ValueError for another kind of tokenizer than Llama's, where the official code would go astray."""
+    def of(cls, tokenizer: Any) -> OfficialTokens:
+        """Tokenise the words. Raises: ValueError for a tokenizer unlike Llama's, with which the official code fails."""
         found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         if found != (BOS, EOS):
             raise ValueError(
@@ -51,14 +57,14 @@ class OfficialPrompt(Prompt):
     """`Prompt` with the official template.
 
     ``max_document_tokens`` counts the tokens of "Passage: {title} {text} \\n Question: \\n". Of a longer one the first
-    piece and the end are kept: the title and the beginning of the text are lost. (The official limit of 300 is one of
-    document part, BOS, query and EOS together; here it does not depend on the query, so that prefixes can be shared.)
-    The span of a `DocumentPrefix` is all of that but "Question: \\n": its template words may become clues.
+    piece and the end are kept, so the title and the beginning of the text are lost. (The official limit of 300 is one
+    for document part, BOS, query and EOS together; here it does not depend on the query, so that prefixes can be
+    shared.) The span of a `DocumentPrefix` is all of this except "Question: \\n": template words may become clues.
 
     Raises: ValueError for a tokenizer that is not Llama's.
     """
 
-    def __init__(self, tokenizer, config: QPeftConfig) -> None:
+    def __init__(self, tokenizer: Any, config: QPeftConfig) -> None:
         super().__init__(tokenizer, config)
         self.tokens = OfficialTokens.of(tokenizer)
         head = (BOS, *self._encode([config.instruction])[0])
@@ -71,7 +77,7 @@ class OfficialPrompt(Prompt):
             self.suffix = SuffixPieces((), self.tokens.question, self.tokens.question, **scored)
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
-        """Prefixes of the documents, or what stands after the hints.
+        """Make the prefixes of documents, or the pieces after the hints.
 
         Raises: ValueError for a document with the text of a token "<s>", which the official code takes for the
             beginning of the query.
@@ -88,14 +94,17 @@ class OfficialPrompt(Prompt):
         return prefixes
 
     def queries(self, queries: Sequence[str], cut: list[int] | None = None) -> list[tuple[int, ...]]:
-        """As `Prompt.queries`. Raises also: ValueError for a query with the text of a token "<s>"."""
+        """Tokenise queries like `Prompt.queries`.
+
+        Raises also: ValueError for a query with the text of a token "<s>".
+        """
         encoded = super().queries(queries, cut)
         for query, ids in zip(queries, encoded, strict=True):
             self._expect_no_bos("query", query, ids)
         return encoded
 
     def offsets(self, document: Document) -> list[tuple[int, int]]:
-        """As `Prompt.offsets`; words of the template have empty spans."""
+        """Find character spans like `Prompt.offsets`; words of the template have empty spans."""
         text = document_text(document)
         spans = self._text_tokenizer.offsets(_document_part(text))
         return [

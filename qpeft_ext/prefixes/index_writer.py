@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..prompts.prompt import DocumentPrefix
+from ..prompts.pieces import DocumentPrefix
 from ..utils.files import drop_temporary, folder_permissions, permissions_of, write_text
 from ..utils.locks import lock_folder
 from ..utils.memory import in_halves

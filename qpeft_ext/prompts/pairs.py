@@ -1,4 +1,4 @@
-"""Query–document pairs as token ids, and the padded rows that the LM reads."""
+"""Query–document pairs as token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .prompt import Document, DocumentPrefix, Prompt, document_text
+from .pieces import DocumentPrefix
+from .prompt import Document, Prompt, document_text
 
 try:
     from .._host import pack_ragged
@@ -26,11 +27,12 @@ except ImportError:  # not built: QPEFT_REFERENCE=1
 class PairBatch:
     """B query–document pairs over *distinct* queries and documents.
 
-    queries: token ids of Q queries.  documents: prefixes of N documents.
+    queries: token ids of Q queries.
+    documents: prefixes of N documents.
     pairs: B times (query index, document index).
-    candidates: of each query, the indices of the documents that it is ranked among (for ``source="candidates"``);
-        None: those that it is paired with.
-    cut_queries: how many queries were cut to ``max_query_tokens``.
+    candidates: for each query the indices of the documents that it is ranked among (for ``source="candidates"``);
+        None: the documents that it is paired with.
+    cut_queries: the number of queries that were cut to ``max_query_tokens``.
     """
 
     queries: list[tuple[int, ...]]
@@ -49,8 +51,12 @@ class PairBatch:
     ) -> PairBatch:
         """Tokenise each distinct query and document text once; the order of the pairs is kept.
 
-        lists: the list of candidates that each pair belongs to; the same query in two lists counts as two queries.
-        truncate_queries: cut queries that are longer than ``max_query_tokens`` at their end, instead of an error.
+        Args:
+            prompt: makes the token ids.
+            pairs: (query, document).
+            lists: for each pair the list of candidates that it belongs to; a query in two lists counts as two queries.
+            truncate_queries: whether queries longer than ``max_query_tokens`` are cut at their end; otherwise they are
+                an error.
         """
         queries: dict[tuple[str, int], int] = {}
         documents: dict[str, int] = {}
@@ -71,19 +77,19 @@ class PairBatch:
         return len(self.pairs)
 
     def select(self, pair_rows: Sequence[int]) -> PairBatch:
-        """The same queries and documents with some of the pairs."""
+        """Make a batch of the same queries and documents with some of the pairs."""
         return PairBatch(self.queries, self.documents, [self.pairs[i] for i in pair_rows], self.candidates)
 
 
 def paired_documents(pairs: Sequence[tuple[int, int]], num_queries: int) -> list[list[int]]:
-    """Of each query, the distinct documents that it is paired with, in order."""
+    """List the distinct documents that each query is paired with, in order."""
     found: list[dict[int, None]] = [{} for _ in range(num_queries)]
     for query, document in pairs:
         found[query][document] = None
     return [list(documents) for documents in found]
 
 
-def pad(rows: Sequence[Sequence[int]], device, width: int = 0) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Sequence[int]], device: torch.device | str, width: int = 0) -> tuple[Tensor, Tensor]:
     """Right-pad lists of ids with 0, to ``width`` at least: ids [B, L] int64 and mask [B, L] bool."""
     values, offsets = pack_ragged(rows)
     lengths = np.diff(offsets)
@@ -93,8 +99,8 @@ def pad(rows: Sequence[Sequence[int]], device, width: int = 0) -> tuple[Tensor, 
     return to_device(ids, device), to_device(mask, device)
 
 
-def to_device(array: np.ndarray, device) -> Tensor:
-    """A tensor of the array; through pinned memory to a GPU, so that the host need not wait for the copy."""
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """Make a tensor of an array; it goes to a GPU through pinned memory, so that the host need not wait."""
     tensor = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

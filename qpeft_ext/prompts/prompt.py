@@ -2,7 +2,7 @@
 
     <bos> {instruction} Passage: {title} {text}\\n  |  hints: <clue vectors>\\nQuestion: {query}
 
-With `num_virtual_tokens` a trained soft prompt stands in the place of the instruction. With ``template="upr"``:
+With ``num_virtual_tokens`` a trained soft prompt takes the place of the instruction. With ``template="upr"``:
 
     <bos> Passage: {title} {text}  |  hints: <clue vectors>. Please write a question based on this passage. {query}
 
@@ -11,10 +11,10 @@ With ``layout="clues_first"`` the clues stand before the document, and nothing c
     <bos> {instruction} hints: <clue vectors>\\n Passage: {title} {text}\\nQuestion: {query}
 
 The encoder of an encoder–decoder LM reads all but the query, between the special tokens that the tokenizer puts around
-a text (T5: ``</s>`` at the end); the query is its decoder's.
+a text (T5: ``</s>`` at the end); the decoder reads the query.
 
-The pieces are tokenised separately, so the ids of a prefix depend on its document alone, and every span is known
-as a number: nothing is ever searched by token id.
+The pieces are tokenised separately. So the ids of a prefix depend on its document only, and the place of every span is
+known without searching for token ids.
 
 Documents and queries are text: the words of a special token in them (``</s>``, ``<|im_start|>``) are tokenised as any
 other words, unless ``allow_special_tokens``. In an instruction they are special tokens.
@@ -23,94 +23,15 @@ other words, unless ``allow_special_tokens``. In an instruction they are special
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..config import QPeftConfig
 from ..utils.inputs import as_list, expect_text, kind_of, short
 from ..utils.text_tokens import TextTokenizer
+from .pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 
 Document = str | dict
 UPR_INSTRUCTION = ". Please write a question based on this passage."  # Sachan et al. 2022, arXiv 2204.07496
-
-
-@dataclass(frozen=True)
-class DocumentPrefix:
-    """Token ids of one document prefix; with ``layout="clues_first"`` of the piece that stands after the clues.
-
-    ids: the whole prefix, with 0 for each token of a soft prompt.  start, end: the span that clues come from, title
-    and text.  cut: tokens lost to truncation.
-    """
-
-    ids: tuple[int, ...]
-    start: int
-    end: int
-    cut: int
-
-    @property
-    def document_ids(self) -> tuple[int, ...]:
-        return self.ids[self.start : self.end]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _AroundTheQuery:
-    """Tokens that are scored with the query, before and after it; of an encoder–decoder LM also what its decoder reads
-    before them (``given``)."""
-
-    given: tuple[int, ...] = ()
-    scored_before: tuple[int, ...] = ()
-    scored_after: tuple[int, ...] = ()
-
-    def scored(self, query: tuple[int, ...]) -> tuple[int, ...]:
-        """The tokens whose likelihood is the score."""
-        return (*self.scored_before, *query, *self.scored_after)
-
-
-@dataclass(frozen=True)
-class SuffixPieces(_AroundTheQuery):
-    """The fixed pieces of the suffix: ``hints`` + clues + ``question``, or ``bare_question`` when there is no clue."""
-
-    hints: tuple[int, ...]
-    question: tuple[int, ...]
-    bare_question: tuple[int, ...]
-
-    @property
-    def least_tokens(self) -> int:
-        """Tokens of a suffix without clue and query."""
-        return len(self.bare_question)
-
-    def lay_out(self, document: tuple[int, ...], clues: int) -> tuple[tuple[int, ...], int, int]:
-        """A prompt up to its query.
-
-        Returns: the ids, 0 in each of the ``clues`` slots; where the slots begin; where what follows the document does.
-        """
-        if not clues:
-            return document + self.bare_question, len(document), len(document)
-        ids = (*document, *self.hints, *(0,) * clues, *self.question)
-        return ids, len(document) + len(self.hints), len(document)
-
-
-@dataclass(frozen=True)
-class CluesFirstPieces(_AroundTheQuery):
-    """Those of ``layout="clues_first"``: ``head`` + ``hints`` + clues + ``newline`` + document + ``question``.
-
-    Without a clue there are neither ``hints`` nor ``newline``. `lay_out` is as in `SuffixPieces`.
-    """
-
-    head: tuple[int, ...]
-    hints: tuple[int, ...]
-    newline: tuple[int, ...]
-    question: tuple[int, ...]
-
-    @property
-    def least_tokens(self) -> int:
-        """Tokens around a document without clue and query."""
-        return len(self.head) + len(self.question)
-
-    def lay_out(self, document: tuple[int, ...], clues: int) -> tuple[tuple[int, ...], int, int]:
-        framed = (*self.hints, *(0,) * clues, *self.newline) if clues else ()
-        ids = (*self.head, *framed, *document, *self.question)
-        return ids, len(self.head) + len(self.hints), len(ids) - len(self.question)
 
 
 class Prompt:
@@ -120,15 +41,16 @@ class Prompt:
         tokenizer: a transformers tokenizer; a pad token is not needed.
         config: `QPeftConfig` (template, layout, instruction, num_virtual_tokens, allow_special_tokens, the two length
             limits, and whether there are clues).
-        encoder_decoder: whether the LM is one.
+        encoder_decoder: whether the LM is an encoder–decoder.
 
     Attributes:
-        num_embeddings: rows of the LM's embedding table, which no token id may reach; None: not known (`expect_rows`).
-        soft_prompt_start: where in every prefix the soft prompt stands, if there is one.
-        instruction_ids: the tokens that it replaces; () without one.
+        num_embeddings: number of rows of the LM's embedding table; None: not known yet (`expect_rows`).
+        soft_prompt_start: the place of the soft prompt in every prefix, if there is one.
+        instruction_ids: the tokens that the soft prompt replaces; () without one.
+        suffix: the fixed pieces around clues and query.
     """
 
-    def __init__(self, tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> None:
+    def __init__(self, tokenizer: Any, config: QPeftConfig, encoder_decoder: bool = False) -> None:
         self.tokenizer = tokenizer
         self.encoder_decoder = encoder_decoder
         self.max_document_tokens = config.max_document_tokens
@@ -137,7 +59,7 @@ class Prompt:
         self._text_tokenizer = TextTokenizer(tokenizer, config.allow_special_tokens)
         self._template_tokenizer = TextTokenizer(tokenizer, special_tokens=True)
         self.num_embeddings: int | None = None
-        # SentencePiece tokenizers put a space before each piece by themselves; byte-level ones need it in the text.
+        # SentencePiece tokenizers put a space before each piece; byte-level ones need it in the text
         first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"][:1])
         self._adds_space = bool(first) and first[0].startswith("▁")
         if encoder_decoder:
@@ -156,7 +78,7 @@ class Prompt:
         around: dict[str, tuple[int, ...]] = {}
         if encoder_decoder:
             question, bare = question + eos, bare + eos
-            if config.clues == "none":  # then all that the encoder reads is the document's
+            if config.clues == "none":  # then the encoder's input depends on the document only
                 tail, bare = tail + bare, ()
             upr = config.template == "upr"
             around = {"scored_before": bos, "scored_after": eos} if upr else {"given": bos}
@@ -164,7 +86,7 @@ class Prompt:
         self._head, self._tail = bos + head, tail
 
     def _pieces(self, config: QPeftConfig) -> tuple[tuple[int, ...], ...]:
-        """Before the text, after it, before the clues, after them, and in their place if there is none."""
+        """Tokenise the pieces before the text, after it, before the clues, after them, and in the place of no clues."""
         if config.template == "upr":
             head, hints = self._encode(["Passage:", self._spaced("hints:")])
             question = self._continued(UPR_INSTRUCTION)
@@ -179,12 +101,12 @@ class Prompt:
         return tuple(tuple(ids) for ids in pieces)
 
     def _continued(self, text: str) -> list[int]:
-        """Token ids of a text that goes on where a word ends."""
+        """Tokenise a text that follows a word without a space."""
         word, both = self._encode(["a", f"a{text}"])
         return both[len(word) :] if both[: len(word)] == word else self._encode([text])[0]
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The special tokens that the tokenizer puts before and after a text."""
+        """Find the special tokens that the tokenizer puts before and after a text."""
         text, whole = self._encode(["a"])[0], self.tokenizer("a")["input_ids"]
         for start in range(len(whole) - len(text) + 1):
             if whole[start : start + len(text)] == text:
@@ -192,13 +114,13 @@ class Prompt:
         return (), ()
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of pieces of the template."""
+        """Tokenise pieces of the template."""
         return self._template_tokenizer(texts)
 
     def expect_rows(self, num_embeddings: int) -> None:
-        """From now on token ids must be rows of an embedding table of this length.
+        """Check from now on that every token id has a row in an embedding table of this length.
 
-        Raises: ValueError if one of the template is none; `documents` and `queries` raise it for texts.
+        Raises: ValueError if a token of the template has none; `documents` and `queries` raise it for texts.
         """
         self.num_embeddings = num_embeddings
         pieces = [self._head, self._tail, self.instruction_ids, *vars(self.suffix).values()]
@@ -219,11 +141,11 @@ class Prompt:
 
     @property
     def least_tokens(self) -> int:
-        """Tokens that the LM reads of a prompt with an empty document, no clue and a query of one token."""
+        """Tokens that the LM reads of the shortest prompt: an empty document, no clue and a query of one token."""
         return len(self._head) + len(self._tail) + self.suffix.least_tokens
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
-        """Prefixes of the documents; only a document's own text is ever truncated, at its end."""
+        """Make the prefixes of documents; only a document's own text is ever truncated, at its end."""
         prefixes = []
         texts = [document_text(document) for document in documents]
         for text, ids in zip(texts, self._text_tokenizer([self._spaced(text) for text in texts]), strict=True):
@@ -235,9 +157,10 @@ class Prompt:
         return prefixes
 
     def queries(self, queries: Sequence[str], cut: list[int] | None = None) -> list[tuple[int, ...]]:
-        """Token ids of the queries.
+        """Tokenise queries.
 
         Args:
+            queries: strings.
             cut: if a list is given, queries that are longer than ``max_query_tokens`` are cut at their end and their
                 places are added to it; without one they are an error.
         Raises: TypeError if a query is not a string; ValueError if it is empty or too long, or has a token that the
@@ -261,19 +184,19 @@ class Prompt:
         return [tuple(ids) for ids in encoded]
 
     def count(self, query: str) -> int:
-        """Tokens of a query of any length, also of none."""
+        """Count the tokens of a query of any length, also of an empty one."""
         return len(self._text_tokenizer([self._query_text(query)])[0])
 
     def fits(self, query: str) -> bool:
-        """Whether `queries` takes it."""
+        """Tell whether `queries` accepts a query of this length."""
         return 0 < self.count(query) <= self.max_query_tokens
 
     def _query_text(self, query: str) -> str:
-        """As it is tokenised: behind a prompt, or at the beginning of what a decoder writes."""
+        """Give the text that is tokenised: it follows a prompt, or begins what a decoder writes."""
         return query.strip() if self.encoder_decoder else self._spaced(query.strip())
 
     def offsets(self, document: Document) -> list[tuple[int, int]]:
-        """Character spans of the document tokens in `document_text`, in the order of ``document_ids``.
+        """Find the character spans of a document's tokens in `document_text`, in the order of ``document_ids``.
 
         Raises: ValueError for a tokenizer that cannot give offsets (a slow one).
         """
@@ -285,9 +208,10 @@ class Prompt:
 
 
 def document_text(document: Document, place: str = "a document") -> str:
-    """Title and text of a document as one string, title first.
+    """Join title and text of a document, title first.
 
     Args:
+        document: a string, or a dict with "text" and perhaps "title".
         place: what an error calls it, such as "document 5 of query 0".
     Raises: TypeError if it is neither a string nor a dict with a string ``text`` (and a string ``title``); ValueError
         for half a surrogate pair, which no tokenizer takes.
@@ -308,17 +232,19 @@ def document_text(document: Document, place: str = "a document") -> str:
 
 
 def expect_query(query: str, place: str) -> str:
-    """The query itself. Raises: as `expect_text`; ValueError if it is empty."""
+    """Return the query itself. Raises: as `expect_text`; ValueError if it is empty."""
     if not expect_text(query, place).strip():
         raise ValueError(f"{place} must have at least one token, got {short(query)}")
     return query
 
 
 def as_documents(documents: Iterable[Document], what: str, of: str = "") -> list[Document]:
-    """What was given as the documents of a query, read once, each of them checked.
+    """Read the documents of a query once, and check each.
 
     Args:
-        what: "rank: documents"; errors about the list begin with it.  of: " of query 3", behind "document 5".
+        documents: what a user gave.
+        what: what errors about the list begin with, such as "rank: documents".
+        of: what follows "document 5" in an error, such as " of query 3".
     Raises: as `as_list` and `document_text`.
     """
     checked = as_list(documents, what, "one document goes into a list: [document]")
@@ -328,8 +254,11 @@ def as_documents(documents: Iterable[Document], what: str, of: str = "") -> list
 
 
 def as_pairs(pairs: Iterable[Any], what: str) -> list[tuple[str, Document]]:
-    """What was given as (query, document) pairs, read once, each of them checked.
+    """Read (query, document) pairs once, and check each.
 
+    Args:
+        pairs: what a user gave.
+        what: what errors begin with.
     Raises: TypeError or ValueError that begins with ``what`` or names the pair.
     """
     checked = []
