@@ -1,95 +1,27 @@
-"""Indexes: made, killed, resumed, damaged, used by the reranker; what does not fit is refused."""
+"""Indexes: made, used by the reranker, and refused where they do not fit."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pickle
 import re
-import shutil
-import signal
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from families.tiny import tiny_lm, tiny_tokenizer
-from jobs.tiny_job import copy_job, make_job
-from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import load_file
-from small_data import DOCUMENTS, QUERIES, RUN
+from families.tiny import tiny_lm
+from jobs.tiny_job import copy_job
+from small_data import RUN
+from tiny_index import command, contents, corpus, error, make, model, scores
 
 import qpeft_ext as qpeft
 from qpeft_ext import formats
-from qpeft_ext.cli import main
 from qpeft_ext.engine.causal import CausalEngine
 from qpeft_ext.prefixes import index as prefix_index
-from qpeft_ext.prefixes import index_writer as index_run
 from qpeft_ext.prefixes.index import PrefixIndex, shard_paths
 from qpeft_ext.prefixes.index_writer import IndexWriter
 from qpeft_ext.prefixes.kv import PrefixKV
-from qpeft_ext.utils.files import AtomicWriter
 
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return make_job(tmp_path_factory.mktemp("job"))
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
-
-
-def model(lm=None, **options) -> qpeft.QPeftModel:
-    return qpeft.get_qpeft_model(lm or tiny_lm("llama"), qpeft.QPeftConfig(clues="none", **options), tiny_tokenizer())
-
-
-def corpus(documents=DOCUMENTS) -> dict[str, dict]:
-    return {i: {"id": i, "title": title, "text": text} for i, (title, text) in documents.items()}
-
-
-def make(folder: Path, of=None, documents=None, **options) -> index_run.Survey:
-    """An index with a shard for every prefix or two, unless told otherwise."""
-    with IndexWriter(of or model(), documents or corpus(), folder, **({"shard_bytes": 1} | options)) as writer:
-        survey = writer.survey(show_progress_bar=False)
-        writer.expect_room(survey)
-        writer.run(survey, show_progress_bar=False)
-    return survey
-
-
-def contents(folder: Path) -> dict[str, torch.Tensor]:
-    """Every prefix of an index by name, read with the safetensors library; none may be there twice."""
-    found = {}
-    for path in shard_paths(folder):
-        with safe_open(path, "pt") as shard:
-            assert not found.keys() & set(shard.keys())
-            found |= {name: shard.get_tensor(name).clone() for name in shard.keys()}  # not the memory map
-    return found
-
-
-def scores(of, cache=None, **options):
-    pairs = [(query, document) for query in QUERIES.values() for document in corpus().values()]
-    return of.score(pairs, cache=cache, **options).query_log_likelihood
-
-
-def command(capsys, *arguments) -> str:
-    code = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
-    return out
-
-
-def error(capsys, *arguments) -> str:
-    assert main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert err.count("\n") == 1
-    return err
-
-
-# -- making and using -----------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("cache_folder")
 
 
 def test_scores_with_an_index(tmp_path, monkeypatch):
@@ -170,92 +102,6 @@ def test_rerank_with_an_index(job, tmp_path, capsys, monkeypatch):
     assert "is no index" in error(capsys, *arguments[:-1], tmp_path)
 
 
-def trained(of, folder, **options) -> dict[str, torch.Tensor]:
-    """Weights after two steps."""
-    examples = [
-        {"query": query, "positives": [corpus()[i]], "negatives": [corpus()["d1" if i != "d1" else "d2"]]}
-        for query, i in zip(QUERIES.values(), corpus(), strict=False)
-    ]
-    arguments = transformers.TrainingArguments(
-        str(folder / "out"),
-        per_device_train_batch_size=len(examples),
-        max_steps=2,
-        learning_rate=1e-2,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = qpeft.QPeftTrainer(of, arguments, examples, **options)
-    trainer.train()
-    return {name: p.detach() for name, p in of.named_parameters() if p.requires_grad}
-
-
-def clues_model(lm=None, **options) -> qpeft.QPeftModel:
-    config = qpeft.QPeftConfig(
-        **{"clues": "attention", "num_heads": 4, "rank": 8, "queries_per_group": len(QUERIES), "temperature": 1.0}
-        | options
-    )
-    return qpeft.get_qpeft_model(lm or tiny_lm("llama"), config, tiny_tokenizer())
-
-
-def test_training_with_an_index(tmp_path, monkeypatch):
-    """The same weights, and no document is read, whatever is trained beside the LM."""
-    make(tmp_path / "index")
-    for options in ({}, {"clues": "top_k"}, {"clues": "none", "generated_lora_rank": 2}):
-        expected = trained(clues_model(**options), tmp_path)
-        cache = qpeft.DocumentCache(0, index=tmp_path / "index")
-        with monkeypatch.context() as patch:
-            patch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
-            found = trained(clues_model(**options), tmp_path, cache=cache)
-        assert found.keys() == expected.keys() and cache.hits and not cache.misses
-        for name, weight in found.items():
-            torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
-
-
-def test_training_refuses_an_index_that_is_of_no_use(tmp_path):
-    make(tmp_path / "index")
-    cache = qpeft.DocumentCache(0, index=tmp_path / "index")
-    lora = get_peft_model(tiny_lm("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
-    for of in (clues_model(lora), clues_model(num_virtual_tokens=2), clues_model(train_lm=True, clues="none")):
-        with pytest.raises(ValueError, match="^QPeftTrainer: an index is of no use to this model: its soft prompt, or"):
-            trained(of, tmp_path, cache=cache)
-    with pytest.raises(ValueError, match="^QPeftTrainer: an index is of no use to this model: layout='clues_first'"):
-        trained(clues_model(layout="clues_first"), tmp_path, cache=cache)
-    with pytest.raises(ValueError, match="was made with max_document_tokens 256, here it is 9"):
-        trained(clues_model(max_document_tokens=9), tmp_path, cache=cache)
-    with pytest.raises(ValueError, match="was made with an LM with other weights"):
-        trained(clues_model(tiny_lm("llama", 1)), tmp_path, cache=cache)
-    with pytest.raises(ValueError, match="cache and cache_bytes exclude each other"):
-        trained(clues_model(), tmp_path, cache=cache, cache_bytes=1)
-
-
-def test_train_with_an_index(job, tmp_path, capsys, monkeypatch):
-    arguments = [
-        "train",
-        "--base-model",
-        job / "lm",
-        "--data",
-        job / "data",
-        "--rank",
-        8,
-        "--max-steps",
-        2,
-        "--device",
-        "cpu",
-        "--output",
-    ]
-    assert "none is no index" in error(capsys, *arguments, tmp_path / "no", "--index", tmp_path / "none")
-    assert not (tmp_path / "no").exists()
-    assert main([str(a) for a in (*arguments, tmp_path / "plain")]) == 0
-    command(capsys, "index", job / "data", "--out", tmp_path / "index", "--base-model", job / "lm")
-    monkeypatch.setattr(CausalEngine, "prefill", lambda *_: pytest.fail("a prefix was computed"))
-    assert main([str(a) for a in (*arguments, tmp_path / "mine", "--index", tmp_path / "index")]) == 0
-    plain, mine = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "mine"))
-    for name, weight in mine.items():
-        torch.testing.assert_close(weight, plain[name], rtol=0, atol=1e-4)
-
-
 def test_what_an_index_does_not_have_is_not_copied_for_nothing(tmp_path, monkeypatch):
     lm = model()
     make(tmp_path, lm, corpus({"other": ("", "another text")}))
@@ -281,211 +127,6 @@ def test_out_of_memory_halves_the_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(CausalEngine, "prefill", failing)
     make(tmp_path)
     assert len(contents(tmp_path)) == 6 and tried[:3] == [6, 3, 1]
-
-
-# -- kills and damage -----------------------------------------------------------------------------------------------
-
-
-def killed_at(monkeypatch, moment: str, occurrence: int) -> None:
-    """Let this process die by SIGKILL at the given call, in the middle of writing where something is written."""
-    seen = 0
-
-    def now() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen == occurrence
-
-    write, replace = AtomicWriter.write, os.replace
-
-    def write_half(self, data):
-        if now():
-            write(self, bytes(data)[: len(data) // 2])
-            self.file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(self, data)
-
-    def replace_and_die(source, target):
-        replace(source, target)
-        if now():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(
-        *((AtomicWriter, "write", write_half) if moment == "write" else (os, "replace", replace_and_die))
-    )
-
-
-@pytest.mark.parametrize(
-    "moment, occurrence",
-    [
-        ("write", 1),
-        ("replace", 1),  # the first manifest
-        ("write", 3),
-        ("replace", 2),
-        ("write", 6),
-        ("replace", 4),  # shards
-        ("write", 14),
-        ("replace", 8),  # the last manifest
-    ],
-)
-def test_a_killed_run_goes_on(moment, occurrence, tmp_path, monkeypatch):
-    """The result is that of a run that was not disturbed, bit by bit; no stored prefix is computed again."""
-    lm, folder = model(), tmp_path / "index"
-    make(tmp_path / "expected", lm, deterministic=True)
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)
-        killed_at(monkeypatch, moment, occurrence)
-        make(folder, lm, deterministic=True)
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    there = len(contents(folder))
-    if moment == "write" or occurrence < 8:
-        with pytest.raises((ValueError, FileNotFoundError), match="is not complete|is no index"):
-            PrefixIndex(folder)
-    prefill, computed = CausalEngine.prefill, []
-    monkeypatch.setattr(CausalEngine, "prefill", lambda self, group: computed.append(group) or prefill(self, group))
-    assert make(folder, lm, deterministic=True).there == there
-    assert len(computed) == 6 - there
-    ours, expected = contents(folder), contents(tmp_path / "expected")
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
-    assert not list(folder.glob(".*.tmp")) and json.loads((folder / "manifest.json").read_text())["complete"]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kept", [True, False], ids=["interrupted", "killed"])
-def test_stopped_after_any_pass_the_files_are_those_of_one_run(kept, dtype, tmp_path, monkeypatch):
-    """To the byte, though passes hold several documents: those that were stored already are computed along.
-
-    An interrupt writes what is computed, in a shard that is filled up later; a kill loses it.
-    """
-    documents = {f"d{i}": ("", " ".join(["tide moon sea", "boat", "wind"][: 1 + i % 3]) + f" {i}") for i in range(14)}
-    lm = model(tiny_lm("llama").to(dtype))
-    options = {
-        "documents": corpus(documents),
-        "max_tokens_per_batch": 4 * 55,
-        "shard_bytes": 3 * lm.engine.packing.numel(20) * dtype.itemsize,
-    }
-    make(tmp_path / "grown", lm, documents=corpus(dict(list(documents.items())[:3])))  # a run may begin with an index
-    shutil.copytree(tmp_path / "grown", tmp_path / "expected")
-    prefill, passes = CausalEngine.prefill, []
-    monkeypatch.setattr(CausalEngine, "prefill", lambda self, group: passes.append(len(group)) or prefill(self, group))
-    make(tmp_path / "expected", lm, **options)
-    expected, count = files(tmp_path / "expected"), len(passes)
-    assert count >= 3 and max(passes) > 1 and len(expected) > 4, passes
-    for stop in range(1, count, 1 if dtype == torch.bfloat16 else 2):
-        for again in (0, 1):  # stopped once, or twice
-            folder = tmp_path / f"{stop}-{again}"
-            shutil.copytree(tmp_path / "grown", folder)
-            for number in (stop, again)[: 1 + again]:
-                with stopped_at(monkeypatch, prefill, number, kept), contextlib.suppress(KeyboardInterrupt):
-                    make(folder, lm, **options)
-            make(folder, lm, **options)
-            assert files(folder) == expected, (stop, again)
-
-
-@contextlib.contextmanager
-def stopped_at(monkeypatch, prefill, number: int, kept: bool):
-    seen, stopped = [], []
-
-    def stop(self, group):
-        seen.append(group)
-        if len(seen) > number:
-            stopped.append(True)
-            raise KeyboardInterrupt
-        return prefill(self, group)
-
-    write = IndexWriter._write_shard
-    with monkeypatch.context() as patch:
-        patch.setattr(CausalEngine, "prefill", stop)
-        patch.setattr(IndexWriter, "_write_shard", lambda self: write(self) if kept or not stopped else None)
-        yield
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-70] + b"x" + b[-69:], lambda b: b""])
-def test_a_damaged_shard_costs_its_documents_and_nothing_else(damage, tmp_path, caplog):
-    lm = model()
-    make(tmp_path, lm, deterministic=True)
-    expected, whole = scores(lm, deterministic=True), contents(tmp_path)
-    path = shard_paths(tmp_path)[2]
-    path.write_bytes(damage(path.read_bytes()))
-    cache = qpeft.DocumentCache(0, index=tmp_path)
-    for _ in range(2):
-        assert torch.equal(scores(lm, cache, deterministic=True), expected)
-    assert (cache.hits, cache.misses) == (10, 2)
-    assert [record.message.startswith(f"{path} is damaged") for record in caplog.records] == [True]  # said once
-    cache.index._told.clear()
-    if make(tmp_path, lm, deterministic=True).missing:  # damage inside a prefix is only seen when it is read
-        assert {name: flat.tolist() for name, flat in contents(tmp_path).items()} == {
-            name: flat.tolist() for name, flat in whole.items()
-        }
-
-
-def test_a_shard_that_vanishes_while_it_is_used_is_a_miss(tmp_path, caplog):
-    lm = model()
-    make(tmp_path, lm)
-    cache, expected = qpeft.DocumentCache(0, index=tmp_path), scores(lm)
-    shard_paths(tmp_path)[0].unlink()
-    torch.testing.assert_close(scores(lm, cache), expected, rtol=0, atol=1e-4)
-    assert cache.misses >= 1 and "No such file" in caplog.text
-
-
-def test_ctrl_c_keeps_what_was_computed_and_says_how_to_go_on(job, tmp_path, capsys, monkeypatch):
-    prefill, calls = CausalEngine.prefill, []
-
-    def interrupted(self, group):
-        calls.append(group)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return prefill(self, group)
-
-    monkeypatch.setattr(CausalEngine, "prefill", interrupted)
-    arguments = [
-        "index",
-        str(job / "data"),
-        "--out",
-        str(tmp_path / "index"),
-        "--base-model",
-        str(job / "lm"),
-        "--deterministic",
-    ]
-    assert main(arguments) == 130
-    assert capsys.readouterr().err == (
-        "qpeft index: error: interrupted; what was computed is kept, and the same command goes on from there\n"
-    )
-    assert len(contents(tmp_path / "index")) == 3
-    monkeypatch.undo()
-    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
-    assert "3 of them are there already; 3 to compute" in command(capsys, *arguments)
-
-
-# -- what is refused ------------------------------------------------------------------------------------------------
-
-
-def test_an_index_that_does_not_fit_is_refused_with_the_figures(job, tmp_path, capsys, monkeypatch):
-    class Usage:
-        free = 1000
-
-    monkeypatch.setattr(index_run.shutil, "disk_usage", lambda _: Usage)
-    said = error(capsys, "index", job / "data", "--out", tmp_path / "index", "--base-model", job / "lm")
-    assert re.search(r"the index needs \d+\.\d kB more, but .* has 1\.0 kB free", said)
-    assert not shard_paths(tmp_path / "index")
-
-
-def test_a_disk_that_fills_up_ends_the_run_with_one_line(job, tmp_path, capsys, monkeypatch):
-    write = AtomicWriter.write
-
-    def full(self, data):
-        if self.path.name.startswith("shard"):
-            raise OSError(28, "No space left on device")
-        write(self, data)
-
-    monkeypatch.setattr(AtomicWriter, "write", full)
-    said = error(capsys, "index", job / "data", "--out", tmp_path / "index", "--base-model", job / "lm")
-    assert "No space left on device; make room and run the same command again" in said
 
 
 @pytest.mark.parametrize(

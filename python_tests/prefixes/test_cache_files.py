@@ -1,0 +1,142 @@
+"""The disk tier of a DocumentCache: found again, damaged, full, used by another process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families.tiny import DOCUMENTS
+from tiny_cache import TWO_FILES, Version, filled, key, look, model, prefix, scores
+
+import qpeft_ext as qpeft
+from qpeft_ext.prefixes.files import checksum
+from qpeft_ext.utils.files import AtomicWriter
+
+
+def test_files_are_found_again_and_the_oldest_leaves_first(tmp_path):
+    filled(tmp_path)
+    cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 20)
+    assert look(cache, 0) and cache.tiers["disk"].hits == 1
+    cache._disk._lock.close()
+    again = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=TWO_FILES)
+    again.put(key(7), prefix(7))
+    assert [look(again, i) for i in (0, 1, 7)] == [True, False, True]
+    assert not look(again, 0, version=Version("another lm"))
+
+
+def test_a_folder_belongs_to_one_cache(tmp_path):
+    cache = qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
+    with pytest.raises(ValueError, match="in use by another process"):
+        qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
+    del cache
+    qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
+
+
+def truncated(data: bytearray) -> bytearray:
+    return data[: len(data) // 2]
+
+
+def flipped(place: int):
+    def damage(data: bytearray) -> bytearray:
+        data[place] ^= 64
+        return data
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        lambda data: bytearray(),
+        lambda data: data + b"more",
+        lambda data: bytearray(5000),
+        *map(flipped, (0, 7, 8, 12, -1, -64, -128)),
+    ],
+)
+def test_a_damaged_file_is_a_miss_and_one_warning(damage, tmp_path, caplog):
+    filled(tmp_path, 1)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(damage(bytearray(file.read_bytes())))
+    cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 20)
+    assert not look(cache, 0) and cache.tiers["disk"].misses == 1
+    assert [str(file) in record.message for record in caplog.records] == [True]
+    assert not list(tmp_path.glob("*.safetensors")) and cache.tiers["disk"].nbytes == 0
+    cache.put(key(0), prefix(0))
+    assert look(cache, 0)
+
+
+def test_any_flipped_bit_is_found(tmp_path):
+    """No position of the file can change without a miss, except where it changes nothing that is read."""
+    filled(tmp_path, 1)
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 20)
+        look(cache, 0)  # asserts that a hit is right
+        assert place < len(whole) - 128 or cache.hits == 0
+        cache._disk._lock.close()
+        file.write_bytes(whole)
+
+
+def test_the_checksum_sees_moved_words_and_blocks():
+    data = torch.arange(3 * 512 + 5).view(torch.uint8).numpy()
+    expected = checksum(data)
+    for a, b in ((0, 4096), (4096, 8192), (12288, 12296)):
+        moved = data.copy()
+        moved[a : a + 8], moved[b : b + 8] = data[b : b + 8], data[a : a + 8]
+        assert checksum(moved) != expected
+    assert checksum(data[:-1]) != expected
+
+
+def test_a_full_disk_stops_the_tier_and_not_the_work(tmp_path, monkeypatch, caplog):
+    lm, cache = model(), qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 30)
+    expected, written = scores(lm), []
+
+    def write(self, data):
+        written.append(len(data))
+        if len(written) > 3:  # in the middle of the second file
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.stream.write(data)
+
+    monkeypatch.setattr(AtomicWriter, "write", write)
+    for _ in range(2):
+        torch.testing.assert_close(scores(lm, cache), expected)
+    assert len(caplog.records) == 1 and "stores nothing more: No space left on device" in caplog.records[0].message
+    assert (len(cache._disk), cache._disk.hits) == (1, 1)
+    assert sorted(os.listdir(tmp_path))[0] == ".lock" and len(os.listdir(tmp_path)) == 2
+
+
+def test_another_process_finds_the_files_of_the_same_lm_only(tmp_path):
+    script = (
+        "import sys, json, torch; sys.path.insert(0, sys.argv[2]); torch.set_num_threads(1)\n"
+        "import qpeft_ext as qpeft; from tiny import PAIRS, tiny_lm, tiny_tokenizer\n"
+        "cache = qpeft.DocumentCache(0, disk=sys.argv[1], disk_bytes=1 << 30)\n"
+        "hits = []\n"
+        "for change in (1.0, 1.0 + 1e-6):\n"  # one weight differs in its last bits
+        "    lm = tiny_lm('llama')\n"
+        "    with torch.no_grad(): lm.model.layers[0].mlp.up_proj.weight[3, 5] *= change\n"
+        "    model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues='none'), tiny_tokenizer())\n"
+        "    model.score(PAIRS, cache=cache)\n"
+        "    hits.append(cache.hits)\n"
+        "print(json.dumps(hits))\n"
+    )
+    cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 30)
+    scores(model(), cache)
+    cache._disk._lock.close()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path), str(Path(__file__).parents[1] / "families")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [len(DOCUMENTS)] * 2
