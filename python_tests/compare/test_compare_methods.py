@@ -16,6 +16,7 @@ from qpeft_ext.compare.methods import PRESETS
 from qpeft_ext.compare.plan_file import read_plan
 from qpeft_ext.compare.prefix_tuning import PrefixTuningModel
 from qpeft_ext.compare.yes_no import YesNoModel
+from qpeft_ext.lm.passes import LMPasses
 
 peft = pytest.importorskip("peft")
 PLANS = Path(__file__).parents[2] / "benchmarks"
@@ -74,6 +75,15 @@ def test_prefix_tuning_through_a_cache():
         after = model(batch, cache=cache).query_log_likelihood
         assert float((after - before).abs().max()) > 0.01
         torch.testing.assert_close(after, model(batch).query_log_likelihood, rtol=1e-5, atol=1e-5)
+
+
+def test_prefix_tuning_has_the_engines_own_prefix_pass(monkeypatch):
+    """So that its times are comparable: what makes other methods' passes faster is set there too."""
+    model, entered = prefix_tuned("llama"), []
+    prefix = LMPasses.prefix
+    monkeypatch.setattr(LMPasses, "prefix", lambda self: entered.append(self) or prefix(self))
+    model.score(RAGGED)
+    assert entered and all(passes is model.engine.lm_passes for passes in entered)
 
 
 def test_prefix_tuning_refuses():
