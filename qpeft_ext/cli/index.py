@@ -49,11 +49,12 @@ def command(
 
     device = default_device(device)
     quiet_transformers()
-    if base_model is None or model:
+    if model:
         qpeft = QPeftModel.from_pretrained(
             model, base_model, max_document_tokens=max_document_tokens, device=device, dtype=dtype, attention=attention
         )
     else:
+        assert base_model is not None, "checked above"
         lm = load_lm(base_model, dtype=dtype, device=device, attention=attention)
         limits: dict[str, Any] = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
         qpeft = get_qpeft_model(lm, QPeftConfig(clues="none", **limits))

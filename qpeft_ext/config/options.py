@@ -170,7 +170,11 @@ class QPeftConfig:
                 raise ValueError(f"QPeftConfig: {message.format(c=self)}")
 
     def is_set(self, name: str) -> bool:
-        """Return whether an option differs from its default, or from the value that compat="official" gives it."""
+        """Return True if an option differs from its default, or from the value that compat="official" gives it.
+
+        Args:
+            name: Name of the option.
+        """
         is_given = self.compat == "official" and name in OFFICIAL
         return getattr(self, name) != (OFFICIAL[name] if is_given else _default(name))
 
