@@ -13,121 +13,20 @@ import math
 import platform
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from data import TokenisedTexts, hints, prepare, prompt_rows, pseudo_query
+from batches import copy_batch, query_batches
+from data import TokenisedTexts, prepare
 from evaluate import DevSet
 from likelihood import hidden_states, log_likelihoods
+from recipe import Recipe, new_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from qpeft_ext.demo import harvest
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that the result depends on, apart from the installed packages."""
-
-    seed: int = 0
-    # model
-    vocabulary: int = 4096
-    layers: int = 3
-    width: int = 192
-    inner_width: int = 512
-    heads: int = 6
-    key_value_heads: int = 2
-    initial_scale: float = 0.06  # of all weights; transformers' 0.02 is meant for wider models
-    # lengths in tokens
-    max_document_tokens: int = 160
-    max_query_tokens: int = 48
-    # stage 1: plain repetitions
-    copy_batch: int = 32
-    copy_ids: int = 4096  # of the most frequent ids only: copying what is rare follows
-    copy_learning_rate: float = 2e-3  # at a width of 512 nothing is copied after 2,700 steps; 5e-4 does it
-    copy_accuracy: float = 0.95
-    copy_most_steps: int = 3000
-    # stage 2: queries of documents
-    steps: int = 6000
-    batch: int = 16  # documents; each carries about four queries
-    passages: float = 0.0  # share of documents that are passages (--passages-from), not definitions
-    asked: float = 0.3  # share of passages that have a question
-    documented: float = 0.7  # share of documents that have a docstring; 0.95 during the decay
-    decay: float = 0.3  # share of the steps, at the end, over which the learning rate falls to zero
-    warmup: int = 100
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    document_loss: float = 0.1  # weight of plain language modelling on a few document tokens
-    document_loss_tokens: int = 16  # per document
-
-
-def new_model(recipe: Recipe) -> LlamaForCausalLM:
-    torch.manual_seed(recipe.seed)
-    config = LlamaConfig(
-        vocab_size=recipe.vocabulary,
-        hidden_size=recipe.width,
-        intermediate_size=recipe.inner_width,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.key_value_heads,
-        max_position_embeddings=1024,
-        initializer_range=recipe.initial_scale,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
-
-
-# -- batches: a function of (recipe, step) alone, so that a resumed run sees what an uninterrupted one would ----------
-
-
-def copy_batch(recipe: Recipe, step: int) -> torch.Tensor:
-    """``p p`` with 6 to 20 ids, [B, 2 L]; Zipf-distributed over the vocabulary, which is sorted by frequency."""
-    rng = np.random.default_rng([recipe.seed, 1, step])
-    length, count = int(rng.integers(6, 21)), min(recipe.vocabulary, recipe.copy_ids) - 1
-    zipf = 1 / np.arange(1, count + 1)
-    ids = 1 + rng.choice(count, (recipe.copy_batch, length), p=zipf / zipf.sum())
-    return torch.from_numpy(np.concatenate([ids, ids], axis=1))
-
-
-def query_batches(recipe: Recipe, texts: TokenisedTexts, group: int, decaying: bool) -> list[list]:
-    """Eight batches of about equal row lengths each, in random order."""
-    rng = np.random.default_rng([recipe.seed, 2, group])
-    has_sentence = np.diff(texts.first_sentence) > 0
-    is_passage = np.arange(len(texts.documents)) >= texts.first_passage
-    pools = {
-        (passage, documented): np.flatnonzero((is_passage == passage) & (has_sentence == documented))
-        for passage in (False, True)
-        for documented in (False, True)
-    }
-    rows = []
-    for _ in range(8 * recipe.batch):
-        passage = recipe.passages > 0 and rng.random() < recipe.passages
-        is_documented = rng.random() < (recipe.asked if passage else 0.95 if decaying else recipe.documented)
-        index = int(rng.choice(pools[passage, is_documented]))
-        document = texts.documents[index]
-        queries = []
-        if is_documented:
-            first, stop = texts.first_sentence[index], texts.first_sentence[index + 1]
-            if passage:  # its questions are equals; of a docstring the first sentence is the one that matters
-                first = int(rng.integers(first, stop))
-            queries.append((texts.sentences[first], False))
-            if rng.random() < 0.5:
-                queries.append((texts.sentences[first], True))
-            if stop > first + 1 and rng.random() < 0.7:
-                queries.append((texts.sentences[int(rng.integers(first + 1, stop))], rng.random() < 1 / 3))
-        for _ in range(2 if is_documented else 3):
-            queries.append((pseudo_query(document, texts, rng), rng.random() < 1 / 3))
-        with_hints = [(query, hints(document, query, texts, rng) if hinted else None) for query, hinted in queries]
-        rows.append(prompt_rows(document, with_hints, texts.prompt))
-    rows.sort(key=lambda row: len(row[0]))
-    batches = [rows[start : start + recipe.batch] for start in range(0, len(rows), recipe.batch)]
-    return [batches[position] for position in rng.permutation(len(batches))]
-
 
 # -- losses ------------------------------------------------------------------------------------------------------------
 
@@ -218,11 +117,6 @@ class Run:
         return True
 
 
-def _decay_start(recipe: Recipe) -> int:
-    """The step from which on the learning rate falls; a multiple of 8, so that a group of batches is of one kind."""
-    return math.ceil((1 - recipe.decay) * recipe.steps / 8) * 8
-
-
 def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, passages: Path | None) -> Run:
     texts = prepare(folder, recipe.vocabulary, recipe.max_document_tokens, recipe.max_query_tokens, recipe.seed,
                     passages)  # fmt: skip
@@ -255,7 +149,7 @@ def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, pa
 
     losses: list[float] = []
     while run.step < recipe.steps:
-        decay_start = _decay_start(recipe)
+        decay_start = recipe.decay_start
         group, within = divmod(run.step, 8)
         if within == 0 or not losses:
             batches = query_batches(recipe, texts, group, run.step >= decay_start)
@@ -275,7 +169,7 @@ def train(recipe: Recipe, folder: Path, save_every: int, evaluate_every: int, pa
 
 def tokens_seen(recipe: Recipe, texts: TokenisedTexts, copy_steps: int, query_steps: int) -> dict[str, int]:
     """Tokens that the LM has read, by stage; padding is none."""
-    groups = [query_batches(recipe, texts, group, group * 8 >= _decay_start(recipe))
+    groups = [query_batches(recipe, texts, group, group * 8 >= recipe.decay_start)
               for group in range(math.ceil(query_steps / 8))]  # fmt: skip
     batches = [batch for group in groups for batch in group][:query_steps]
     return {

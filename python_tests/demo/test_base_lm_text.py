@@ -10,6 +10,7 @@ from small_data import write_folder, write_lines
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "base_lm"))
 
+batches = pytest.importorskip("batches")
 data = pytest.importorskip("data")
 passages = pytest.importorskip("passages")
 train = pytest.importorskip("train")
@@ -45,18 +46,18 @@ def test_batches_have_the_share_of_passages(root, monkeypatch):
     monkeypatch.setattr(data, "training_texts", lambda: definitions)
     texts = data.prepare(root / "made", 300, 40, 20, seed=0, passages=root)
     assert texts.first_passage == 20 and len(texts.documents) == 20 + 36
-    drawn, original = [], train.prompt_rows
+    drawn, original = [], batches.prompt_rows
 
     def watched(document, *rest):
         drawn.append(document)
         return original(document, *rest)
 
-    monkeypatch.setattr(train, "prompt_rows", watched)
+    monkeypatch.setattr(batches, "prompt_rows", watched)
     of_passages = {texts.documents[i].tobytes() for i in range(20, 56)}
     for share in (0.0, 0.75):
         drawn.clear()
-        batches = train.query_batches(train.Recipe(batch=32, passages=share), texts, 0, decaying=False)
-        assert len(batches) == 8 and len(drawn) == 256
+        made = batches.query_batches(train.Recipe(batch=32, passages=share), texts, 0, decaying=False)
+        assert len(made) == 8 and len(drawn) == 256
         found = np.mean([document.tobytes() in of_passages for document in drawn])
         assert found == pytest.approx(share, abs=0.1)
     assert json.loads((root / "made" / "tokenizer.json").read_text())
