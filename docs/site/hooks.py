@@ -25,20 +25,6 @@ CODE = re.compile(r"^( *)(```|~~~).*?^\1\2 *$|`[^`\n]+`", re.M | re.S)
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out pages of the navigation that are not written yet."""
-    for section in config.nav:
-        for name, pages in section.items():
-            if isinstance(pages, list):
-                section[name] = [page for page in pages if is_there(page)]
-    return config
-
-
-def is_there(page: str | dict[str, str]) -> bool:
-    path = page if isinstance(page, str) else next(iter(page.values()))
-    return path.startswith("repository/") or (ROOT / "docs" / path).is_file()
-
-
 def site_path(path: str) -> str:
     """Where a file or folder of the repository is in the site."""
     if path == "README.md":

@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import textwrap
-import time
 
 import pytest
 from snippets import PYTHON, ROOT, SHELL, Page, check_command, compare, options_of_commands, read_blocks, read_commands
@@ -36,7 +35,6 @@ import qpeft_ext as qpeft
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB_IDS = ("meta-llama/Llama-2-7b-hf", "Qwen/Qwen2.5-0.5B")
 NOT_RUN = 3
-SECONDS = 60  # of all pages on one idle core; twice as many end the test
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +69,9 @@ def test_the_snippets_of_a_page_run(page, files, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     python = "\n".join(block.text for block in blocks if block.language in PYTHON and not block.file)
     names = {"__name__": "__main__"} | data_names() | model_names(set(re.findall(r"\w+", python)))
-    start = time.perf_counter()
     run = Page(names)
     for block in blocks:
         run.run(block)
-    assert time.perf_counter() - start < 2 * SECONDS / 3, "the snippets of one page take too long for a test"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
