@@ -186,7 +186,7 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
 
     @property
     def prefix_is_trained(self) -> bool:
-        """Whether prefixes need a gradient, of an adapter in the LM or of a soft prompt."""
+        """True if prefixes need a gradient: for an adapter in the LM, the LM itself or a soft prompt."""
         modules = (module for module in (self.soft_prompt, self.lm) if module is not None)
         return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 

@@ -40,7 +40,7 @@ class CacheFilling:
         return self.cache.announce(self.engine.cache_keys(prefixes, self.deterministic))
 
     def has_room(self, batch: PairBatch) -> bool:
-        """Whether the memory of the cache has room for all prefixes of a batch at once."""
+        """Tell whether the memory of the cache has room for all prefixes of a batch at once."""
         return self.engine is not None and self.engine.prefix_bytes(batch.documents) <= self.cache.max_bytes
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ def check_paths(engine: Any, try_shared: bool) -> Findings:
 
 
 def _has_window(engine) -> bool:
-    """Whether the check can be repeated with a sliding window that is narrower than its prompts.
+    """Tell whether the check can be repeated with a sliding window that is narrower than its prompts.
 
     A cache may drop slots that its LM's masks still show (Moshi), which prompts shorter than the window do not reveal.
     Kernels that take the window from each layer would not see a narrower one in the config.

@@ -52,7 +52,7 @@ class Limits:
 
     @property
     def one_pair(self) -> bool:
-        """Whether every pass reads one document or one pair."""
+        """True if every pass reads one document or one pair."""
         return self.deterministic or self.unpadded
 
     @property
@@ -65,7 +65,7 @@ class Limits:
 
     @property
     def recompute(self) -> bool:
-        """Whether suffix passes are computed again in the backward pass, which saves the memory of all but one."""
+        """True if suffix passes are computed again in the backward pass, which saves the memory of all but one."""
         return self.with_grad and bool(self.max_pairs or self.micro_batch)
 
     @property
@@ -78,7 +78,7 @@ class Limits:
         return prefix_tokens(self.max_tokens, self.device, self.prefilled)
 
     def clues_together(self, batch: PairBatch) -> bool:
-        """Whether the clues of all pairs are computed together, before the passes that read them."""
+        """Tell whether the clues of all pairs are computed together, before the passes that read them."""
         if self.deterministic:
             return False
         if self.with_grad or self.clues_of_lists:

@@ -17,6 +17,7 @@ from ..config import QPeftConfig
 from ..ops.similarity_topk import SimilarityTopK, round_scores
 from .prompt import BOS, EOS, OfficialTokens
 
+Decode = Callable[[list[int]], str]
 _LISTED = 1000  # (query token, position) pairs that are looked at, best first
 
 
@@ -36,12 +37,7 @@ class OfficialClues(Float32Module):
     question: Tensor
 
     def __init__(
-        self,
-        config: QPeftConfig,
-        table: Tensor,
-        tokens: OfficialTokens,
-        allowed: Tensor,
-        decode: Callable[[list[int]], str],
+        self, config: QPeftConfig, table: Tensor, tokens: OfficialTokens, allowed: Tensor, decode: Decode
     ) -> None:
         super().__init__()
         width = table.shape[1]
@@ -82,12 +78,7 @@ class OfficialTopKClues(OfficialClues):
     """
 
     def __init__(
-        self,
-        config: QPeftConfig,
-        table: Tensor,
-        tokens: OfficialTokens,
-        allowed: Tensor,
-        decode: Callable[[list[int]], str],
+        self, config: QPeftConfig, table: Tensor, tokens: OfficialTokens, allowed: Tensor, decode: Decode
     ) -> None:
         super().__init__(config, table, tokens, allowed, decode)
         self.k, self.similarity = config.k, config.similarity
@@ -152,12 +143,7 @@ class OfficialAttentionClues(OfficialClues):
     """
 
     def __init__(
-        self,
-        config: QPeftConfig,
-        table: Tensor,
-        tokens: OfficialTokens,
-        allowed: Tensor,
-        decode: Callable[[list[int]], str],
+        self, config: QPeftConfig, table: Tensor, tokens: OfficialTokens, allowed: Tensor, decode: Decode
     ) -> None:
         super().__init__(config, table, tokens, allowed, decode)
         self.attention = nn.MultiheadAttention(table.shape[1], config.num_heads, config.dropout, batch_first=True)
