@@ -93,10 +93,10 @@ def fit(
         "use_cpu": model.device.type == "cpu",
     }
     trainer = QPeftTrainer(
-        model,
-        TrainingArguments(**settings | arguments),
-        examples,
-        dev,
+        model=model,
+        args=TrainingArguments(**settings | arguments),
+        train_dataset=examples,
+        eval_dataset=dev,
         cache=cache,
         deterministic=deterministic,
         truncate_queries=truncate_queries,
