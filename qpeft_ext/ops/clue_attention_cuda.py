@@ -53,7 +53,7 @@ class ScoredPairs(NamedTuple):
 
 
 def blocks_of_pairs(V: int, documents: tuple[Tensor, Tensor, Tensor], Q: int, pair_bytes: int) -> Iterator[ScoredPairs]:
-    """Cut the pairs into blocks. ``documents``: ids [B, S], mask, query_index; ``pair_bytes``: of scores of a pair."""
+    """Cut pairs into blocks; ``documents``: ids [B, S], mask, query_index; ``pair_bytes``: bytes of a pair's scores."""
     for pairs in ranges(slice(0, len(documents[0])), SCORE_BYTES // max(pair_bytes, 1)):
         here = (x[pairs].contiguous() for x in documents)
         rows, offsets, ids, slots, counts, lengths = torch.ops.qpeft_ext.document_rows_distinct(*here, Q, V)

@@ -161,9 +161,7 @@ class ProjectedTable:
             ids = pairs.ids(part, n)
             places = torch.where(ids < 0, -1, self.place[ids.clamp_min(0)])
             values = gather(self.values, places, buffer)  # [P, n, D]
-            for p in range(
-                part.stop - part.start
-            ):  # pair by pair these are views; a batch over P and H would be a copy
+            for p in range(part.stop - part.start):  # one pair at a time: a batch over P and H would be copied
                 of_heads = weights[p].view(n, T, H).permute(2, 1, 0)  # [H, T, n]
                 mixed = of_heads @ values[p].view(n, H, d).transpose(0, 1)  # [H, T, D / H]
                 heads[part.start + p] = mixed.transpose(0, 1).reshape(T, H * d)

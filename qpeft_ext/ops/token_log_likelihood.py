@@ -111,9 +111,7 @@ def reference(hidden, lm_head, target_ids, bias=None, soft_cap=None, logit_scale
 # ---- the operator, for both devices: primitives and what they promise are in csrc/ops.cpp ----------------------------
 
 WORDS = 4096  # smallest chunk, where the budget has room for some rows of it: narrow GEMMs are slow
-CPU_BUFFER = (
-    8 << 20
-)  # most bytes of logits, or of upcast rows: larger buffers are mapped again by the C library each time
+CPU_BUFFER = 8 << 20  # most bytes of logits, or of upcast rows: the C library maps larger buffers anew for every call
 TILE_ROWS, TILE_WORDS = 128, 256  # tile of a GEMM on a GPU
 
 
