@@ -78,6 +78,7 @@ class ScoringModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the LM's embeddings."""
         return self.engine.device
 
     @contextmanager
