@@ -182,18 +182,18 @@ def test_a_full_disk_leaves_whole_blocks(whole, tmp_path, monkeypatch):
 
 def test_a_process_that_waited_while_another_finished(tmp_path, monkeypatch):
     """It has opened the part before the other one gave it its name: it must not write into the result."""
-    from qpeft_ext.utils import partial_file
+    from qpeft_ext.utils import locks
 
     out = tmp_path / "run"
-    first, real = partial_run(out), partial_file.fcntl.flock
+    first, real = partial_run(out), locks.fcntl.flock
 
     def late(file, how):
-        monkeypatch.setattr(partial_file.fcntl, "flock", real)
+        monkeypatch.setattr(locks.fcntl, "flock", real)
         rerank_run.rerank_blocks(invented([]), QUERIES, RUN, partial=first, show_progress_bar=False)
         first.finish()
         real(file, how)
 
-    monkeypatch.setattr(partial_file.fcntl, "flock", late)
+    monkeypatch.setattr(locks.fcntl, "flock", late)
     second = partial_run(out, resume=False)
     result = out.read_bytes()
     assert result and second.num_resumed == 0
