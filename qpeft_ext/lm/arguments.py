@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from torch import nn
 
@@ -59,15 +60,16 @@ def without_compilation(lm: nn.Module) -> nn.Module:
 
     Raises: ValueError for an LM on the meta device.
     """
-    if hasattr(lm, "_orig_mod"):
+    inner: Any = lm
+    if hasattr(inner, "_orig_mod"):
         logger.warning("the LM comes from torch.compile; passes run it uncompiled, unless Reranker has compile=True")
-        lm = lm._orig_mod
-    if getattr(getattr(lm.get_input_embeddings(), "weight", None), "is_meta", False):
+        inner = inner._orig_mod
+    if getattr(getattr(inner.get_input_embeddings(), "weight", None), "is_meta", False):
         raise ValueError(
             "QPeftModel: the LM's weights are on the meta device, without values; load the LM outside of "
             "torch.device('meta')"
         )
-    return lm
+    return inner
 
 
 def freeze(lm: nn.Module, train_lm: bool) -> None:
