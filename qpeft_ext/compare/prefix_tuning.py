@@ -1,4 +1,4 @@
-"""Prefix tuning from `peft` on the document-first engine: trained keys and values in front of every document prefix."""
+"""Prefix tuning of `peft` on the document-first engine: trained keys and values before every document prefix."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from ..prompts.prompt import Document, Prompt
 class PrefixTuningModel(QPeftModel):
     """Likelihood reranking with a `peft` model of `PrefixTuningConfig`; only its prefix encoder is trained.
 
-    The P virtual keys and values stand before each document's prefix, as in peft's own forward pass: text begins at
-    position P. Their padding is not peft's: pads are leftmost, so that a score does not depend on the batch.
+    The P virtual keys and values stand before each document's prefix, and the text begins at position P, as in peft's
+    own forward pass. Padding is left of both, unlike peft's, so that a score does not depend on the batch.
 
     Args:
-        lm: a `PeftModel` with prefix tuning.  config: ``clues="none"``.
+        lm: a `PeftModel` with prefix tuning.
+        config: one with ``clues="none"``.
+        tokenizer: the LM's.
     Raises: ValueError for an LM whose cache cannot be shared, or has sliding windows (padding would count in them).
     """
 
@@ -33,14 +35,14 @@ class PrefixTuningModel(QPeftModel):
         self.prompt = _PromptAfterPrefix(tokenizer, self.qpeft_config, self.engine.num_virtual_tokens)
 
     def forward(self, batch, path: str = "document_first", *args, **options):
-        """As `QPeftModel.forward`; there is no plain path."""
+        """Score pairs as `QPeftModel.forward` does; there is no plain path."""
         if path != "document_first":
             raise ValueError(f"prefix tuning has the path document_first only, got {path!r}")
         return super().forward(batch, path, *args, **options)
 
 
 class _PromptAfterPrefix(Prompt):
-    """Keeps a slot for each virtual token at the start of every document prefix, so that all lengths count them."""
+    """A prompt with a slot for each virtual token at the start of every document prefix, so that lengths count them."""
 
     def __init__(self, tokenizer, config: QPeftConfig, num_virtual_tokens: int) -> None:
         super().__init__(tokenizer, config)
@@ -55,12 +57,15 @@ class _PromptAfterPrefix(Prompt):
 
 
 class PrefixTuningEngine(CausalEngine):
-    """Prefix passes that begin with the virtual keys and values of a `peft` model.
+    """A causal engine whose prefix passes begin with the virtual keys and values of a `peft` model.
 
-    Attributes: num_virtual_tokens: P.
+    Args:
+        lm: a `PeftModel` with prefix tuning.
+    Attributes:
+        num_virtual_tokens: P.
     """
 
-    num_virtual_tokens = 0  # while the LM is tried
+    num_virtual_tokens = 0  # while `CausalEngine` tries the LM
 
     def __init__(self, lm) -> None:
         super().__init__(lm.get_base_model())
@@ -81,7 +86,7 @@ class PrefixTuningEngine(CausalEngine):
         return why
 
     def read_prefixes(self, prefixes: Sequence[Sequence[int]], leading: PrefixKV | None = None) -> PrefixKV:
-        """As `CausalEngine.read_prefixes`; the first P ids of a prefix are slots for the virtual tokens."""
+        """The pass of `CausalEngine.read_prefixes`, after the virtual tokens, whose slots are the first P ids."""
         P = self.num_virtual_tokens
         if not P:
             return super().read_prefixes(prefixes, leading)
@@ -90,7 +95,7 @@ class PrefixTuningEngine(CausalEngine):
         return super().read_prefixes([ids[P:] for ids in prefixes], leading)
 
     def _virtual_tokens(self) -> PrefixKV:
-        """Keys and values of the virtual tokens, of one row."""
+        """Keys and values of the virtual tokens, for one row."""
         prompt = self.lm.get_prompt(1)
         if hasattr(prompt, "layers"):
             layers = [(layer.keys, layer.values) for layer in prompt.layers]

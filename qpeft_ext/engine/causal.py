@@ -17,7 +17,7 @@ from ..lm.passes import Hook
 from ..lm.rope import find_rotary_tables
 from ..ops.hardware import shape_step
 from ..prefixes.cache import DocumentCache
-from ..prefixes.kv import Packing, Prefixes, PrefixKey, PrefixKV, SeparatePrefixes
+from ..prefixes.kv import Packing, PrefixBatch, PrefixKey, PrefixKV, SeparatePrefixes
 from ..prompts.pairs import PairBatch, pad
 from ..prompts.pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 from ..utils.memory import return_freed_memory
@@ -53,7 +53,7 @@ class _PrefixCache(DynamicCache):
         return result
 
 
-class CausalEngine(BaseEngine[Rows, Prefixes]):
+class CausalEngine(BaseEngine[Rows, PrefixBatch]):
     """Runs a frozen causal LM on prefixes and suffixes.
 
     Args:
@@ -137,7 +137,7 @@ class CausalEngine(BaseEngine[Rows, Prefixes]):
         self,
         rows: Rows,
         clue_embeds: Tensor | None,
-        prefix: Prefixes | None = None,
+        prefix: PrefixBatch | None = None,
         prefix_rows: Tensor | None = None,
         updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
@@ -224,7 +224,7 @@ class CausalEngine(BaseEngine[Rows, Prefixes]):
 
     def cached_prefill(
         self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, deterministic: bool = False
-    ) -> Prefixes:
+    ) -> PrefixBatch:
         with_grad = torch.is_grad_enabled() and self.prefix_is_trained
         if with_grad and deterministic:
             return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])

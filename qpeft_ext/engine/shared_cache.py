@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..prefixes.kv import LayerKV, Prefixes, PrefixKV, SeparatePrefixes, left_pad
+from ..prefixes.kv import LayerKV, PrefixBatch, PrefixKV, SeparatePrefixes, left_pad
 
 
-def shared_cache(prefixes: Prefixes, rows: Tensor | None) -> Cache:
+def shared_cache(prefixes: PrefixBatch, rows: Tensor | None) -> Cache:
     """A transformers cache for pairs that read document prefixes.
 
     Args:

@@ -29,7 +29,7 @@ class LayerKV:
     window: int | None
 
 
-class Prefixes:
+class PrefixBatch:
     """Keys and values of N prefixes for a suffix pass: `PrefixKV`, or `SeparatePrefixes`.
 
     Attributes:
@@ -50,7 +50,7 @@ class Prefixes:
 
 
 @dataclass
-class PrefixKV(Prefixes):
+class PrefixKV(PrefixBatch):
     """Keys and values of N left-padded prefixes.
 
     Attributes:
@@ -139,7 +139,7 @@ class PrefixKV(Prefixes):
         return cls(layers, [length for prefix in prefixes for length in prefix.lengths])
 
 
-class SeparatePrefixes(Prefixes):
+class SeparatePrefixes(PrefixBatch):
     """Several stored prefixes, each where it lies.
 
     A suffix pass puts the keys of each pair together when it comes to a layer, which saves the copy of `collate`.
