@@ -55,8 +55,8 @@ def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object
         )
 
 
-def without_compilation(lm: nn.Module) -> nn.Module:
-    """The LM itself, whose modules the passes run: not the wrapper that `torch.compile` makes.
+def without_compilation(lm: Any) -> Any:
+    """Return the LM itself, whose modules the passes run, instead of the wrapper that `torch.compile` makes.
 
     Raises: ValueError for an LM on the meta device.
     """
