@@ -39,7 +39,9 @@ def test_help_of_each_command(command, capsys):
 
 def test_version_and_no_arguments(capsys):
     assert run_command(capsys, "--version").strip() == qpeft.__version__
-    assert "Commands:" in run_command(capsys)
+    out = run_command(capsys)
+    assert "Commands:" in out
+    assert "..." not in out.partition("Commands:")[2], "a summary is cut"
 
 
 def test_info(capsys):
