@@ -229,8 +229,8 @@ def test_two_devices_one_dies(job, expected, tmp_path):
     code, out_text, err = process.end()
     assert code == 0, err
     assert err == (
-        "the worker on cpu was ended by SIGKILL (the system does that when memory runs out); the others go "
-        "on with its queries\n"
+        "the worker on cpu was ended by SIGKILL (the system does that when memory runs out); the others rank "
+        "its queries\n"
     )
     assert f"{QUERIES} queries, {LINES} pairs" in out_text
     assert out.read_bytes() == expected

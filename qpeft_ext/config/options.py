@@ -52,8 +52,8 @@ class QPeftConfig:
             "low_rank" (E + A·B, where A·B has ``rank`` and is trained), or "full" (a trained copy of E, which has
             131 M parameters for Llama-2-7B).
         score_gate: Whether the choice of "top_k" is trained too (default False). A low-rank projection of the query's
-            embeddings then scores the tokens, and the scores weigh the clue vectors. In training 2k clues are chosen, and
-            k when pairs are scored.
+            embeddings then scores the tokens, and the scores weigh the clue vectors. Training chooses 2k clues, and
+            scoring chooses k.
         generated_lora_rank: Rank of a low-rank update of the LM that the query generates (`GeneratedLora`); None (the
             default) for no update. It applies to the query suffix only and combines with every kind of clues.
         target_modules: Linear layers that the generated LoRA updates: endings of their names as in `peft`, or
