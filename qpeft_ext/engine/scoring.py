@@ -87,7 +87,7 @@ class ScoringModel(nn.Module):
 
         This holds for every model and reranker around the LM. It is for a thread that changes the LM while others rank.
         That thread may use the model inside, but on a GPU the backward pass belongs outside: with
-        ``suffix_micro_batch`` it runs in another thread of torch.
+        ``suffix_micro_batch`` it runs in another thread of torch, which would wait forever.
         """
         with lm_lock(self.lm):
             yield
