@@ -168,20 +168,6 @@ def words_of(path: Path) -> list[str]:
     return wrong
 
 
-UNFINISHED = {"compare", "config", "engine", "official", "prompts"}
-
-
-@pytest.fixture(autouse=True)
-def later(request):
-    """Docstrings of these folders are being written."""
-    arguments = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    folder = arguments.get("folder")
-    if (path := arguments.get("path")) in OBJECTS:
-        folder = file_of(OBJECTS[path]).relative_to(PACKAGE).parts[0]
-    if folder in UNFINISHED:
-        request.applymarker(pytest.mark.xfail(reason="docstrings are being written", strict=False))
-
-
 FOLDERS = sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")})
 OBJECTS = public_objects()
 

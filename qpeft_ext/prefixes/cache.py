@@ -43,7 +43,8 @@ class DocumentCache:
         index: a `PrefixIndex`, or the folder of one; None: no such tier.
     Attributes:
         tiers: `Tier` by name, with hits, misses, evictions, nbytes and max_bytes of each.
-        hits, misses: look-ups that found a prefix in some tier, and in none.
+        hits: look-ups that found a prefix in some tier.
+        misses: look-ups that found none.
         nbytes, evictions, max_bytes: those of the device tier.
     Raises: ValueError for an impossible budget, a folder in use or an index that is not complete.
     Example:
