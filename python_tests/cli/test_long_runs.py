@@ -98,7 +98,7 @@ def test_disk_full(job, expected, tmp_path, capsys):
 
 
 def test_a_vanished_corpus(job, expected, tmp_path, capsys, monkeypatch):
-    """While it runs (as a network file system does it), and before it is gone on with."""
+    """While it runs (as a network file system does it), and before it is resumed."""
 
     def read(self, *place):
         seen.append(place)
