@@ -193,11 +193,11 @@ class QPeftModel(ScoringModel):
 
         Args:
             folder: of `save_pretrained`, or the name of a repository on the Hugging Face Hub.
-            lm: the LM, or the name or folder of one; None: the LM that the adapter's config names.
+            lm: the LM, or its name as for `load_lm`; None: the LM that the adapter's config names.
             tokenizer: the LM's tokenizer; None: loaded from the name of the LM.
             is_trainable: whether the adapter is to be trained further; otherwise it is frozen.
             max_document_tokens, max_query_tokens: limits in place of the config's; None keeps those.
-            lm_kwargs: for `load_lm`: ``dtype``, ``device``, ``attention``, ….
+            lm_kwargs: for `load_lm`: ``dtype``, ``device``, ``attention``, ``revision``, ….
         Returns: the model, in eval mode.
         Raises: FileNotFoundError for a missing file; ValueError for a damaged one, for weights that do not fit the
             config or are not finite, and for another LM than the adapter was trained on.
@@ -250,7 +250,7 @@ def get_qpeft_model(lm: nn.Module, config: QPeftConfig, tokenizer: Any = None) -
     if tokenizer is None:
         if not name:
             raise ValueError("get_qpeft_model: tokenizer must be given, because the LM has no name_or_path")
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, revision=getattr(lm.config, "_commit_hash", None))
     config = replace(config, base_model_name_or_path=config.base_model_name_or_path or name)
     model = QPeftModel(lm, config, tokenizer)
     model.qpeft_config = replace(model.qpeft_config, base_model=describe_lm(model.engine))

@@ -68,7 +68,7 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
         if lm is not None:
             raise ValueError(f"{folder} holds a whole LM, trained with train_lm=True; do not pass another")
         lm = load_lm(folder / TRAINED_LM, **lm_kwargs)
-        tokenizer = tokenizer or _tokenizer_of(folder, config.base_model_name_or_path)
+        tokenizer = tokenizer or _tokenizer_of(folder, config.base_model_name_or_path, lm_kwargs)
     elif lm is None or isinstance(lm, (str, os.PathLike)):
         name = lm or config.base_model_name_or_path
         if not name:
@@ -77,7 +77,8 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     if (folder / LM_ADAPTER).is_dir() and not hasattr(lm, "peft_config"):
         lm = load_lm_adapter(lm, folder / LM_ADAPTER, is_trainable)
     if tokenizer is None:
-        tokenizer = _tokenizer_of(folder, getattr(lm, "name_or_path", None) or config.base_model_name_or_path)
+        name = getattr(lm, "name_or_path", None) or config.base_model_name_or_path
+        tokenizer = _tokenizer_of(folder, name, lm_kwargs)
     model = cls(lm, config, tokenizer)
     _expect_same_lm(folder, config, model)
     _load_state(folder / WEIGHTS, model, state)
@@ -86,10 +87,10 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     return model
 
 
-def _tokenizer_of(folder: Path, base_lm: str | None):
+def _tokenizer_of(folder: Path, base_lm: str | None, lm_kwargs: dict):
     if not base_lm:
         raise ValueError(f"{folder}: tokenizer must be given, because the base LM has no name")
-    return load_tokenizer(base_lm)
+    return load_tokenizer(base_lm, **lm_kwargs)
 
 
 def load_weights_into(model, folder: str | Path) -> None:
@@ -121,16 +122,21 @@ def push_adapter(model, repo_id: str, **kwargs) -> str:
 
 
 def describe_lm(engine) -> dict:
-    """Facts by which an adapter recognises its LM: its type, sizes, and a few entries of the embedding table."""
+    """Facts by which an adapter recognises its LM: its type, sizes, and a few entries of the embedding table.
+
+    For an LM from a GGUF file these include the SHA-256 of the file.
+    """
     table = engine.table.detach()
     vocabulary, width = table.shape
     probes = [(i * 7919 % vocabulary, i * 104729 % width) for i in range(1, _PROBES + 1)]
-    return {
+    facts = {
         "model_type": engine.lm.config.model_type,
         "vocab_size": vocabulary,
         "hidden_size": width,
         "embedding_probe": [float(table[row, column]) for row, column in probes],
     }
+    gguf_sha256 = getattr(engine.lm.config, "gguf_sha256", None)
+    return facts if gguf_sha256 is None else facts | {"gguf_sha256": str(gguf_sha256)}
 
 
 def adapter_digest(folder: Path) -> str:
@@ -149,6 +155,12 @@ def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
                 f"{folder}: the adapter was trained on an LM with {name} {expected.get(name)}, "
                 f"this one has {got[name]}; load its own base LM, {config.base_model_name_or_path}"
             )
+    files = [lm.get("gguf_sha256") for lm in (expected, got)]
+    if None not in files and files[0] != files[1]:
+        raise ValueError(
+            f"{folder}: the adapter was trained on a GGUF file with the SHA-256 {str(files[0])[:16]}…, this one has "
+            f"{files[1][:16]}…; load its own base LM, {config.base_model_name_or_path}"
+        )
     # other entries than rounding to half precision explains: another LM of the same shape
     ours, theirs = (torch.tensor(lm["embedding_probe"], dtype=torch.float32) for lm in (got, expected))
     if ours.shape != theirs.shape:

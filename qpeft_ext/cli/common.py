@@ -19,7 +19,14 @@ Options = TypeVar("Options")
 
 Device = Annotated[str | None, typer.Option(help="Such as cuda or cpu.  [default: cuda if there is one]")]
 Dtype = Annotated[
-    str | None, typer.Option(help="Number format of the LM: bfloat16, float16 or float32.  [default: as it is stored]")
+    str | None,
+    typer.Option(
+        help="Number format of the LM: bfloat16, float16, float32, or auto for the one that this machine multiplies "
+        "fastest.  [default: as it is stored]"
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of an LM on the Hub.  [default: its main branch]")
 ]
 Attention = Annotated[
     str | None,
@@ -51,7 +58,8 @@ Resume = Annotated[
 DATA = "Data set: a folder or file of any known format, or an id of ir_datasets or the Hub (see docs/formats.md)."
 SPLIT = "Split of the data set.  [default: test, or the only one]"
 RUN_OUTPUT = "TREC run to write; compressed if its name ends in .gz."
-LM = "The LM: a folder or a Hub id.  [default: the one that the adapter names]"
+LM_NAMES = "a folder, a Hub id, a .gguf file, or package:NAME for the GGUF file in a Python package"
+LM = f"The LM: {LM_NAMES}.  [default: the one that the adapter names]"
 TRUNCATE_QUERIES = "Cut longer queries at their end, instead of stopping with an error."
 DETERMINISTIC_SCORES = "Make scores bit-equal whatever is scored with them; slower."
 
@@ -79,6 +87,16 @@ def from_dataclass(options: type[Options]) -> Callable[[Callable[[Options], None
         return command
 
     return decorate
+
+
+def dtype_of_job(dtype: str | None, device: str | None) -> str | None:
+    """Return the name of a dtype: instead of auto the one that it stands for, so that a resumed job keeps it."""
+    if dtype != "auto":
+        return dtype
+    from ..lm.compute_dtype import fastest_dtype
+    from ..lm.loading import default_device
+
+    return str(fastest_dtype(default_device(device))).removeprefix("torch.")
 
 
 def expect_at_least(least: int, **options: int | None) -> None:

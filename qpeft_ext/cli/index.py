@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import LM, Attention, Device, Dtype, expect_at_least
+from .common import LM, Attention, Device, Dtype, Revision, expect_at_least
 
 
 def command(
@@ -24,6 +24,7 @@ def command(
         typer.Option("--deterministic", help="Read each document in its own pass, for rerank --deterministic; slower."),
     ] = False,
     max_tokens_per_batch: Annotated[int, typer.Option(help="Token budget of a pass.")] = 8192,
+    revision: Revision = None,
     dtype: Dtype = None,
     attention: Attention = None,
     device: Device = None,
@@ -49,13 +50,12 @@ def command(
 
     device = default_device(device)
     quiet_transformers()
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "revision": revision}
     if model:
-        qpeft = QPeftModel.from_pretrained(
-            model, base_model, max_document_tokens=max_document_tokens, device=device, dtype=dtype, attention=attention
-        )
+        qpeft = QPeftModel.from_pretrained(model, base_model, max_document_tokens=max_document_tokens, **where)
     else:
         assert base_model is not None, "checked above"
-        lm = load_lm(base_model, dtype=dtype, device=device, attention=attention)
+        lm = load_lm(base_model, **where)
         limits: dict[str, Any] = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
         qpeft = get_qpeft_model(lm, QPeftConfig(clues="none", **limits))
     with IndexWriter(

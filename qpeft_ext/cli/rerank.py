@@ -23,6 +23,8 @@ from .common import (
     IgnoreIdenticalIds,
     Measures,
     Resume,
+    Revision,
+    dtype_of_job,
     expect_at_least,
     from_dataclass,
     measure_names,
@@ -53,6 +55,7 @@ class RerankOptions:
         typer.Option("--similarity-only", help="Rank by the similarities of the clues too, without the LM."),
     ] = False
     measures: Measures = None
+    revision: Revision = None
     dtype: Dtype = None
     attention: Attention = None
     device: Device = None
@@ -126,7 +129,7 @@ def command(options: RerankOptions) -> None:
     candidates, before = first_stage(collection, split, asked, options.run, options.top_k, options.ignore_identical_ids)
     check_candidates(candidates, queries, corpus, options.run)
     qrels = collection.judge(split, [candidates])
-    spec = _systems(options)
+    spec = _systems(options, places)
     results = rerank_job(
         spec, queries, candidates, output, engine=options.engine, devices=places, resume=options.resume
     )
@@ -162,8 +165,8 @@ def _check_options(options: RerankOptions) -> None:
             raise ValueError(f"--max-memory must be a number of bytes or free, got {options.max_memory!r}")
 
 
-def _systems(options: RerankOptions) -> SystemsSpec:
-    """Return the description of the systems that rank, for this process or others."""
+def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
+    """Return the description of the systems that rank on these devices, in this process or others."""
     from ..ranking.systems import SystemsSpec
 
     max_memory = options.max_memory
@@ -173,8 +176,9 @@ def _systems(options: RerankOptions) -> SystemsSpec:
         base_model=options.base_model,
         upr=options.upr,
         similarity_only=options.similarity_only,
-        dtype=options.dtype,
+        dtype=dtype_of_job(options.dtype, places[0]),
         attention=options.attention,
+        revision=options.revision,
         deterministic=options.deterministic,
         max_tokens_per_batch=options.max_tokens_per_batch,
         max_query_tokens=options.max_query_tokens,

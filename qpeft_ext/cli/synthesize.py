@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..utils.console import Interrupted, say
-from .common import Device, Dtype, Resume, expect_at_least, from_dataclass
+from .common import LM_NAMES, Device, Dtype, Resume, Revision, dtype_of_job, expect_at_least, from_dataclass
 
 if TYPE_CHECKING:
     from ..config import QPeftConfig
@@ -24,7 +24,7 @@ class SynthesizeOptions:
     """Options of ``qpeft synthesize``, in the order of its help."""
 
     data: Annotated[str, typer.Option(help="Data set with documents, as for qpeft rerank --data.")]
-    base_model: Annotated[str, typer.Option(help="The causal LM that writes the queries: a folder or a Hub id.")]
+    base_model: Annotated[str, typer.Option(help=f"The causal LM that writes the queries: {LM_NAMES}.")]
     output: Annotated[
         Path,
         typer.Option(help="Training examples to write, as JSON lines; compressed if the name ends in .gz."),
@@ -68,6 +68,7 @@ class SynthesizeOptions:
     max_tokens_per_batch: Annotated[
         int | None, typer.Option(help="Token budget of a batch.  [default: chosen for the device]")
     ] = None
+    revision: Revision = None
     dtype: Dtype = None
     device: Device = None
 
@@ -144,8 +145,8 @@ def _settings(
     from ..lm.loading import lm_digest
 
     return {
-        "base model": lm_digest(options.base_model),
-        "dtype": options.dtype,
+        "base model": lm_digest(options.base_model, revision=options.revision),
+        "dtype": dtype_of_job(options.dtype, options.device),
         "corpus": corpus.version(),
         "documents": documents,
         **asdict(sampling),
@@ -161,7 +162,8 @@ def _generator(options: SynthesizeOptions, config: QPeftConfig, sampling: Sampli
     from ..model import get_qpeft_model
     from ..synthesis.generator import QueryGenerator
 
-    model = get_qpeft_model(load_lm(options.base_model, dtype=options.dtype, device=device), config)
+    lm = load_lm(options.base_model, dtype=options.dtype, device=device, revision=options.revision)
+    model = get_qpeft_model(lm, config)
     generator = QueryGenerator(model, sampling, options.max_tokens_per_batch)
     if not generator.has_end:
         say(

@@ -67,7 +67,13 @@ def command(options: TrainOptions) -> None:
     checkpoints = options.output / CHECKPOINTS
     if options.overwrite and checkpoints.exists() and is_first_process():
         shutil.rmtree(checkpoints)  # a later --resume must not find the earlier run's
-    lm = load_lm(options.base_model, dtype=options.dtype, device=device, attention=options.attention)
+    lm = load_lm(
+        options.base_model,
+        dtype=options.dtype,
+        device=device,
+        attention=options.attention,
+        revision=options.revision,
+    )
     model = get_qpeft_model(lm, config)
     trainable, total = model.get_nb_trainable_parameters()
     say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import TRUNCATE_QUERIES, Attention, Device, Dtype, IgnoreIdenticalIds, expect_at_least
+from .common import LM_NAMES, TRUNCATE_QUERIES, Attention, Device, Dtype, IgnoreIdenticalIds, Revision, expect_at_least
 
 SCHEDULERS = (  # those of transformers that need no further settings
     "linear",
@@ -26,7 +26,7 @@ SCHEDULERS = (  # those of transformers that need no further settings
 class TrainOptions:
     """Options of ``qpeft train``, in the order of its help."""
 
-    base_model: Annotated[str, typer.Option(help="The LM: a folder or a Hub id. It stays frozen.")]
+    base_model: Annotated[str, typer.Option(help=f"The LM: {LM_NAMES}. It stays frozen.")]
     output: Annotated[
         Path, typer.Option(help="Folder for the adapter; checkpoints are written to its subfolder checkpoints.")
     ]
@@ -119,6 +119,7 @@ class TrainOptions:
     report_to: Annotated[str, typer.Option(help="Where transformers reports to: tensorboard, wandb, … or none.")] = (
         "none"
     )
+    revision: Revision = None
     dtype: Dtype = None
     attention: Attention = None
     device: Device = None

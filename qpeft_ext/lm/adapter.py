@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import nn
 
 from ..utils.small_files import read_json
-from .loading import expect_plain_files, one_line
+from .loading import one_line
+from .sources import expect_plain_files
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # options of `peft` for which it loads something else: a Python module, a file of weights, other adapters

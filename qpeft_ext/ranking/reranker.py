@@ -111,12 +111,12 @@ class Reranker(PairScorer):
 
         Args:
             path: the adapter, a folder or a Hub id.
-            base_model: used instead of the LM that the adapter names: a name, a folder or a loaded model, which other
-                threads may use meanwhile (`get_qpeft_model`).
+            base_model: used instead of the LM that the adapter names: a name as for `load_lm`, or a loaded model, which
+                other threads may use meanwhile (`get_qpeft_model`).
             device: where the LM goes, e.g. "cuda"; None leaves it to transformers.
-            dtype: of the LM, e.g. "bfloat16"; None keeps the checkpoint's own.
+            dtype: of the LM, e.g. "bfloat16", or "auto" as for `load_lm`; None keeps the checkpoint's own.
             tokenizer: the LM's; None loads it with the LM.
-            lm_kwargs: further arguments of `load_lm`.
+            lm_kwargs: further arguments of `load_lm`, such as ``revision``.
             max_document_tokens, max_query_tokens: limits used instead of the adapter's; None keeps those.
             options: arguments of `Reranker` besides the model.
         Returns: the reranker.

@@ -45,7 +45,7 @@ class SystemsSpec:
         upr: whether to rank without clues too.
         similarity_only: whether to rank by the similarities of the clues too, without the LM: those of the adapter's
             clues, or of the default ones without an adapter.
-        dtype, attention: as for `load_lm`.
+        dtype, attention, revision: as for `load_lm`.
         deterministic, max_tokens_per_batch, truncate_queries: as for `Reranker`.
         max_query_tokens, max_document_tokens: limits used instead of the adapter's.
         cache_bytes: budget of a `DocumentCache` in every process; 0 for none.
@@ -61,6 +61,7 @@ class SystemsSpec:
     similarity_only: bool = False
     dtype: str | None = None
     attention: str | None = None
+    revision: str | None = None
     deterministic: bool = False
     max_tokens_per_batch: int | None = None
     max_query_tokens: int | None = None
@@ -89,7 +90,7 @@ class SystemsSpec:
 
     @property
     def lm_name(self) -> str:
-        """The LM's folder or Hub id. Raises: ValueError if nobody names it."""
+        """The LM's name, as for `load_lm`. Raises: ValueError if nobody names it."""
         name = self.base_model or self.config.base_model_name_or_path
         if not name:
             raise ValueError(f"{self.model}: the adapter does not name its base LM; give --base-model")
@@ -113,8 +114,9 @@ class SystemsSpec:
     def prompt(self) -> Prompt:
         """Make the `Prompt` without loading the LM."""
         limits: dict[str, Any] = {**self.limits}
-        encoder_decoder = is_encoder_decoder(load_config(self.lm_name))
-        return build_prompt(load_tokenizer(self.lm_name), replace(self.config, **limits), encoder_decoder)
+        encoder_decoder = is_encoder_decoder(load_config(self.lm_name, revision=self.revision))
+        tokenizer = load_tokenizer(self.lm_name, revision=self.revision)
+        return build_prompt(tokenizer, replace(self.config, **limits), encoder_decoder)
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
         """Return all that the scores of the job depend on, except for rounding; see `PartialRun`."""
@@ -125,7 +127,7 @@ class SystemsSpec:
             content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
         return {
             "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
-            "base model": lm_digest(self.lm_name),
+            "base model": lm_digest(self.lm_name, revision=self.revision),
             "dtype": self.dtype,
             "attention": self.attention,
             "template": self.config.template,
@@ -186,7 +188,7 @@ class Systems:
                 spec.base_model,
                 device=device,
                 dtype=spec.dtype,
-                lm_kwargs={"attention": spec.attention},
+                lm_kwargs={"attention": spec.attention, "revision": spec.revision},
                 **spec.limits,
                 **options,
             )
@@ -195,7 +197,9 @@ class Systems:
             options["cache"] = adapter.cache
         plain = [name for name in spec.names if name not in self.rerankers]
         if plain:  # the adapter's prompt and limits, so that only the clues differ
-            lm = lm or load_lm(spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention)
+            lm = lm or load_lm(
+                spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention, revision=spec.revision
+            )
             shared = ("compat", "template", "instruction", "allow_special_tokens")
             same: dict[str, Any] = {name: getattr(spec.config, name) for name in shared} | spec.limits
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
