@@ -155,11 +155,11 @@ def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
                 f"{folder}: the adapter was trained on an LM with {name} {expected.get(name)}, "
                 f"this one has {got[name]}; load its own base LM, {config.base_model_name_or_path}"
             )
-    files = [lm.get("gguf_sha256") for lm in (expected, got)]
-    if None not in files and files[0] != files[1]:
+    its_file, file = (str(lm.get("gguf_sha256", ""))[:64] for lm in (expected, got))
+    if its_file and file and its_file != file:
         raise ValueError(
-            f"{folder}: the adapter was trained on a GGUF file with the SHA-256 {str(files[0])[:16]}…, this one has "
-            f"{files[1][:16]}…; load its own base LM, {config.base_model_name_or_path}"
+            f"{folder}: the adapter was trained on a GGUF file with the SHA-256 {its_file[:16]}…, this one has "
+            f"{file[:16]}…; load its own base LM, {config.base_model_name_or_path}"
         )
     # other entries than rounding to half precision explains: another LM of the same shape
     ours, theirs = (torch.tensor(lm["embedding_probe"], dtype=torch.float32) for lm in (got, expected))

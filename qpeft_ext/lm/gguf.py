@@ -103,19 +103,20 @@ def _convert(path: Path, sha256: str, target: str, name: str) -> None:
     dtype = stored_dtype(path)
     size = path.stat().st_size / 1e6
     with progress_bar(total=2, desc=f"convert {name} ({size:.0f} MB), once", unit="part") as bar:
-        where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(str(path.parent), **where)
+        folder, file = str(path.parent), path.name
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
         auto: type[Any] = AutoModelForCausalLM
         if getattr(config, "is_encoder_decoder", False):
             auto = AutoModelForSeq2SeqLM
-        lm = auto.from_pretrained(str(path.parent), dtype=dtype, **where, **_unpacked())
+        lm = auto.from_pretrained(folder, gguf_file=file, dtype=dtype, trust_remote_code=False, **_unpacked())
         lm.config.gguf_sha256 = sha256
         lm.config.__dict__.pop("quantization_config", None)  # save_pretrained refuses a model that was packed
         lm.hf_quantizer = None
         lm.save_pretrained(target)
         del lm
         bar.update()
-        AutoTokenizer.from_pretrained(str(path.parent), **where).save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        tokenizer.save_pretrained(target)
         bar.update()
 
 
