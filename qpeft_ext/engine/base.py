@@ -21,7 +21,7 @@ from ..prompts.pairs import PairBatch
 from ..prompts.pieces import CluesFirstPieces, SuffixPieces
 
 RowsT = TypeVar("RowsT")  # what a pass reads: `Rows` or `EncoderDecoderRows`
-PrefixT = TypeVar("PrefixT")  # what a prefix pass gives: `Prefixes` or `EncoderStates`
+PrefixT = TypeVar("PrefixT")  # what a prefix pass gives: `PrefixBatch` or `EncoderStates`
 
 
 class BaseEngine(ABC, Generic[RowsT, PrefixT]):

@@ -12,7 +12,7 @@ from ..prefixes.kv import LayerKV, PrefixBatch, PrefixKV, SeparatePrefixes, left
 
 
 def shared_cache(prefixes: PrefixBatch, rows: Tensor | None) -> Cache:
-    """A transformers cache for pairs that read document prefixes.
+    """Make a transformers cache for pairs that read document prefixes.
 
     Args:
         prefixes: a `PrefixKV` or `SeparatePrefixes`.
@@ -24,10 +24,10 @@ def shared_cache(prefixes: PrefixBatch, rows: Tensor | None) -> Cache:
 
 
 class _ReadOnly:
-    """A cache layer that many pairs read and nobody appends to: each use gathers and concatenates anew.
+    """A cache layer that many pairs read and nobody appends to: every read gathers and concatenates anew.
 
-    So the stored prefix stays intact, no expanded copy outlives the layer that reads it, and a checkpointed
-    forward may run twice.
+    So the stored prefix stays intact, no expanded copy outlives the layer that reads it, and a forward pass may run
+    again in the backward pass.
     """
 
     stored: tuple[Tensor | list[Tensor], Tensor | list[Tensor]]  # keys and values, of all prefixes or of each
@@ -39,7 +39,7 @@ class _ReadOnly:
         return self._joined(keys, key_states), self._joined(values, value_states)
 
     def _joined(self, stored: Tensor | list[Tensor], new: Tensor) -> Tensor:
-        """The stored slots of each pair's document, then the new ones: [B, heads, P + L, head width]."""
+        """Concatenate the stored slots of each pair's document and the new ones: [B, heads, P + L, head width]."""
         if isinstance(stored, list):
             own = stored if self.rows is None else [stored[row] for row in self.rows.tolist()]
             both = left_pad(own, self.slots, room=new.shape[-2])
@@ -48,7 +48,7 @@ class _ReadOnly:
         if self.rows is None:
             return torch.cat([stored, new], dim=-2)
         with_grad = torch.is_grad_enabled() and (stored.requires_grad or new.requires_grad)
-        if with_grad or torch.compiler.is_compiling():  # which knows no ``out`` that is a part of a tensor
+        if with_grad or torch.compiler.is_compiling():  # torch.compile takes no view as ``out``
             return torch.cat([stored.index_select(0, self.rows), new], dim=-2)
         P = stored.shape[-2]  # one copy instead of two: 1.6 times faster
         both = new.new_empty(*new.shape[:-2], P + new.shape[-2], new.shape[-1])
@@ -67,7 +67,7 @@ class _ReadOnlySlidingLayer(_ReadOnly, DynamicSlidingWindowLayer):
 
 
 def _shared_layer(parts: Sequence[LayerKV | None], rows: Tensor | None, length: int) -> DynamicLayer:
-    """A layer of the cache, from one `LayerKV` of all prefixes or from one of each."""
+    """Make a layer of the cache, from one `LayerKV` of all prefixes or from one of each."""
     kvs = [kv for kv in parts if kv is not None]
     if not kvs:
         return DynamicLayer()
