@@ -31,9 +31,10 @@ help:            ## show this list
 venv: .venv/.ready   ## make .venv with everything that development needs
 build: .venv/.built  ## compile the operators
 
-lint: .venv/.ready   ## ruff (rules and format), and the style of csrc
+lint: .venv/.ready   ## ruff (rules and format), the types, and the style of csrc
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: .venv/.ready ## ruff format, and clang-format over csrc
@@ -82,7 +83,7 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 	$(BIN)/python .ci/matrix.py $(WHEELS)/*.whl $(MATRIX)
 
 clean:               ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks .venv/.built
+	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .venv/.built
 
 .PHONY: help venv build lint format check test fuzz sanitize kills demo bench sweep docs wheel matrix clean
 .DEFAULT_GOAL := help

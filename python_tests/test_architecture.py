@@ -1,4 +1,7 @@
-"""Imports go down only: a room of docs/architecture.md imports from floors below its own; nothing goes in circles."""
+"""Imports go down only: a room of docs/architecture.md imports from floors below its own; nothing goes in circles.
+
+Functions and files stay short enough to be read at once.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -6,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "qpeft_ext"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "qpeft_ext"
 FLOORS = (  # from the ground; rooms of one floor do not import each other
     {"utils"},
     {"config", "ops", "formats"},
@@ -122,3 +126,68 @@ def test_what_is_wrong_is_found(tmp_path, files, wrong, circle):
     arrows = imports(tmp_path / "qpeft_ext")
     assert upward(arrows) == wrong
     assert circles(arrows) == circle
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+FUNCTION_LINES, FILE_LINES = 60, 350  # those of a function are counted without its docstring
+REASON = f"Longer than {FILE_LINES} lines because "  # to be said in the first ten lines of a longer file
+SOURCES = ("qpeft_ext", "benchmarks", "python_tests", "csrc", "_build", ".ci")
+
+
+def sources(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield every source file in the folders of `SOURCES`: its path from ``root``, and its text."""
+    for folder in SOURCES:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}:
+                yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+
+
+def long_files(root: Path) -> list[str]:
+    """Return the files that are too long and do not say why."""
+    lines = {name: text.splitlines() for name, text in sources(root)}
+    return [
+        name for name, of_file in lines.items() if len(of_file) > FILE_LINES and REASON not in " ".join(of_file[:10])
+    ]
+
+
+def long_functions(root: Path) -> list[str]:
+    """Return the functions that are too long, as ``file: name``."""
+    found = []
+    for name, text in sources(root):
+        for node in ast.walk(ast.parse(text) if name.endswith(".py") else ast.Module([], [])):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _lines(node) > FUNCTION_LINES:
+                found.append(f"{name}: {node.name}")
+    return found
+
+
+def _lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = function.body[0]
+    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) is not None else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def test_files_are_short_or_say_why_not():
+    assert long_files(ROOT) == []
+
+
+def test_functions_are_short():
+    assert long_functions(ROOT) == []
+
+
+def test_what_is_too_long_is_found(tmp_path):
+    body, docstring = "    x = 1\n", "A long docstring.\n" * 200
+    texts = {
+        "qpeft_ext/short.py": f'def f():\n    """{docstring}    """\n' + body * (FUNCTION_LINES - 1),
+        "python_tests/function.py": "class A:\n    def f():\n" + f"    {body}" * FUNCTION_LINES,
+        "benchmarks/file.py": "x = 1\n" * (FILE_LINES + 1),
+        "csrc/cuda/kernel.cu": "\n" * (FILE_LINES + 1),
+        "csrc/reason.h": f"// {REASON}it is a table.\n" + "\n" * FILE_LINES,
+        "csrc/just.h": "\n" * FILE_LINES,
+    }
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert long_files(tmp_path) == ["benchmarks/file.py", "csrc/cuda/kernel.cu"]
+    assert long_functions(tmp_path) == ["python_tests/function.py: f"]
