@@ -39,8 +39,9 @@ def reference_paths(package: griffe.Module) -> dict[str, str]:
             object_ = package[path.partition(".")[2]]
             paths[object_.name] = path
             if object_.is_class:
-                members = [name for name, member in object_.members.items() if not name.startswith("_")]
-                paths |= {f"{object_.name}.{name}": f"{path}.{name}" for name in members if object_[name].is_function}
+                members = {**object_.inherited_members, **object_.members}  # all of them are on its page
+                public = [name for name, member in members.items() if name[0] != "_" and member.is_function]
+                paths |= {f"{object_.name}.{name}": f"{path}.{name}" for name in public}
     return paths
 
 
