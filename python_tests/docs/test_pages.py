@@ -5,6 +5,7 @@ that exist.
 import dataclasses
 import inspect
 import re
+import tomllib
 
 import pytest
 from snippets import ROOT, options_of_commands
@@ -72,6 +73,12 @@ def test_every_key_of_a_plan_is_explained():
 def test_every_method_that_can_be_compared_is_explained():
     for name in set(methods.PRESETS) - {methods.FIRST_STAGE}:
         assert f"`{name}`" in PAGES["compare.md"], f"docs/compare.md: nothing about the method {name}"
+
+
+def test_every_extra_is_listed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in project["optional-dependencies"]:
+        assert f"`{extra}`" in PAGES["versions.md"], f"docs/versions.md says nothing about the extra {extra}"
 
 
 def test_every_command_is_listed():
