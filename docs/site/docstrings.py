@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
 import griffe
@@ -28,7 +29,16 @@ class PlainDocstrings(griffe.Extension):
         paths = reference_paths(pkg)
         for object_ in objects:
             if object_.docstring:
-                object_.docstring.value = link_names(google(object_.docstring.value), object_, paths)
+                object_.docstring.value = link_names(
+                    google(object_.docstring.value, typed_attributes(object_)), object_, paths
+                )
+
+
+def typed_attributes(object_: griffe.Object) -> set[str]:
+    if not object_.is_class:
+        return set()
+    members = {**object_.inherited_members, **object_.members}
+    return {name for name, member in members.items() if member.is_attribute and member.annotation is not None}
 
 
 def reference_paths(package: griffe.Module) -> dict[str, str]:
@@ -67,8 +77,11 @@ def walk(object_):
             yield from walk(member)
 
 
-def google(docstring: str) -> str:
-    """Sections with their titles on lines of their own, blank lines between them, one argument an entry."""
+def google(docstring: str, typed: Collection[str] = ()) -> str:
+    """Sections with their titles on lines of their own, blank lines between them, one argument an entry.
+
+    typed: names of attributes with an annotation.
+    """
     parts: list[tuple[str, list[str]]] = [("", [])]
     for line in docstring.splitlines():
         if found := SECTION.match(line):
@@ -77,10 +90,10 @@ def google(docstring: str) -> str:
             parts.append(("", [line]))  # text again
         else:
             parts[-1][1].append(line)
-    return "\n\n".join(text for title, lines in parts if (text := section(title, lines)))
+    return "\n\n".join(text for title, lines in parts if (text := section(title, lines, typed)))
 
 
-def section(title: str, lines: list[str]) -> str:
+def section(title: str, lines: list[str], typed: Collection[str]) -> str:
     """One section; of a title that Google's style does not have, a paragraph."""
     if not title:
         return "\n".join(lines).strip("\n")
@@ -96,6 +109,8 @@ def section(title: str, lines: list[str]) -> str:
         text = "\n".join(errors(" ".join(text.split())))
     if title in ("Args", "Attributes"):
         text = "\n".join(entries(text))
+    if title == "Attributes":  # griffe gives one without a type the type of the one before; here it gets an empty one
+        text = re.sub(r"^(\w+):", lambda name: name[0] if name[1] in typed else f"{name[1]} ():", text, flags=re.M)
     return f"{title}:\n{textwrap.indent(text, '    ')}"
 
 
