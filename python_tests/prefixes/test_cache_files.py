@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from families.tiny import DOCUMENTS
 from tiny_cache import TWO_FILES, Version, filled, key, look, model, prefix, scores
 
 import qpeft_ext as qpeft
-from qpeft_ext.prefixes.files import checksum
+from qpeft_ext.prefixes.files import Damaged, checksum, read_contents, read_prefix
 from qpeft_ext.utils.files import AtomicWriter
 
 
@@ -91,11 +94,29 @@ def test_any_flipped_bit_is_found(tmp_path):
 def test_the_checksum_sees_moved_words_and_blocks():
     data = torch.arange(3 * 512 + 5).view(torch.uint8).numpy()
     expected = checksum(data)
-    for a, b in ((0, 4096), (4096, 8192), (12288, 12296)):
+    for a, b in ((0, 4096), (4096, 8192), (0, 8), (4096, 8184), (12288, 12296)):
         moved = data.copy()
         moved[a : a + 8], moved[b : b + 8] = data[b : b + 8], data[a : a + 8]
         assert checksum(moved) != expected
     assert checksum(data[:-1]) != expected
+
+
+def test_files_of_the_first_format_are_read(tmp_path):
+    """As an earlier version wrote them: the checksum has the sums of the blocks of 4 KiB, and the bytes after them."""
+    words = [3 * i for i in range(1024 + 3)]
+    data = struct.pack("<1027Q", *words)
+    sums = struct.pack("<2Q", sum(words[:512]), sum(words[512:1024]))
+    header = {
+        "__metadata__": {"format": "qpeft_ext prefixes 1", "checksums": f"{zlib.crc32(sums + data[8192:]):08x}"},
+        "aa": {"dtype": "F32", "shape": [2054], "data_offsets": [0, len(data)]},
+    }
+    text, path = json.dumps(header).encode(), tmp_path / "shard"
+    for changed in (data, data[:-1] + b"x"):
+        path.write_bytes(struct.pack("<Q", len(text)) + text + changed)
+        read = torch.empty(len(data), dtype=torch.uint8)
+        with contextlib.nullcontext() if changed == data else pytest.raises(Damaged, match="checksum"):
+            read_prefix(read_contents(path).extents["aa"], read)
+            assert bytes(read.numpy()) == data
 
 
 def test_a_full_disk_stops_the_tier_and_not_the_work(tmp_path, monkeypatch, caplog):

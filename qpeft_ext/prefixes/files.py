@@ -23,7 +23,6 @@ from torch import Tensor
 from ..utils.files import AtomicWriter
 from ..utils.small_files import open_regular
 
-_FORMAT = "qpeft_ext prefixes 1"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 _MAX_HEADER = 16 << 20  # bytes; that of a shard with the most prefixes takes 10 MB
 _BLOCK = 512  # 8-byte words in a block of the checksum
@@ -34,12 +33,16 @@ class Damaged(ValueError):
 
 
 class Extent(NamedTuple):
-    """The bytes of a file that hold a prefix, ``offset`` to ``offset + nbytes``, and their checksum."""
+    """The bytes of a file that hold a prefix, ``offset`` to ``offset + nbytes``, and their checksum.
+
+    format: that of the file, which says how the checksum is computed.
+    """
 
     path: Path
     offset: int
     nbytes: int
     checksum: int
+    format: str
 
 
 @dataclass
@@ -50,11 +53,13 @@ class Contents:
         extents: name -> where the prefix is, in the order of the file.
         metadata: the writer's.
         nbytes: size of the file.
+        format: a key of `CHECKSUMS`.
     """
 
     extents: dict[str, Extent]
     metadata: dict[str, str]
     nbytes: int
+    format: str
 
 
 def write_prefixes(
@@ -74,7 +79,7 @@ def write_prefixes(
     header: dict = {
         "__metadata__": {
             **metadata,
-            "format": _FORMAT,
+            "format": FORMAT,
             "checksums": " ".join(f"{checksum(part):08x}" for part in parts),
         }
     }
@@ -112,8 +117,9 @@ def read_contents(path: Path) -> Contents:
                 raise Damaged(f"a header of {length:,} bytes")
             header = json.loads(file.read(length))  # as fast as it can be: a shard has up to 65,536 entries
             metadata = header.pop("__metadata__")
-            if metadata["format"] != _FORMAT:
-                raise Damaged(f"expected the format {_FORMAT!r}, got {str(metadata['format'])[:60]!r}")
+            format = metadata["format"]
+            if format not in CHECKSUMS:
+                raise Damaged(f"expected the format {FORMAT!r}, got {str(format)[:60]!r}")
             checksums = [int(text, 16) for text in metadata["checksums"].split()]
             if not all(0 <= checksum < 1 << 32 for checksum in checksums):
                 raise Damaged("a checksum of more than 32 bits")
@@ -122,14 +128,14 @@ def read_contents(path: Path) -> Contents:
                 start, (begin, end) = end, entry["data_offsets"]
                 if begin != start or type(end) is not int or not start <= end <= size:
                     raise Damaged(f"{name[:64]!r} is not where it must be")
-                extents[name] = Extent(path, 8 + length + start, end - start, expected)
+                extents[name] = Extent(path, 8 + length + start, end - start, expected, format)
         except Damaged:
             raise
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"not a readable header ({type(error).__name__})") from None
         if size != 8 + length + end:
             raise Damaged(f"expected {8 + length + end} bytes, got {size}")
-    return Contents(extents, metadata, size)
+    return Contents(extents, metadata, size, format)
 
 
 def read_prefix(extent: Extent, into: Tensor) -> None:
@@ -148,7 +154,7 @@ def read_prefix(extent: Extent, into: Tensor) -> None:
             if not count:
                 raise Damaged("cut short")
             done += count
-    if checksum(view) != extent.checksum:
+    if CHECKSUMS[extent.format](view) != extent.checksum:
         raise Damaged("wrong checksum")
 
 
@@ -163,15 +169,31 @@ def prefetch(path: Path, offset: int = 0, nbytes: int = 0) -> None:
 
 
 def checksum(data: memoryview) -> int:
-    """CRC-32 of the sums (mod 2^64) of the blocks of 4 KiB, and of the bytes after the last whole one.
+    """CRC-32 of sums of 8-byte words (mod 2^64), and of the bytes after the last whole block of 4 KiB.
 
-    It is computed at the speed of the memory, unlike a CRC of every byte, and shows a flipped bit and a lost or moved
-    block.
+    The words are a table with a row for each block. The sums of its rows change when a word moves to another block, the
+    sums of its columns when it moves within one. They are computed at the speed of the memory, unlike a CRC of every
+    byte.
     """
-    words = np.frombuffer(data, dtype=np.uint8)
-    whole = len(words) // (8 * _BLOCK) * 8 * _BLOCK
-    sums = words[:whole].view(np.uint64).reshape(-1, _BLOCK).sum(axis=1)
-    return zlib.crc32(words[whole:].data, zlib.crc32(sums.data))
+    table, rest = _table_of_words(data)
+    return zlib.crc32(rest, zlib.crc32(table.sum(axis=0).data, zlib.crc32(table.sum(axis=1).data)))
+
+
+def _checksum_1(data: memoryview) -> int:
+    """The checksum of files that earlier versions wrote: the sums of the rows alone."""
+    table, rest = _table_of_words(data)
+    return zlib.crc32(rest, zlib.crc32(table.sum(axis=1).data))
+
+
+def _table_of_words(data: memoryview) -> tuple[np.ndarray, memoryview]:
+    """The whole blocks of ``data``, uint64 [blocks, words of a block], and the bytes after them."""
+    content = np.frombuffer(data, dtype=np.uint8)
+    whole = len(content) // (8 * _BLOCK) * 8 * _BLOCK
+    return content[:whole].view(np.uint64).reshape(-1, _BLOCK), content[whole:].data
+
+
+FORMAT = "qpeft_ext prefixes 2"  # what is written
+CHECKSUMS = {"qpeft_ext prefixes 1": _checksum_1, FORMAT: checksum}  # what is read
 
 
 def _bytes(flat: Tensor) -> memoryview:

@@ -48,6 +48,7 @@ class PrefixIndex(FileTier):
         self._checked: object = None
         self._told: set[str] = set()
         self._paths = shard_paths(self.folder)
+        self._formats = [""] * len(self._paths)  # of the shards that can be read
         rows = np.concatenate([np.zeros(0, _ROW), *map(self._read_shard, range(len(self._paths)))])
         order = np.argsort(rows["digest"])
         self._digests = rows["digest"][order]  # an array of its own, or each search would copy them together first
@@ -60,11 +61,12 @@ class PrefixIndex(FileTier):
     def _read_shard(self, shard: int) -> np.ndarray:
         """Names and places of the prefixes in a shard."""
         try:
-            extents = read_contents(self._paths[shard]).extents
+            contents = read_contents(self._paths[shard])
+            self._formats[shard] = contents.format
             return np.array(
                 [
                     (bytes.fromhex(name), shard, extent.offset, extent.nbytes, extent.checksum)
-                    for name, extent in extents.items()
+                    for name, extent in contents.extents.items()
                 ],
                 dtype=_ROW,
             )
@@ -91,7 +93,8 @@ class PrefixIndex(FileTier):
         row = self._find(key.digest)
         if row is None:
             return None
-        return Extent(self._paths[row["shard"]], int(row["offset"]), int(row["nbytes"]), int(row["checksum"]))
+        shard, offset, nbytes, checksum = row.item()
+        return Extent(self._paths[shard], offset, nbytes, checksum, self._formats[shard])
 
     def prefetch(self, key: PrefixKey) -> bool:
         """Ask the system to read the prefix ahead.
