@@ -90,8 +90,8 @@ class QPeftModel(ScoringModel):
         self.eval()
 
     def _probed_engine(self) -> BaseEngine[Any, Any]:
-        why_plain = CLUES_FIRST_IS_PLAIN if self.qpeft_config.layout == "clues_first" else ""
-        engine = make_engine(self.lm, why_plain).with_soft_prompt(self.soft_prompt)
+        why_not_cached = CLUES_FIRST_IS_PLAIN if self.qpeft_config.layout == "clues_first" else ""
+        engine = make_engine(self.lm, why_not_cached).with_soft_prompt(self.soft_prompt)
         self._lm_dtype = engine.table.dtype
         return engine
 

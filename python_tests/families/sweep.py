@@ -117,10 +117,10 @@ def sweep_one(name: str, kind: str) -> dict:
     }
     errors = {way: float((torch.as_tensor(score()).float() - expected).abs().max()) for way, score in ways.items()}
     engine = model.engine
-    path = "unpadded" if engine.why_unpadded else "plain" if engine.why_plain else "shared"
+    path = "unpadded" if engine.why_unpadded else "plain" if engine.why_not_cached else "shared"
     if engine.is_encoder_decoder:
         path = "unpadded" if engine.why_unpadded else "encoder–decoder"
-    note = engine.why_unpadded or (engine.why_plain if not engine.is_encoder_decoder else "")
+    note = engine.why_unpadded or (engine.why_not_cached if not engine.is_encoder_decoder else "")
     return {
         "path": path,
         "note": note,

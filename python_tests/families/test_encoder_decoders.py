@@ -80,7 +80,7 @@ def oracle(model: qpeft.QPeftModel):
 @pytest.mark.parametrize("clues", ["attention", "top_k"])
 def test_scores_and_gradients_equal_those_of_one_pair_at_a_time(lm, family, clues):
     model = trained_model(lm, clues, AROUND[family])
-    assert model.engine.head.fused and "reads in both directions" in model.engine.why_plain
+    assert model.engine.head.fused and "reads in both directions" in model.engine.why_not_cached
     expected = oracle(model)
     assert expected[0].std() > 0.05
     assert_same(scores_and_gradients(model, "document_first"), expected)

@@ -55,7 +55,7 @@ def assert_same(first, second):
 @pytest.mark.parametrize("clues", ["attention", "top_k"])
 def test_document_first_equals_plain(lm, clues):
     model = trained_model(lm, clues)
-    assert not model.engine.why_plain and model.engine.head.fused
+    assert not model.engine.why_not_cached and model.engine.head.fused
     plain = scores_and_gradients(model, "plain")
     assert_same(scores_and_gradients(model, "document_first"), plain)
     # prefixes in groups of their own and suffixes in several passes: the same numbers
@@ -222,7 +222,7 @@ def test_the_lm_keeps_its_dtype_and_the_clue_module_its_float32(dtype):
 @pytest.mark.parametrize("family", PLAIN_ONLY)
 def test_a_model_with_recurrent_state_takes_the_plain_path(family):
     model, cache = trained_model(tiny_lm(family), "top_k"), qpeft.DocumentCache()
-    assert "cannot be shared" in model.engine.why_plain
+    assert "cannot be shared" in model.engine.why_not_cached
     together = model.score(PAIRS, cache=cache).mean_query_log_likelihood
     alone = torch.cat([model.score([pair]).mean_query_log_likelihood for pair in PAIRS])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)

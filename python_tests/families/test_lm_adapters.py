@@ -58,7 +58,7 @@ def with_adapter(config):
 @pytest.mark.parametrize("kind", READABLE)
 def test_an_adapter_gives_its_own_scores(kind):
     model = model_of(with_adapter(READABLE[kind]))
-    assert not model.engine.why_plain
+    assert not model.engine.why_not_cached
     scores = model.score(PAIRS).query_log_likelihood
     torch.testing.assert_close(scores, own_scores(model, PAIRS), rtol=0, atol=4e-5)
     assert float((scores - model_of(tiny_lm("llama")).score(PAIRS).query_log_likelihood).abs().max()) > 0.01

@@ -61,7 +61,7 @@ def test_a_prompt_is_read_with_the_table_of_its_own_length(make):
     for limit in (lengths[3], lengths[3] - 1):  # the first table is for prompts of the limit too
         model, cache = model_of(make(limit)), qpeft.DocumentCache()
         assert model.engine.rotary.limit == limit and model.engine.rotary.one_per_length == (make is dynamic)
-        assert not model.engine.why_plain and not model.engine.why_unpadded
+        assert not model.engine.why_not_cached and not model.engine.why_unpadded
         expected = own_scores_by_length(model)
         for options in (
             {},

@@ -51,10 +51,10 @@ def assert_own_scores(model, **options) -> None:
 @pytest.mark.parametrize("model_type", COUNT_SLOTS)
 def test_a_decoder_that_counts_slots_takes_the_plain_path(model_type):
     model = model_of(causal_lm(model_type, COUNT_SLOTS[model_type]))
-    assert "in two parts otherwise than as a whole" in model.engine.why_plain and not model.engine.why_unpadded
+    assert "in two parts otherwise than as a whole" in model.engine.why_not_cached and not model.engine.why_unpadded
     assert_own_scores(model)
     low = model_of(causal_lm(model_type, COUNT_SLOTS[model_type], torch.bfloat16))
-    assert "in two parts otherwise than as a whole" in low.engine.why_plain
+    assert "in two parts otherwise than as a whole" in low.engine.why_not_cached
 
 
 def test_a_window_of_the_cache_alone_is_found_in_short_prompts():
@@ -64,7 +64,7 @@ def test_a_window_of_the_cache_alone_is_found_in_short_prompts():
                 "depth_decoder_config": {"num_hidden_layers": 1, "hidden_size": 32, "ffn_dim": 48},
                 "audio_encoder_config": {"model_type": "mimi"}}  # fmt: skip
     model = model_of(causal_lm("moshi", settings))
-    assert "in two parts" in model.engine.why_plain and model.lm.config.sliding_window == 40
+    assert "in two parts" in model.engine.why_not_cached and model.lm.config.sliding_window == 40
     assert_own_scores(model)
 
 
@@ -82,13 +82,13 @@ def test_prompts_that_sparse_attention_would_choose_from_are_refused():
 def test_rounding_is_not_taken_for_a_difference(dtype):
     for family in FAMILIES:
         engine = model_of(tiny_lm(family, dtype=dtype)).engine
-        assert not engine.why_plain and not engine.why_unpadded, family
+        assert not engine.why_not_cached and not engine.why_unpadded, family
 
 
 @pytest.mark.parametrize("model_type", OTHER_DECODERS)
 def test_the_decoder_is_the_module_whose_output_the_head_reads(model_type):
     model = model_of(causal_lm(model_type, OTHER_DECODERS[model_type]))
-    assert model.engine.decoder is model.lm.model and not model.engine.why_plain
+    assert model.engine.decoder is model.lm.model and not model.engine.why_not_cached
     assert_own_scores(model)
 
 
@@ -127,7 +127,7 @@ def test_rows_that_disturb_each_other_are_read_one_by_one():
 
     lm.model.layers[0].mlp.register_forward_hook(mix)
     model = model_of(lm)
-    assert "disturb each other" in model.engine.why_unpadded and model.engine.why_plain
+    assert "disturb each other" in model.engine.why_unpadded and model.engine.why_not_cached
     assert_own_scores(model)
 
 

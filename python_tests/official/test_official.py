@@ -34,7 +34,7 @@ from qpeft_ext.official.clues import allowed_pieces
 def test_scores_and_gradients_are_those_of_the_restatement(options, layout):
     model = official_model(layout=layout, **options).train()
     oracle, weights = restated(model), torch.linspace(-1, 1, len(PAIRS))
-    assert bool(model.engine.why_plain) == (layout == "clues_first")
+    assert bool(model.engine.why_not_cached) == (layout == "clues_first")
     expected = [oracle.score(query, text_of(document)) for query, document in PAIRS]
     means, sums = (torch.stack(column) for column in zip(*expected, strict=True))
     (means * weights).sum().backward()

@@ -95,7 +95,7 @@ def test_a_generated_lora_is_in_force_behind_the_document():
 
 def test_nothing_is_shared_and_everything_says_so(tmp_path):
     model, cache = model_with(), qpeft.DocumentCache()
-    assert "layout='clues_first'" in model.engine.why_plain
+    assert "layout='clues_first'" in model.engine.why_not_cached
     scores = qpeft.Reranker(model, cache=cache).predict(PAIRS)
     assert len(cache) == 0
     assert scores == pytest.approx(model.score(PAIRS, path="plain").query_log_likelihood.numpy(), abs=1e-4)

@@ -69,15 +69,15 @@ class PrefixTuningEngine(CausalEngine):
 
     def __init__(self, lm) -> None:
         super().__init__(lm.get_base_model())
-        if self.why_plain:
-            raise ValueError(f"prefix tuning needs document prefixes that can be shared: {self.why_plain}")
+        if self.why_not_cached:
+            raise ValueError(f"prefix tuning needs document prefixes that can be shared: {self.why_not_cached}")
         if not self.head.fused:
             raise ValueError(f"prefix tuning needs a plain LM head: {self.head.reason}")
         self.lm = lm  # its parameters, the prefix encoder's among them, tell versions of cached prefixes apart
         self.num_virtual_tokens = lm.active_peft_config.num_virtual_tokens
 
-    def _why_plain(self) -> str:
-        why = super()._why_plain()
+    def _why_not_cached(self) -> str:
+        why = super()._why_not_cached()
         if not why and any(layer and layer[-1] for layer in self.packing.layers):
             raise ValueError(
                 "prefix tuning: an LM with sliding windows is not supported, since padding between the "

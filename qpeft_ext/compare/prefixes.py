@@ -20,7 +20,7 @@ def reads_index(method: Method, model: QPeftModel, prompt: Prompt) -> bool:
         model: its model.
         prompt: the prompt of the plan.
     """
-    if not method.preset.lm or method.preset.peft or model.qpeft_config.train_lm or model.engine.why_plain:
+    if not method.preset.lm or method.preset.peft or model.qpeft_config.train_lm or model.engine.why_not_cached:
         return False
     return prompt_settings(model.prompt) == prompt_settings(prompt)
 

@@ -34,7 +34,7 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
         scale: the factor by which the embedding module multiplies a row of the table.
         head: log p of tokens from final hidden states.
         soft_prompt: trained virtual tokens in every prefix, or None.
-        why_plain: why keys and values of prefixes cannot be shared; "" when they can.
+        why_not_cached: why there are no keys and values of prefixes to cache and share; "" where there are.
         why_unpadded: why each pair has a pass of its own; "" where several share one.
         context: the longest prompt, in tokens; None: unlimited.
         rotary: tells which prompts are read with the same rotary tables.
@@ -45,7 +45,7 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
     is_encoder_decoder = False
     head: LikelihoodHead
     scale: float
-    why_plain: str
+    why_not_cached: str
 
     def __init__(self, lm: Any) -> None:
         self.lm = lm

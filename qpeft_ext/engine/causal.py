@@ -58,7 +58,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
 
     Args:
         lm: the model.
-        why_plain: a reason not to share prefixes that is known beforehand; "": try whether they can be shared.
+        why_not_cached: a reason not to share prefixes that is known beforehand; "": try whether they can be shared.
     Attributes (and those of `BaseEngine`):
         packing: how keys and values of a prefix lie in memory; only where prefixes can be shared.
         last_layer: the last layer that stores keys and values; a prefix pass ends there (-1: it runs to its end).
@@ -68,7 +68,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
 
     packing: Packing
 
-    def __init__(self, lm: Any, why_plain: str = "") -> None:
+    def __init__(self, lm: Any, why_not_cached: str = "") -> None:
         super().__init__(lm)
         parameters = inspect.signature(self.decoder.forward).parameters
         self.takes_positions = "position_ids" in parameters
@@ -78,12 +78,12 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
             self.scale = self._embedding_scale()
             self.rotary = find_rotary_tables(self.decoder, self.context)
             self.head = LikelihoodHead(lm, self.own_forward)
-            self.why_plain = why_plain or self._why_plain()
+            self.why_not_cached = why_not_cached or self._why_not_cached()
             self._find_faster_passes()
-            found = check_paths(self, try_shared=not self.why_plain)
-            self.why_plain, self.why_unpadded = self.why_plain or found.why_plain, found.why_unpadded
+            found = check_paths(self, try_shared=not self.why_not_cached)
+            self.why_not_cached, self.why_unpadded = self.why_not_cached or found.why_not_shared, found.why_unpadded
 
-    def _why_plain(self) -> str:
+    def _why_not_cached(self) -> str:
         try:
             ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
             cache = self._run_prefix(self.embed(ids), None, None)
@@ -104,7 +104,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
             self.lm_passes = with_picked_rows(
                 self.lm_passes, self.decoder, ids, lambda: self.decoder(**given), lambda: cache.complete
             )
-        if not self.why_plain:
+        if not self.why_not_cached:
             self.lm_passes = with_faster_attention(with_faster_norms(self.lm_passes, self.decoder), self.decoder, ids)
 
     def _run_prefix(
@@ -124,7 +124,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         return cache
 
     def shares_prefixes(self, with_clues: bool) -> bool:
-        return not self.why_plain
+        return not self.why_not_cached
 
     def assemble(
         self, batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], with_prefix: bool
@@ -178,7 +178,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         return logits[rows.before_query] if len(logits) == rows.ids.numel() else logits
 
     def token_bytes(self) -> tuple[int, float]:
-        kept = 0 if self.why_plain else self.packing.nbytes(1)
+        kept = 0 if self.why_not_cached else self.packing.nbytes(1)
         layers = max(1, getattr(self.lm.config.get_text_config(), "num_hidden_layers", 1))
         return kept, 2 * kept / layers  # gathered, and joined with the suffix's
 

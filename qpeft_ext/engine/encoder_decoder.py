@@ -70,7 +70,9 @@ class EncoderDecoderEngine(BaseEngine[EncoderDecoderRows, EncoderStates]):
     """
 
     is_encoder_decoder = True
-    why_plain = "an encoder–decoder LM has no keys and values of a document alone: its encoder reads in both directions"
+    why_not_cached = (
+        "an encoder–decoder LM has no keys and values of a document alone: its encoder reads in both directions"
+    )
 
     def __init__(self, lm: Any) -> None:
         self.encoder, self.start = lm.get_encoder(), _start_token(lm)
@@ -83,7 +85,7 @@ class EncoderDecoderEngine(BaseEngine[EncoderDecoderRows, EncoderStates]):
             first = next(heads)
             self.head = first if first.fused else next((head for head in heads if head.fused), first)
             found = check_paths(self, try_shared=True)
-            self.why_unpadded, self._shares = found.why_unpadded, not found.why_plain
+            self.why_unpadded, self._shares = found.why_unpadded, not found.why_not_shared
             self.rotary = find_rotary_tables(lm, self.context)
             if self.rotary.limit is not None:
                 self.why_unpadded = "its rotary tables depend on the longest text that is read"

@@ -11,24 +11,24 @@ from .causal import CausalEngine
 from .encoder_decoder import EncoderDecoderEngine
 
 
-def make_engine(lm, why_plain: str = "") -> CausalEngine | EncoderDecoderEngine:
+def make_engine(lm, why_not_cached: str = "") -> CausalEngine | EncoderDecoderEngine:
     """Make the engine for an LM.
 
     Args:
         lm: the language model.
-        why_plain: for `CausalEngine`.
+        why_not_cached: for `CausalEngine`.
     Raises: ValueError for a model that is neither a causal nor an encoder–decoder LM, for an LM that fails, and for
         an adapter in it that would not be read.
     """
     try:
-        return _make_engine(lm, why_plain)
+        return _make_engine(lm, why_not_cached)
     except (ValueError, torch.OutOfMemoryError):
         raise
     except LM_ERRORS as error:
         raise ValueError(f"this {lm.config.model_type} LM cannot be used: {in_one_line(error)}") from error
 
 
-def _make_engine(lm, why_plain: str) -> CausalEngine | EncoderDecoderEngine:
+def _make_engine(lm, why_not_cached: str) -> CausalEngine | EncoderDecoderEngine:
     expect_readable_adapters(lm)
     if hasattr(lm.config, "lsh_attn_chunk_length"):
         raise ValueError(
@@ -38,7 +38,7 @@ def _make_engine(lm, why_plain: str) -> CausalEngine | EncoderDecoderEngine:
     if reason := _why_not_language_model(lm):
         raise ValueError("expected a causal LM (Llama, Qwen, GPT-2, …) or an encoder–decoder LM (T5, BART, …), got a "
                          f"{lm.config.model_type} model {reason}; load_lm loads one")  # fmt: skip
-    return EncoderDecoderEngine(lm) if is_encoder_decoder(lm.config) else CausalEngine(lm, why_plain)
+    return EncoderDecoderEngine(lm) if is_encoder_decoder(lm.config) else CausalEngine(lm, why_not_cached)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ class CacheFilling:
     """
 
     def __init__(self, engine: BaseEngine[Any, Any], cache: DocumentCache, deterministic: bool) -> None:
-        self.engine = engine if isinstance(engine, CausalEngine) and not engine.why_plain else None
+        self.engine = engine if isinstance(engine, CausalEngine) and not engine.why_not_cached else None
         self.cache, self.deterministic = cache, deterministic
 
     def announce(self, batch: PairBatch) -> bool:

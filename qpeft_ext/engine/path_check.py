@@ -28,11 +28,11 @@ _LARGEST_NOISE = 0.2  # a larger relative error is never taken for rounding
 class Findings:
     """Reasons in words; "" where there is none.
 
-    why_plain: why a prefix cannot be read once for several suffixes.
+    why_not_shared: why a prefix cannot be read once for several suffixes.
     why_unpadded: why prompts of different lengths cannot share a pass.
     """
 
-    why_plain: str = ""
+    why_not_shared: str = ""
     why_unpadded: str = ""
 
 
@@ -57,7 +57,7 @@ def check_paths(engine: Any, try_shared: bool) -> Findings:
                 f"({reason_unpadded}), which clues need; merge its adapter (merge_and_unload) if it has one, or use "
                 "another LM")  # fmt: skip
         found.why_unpadded = f"prompts of different lengths disturb each other in it ({reason})"
-        found.why_plain = found.why_unpadded
+        found.why_not_shared = found.why_unpadded
     elif try_shared:
         largest = min(_LARGEST_NOISE, max(probe.rounding, 3 * noise))
         error, reason = probe.error(shared=True, together=True)
@@ -65,7 +65,7 @@ def check_paths(engine: Any, try_shared: bool) -> Findings:
             with _narrow_window(engine.decoder.config):
                 error, reason = _Probe(engine).error(shared=True, together=True)
         if not error <= largest:
-            found.why_plain = f"it reads a prompt in two parts otherwise than as a whole ({reason})"
+            found.why_not_shared = f"it reads a prompt in two parts otherwise than as a whole ({reason})"
     return found
 
 

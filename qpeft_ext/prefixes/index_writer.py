@@ -87,8 +87,8 @@ class IndexWriter:
         max_tokens_per_batch: int = 8192,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        if model.engine.why_plain:
-            raise ValueError(f"an index is of no use to this model: {model.engine.why_plain}")
+        if model.engine.why_not_cached:
+            raise ValueError(f"an index is of no use to this model: {model.engine.why_not_cached}")
         self.model, self.corpus, self.folder, self.deterministic = model, corpus, Path(folder), deterministic
         self.max_tokens_per_batch, self.shard_bytes = max_tokens_per_batch, shard_bytes
         self._link = copies(model.engine.device)

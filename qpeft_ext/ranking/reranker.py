@@ -80,8 +80,8 @@ class Reranker(PairScorer):
         expect_model(model)
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
-        if cache is not None and cache.index is not None and model.engine.why_plain:
-            raise ValueError(f"Reranker: an index is of no use to this model: {model.engine.why_plain}")
+        if cache is not None and cache.index is not None and model.engine.why_not_cached:
+            raise ValueError(f"Reranker: an index is of no use to this model: {model.engine.why_not_cached}")
         if max_memory is not None:
             plan = plan_memory(model.engine, max_memory, isinstance(model.clues, AttentionClues))
             max_tokens_per_batch = max_tokens_per_batch or plan.max_tokens_per_batch
