@@ -11,7 +11,7 @@ from lm.tiny_gguf import random_lm, write_gguf
 import qpeft_ext as qpeft
 from qpeft_ext.cli import main
 from qpeft_ext.lm import gguf
-from qpeft_ext.lm.gguf_header import stored_dtype
+from qpeft_ext.lm.gguf_header import read_header
 
 
 def garbage(data: bytes) -> bytes:
@@ -119,6 +119,6 @@ def test_any_damage_to_a_header_is_found_at_once_or_harmless(tmp_path, tiny_file
                 damaged[draw.randrange(min(len(damaged), 8000))] = draw.randrange(256)
         path.write_bytes(damaged)
         try:
-            stored_dtype(path)
+            read_header(path)
         except ValueError as error:
             assert "\n" not in str(error) and len(str(error)) < 200

@@ -61,6 +61,12 @@ def test_the_same_content_under_another_name_is_not_converted_again(tmp_path, ti
     assert len(conversions) == 1
 
 
+@pytest.mark.parametrize(("splitting", "pieces"), [("gpt-2", ["Ċ", "Ċ", "1", "2"]), ("smollm", ["ĊĊ", "1", "2"])])
+def test_text_is_split_by_the_rule_of_the_file(splitting, pieces, tmp_path, tiny_file):
+    path = write_gguf(tmp_path / "other.gguf", random_lm(), splitting=splitting)
+    assert load_tokenizer(path).tokenize("\n\n12") == pieces
+
+
 def test_two_at_once_convert_once(tiny_file, conversions):
     found = []
     threads = [threading.Thread(target=lambda: found.append(load_config(tiny_file))) for _ in range(2)]

@@ -22,7 +22,7 @@ _NAMES = {  # of weights: in transformers, in GGUF
     "post_attention_layernorm": "ffn_norm",
     "model.layers": "blk",
 }
-TOKENS = [*bytes_to_unicode().values(), "ab", "<|start|>", "<|end|>"]
+TOKENS = [*bytes_to_unicode().values(), "ab", "ĊĊ", "<|start|>", "<|end|>"]
 
 
 def random_lm(seed: int = 0) -> LlamaForCausalLM:
@@ -41,8 +41,15 @@ def random_lm(seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def write_gguf(path: Path, lm: LlamaForCausalLM, architecture: str = "llama", packed: bool = False) -> Path:
-    """Write the LM; ``packed``: its matrices in blocks of 8 bits (Q8_0), otherwise in float32."""
+def write_gguf(
+    path: Path, lm: LlamaForCausalLM, architecture: str = "llama", packed: bool = False, splitting: str = "gpt-2"
+) -> Path:
+    """Write the LM and its tokenizer.
+
+    Args:
+        packed: write the matrices in blocks of 8 bits (Q8_0), otherwise in float32.
+        splitting: the rule of the tokenizer, by its name in llama.cpp.
+    """
     import gguf
 
     config = lm.config
@@ -58,9 +65,10 @@ def write_gguf(path: Path, lm: LlamaForCausalLM, architecture: str = "llama", pa
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitting)
     writer.add_token_list(TOKENS)
-    writer.add_token_types([1] * 257 + [3, 3])
-    writer.add_token_merges(["a b"])
+    writer.add_token_types([1] * 258 + [3, 3])
+    writer.add_token_merges(["a b", "Ċ Ċ"])
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}

@@ -15,8 +15,11 @@ from typing import Any
 from ..utils.files import cache_folder, drop_temporary, private_folder, save_folder_with
 from ..utils.locks import claim
 from ..utils.progress import progress_bar
-from .gguf_header import stored_dtype
+from .gguf_header import read_header
 
+_VERSION = 2  # of what `_convert` makes
+# tokenizers of llama.cpp that split off every digit; without that, blank lines before a number are other tokens
+_EVERY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _REQUIRED = ("gguf", "accelerate")  # by transformers, for GGUF files
 
 
@@ -49,20 +52,20 @@ def converted(parts: Sequence[Path], sha256: str) -> Path:
         transformers cannot read; OSError if the cache folder cannot be written.
     """
     root = cache_folder() / "gguf"
-    folder = root / sha256
+    folder = root / f"{sha256}-{_VERSION}"
     if folder.is_dir():
         return folder
     for package in _REQUIRED:
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"GGUF files need the package {package}: pip install qpeft_ext[gguf]")
     if len(parts) == 1:
-        stored_dtype(parts[0])  # an error before anything is written
+        read_header(parts[0])  # an error before anything is written
     with _writing(root), claim(root, wait=True):
         root.mkdir(exist_ok=True)
         if not folder.is_dir():
             drop_temporary(root)
             with private_folder(folder) as private:
-                _join(parts, private / "lm.gguf")
+                join_parts(parts, private / "lm.gguf")
                 save_folder_with(folder, lambda target: _convert(private / "lm.gguf", sha256, target, parts[0].name))
     return folder
 
@@ -80,7 +83,7 @@ def _writing(root: Path) -> Iterator[None]:
         ) from None
 
 
-def _join(parts: Sequence[Path], target: Path) -> None:
+def join_parts(parts: Sequence[Path], target: Path) -> None:
     """Make one file of the parts; a single one is linked, not copied."""
     if len(parts) == 1:
         target.symlink_to(parts[0].absolute())
@@ -100,7 +103,7 @@ def _convert(path: Path, sha256: str, target: str, name: str) -> None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    dtype = stored_dtype(path)
+    header = read_header(path)
     size = path.stat().st_size / 1e6
     with progress_bar(total=2, desc=f"convert {name} ({size:.0f} MB), once", unit="part") as bar:
         folder, file = str(path.parent), path.name
@@ -108,7 +111,7 @@ def _convert(path: Path, sha256: str, target: str, name: str) -> None:
         auto: type[Any] = AutoModelForCausalLM
         if getattr(config, "is_encoder_decoder", False):
             auto = AutoModelForSeq2SeqLM
-        lm = auto.from_pretrained(folder, gguf_file=file, dtype=dtype, trust_remote_code=False, **_unpacked())
+        lm = auto.from_pretrained(folder, gguf_file=file, dtype=header.dtype, trust_remote_code=False, **_unpacked())
         lm.config.gguf_sha256 = sha256
         lm.config.__dict__.pop("quantization_config", None)  # save_pretrained refuses a model that was packed
         lm.hf_quantizer = None
@@ -116,8 +119,17 @@ def _convert(path: Path, sha256: str, target: str, name: str) -> None:
         del lm
         bar.update()
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        if header.splitting in _EVERY_DIGIT:
+            tokenizer.backend_tokenizer.pre_tokenizer = _split_every_digit()
         tokenizer.save_pretrained(target)
         bar.update()
+
+
+def _split_every_digit() -> Any:
+    """Return the rule that transformers leaves out: digits are split off first, then come those of GPT-2."""
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
 
 
 def _unpacked() -> dict[str, Any]:

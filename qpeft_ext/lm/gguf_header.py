@@ -6,6 +6,7 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +19,21 @@ _FLOATS = {0: torch.float32, _FLOAT16: torch.float16, _BFLOAT16: torch.bfloat16}
 _DAMAGED = "it was cut or is damaged; fetch the file again"
 
 
-def stored_dtype(path: Path) -> torch.dtype:
-    """Return the dtype of the matrices in a GGUF file; bfloat16 if any is packed. This takes less than a second.
+@dataclass(frozen=True)
+class GgufHeader:
+    """The facts of a GGUF file that decide how it is converted.
+
+    Args:
+        dtype: the dtype of its matrices; bfloat16 if any is packed.
+        splitting: the name of the rule by which its tokenizer splits a text before it merges bytes; "" if it has none.
+    """
+
+    dtype: torch.dtype
+    splitting: str
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file, whatever is in it; this takes less than a second.
 
     Raises: ValueError for a file that is no GGUF file, has another version of the format, or ends too early.
     """
@@ -28,7 +42,7 @@ def stored_dtype(path: Path) -> torch.dtype:
             raise ValueError("the file does not start with GGUF, as every GGUF file does; name another file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return _Header(data).dtype()
+                return _Header(data).read()
             except (struct.error, OverflowError):
                 raise ValueError(f"the header of the GGUF file cannot be read: {_DAMAGED}") from None
 
@@ -39,16 +53,18 @@ class _Header:
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.position = data, 4
 
-    def dtype(self) -> torch.dtype:
+    def read(self) -> GgufHeader:
         version, tensors, values = self._numbers("IQQ")
         if version not in _VERSIONS:
             raise ValueError(f"expected version 2 or 3 of the GGUF format, got {version}; convert the file again")
-        alignment = 32
+        alignment, splitting = 32, b""
         for _ in range(values):
             key = self._text()
             (kind,) = self._numbers("I")
             if key == b"general.alignment" and kind == _UINT32:
                 (alignment,) = self._numbers("I")
+            elif key == b"tokenizer.ggml.pre" and kind == _STRING:
+                splitting = self._text()
             else:
                 self._skip_value(kind)
         if not tensors:
@@ -57,10 +73,7 @@ class _Header:
         start = math.ceil(self.position / max(alignment, 1)) * alignment
         if start + max(ends) > len(self.data):
             raise ValueError(f"the GGUF file has {len(self.data)} bytes of {start + max(ends)}: {_DAMAGED}")
-        if not set(kinds) <= _FLOATS.keys():
-            return torch.bfloat16
-        # the norms beside half-precision matrices are float32
-        return next((_FLOATS[kind] for kind in (_BFLOAT16, _FLOAT16) if kind in kinds), torch.float32)
+        return GgufHeader(_dtype(set(kinds)), splitting.decode(errors="replace"))
 
     def _tensors(self, count: int) -> Iterator[tuple[int, int]]:
         """Yield the type of each tensor, and where its bytes end, counted from the start of the first one."""
@@ -111,3 +124,10 @@ class _Header:
         self.position += count
         if self.position > len(self.data):
             raise struct.error
+
+
+def _dtype(kinds: set[int]) -> torch.dtype:
+    """Return the dtype of matrices whose tensors have these types; norms beside half-precision matrices are float32."""
+    if not kinds <= _FLOATS.keys():
+        return torch.bfloat16
+    return next((_FLOATS[kind] for kind in (_BFLOAT16, _FLOAT16) if kind in kinds), torch.float32)

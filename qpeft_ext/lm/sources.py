@@ -33,19 +33,25 @@ def locate(name_or_path: str | os.PathLike[str]) -> Source:
     Raises: OSError or ValueError for what is not there or damaged; ImportError for a package that reading GGUF needs.
     """
     name = str(name_or_path)
-    if name.startswith(PREFIX):
-        return _converted(name, gguf_of_package(name.removeprefix(PREFIX)))
-    path = Path(name).expanduser() if name.startswith("~") else Path(name)
-    if name.lower().endswith(".gguf") and not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {name}")
-        return _converted(name, [path])
+    if parts := gguf_parts(name):
+        sha256 = gguf.sha256_of(parts)
+        return Source(name, str(gguf.converted(parts, sha256)), sha256)
     return Source(name, _folder_or_hub_id(name))
 
 
-def _converted(name: str, parts: list[Path]) -> Source:
-    sha256 = gguf.sha256_of(parts)
-    return Source(name, str(gguf.converted(parts, sha256)), sha256)
+def gguf_parts(name: str) -> list[Path]:
+    """Return the GGUF file that a name stands for, as the files that make it up; none for a folder or a Hub id.
+
+    Raises: OSError or ValueError for a file or package that is not there.
+    """
+    if name.startswith(PREFIX):
+        return gguf_of_package(name.removeprefix(PREFIX))
+    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+    if not name.lower().endswith(".gguf") or path.is_dir():
+        return []
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {name}")
+    return [path]
 
 
 def _folder_or_hub_id(name: str) -> str:
