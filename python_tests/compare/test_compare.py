@@ -184,7 +184,7 @@ def test_killed(done, job, tmp_path, capsys):
 
 
 def test_a_trained_adapter_survives_a_kill_in_ranking(done, job, tmp_path, monkeypatch):
-    """As a kill leaves it: the adapter is whole, the run has some queries."""
+    """A kill leaves a whole adapter and a run with some of the queries."""
     monkeypatch.setattr("qpeft_ext.ranking.run.PAIRS_PER_BLOCK", 1)  # each query is written by itself
     out = tmp_path / "out"
     shutil.copytree(done / "out", out)
@@ -267,7 +267,7 @@ def test_copied_data_is_the_same_data_and_a_changed_document_is_not(done, job, t
 
 
 def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
-    """Of every method whose LM is the plan's, in training and in ranking: the same results, and no times."""
+    """Every method whose LM is the plan's trains and ranks with the index: the same results, and no times."""
     methods = [
         *METHODS,
         "soft prompt: {method: soft_prompt, learning_rate: 1e-2}",
@@ -321,7 +321,7 @@ def test_prefixes_from_an_index(done, job, tmp_path, monkeypatch, capsys):
 
 
 def test_results_without_runs_count_but_cannot_be_fused(done, job, tmp_path, capsys):
-    """As `benchmarks/quality/results.py` unpacks them."""
+    """Results that `benchmarks/quality/results.py` has unpacked are read."""
     output = tmp_path / "out"
     for path in (done / "out").glob("*/*/*/*.json"):
         if path.name in ("settings.json", "result.json") and "BM25" not in str(path):

@@ -53,7 +53,7 @@ def test_the_reference_has_every_public_name():
 
 
 def test_every_link_leads_somewhere(site):
-    """Of files, also those that the hook makes; MkDocs has looked at Markdown's links only."""
+    """The links of all files lead somewhere, also of those that the hook makes: MkDocs checks Markdown's links only."""
     for page in site.rglob("*.html"):
         if page.name == "404.html":  # its links are those of a server's root
             continue

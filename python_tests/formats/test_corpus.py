@@ -95,7 +95,7 @@ formats.Corpus({str(folder)!r})
 
 
 def test_many_processes_may_build_at_once(tmp_path):
-    """As the ranks of a training job do."""
+    """Several processes index one corpus at once, like the ranks of a training job."""
     write_lines(tmp_path / "corpus.jsonl.gz", (json.dumps({"_id": f"d{i}", "text": str(i)}) for i in range(20_000)))
     program = f"""
 from qpeft_ext import formats

@@ -19,7 +19,7 @@ ROWS = torch.arange(3)
 
 
 def llama_passes() -> LMPasses:
-    """With all faster forms, whether they are faster on this machine or not."""
+    """The passes of a tiny Llama with all faster forms, whether they are faster on this machine or not."""
     lm = tiny_lm("llama")
     last = lm.model.layers[-1]
     return LMPasses(
