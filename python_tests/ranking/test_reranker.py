@@ -35,7 +35,7 @@ def test_rank_sorts_and_can_return_the_documents(model):
 
 
 def test_rank_many_equals_rank(model, monkeypatch):
-    monkeypatch.setattr("qpeft_ext.ranking.reranker._PAIRS_PER_BLOCK", 5)  # several blocks
+    monkeypatch.setattr("qpeft_ext.ranking.lists._PAIRS_PER_BLOCK", 5)  # several blocks
     reranker = qpeft.Reranker(model, cache=qpeft.DocumentCache(1 << 20))
     queries, candidates = [*QUERIES, "none", "sea"], [DOCUMENTS, DOCUMENTS[:2], [], DOCUMENTS[::-1]]
     together = reranker.rank_many(queries, candidates)
@@ -108,7 +108,7 @@ def test_similarity_needs_no_language_model_pass(model, monkeypatch):
 
 
 def test_similarity_knows_which_list_a_document_is_in(monkeypatch):
-    monkeypatch.setattr("qpeft_ext.ranking.reranker._PAIRS_PER_LIST_BLOCK", 5)
+    monkeypatch.setattr("qpeft_ext.ranking.inspection.PAIRS_PER_LIST_BLOCK", 5)
     config = qpeft.QPeftConfig(clues="top_k", k=12, rank=8, source="candidates")
     reranker = qpeft.Reranker(qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer()))
     lists = [DOCUMENTS[2:], DOCUMENTS[:2], DOCUMENTS, []]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +13,18 @@ from torch import Tensor
 from ..adapters.attention_clues import AttentionClues
 from ..adapters.projected_rows import ProjectedRows
 from ..engine.memory import plan_memory
-from ..engine.schedule import default_tokens, query_blocks
+from ..engine.schedule import default_tokens
 from ..lm.arguments import expect_model
 from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, whole_number
-from ..utils.progress import progress_bar
-from .clue_similarity import ClueSimilarity
-from .explain import Explanation, describe_model, explain_pair
+from .explain import describe_model
 from .inputs import as_lists, expect_no_activation
-from .scoring import PairScorer
-
-_PAIRS_PER_BLOCK = 8192  # tokenised together and sorted together: about 60 MB of ids when no document is shared
-_PAIRS_PER_LIST_BLOCK = 1024  # with source="candidates", and for `similarity`, which keep all of a block in memory
+from .inspection import PairInspector
 
 
-class Reranker(PairScorer):
+class Reranker(PairInspector):
     """Scores documents by the log-likelihood of the query: Σ log p(query token), nats, larger is better.
 
     With ``compat="official"`` the score is the mean instead, as in the official code.
@@ -184,11 +177,7 @@ class Reranker(PairScorer):
         given = as_list(pairs, "predict: pairs", "give (query, document) pairs: [(query, document), …]")
         single = len(given) == 2 and isinstance(given[0], str)
         checked = as_pairs([given] if single else given, "predict")
-        scores = np.empty(len(checked), dtype=np.float32)
-        with progress_bar(total=len(checked), unit="pair", desc="rerank", show=show_progress_bar) as bar:
-            for start in range(0, len(checked), _PAIRS_PER_BLOCK):
-                block = checked[start : start + _PAIRS_PER_BLOCK]
-                scores[start : start + len(block)] = self._score(block, bar, batch_size=batch_size)
+        scores = self._predicted(checked, show_progress_bar, batch_size)
         if convert_to_tensor:
             tensor = torch.from_numpy(scores).to(self.model.device)
             return tensor[0] if single else tensor
@@ -270,81 +259,3 @@ class Reranker(PairScorer):
         Raises: as `rank`, and if there are not as many lists of candidates as queries.
         """
         return self._ranked(*as_lists("rank_many", queries, candidates), top_k, show_progress_bar, batch_size)
-
-    def _ranked(
-        self,
-        queries: list[str],
-        candidates: list[list[Document]],
-        top_k: int | None,
-        show_progress_bar: bool | None,
-        batch_size: int | None,
-    ) -> list[list[dict[str, Any]]]:
-        """Do what `rank_many` does, with lists that are checked."""
-        top_k, batch_size = whole_number(top_k, "top_k"), whole_number(batch_size, "batch_size")
-        size = _PAIRS_PER_LIST_BLOCK if self.model.qpeft_config.source == "candidates" else _PAIRS_PER_BLOCK
-        results = []
-        with progress_bar(total=sum(map(len, candidates)), unit="pair", desc="rerank", show=show_progress_bar) as bar:
-            for block in _blocks(candidates, size):
-                pairs = [(queries[i], document) for i in block for document in candidates[i]]
-                scores, start = self._score(pairs, bar, self._lists(block, candidates), batch_size), 0
-                for i in block:
-                    own = scores[start : start + len(candidates[i])]
-                    start += len(own)
-                    order = np.argsort(-own, kind="stable")[:top_k]
-                    results.append([{"corpus_id": int(j), "score": float(own[j])} for j in order])
-        return results
-
-    def explain(self, query: str, document: Document, candidates: Iterable[Document] | None = None) -> Explanation:
-        """Show the clues of a pair: which document tokens they are, where in the text, and with which weight.
-
-        Args:
-            query: a string.
-            document: as in `rank`.
-            candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
-        Returns: `Explanation`; without clues for ``clues="none"``.
-        Raises: TypeError or ValueError that names what is wrong with the query or a document.
-        """
-        with self.model.passes(evaluating=True):
-            return explain_pair(self.model, query, document, candidates, self.truncate_queries)
-
-    def similarity(self, queries: Iterable[str], candidates: Iterable[Iterable[Document]]) -> list[list[float]]:
-        """Score documents by their clues only, without running the LM, as a baseline.
-
-        A score is the sum of the scores of a pair's clues; 0 for a pair without clues. With ``clues="top_k"`` these are
-        the clues that the model chooses, with its source, filters and trained projection (their weights in `explain`);
-        for other models they are the k document tokens most similar to a query token, by the filters and the similarity
-        of their config. With a source "vocabulary…" a query's documents are all equal.
-
-        Args:
-            queries, candidates: as in `rank_many`.
-        Returns: for each query the score of each of its documents, in their order.
-        Raises: as `rank_many`.
-        """
-        texts, lists = as_lists("similarity", queries, candidates)
-        results = []
-        for block in _blocks(lists, _PAIRS_PER_LIST_BLOCK):
-            pairs = [(texts[i], document) for i in block for document in lists[i]]
-            with self.model.passes(evaluating=True):
-                batch = self.model.encode(pairs, self._lists(block, lists), self.truncate_queries)
-                sums = iter(self._clue_similarity(batch).tolist() if pairs else ())
-            results += [[next(sums) for _ in lists[i]] for i in block]
-        return results
-
-    @cached_property
-    def _clue_similarity(self) -> ClueSimilarity:
-        return ClueSimilarity(self.model)
-
-    def exclusive(self) -> AbstractContextManager[None]:
-        """Keep other threads from scoring with this LM while this is entered: see `QPeftModel.exclusive`."""
-        return self.model.exclusive()
-
-    def _lists(self, block: range, candidates: Sequence[Sequence]) -> list[int] | None:
-        """The list of each pair of the block: with this source the same query in two lists has two lists of clues."""
-        if self.model.qpeft_config.source != "candidates":
-            return None
-        return [i for i in block for _ in candidates[i]]
-
-
-def _blocks(candidates: Sequence[Sequence], max_pairs: int) -> list[range]:
-    """Places of consecutive queries with about ``max_pairs`` pairs together."""
-    return [range(len(candidates))[block] for block in query_blocks(list(map(len, candidates)), max_pairs)]

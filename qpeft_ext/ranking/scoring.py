@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import zip_longest
 from typing import TypeVar
 
@@ -56,6 +57,10 @@ class PairScorer:
         self.truncate_queries = truncate_queries
         self.projected = projected
         self.truncated = self.truncated_queries = 0
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Keep other threads from scoring with this LM while this is entered: see `QPeftModel.exclusive`."""
+        return self.model.exclusive()
 
     def _score(
         self,
