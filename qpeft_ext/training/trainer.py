@@ -102,8 +102,8 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         >>> losses = [trainer.evaluate()["eval_loss"]]
         >>> steps = trainer.train().global_step
         >>> losses.append(trainer.evaluate()["eval_loss"])
-        >>> print(f"{steps} steps, loss {losses[0]:.2f} -> {losses[1]:.2f}")
-        2 steps, loss 2.86 -> 1.10
+        >>> print(f"{steps} steps, loss {losses[0]:.1f} -> {losses[1]:.1f}")
+        2 steps, loss 2.9 -> 1.1
         >>> model.save_pretrained("my-adapter")
     """
 
