@@ -247,9 +247,10 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
         """
 
         def tables(counts: Sequence[int]) -> list[int]:
-            return [self.rotary.of(len(pieces.lay_out(batch.documents[d].ids, count)[0])
-                                   + len(pieces.scored(batch.queries[q])))
-                    for (q, d), count in zip(batch.pairs, counts, strict=True)]  # fmt: skip
+            own = [batch.suffix_of(q, pieces) for q, _ in batch.pairs]
+            return [self.rotary.of(len(around.lay_out(batch.documents[d].ids, count)[0])
+                                   + len(around.scored(batch.queries[q])))
+                    for around, (q, d), count in zip(own, batch.pairs, counts, strict=True)]  # fmt: skip
 
         if self.rotary.limit is None or not any(tables([most_clues] * len(batch))):
             return [0] * len(batch)

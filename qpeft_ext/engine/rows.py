@@ -65,18 +65,18 @@ def assemble_rows(
 
     Args:
         batch: the pairs.
-        pieces: the fixed tokens around clues and queries.
+        pieces: the fixed tokens around clues and queries, where the batch has none of its own (``suffixes``).
         clue_counts: the number of clues of each pair.
         device: where the tensors go.
         with_prefix: whether rows are whole prompts (the plain path).
         width_step: L becomes a multiple of it.
         spare: slots of padding after the longest row that count in ``end``.
     """
-    queries = [pieces.scored(batch.queries[q]) for q, _ in batch.pairs]
+    queries = [batch.suffix_of(q, pieces).scored(batch.queries[q]) for q, _ in batch.pairs]
     rows, clue_starts, suffix_starts = [], [], []
-    for (_, document_index), query, count in zip(batch.pairs, queries, clue_counts, strict=True):
+    for (q, document_index), query, count in zip(batch.pairs, queries, clue_counts, strict=True):
         document = batch.documents[document_index].ids if with_prefix else ()
-        row, clue_start, suffix_start = pieces.lay_out(document, count)
+        row, clue_start, suffix_start = batch.suffix_of(q, pieces).lay_out(document, count)
         rows.append(row + query[:-1])
         clue_starts.append(clue_start)
         suffix_starts.append(suffix_start)

@@ -214,7 +214,7 @@ def suffix_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
 
     def lengths(i: int) -> tuple[int, int]:
         q, d = batch.pairs[i]
-        return -len(batch.queries[q]), -len(batch.documents[d].ids)
+        return -len(batch.queries[q]) - batch.instruction_length(q), -len(batch.documents[d].ids)
 
     rows = sorted(range(len(batch)), key=lengths)
     yield from (rows[start : start + max_pairs] for start in range(0, len(rows), max_pairs))
@@ -247,8 +247,8 @@ def suffix_groups(
 ) -> Iterator[list[int]]:
     """Group the pairs of documents by length, for suffix passes.
 
-    A pair counts with the tokens of its query, and an eighth of the longest prefix of the documents where this is only
-    read; otherwise with its whole prompt.
+    A pair counts with the tokens of its query and its instruction, and an eighth of the longest prefix of the documents
+    where this is only read; otherwise with its whole prompt.
 
     Args:
         batch: the pairs.
@@ -264,7 +264,8 @@ def suffix_groups(
 
     def length(i: int) -> int:
         q, d = batch.pairs[i]
-        return factor * len(batch.queries[q]) + (0 if shared else len(batch.documents[d].ids))
+        suffix = factor * len(batch.queries[q]) + batch.instruction_length(q)
+        return suffix + (0 if shared else len(batch.documents[d].ids))
 
     rows = [i for i, (_, d) in enumerate(batch.pairs) if d in wanted]
     yield from _groups(rows, length, lambda i: length(i) + read, max_tokens, max_pairs, pass_tokens, step)

@@ -127,7 +127,11 @@ class ScoringModel(nn.Module):
                     self.train(training)
 
     def encode(
-        self, pairs: Sequence[tuple[str, Document]], lists: Sequence[int] | None = None, truncate_queries: bool = False
+        self,
+        pairs: Sequence[tuple[str, Document]],
+        lists: Sequence[int] | None = None,
+        truncate_queries: bool = False,
+        instructions: Sequence[str | None] | None = None,
     ) -> PairBatch:
         """Tokenise pairs of a query and a document.
 
@@ -136,10 +140,12 @@ class ScoringModel(nn.Module):
             lists: for each pair the list of candidates that it belongs to; None: all of a query's pairs are one list.
                 It matters with ``source="candidates"`` only.
             truncate_queries: whether queries longer than ``max_query_tokens`` are cut at their end.
+            instructions: for each pair an instruction that stands before its query and is not scored, or None.
         Returns: the batch for `forward`; each distinct text is in it once.
         Raises: TypeError or ValueError that names the pair and what is wrong with it.
         """
-        return PairBatch.from_text(self.prompt, as_pairs(pairs, "encode"), lists, truncate_queries)
+        checked = as_pairs(pairs, "encode")
+        return PairBatch.from_text(self.prompt, checked, lists, truncate_queries, instructions)
 
     @in_passes
     def forward(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .pieces import DocumentPrefix
+from .pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 from .prompt import Document, Prompt, document_text
 
 try:
@@ -33,6 +33,7 @@ class PairBatch:
     candidates: for each query the indices of the documents that it is ranked among (for ``source="candidates"``);
         None: the documents that it is paired with.
     cut_queries: the number of queries that were cut to ``max_query_tokens``.
+    suffixes: for each query the fixed pieces around it, where queries have instructions; None: those of the prompt.
     """
 
     queries: list[tuple[int, ...]]
@@ -40,6 +41,7 @@ class PairBatch:
     pairs: list[tuple[int, int]]
     candidates: list[list[int]] | None = None
     cut_queries: int = 0
+    suffixes: Sequence[SuffixPieces | CluesFirstPieces] | None = None
 
     @classmethod
     def from_text(
@@ -48,6 +50,7 @@ class PairBatch:
         pairs: Sequence[tuple[str, Document]],
         lists: Sequence[int] | None = None,
         truncate_queries: bool = False,
+        instructions: Sequence[str | None] | None = None,
     ) -> PairBatch:
         """Tokenise each distinct query and document text once; the order of the pairs is kept.
 
@@ -57,28 +60,47 @@ class PairBatch:
             lists: for each pair the list of candidates that it belongs to; a query in two lists counts as two queries.
             truncate_queries: whether queries longer than ``max_query_tokens`` are cut at their end; otherwise they are
                 an error.
+            instructions: for each pair the instruction of its query, or None; a query with two instructions counts as
+                two queries.
         """
-        queries: dict[tuple[str, int], int] = {}
+        queries: dict[tuple[str, int, str | None], int] = {}
         documents: dict[str, int] = {}
         kept: list[Document] = []
         index = []
-        for (query, document), which in zip(pairs, repeat(0, len(pairs)) if lists is None else lists, strict=True):
+        which_lists = repeat(0, len(pairs)) if lists is None else lists
+        given = repeat(None, len(pairs)) if instructions is None else instructions
+        for (query, document), which, instruction in zip(pairs, which_lists, given, strict=True):
             text = document_text(document)
             if text not in documents:
                 documents[text] = len(documents)
                 kept.append(document)
-            index.append((queries.setdefault((query, which), len(queries)), documents[text]))
+            index.append((queries.setdefault((query, which, instruction), len(queries)), documents[text]))
         candidates = paired_documents(index, len(queries))
         cut: list[int] | None = [] if truncate_queries else None
-        query_ids = prompt.queries([query for query, _ in queries], cut)
-        return cls(query_ids, prompt.documents(kept), index, candidates, len(cut or ()))
+        query_ids = prompt.queries([query for query, _, _ in queries], cut)
+        suffixes = _suffixes(prompt, [instruction for _, _, instruction in queries])
+        return cls(query_ids, prompt.documents(kept), index, candidates, len(cut or ()), suffixes)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def select(self, pair_rows: Sequence[int]) -> PairBatch:
         """Make a batch of the same queries and documents with some of the pairs."""
-        return PairBatch(self.queries, self.documents, [self.pairs[i] for i in pair_rows], self.candidates)
+        return replace(self, pairs=[self.pairs[i] for i in pair_rows], cut_queries=0)
+
+    def suffix_of(self, query: int, usual: SuffixPieces | CluesFirstPieces) -> SuffixPieces | CluesFirstPieces:
+        """Give the pieces around a query: those of its instruction, or else ``usual``, those of the prompt."""
+        return usual if self.suffixes is None else self.suffixes[query]
+
+    def instruction_length(self, query: int) -> int:
+        """Count the tokens before a query where queries have instructions; 0 where none has one."""
+        return 0 if self.suffixes is None else self.suffixes[query].least_tokens
+
+
+def _suffixes(prompt: Prompt, instructions: Sequence[str | None]) -> list[SuffixPieces | CluesFirstPieces] | None:
+    """Make the pieces around each query; None where no query has an instruction."""
+    pieces = {text: prompt.suffix if text is None else prompt.instructed(text) for text in dict.fromkeys(instructions)}
+    return None if pieces.keys() <= {None} else [pieces[text] for text in instructions]
 
 
 def paired_documents(pairs: Sequence[tuple[int, int]], num_queries: int) -> list[list[int]]:

@@ -13,6 +13,10 @@ With ``layout="clues_first"`` the clues stand before the document, and nothing c
 The encoder of an encoder–decoder LM reads all but the query, between the special tokens that the tokenizer puts around
 a text (T5: ``</s>`` at the end); the decoder reads the query.
 
+An instruction of one query stands in the suffix, before "Question:", so that prefixes do not depend on it either:
+
+    <bos> {instruction} Passage: {title} {text}\\n  |  Instruction: {instruction of the query}\\nQuestion: {query}
+
 The pieces are tokenised separately. So the ids of a prefix depend on its document only, and the place of every span is
 known without searching for token ids.
 
@@ -23,6 +27,7 @@ other words, unless ``allow_special_tokens``. In an instruction they are special
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..config import QPeftConfig
@@ -31,6 +36,7 @@ from ..utils.text_tokens import TextTokenizer
 from .pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 
 Document = str | dict
+MAX_INSTRUCTION_TOKENS = 256  # of an instruction of one query: as many as a document has by default
 UPR_INSTRUCTION = ". Please write a question based on this passage."  # Sachan et al. 2022, arXiv 2204.07496
 
 
@@ -48,6 +54,7 @@ class Prompt:
         soft_prompt_start: the place of the soft prompt in every prefix, if there is one.
         instruction_ids: the tokens that the soft prompt replaces; () without one.
         suffix: the fixed pieces around clues and query.
+        why_no_instruction: why a query cannot have an instruction of its own; "" where it can.
     """
 
     def __init__(self, tokenizer: Any, config: QPeftConfig, encoder_decoder: bool = False) -> None:
@@ -66,6 +73,11 @@ class Prompt:
             bos, eos = self._around()
         else:
             bos, eos = (() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)), ()
+        self.why_no_instruction = ""
+        if encoder_decoder:
+            self.why_no_instruction = "the encoder of an encoder–decoder LM would read it with the document"
+        elif config.template != "qpeft":
+            self.why_no_instruction = f"template={config.template!r} is a fixed text without a place for it"
         self.soft_prompt_start = len(bos)
         self.instruction_ids: tuple[int, ...] = ()
         self.suffix: SuffixPieces | CluesFirstPieces
@@ -182,6 +194,34 @@ class Prompt:
                 cut.append(place)
             self._expect_known(f"the query {short(query)}", ids)
         return [tuple(ids) for ids in encoded]
+
+    def instructed(self, instruction: str) -> SuffixPieces | CluesFirstPieces:
+        """Make the pieces of `suffix` with an instruction before the question; nothing of it is scored.
+
+        Args:
+            instruction: text; it is tokenised as the text of a query is.
+        Raises: TypeError if it is not a string; ValueError if it is empty or too long, or where a prompt has no place
+            for one.
+        """
+        if self.why_no_instruction:
+            raise ValueError(f"instruction: {self.why_no_instruction}; leave instruction out")
+        text = expect_text(instruction, "instruction").strip()
+        if not text:
+            raise ValueError(f"instruction must have at least one token, got {instruction!r}; None is no instruction")
+        (words,) = self._text_tokenizer([self._spaced(text)])
+        if len(words) > MAX_INSTRUCTION_TOKENS:
+            raise ValueError(
+                f"instruction {short(text)} must have at most {MAX_INSTRUCTION_TOKENS} tokens, got {len(words)}"
+            )
+        self._expect_known(f"the instruction {short(text)}", words)
+        behind_clues, first, question = self._encode(["\nInstruction:", "Instruction:", "\nQuestion:"])
+        if isinstance(self.suffix, CluesFirstPieces):
+            return replace(self.suffix, question=(*first, *words, *question))
+        return replace(
+            self.suffix,
+            question=(*behind_clues, *words, *question),
+            bare_question=(*first, *words, *question),
+        )
 
     def count(self, query: str) -> int:
         """Count the tokens of a query of any length, also of an empty one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -30,6 +30,24 @@ def as_lists(
         as_documents(documents, f"{what}: the candidates of query {i}", f" of query {i}")
         for i, documents in enumerate(lists)
     ]
+
+
+def as_instructions(what: str, instruction: str | Sequence[str | None] | None, count: int) -> list[str | None] | None:
+    """Read an instruction for all, or one for each; the prompt checks the texts.
+
+    Args:
+        what: the method that is called, for messages.
+        instruction: a string, a list with a string or None for each, or None.
+        count: how many there must be in a list.
+    Returns: one for each; None where there is none at all.
+    Raises: TypeError or ValueError for a list of another kind or length.
+    """
+    if instruction is None or isinstance(instruction, str):
+        return None if instruction is None else [instruction] * count
+    given = as_list(instruction, f"{what}: instruction", "one instruction for all is a string")
+    if len(given) != count:
+        raise ValueError(f"{what}: instruction must be a string, or a list of {count}, got {len(given)}")
+    return given
 
 
 def expect_no_activation(what: str, activation_fn: object, apply_softmax: object, num_workers: object) -> None:

@@ -21,14 +21,19 @@ class ListRanker(PairScorer):
     """Ranks lists of candidates block by block; a base of `Reranker`, whose options it has."""
 
     def _predicted(
-        self, pairs: Sequence[tuple[str, Document]], show_progress_bar: bool | None, batch_size: int | None
+        self,
+        pairs: Sequence[tuple[str, Document]],
+        show_progress_bar: bool | None,
+        batch_size: int | None,
+        instructions: Sequence[str | None] | None = None,
     ) -> np.ndarray:
         """Score pairs that are checked, in the order given: float32 [B], nats."""
         scores = np.empty(len(pairs), dtype=np.float32)
         with progress_bar(total=len(pairs), unit="pair", desc="rerank", show=show_progress_bar) as bar:
             for start in range(0, len(pairs), _PAIRS_PER_BLOCK):
-                block = pairs[start : start + _PAIRS_PER_BLOCK]
-                scores[start : start + len(block)] = self._score(block, bar, batch_size=batch_size)
+                block = slice(start, start + _PAIRS_PER_BLOCK)
+                given = None if instructions is None else instructions[block]
+                scores[block] = self._score(pairs[block], bar, batch_size=batch_size, instructions=given)
         return scores
 
     def _ranked(
@@ -38,6 +43,7 @@ class ListRanker(PairScorer):
         top_k: int | None,
         show_progress_bar: bool | None,
         batch_size: int | None,
+        instructions: Sequence[str | None] | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Do what `rank_many` does, with lists that are checked."""
         top_k, batch_size = whole_number(top_k, "top_k"), whole_number(batch_size, "batch_size")
@@ -46,7 +52,8 @@ class ListRanker(PairScorer):
         with progress_bar(total=sum(map(len, candidates)), unit="pair", desc="rerank", show=show_progress_bar) as bar:
             for block in blocks_of(candidates, size):
                 pairs = [(queries[i], document) for i in block for document in candidates[i]]
-                scores, start = self._score(pairs, bar, self._lists(block, candidates), batch_size), 0
+                given = instructions and [instructions[i] for i in block for _ in candidates[i]]
+                scores, start = self._score(pairs, bar, self._lists(block, candidates), batch_size, given), 0
                 for i in block:
                     own = scores[start : start + len(candidates[i])]
                     start += len(own)

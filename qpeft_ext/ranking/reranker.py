@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, whole_number
 from .explain import describe_model
-from .inputs import as_lists, expect_no_activation
+from .inputs import as_instructions, as_lists, expect_no_activation
 from .inspection import PairInspector
 
 
@@ -149,6 +149,7 @@ class Reranker(PairInspector):
         activation_fn: object = None,
         apply_softmax: bool | None = False,
         num_workers: int | None = 0,
+        instruction: str | Sequence[str | None] | None = None,
     ) -> np.ndarray | Tensor | list[Tensor] | float:
         """Score (query, document) pairs, in the order given.
 
@@ -163,6 +164,8 @@ class Reranker(PairInspector):
             convert_to_tensor: True gives a tensor on the model's device instead.
             activation_fn, apply_softmax, num_workers: accepted for code that is written for `CrossEncoder`. A score is
                 a log-likelihood without an activation, so only None, False and 0 are taken.
+            instruction: text that the LM reads between document and query, such as "Find a passage that refutes the
+                claim."; or a list with one for each pair, or None. It is not scored, and cached documents stay valid.
         Returns: float32 [B], nats; for one pair a float (a scalar tensor with ``convert_to_tensor``).
         Raises: TypeError or ValueError naming the pair or the argument that is wrong; ValueError with
             ``source="candidates"``, where a score depends on the whole list: see `rank`.
@@ -177,7 +180,8 @@ class Reranker(PairInspector):
         given = as_list(pairs, "predict: pairs", "give (query, document) pairs: [(query, document), …]")
         single = len(given) == 2 and isinstance(given[0], str)
         checked = as_pairs([given] if single else given, "predict")
-        scores = self._predicted(checked, show_progress_bar, batch_size)
+        instructions = as_instructions("predict", instruction, len(checked))
+        scores = self._predicted(checked, show_progress_bar, batch_size, instructions)
         if convert_to_tensor:
             tensor = torch.from_numpy(scores).to(self.model.device)
             return tensor[0] if single else tensor
@@ -199,6 +203,7 @@ class Reranker(PairInspector):
         activation_fn: object = None,
         apply_softmax: bool | None = False,
         num_workers: int | None = 0,
+        instruction: str | None = None,
     ) -> list[dict[str, Any]]:
         """Rank the documents of one query, best first; equal scores keep the given order.
 
@@ -209,6 +214,7 @@ class Reranker(PairInspector):
             return_documents: whether each row also has "text", title and text of the document as the LM read them.
             batch_size, show_progress_bar, activation_fn, apply_softmax, num_workers: as in `predict`.
             convert_to_numpy, convert_to_tensor: accepted as well, without effect: a score is a float.
+            instruction: as in `predict`, for this query.
         Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", nats.
         Raises: TypeError or ValueError that names the argument, or the document and what is wrong with it.
 
@@ -232,7 +238,8 @@ class Reranker(PairInspector):
             raise TypeError(f"rank: query must be a string, got {kind_of(query)}; rank_many ranks for many queries")
         expect_no_activation("rank", activation_fn, apply_softmax, num_workers)
         query, candidates = expect_query(query, "rank: query"), as_documents(documents, "rank: documents")
-        ranked = self._ranked([query], [candidates], top_k, show_progress_bar, batch_size)[0]
+        instructions = as_instructions("rank", instruction, 1)
+        ranked = self._ranked([query], [candidates], top_k, show_progress_bar, batch_size, instructions)[0]
         for row in ranked if return_documents else ():
             row["text"] = document_text(candidates[row["corpus_id"]])
         return ranked
@@ -245,6 +252,7 @@ class Reranker(PairInspector):
         show_progress_bar: bool | None = None,
         *,
         batch_size: int | None = None,
+        instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Rank the documents of many queries.
 
@@ -255,7 +263,10 @@ class Reranker(PairInspector):
             candidates: the documents of each query, in the same order.
             top_k, batch_size: as in `rank`.
             show_progress_bar: None shows it on a terminal only.
+            instruction: one for all queries, or a list with one for each, or None; as in `predict`.
         Returns: for each query what `rank` returns.
         Raises: as `rank`, and if there are not as many lists of candidates as queries.
         """
-        return self._ranked(*as_lists("rank_many", queries, candidates), top_k, show_progress_bar, batch_size)
+        texts, lists = as_lists("rank_many", queries, candidates)
+        instructions = as_instructions("rank_many", instruction, len(texts))
+        return self._ranked(texts, lists, top_k, show_progress_bar, batch_size, instructions)

@@ -68,19 +68,21 @@ class PairScorer:
         bar: tqdm,
         lists: list[int] | None = None,
         batch_size: int | None = None,
+        instructions: Sequence[str | None] | None = None,
     ) -> np.ndarray:
         """Score the pairs of a block, which the progress bar counts.
 
         Args:
             lists: the list of candidates that each pair belongs to, where clues depend on it.
             batch_size: pairs in a suffix pass at most.
+            instructions: the instruction of each pair, or None.
         Returns: float32 [B].
         Raises: ValueError for a score that is not finite.
         """
         if not pairs:
             return np.zeros(0, dtype=np.float32)
         with self.model.passes(evaluating=True):
-            scores = self._score_in_turn(pairs, bar, lists, batch_size)
+            scores = self._score_in_turn(pairs, bar, lists, batch_size, instructions)
         if not np.isfinite(scores).all():
             query, _ = pairs[int(np.flatnonzero(~np.isfinite(scores))[0])]
             raise ValueError(
@@ -90,12 +92,17 @@ class PairScorer:
         return scores
 
     def _score_in_turn(
-        self, pairs: Sequence[tuple[str, Document]], bar: tqdm, lists: list[int] | None, batch_size: int | None
+        self,
+        pairs: Sequence[tuple[str, Document]],
+        bar: tqdm,
+        lists: list[int] | None,
+        batch_size: int | None,
+        instructions: Sequence[str | None] | None,
     ) -> np.ndarray:
         """Do what `_score` does, while no other thread uses the LM."""
         if self.cache is not None and self.cache.index is not None:
             self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
-        batch = self.model.encode(pairs, lists, self.truncate_queries)
+        batch = self.model.encode(pairs, lists, self.truncate_queries, instructions)
         self.truncated += sum(document.cut > 0 for document in batch.documents)
         self.truncated_queries += batch.cut_queries
         jobs, prefilled = self._jobs(batch)
