@@ -253,7 +253,10 @@ def get_qpeft_model(lm: nn.Module, config: QPeftConfig, tokenizer: Any = None) -
         tokenizer = load_tokenizer(name, revision=getattr(lm.config, "_commit_hash", None))
     config = replace(config, base_model_name_or_path=config.base_model_name_or_path or name)
     model = QPeftModel(lm, config, tokenizer)
-    model.qpeft_config = replace(model.qpeft_config, base_model=describe_lm(model.engine))
+    facts = describe_lm(model.engine)
+    if config.base_model_name_or_path != name:
+        facts.pop("revision", None)  # which belongs to the name that the LM was loaded by
+    model.qpeft_config = replace(model.qpeft_config, base_model=facts)
     return model
 
 

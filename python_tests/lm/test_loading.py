@@ -28,7 +28,8 @@ def calls(monkeypatch):
             kept = {key: value for key, value in keywords.items() if key not in WHERE}
             loaded = load(str(BASE_LM), *arguments, **kept)
             if hasattr(loaded, "config"):
-                loaded.config._commit_hash = keywords["revision"]
+                loaded.config._commit_hash = keywords.get("revision")
+                loaded.name_or_path = name
             within.pop()
             return loaded
 
@@ -54,6 +55,46 @@ def test_from_pretrained(load, calls):
     for made in calls.values():
         for call in made:
             assert {name: call.get(name) for name in WHERE} == WHERE
+
+
+@pytest.fixture
+def adapter(calls, tmp_path):
+    """The folder of an adapter whose LM was loaded from the commit c0ffee of some/lm."""
+    lm = qpeft.load_lm("some/lm", revision="c0ffee")
+    qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="top_k", rank=4)).save_pretrained(tmp_path / "adapter")
+    calls.clear()
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "revision"),
+    [
+        ({}, "c0ffee"),
+        ({"lm": "some/lm"}, "c0ffee"),
+        ({"revision": "v2"}, "v2"),
+        ({"lm": "other/lm"}, None),
+    ],
+)
+def test_an_adapter_finds_its_commit_again(arguments, revision, adapter, calls):
+    model = qpeft.QPeftModel.from_pretrained(adapter, **arguments)
+    assert calls.keys() == {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"}
+    assert {call.get("revision") for made in calls.values() for call in made} == {revision}
+    assert model.qpeft_config.base_model["revision"] == "c0ffee"
+
+
+def test_the_commit_of_an_adapter_is_checked(adapter):
+    path = adapter / "adapter_config.json"
+    path.write_text(path.read_text().replace("c0ffee", "../c0ffee"))
+    with pytest.raises(ValueError, match=r"revision of base_model must be a commit of the Hub, got '../c0ffee'"):
+        qpeft.QPeftModel.from_pretrained(adapter)
+
+
+@pytest.mark.parametrize(("where", "revision"), [([], "c0ffee"), (["--revision", "v2"], "v2")])
+def test_rerank_with_the_commit_of_an_adapter(where, revision, adapter, calls, tmp_path):
+    data, run = small_data.write_folder(tmp_path / "data"), tmp_path / "run.trec"
+    where = [*where, "--device", "cpu", "--top-k", "2"]
+    assert main(["rerank", "--data", str(data), "--model", str(adapter), "--output", str(run), *where]) == 0
+    assert {call.get("revision") for made in calls.values() for call in made} == {revision}
 
 
 def test_rerank(calls, tmp_path):

@@ -64,6 +64,8 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     folder = local_folder(folder)
     config = replace(QPeftConfig.from_pretrained(folder), **(options or {}))
     state = read_weights(folder / WEIGHTS)
+    if lm_kwargs.get("revision") is None and (lm is None or isinstance(lm, (str, os.PathLike))):
+        lm_kwargs = lm_kwargs | {"revision": revision_of(config, lm)}
     if config.train_lm:
         if lm is not None:
             raise ValueError(f"{folder} holds a whole LM, trained with train_lm=True; do not pass another")
@@ -85,6 +87,17 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     for module in (*model.trained_modules.values(), *([model.lm] if config.train_lm else ())):
         module.requires_grad_(is_trainable)
     return model
+
+
+def revision_of(config: QPeftConfig, lm: str | os.PathLike[str] | None = None) -> str | None:
+    """Return the commit on the Hub that an adapter's LM was loaded from; None where it was not, or for another LM.
+
+    Args:
+        config: of the adapter.
+        lm: the name of the LM that is loaded; None is the adapter's own.
+    """
+    own = lm is None or str(lm) == config.base_model_name_or_path
+    return (config.base_model or {}).get("revision") if own else None
 
 
 def _tokenizer_of(folder: Path, base_lm: str | None, lm_kwargs: dict):
@@ -124,7 +137,7 @@ def push_adapter(model, repo_id: str, **kwargs) -> str:
 def describe_lm(engine) -> dict:
     """Facts by which an adapter recognises its LM: its type, sizes, and a few entries of the embedding table.
 
-    For an LM from a GGUF file these include the SHA-256 of the file.
+    For an LM from a GGUF file these include the SHA-256 of the file, for one from the Hub its commit ("revision").
     """
     table = engine.table.detach()
     vocabulary, width = table.shape
@@ -135,8 +148,10 @@ def describe_lm(engine) -> dict:
         "hidden_size": width,
         "embedding_probe": [float(table[row, column]) for row, column in probes],
     }
-    gguf_sha256 = getattr(engine.lm.config, "gguf_sha256", None)
-    return facts if gguf_sha256 is None else facts | {"gguf_sha256": str(gguf_sha256)}
+    for name, attribute in (("gguf_sha256", "gguf_sha256"), ("revision", "_commit_hash")):
+        if (value := getattr(engine.lm.config, attribute, None)) is not None:
+            facts[name] = str(value)
+    return facts
 
 
 def adapter_digest(folder: Path) -> str:

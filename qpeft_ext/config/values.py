@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,3 +143,6 @@ def _expect_description(lm: object) -> None:
         raise ValueError(
             f"QPeftConfig: embedding_probe of base_model must be a list of finite numbers, got {shorten(probe)}"
         )
+    revision = lm.get("revision")
+    if revision is not None and not (isinstance(revision, str) and re.fullmatch(r"\w[\w.-]{0,99}", revision)):
+        raise ValueError(f"QPeftConfig: revision of base_model must be a commit of the Hub, got {shorten(revision)}")

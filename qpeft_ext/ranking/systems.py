@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..adapters.files import adapter_digest, local_folder
+from ..adapters.files import adapter_digest, local_folder, revision_of
 from ..config import QPeftConfig
 from ..formats import open_collection
 from ..formats.trec import Run
@@ -45,7 +45,8 @@ class SystemsSpec:
         upr: whether to rank without clues too.
         similarity_only: whether to rank by the similarities of the clues too, without the LM: those of the adapter's
             clues, or of the default ones without an adapter.
-        dtype, attention, revision: as for `load_lm`.
+        dtype, attention: as for `load_lm`.
+        revision: as for `load_lm`; None takes the adapter's, for the LM that it names.
         deterministic, max_tokens_per_batch, truncate_queries: as for `Reranker`.
         max_query_tokens, max_document_tokens: limits used instead of the adapter's.
         cache_bytes: budget of a `DocumentCache` in every process; 0 for none.
@@ -97,6 +98,11 @@ class SystemsSpec:
         return name
 
     @property
+    def lm_revision(self) -> str | None:
+        """The revision of the LM on the Hub, as for `load_lm`."""
+        return self.revision or revision_of(self.config, self.base_model)
+
+    @property
     def names(self) -> list[str]:
         """Names of the systems, the main one first."""
         without = "UPR adapter" if self.config.num_virtual_tokens is None else "prompt tuning"
@@ -114,8 +120,8 @@ class SystemsSpec:
     def prompt(self) -> Prompt:
         """Make the `Prompt` without loading the LM."""
         limits: dict[str, Any] = {**self.limits}
-        encoder_decoder = is_encoder_decoder(load_config(self.lm_name, revision=self.revision))
-        tokenizer = load_tokenizer(self.lm_name, revision=self.revision)
+        encoder_decoder = is_encoder_decoder(load_config(self.lm_name, revision=self.lm_revision))
+        tokenizer = load_tokenizer(self.lm_name, revision=self.lm_revision)
         return build_prompt(tokenizer, replace(self.config, **limits), encoder_decoder)
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
@@ -127,7 +133,7 @@ class SystemsSpec:
             content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
         return {
             "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
-            "base model": lm_digest(self.lm_name, revision=self.revision),
+            "base model": lm_digest(self.lm_name, revision=self.lm_revision),
             "dtype": self.dtype,
             "attention": self.attention,
             "template": self.config.template,
@@ -188,7 +194,7 @@ class Systems:
                 spec.base_model,
                 device=device,
                 dtype=spec.dtype,
-                lm_kwargs={"attention": spec.attention, "revision": spec.revision},
+                lm_kwargs={"attention": spec.attention, "revision": spec.lm_revision},
                 **spec.limits,
                 **options,
             )
@@ -198,7 +204,7 @@ class Systems:
         plain = [name for name in spec.names if name not in self.rerankers]
         if plain:  # the adapter's prompt and limits, so that only the clues differ
             lm = lm or load_lm(
-                spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention, revision=spec.revision
+                spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention, revision=spec.lm_revision
             )
             shared = ("compat", "template", "instruction", "allow_special_tokens")
             same: dict[str, Any] = {name: getattr(spec.config, name) for name in shared} | spec.limits
