@@ -6,7 +6,7 @@ PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder  # files stay whole, 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CUDA ?= 0
 WHEELS := dist/$(if $(filter 1,$(CUDA)),cuda,cpu)
-EXTRAS := .[dev,docs,train,eval,bm25,plot]
+EXTRAS := .[dev,docs,train,eval,bm25,plot,serve]
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 BIN    := .venv/bin

@@ -25,6 +25,7 @@ COMMANDS = {
     "info": ("how-it-works.md",),
     "rerank": ("reranking.md",),
     "retrieve": ("reranking.md",),
+    "serve": ("serving.md",),
     "synthesize": ("training.md",),
     "train": ("training.md",),
 }

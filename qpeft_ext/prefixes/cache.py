@@ -125,6 +125,32 @@ class DocumentCache:
         missing = [key for key in keys if not any(key in memory for memory in self._memory)]
         return any([tier.prefetch(key) for tier in self._files for key in missing])
 
+    def held(self, keys: Sequence[PrefixKey]) -> list[bool]:
+        """Tell which prefixes some tier has, without reading or counting them; files begin to be read ahead.
+
+        Args:
+            keys: identities of prefixes.
+        Returns: one bool per key.
+        Raises: ValueError if the index belongs to another LM.
+        """
+        return [
+            any(key in memory for memory in self._memory) or any(tier.prefetch(key) for tier in self._files)
+            for key in keys
+        ]
+
+    def renew_index(self) -> bool:
+        """Open the index again if ``qpeft index`` has completed it anew since, for example with more documents.
+
+        Returns: whether it was opened again.
+        Raises: ValueError or OSError if it cannot be read any more; the cache then keeps what it has.
+        """
+        if self.index is None or not self.index.is_outdated():
+            return False
+        before, self.index = self.index, PrefixIndex(self.index.folder)
+        self.index.hits, self.index.misses = before.hits, before.misses
+        self._files = [self.index if tier is before else tier for tier in self._files]
+        return True
+
     def put(self, key: PrefixKey, prefix: PrefixKV) -> None:
         """Store a prefix; the least recently used ones move down, and out of the lowest tier.
 

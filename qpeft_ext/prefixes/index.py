@@ -42,6 +42,7 @@ class PrefixIndex(FileTier):
     def __init__(self, folder: str | os.PathLike) -> None:
         super().__init__("index", 0)
         self.folder = Path(folder)
+        self._stamp = _stamp(self.folder)
         self.manifest = read_manifest(self.folder)
         if not self.manifest["complete"]:
             raise ValueError(f"{self.folder} is not complete: run the same qpeft index command again, it goes on")
@@ -120,6 +121,16 @@ class PrefixIndex(FileTier):
         if row is not None:
             self._tell(self._paths[row["shard"]], reason)
 
+    def is_outdated(self) -> bool:
+        """Tell whether the folder has another complete manifest than the one that was read."""
+        stamp = _stamp(self.folder)
+        if stamp is None or stamp == self._stamp:
+            return False
+        try:
+            return bool(read_manifest(self.folder)["complete"])
+        except (ValueError, OSError):
+            return False
+
     def expect_prompt(self, prompt: Prompt) -> None:
         """Check that a prompt makes the prefixes of this index.
 
@@ -145,6 +156,15 @@ class PrefixIndex(FileTier):
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of an index, in order."""
     return sorted(path for path in folder.glob("shard-*.safetensors") if path.stem[6:].isdecimal())
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Return a value that changes when the manifest is written again; None if there is none."""
+    try:
+        status = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino
 
 
 def read_manifest(folder: Path) -> dict:

@@ -1,0 +1,158 @@
+"""``qpeft serve``: rerank over HTTP, for clients of Cohere, Jina, vLLM and text-embeddings-inference."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import LM, Attention, Device, Dtype, Revision, expect_at_least, from_dataclass
+
+if TYPE_CHECKING:
+    from ..serving.settings import ServeSpec
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Options of ``qpeft serve``, in the order of its help."""
+
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="ADAPTER, or NAME=ADAPTER: a folder or Hub id. Repeat it for several on one LM."),
+    ] = None
+    base_model: Annotated[str | None, typer.Option(help=LM)] = None
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8080
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key that requests must carry; may be repeated.  [default: $QPEFT_API_KEY, or none]"),
+    ] = None
+    models_root: Annotated[
+        Path | None, typer.Option(help="Folder below which adapters may be loaded by POST /v1/models.")
+    ] = None
+    index: Annotated[
+        Path | None, typer.Option(help="Index made by qpeft index: keys and values of documents are read from it.")
+    ] = None
+    corpus: Annotated[
+        str | None, typer.Option(help="Data set whose documents requests may name by id, without their text.")
+    ] = None
+    cache_bytes: Annotated[int, typer.Option(help="Memory for keys and values of documents.")] = 1 << 30
+    disk_cache: Annotated[Path | None, typer.Option(help="Folder for keys and values that outlive the server.")] = None
+    disk_bytes: Annotated[int, typer.Option(help="Budget of --disk-cache in bytes.")] = 0
+    dtype: Dtype = None
+    attention: Attention = None
+    device: Device = None
+    revision: Revision = None
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Make scores bit-equal whatever is scored with them; slower.")
+    ] = False
+    max_query_tokens: Annotated[
+        int | None, typer.Option(help="Longest query; a longer one is cut.  [default: the adapter's, or 64]")
+    ] = None
+    max_document_tokens: Annotated[
+        int | None, typer.Option(help="Longest document; a longer one is cut.  [default: the adapter's, or 256]")
+    ] = None
+    max_tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Token budget of a pass of the LM.  [default: chosen for the device]")
+    ] = None
+    max_documents: Annotated[int, typer.Option(help="Documents of a request.")] = 1000
+    max_body_bytes: Annotated[int, typer.Option(help="Size of a request.")] = 8 << 20
+    max_queue_tokens: Annotated[int, typer.Option(help="Tokens that may wait; then requests get 429.")] = 2 << 20
+    max_requests: Annotated[int, typer.Option(help="Requests at a time; then they get 429.")] = 512
+    request_timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 300.0
+    drain_seconds: Annotated[int, typer.Option(help="Seconds that requests have to end after SIGTERM.")] = 60
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error. Texts and paths are logged with debug only.")
+    ] = "info"
+
+
+@from_dataclass(ServeOptions)
+def command(options: ServeOptions) -> None:
+    """Rerank over HTTP.
+
+    The routes are those of Cohere (/v2/rerank), Jina and vLLM (/v1/rerank, /rerank, /score) and
+    text-embeddings-inference (/rerank with texts); /docs describes them. SIGTERM ends it after the last answer.
+
+    Example: qpeft serve --model ADAPTER --port 8080
+    """
+    spec = _spec(options)
+    try:
+        from ..serving.server import serve
+    except ImportError as error:
+        raise ImportError(f"qpeft serve needs {error.name}: pip install 'qpeft_ext[serve]'") from None
+
+    serve(spec, options.host, options.port, options.drain_seconds, options.log_level)
+
+
+def _spec(options: ServeOptions) -> ServeSpec:
+    """Raises: ValueError for options that are missing, exclude each other, or are out of range."""
+    from ..serving.settings import Limits, ServeSpec
+
+    if not (options.model or options.base_model):
+        raise ValueError("expected --model ADAPTER, or --base-model LM to score without clues")
+    expect_at_least(
+        1,
+        max_query_tokens=options.max_query_tokens,
+        max_document_tokens=options.max_document_tokens,
+        max_tokens_per_batch=options.max_tokens_per_batch,
+        max_documents=options.max_documents,
+        max_body_bytes=options.max_body_bytes,
+        max_queue_tokens=options.max_queue_tokens,
+        max_requests=options.max_requests,
+    )
+    expect_at_least(0, cache_bytes=options.cache_bytes, disk_bytes=options.disk_bytes, port=options.port)
+    if (options.disk_cache is None) != (options.disk_bytes == 0):
+        raise ValueError("--disk-cache and --disk-bytes belong together")
+    if options.request_timeout <= 0:
+        raise ValueError(f"--request-timeout must be positive, got {options.request_timeout:g}")
+    if options.log_level not in ("debug", "info", "warning", "error"):
+        raise ValueError(f"--log-level must be debug, info, warning or error, got {options.log_level!r}")
+    if options.models_root is not None and not options.models_root.is_dir():
+        raise ValueError(f"--models-root must be a folder, got {options.models_root}")
+    given = {"max_document_tokens": options.max_document_tokens, "max_query_tokens": options.max_query_tokens}
+    reranker = {"deterministic": options.deterministic, "max_tokens_per_batch": options.max_tokens_per_batch}
+    return ServeSpec(
+        models=_models(options.model, options.base_model),
+        base_model=options.base_model,
+        models_root=options.models_root,
+        corpus=options.corpus,
+        index=options.index,
+        cache_bytes=options.cache_bytes,
+        disk=None if options.disk_cache is None else (options.disk_cache, options.disk_bytes),
+        api_keys=tuple(options.api_key or filter(None, [os.environ.get("QPEFT_API_KEY")])),
+        lm_options={
+            "device": options.device,
+            "dtype": options.dtype,
+            "attention": options.attention,
+            "revision": options.revision,
+        },
+        token_limits={name: limit for name, limit in given.items() if limit is not None},
+        reranker_options=reranker,
+        limits=Limits(
+            max_body_bytes=options.max_body_bytes,
+            max_documents=options.max_documents,
+            max_queue_tokens=options.max_queue_tokens,
+            max_requests=options.max_requests,
+            request_timeout=options.request_timeout,
+        ),
+    )
+
+
+def _models(given: list[str] | None, base_model: str | None) -> dict[str, str | None]:
+    """Return adapters by name. Raises: ValueError for a name that is given twice."""
+    if not given:
+        return {Path(str(base_model)).name: None}
+    models: dict[str, str | None] = {}
+    for text in given:
+        name, equals, adapter = text.partition("=")
+        if not equals or os.path.exists(text):
+            name, adapter = Path(text).name, text
+        if not name or not adapter:
+            raise ValueError(f"--model must be ADAPTER or NAME=ADAPTER, got {text!r}")
+        if name in models:
+            raise ValueError(f"two models have the name {name!r}; write --model NAME=ADAPTER")
+        models[name] = adapter
+    return models

@@ -1,0 +1,132 @@
+"""One request for scores, from its first byte to the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .apis import Api
+from .bodies import parse_object, read_body, validate
+from .errors import ErrorShape, RequestError
+from .prepare import Prepared
+from .ranked import rank
+from .service import Service
+
+logger = logging.getLogger(__name__)
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Make a response; a number that JSON does not have is an error."""
+    content = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    return Response(content, status, headers, media_type="application/json")
+
+
+def error_response(error: RequestError, shape: ErrorShape) -> Response:
+    """Make the response of an error."""
+    status, body = shape.render(error)
+    return json_response(body, status, error.headers)
+
+
+class Handler:
+    """Answers requests for scores.
+
+    Args:
+        service: does the work.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._in_flight = 0
+
+    async def __call__(self, request: Request, default: Api, choose: Callable[[dict[str, Any]], Api]) -> Response:
+        """Answer a request.
+
+        Args:
+            default: the API that errors follow until the body is known.
+            choose: gives the API of a body.
+        """
+        api = default
+        limit = self.service.spec.limits.max_requests
+        self._in_flight += 1
+        try:
+            self.service.keys.check(request.headers.get("authorization"))
+            self.service.expect_loaded()
+            if self._in_flight > limit:
+                raise RequestError(
+                    "overloaded", f"{limit} requests are being answered; try again in 1 s", retry_after=1
+                )
+            body = await read_body(request, self.service.spec.limits)
+            parsed = await self._in_pool(parse_object, body)
+            api = choose(parsed)
+            return await self._answer(request, api, parsed)
+        except RequestError as error:
+            self.service.metrics.failed(error.kind)
+            return error_response(error, api.errors)
+        except Exception as error:
+            logger.error("a request failed: %s", type(error).__name__)
+            logger.debug("why it failed", exc_info=True)
+            self.service.metrics.failed("backend")
+            failure = RequestError("backend", f"the server failed on this request ({type(error).__name__})")
+            return error_response(failure, api.errors)
+        finally:
+            self._in_flight -= 1
+
+    async def _answer(self, request: Request, api: Api, parsed: dict[str, Any]) -> Response:
+        started = time.monotonic()
+        prepared = await self._in_pool(lambda: self.service.submit(validate(api.schema, parsed).ask()))
+        await self._scored(request, prepared, self.service.spec.limits.request_timeout)
+        return await self._in_pool(self._respond, request, api, prepared, started)
+
+    async def _scored(self, request: Request, prepared: Prepared, seconds: float) -> None:
+        """Wait for the scores; drop the work if the client goes away or it takes too long."""
+        scored: asyncio.Future[Any] = asyncio.wrap_future(prepared.job.future)
+        gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
+        try:
+            done, _ = await asyncio.wait({scored, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if scored in done:
+                await scored
+            elif done:
+                raise RequestError("cancelled", "the client has gone")
+            else:
+                raise RequestError("timeout", f"no answer within {seconds:g} s; send fewer documents a request")
+        finally:
+            scored.cancel()  # which the queue looks at
+            gone.cancel()
+
+    def _respond(self, request: Request, api: Api, prepared: Prepared, started: float) -> Response:
+        job = prepared.job
+        ranked = rank(prepared)
+        queued = max(0.0, (job.started or job.arrived) - job.arrived)
+        self.service.metrics.scored(len(job.pairs), job.tokens, prepared.seconds, queued, job.inference_seconds)
+        seconds = {
+            "total": time.monotonic() - started,
+            "tokenization": prepared.seconds,
+            "queue": queued,
+            "inference": job.inference_seconds,
+        }
+        headers = {f"x-{name}-time": f"{1000 * value:.1f}" for name, value in seconds.items()}  # ms
+        headers |= {"x-compute-tokens": str(ranked.input_tokens), "x-cached-tokens": str(ranked.cached_tokens)}
+        request.scope["state"]["qpeft"] = {
+            "id": ranked.request_id,
+            "documents": len(job.pairs),
+            "tokens": ranked.input_tokens,
+            "cached_tokens": ranked.cached_tokens,
+            "queue_ms": round(1000 * queued, 1),
+            "inference_ms": round(1000 * job.inference_seconds, 1),
+        }
+        return json_response(api.respond(ranked), 200, headers | {"x-request-id": ranked.request_id})
+
+    async def _in_pool(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.service.pool, work, *arguments)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,182 @@
+"""From the body of a request to a `Job`: texts are looked up, cut and counted, in threads beside the event loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..prefixes.kv import prefix_digest
+from ..prompts.prompt import Document, Prompt, document_text
+from ..utils.inputs import short
+from .ask import Ask, DocumentRecord
+from .errors import RequestError
+from .job import Job
+from .models import Models, Served
+from .settings import Limits
+
+_WARNINGS = 20  # of one response
+
+
+@dataclass
+class Prepared:
+    """A request that is ready to be scored.
+
+    Attributes:
+        ask: what it asks for.
+        job: its pairs.
+        query_tokens: scored tokens of each pair's query.
+        warnings: what was cut, in words.
+        seconds: that this took.
+    """
+
+    ask: Ask
+    job: Job
+    query_tokens: list[int]
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def prepare(ask: Ask, models: Models, corpus: Mapping[str, Document] | None, limits: Limits) -> Prepared:
+    """Make the job of a request.
+
+    Args:
+        ask: what it asks for.
+        models: of the server.
+        corpus: documents by id, or None.
+        limits: of the server.
+    Raises: RequestError that names the field and what is wrong with it.
+    """
+    started = time.monotonic()
+    served = models.get(ask.model)
+    count = len(ask.documents)
+    if count > limits.max_documents:
+        raise RequestError(
+            "invalid",
+            f"{ask.document_field} has {count} items, this server takes {limits.max_documents}; send them in parts",
+            ask.document_field,
+        )
+    if served.whole and len(ask.queries) > 1:
+        raise RequestError(
+            "invalid",
+            f"with the model {served.name!r} a score depends on all documents of its query; send one query a request",
+            ask.query_field,
+        )
+    warnings: list[str] = []
+    texts = [_resolve(document, place, ask, corpus) for place, document in enumerate(ask.documents)]
+    try:
+        job, query_tokens = _job(ask, served, texts, warnings)
+    except (ValueError, TypeError) as error:  # of the tokenizer or the prompt
+        raise RequestError("invalid", str(error)) from error
+    if len(warnings) > _WARNINGS:
+        warnings[_WARNINGS:] = [f"and {len(warnings) - _WARNINGS} more"]
+    return Prepared(ask, job, query_tokens, warnings, time.monotonic() - started)
+
+
+def _job(ask: Ask, served: Served, texts: list[Document], warnings: list[str]) -> tuple[Job, list[int]]:
+    prompt = served.reranker.model.prompt
+    queries = [_cut_query(query, place, ask, prompt, warnings) for place, query in enumerate(ask.queries)]
+    cut: list[int] = []
+    ids = prompt.queries(queries, cut)
+    for place in cut:
+        warnings.append(f"{_named(ask.query_field, place, len(queries))} was cut to {prompt.max_query_tokens} tokens")
+    limit = _document_limit(ask, served, max(map(len, ids)))
+    texts = [_cut_document(text, place, limit, ask, prompt, warnings) for place, text in enumerate(texts)]
+    prefixes = prompt.documents(texts)
+    for place, prefix in enumerate(prefixes):
+        if prefix.cut:
+            _expect_right(ask)
+            warnings.append(
+                f"{ask.document_field}[{place}] was cut to {prompt.max_document_tokens} of "
+                f"{prompt.max_document_tokens + prefix.cut} tokens"
+            )
+    if len(queries) == 1:
+        queries, ids = queries * len(texts), ids * len(texts)
+    scored = [len(prompt.suffix.scored(query)) for query in ids]
+    fixed = prompt.suffix.least_tokens + (served.reranker.model.qpeft_config.k or 0)
+    job = Job(
+        served,
+        list(zip(queries, texts, strict=True)),
+        [prefix_digest(prefix.ids) for prefix in prefixes],
+        [len(prefix.ids) for prefix in prefixes],
+        [fixed + tokens for tokens in scored],
+        ask.instruction,
+    )
+    return job, scored
+
+
+def _resolve(document: str | DocumentRecord, place: int, ask: Ask, corpus: Mapping[str, Document] | None) -> Document:
+    """Return the text of a document, from the corpus if it has an id only."""
+    if isinstance(document, str):
+        return document
+    if "text" in document:
+        return {name: document[name] for name in ("title", "text") if name in document}
+    name = f"{ask.document_field}[{place}]"
+    if "id" not in document:
+        raise RequestError("invalid", f"{name} must be a text, or have a text or an id", ask.document_field)
+    if corpus is None:
+        raise RequestError(
+            "invalid", f"{name} has no text, and this server has no --corpus to find its id in", ask.document_field
+        )
+    try:
+        return corpus[document["id"]]
+    except KeyError:
+        raise RequestError(
+            "invalid",
+            f"{name}: the corpus has no document {short(document['id'])}; send its text",
+            ask.document_field,
+        ) from None
+
+
+def _named(name: str, place: int, count: int) -> str:
+    return name if count == 1 else f"{name}[{place}]"
+
+
+def _cut_query(query: str, place: int, ask: Ask, prompt: Prompt, warnings: list[str]) -> str:
+    """Cut a query to the request's own limit. Raises: RequestError if it is empty."""
+    name = _named(ask.query_field, place, len(ask.queries))
+    if not query.strip():
+        raise RequestError("empty", f"{name} must have at least one word, got {short(query)}", ask.query_field)
+    limit = ask.max_tokens_per_query
+    if limit is None or limit >= prompt.max_query_tokens:
+        return query
+    cut = _first_tokens(query.strip(), limit, prompt)
+    if cut is None:
+        return query
+    warnings.append(f"{name} was cut to {limit} tokens")
+    return cut
+
+
+def _document_limit(ask: Ask, served: Served, query_tokens: int) -> int | None:
+    """Return the request's own limit for documents, in tokens."""
+    limits = [ask.max_tokens_per_document]
+    if ask.max_tokens_per_prompt is not None:
+        around = served.reranker.model.prompt.least_tokens
+        limits.append(max(1, ask.max_tokens_per_prompt - around - query_tokens))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _cut_document(
+    document: Document, place: int, limit: int | None, ask: Ask, prompt: Prompt, warnings: list[str]
+) -> Document:
+    if limit is None or limit >= prompt.max_document_tokens:
+        return document
+    cut = _first_tokens(document_text(document), limit, prompt)
+    if cut is None:
+        return document
+    _expect_right(ask)
+    warnings.append(f"{ask.document_field}[{place}] was cut to {limit} tokens")
+    return cut
+
+
+def _first_tokens(text: str, limit: int, prompt: Prompt) -> str | None:
+    """Return the text of the first tokens, None if there are no more."""
+    offsets = prompt.offsets(text)
+    return text[: offsets[limit - 1][1]] if len(offsets) > limit else None
+
+
+def _expect_right(ask: Ask) -> None:
+    if ask.cut_left:
+        raise RequestError(
+            "invalid", "documents are cut at their end only; leave the direction of truncation out, or send less text"
+        )
