@@ -73,6 +73,7 @@ class QPeftModel(ScoringModel):
         self.engine = self._probed_engine()
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder)
+        self.qpeft_config = config = replace(config, special_tokens=self.prompt.special_tokens)
         self.prompt.expect_rows(len(self.engine.table))
         with torch.random.fork_rng(devices=[]):  # one seed gives one clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
@@ -275,6 +276,10 @@ def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) 
                 f"QPeftConfig: {name}={getattr(config, name)!r} is for causal LMs, this one is an "
                 f"encoder–decoder; leave {name} out"
             )
+    if encoder_decoder and config.template == "chat":
+        raise ValueError(
+            "QPeftConfig: template='chat' is for causal LMs, this one is an encoder–decoder; use template='upr'"
+        )
     if config.compat == "official":
         return OfficialPrompt(tokenizer, config)
     return Prompt(tokenizer, config, encoder_decoder)

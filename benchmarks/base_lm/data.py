@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qpeft_ext.config import QPeftConfig
@@ -67,6 +67,7 @@ def train_tokenizer(texts: list[Text], vocabulary: int, seed: int) -> PreTrained
     # Docstrings count more than their share: queries are written in their words.
     lines = (line for row in sample for line in (texts[row].title, texts[row].text[:1000], *texts[row].sentences * 4))
     tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
 
 

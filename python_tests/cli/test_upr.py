@@ -28,7 +28,9 @@ def test_a_causal_lm_reads_uprs_prompt(family):
     for i, (query, document) in enumerate(pairs):
         text = document_text(document)
         prompt = f"<s>Passage: {text}. {INSTRUCTION}" if text else f"<s>Passage:. {INSTRUCTION}"
-        before, whole = (tokenizer(text)["input_ids"] for text in (prompt, f"{prompt} {query}"))
+        before, whole = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f"{prompt} {query}")
+        )
         targets = whole[len(before) :]
         with torch.no_grad():
             log_p = lm(input_ids=torch.tensor([whole])).logits[0, len(before) - 1 : -1].log_softmax(-1)
@@ -40,8 +42,9 @@ def test_a_causal_lm_reads_uprs_prompt(family):
 
 def test_clues_stand_before_the_instruction():
     prompt = Prompt(tiny_tokenizer(), qpeft.QPeftConfig(template="upr", max_document_tokens=4))
-    ids = [*prompt.documents(["seaside"])[0].ids, *prompt.suffix.hints, *prompt.tokenizer("*")["input_ids"],
-           *prompt.suffix.question, *prompt.queries(["why?"])[0]]  # fmt: skip
+    clue = prompt.tokenizer("*", add_special_tokens=False)["input_ids"]
+    ids = [*prompt.documents(["seaside"])[0].ids, *prompt.suffix.hints, *clue, *prompt.suffix.question,
+           *prompt.queries(["why?"])[0]]  # fmt: skip
     assert prompt.tokenizer.decode(ids) == f"<s>Passage: sea hints:*. {INSTRUCTION} why?"
     model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(clues="top_k", rank=8, template="upr"),
                                   tiny_tokenizer())  # fmt: skip
@@ -50,7 +53,7 @@ def test_clues_stand_before_the_instruction():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"template": "urp"}, "template must be one of qpeft, upr, got 'urp'; did you mean 'upr'?"),
+    ({"template": "urp"}, "template must be one of qpeft, upr, chat, got 'urp'; did you mean 'upr'?"),
     ({"template": "upr", "instruction": "Ask."}, "template='upr' has an instruction of its own; leave instruction out"),
 ])  # fmt: skip
 def test_impossible_templates_are_errors(options, message):

@@ -134,7 +134,7 @@ def own_scores(model, pairs: Sequence[tuple]) -> torch.Tensor:
     return torch.stack(scores)
 
 
-def tiny_tokenizer(around: str = "$A") -> PreTrainedTokenizerFast:
+def tiny_tokenizer(around: str = "<s> $A") -> PreTrainedTokenizerFast:
     """One token per byte, plus <s> and </s>; no pad token. ``around``: "$A </s>" ends every text as that of T5 does."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}

@@ -39,7 +39,7 @@ class YesNoModel(QPeftModel):
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
         self.asked = tuple(ids("\nRelevant:"))
-        self.answers = tuple(ids(self.prompt._spaced(answer))[0] for answer in ANSWERS)
+        self.answers = tuple(ids(self.prompt.spaced(answer))[0] for answer in ANSWERS)
         if len(set(self.answers)) == 1:
             raise ValueError(
                 f"yes/no: the tokenizer begins {' and '.join(map(repr, ANSWERS))} with the same token; "

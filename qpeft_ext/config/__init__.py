@@ -15,6 +15,7 @@ from .values import (
     SIMILARITIES,
     SOFT_PROMPT_INITS,
     SOURCES,
+    SPECIAL_TOKENS,
     TEMPLATES,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "SIMILARITIES",
     "SOFT_PROMPT_INITS",
     "SOURCES",
+    "SPECIAL_TOKENS",
     "TEMPLATES",
     "QPeftConfig",
 ]

@@ -53,6 +53,14 @@ CHECKS: tuple[Check, ...] = (
         "template='upr' has its instruction behind the passage; leave NAME out",
     ),
     (
+        lambda c: c.template == "chat" and c.layout == "clues_first",
+        "template='chat' has the clues behind the passage; leave layout out",
+    ),
+    (
+        lambda c: c.template == "chat" and c.special_tokens == "bos",
+        "template='chat' has the special tokens of the chat template; leave special_tokens out",
+    ),
+    (
         lambda c: c.train_lm and (c.clues != "none" or c.generated_lora_rank is not None),
         "train_lm=True needs clues='none' and no generated LoRA: both read an embedding table and weights that are "
         "frozen",

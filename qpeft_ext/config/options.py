@@ -65,10 +65,17 @@ class QPeftConfig:
             including its faults (listed in `qpeft_ext.official`). It needs Llama's tokenizer.
         template: "qpeft" (the default), or "upr" for the prompt of UPR, ``Passage: {title} {text}. Please write a
             question based on this passage.``, with UPR's score: for an encoder–decoder LM it includes every token
-            that the tokenizer makes of the query, ``</s>`` too. Clues stand before the full stop.
+            that the tokenizer makes of the query, ``</s>`` too. Clues stand before the full stop. "chat" writes the
+            prompt in the chat template of the LM's tokenizer: the user's turn has instruction, passage, clues and the
+            instruction again, and the query is the assistant's turn, of which the end is not scored.
+        special_tokens: What stands before a prompt. "tokenizer": the special tokens that the LM's tokenizer puts
+            before a text. "bos": its BOS token, if it has one, even if it does not put it there; an adapter that was
+            saved before this option existed is loaded with it. "auto" (the default) is "tokenizer"; an adapter keeps
+            which of the two it was trained with. Encoder–decoder LMs always read what their tokenizer makes, and the
+            template "chat" what the chat template writes.
         train_lm: Whether all weights of the LM are trained and saved with the adapter (default False). This full
             fine-tuning, for comparison, needs clues="none" and an LM that is loaded in float32.
-        instruction: Text at the start of every prompt of the template "qpeft".
+        instruction: Text at the start of every prompt of the templates "qpeft" and "chat".
         num_virtual_tokens: Length of a soft prompt: trained virtual tokens that replace the instruction in every
             prompt. None (the default) for no soft prompt. It combines with every kind of clues; with "none" it is
             prompt tuning.
@@ -132,6 +139,7 @@ class QPeftConfig:
     layout: str = "document_first"
     compat: str = "none"
     template: str = "qpeft"
+    special_tokens: str = "auto"
     train_lm: bool = False
     instruction: str = DEFAULT_INSTRUCTION
     num_virtual_tokens: int | None = None
@@ -298,7 +306,8 @@ class QPeftConfig:
             kind = values.get("peft_type") if isinstance(values, dict) else None
             raise ValueError(f"{path}: expected a Q-PEFT adapter (peft_type QPEFT), got peft_type {shorten(kind)}")
         values = {name: value for name, value in values.items() if name not in ("qpeft_version", "versions")}
-        values = {"allow_special_tokens": True} | values  # as all were trained before there was a choice
+        # as all were trained before there was a choice
+        values = {"allow_special_tokens": True, "special_tokens": "bos"} | values
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:

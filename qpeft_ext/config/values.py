@@ -19,7 +19,8 @@ SOFT_PROMPT_INITS = ("text", "random")
 LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise", "contrastive", "margin_mse")
 LAYOUTS = ("document_first", "clues_first")
 COMPAT = ("none", "official")
-TEMPLATES = ("qpeft", "upr")
+TEMPLATES = ("qpeft", "upr", "chat")
+SPECIAL_TOKENS = ("auto", "tokenizer", "bos")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the input passage"
 OFFICIAL = {  # options in which compat="official" has no choice: one that is left at its default takes this value
@@ -33,6 +34,7 @@ OFFICIAL = {  # options in which compat="official" has no choice: one that is le
     "generated_lora_rank": None,
     "num_virtual_tokens": None,
     "template": "qpeft",
+    "special_tokens": "bos",
     "allow_special_tokens": True,
 }
 _CHOICES = {
@@ -46,6 +48,7 @@ _CHOICES = {
     "layout": LAYOUTS,
     "compat": COMPAT,
     "template": TEMPLATES,
+    "special_tokens": SPECIAL_TOKENS,
 }
 _BOOLEANS = ("score_gate", "attention_bias", "residual", "train_lm", "allow_special_tokens", "in_batch_negatives")
 _LEAST = {

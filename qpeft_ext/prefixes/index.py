@@ -211,7 +211,7 @@ _LM_DIFFERENCES = {
 _PROMPT_DIFFERENCES = {
     "max_document_tokens": "max_document_tokens {0}, here it is {1}",
     "tokenizer": "another tokenizer",
-    "template": "another template (instruction, num_virtual_tokens)",
+    "template": "another template (template, special_tokens, instruction, num_virtual_tokens)",
     "allow_special_tokens": "allow_special_tokens={0}, here it is {1}",
 }
 

@@ -2,13 +2,8 @@
 
     <bos> {instruction} Passage: {title} {text}\\n  |  hints: <clue vectors>\\nQuestion: {query}
 
-With ``num_virtual_tokens`` a trained soft prompt takes the place of the instruction. With ``template="upr"``:
-
-    <bos> Passage: {title} {text}  |  hints: <clue vectors>. Please write a question based on this passage. {query}
-
-With ``layout="clues_first"`` the clues stand before the document, and nothing can be shared:
-
-    <bos> {instruction} hints: <clue vectors>\\n Passage: {title} {text}\\nQuestion: {query}
+The words are those of a template (`templates`). The special tokens before them are those that the tokenizer puts before
+a text (`special_tokens`). With ``num_virtual_tokens`` a trained soft prompt takes the place of the instruction.
 
 The encoder of an encoder–decoder LM reads all but the query, between the special tokens that the tokenizer puts around
 a text (T5: ``</s>`` at the end); the decoder reads the query.
@@ -34,10 +29,13 @@ from ..config import QPeftConfig
 from ..utils.inputs import as_list, expect_text, kind_of, short
 from ..utils.text_tokens import TextTokenizer
 from .pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
+from .special_tokens import choose
+from .templates import pieces_of
+from .templates.base import for_encoder_decoder
+from .templates.words import Words
 
 Document = str | dict
 MAX_INSTRUCTION_TOKENS = 256  # of an instruction of one query: as many as a document has by default
-UPR_INSTRUCTION = ". Please write a question based on this passage."  # Sachan et al. 2022, arXiv 2204.07496
 
 
 class Prompt:
@@ -45,16 +43,19 @@ class Prompt:
 
     Args:
         tokenizer: a transformers tokenizer; a pad token is not needed.
-        config: `QPeftConfig` (template, layout, instruction, num_virtual_tokens, allow_special_tokens, the two length
-            limits, and whether there are clues).
+        config: `QPeftConfig` (template, layout, special_tokens, instruction, num_virtual_tokens, allow_special_tokens,
+            the two length limits, and whether there are clues).
         encoder_decoder: whether the LM is an encoder–decoder.
 
     Attributes:
+        special_tokens: "tokenizer" or "bos", the option of the config with "auto" replaced.
         num_embeddings: number of rows of the LM's embedding table; None: not known yet (`expect_rows`).
         soft_prompt_start: the place of the soft prompt in every prefix, if there is one.
         instruction_ids: the tokens that the soft prompt replaces; () without one.
         suffix: the fixed pieces around clues and query.
         why_no_instruction: why a query cannot have an instruction of its own; "" where it can.
+
+    Raises: ValueError for a template that cannot be made with this tokenizer.
     """
 
     def __init__(self, tokenizer: Any, config: QPeftConfig, encoder_decoder: bool = False) -> None:
@@ -63,71 +64,21 @@ class Prompt:
         self.max_document_tokens = config.max_document_tokens
         self.max_query_tokens = config.max_query_tokens
         self.allow_special_tokens = config.allow_special_tokens
-        self._text_tokenizer = TextTokenizer(tokenizer, config.allow_special_tokens)
-        self._template_tokenizer = TextTokenizer(tokenizer, special_tokens=True)
+        self.special_tokens = choose(config.special_tokens, encoder_decoder)
         self.num_embeddings: int | None = None
-        # SentencePiece tokenizers put a space before each piece; byte-level ones need it in the text
-        first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"][:1])
-        self._adds_space = bool(first) and first[0].startswith("▁")
+        self._text_tokenizer = TextTokenizer(tokenizer, config.allow_special_tokens)
+        self._words = Words(tokenizer, self.special_tokens)
+        pieces = pieces_of(self._words, config)
         if encoder_decoder:
-            bos, eos = self._around()
-        else:
-            bos, eos = (() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)), ()
+            pieces = for_encoder_decoder(pieces, self._words, config)
+        self._head, self._tail, self.suffix = pieces.head, pieces.tail, pieces.suffix
+        self.instruction_ids, self.soft_prompt_start = pieces.instruction_ids, pieces.soft_prompt_start
+        self._query_follows_word, self._around_instruction = pieces.query_follows_word, pieces.around_instruction
         self.why_no_instruction = ""
         if encoder_decoder:
             self.why_no_instruction = "the encoder of an encoder–decoder LM would read it with the document"
-        elif config.template != "qpeft":
+        elif self._around_instruction is None:
             self.why_no_instruction = f"template={config.template!r} is a fixed text without a place for it"
-        self.soft_prompt_start = len(bos)
-        self.instruction_ids: tuple[int, ...] = ()
-        self.suffix: SuffixPieces | CluesFirstPieces
-        if config.layout == "clues_first":
-            texts = [config.instruction.strip(), "\n", self._spaced("hints:"), "Question:", self._spaced("Passage:")]
-            head, self._tail, hints, question, self._head = (tuple(ids) for ids in self._encode(texts))
-            self.suffix = CluesFirstPieces(bos + head, hints, self._tail, question)
-            return
-        head, tail, hints, question, bare = self._pieces(config)
-        around: dict[str, tuple[int, ...]] = {}
-        if encoder_decoder:
-            question, bare = question + eos, bare + eos
-            if config.clues == "none":  # then the encoder's input depends on the document only
-                tail, bare = tail + bare, ()
-            upr = config.template == "upr"
-            around = {"scored_before": bos, "scored_after": eos} if upr else {"given": bos}
-        self.suffix = SuffixPieces(hints, question, bare, **around)
-        self._head, self._tail = bos + head, tail
-
-    def _pieces(self, config: QPeftConfig) -> tuple[tuple[int, ...], ...]:
-        """Tokenise the pieces before the text, after it, before the clues, after them, and in the place of no clues."""
-        if config.template == "upr":
-            head, hints = self._encode(["Passage:", self._spaced("hints:")])
-            question = self._continued(UPR_INSTRUCTION)
-            pieces = [head, [], hints, question, question]
-        else:
-            instruction = config.instruction.strip()
-            pieces = self._encode([f"{instruction} Passage:".strip(), "\n", "hints:", "\nQuestion:", "Question:"])
-            if config.num_virtual_tokens is not None:
-                words, passage = self._encode([instruction, self._spaced("Passage:")])
-                self.instruction_ids = tuple(words)
-                pieces[0] = [0] * config.num_virtual_tokens + passage
-        return tuple(tuple(ids) for ids in pieces)
-
-    def _continued(self, text: str) -> list[int]:
-        """Tokenise a text that follows a word without a space."""
-        word, both = self._encode(["a", f"a{text}"])
-        return both[len(word) :] if both[: len(word)] == word else self._encode([text])[0]
-
-    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Find the special tokens that the tokenizer puts before and after a text."""
-        text, whole = self._encode(["a"])[0], self.tokenizer("a")["input_ids"]
-        for start in range(len(whole) - len(text) + 1):
-            if whole[start : start + len(text)] == text:
-                return tuple(whole[:start]), tuple(whole[start + len(text) :])
-        return (), ()
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokenise pieces of the template."""
-        return self._template_tokenizer(texts)
 
     def expect_rows(self, num_embeddings: int) -> None:
         """Check from now on that every token id has a row in an embedding table of this length.
@@ -148,9 +99,6 @@ class Prompt:
                 "use the LM's own tokenizer"
             )
 
-    def _spaced(self, text: str) -> str:
-        return text if self._adds_space or not text else f" {text}"
-
     @property
     def least_tokens(self) -> int:
         """Tokens that the LM reads of the shortest prompt: an empty document, no clue and a query of one token."""
@@ -160,7 +108,7 @@ class Prompt:
         """Make the prefixes of documents; only a document's own text is ever truncated, at its end."""
         prefixes = []
         texts = [document_text(document) for document in documents]
-        for text, ids in zip(texts, self._text_tokenizer([self._spaced(text) for text in texts]), strict=True):
+        for text, ids in zip(texts, self._text_tokenizer([self.spaced(text) for text in texts]), strict=True):
             kept = ids[: self.max_document_tokens]
             self._expect_known(f"the document {short(text)}", kept)
             start = len(self._head)
@@ -180,7 +128,7 @@ class Prompt:
         """
         for place, query in enumerate(queries):
             expect_text(query, f"query {place}")
-        encoded = self._text_tokenizer([self._query_text(query) for query in queries])
+        encoded = self._encode_queries(queries)
         for place, (query, ids) in enumerate(zip(queries, encoded, strict=True)):
             if not query.strip() or not ids:
                 raise ValueError(f"a query must have at least one token, got {query!r}")
@@ -203,37 +151,44 @@ class Prompt:
         Raises: TypeError if it is not a string; ValueError if it is empty or too long, or where a prompt has no place
             for one.
         """
-        if self.why_no_instruction:
+        around = self._around_instruction
+        if self.why_no_instruction or around is None:
             raise ValueError(f"instruction: {self.why_no_instruction}; leave instruction out")
         text = expect_text(instruction, "instruction").strip()
         if not text:
             raise ValueError(f"instruction must have at least one token, got {instruction!r}; None is no instruction")
-        (words,) = self._text_tokenizer([self._spaced(text)])
+        (words,) = self._text_tokenizer([self.spaced(text)])
         if len(words) > MAX_INSTRUCTION_TOKENS:
             raise ValueError(
                 f"instruction {short(text)} must have at most {MAX_INSTRUCTION_TOKENS} tokens, got {len(words)}"
             )
         self._expect_known(f"the instruction {short(text)}", words)
-        behind_clues, first, question = self._encode(["\nInstruction:", "Instruction:", "\nQuestion:"])
+        bare_question = (*around.bare, *words, *around.question)
         if isinstance(self.suffix, CluesFirstPieces):
-            return replace(self.suffix, question=(*first, *words, *question))
-        return replace(
-            self.suffix,
-            question=(*behind_clues, *words, *question),
-            bare_question=(*first, *words, *question),
-        )
+            return replace(self.suffix, question=bare_question)
+        question = (*around.behind_clues, *words, *around.question)
+        return replace(self.suffix, question=question, bare_question=bare_question)
 
     def count(self, query: str) -> int:
         """Count the tokens of a query of any length, also of an empty one."""
-        return len(self._text_tokenizer([self._query_text(query)])[0])
+        return len(self._encode_queries([query])[0])
 
     def fits(self, query: str) -> bool:
         """Tell whether `queries` accepts a query of this length."""
         return 0 < self.count(query) <= self.max_query_tokens
 
-    def _query_text(self, query: str) -> str:
-        """Give the text that is tokenised: it follows a prompt, or begins what a decoder writes."""
-        return query.strip() if self.encoder_decoder else self._spaced(query.strip())
+    def _encode_queries(self, queries: Sequence[str]) -> list[list[int]]:
+        """Tokenise queries of any length, each as a text that follows a prompt or begins what a decoder writes."""
+        texts = [query.strip() for query in queries]
+        if self.encoder_decoder:
+            return self._text_tokenizer(texts)
+        if self._query_follows_word:
+            return self._text_tokenizer([self.spaced(text) for text in texts])
+        return self._text_tokenizer.continued(texts, "\n")
+
+    def spaced(self, text: str) -> str:
+        """Return the text to tokenise for one that follows a word and a space, as a query does."""
+        return self._words.spaced(text)
 
     def offsets(self, document: Document) -> list[tuple[int, int]]:
         """Find the character spans of a document's tokens in `document_text`, in the order of ``document_ids``.
@@ -241,7 +196,7 @@ class Prompt:
         Raises: ValueError for a tokenizer that cannot give offsets (a slow one).
         """
         text = document_text(document)
-        spaced = self._spaced(text)
+        spaced = self.spaced(text)
         shift = len(spaced) - len(text)
         offsets = self._text_tokenizer.offsets(spaced)[: self.max_document_tokens]
         return [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]

@@ -51,6 +51,19 @@ class TextTokenizer:
                     rows[place] = self._as_text(texts[place])["input_ids"]
         return rows
 
+    def continued(self, texts: list[str], before: str) -> list[list[int]]:
+        """Tokenise texts that follow another one, as they are tokenised behind it.
+
+        Args:
+            texts: the texts.
+            before: how the other text ends.
+        """
+        other, *both = self([before, *(before + text for text in texts)])
+        return [
+            ids[len(other) :] if ids[: len(other)] == other else self([text])[0]
+            for text, ids in zip(texts, both, strict=True)
+        ]
+
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Return (start, end) of the characters of each token. Raises: ValueError for a slow tokenizer."""
         if not self.tokenizer.is_fast:
