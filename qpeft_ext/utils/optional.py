@@ -1,18 +1,22 @@
-"""Import bm25s without JAX, which is not needed here.
-
-Where JAX is installed, ``import bm25s`` runs one of its operations, and JAX then takes three quarters of the GPU's
-memory.
-"""
+"""Imports of optional packages: with one line where a plug-in's package is missing, and bm25s without JAX."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
 def import_bm25s(name: str = "bm25s") -> ModuleType:
-    """Import and return the module ``name`` of bm25s. Raises: ImportError if it is not installed."""
+    """Import and return the module ``name`` of bm25s, without JAX, which is not needed here.
+
+    Where JAX is installed, ``import bm25s`` runs one of its operations, and JAX then takes three quarters of the GPU's
+    memory.
+
+    Raises: ImportError if it is not installed.
+    """
     missing = object()
     jax = sys.modules.get("jax", missing)
     sys.modules["jax"] = None  # type: ignore[assignment]  # `import jax` fails, as where it is not installed
@@ -23,3 +27,20 @@ def import_bm25s(name: str = "bm25s") -> ModuleType:
             del sys.modules["jax"]
         else:
             sys.modules["jax"] = jax  # type: ignore[assignment]
+
+
+@contextmanager
+def needs(package: str, extra: str) -> Iterator[None]:
+    """Import optional packages inside this; if one is missing, the error says what to install.
+
+    Args:
+        package: the package, by its name for pip.
+        extra: our extra that has it.
+    Raises: ImportError in one line.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"this plug-in needs the package {package} ({error}): pip install 'qpeft_ext[{extra}]'"
+        ) from None

@@ -1,0 +1,143 @@
+"""`RerankClient` against a stub of a server; what `open_ranker` opens."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from stub_server import DOCUMENTS, QUERY, RELEVANCE
+
+from qpeft_ext.integrations.client import RerankClient, _seconds
+from qpeft_ext.integrations.sources import open_ranker
+
+
+def test_rank_sorts_and_keeps_the_order_of_equal_scores(stub):
+    rows = RerankClient(stub.url).rank(QUERY, DOCUMENTS)
+    assert rows == [{"corpus_id": place, "score": RELEVANCE[place]} for place in (1, 0, 3, 2)]
+    path, headers, body = stub.requests[0]
+    assert path == "/v1/rerank" and "Authorization" not in headers
+    assert body == {"query": QUERY, "documents": DOCUMENTS, "return_documents": False}
+
+
+def test_top_k_model_and_key_are_sent(stub):
+    rows = RerankClient(stub.url + "/", api_key="k", model="m").rank(QUERY, DOCUMENTS, top_k=2)
+    assert [row["corpus_id"] for row in rows] == [1, 0]
+    _, headers, body = stub.requests[0]
+    assert headers["Authorization"] == "Bearer k" and body["top_n"] == 2 and body["model"] == "m"
+    assert "k" not in repr(RerankClient(stub.url, api_key="k")).removeprefix("RerankClient")
+
+
+def test_predict_sends_each_query_once_and_keeps_the_order(stub):
+    pairs = [
+        (QUERY, DOCUMENTS[1]),
+        ("moon", DOCUMENTS[0]),
+        (QUERY, {"title": "", "text": DOCUMENTS[0]}),
+        ("moon", "moon"),
+    ]
+    scores = RerankClient(stub.url).predict(pairs)
+    assert scores.dtype == np.float64 and scores.tolist() == [0.75, 0.0, 0.25, 1.0]
+    assert len(stub.requests) == 2
+
+
+def test_rank_many_and_no_documents(stub):
+    assert RerankClient(stub.url).rank_many(["a", QUERY], [[], DOCUMENTS[:1]]) == [
+        [],
+        [{"corpus_id": 0, "score": 0.25}],
+    ]
+    assert len(stub.requests) == 1
+
+
+def test_a_busy_server_is_asked_again(stub, monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    busy = (429, {"retry-after": "7"}, b"")
+    stub.answers = [busy, (503, {}, b"")]
+    assert len(RerankClient(stub.url).rank(QUERY, DOCUMENTS)) == 4
+    assert waits == [7, 1]
+    stub.answers = [busy] * 3
+    with pytest.raises(RuntimeError, match="answered 429"):
+        RerankClient(stub.url).rank(QUERY, DOCUMENTS)
+    assert not stub.answers and waits == [7, 1, 7, 7]
+
+
+def test_how_long_a_busy_server_may_ask_to_wait():
+    assert [_seconds(text) for text in ("1.5", "-1", "1e9", "nan", "Fri, 01 Jan 2027 00:00:00 GMT")] == [
+        1.5,
+        0,
+        30,
+        0,
+        1,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "message"),
+    [
+        (400, {}, {"detail": "documents is empty"}, "answered 400 Bad Request: documents is empty"),
+        (401, {}, {"message": "no key"}, "answered 401 Unauthorized: no key"),
+        (500, {}, {"error": {"message": "broken", "code": 500}}, "answered 500 Internal Server Error: broken"),
+        (422, {}, {"error": "too long", "error_type": "validation"}, "answered 422 .*: too long"),
+        (404, {}, None, "answered 404 Not Found: no text"),
+        (307, {"location": "http://elsewhere/"}, None, "it points to http://elsewhere/; give the final URL"),
+    ],
+)
+def test_the_words_of_an_error_reach_the_user(stub, status, headers, body, message):
+    stub.answers = [(status, headers, b"" if body is None else json.dumps(body).encode())]
+    with pytest.raises(RuntimeError, match=message):
+        RerankClient(stub.url, api_key="secret").rank(QUERY, DOCUMENTS)
+    assert len(stub.requests) == 1  # a redirect is not followed: the key would go with it
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"<html>", "did not answer in JSON"),
+        (b"[]", "no list 'results'"),
+        (b'{"results": [{"index": 1, "relevance_score": 0.5}]}', "'index' below 1"),
+        (b'{"results": [{"index": true, "relevance_score": 0.5}]}', "'index' below 1"),
+        (b'{"results": [{"index": 0, "relevance_score": NaN}]}', "a number as 'relevance_score'"),
+        (b'{"results": ["no row"]}', "got 'no row'"),
+        (b'{"results": [{"index": 0, "relevance_score": 1}, {"index": 0, "relevance_score": 1}]}', "each once"),
+        (b'{"results": []}', "0 results for 1 documents"),
+    ],
+)
+def test_answers_of_another_shape_are_refused(stub, answer, message):
+    stub.answers = [(200, {}, answer)]
+    with pytest.raises(ValueError, match=message):
+        RerankClient(stub.url).rank(QUERY, ["a document"])
+
+
+def test_no_server_is_one_line(stub):
+    client = RerankClient("http://127.0.0.1:9", timeout=5)
+    with pytest.raises(ConnectionError, match="http://127.0.0.1:9 cannot be reached: .*; is the server running"):
+        client.rank(QUERY, DOCUMENTS)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "file:///etc/passwd"])
+def test_bad_urls(url):
+    with pytest.raises(ValueError, match="url must be like http://127.0.0.1:8080"):
+        RerankClient(url)
+
+
+def test_what_is_opened(stub, reranker):
+    assert open_ranker(reranker) is reranker
+    client = open_ranker(stub.url, {"timeout": 3.0}, api_key="k", model="m")
+    assert isinstance(client, RerankClient) and (client.timeout, client.model) == (3.0, "m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((7,), TypeError, "must be a Reranker, the path or Hub id of an adapter, or the URL of a server, got int 7"),
+        (("folder", None, "key"), ValueError, "api_key need the URL of a server"),
+        (("no-such-folder-here/at-all/deep",), (OSError, ValueError), "no-such-folder-here"),
+    ],
+)
+def test_what_cannot_be_opened(arguments, error, message):
+    with pytest.raises(error, match=message):
+        open_ranker(*arguments)
+
+
+def test_options_are_not_for_a_reranker_in_memory(reranker):
+    with pytest.raises(ValueError, match="options are for an adapter"):
+        open_ranker(reranker, {"device": "cpu"})

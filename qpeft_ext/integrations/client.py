@@ -1,0 +1,185 @@
+"""`RerankClient`: asks a server for scores, in the shapes of `Reranker`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from ..utils.inputs import kind_of, short, whole_number
+
+_ROUTE = "/v1/rerank"
+_BUSY = (429, 503)  # the server asks to come back later
+_LONGEST_WAIT = 30.0  # seconds, whatever the server asks for
+_LONGEST_ANSWER = 64 << 20  # bytes
+
+
+class RerankClient:
+    """A client of `qpeft serve`, and of other servers with the route ``/v1/rerank`` of Cohere, Jina or vLLM.
+
+    It needs no package besides Python's own. A connection is made for each request, so that threads may share a client.
+
+    Args:
+        url: where the server is, such as ``http://127.0.0.1:8080``; a path that is given stands before ``/v1/rerank``.
+        api_key: sent as ``Authorization: Bearer …``; None sends none.
+        model: the name of the model that the server shall use; None leaves it to the server.
+        timeout: seconds until a request without an answer is an error.
+        retries: how often a request is sent again when the server is busy (429, 503), after the time that it names.
+    Raises: ValueError for an URL that is not of http or https.
+    """
+
+    def __init__(
+        self, url: str, api_key: str | None = None, model: str | None = None, timeout: float = 60.0, retries: int = 2
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"RerankClient: url must be like http://127.0.0.1:8080, got {short(url)}")
+        if not timeout > 0:
+            raise ValueError(f"RerankClient: timeout must be above 0 seconds, got {timeout}")
+        self.url = url.rstrip("/").removesuffix(_ROUTE)
+        self.model, self.timeout = model, timeout
+        self.retries = whole_number(retries, "RerankClient: retries", 0) or 0
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._opener = urllib.request.build_opener(_NoRedirects)
+
+    def __repr__(self) -> str:
+        return f"RerankClient({self.url!r}{'' if self.model is None else f', model={self.model!r}'})"
+
+    def rank(self, query: str, documents: Sequence[Any], top_k: int | None = None) -> list[dict[str, Any]]:
+        """Rank the documents of one query, best first.
+
+        Args:
+            query: a string.
+            documents: strings, or dicts with "text" and perhaps "title".
+            top_k: how many to return; None returns all.
+        Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", the relevance that the
+            server sends, float64.
+        Raises: RuntimeError with the server's words if it answers with an error; ConnectionError or TimeoutError if it
+            does not answer; ValueError for an answer in another shape.
+        """
+        top_k, documents = whole_number(top_k, "top_k"), list(documents)
+        if not documents:
+            return []
+        body = {"query": query, "documents": documents, "return_documents": False}
+        body |= {} if top_k is None else {"top_n": top_k}
+        body |= {} if self.model is None else {"model": self.model}
+        rows = self._rows(self._post(json.dumps(body).encode()), len(documents), top_k)
+        return sorted(rows, key=lambda row: -row["score"])[:top_k]  # stable: equal scores keep the server's order
+
+    def rank_many(
+        self, queries: Sequence[str], candidates: Sequence[Sequence[Any]], top_k: int | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """Rank the documents of many queries, a request each.
+
+        Args:
+            queries, candidates, top_k: as for `Reranker.rank_many`.
+        Returns: for each query what `rank` returns.
+        Raises: as `rank`.
+        """
+        pairs = zip(queries, candidates, strict=True)
+        return [self.rank(query, documents, top_k) for query, documents in pairs]
+
+    def predict(self, pairs: Sequence[tuple[str, Any]]) -> np.ndarray:
+        """Score (query, document) pairs, in the order given; pairs of one query go into one request.
+
+        Args:
+            pairs: (query, document), with documents as in `rank`.
+        Returns: float64 [B].
+        Raises: as `rank`.
+        """
+        places: dict[str, list[int]] = {}
+        for place, (query, _) in enumerate(pairs):
+            places.setdefault(query, []).append(place)
+        scores = np.empty(len(pairs))
+        for query, own in places.items():
+            for row in self.rank(query, [pairs[place][1] for place in own]):
+                scores[own[row["corpus_id"]]] = row["score"]
+        return scores
+
+    def _post(self, body: bytes) -> Any:
+        request = urllib.request.Request(self.url + _ROUTE, body, self._headers, method="POST")
+        for attempt in range(self.retries + 1):
+            try:
+                with self._opener.open(request, timeout=self.timeout) as answer:
+                    return json.loads(answer.read(_LONGEST_ANSWER))
+            except urllib.error.HTTPError as error:
+                with error:
+                    if error.code not in _BUSY or attempt == self.retries:
+                        message = f"{self.url} answered {error.code} {error.reason}: {_words_of(error)}"
+                        raise RuntimeError(message) from None
+                    wait = error.headers.get("retry-after", "1")
+            except TimeoutError:
+                raise TimeoutError(f"{self.url} did not answer within {self.timeout:g} s") from None
+            except (urllib.error.URLError, HTTPException, ConnectionError) as error:
+                reason = getattr(error, "reason", error)
+                if isinstance(reason, TimeoutError):
+                    raise TimeoutError(f"{self.url} did not answer within {self.timeout:g} s") from None
+                raise ConnectionError(f"{self.url} cannot be reached: {reason}; is the server running?") from None
+            except ValueError:  # no JSON, or no UTF-8
+                raise ValueError(f"{self.url}{_ROUTE} did not answer in JSON; is it a rerank server?") from None
+            time.sleep(_seconds(wait))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _rows(self, answer: Any, count: int, top_k: int | None) -> list[dict[str, Any]]:
+        """Read an answer. Raises: ValueError if it is no ranking of ``count`` documents."""
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if not isinstance(results, list):
+            raise ValueError(f"{self.url}{_ROUTE}: the answer has no list 'results', got {kind_of(answer)}")
+        rows, seen = [], set()
+        for result in results:
+            fields = result if isinstance(result, dict) else {}
+            index, score = fields.get("index"), fields.get("relevance_score")
+            known = type(index) is int and 0 <= index < count and index not in seen
+            if not known or type(score) not in (int, float) or not math.isfinite(score):
+                raise ValueError(
+                    f"{self.url}{_ROUTE}: a result must have an 'index' below {count}, each once, and a number as "
+                    f"'relevance_score', got {short(result)}"
+                )
+            seen.add(index)
+            rows.append({"corpus_id": index, "score": float(score)})
+        if len(rows) < min(count, top_k or count):
+            raise ValueError(f"{self.url}{_ROUTE}: {len(rows)} results for {count} documents (top_n: {top_k or 'all'})")
+        return rows
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Python would send the key to wherever a redirect points."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _words_of(error: urllib.error.HTTPError) -> str:
+    """Return what a server says about an error: Jina's "detail", Cohere's "message", OpenAI's "error", or the text."""
+    if 300 <= error.code < 400:
+        return f"it points to {short(error.headers.get('location', 'nowhere'), quoted=False)}; give the final URL"
+    try:
+        text = error.read(1 << 16).decode("utf-8", "replace").strip()
+    except OSError:
+        return "no text"
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return text[:300] or "no text"
+    for key in ("detail", "error", "message"):
+        if isinstance(said, dict) and said.get(key):
+            said = said[key]
+    return (said if isinstance(said, str) else json.dumps(said))[:300]
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds that a header "retry-after" asks for; 1 for a date."""
+    try:
+        return min(_LONGEST_WAIT, max(0.0, float(text)))  # 0 for NaN
+    except ValueError:
+        return 1.0
