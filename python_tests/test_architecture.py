@@ -19,7 +19,7 @@ FLOORS = (  # from the ground; rooms of one floor do not import each other
     {"engine", "official"},
     {"model"},
     {"training", "ranking"},
-    {"compare", "demo", "serving", "synthesis"},
+    {"compare", "demo", "integrations", "serving", "synthesis"},
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}

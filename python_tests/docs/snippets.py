@@ -21,6 +21,7 @@ PYTHON, SHELL, OUTPUT = ("python", "pycon"), ("sh", "bash", "console"), "text"
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[\w-]*)")
 FILE = re.compile(r"^\s*<!-- file: ([\w.-]+) -->\s*$")
 NOT_RUN = re.compile(r"^\s*<!-- not run: (.*\S) -->\s*$")
+NEEDS = re.compile(r"^\s*<!-- needs: ([\w.]+) -->\s*$")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -34,6 +35,7 @@ class Block:
     text: str
     not_run: str | None = None
     file: str | None = None
+    needs: str | None = None  # a module without which it does not run
     output: str | None = None
 
     def __str__(self) -> str:
@@ -56,9 +58,10 @@ def read_blocks(path: Path) -> list[Block]:
         indent, fence = len(opening["indent"]), opening["fence"]
         end = next(i for i in range(place + 1, len(lines)) if lines[i].strip().startswith(fence))
         text = "\n".join(line[indent:] for line in lines[place + 1 : end])
-        reason, file = NOT_RUN.match(above), FILE.match(above)
+        reason, file, needs = NOT_RUN.match(above), FILE.match(above), NEEDS.match(above)
         if file or opening["language"] in PYTHON + SHELL:
-            last = Block(page, place + 2, opening["language"], text, reason and reason[1], file and file[1])
+            last = Block(page, place + 2, opening["language"], text)
+            last.not_run, last.file, last.needs = (found and found[1] for found in (reason, file, needs))
             blocks.append(last)
         else:
             if opening["language"] == OUTPUT and last:

@@ -16,11 +16,14 @@ How to write one:
 - ``<!-- file: plan.yaml -->`` on the line above a block of any language: it becomes a file of that name.
 - ``qpeft`` runs in this process. ``make``, ``pip install`` and ``python benchmarks/…`` are not run: their targets,
   extras, files and options must exist.
+- ``<!-- needs: module -->`` on the line above a block: it is left out where this module is not installed, and the test
+  of the page then says so and counts as skipped.
 - ``<!-- not run: reason -->`` on the line above a block: nothing of it runs. Its Python must compile, and the commands
   and options that it names must exist. There may be ``NOT_RUN`` of them in all.
 """
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -58,6 +61,8 @@ def written_by(text: str) -> set[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if read_blocks(page)], ids=lambda page: page.name)
 def test_the_snippets_of_a_page_run(page, files, tmp_path, monkeypatch):
     blocks = [block for block in read_blocks(page) if not block.not_run]
+    lacking = [block for block in blocks if block.needs and not is_installed(block.needs)]
+    blocks = [block for block in blocks if block not in lacking]
     folder = tmp_path / "work"
     shutil.copytree(files, folder, symlinks=True)
     text = "\n".join(block.text for block in blocks)
@@ -72,12 +77,23 @@ def test_the_snippets_of_a_page_run(page, files, tmp_path, monkeypatch):
     run = Page(names)
     for block in blocks:
         run.run(block)
+    if lacking:
+        pytest.skip(
+            "the rest ran; not installed: " + ", ".join(f"{block.needs} (line {block.line})" for block in lacking)
+        )
+
+
+def is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_that_do_not_run_are_right_all_the_same(page):
     for block in read_blocks(page):
-        if block.not_run and block.language in PYTHON:
+        if (block.not_run or block.needs) and block.language in PYTHON:
             ast.parse(textwrap.dedent(block.text), str(block))
         elif block.not_run and block.language in SHELL:
             for command in read_commands(block):

@@ -33,6 +33,7 @@ def test_reranking_tasks(reranker, task, tmp_path):
     assert result.scores
     (path,) = tmp_path.rglob("*.json")
     predictions = json.loads(path.read_text())
+    task.load_data()  # MTEB lets go of it
     for subset, splits in task.dataset.items():
         data = splits["test"]
         texts = {row["id"]: {"title": row.get("title") or "", "text": row["text"]} for row in data["corpus"]}

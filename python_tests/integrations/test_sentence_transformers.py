@@ -20,6 +20,11 @@ def test_keywords_of_predict(reranker, kind):
     assert [row["corpus_id"] for row in model.rank(QUERY, DOCUMENTS)] == np.argsort(-scores, kind="stable").tolist()
 
 
+def test_a_prompt_by_name_is_refused(reranker):
+    with pytest.raises(ValueError, match="^predict: the adapter has no prompts by name"):
+        reranker.predict([(QUERY, DOCUMENTS[0])], prompt_name="query")
+
+
 def test_the_reranking_evaluator(reranker):
     evaluation = pytest.importorskip(
         "sentence_transformers.cross_encoder.evaluation",

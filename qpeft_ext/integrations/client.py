@@ -140,7 +140,7 @@ class RerankClient:
             fields = result if isinstance(result, dict) else {}
             index, score = fields.get("index"), fields.get("relevance_score")
             known = type(index) is int and 0 <= index < count and index not in seen
-            if not known or type(score) not in (int, float) or not math.isfinite(score):
+            if not known or isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
                 raise ValueError(
                     f"{self.url}{_ROUTE}: a result must have an 'index' below {count}, each once, and a number as "
                     f"'relevance_score', got {short(result)}"

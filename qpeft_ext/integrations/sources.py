@@ -42,10 +42,9 @@ def open_ranker(
     Raises: TypeError for anything else; ValueError for arguments that do not belong to what is given; what
         `Reranker.from_pretrained` raises.
     """
-    of_server = {"api_key": api_key, "model": model}
     if isinstance(reranker, str) and reranker.startswith(("http://", "https://")):
-        return RerankClient(reranker, **of_server, **dict(options or {}))
-    given = [name for name, value in of_server.items() if value is not None]
+        return RerankClient(reranker, api_key=api_key, model=model, **dict(options or {}))
+    given = [name for name, value in (("api_key", api_key), ("model", model)) if value is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} need the URL of a server as the reranker, got {kind_of(reranker)}")
     if isinstance(reranker, (str, Path)):

@@ -50,12 +50,14 @@ def as_instructions(what: str, instruction: str | Sequence[str | None] | None, c
     return given
 
 
-def expect_no_activation(what: str, activation_fn: object, apply_softmax: object, num_workers: object) -> None:
+def expect_neutral(
+    what: str, activation_fn: object, apply_softmax: object, num_workers: object, prompt_name: object
+) -> None:
     """Refuse values of `CrossEncoder`'s arguments that a log-likelihood has no use for.
 
     Args:
         what: the method that is called, for messages.
-        activation_fn, apply_softmax, num_workers: its arguments.
+        activation_fn, apply_softmax, num_workers, prompt_name: its arguments.
     Raises: ValueError that names the argument.
     """
     if activation_fn is not None and not isinstance(activation_fn, torch.nn.Identity):
@@ -67,3 +69,7 @@ def expect_no_activation(what: str, activation_fn: object, apply_softmax: object
         raise ValueError(f"{what}: there is one score a pair and no classes; leave apply_softmax out")
     if num_workers:
         raise ValueError(f"{what}: texts are tokenised in this process; leave num_workers out")
+    if prompt_name is not None:
+        raise ValueError(
+            f"{what}: the adapter has no prompts by name; leave prompt_name out, or give the text as instruction"
+        )

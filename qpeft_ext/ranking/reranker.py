@@ -20,7 +20,7 @@ from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, whole_number
 from .explain import describe_model
-from .inputs import as_instructions, as_lists, expect_no_activation
+from .inputs import as_instructions, as_lists, expect_neutral
 from .inspection import PairInspector
 
 
@@ -149,6 +149,7 @@ class Reranker(PairInspector):
         activation_fn: object = None,
         apply_softmax: bool | None = False,
         num_workers: int | None = 0,
+        prompt_name: str | None = None,
         instruction: str | Sequence[str | None] | None = None,
     ) -> np.ndarray | Tensor | list[Tensor] | float:
         """Score (query, document) pairs, in the order given.
@@ -162,8 +163,9 @@ class Reranker(PairInspector):
             show_progress_bar: None shows it on a terminal only.
             convert_to_numpy: False gives a list of scalar tensors, as in sentence-transformers.
             convert_to_tensor: True gives a tensor on the model's device instead.
-            activation_fn, apply_softmax, num_workers: accepted for code that is written for `CrossEncoder`. A score is
-                a log-likelihood without an activation, so only None, False and 0 are taken.
+            activation_fn, apply_softmax, num_workers, prompt_name: accepted for code that is written for
+                `CrossEncoder`. A score is a log-likelihood without an activation, and the prompt is the adapter's, so
+                only None, False, 0 and None are taken.
             instruction: text that the LM reads between document and query, such as "Find a passage that refutes the
                 claim."; or a list with one for each pair, or None. It is not scored, and cached documents stay valid.
         Returns: float32 [B], nats; for one pair a float (a scalar tensor with ``convert_to_tensor``).
@@ -175,7 +177,7 @@ class Reranker(PairInspector):
                 "predict: with source='candidates' a score depends on all candidates of its query; "
                 "use rank or rank_many"
             )
-        expect_no_activation("predict", activation_fn, apply_softmax, num_workers)
+        expect_neutral("predict", activation_fn, apply_softmax, num_workers, prompt_name)
         batch_size = whole_number(batch_size, "predict: batch_size")
         given = as_list(pairs, "predict: pairs", "give (query, document) pairs: [(query, document), …]")
         single = len(given) == 2 and isinstance(given[0], str)
@@ -203,6 +205,7 @@ class Reranker(PairInspector):
         activation_fn: object = None,
         apply_softmax: bool | None = False,
         num_workers: int | None = 0,
+        prompt_name: str | None = None,
         instruction: str | None = None,
     ) -> list[dict[str, Any]]:
         """Rank the documents of one query, best first; equal scores keep the given order.
@@ -212,7 +215,7 @@ class Reranker(PairInspector):
             documents: a list, array, Series, generator, … of strings, or of dicts with "text" and perhaps "title".
             top_k: how many to return; None returns all.
             return_documents: whether each row also has "text", title and text of the document as the LM read them.
-            batch_size, show_progress_bar, activation_fn, apply_softmax, num_workers: as in `predict`.
+            batch_size, show_progress_bar, activation_fn, apply_softmax, num_workers, prompt_name: as in `predict`.
             convert_to_numpy, convert_to_tensor: accepted as well, without effect: a score is a float.
             instruction: as in `predict`, for this query.
         Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", nats.
@@ -236,7 +239,7 @@ class Reranker(PairInspector):
         """
         if not isinstance(query, str):
             raise TypeError(f"rank: query must be a string, got {kind_of(query)}; rank_many ranks for many queries")
-        expect_no_activation("rank", activation_fn, apply_softmax, num_workers)
+        expect_neutral("rank", activation_fn, apply_softmax, num_workers, prompt_name)
         query, candidates = expect_query(query, "rank: query"), as_documents(documents, "rank: documents")
         instructions = as_instructions("rank", instruction, 1)
         ranked = self._ranked([query], [candidates], top_k, show_progress_bar, batch_size, instructions)[0]
