@@ -55,6 +55,20 @@ Resume = Annotated[
         help="Resume OUTPUT.part, which an interrupted run of the same job left, or start over.",
     ),
 ]
+Passages = Annotated[
+    str | None,
+    typer.Option(
+        help="Split long documents into passages, and take the best one's score (max), the mean, or the first one's "
+        "(first).  [default: long documents are cut]"
+    ),
+]
+PassageTokens = Annotated[
+    int | None, typer.Option(help="Longest passage in tokens, with the title.  [default: --max-document-tokens]")
+]
+PassageStride = Annotated[
+    int | None,
+    typer.Option(help="Tokens from one passage to the next; fewer make them overlap.  [default: --passage-tokens]"),
+]
 DATA = "Data set: a folder or file of any known format, or an id of ir_datasets or the Hub (see docs/formats.md)."
 SPLIT = "Split of the data set.  [default: test, or the only one]"
 RUN_OUTPUT = "TREC run to write; compressed if its name ends in .gz."

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import LM, Attention, Device, Dtype, Revision, expect_at_least
+from ..prompts.passages import check_passages
+from .common import (
+    LM,
+    Attention,
+    Device,
+    Dtype,
+    Passages,
+    PassageStride,
+    PassageTokens,
+    Revision,
+    expect_at_least,
+)
+
+if TYPE_CHECKING:
+    from ..model import QPeftModel
+    from ..prefixes.index_writer import IndexWriter
 
 
 def command(
@@ -19,6 +34,9 @@ def command(
         int | None,
         typer.Option(help="Longest document in tokens; others are cut.  [default: the adapter's, or 256]"),
     ] = None,
+    passages: Passages = None,
+    passage_tokens: PassageTokens = None,
+    passage_stride: PassageStride = None,
     deterministic: Annotated[
         bool,
         typer.Option("--deterministic", help="Read each document in its own pass, for rerank --deterministic; slower."),
@@ -31,48 +49,71 @@ def command(
 ) -> None:
     """Keep the keys and values of all documents on disk.
 
-    Each document of the data set is read once by the LM. The index belongs to one LM, template, soft prompt and
-    length limit. The same command resumes an index that was interrupted, and extends one whose data set has grown.
+    Each document of the data set is read once by the LM. The index belongs to one LM, template, soft prompt, length
+    limit and length of passages. The same command resumes an index that was interrupted, and extends one whose data
+    set has grown.
 
     Example: qpeft index FOLDER --out INDEX --model ADAPTER, then qpeft rerank --index INDEX ...
     """
     if not (model or base_model):
         raise ValueError("expected --model ADAPTER or --base-model LM")
     expect_at_least(1, max_document_tokens=max_document_tokens, max_tokens_per_batch=max_tokens_per_batch)
+    check_passages(passages, passage_tokens, passage_stride)
     from .. import formats
-    from ..utils.console import Interrupted, say
+    from ..utils.console import say
 
     documents = formats.open_collection(corpus).corpus
-    from ..config import QPeftConfig
-    from ..lm.loading import default_device, load_lm, quiet_transformers
-    from ..model import QPeftModel, get_qpeft_model
-    from ..prefixes.index_writer import IndexWriter, size
+    from ..lm.loading import default_device, quiet_transformers
+    from ..prefixes.index_writer import IndexWriter
+    from ..prompts.passages import Splitter
 
     device = default_device(device)
     quiet_transformers()
     where: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "revision": revision}
-    if model:
-        qpeft = QPeftModel.from_pretrained(model, base_model, max_document_tokens=max_document_tokens, **where)
-    else:
-        assert base_model is not None, "checked above"
-        lm = load_lm(base_model, **where)
-        limits: dict[str, Any] = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
-        qpeft = get_qpeft_model(lm, QPeftConfig(clues="none", **limits))
+    qpeft = _model(model, base_model, max_document_tokens, where)
+    splitter = Splitter(qpeft.prompt, passage_tokens, passage_stride) if passages else None
     with IndexWriter(
-        qpeft, documents, out, deterministic=deterministic, max_tokens_per_batch=max_tokens_per_batch
+        qpeft,
+        documents,
+        out,
+        deterministic=deterministic,
+        max_tokens_per_batch=max_tokens_per_batch,
+        splitter=splitter,
     ) as writer:
-        survey = writer.survey()
-        cut = f", {survey.cut} cut to max_document_tokens" if survey.cut else ""
-        there = f", {survey.there} of them are there already" if survey.there else ""
-        say(
-            f"{survey.documents} documents{cut}, {survey.distinct} different ones{there}; "
-            f"{survey.missing} to compute, {size(survey.nbytes)} to write to {out}"
-        )
-        writer.expect_room(survey)
-        try:
-            writer.run(survey)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                "interrupted; what was computed is kept, and the same command goes on from there"
-            ) from None
+        _write(writer)
     say(f"{out} is complete: qpeft rerank --index {out}")
+
+
+def _write(writer: IndexWriter) -> None:
+    """Say how much is missing, and write it."""
+    from ..prefixes.survey import size
+    from ..utils.console import Interrupted, say
+
+    survey = writer.survey()
+    cut = f", {survey.cut} cut to max_document_tokens" if survey.cut else ""
+    split = f" in {survey.passages} passages" if writer.splitter else ""
+    there = f", {survey.there} of them are there already" if survey.there else ""
+    say(
+        f"{survey.documents} documents{split}{cut}, {survey.distinct} different ones{there}; "
+        f"{survey.missing} to compute, {size(survey.nbytes)} to write to {writer.folder}"
+    )
+    writer.expect_room(survey)
+    try:
+        writer.run(survey)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; what was computed is kept, and the same command goes on from there") from None
+
+
+def _model(
+    adapter: str | None, base_model: str | None, max_document_tokens: int | None, where: dict[str, Any]
+) -> QPeftModel:
+    """Load the adapter and its LM, or the LM alone; ``where`` are options of `load_lm`."""
+    from ..config import QPeftConfig
+    from ..lm.loading import load_lm
+    from ..model import QPeftModel, get_qpeft_model
+
+    if adapter:
+        return QPeftModel.from_pretrained(adapter, base_model, max_document_tokens=max_document_tokens, **where)
+    assert base_model is not None, "checked above"
+    limits: dict[str, Any] = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
+    return get_qpeft_model(load_lm(base_model, **where), QPeftConfig(clues="none", **limits))

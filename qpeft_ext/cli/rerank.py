@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..prompts.passages import check_passages
 from ..utils.console import say
 from .common import (
     DATA,
@@ -22,6 +23,9 @@ from .common import (
     Dtype,
     IgnoreIdenticalIds,
     Measures,
+    Passages,
+    PassageStride,
+    PassageTokens,
     Resume,
     Revision,
     dtype_of_job,
@@ -100,6 +104,9 @@ class RerankOptions:
         int | None,
         typer.Option(help="Longest document in tokens; a longer one is cut.  [default: the adapter's, or 256]"),
     ] = None
+    passages: Passages = None
+    passage_tokens: PassageTokens = None
+    passage_stride: PassageStride = None
 
 
 @from_dataclass(RerankOptions)
@@ -157,6 +164,7 @@ def _check_options(options: RerankOptions) -> None:
         max_document_tokens=options.max_document_tokens,
         max_tokens_per_batch=options.max_tokens_per_batch,
     )
+    check_passages(options.passages, options.passage_tokens, options.passage_stride)
     expect_at_least(0, cache_bytes=options.cache_bytes)
     if options.max_memory is not None:
         if options.cache_bytes:
@@ -188,6 +196,9 @@ def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
         max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
         index=options.index.absolute() if options.index else None,
         template=options.template,
+        passages=options.passages,
+        passage_tokens=options.passage_tokens,
+        passage_stride=options.passage_stride,
     )
 
 

@@ -131,14 +131,16 @@ class PrefixIndex(FileTier):
         except (ValueError, OSError):
             return False
 
-    def expect_prompt(self, prompt: Prompt) -> None:
-        """Check that a prompt makes the prefixes of this index.
+    def expect_prompt(self, prompt: Prompt, passages: dict[str, int] | None = None) -> None:
+        """Check that a prompt makes the prefixes of this index, and of the same parts of documents.
 
         Args:
             prompt: the model's.
+            passages: settings of the `Splitter` that makes passages of documents; None: they are read as a whole.
         Raises: ValueError naming what differs if it makes other prefixes of the same text.
         """
         expect_same_prompt(self.folder, self.manifest, prompt_settings(prompt))
+        expect_same_passages(self.folder, self.manifest, passages)
 
     def _find(self, digest: bytes) -> np.void | None:
         row = int(np.searchsorted(self._digests, np.array(digest, dtype="S32")))
@@ -231,6 +233,24 @@ def expect_same_prompt(folder: Path, manifest: dict, settings: dict) -> None:
     """
     # the words of special tokens were special tokens before there was a choice
     _expect_equal(folder, {"allow_special_tokens": True} | manifest["prompt"], settings, _PROMPT_DIFFERENCES)
+
+
+def expect_same_passages(folder: Path, manifest: dict, settings: dict[str, int] | None) -> None:
+    """Check that documents are split as they were for the index, by the settings of a `Splitter` or None.
+
+    Raises: ValueError that says how they were and are.
+    """
+    if manifest.get("passages") != settings:
+        then, now = (
+            f"passages ({', '.join(f'{name} {shorten(value)}' for name, value in parts.items())})"
+            if isinstance(parts, dict)
+            else "whole documents"
+            for parts in (manifest.get("passages"), settings)
+        )
+        raise ValueError(
+            f"the index {folder} was made of {then}, here {now} are read; use what it was made with, or make another "
+            "one with qpeft index"
+        )
 
 
 def _expect_equal(folder: Path, expected: dict, got: dict, words: dict[str, str]) -> None:

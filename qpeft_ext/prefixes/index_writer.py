@@ -12,12 +12,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..prompts.passages import Splitter
 from ..prompts.pieces import DocumentPrefix
 from ..utils.files import drop_temporary, folder_permissions, permissions_of, write_text
 from ..utils.locks import lock_folder
@@ -25,8 +25,18 @@ from ..utils.memory import in_halves
 from ..utils.progress import progress_bar
 from .copies import copies
 from .files import Contents, Extent, header_bytes, read_contents, read_prefix, write_prefixes
-from .index import FORMAT, MANIFEST, expect_same_lm, expect_same_prompt, prompt_settings, read_manifest, shard_paths
+from .index import (
+    FORMAT,
+    MANIFEST,
+    expect_same_lm,
+    expect_same_passages,
+    expect_same_prompt,
+    prompt_settings,
+    read_manifest,
+    shard_paths,
+)
 from .kv import PrefixKV, prefix_digest
+from .survey import Survey, size
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +45,6 @@ _CHUNK = 1024  # documents that are tokenised and sorted by length together
 _MAX_PREFIXES = 1 << 16  # in a shard, so that its header stays small
 
 _Pending = tuple[str, torch.Tensor, torch.cuda.Event | None]  # name, flat prefix, event after which it may be read
-
-
-@dataclass
-class Survey:
-    """How much of a corpus is in an index, and how much is missing.
-
-    Attributes:
-        documents: in the corpus.
-        distinct: different prefixes of them.
-        there: prefixes that are in the index already.
-        nbytes: bytes that the missing prefixes take.
-        cut: documents cut to max_document_tokens.
-    """
-
-    documents: int
-    distinct: int
-    there: int
-    nbytes: int
-    cut: int
-
-    @property
-    def missing(self) -> int:
-        return self.distinct - self.there
 
 
 class IndexWriter:
@@ -73,6 +60,7 @@ class IndexWriter:
         folder: of the index.
         deterministic: compute each prefix unpadded in a pass of its own, as rerankers with ``deterministic=True`` need.
         max_tokens_per_batch: token budget of a pass; halved when the device runs out of memory.
+        splitter: splits long documents into passages, each of which has a prefix; None: they are cut.
         shard_bytes: size of a shard: how much work a kill loses at most, and how much memory is used.
     Raises: ValueError if the folder holds an index of another LM or prompt, or the LM's cache cannot be shared.
     """
@@ -85,12 +73,13 @@ class IndexWriter:
         *,
         deterministic: bool = False,
         max_tokens_per_batch: int = 8192,
+        splitter: Splitter | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         if model.engine.why_not_cached:
             raise ValueError(f"an index is of no use to this model: {model.engine.why_not_cached}")
         self.model, self.corpus, self.folder, self.deterministic = model, corpus, Path(folder), deterministic
-        self.max_tokens_per_batch, self.shard_bytes = max_tokens_per_batch, shard_bytes
+        self.max_tokens_per_batch, self.splitter, self.shard_bytes = max_tokens_per_batch, splitter, shard_bytes
         self._link = copies(model.engine.device)
         self._mode = permissions_of(getattr(corpus, "path", None))  # what is made of a private corpus is as private
         self.folder.mkdir(folder_permissions(self._mode), parents=True, exist_ok=True)
@@ -137,7 +126,8 @@ class IndexWriter:
         sizes = {int(length): packing.nbytes(int(length)) for length in np.unique(lengths)}
         missing = lengths[~there]
         nbytes = sum(sizes[int(length)] for length in missing) + header_bytes(len(missing))
-        return Survey(len(self.corpus), len(keys), int(there.sum()), nbytes if len(missing) else 0, cut)
+        count = sum(map(len, all_keys))
+        return Survey(len(self.corpus), count, len(keys), int(there.sum()), nbytes if len(missing) else 0, cut)
 
     def expect_room(self, survey: Survey) -> None:
         """Check that what is missing fits on the disk.
@@ -243,7 +233,7 @@ class IndexWriter:
             for place, doc_id in enumerate(self.corpus, 1):
                 texts.append(self.corpus[doc_id])
                 if len(texts) == _CHUNK or place == len(self.corpus):
-                    yield self.model.prompt.documents(texts)
+                    yield self.model.prompt.documents(self.splitter.parts(texts) if self.splitter else texts)
                     progress.update(len(texts))
                     texts = []
 
@@ -257,7 +247,7 @@ class IndexWriter:
             "model": engine.version().fingerprint(),
             "prompt": prompt_settings(self.model.prompt),
             "alone": self.deterministic,
-        }
+        } | ({"passages": self.splitter.settings} if self.splitter else {})
         if not (self.folder / MANIFEST).exists():
             if others := [file.name for file in self.folder.iterdir() if not file.name.startswith(".")]:
                 raise ValueError(f"{self.folder} is no index and holds {others[0]}; name an empty or a new folder")
@@ -267,6 +257,7 @@ class IndexWriter:
             self._first_shard = first
         expect_same_lm(self.folder, there, settings["model"])
         expect_same_prompt(self.folder, there, settings["prompt"])
+        expect_same_passages(self.folder, there, settings.get("passages"))
         if there["alone"] != self.deterministic:
             raise ValueError(
                 f"the index {self.folder} was made {'with' if there['alone'] else 'without'} "
@@ -335,12 +326,3 @@ def _key(digest: bytes) -> int:
 
 def _keys(chunk: list[DocumentPrefix]) -> np.ndarray:
     return np.array([_key(prefix_digest(prefix.ids)) for prefix in chunk], dtype=np.int64)
-
-
-def size(nbytes: float) -> str:
-    """A number of bytes with a unit, such as 1.5 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

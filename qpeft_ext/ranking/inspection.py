@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
+import numpy as np
+
 from ..prompts.prompt import Document
 from .clue_similarity import ClueSimilarity
 from .explain import Explanation, explain_pair
@@ -20,7 +22,7 @@ class PairInspector(ListRanker):
 
         Args:
             query: a string.
-            document: as in `rank`.
+            document: as in `rank`; a long one is cut, also with ``passages`` (give the passage to explain one).
             candidates: the query's other documents and this one, which matter with ``source="candidates"`` only.
         Returns: `Explanation`; without clues for ``clues="none"``.
         Raises: TypeError or ValueError that names what is wrong with the query or a document.
@@ -34,7 +36,8 @@ class PairInspector(ListRanker):
         A score is the sum of the scores of a pair's clues; 0 for a pair without clues. With ``clues="top_k"`` these are
         the clues that the model chooses, with its source, filters and trained projection (their weights in `explain`);
         for other models they are the k document tokens most similar to a query token, by the filters and the similarity
-        of their config. With a source "vocabulary…" a query's documents are all equal.
+        of their config. With a source "vocabulary…" a query's documents are all equal. With ``passages`` a document has
+        the best of its passages' sums, their mean, or the first one's.
 
         Args:
             queries, candidates: as in `rank_many`.
@@ -42,6 +45,9 @@ class PairInspector(ListRanker):
         Raises: as `rank_many`.
         """
         texts, lists = as_lists("similarity", queries, candidates)
+        split = None if self.passages is None else [self.passages.split(documents) for documents in lists]
+        if split is not None:
+            lists = [[passage.document for passages in each for passage in passages] for each in split]
         results = []
         for block in blocks_of(lists, PAIRS_PER_LIST_BLOCK):
             pairs = [(texts[i], document) for i in block for document in lists[i]]
@@ -49,7 +55,12 @@ class PairInspector(ListRanker):
                 batch = self.model.encode(pairs, self._lists(block, lists), self.truncate_queries)
                 sums = iter(self._clue_similarity(batch).tolist() if pairs else ())
             results += [[next(sums) for _ in lists[i]] for i in block]
-        return results
+        if split is None or self.passages is None:
+            return results
+        return [
+            self.passages.combined(np.array(sums), list(map(len, each)))[0].tolist()
+            for sums, each in zip(results, split, strict=True)
+        ]
 
     @cached_property
     def _clue_similarity(self) -> ClueSimilarity:

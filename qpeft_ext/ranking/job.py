@@ -11,6 +11,7 @@ from ..formats.trec import Run
 from ..prefixes.index import PrefixIndex
 from ..prompts.prompt import Prompt
 from ..utils.console import Interrupted, say
+from .passages import PassageScoring
 from .run import BlockRanker, RerankedRun, rerank_blocks, run_blocks
 from .systems import Systems, SystemsSpec
 
@@ -58,10 +59,12 @@ def rerank_job(
             stack.callback(partials[name].close)
             if partials[name].num_resumed:
                 say(f"{partials[name]}: going on from there")
+        prompt = spec.prompt()
+        passages = PassageScoring.of(prompt, spec.passages, spec.passage_tokens, spec.passage_stride)
         if spec.index:
-            PrefixIndex(spec.index).expect_prompt(spec.prompt())
+            PrefixIndex(spec.index).expect_prompt(prompt, None if passages is None else passages.splitter.settings)
         asked = {query_id: queries[query_id] for query_id in candidates}
-        if cut := check_queries(spec.prompt(), asked, spec.truncate_queries):
+        if cut := check_queries(prompt, asked, spec.truncate_queries):
             say(f"{cut} of {len(candidates)} queries are cut to max_query_tokens = {spec.limits['max_query_tokens']}")
         try:
             with block_ranker(engine, spec, devices) as rank:

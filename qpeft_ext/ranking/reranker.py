@@ -22,6 +22,7 @@ from ..utils.inputs import as_list, kind_of, whole_number
 from .explain import describe_model
 from .inputs import as_instructions, as_lists, expect_neutral
 from .inspection import PairInspector
+from .passages import PassageScoring
 
 
 class Reranker(PairInspector):
@@ -50,10 +51,17 @@ class Reranker(PairInspector):
             it decides max_tokens_per_batch, projected_bytes and cache where they are not given.
         compile: `torch.compile` the suffix passes; the first passes then take minutes. For large models on a GPU.
         truncate_queries: cut a query that is longer than ``max_query_tokens`` at its end, instead of an error.
+        passages: "max", "mean" or "first": documents that are longer than ``passage_tokens`` are split between
+            sentences into passages, with the title before each, and have the best passage's score, the mean, or the
+            first one's; None: documents that are longer than ``max_document_tokens`` are cut.
+        passage_tokens: longest passage in tokens, title and text together; None: ``max_document_tokens``.
+        passage_stride: tokens from the beginning of a passage to that of the next; None: ``passage_tokens``, so that
+            they do not overlap.
     Attributes:
         truncated, truncated_queries: documents and queries cut so far (``max_document_tokens``, ``max_query_tokens``);
             one that is in two calls counts twice.
         projected: the table rows that Q-PEFT-A reuses between calls of this reranker.
+        passages: the `PassageScoring`, or None.
         adapter: the folder or Hub id that it was loaded from; None for a model in memory.
     Raises: ValueError for a budget below 1, or an index that the model cannot use; TypeError for another kind of model.
     """
@@ -69,8 +77,12 @@ class Reranker(PairInspector):
         max_memory: int | str | None = None,
         compile: bool = False,
         truncate_queries: bool = False,
+        passages: str | None = None,
+        passage_tokens: int | None = None,
+        passage_stride: int | None = None,
     ) -> None:
         expect_model(model)
+        by_passages = PassageScoring.of(model.prompt, passages, passage_tokens, passage_stride)
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
         if cache is not None and cache.index is not None and model.engine.why_not_cached:
@@ -84,7 +96,7 @@ class Reranker(PairInspector):
             model.engine.compile()
         projected = ProjectedRows(256 << 20 if projected_bytes is None else projected_bytes)
         max_tokens = max_tokens_per_batch or default_tokens(model.device)
-        super().__init__(model, max_tokens, cache, deterministic, path, truncate_queries, projected)
+        super().__init__(model, max_tokens, cache, deterministic, path, truncate_queries, projected, by_passages)
         self.adapter: str | None = None
 
     @classmethod
@@ -133,6 +145,7 @@ class Reranker(PairInspector):
             *describe_model(self.model),
             f"adapter: {self.adapter or 'in memory'}",
             f"{'deterministic, ' if self.deterministic else ''}{self.path}, {self.max_tokens_per_batch} tokens a pass",
+            *([repr(self.passages)] if self.passages else []),
             "no cache" if cache is None else repr(cache),
             *([f"index: {index.folder}"] if index else []),
         ]
@@ -218,7 +231,8 @@ class Reranker(PairInspector):
             batch_size, show_progress_bar, activation_fn, apply_softmax, num_workers, prompt_name: as in `predict`.
             convert_to_numpy, convert_to_tensor: accepted as well, without effect: a score is a float.
             instruction: as in `predict`, for this query.
-        Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", nats.
+        Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", nats. With ``passages``
+            also "passage": (start, end) of the best one's characters in the document (the string, or its "text").
         Raises: TypeError or ValueError that names the argument, or the document and what is wrong with it.
 
         Example:

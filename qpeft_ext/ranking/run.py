@@ -53,12 +53,14 @@ class RankedBlock:
         rankings: for every query (place of the document, score), best first.
         truncated: documents that were cut.
         cache_hits, cache_misses: prefixes that were in the cache, and that were not.
+        long_sentences: sentences that were longer than a passage and were split between words.
     """
 
     rankings: list[list[tuple[int, float]]]
     truncated: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
+    long_sentences: int = 0
 
 
 # blocks -> their rankings in the same order; reads only a few blocks ahead of what it has yielded
@@ -74,7 +76,7 @@ class RerankedRun:
         num_pairs: (query, document) pairs scored.
         seconds: wall time, reading included.
         num_resumed: queries that an earlier process has ranked.
-        truncated, cache_hits, cache_misses: sums over the blocks, see `RankedBlock`.
+        truncated, cache_hits, cache_misses, long_sentences: sums over the blocks, see `RankedBlock`.
     """
 
     run: Run
@@ -84,6 +86,7 @@ class RerankedRun:
     truncated: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
+    long_sentences: int = 0
 
     def __str__(self) -> str:
         ranked = len(self.run) - self.num_resumed
@@ -94,6 +97,7 @@ class RerankedRun:
         )
         text += f", {self.cache_rate} cache hits" if self.cache_rate else ""
         text += f"; {self.truncated} documents cut to max_document_tokens" if self.truncated else ""
+        text += f"; {self.long_sentences} sentences longer than a passage, split" if self.long_sentences else ""
         return text + (f"; {self.num_resumed} queries were there already" if self.num_resumed else "")
 
     @property
@@ -199,6 +203,7 @@ def rerank_blocks(
             result.truncated += ranked.truncated
             result.cache_hits += ranked.cache_hits
             result.cache_misses += ranked.cache_misses
+            result.long_sentences += ranked.long_sentences
             if result.cache_rate:
                 progress.set_postfix_str(f"{result.cache_rate} cache hits", refresh=False)
             progress.update(sum(map(len, block.doc_ids)))

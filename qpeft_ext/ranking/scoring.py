@@ -22,6 +22,7 @@ from ..prompts.pairs import PairBatch
 from ..prompts.prompt import Document
 from ..utils.inputs import short
 from ..utils.memory import retry_with_less
+from .passages import PassageScoring
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class PairScorer:
     Args:
         model, max_tokens_per_batch, cache, deterministic, path, truncate_queries: as for `Reranker`.
         projected: the table rows that Q-PEFT-A reuses between calls.
+        passages: how documents are scored by their passages; None: as a whole.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class PairScorer:
         path: str,
         truncate_queries: bool,
         projected: ProjectedRows,
+        passages: PassageScoring | None,
     ) -> None:
         self.model = model.eval()
         self.max_tokens_per_batch = max_tokens_per_batch
@@ -56,11 +59,23 @@ class PairScorer:
         self.path = path
         self.truncate_queries = truncate_queries
         self.projected = projected
+        self.passages = passages
         self.truncated = self.truncated_queries = 0
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Keep other threads from scoring with this LM while this is entered: see `QPeftModel.exclusive`."""
         return self.model.exclusive()
+
+    def expect_index(self) -> None:
+        """Check that the index in the cache, if there is one, has prefixes of this prompt and of these passages.
+
+        Another one would be of no use and no harm, so that nobody would notice.
+
+        Raises: ValueError that says what differs.
+        """
+        if self.cache is not None and self.cache.index is not None:
+            passages = None if self.passages is None else self.passages.splitter.settings
+            self.cache.index.expect_prompt(self.model.prompt, passages)
 
     def _score(
         self,
@@ -100,8 +115,7 @@ class PairScorer:
         instructions: Sequence[str | None] | None,
     ) -> np.ndarray:
         """Do what `_score` does, while no other thread uses the LM."""
-        if self.cache is not None and self.cache.index is not None:
-            self.cache.index.expect_prompt(self.model.prompt)  # otherwise another template would only be slow
+        self.expect_index()
         batch = self.model.encode(pairs, lists, self.truncate_queries, instructions)
         self.truncated += sum(document.cut > 0 for document in batch.documents)
         self.truncated_queries += batch.cut_queries

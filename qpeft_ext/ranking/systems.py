@@ -47,7 +47,8 @@ class SystemsSpec:
             clues, or of the default ones without an adapter.
         dtype, attention: as for `load_lm`.
         revision: as for `load_lm`; None takes the adapter's, for the LM that it names.
-        deterministic, max_tokens_per_batch, truncate_queries: as for `Reranker`.
+        deterministic, max_tokens_per_batch, truncate_queries, passages, passage_tokens, passage_stride: as for
+            `Reranker`.
         max_query_tokens, max_document_tokens: limits used instead of the adapter's.
         cache_bytes: budget of a `DocumentCache` in every process; 0 for none.
         max_memory: as for `Reranker`, instead of cache_bytes.
@@ -72,6 +73,9 @@ class SystemsSpec:
     index: Path | None = None
     template: str | None = None
     truncate_queries: bool = False
+    passages: str | None = None
+    passage_tokens: int | None = None
+    passage_stride: int | None = None
 
     @cached_property
     def config(self) -> QPeftConfig:
@@ -117,6 +121,12 @@ class SystemsSpec:
             for name in ("max_query_tokens", "max_document_tokens")
         }
 
+    @property
+    def passage_options(self) -> dict[str, Any]:
+        """The options of `Reranker` for passages; empty without them."""
+        names = ("passages", "passage_tokens", "passage_stride")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def prompt(self) -> Prompt:
         """Make the `Prompt` without loading the LM."""
         limits: dict[str, Any] = {**self.limits}
@@ -140,6 +150,7 @@ class SystemsSpec:
             "allow_special_tokens": self.config.allow_special_tokens,
             "deterministic": self.deterministic,
             **self.limits,
+            **self.passage_options,
             "queries and candidates": content.hexdigest()[:16],
             "corpus": corpus.version(),
         }
@@ -181,6 +192,7 @@ class Systems:
             "cache": cache,
             "max_memory": spec.max_memory,
             "truncate_queries": spec.truncate_queries,
+            **spec.passage_options,
         }
         if spec.max_tokens_per_batch is not None:
             options["max_tokens_per_batch"] = spec.max_tokens_per_batch
@@ -223,7 +235,7 @@ class Systems:
         after = self._counts(block.system)
         return RankedBlock(rankings, *(now - then for now, then in zip(after, before, strict=True)))
 
-    def _counts(self, name: str) -> tuple[int, int, int]:
+    def _counts(self, name: str) -> tuple[int, int, int, int]:
         reranker = self.rerankers[name]
         hits, misses = (0, 0) if reranker.cache is None else (reranker.cache.hits, reranker.cache.misses)
-        return reranker.truncated, hits, misses
+        return reranker.truncated, hits, misses, reranker.passages.long_sentences if reranker.passages else 0

@@ -122,11 +122,10 @@ class Models:
     @staticmethod
     def _expect_usable(reranker: Reranker) -> None:
         """Raises: ValueError if the longest prompt does not fit the LM, or the index is of another prompt."""
-        model, cache = reranker.model, reranker.cache
-        prompt = model.prompt
-        model.engine.expect_fits(prompt.least_tokens + prompt.max_document_tokens + prompt.max_query_tokens - 1)
-        if cache is not None and cache.index is not None:
-            cache.index.expect_prompt(prompt)
+        prompt = reranker.model.prompt
+        least, documents, queries = prompt.least_tokens, prompt.max_document_tokens, prompt.max_query_tokens
+        reranker.model.engine.expect_fits(least + documents + queries - 1)
+        reranker.expect_index()
 
     def load_below_root(self, name: str, adapter: str) -> Served:
         """Load an adapter while the server runs.
