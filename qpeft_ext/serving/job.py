@@ -52,7 +52,7 @@ class Job:
     @property
     def group(self) -> Hashable:
         """Equal for jobs that may share a pass."""
-        return id(self.served), self.instruction
+        return id(self.served)
 
     @property
     def whole(self) -> bool:

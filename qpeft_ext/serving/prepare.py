@@ -92,15 +92,18 @@ def _job(ask: Ask, served: Served, texts: list[Document], warnings: list[str]) -
             )
     if len(queries) == 1:
         queries, ids = queries * len(texts), ids * len(texts)
-    scored = [len(prompt.suffix.scored(query)) for query in ids]
-    fixed = prompt.suffix.least_tokens + (served.reranker.model.qpeft_config.k or 0)
+    instruction = ask.instruction if (ask.instruction or "").strip() else None
+    pieces = prompt.suffix if instruction is None else prompt.instructed(instruction)
+    scored = [len(pieces.scored(query)) for query in ids]
+    fixed = pieces.least_tokens + (served.reranker.model.qpeft_config.k or 0)
+    served.reranker.model.engine.expect_fits(fixed + max(scored) + max(len(prefix.ids) for prefix in prefixes))
     job = Job(
         served,
         list(zip(queries, texts, strict=True)),
         [prefix_digest(prefix.ids) for prefix in prefixes],
         [len(prefix.ids) for prefix in prefixes],
         [fixed + tokens for tokens in scored],
-        ask.instruction,
+        instruction,
     )
     return job, scored
 

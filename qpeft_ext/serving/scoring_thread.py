@@ -23,7 +23,8 @@ from .waiting import Pass, WaitingJobs
 
 logger = logging.getLogger(__name__)
 _LOOK = 0.5  # seconds between two calls of `between` when nothing waits
-Pairs = list[tuple[str, Document]]
+
+Asked = list[tuple[str, Document, str | None]]  # query, document, instruction
 
 
 class Observer(Protocol):
@@ -77,7 +78,6 @@ class ScoringThread(threading.Thread):
         except BaseException as error:
             logger.error("the scoring thread has ended: %s", type(error).__name__)
             logger.debug("why it has ended", exc_info=True)
-            raise SystemExit from error
         finally:
             self.waiting.close()
             self.waiting.drop_all(RequestError("not_ready", "the scoring thread has ended; restart the server"))
@@ -131,7 +131,7 @@ class ScoringThread(threading.Thread):
 
 
 def score_pairs(chosen: Pass, out_of_memory: Callable[[], object]) -> None:
-    """Fill in the scores of a pass, all of whose jobs have one model and instruction.
+    """Fill in the scores of a pass, all of whose jobs have one model.
 
     Args:
         out_of_memory: called whenever the device runs out of memory.
@@ -140,34 +140,37 @@ def score_pairs(chosen: Pass, out_of_memory: Callable[[], object]) -> None:
     reranker = first.served.reranker
     if first.whole:
         for job, places in chosen.items():
-            (ranked,) = reranker.rank_many([job.pairs[0][0]], [[job.pairs[place][1] for place in places]],
-                                           show_progress_bar=False)  # fmt: skip
-            for row in ranked:
+            documents = [job.pairs[place][1] for place in places]
+            for row in reranker.rank(job.pairs[0][0], documents, instruction=job.instruction):
                 job.scores[places[row["corpus_id"]]] = row["score"]
         return
-    pairs = [job.pairs[place] for job, places in chosen.items() for place in places]
+    pairs = [(*job.pairs[place], job.instruction) for job, places in chosen.items() for place in places]
     scores, start = _in_halves(reranker, pairs, out_of_memory), 0
     for job, places in chosen.items():
         job.scores[places] = scores[start : start + len(places)]
         start += len(places)
 
 
-def _in_halves(reranker: Reranker, pairs: Pairs, out_of_memory: Callable[[], object]) -> np.ndarray:
+def _in_halves(reranker: Reranker, asked: Asked, out_of_memory: Callable[[], object]) -> np.ndarray:
     """Score pairs; in halves, and with an empty cache, if memory is short. Returns: float32 [B], nats."""
+    pairs = [(query, document) for query, document, _ in asked]
+    instructions = [instruction for _, _, instruction in asked]
     try:
-        return np.asarray(reranker.predict(pairs, show_progress_bar=False))
+        return np.asarray(
+            reranker.predict(pairs, show_progress_bar=False, instruction=instructions if any(instructions) else None)
+        )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         out_of_memory()
-        if len(pairs) == 1 and not (reranker.cache and len(reranker.cache)):
+        if len(asked) == 1 and not (reranker.cache and len(reranker.cache)):
             raise
     # outside of the except clause, since the error keeps the tensors of the failed pass alive
     if reranker.cache is not None:
         reranker.cache.clear()
     return_freed_memory()
-    half = (len(pairs) + 1) // 2
-    parts = [part for part in (pairs[:half], pairs[half:]) if part]
+    half = (len(asked) + 1) // 2
+    parts = [part for part in (asked[:half], asked[half:]) if part]
     return np.concatenate([_in_halves(reranker, part, out_of_memory) for part in parts])
 
 

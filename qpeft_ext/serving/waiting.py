@@ -172,7 +172,7 @@ class _Choice:
                 cost = job.left if job.whole else job.cost(job.pending[-1], self._read)
                 if self.places and self.tokens + cost > self._budget:
                     return
-                places = job.pending[::-1] if job.whole else [job.pending[-1]]
+                places = sorted(job.pending) if job.whole else [job.pending[-1]]
                 del job.pending[-len(places) :]
                 self._take(job, places, cost)
 
