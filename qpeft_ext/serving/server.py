@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 
 import uvicorn
 
@@ -26,26 +28,24 @@ def serve(spec: ServeSpec, host: str, port: int, drain_seconds: int, log_level: 
         log_level: "debug", "info", "warning" or "error".
     Raises: OSError if the address is in use; whatever is wrong with a model, a cache or a corpus.
     """
-    _log(log_level)
-    listening = _listen(host, port)
-    service = Service(spec)
-    config = uvicorn.Config(
-        create_app(service, lambda: setattr(server, "should_exit", True)),
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=drain_seconds,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has drained
-    try:
-        address = f"[{host}]" if ":" in host else host
-        say(f"qpeft serve: http://{address}:{listening.getsockname()[1]} (/docs describes the routes)")
-        sys.stdout.flush()
-        server.run(sockets=[listening])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        listening.close()
+    with _logging(log_level), _listen(host, port) as listening:
+        service = Service(spec)
+        config = uvicorn.Config(
+            create_app(service, lambda: setattr(server, "should_exit", True)),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=drain_seconds,
+            server_header=False,
+        )
+        server = uvicorn.Server(config)
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has drained
+        try:
+            address = f"[{host}]" if ":" in host else host
+            say(f"qpeft serve: http://{address}:{listening.getsockname()[1]} (/docs describes the routes)")
+            sys.stdout.flush()
+            server.run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if service.error is not None:
         raise service.error
 
@@ -59,15 +59,24 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host} port {port}: {reason}; choose another --host or --port") from None
 
 
-def _log(level: str) -> None:
+@contextlib.contextmanager
+def _logging(level: str) -> Iterator[None]:
     """Log requests as lines of JSON, and everything else as text, on stderr."""
-    lines = logging.StreamHandler(sys.stderr)
-    access_log.logger.addHandler(lines)
-    access_log.logger.propagate = False
-    access_log.logger.setLevel(logging.INFO if level in ("debug", "info") else logging.CRITICAL)
-    text = logging.StreamHandler(sys.stderr)
+    lines, text = logging.StreamHandler(sys.stderr), logging.StreamHandler(sys.stderr)
     text.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    ours = logging.getLogger("qpeft_ext")
+    requests, ours, server = access_log.logger, logging.getLogger("qpeft_ext"), logging.getLogger("uvicorn")
+    before = [(logger, logger.level, logger.propagate) for logger in (requests, ours, server)]
+    requests.addHandler(lines)
     ours.addHandler(text)
+    requests.propagate = False
+    requests.setLevel(logging.INFO if level in ("debug", "info") else logging.CRITICAL)
     ours.setLevel(level.upper())
-    logging.getLogger("uvicorn").setLevel(logging.DEBUG if level == "debug" else logging.CRITICAL)
+    server.setLevel(logging.DEBUG if level == "debug" else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        requests.removeHandler(lines)
+        ours.removeHandler(text)
+        for logger, old, propagate in before:
+            logger.setLevel(old)
+            logger.propagate = propagate
