@@ -50,6 +50,10 @@ test: build lint     ## lint and all tests, a worker for each core (one process:
 test-plugins: build  ## the plug-ins, with the real packages in an environment below build/environments
 	$(BIN)/python .ci/environments.py plugins -- -m pytest python_tests/integrations python_tests/docs/test_snippets.py -k 'integrations'
 
+test-clients: build  ## real clients of Cohere, Jina, vLLM and TEI against a running server, in environments of their own
+	for group in $(or $(CLIENTS),clients clients-cohere5); do \
+		$(BIN)/python .ci/environments.py $$group -- -m pytest python_tests/clients || exit 1; done
+
 fuzz: build          ## thousands of damaged files and of hostile calls of the operators (FILES, CALLS, SEED)
 	$(BIN)/python python_tests/fuzz/files.py --count $(or $(FILES),5000) --seed $(or $(SEED),0)
 	$(BIN)/python python_tests/fuzz/operators.py --count $(or $(CALLS),4000) --seed $(or $(SEED),0)
@@ -88,5 +92,5 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint format check test test-plugins fuzz sanitize kills demo bench sweep docs wheel matrix clean
+.PHONY: help venv build lint format check test test-plugins test-clients fuzz sanitize kills demo bench sweep docs wheel matrix clean
 .DEFAULT_GOAL := help
