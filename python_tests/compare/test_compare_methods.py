@@ -66,7 +66,9 @@ def test_prefix_tuning_through_a_cache():
     """What is cached belongs to the virtual tokens as they were; explicit spans still find the document."""
     model, cache = prefix_tuned("llama").eval(), qpeft.DocumentCache(1 << 20)
     batch = model.encode(RAGGED)
-    assert batch.documents[1].document_ids == tuple(tiny_tokenizer()(f" {DOCUMENTS[3]}")["input_ids"])
+    assert batch.documents[1].document_ids == tuple(
+        tiny_tokenizer()(f" {DOCUMENTS[3]}", add_special_tokens=False).input_ids
+    )
     with torch.no_grad():
         before = model(batch, cache=cache).query_log_likelihood
         torch.testing.assert_close(model(batch, cache=cache, prefilled=True).query_log_likelihood, before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,6 +229,24 @@ def _expect_finite(state: dict[str, torch.Tensor], where: str) -> None:
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{where}: {name} has values that are not finite; train with a lower learning rate")
+
+
+def adapter_config(folder: str | Path, asked: Mapping[str, object]) -> QPeftConfig:
+    """Read the config of an adapter.
+
+    Args:
+        folder: as for `local_folder`.
+        asked: options that a user gave beside the adapter; None where he did not.
+    Raises: as `QPeftConfig.from_pretrained`; ValueError if the adapter was trained with another value of an option.
+    """
+    config = QPeftConfig.from_pretrained(local_folder(folder))
+    for name, value in asked.items():
+        if value is not None and value != (trained := getattr(config, name)):
+            raise ValueError(
+                f"{folder}: the adapter was trained with {name} {trained!r}, got {value!r}; leave "
+                f"--{name.replace('_', '-')} out"
+            )
+    return config
 
 
 def local_folder(folder: str | Path) -> Path:

@@ -48,6 +48,20 @@ Measures = Annotated[
         "RR@10 Success@{1,5,20}]"
     ),
 ]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="Template of the prompt without an adapter: qpeft, upr (as it was published), or chat (the LM's own chat "
+        "template).  [default: the adapter's, or qpeft]"
+    ),
+]
+SpecialTokens = Annotated[
+    str | None,
+    typer.Option(
+        help="Special tokens before the prompt without an adapter: those of the tokenizer, or always bos.  [default: "
+        "the adapter's, or tokenizer]"
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(

@@ -17,6 +17,8 @@ from .common import (
     PassageStride,
     PassageTokens,
     Revision,
+    SpecialTokens,
+    Template,
     expect_at_least,
 )
 
@@ -30,6 +32,8 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the index; an index in it is continued.")],
     model: Annotated[str | None, typer.Option(help="The adapter whose LM and prompt are used.")] = None,
     base_model: Annotated[str | None, typer.Option(help=LM)] = None,
+    template: Template = None,
+    special_tokens: SpecialTokens = None,
     max_document_tokens: Annotated[
         int | None,
         typer.Option(help="Longest document in tokens; others are cut.  [default: the adapter's, or 256]"),
@@ -70,7 +74,8 @@ def command(
     device = default_device(device)
     quiet_transformers()
     where: dict[str, Any] = {"device": device, "dtype": dtype, "attention": attention, "revision": revision}
-    qpeft = _model(model, base_model, max_document_tokens, where)
+    asked = {"template": template, "special_tokens": special_tokens}
+    qpeft = _model(model, base_model, asked, max_document_tokens, where)
     splitter = Splitter(qpeft.prompt, passage_tokens, passage_stride) if passages else None
     with IndexWriter(
         qpeft,
@@ -105,15 +110,27 @@ def _write(writer: IndexWriter) -> None:
 
 
 def _model(
-    adapter: str | None, base_model: str | None, max_document_tokens: int | None, where: dict[str, Any]
+    model: str | None,
+    base_model: str | None,
+    asked: dict[str, Any],
+    max_document_tokens: int | None,
+    where: dict[str, Any],
 ) -> QPeftModel:
-    """Load the adapter and its LM, or the LM alone; ``where`` are options of `load_lm`."""
+    """Load the adapter and its LM, or the LM without one.
+
+    Args:
+        asked: options of the prompt, which an adapter must agree with; None where they are not given.
+        where: for `load_lm`.
+    """
+    from ..adapters.files import adapter_config
     from ..config import QPeftConfig
     from ..lm.loading import load_lm
     from ..model import QPeftModel, get_qpeft_model
 
-    if adapter:
-        return QPeftModel.from_pretrained(adapter, base_model, max_document_tokens=max_document_tokens, **where)
-    assert base_model is not None, "checked above"
-    limits: dict[str, Any] = {} if max_document_tokens is None else {"max_document_tokens": max_document_tokens}
-    return get_qpeft_model(load_lm(base_model, **where), QPeftConfig(clues="none", **limits))
+    if model:
+        adapter_config(model, asked)
+        return QPeftModel.from_pretrained(model, base_model, max_document_tokens=max_document_tokens, **where)
+    options = asked | {"max_document_tokens": max_document_tokens}
+    config = QPeftConfig(clues="none", **{name: value for name, value in options.items() if value is not None})
+    assert base_model is not None, "checked before"
+    return get_qpeft_model(load_lm(base_model, **where), config)

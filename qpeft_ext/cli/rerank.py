@@ -28,6 +28,8 @@ from .common import (
     PassageTokens,
     Resume,
     Revision,
+    SpecialTokens,
+    Template,
     dtype_of_job,
     expect_at_least,
     from_dataclass,
@@ -88,13 +90,8 @@ class RerankOptions:
     max_tokens_per_batch: Annotated[
         int | None, typer.Option(help="Token budget of a pass.  [default: chosen for the device]")
     ] = None
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="Prompt of --upr without an adapter: qpeft, or upr as it was published.  [default: the adapter's, or "
-            "qpeft]"
-        ),
-    ] = None
+    template: Template = None
+    special_tokens: SpecialTokens = None
     max_query_tokens: Annotated[
         int | None,
         typer.Option(help="Longest query in tokens; a longer one is an error.  [default: the adapter's, or 64]"),
@@ -196,6 +193,7 @@ def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
         max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
         index=options.index.absolute() if options.index else None,
         template=options.template,
+        special_tokens=options.special_tokens,
         passages=options.passages,
         passage_tokens=options.passage_tokens,
         passage_stride=options.passage_stride,

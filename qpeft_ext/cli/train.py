@@ -110,6 +110,8 @@ def _settings(options: TrainOptions) -> dict[str, Any]:
         "max_document_tokens": options.max_document_tokens,
         "seed": options.seed,
     }
+    if options.template is not None:
+        settings["template"] = options.template
     given = parse_options(options.option or [])
     settings |= _of_the_clues((settings | given)["clues"], options.k, options.num_heads)
     if options.generated_lora_rank is not None:

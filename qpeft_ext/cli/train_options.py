@@ -63,6 +63,9 @@ class TrainOptions:
         int | None,
         typer.Option(help="Rank of the LoRA that the query generates; 0 for none.  [default: 16 with clues]"),
     ] = None
+    template: Annotated[
+        str | None, typer.Option(help="Template of the prompt: qpeft, upr or chat.  [default: qpeft]")
+    ] = None
     loss: Annotated[
         str,
         typer.Option(help="listwise, pointwise_pairwise, pointwise, pairwise, contrastive or margin_mse."),

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..adapters.files import adapter_digest, local_folder, revision_of
+from ..adapters.files import adapter_config, adapter_digest, local_folder, revision_of
 from ..config import QPeftConfig
 from ..formats import open_collection
 from ..formats.trec import Run
@@ -53,7 +53,7 @@ class SystemsSpec:
         cache_bytes: budget of a `DocumentCache` in every process; 0 for none.
         max_memory: as for `Reranker`, instead of cache_bytes.
         index: a folder of prefixes on disk, made by ``qpeft index``.
-        template: the template of the prompt, where there is no adapter that says it.
+        template, special_tokens: as in `QPeftConfig`, where there is no adapter that says it.
     """
 
     data: str
@@ -72,6 +72,7 @@ class SystemsSpec:
     max_memory: int | str | None = None
     index: Path | None = None
     template: str | None = None
+    special_tokens: str | None = None
     truncate_queries: bool = False
     passages: str | None = None
     passage_tokens: int | None = None
@@ -81,17 +82,13 @@ class SystemsSpec:
     def config(self) -> QPeftConfig:
         """The adapter's config; the default one without an adapter.
 
-        Raises: ValueError if ``template`` is not the adapter's.
+        Raises: ValueError if ``template`` or ``special_tokens`` is not the adapter's.
         """
-        if not self.model:
-            return QPeftConfig(template=self.template or "qpeft")
-        config = QPeftConfig.from_pretrained(local_folder(self.model))
-        if self.template not in (None, config.template):
-            raise ValueError(
-                f"{self.model}: the adapter was trained with template {config.template!r}, got "
-                f"{self.template!r}; leave --template out"
-            )
-        return config
+        asked = {"template": self.template, "special_tokens": self.special_tokens}
+        if self.model:
+            return adapter_config(self.model, asked)
+        given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        return QPeftConfig(**given)
 
     @property
     def lm_name(self) -> str:
@@ -138,6 +135,7 @@ class SystemsSpec:
         """Return all that the scores of the job depend on, except for rounding; see `PartialRun`."""
         corpus = open_collection(self.data).corpus
         assert isinstance(corpus, _Versioned)  # as all are that can be opened
+        special_tokens = self.prompt().special_tokens
         content = hashlib.sha256()
         for query_id, ranking in candidates.items():
             content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
@@ -146,8 +144,8 @@ class SystemsSpec:
             "base model": lm_digest(self.lm_name, revision=self.lm_revision),
             "dtype": self.dtype,
             "attention": self.attention,
-            "template": self.config.template,
-            "allow_special_tokens": self.config.allow_special_tokens,
+            **{name: getattr(self.config, name) for name in ("template", "allow_special_tokens")},
+            **({} if special_tokens == "bos" else {"special_tokens": special_tokens}),  # before it was an option: bos
             "deterministic": self.deterministic,
             **self.limits,
             **self.passage_options,
@@ -218,7 +216,7 @@ class Systems:
             lm = lm or load_lm(
                 spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention, revision=spec.lm_revision
             )
-            shared = ("compat", "template", "instruction", "allow_special_tokens")
+            shared = ("compat", "template", "special_tokens", "instruction", "allow_special_tokens")
             same: dict[str, Any] = {name: getattr(spec.config, name) for name in shared} | spec.limits
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
