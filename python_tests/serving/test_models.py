@@ -16,7 +16,8 @@ from qpeft_ext.serving.ask import Ask
 from qpeft_ext.serving.errors import RequestError
 from qpeft_ext.serving.models import Models, Served
 from qpeft_ext.serving.prepare import prepare
-from qpeft_ext.serving.scoring_thread import held_prefixes
+from qpeft_ext.serving.ranked import rank
+from qpeft_ext.serving.scoring_thread import held_prefixes, score_pairs
 
 ASKED = {"query": "sort a list", "documents": ["sorted(items)", "os.remove(path)"], "raw_scores": True}
 
@@ -153,3 +154,15 @@ def test_a_full_disk_of_the_cache_ends_the_writing_and_not_the_service(tmp_path,
     expected = qpeft.Reranker(model).predict(job.pairs)
     for _ in range(2):
         np.testing.assert_allclose(models.served.reranker.predict(job.pairs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_long_documents_are_scored_by_passages(service):
+    reranker = qpeft.Reranker(tiny_model(), passages="max", passage_tokens=32, deterministic=True)
+    documents = ["One sentence. " * 2 + "Tides rise with the moon. " * 2 + "Waves are no tides. " * 3, "A short one."]
+    ask = Ask("query", "documents", ["why do tides rise?"], documents, raw_scores=True)
+    prepared = prepare(ask, OneModel(reranker), None, service.spec.limits)
+    assert len(prepared.job.pairs) > 3 and not prepared.warnings
+    score_pairs({prepared.job: list(range(len(prepared.job.pairs)))}, lambda: None)
+    assert [
+        {"corpus_id": result.index, "score": result.score, "passage": result.passage} for result in rank(prepared).best
+    ] == reranker.rank("why do tides rise?", documents)

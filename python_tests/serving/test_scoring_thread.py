@@ -25,7 +25,7 @@ class Reranker:
         self.fault = fault
         self.calls = []
 
-    def predict(self, pairs, show_progress_bar, instruction):
+    def score(self, pairs, instructions):
         self.calls.append(len(pairs))
         self.fault(pairs)
         return np.array([float(document) for _, document in pairs], dtype=np.float32)

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import LM, Attention, Device, Dtype, Revision, expect_at_least, from_dataclass
+from .common import (
+    LM,
+    Attention,
+    Device,
+    Dtype,
+    Passages,
+    PassageStride,
+    PassageTokens,
+    Revision,
+    expect_at_least,
+    from_dataclass,
+)
 
 if TYPE_CHECKING:
     from ..serving.settings import ServeSpec
@@ -55,6 +66,9 @@ class ServeOptions:
     max_document_tokens: Annotated[
         int | None, typer.Option(help="Longest document; a longer one is cut.  [default: the adapter's, or 256]")
     ] = None
+    passages: Passages = None
+    passage_tokens: PassageTokens = None
+    passage_stride: PassageStride = None
     max_tokens_per_batch: Annotated[
         int | None, typer.Option(help="Token budget of a pass of the LM.  [default: chosen for the device]")
     ] = None
@@ -89,6 +103,7 @@ def command(options: ServeOptions) -> None:
 
 def _spec(options: ServeOptions) -> ServeSpec:
     """Raises: ValueError for options that are missing, exclude each other, or are out of range."""
+    from ..prompts.passages import check_passages
     from ..serving.settings import Limits, ServeSpec
 
     if not (options.model or options.base_model):
@@ -113,7 +128,14 @@ def _spec(options: ServeOptions) -> ServeSpec:
     if options.models_root is not None and not options.models_root.is_dir():
         raise ValueError(f"--models-root must be a folder, got {options.models_root}")
     given = {"max_document_tokens": options.max_document_tokens, "max_query_tokens": options.max_query_tokens}
-    reranker = {"deterministic": options.deterministic, "max_tokens_per_batch": options.max_tokens_per_batch}
+    check_passages(options.passages, options.passage_tokens, options.passage_stride)
+    reranker = {
+        "deterministic": options.deterministic,
+        "max_tokens_per_batch": options.max_tokens_per_batch,
+        "passages": options.passages,
+        "passage_tokens": options.passage_tokens,
+        "passage_stride": options.passage_stride,
+    }
     return ServeSpec(
         models=_models(options.model, options.base_model),
         base_model=options.base_model,

@@ -22,6 +22,7 @@ from ..prompts.pairs import PairBatch
 from ..prompts.prompt import Document
 from ..utils.inputs import short
 from ..utils.memory import retry_with_less
+from ..utils.progress import progress_bar
 from .passages import PassageScoring
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,24 @@ class PairScorer:
         if self.cache is not None and self.cache.index is not None:
             passages = None if self.passages is None else self.passages.splitter.settings
             self.cache.index.expect_prompt(self.model.prompt, passages)
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, Document]],
+        lists: list[int] | None = None,
+        instructions: Sequence[str | None] | None = None,
+    ) -> np.ndarray:
+        """Score pairs that are checked already, each document as a whole also with ``passages``.
+
+        Args:
+            pairs: (query, document).
+            lists: the list of candidates that each pair belongs to, where clues depend on it.
+            instructions: the instruction of each pair, or None.
+        Returns: float32 [B], nats.
+        Raises: ValueError for a score that is not finite.
+        """
+        with progress_bar(total=len(pairs), show=False) as bar:
+            return self._score(pairs, bar, lists, None, instructions)
 
     def _score(
         self,

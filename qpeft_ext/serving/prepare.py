@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..prefixes.kv import prefix_digest
+from ..prompts.passages import Passage
 from ..prompts.prompt import Document, Prompt, document_text
 from ..utils.inputs import short
 from .ask import Ask, DocumentRecord
@@ -24,14 +25,18 @@ class Prepared:
 
     Attributes:
         ask: what it asks for.
-        job: its pairs.
-        query_tokens: scored tokens of each pair's query.
+        job: its pairs; with ``passages`` one for each passage of a document.
+        documents: the texts of the documents, cut where the request has limits of its own.
+        passages: those of each document; None where documents are scored as a whole.
+        query_tokens: scored tokens of each document's query.
         warnings: what was cut, in words.
         seconds: that this took.
     """
 
     ask: Ask
     job: Job
+    documents: list[Document]
+    passages: list[list[Passage]] | None
     query_tokens: list[int]
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -65,16 +70,17 @@ def prepare(ask: Ask, models: Models, corpus: Mapping[str, Document] | None, lim
     warnings: list[str] = []
     texts = [_resolve(document, place, ask, corpus) for place, document in enumerate(ask.documents)]
     try:
-        job, query_tokens = _job(ask, served, texts, warnings)
+        prepared = _prepared(ask, served, texts, warnings)
     except (ValueError, TypeError) as error:  # of the tokenizer or the prompt
         raise RequestError("invalid", str(error)) from error
     if len(warnings) > _WARNINGS:
         warnings[_WARNINGS:] = [f"and {len(warnings) - _WARNINGS} more"]
-    return Prepared(ask, job, query_tokens, warnings, time.monotonic() - started)
+    prepared.seconds = time.monotonic() - started
+    return prepared
 
 
-def _job(ask: Ask, served: Served, texts: list[Document], warnings: list[str]) -> tuple[Job, list[int]]:
-    prompt = served.reranker.model.prompt
+def _prepared(ask: Ask, served: Served, texts: list[Document], warnings: list[str]) -> Prepared:
+    prompt, model = served.reranker.model.prompt, served.reranker.model
     queries = [_cut_query(query, place, ask, prompt, warnings) for place, query in enumerate(ask.queries)]
     cut: list[int] = []
     ids = prompt.queries(queries, cut)
@@ -82,30 +88,27 @@ def _job(ask: Ask, served: Served, texts: list[Document], warnings: list[str]) -
         warnings.append(f"{_named(ask.query_field, place, len(queries))} was cut to {prompt.max_query_tokens} tokens")
     limit = _document_limit(ask, served, max(map(len, ids)))
     texts = [_cut_document(text, place, limit, ask, prompt, warnings) for place, text in enumerate(texts)]
-    prefixes = prompt.documents(texts)
-    for place, prefix in enumerate(prefixes):
-        if prefix.cut:
-            _expect_right(ask)
-            warnings.append(
-                f"{ask.document_field}[{place}] was cut to {prompt.max_document_tokens} of "
-                f"{prompt.max_document_tokens + prefix.cut} tokens"
-            )
     if len(queries) == 1:
         queries, ids = queries * len(texts), ids * len(texts)
+    split = None if served.reranker.passages is None else served.reranker.passages.split(texts)
+    parts = [[text] for text in texts] if split is None else [[p.document for p in passages] for passages in split]
+    of = [place for place, part in enumerate(parts) for _ in part]  # the document of each pair
+    pairs = [(queries[place], text) for place, part in enumerate(parts) for text in part]
+    prefixes = prompt.documents([text for _, text in pairs])
+    for place, prefix in enumerate(prefixes) if split is None else ():
+        if prefix.cut:
+            _expect_right(ask)
+            tokens = prompt.max_document_tokens
+            warnings.append(f"{ask.document_field}[{place}] was cut to {tokens} of {tokens + prefix.cut} tokens")
     instruction = ask.instruction if (ask.instruction or "").strip() else None
     pieces = prompt.suffix if instruction is None else prompt.instructed(instruction)
     scored = [len(pieces.scored(query)) for query in ids]
-    fixed = pieces.least_tokens + (served.reranker.model.qpeft_config.k or 0)
-    served.reranker.model.engine.expect_fits(fixed + max(scored) + max(len(prefix.ids) for prefix in prefixes))
-    job = Job(
-        served,
-        list(zip(queries, texts, strict=True)),
-        [prefix_digest(prefix.ids) for prefix in prefixes],
-        [len(prefix.ids) for prefix in prefixes],
-        [fixed + tokens for tokens in scored],
-        instruction,
-    )
-    return job, scored
+    fixed = pieces.least_tokens + (model.qpeft_config.k or 0)
+    lengths = [len(prefix.ids) for prefix in prefixes]
+    model.engine.expect_fits(fixed + max(scored) + max(lengths))
+    digests = [prefix_digest(prefix.ids) for prefix in prefixes]
+    job = Job(served, pairs, digests, lengths, [fixed + scored[place] for place in of], instruction)
+    return Prepared(ask, job, texts, split, scored, warnings)
 
 
 def _resolve(document: str | DocumentRecord, place: int, ask: Ask, corpus: Mapping[str, Document] | None) -> Document:

@@ -22,6 +22,7 @@ class Result:
         score: relevance in [0, 1], or with ``raw_scores`` the log-likelihood in nats.
         text: as the LM read it, if it was asked for.
         doc_id: the id that the request gave, or None.
+        passage: (start, end) of the characters of its best passage, where documents are scored by passages.
         spans: what made it relevant, if that was asked for.
     """
 
@@ -29,6 +30,7 @@ class Result:
     score: float
     text: str | None = None
     doc_id: str | None = None
+    passage: tuple[int, int] | None = None
     spans: list[dict[str, Any]] | None = None
 
 
@@ -56,16 +58,24 @@ class Ranked:
 
 def rank(prepared: Prepared) -> Ranked:
     """Make the answer of a request whose job has all its scores."""
-    ask, job = prepared.ask, prepared.job
-    raw = job.scores
-    relevances = _relevances(prepared)
-    shown = raw if ask.raw_scores else relevances
-    texts = [document_text(document) if ask.return_documents else None for _, document in job.pairs]
-    ids = [document.get("id") if isinstance(document, dict) else None for document in ask.documents]
-    results = [
-        Result(place, float(score), text, doc_id)
-        for place, (score, text, doc_id) in enumerate(zip(shown, texts, ids, strict=True))
-    ]
+    ask, job, passages = prepared.ask, prepared.job, prepared.passages
+    raw, best = job.scores, None
+    if passages is not None:
+        raw, best = job.served.reranker.passages.combined(raw, list(map(len, passages)))
+    shown = raw if ask.raw_scores else _relevances(raw, prepared)
+    results = []
+    for place, document in enumerate(prepared.documents):
+        given = ask.documents[place]
+        won = None if passages is None or best is None else passages[place][best[place]]
+        results.append(
+            Result(
+                place,
+                float(shown[place]),
+                document_text(document) if ask.return_documents else None,
+                given.get("id") if isinstance(given, dict) else None,
+                None if won is None else (won.start, won.end),
+            )
+        )
     order = np.argsort(-raw, kind="stable")  # of the scores as they are: no ties by rounding
     if ask.threshold is not None:
         order = order[shown[order] >= ask.threshold]
@@ -80,10 +90,10 @@ def rank(prepared: Prepared) -> Ranked:
     )
 
 
-def _relevances(prepared: Prepared) -> np.ndarray:
+def _relevances(scores: np.ndarray, prepared: Prepared) -> np.ndarray:
     """Compute float64 [B] in [0, 1]."""
-    job, tokens = prepared.job, np.array(prepared.query_tokens, dtype=np.int64)
-    mean = job.scores.astype(np.float64)
-    if not job.served.reranker.model.ranks_by_mean:
+    tokens = np.array(prepared.query_tokens, dtype=np.int64)
+    mean = scores.astype(np.float64)
+    if not prepared.job.served.reranker.model.ranks_by_mean:
         mean = mean / tokens
     return relevance(mean, tokens)

@@ -18,9 +18,17 @@ class Span(BaseModel):
     score: float
 
 
+class Passage(BaseModel):
+    """Characters of a document's own text, end exclusive."""
+
+    start: int
+    end: int
+
+
 class CohereResult(BaseModel):
     index: int
     relevance_score: float
+    passage: Passage | None = None
     relevant_spans: list[Span] | None = None
     document: DocumentText | None = None
 
@@ -127,6 +135,8 @@ def scores(ranked: Ranked) -> dict[str, Any]:
 
 def _result(result: Result) -> dict[str, Any]:
     body: dict[str, Any] = {"index": result.index, "relevance_score": result.score}
+    if result.passage is not None:
+        body["passage"] = {"start": result.passage[0], "end": result.passage[1]}
     if result.spans is not None:
         body["relevant_spans"] = result.spans
     if result.text is not None:

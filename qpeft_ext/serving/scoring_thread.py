@@ -140,12 +140,11 @@ def score_pairs(chosen: Pass, out_of_memory: Callable[[], object]) -> None:
     reranker = first.served.reranker
     if first.whole:
         for job, places in chosen.items():
-            documents = [job.pairs[place][1] for place in places]
-            for row in reranker.rank(job.pairs[0][0], documents, instruction=job.instruction):
-                job.scores[places[row["corpus_id"]]] = row["score"]
+            pairs = [job.pairs[place] for place in places]
+            job.scores[places] = reranker.score(pairs, [0] * len(pairs), [job.instruction] * len(pairs))
         return
-    pairs = [(*job.pairs[place], job.instruction) for job, places in chosen.items() for place in places]
-    scores, start = _in_halves(reranker, pairs, out_of_memory), 0
+    asked = [(*job.pairs[place], job.instruction) for job, places in chosen.items() for place in places]
+    scores, start = _in_halves(reranker, asked, out_of_memory), 0
     for job, places in chosen.items():
         job.scores[places] = scores[start : start + len(places)]
         start += len(places)
@@ -156,9 +155,7 @@ def _in_halves(reranker: Reranker, asked: Asked, out_of_memory: Callable[[], obj
     pairs = [(query, document) for query, document, _ in asked]
     instructions = [instruction for _, _, instruction in asked]
     try:
-        return np.asarray(
-            reranker.predict(pairs, show_progress_bar=False, instruction=instructions if any(instructions) else None)
-        )
+        return reranker.score(pairs, instructions=instructions if any(instructions) else None)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
