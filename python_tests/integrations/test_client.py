@@ -1,12 +1,16 @@
 """`RerankClient` against a stub of a server; what `open_ranker` opens."""
 
+import importlib
 import json
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from stub_server import DOCUMENTS, QUERY, RELEVANCE
 
+import qpeft_ext
 from qpeft_ext.integrations.client import RerankClient, _seconds
 from qpeft_ext.integrations.sources import open_ranker
 
@@ -45,6 +49,14 @@ def test_rank_many_and_no_documents(stub):
         [{"corpus_id": 0, "score": 0.25}],
     ]
     assert len(stub.requests) == 1
+
+
+def test_instructions_are_sent(stub):
+    client = RerankClient(stub.url)
+    client.rank_many(["a", "b", "c"], [["x"]] * 3, instruction=["first", None, "third"])
+    client.rank_many(["a"], [["x"]], instruction="same")
+    client.predict([("a", "x")], instruction="pair")
+    assert [body.get("instruction") for _, _, body in stub.requests] == ["first", None, "third", "same", "pair"]
 
 
 def test_a_busy_server_is_asked_again(stub, monkeypatch):
@@ -123,6 +135,30 @@ def test_what_is_opened(stub, reranker):
     assert open_ranker(reranker) is reranker
     client = open_ranker(stub.url, {"timeout": 3.0}, api_key="k", model="m")
     assert isinstance(client, RerankClient) and (client.timeout, client.model) == (3.0, "m")
+
+
+def test_an_adapter_is_loaded_with_options():
+    demo = Path(qpeft_ext.__file__).parent / "demo"
+    found = open_ranker(demo / "adapter", {"base_model": str(demo / "base_lm"), "max_document_tokens": 32})
+    assert isinstance(found, qpeft_ext.Reranker) and found.model.qpeft_config.max_document_tokens == 32
+
+
+@pytest.mark.parametrize(
+    ("plugin", "imported", "extra"),
+    [
+        ("haystack", "haystack", "haystack"),
+        ("langchain", "langchain_core.callbacks", "langchain"),
+        ("llama_index", "llama_index.core.bridge.pydantic", "llama-index"),
+        ("mteb", "mteb.models.model_meta", "mteb"),
+        ("pyterrier", "pandas", "pyterrier"),
+        ("rerankers", "rerankers.documents", "rerankers"),
+    ],
+)
+def test_without_its_package_a_plug_in_says_what_to_install(monkeypatch, plugin, imported, extra):
+    monkeypatch.setitem(sys.modules, imported, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, f"qpeft_ext.integrations.{plugin}", raising=False)
+    with pytest.raises(ImportError, match=rf"this plug-in needs .*: pip install 'qpeft_ext\[{extra}\]'"):
+        importlib.import_module(f"qpeft_ext.integrations.{plugin}")
 
 
 @pytest.mark.parametrize(

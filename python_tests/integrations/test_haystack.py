@@ -85,7 +85,7 @@ def test_it_is_loaded_once_and_let_go(stub, found, monkeypatch):
 
 
 class Fake:
-    def rank(self, query, documents, top_k):
+    def rank(self, query, documents, top_k, *, instruction):
         return [{"corpus_id": 0, "score": 1.0}]
 
 

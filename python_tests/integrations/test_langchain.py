@@ -57,6 +57,14 @@ def test_the_cross_encoder_scores_pairs(reranker, stub):
     assert QPeftCrossEncoder(stub.url).score(pairs) == [0.25, 0.75, 0.0, 0.25]
 
 
+def test_instructions(reranker, stub, found):
+    best = QPeftCompressor(reranker=reranker, instruction="Find the moon.").compress_documents(found, QUERY)
+    rows = reranker.rank(QUERY, DOCUMENTS, instruction="Find the moon.")
+    assert [document.metadata["relevance_score"] for document in best] == [row["score"] for row in rows]
+    QPeftCrossEncoder(stub.url, instruction="Find the sea.").score([(QUERY, DOCUMENTS[0])])
+    assert stub.requests[0][2]["instruction"] == "Find the sea."
+
+
 @pytest.mark.parametrize("wrong", [{"top_n": 0}, {"top_k": 3}])
 def test_wrong_options(reranker, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -38,10 +38,8 @@ def test_reranking_tasks(reranker, task, tmp_path):
         data = splits["test"]
         texts = {row["id"]: {"title": row.get("title") or "", "text": row["text"]} for row in data["corpus"]}
         for row in data["queries"]:
-            instruction = row.get("instruction")
-            query = f"{row['text']} {instruction}" if instruction else row["text"]
             own = list(data["top_ranked"][row["id"]])
-            rows = reranker.rank(query, [texts[doc_id] for doc_id in own])
+            rows = reranker.rank(row["text"], [texts[doc_id] for doc_id in own], instruction=row.get("instruction"))
             found = predictions[subset]["test"][row["id"]]
             assert found == pytest.approx({own[row["corpus_id"]]: row["score"] for row in rows})
 
@@ -59,9 +57,10 @@ def test_a_retrieval_task_needs_a_first_stage(reranker, tmp_path):
 def test_candidates_by_a_url(stub):
     model = QPeftSearch(stub.url, model="m")
     model.index([{"id": f"d{i}", "text": text, "title": None} for i, text in enumerate(DOCUMENTS)])
-    queries = [{"id": "q", "text": "boat sea"}, {"id": "r", "text": "moon"}]
+    queries = [{"id": "q", "text": "boat sea", "instruction": "near"}, {"id": "r", "text": "moon"}]
     found = model.search(queries, top_k=2, top_ranked={"q": ["d0", "d1", "d0", "d2"]})
     assert found == {"q": {"d1": 1.0, "d0": 0.5}, "r": {}}
+    assert [body["instruction"] for _, _, body in stub.requests] == ["near"]
     assert model.mteb_model_meta.name == "qpeft_ext/m"
     with pytest.raises(ValueError, match="the corpus lacks the candidate 'x' of query 'q'"):
         model.search(queries, top_k=2, top_ranked={"q": ["x"]})
@@ -71,8 +70,7 @@ def test_candidates_by_a_url(stub):
     ("row", "text"),
     [
         ({"text": "a"}, "a"),
-        ({"text": "a", "instruction": "b"}, "a b"),
-        ({"text": "a", "instruction": None}, "a"),
+        ({"text": "a", "instruction": "b"}, "a"),
         ({"text": ["a", "b"]}, "a; b"),
         ({"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "user: a; assistant: b"),
     ],

@@ -55,13 +55,16 @@ class RerankClient:
     def __repr__(self) -> str:
         return f"RerankClient({self.url!r}{'' if self.model is None else f', model={self.model!r}'})"
 
-    def rank(self, query: str, documents: Sequence[Any], top_k: int | None = None) -> list[dict[str, Any]]:
+    def rank(
+        self, query: str, documents: Sequence[Any], top_k: int | None = None, *, instruction: str | None = None
+    ) -> list[dict[str, Any]]:
         """Rank the documents of one query, best first.
 
         Args:
             query: a string.
             documents: strings, or dicts with "text" and perhaps "title".
             top_k: how many to return; None returns all.
+            instruction: as for `Reranker.rank`; for servers that know it, such as ours and vLLM.
         Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", the relevance that the
             server sends, float64.
         Raises: RuntimeError with the server's words if it answers with an error; ConnectionError or TimeoutError if it
@@ -73,27 +76,35 @@ class RerankClient:
         body = {"query": query, "documents": documents, "return_documents": False}
         body |= {} if top_k is None else {"top_n": top_k}
         body |= {} if self.model is None else {"model": self.model}
+        body |= {} if instruction is None else {"instruction": instruction}
         rows = self._rows(self._post(json.dumps(body).encode()), len(documents), top_k)
         return sorted(rows, key=lambda row: -row["score"])[:top_k]  # stable: equal scores keep the server's order
 
     def rank_many(
-        self, queries: Sequence[str], candidates: Sequence[Sequence[Any]], top_k: int | None = None
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence[Any]],
+        top_k: int | None = None,
+        *,
+        instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Rank the documents of many queries, a request each.
 
         Args:
-            queries, candidates, top_k: as for `Reranker.rank_many`.
+            queries, candidates, top_k, instruction: as for `Reranker.rank_many`.
         Returns: for each query what `rank` returns.
         Raises: as `rank`.
         """
-        pairs = zip(queries, candidates, strict=True)
-        return [self.rank(query, documents, top_k) for query, documents in pairs]
+        each = [instruction] * len(queries) if instruction is None or isinstance(instruction, str) else instruction
+        asked = zip(queries, candidates, each, strict=True)
+        return [self.rank(query, documents, top_k, instruction=own) for query, documents, own in asked]
 
-    def predict(self, pairs: Sequence[tuple[str, Any]]) -> np.ndarray:
+    def predict(self, pairs: Sequence[tuple[str, Any]], *, instruction: str | None = None) -> np.ndarray:
         """Score (query, document) pairs, in the order given; pairs of one query go into one request.
 
         Args:
             pairs: (query, document), with documents as in `rank`.
+            instruction: as in `rank`, for all pairs.
         Returns: float64 [B].
         Raises: as `rank`.
         """
@@ -102,7 +113,7 @@ class RerankClient:
             places.setdefault(query, []).append(place)
         scores = np.empty(len(pairs))
         for query, own in places.items():
-            for row in self.rank(query, [pairs[place][1] for place in own]):
+            for row in self.rank(query, [pairs[place][1] for place in own], instruction=instruction):
                 scores[own[row["corpus_id"]]] = row["score"]
         return scores
 

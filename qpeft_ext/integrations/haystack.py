@@ -33,6 +33,7 @@ class QPeftRanker:
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server, such as ``Secret.from_env_var("QPEFT_API_KEY")``.
         model: the name of the model that the server shall use.
+        instruction: as for `Reranker.rank`.
     Raises: ValueError for a ``top_k`` below 1.
     """
 
@@ -48,8 +49,10 @@ class QPeftRanker:
         options: Mapping[str, Any] | None = None,
         api_key: Secret | None = None,
         model: str | None = None,
+        instruction: str | None = None,
     ) -> None:
         self.reranker, self.options, self.api_key, self.model = reranker, options, api_key, model
+        self.instruction = instruction
         self.top_k = _expect_top_k(top_k)
         self.meta_fields_to_embed, self.embedding_separator = list(meta_fields_to_embed or []), embedding_separator
         self._ranker: Ranker | None = None
@@ -86,7 +89,8 @@ class QPeftRanker:
         kept = list(distinct.values())
         if not kept:
             return {"documents": []}
-        rows = self._open().rank(query, [self._text(document) for document in kept], top_k=top_k)
+        texts = [self._text(document) for document in kept]
+        rows = self._open().rank(query, texts, top_k, instruction=self.instruction)
         return {"documents": [replace(kept[row["corpus_id"]], score=row["score"]) for row in rows]}
 
     @component.output_types(documents=list[Document])
@@ -120,6 +124,7 @@ class QPeftRanker:
             options=None if self.options is None else dict(self.options),
             api_key=self.api_key,
             model=self.model,
+            instruction=self.instruction,
         )
 
     @classmethod

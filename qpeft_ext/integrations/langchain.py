@@ -28,6 +28,7 @@ class QPeftCompressor(BaseDocumentCompressor):
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server; it is not shown in ``repr``.
         model: the name of the model that the server shall use.
+        instruction: as for `Reranker.rank`.
     Raises: ValueError (pydantic's) for a ``top_n`` below 1, and what `open_ranker` raises.
     """
 
@@ -38,6 +39,7 @@ class QPeftCompressor(BaseDocumentCompressor):
     options: Mapping[str, Any] | None = None
     api_key: SecretStr | None = None
     model: str | None = None
+    instruction: str | None = None
     _ranker: Ranker = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
@@ -57,7 +59,8 @@ class QPeftCompressor(BaseDocumentCompressor):
             callbacks: not used.
         Returns: the best ``top_n`` as copies, best first.
         """
-        rows = self._ranker.rank(query, [document.page_content for document in documents], top_k=self.top_n)
+        texts = [document.page_content for document in documents]
+        rows = self._ranker.rank(query, texts, self.top_n, instruction=self.instruction)
         return [_scored(documents[row["corpus_id"]], row["score"]) for row in rows]
 
 
@@ -73,6 +76,7 @@ class QPeftCrossEncoder(BaseCrossEncoder):
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server.
         model: the name of the model that the server shall use.
+        instruction: as for `Reranker.rank`.
     """
 
     def __init__(
@@ -81,10 +85,12 @@ class QPeftCrossEncoder(BaseCrossEncoder):
         options: Mapping[str, Any] | None = None,
         api_key: str | None = None,
         model: str | None = None,
+        instruction: str | None = None,
     ) -> None:
+        self.instruction = instruction
         self._ranker = open_ranker(reranker, options, api_key, model)
 
     def score(self, text_pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Score (query, document) pairs, in their order."""
         pairs = [(query, document) for query, document in text_pairs]
-        return [float(score) for score in self._ranker.predict(pairs)]
+        return [float(score) for score in self._ranker.predict(pairs, instruction=self.instruction)]

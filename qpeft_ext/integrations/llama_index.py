@@ -32,6 +32,7 @@ class QPeftPostprocessor(BaseNodePostprocessor):
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server; neither it nor a `Reranker` becomes part of `to_dict`.
         model: the name of the model that the server shall use.
+        instruction: as for `Reranker.rank`.
     Raises: ValueError (pydantic's) for a ``top_n`` below 1, and what `open_ranker` raises.
     """
 
@@ -40,6 +41,7 @@ class QPeftPostprocessor(BaseNodePostprocessor):
     options: Mapping[str, Any] | None = Field(default=None, exclude=True)
     api_key: SecretStr | None = Field(default=None, exclude=True)
     model: str | None = Field(default=None, description="The name of the model that the server shall use.")
+    instruction: str | None = Field(default=None, description="What the LM reads between document and query.")
     _ranker: Ranker = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
@@ -70,7 +72,7 @@ class QPeftPostprocessor(BaseNodePostprocessor):
         }
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
             texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
-            rows = self._ranker.rank(query_bundle.query_str, texts, top_k=self.top_n)
+            rows = self._ranker.rank(query_bundle.query_str, texts, self.top_n, instruction=self.instruction)
             best = [NodeWithScore(node=nodes[row["corpus_id"]].node, score=row["score"]) for row in rows]
             event.on_end(payload={EventPayload.NODES: best})
         _dispatcher.event(ReRankEndEvent(nodes=best))

@@ -20,7 +20,8 @@ class QPeftSearch:
     It reranks only. For a retrieval task, run a first stage with ``prediction_folder=`` and turn its predictions into
     candidates: ``task.convert_to_reranking(folder, top_k)``.
 
-    A query's instruction is put behind the query, as MTEB does for models of text.
+    A query's instruction, in tasks that have them, goes to the LM as `Reranker.rank_many` has it: before the query, and
+    not scored.
 
     Args:
         reranker: a `Reranker`, an adapter, or the URL of a server, as for `open_ranker`.
@@ -87,7 +88,10 @@ class QPeftSearch:
                 raise ValueError(f"QPeftSearch: the corpus lacks the candidate {unknown[0]!r} of query {query_id!r}")
         texts = [_query_text(row) for row in rows.values()]
         candidates = [[self._documents[doc_id] for doc_id in own] for own in ids.values()]
-        ranked = self._ranker.rank_many(texts, candidates, top_k=top_k)
+        instructions = [row.get("instruction") or None for row in rows.values()]
+        ranked = self._ranker.rank_many(
+            texts, candidates, top_k, instruction=instructions if any(instructions) else None
+        )
         return {
             query_id: {own[row["corpus_id"]]: row["score"] for row in of_query}
             for (query_id, own), of_query in zip(ids.items(), ranked, strict=True)
@@ -95,10 +99,8 @@ class QPeftSearch:
 
 
 def _query_text(row: Mapping[str, Any]) -> str:
-    """Return the query with its instruction; of a conversation all turns, as MTEB writes them."""
-    text = row["text"]
-    if not isinstance(text, str):
-        turns = [turn if isinstance(turn, str) else f"{turn['role']}: {turn['content']}" for turn in text]
-        text = "; ".join(turns)
-    instruction = row.get("instruction")
-    return f"{text} {instruction}" if instruction else text
+    """Return the query; of a conversation all turns, as MTEB writes them."""
+    if isinstance(row["text"], str):
+        return row["text"]
+    turns = [turn if isinstance(turn, str) else f"{turn['role']}: {turn['content']}" for turn in row["text"]]
+    return "; ".join(turns)

@@ -28,6 +28,7 @@ class QPeftTransformer(pt.Transformer):
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server.
         model: the name of the model that the server shall use.
+        instruction: as for `Reranker.rank`.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class QPeftTransformer(pt.Transformer):
         options: Mapping[str, Any] | None = None,
         api_key: str | None = None,
         model: str | None = None,
+        instruction: str | None = None,
     ) -> None:
+        self.instruction = instruction
         self.reranker, self.text_field, self.title_field = reranker, text_field, title_field
         self._ranker = open_ranker(reranker, options, api_key, model)
 
@@ -60,7 +63,7 @@ class QPeftTransformer(pt.Transformer):
         groups = [group.index for _, group in table.groupby("qid", sort=False)]
         queries = [table["query"][places[0]] for places in groups]
         documents = [[self._document(table, place) for place in places] for places in groups]
-        ranked = self._ranker.rank_many(queries, documents)
+        ranked = self._ranker.rank_many(queries, documents, instruction=self.instruction)
         order, scores = [], []
         for places, rows in zip(groups, ranked, strict=True):
             order += [places[row["corpus_id"]] for row in rows]

@@ -25,6 +25,7 @@ class QPeftRanker(BaseRanker):
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server.
         model: the name of the model that the server shall use.
+        instruction: as for `Reranker.rank`.
     """
 
     def __init__(
@@ -34,13 +35,14 @@ class QPeftRanker(BaseRanker):
         options: Mapping[str, Any] | None = None,
         api_key: str | None = None,
         model: str | None = None,
+        instruction: str | None = None,
     ) -> None:
-        self.verbose = verbose
+        self.verbose, self.instruction = verbose, instruction
         self._ranker = open_ranker(model_name_or_path, options, api_key, model)
 
     def score(self, query: str, doc: str) -> float:
         """Score one document."""
-        return float(self._ranker.predict([(query, doc)])[0])
+        return float(self._ranker.predict([(query, doc)], instruction=self.instruction)[0])
 
     def rank(
         self,
@@ -62,7 +64,8 @@ class QPeftRanker(BaseRanker):
         if not given:
             return RankedResults(results=[], query=query, has_scores=True)
         documents = prep_docs(given, doc_ids, metadata)
-        rows = self._ranker.rank(query, [document.text for document in documents])
+        texts = [document.text for document in documents]
+        rows = self._ranker.rank(query, texts, instruction=self.instruction)
         results = [
             Result(document=documents[row["corpus_id"]], score=row["score"], rank=rank)
             for rank, row in enumerate(rows, start=1)

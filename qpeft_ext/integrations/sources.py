@@ -13,13 +13,20 @@ from .client import RerankClient
 class Ranker(Protocol):
     """The part of `Reranker` that plug-ins use; `RerankClient` has it too."""
 
-    def rank(self, query: str, documents: Sequence, top_k: int | None = None) -> list[dict[str, Any]]: ...
+    def rank(
+        self, query: str, documents: Sequence, top_k: int | None = None, *, instruction: str | None = None
+    ) -> list[dict[str, Any]]: ...
 
     def rank_many(
-        self, queries: Sequence[str], candidates: Sequence[Sequence], top_k: int | None = None
+        self,
+        queries: Sequence[str],
+        candidates: Sequence[Sequence],
+        top_k: int | None = None,
+        *,
+        instruction: str | Sequence[str | None] | None = None,
     ) -> list[list[dict[str, Any]]]: ...
 
-    def predict(self, pairs: Sequence) -> Any: ...
+    def predict(self, pairs: Sequence, *, instruction: str | None = None) -> Any: ...
 
 
 def open_ranker(
