@@ -106,7 +106,7 @@ def test_what_an_index_does_not_have_is_not_copied_for_nothing(tmp_path, monkeyp
     lm = model()
     make(tmp_path, lm, corpus({"other": ("", "another text")}))
     expected = scores(lm)
-    monkeypatch.setattr(PrefixKV, "split", lambda _: pytest.fail("prefixes that nothing stores were copied"))
+    monkeypatch.setattr(PrefixKV, "split", lambda *_: pytest.fail("prefixes that nothing stores were copied"))
     assert torch.equal(scores(lm, qpeft.DocumentCache(0, index=tmp_path)), expected)
 
 

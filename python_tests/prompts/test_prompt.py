@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
 from qpeft_ext.lm.loading import load_tokenizer
-from qpeft_ext.prefixes.index import expect_same_prompt, prompt_settings
+from qpeft_ext.prefixes.manifest import expect_same_prompt, prompt_settings
 from qpeft_ext.prompts.prompt import Prompt, document_text
 from qpeft_ext.utils.text_tokens import TextTokenizer
 

@@ -25,6 +25,13 @@ Dtype = Annotated[
         "fastest.  [default: as it is stored]"
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Number format in which keys and values of documents are stored: float32, bfloat16, float16 or int8.  "
+        "[default: that of --index, or the LM's]"
+    ),
+]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of an LM on the Hub.  [default: its main branch]")
 ]
@@ -132,6 +139,21 @@ def expect_at_least(least: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def expect_kv_dtype_of(kv_dtype: str | None, *caches: object) -> None:
+    """Check --kv-dtype.
+
+    Args:
+        kv_dtype: its value.
+        caches: the options that ask for a cache, where this one has an effect.
+    Raises: ValueError for an unknown dtype, and for one without a cache.
+    """
+    from ..prefixes.dtypes import expect_kv_dtype
+
+    expect_kv_dtype(kv_dtype, "--kv-dtype")
+    if kv_dtype and not any(caches):
+        raise ValueError("--kv-dtype does nothing without --cache-bytes or --index, where keys and values are stored")
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:

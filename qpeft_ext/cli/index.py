@@ -46,6 +46,12 @@ def command(
         typer.Option("--deterministic", help="Read each document in its own pass, for rerank --deterministic; slower."),
     ] = False,
     max_tokens_per_batch: Annotated[int, typer.Option(help="Token budget of a pass.")] = 8192,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format of keys and values on disk: float32, bfloat16, float16 or int8.  [default: the LM's]"
+        ),
+    ] = None,
     revision: Revision = None,
     dtype: Dtype = None,
     attention: Attention = None,
@@ -64,8 +70,10 @@ def command(
     expect_at_least(1, max_document_tokens=max_document_tokens, max_tokens_per_batch=max_tokens_per_batch)
     check_passages(passages, passage_tokens, passage_stride)
     from .. import formats
+    from ..prefixes.dtypes import expect_kv_dtype
     from ..utils.console import say
 
+    expect_kv_dtype(kv_dtype, "--kv-dtype")
     documents = formats.open_collection(corpus).corpus
     from ..lm.loading import default_device, quiet_transformers
     from ..prefixes.index_writer import IndexWriter
@@ -84,6 +92,7 @@ def command(
         deterministic=deterministic,
         max_tokens_per_batch=max_tokens_per_batch,
         splitter=splitter,
+        kv_dtype=kv_dtype,
     ) as writer:
         _write(writer)
     say(f"{out} is complete: qpeft rerank --index {out}")

@@ -22,6 +22,7 @@ from .common import (
     Device,
     Dtype,
     IgnoreIdenticalIds,
+    KvDtype,
     Measures,
     Passages,
     PassageStride,
@@ -32,6 +33,7 @@ from .common import (
     Template,
     dtype_of_job,
     expect_at_least,
+    expect_kv_dtype_of,
     from_dataclass,
     measure_names,
 )
@@ -86,6 +88,7 @@ class RerankOptions:
     index: Annotated[
         Path | None, typer.Option(help="Index made by qpeft index: keys and values of documents are read from it.")
     ] = None
+    kv_dtype: KvDtype = None
     deterministic: Annotated[bool, typer.Option("--deterministic", help=DETERMINISTIC_SCORES)] = False
     max_tokens_per_batch: Annotated[
         int | None, typer.Option(help="Token budget of a pass.  [default: chosen for the device]")
@@ -163,6 +166,7 @@ def _check_options(options: RerankOptions) -> None:
     )
     check_passages(options.passages, options.passage_tokens, options.passage_stride)
     expect_at_least(0, cache_bytes=options.cache_bytes)
+    expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index, options.max_memory)
     if options.max_memory is not None:
         if options.cache_bytes:
             raise ValueError("--max-memory and --cache-bytes exclude each other")
@@ -192,6 +196,7 @@ def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
         cache_bytes=options.cache_bytes,
         max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
         index=options.index.absolute() if options.index else None,
+        kv_dtype=options.kv_dtype,
         template=options.template,
         special_tokens=options.special_tokens,
         passages=options.passages,

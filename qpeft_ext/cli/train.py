@@ -56,7 +56,8 @@ def command(options: TrainOptions) -> None:
     config = _config(settings)  # a wrong option is an error before anything is read
     batch_size = _batch_size(options.batch_size, config.queries_per_group)
     has_cache = options.cache_bytes or options.index
-    cache = DocumentCache(options.cache_bytes, index=options.index) if has_cache else None
+    stored = {"index": options.index, "kv_dtype": options.kv_dtype}
+    cache = DocumentCache(options.cache_bytes, **stored) if has_cache else None
     examples, dev_examples = _read(options)
     config = _config(settings, examples)
     device = default_device(options.device)

@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from .common import LM_NAMES, TRUNCATE_QUERIES, Attention, Device, Dtype, IgnoreIdenticalIds, Revision, expect_at_least
+from .common import (
+    LM_NAMES,
+    TRUNCATE_QUERIES,
+    Attention,
+    Device,
+    Dtype,
+    IgnoreIdenticalIds,
+    KvDtype,
+    Revision,
+    expect_at_least,
+    expect_kv_dtype_of,
+)
 
 SCHEDULERS = (  # those of transformers that need no further settings
     "linear",
@@ -116,6 +127,7 @@ class TrainOptions:
         Path | None,
         typer.Option(help="Index made by qpeft index with this LM; documents that it lacks are computed."),
     ] = None
+    kv_dtype: KvDtype = None
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Make resumed runs end bit-equal; slower.")] = (
         False
     )
@@ -158,5 +170,6 @@ def check_options(options: TrainOptions) -> None:
         raise ValueError(f"--warm-up {warm_up:g} does nothing with --scheduler constant; use constant_with_warmup")
     expect_at_least(1, save_steps=options.save_steps)
     expect_at_least(0, cache_bytes=options.cache_bytes)
+    expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index)
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on and --overwrite starts anew: give one of them")

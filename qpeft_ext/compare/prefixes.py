@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
-from ..prefixes.index import PrefixIndex, prompt_settings
+from ..prefixes.index import PrefixIndex
+from ..prefixes.manifest import prompt_settings
 from ..prompts.prompt import Prompt
 from .plan import Method
 

@@ -182,9 +182,10 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         layers = max(1, getattr(self.lm.config.get_text_config(), "num_hidden_layers", 1))
         return kept, 2 * kept / layers  # gathered, and joined with the suffix's
 
-    def prefix_bytes(self, prefixes: Sequence[DocumentPrefix]) -> int:
-        """Count the bytes of keys and values of prefixes, without padding."""
-        return sum(self.packing.nbytes(len(prefix.ids)) for prefix in prefixes)
+    def prefix_bytes(self, prefixes: Sequence[DocumentPrefix], cache: DocumentCache) -> int:
+        """Count the bytes of keys and values of prefixes, as a cache stores them."""
+        packing = self.packing.stored_as(cache.kv_dtype)
+        return sum(packing.nbytes(len(prefix.ids)) for prefix in prefixes)
 
     def prefill(self, prefixes: Sequence[Sequence[int]]) -> PrefixKV:
         """Read document prefixes in one pass, or one by one where they need different rotary tables."""
@@ -217,10 +218,12 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
             cache = self._run_prefix(embeds, mask, positions, leading)
             return PrefixKV.from_cache(cache, [P + length for length in lengths], P)
 
-    def cache_keys(self, prefixes: Sequence[Sequence[int]], deterministic: bool = False) -> list[PrefixKey]:
+    def cache_keys(
+        self, prefixes: Sequence[Sequence[int]], cache: DocumentCache, deterministic: bool = False
+    ) -> list[PrefixKey]:
         """Make the keys under which a cache stores prefixes of this LM."""
-        version = self.version()
-        return [DocumentCache.key(version, prefix, deterministic) for prefix in prefixes]
+        version, kv_dtype = self.version(), self.packing.other_dtype(cache.kv_dtype)
+        return [cache.key(version, prefix, deterministic, kv_dtype) for prefix in prefixes]
 
     def cached_prefill(
         self, prefixes: Sequence[Sequence[int]], cache: DocumentCache | None, deterministic: bool = False
@@ -228,26 +231,38 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         with_grad = torch.is_grad_enabled() and self.prefix_is_trained
         if with_grad and deterministic:
             return PrefixKV.collate([self.prefill([prefix]) for prefix in prefixes])
-        if with_grad or (cache is None and not deterministic):
+        if cache is not None and not with_grad:
+            return self._through_cache(prefixes, cache, deterministic)
+        if with_grad or not deterministic:
             return self.prefill(prefixes)
-        keys = self.cache_keys(prefixes, deterministic)
-        stored: list[PrefixKV | None] = [None] * len(keys)
-        if cache is not None:
-            stored = cache.fetch(keys, self.packing, self.device)
+        return self._together([entry for prefix in prefixes for entry in self.prefill([prefix]).split()])
+
+    def _through_cache(
+        self, prefixes: Sequence[Sequence[int]], cache: DocumentCache, deterministic: bool
+    ) -> PrefixBatch:
+        """Read prefixes from a cache and put the others into it, all in the dtype of the cache."""
+        keys = self.cache_keys(prefixes, cache, deterministic)
+        packing = self.packing.stored_as(cache.kv_dtype)
+        stored = cache.fetch(keys, packing, self.device)
         missing = [i for i, entry in enumerate(stored) if entry is None]
         groups = [[i] for i in missing] if deterministic else [missing] if missing else []
         for group in groups:
             fresh = self.prefill([prefixes[i] for i in group])
-            if len(group) == len(prefixes) and (cache is None or not cache.stores):
+            as_computed = len(group) == len(prefixes) and packing == self.packing
+            if as_computed and not cache.stores:
                 return fresh
-            for i, entry in zip(group, fresh.split(), strict=True):
+            # rounded before the first use too, so that a score does not depend on what was in the cache
+            for i, entry in zip(group, fresh.split(packing.dtype), strict=True):
                 stored[i] = entry
-                if cache is not None:
-                    cache.put(keys[i], entry)
-            if cache is not None and len(group) == len(prefixes) and not deterministic:
+                cache.put(keys[i], entry)
+            if as_computed and not deterministic:
                 return fresh  # a cold cache costs one copy, not two
-        found = [entry for entry in stored if entry is not None]  # all of them by now
-        if len(found) == 1 or self.device.type != "cpu" or self.is_compiled:
-            # on a GPU every copy is a launch, and a compiled pass would need a graph for every number of prefixes
-            return PrefixKV.collate(found)
-        return SeparatePrefixes(found)
+        return self._together([entry for entry in stored if entry is not None])  # all of them by now
+
+    def _together(self, stored: list[PrefixKV]) -> PrefixBatch:
+        """Put prefixes together for a suffix pass."""
+        as_stored = len(stored) > 1 or Packing.of(stored[0]) != self.packing
+        if as_stored and self.device.type == "cpu" and not self.is_compiled:
+            return SeparatePrefixes(stored)
+        # on a GPU every copy is a launch, and a compiled pass would need a graph for every number of prefixes
+        return PrefixKV.collate(stored, self.packing.dtype)

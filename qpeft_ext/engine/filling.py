@@ -37,11 +37,11 @@ class CacheFilling:
         if self.engine is None:
             return False
         prefixes = [batch.documents[d].ids for d in {d for _, d in batch.pairs}]
-        return self.cache.announce(self.engine.cache_keys(prefixes, self.deterministic))
+        return self.cache.announce(self.engine.cache_keys(prefixes, self.cache, self.deterministic))
 
     def has_room(self, batch: PairBatch) -> bool:
         """Tell whether the memory of the cache has room for all prefixes of a batch at once."""
-        return self.engine is not None and self.engine.prefix_bytes(batch.documents) <= self.cache.max_bytes
+        return self.engine is not None and self.engine.prefix_bytes(batch.documents, self.cache) <= self.cache.max_bytes
 
     @torch.no_grad()
     def fill(self, batch: PairBatch, max_tokens: int) -> bool:

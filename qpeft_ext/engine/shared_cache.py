@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..prefixes.kv import LayerKV, PrefixBatch, PrefixKV, SeparatePrefixes, left_pad
+from ..prefixes.int8 import Int8Tensor
+from ..prefixes.kv import PrefixBatch, PrefixKV, SeparatePrefixes, left_pad
+
+_Stored = Tensor | list[Tensor | Int8Tensor]  # of all prefixes in the LM's dtype, or of each as it is stored
 
 
 def shared_cache(prefixes: PrefixBatch, rows: Tensor | None) -> Cache:
     """Make a transformers cache for pairs that read document prefixes.
 
     Args:
-        prefixes: a `PrefixKV` or `SeparatePrefixes`.
+        prefixes: a `PrefixKV` in the LM's dtype, or `SeparatePrefixes` in any.
         rows: the prefix of each pair, int64 [B]; None when pair i reads prefix i.
     """
-    parts = prefixes.prefixes if isinstance(prefixes, SeparatePrefixes) else [prefixes]
-    layers = zip(*(part.layers for part in parts if isinstance(part, PrefixKV)), strict=True)
-    return Cache(layers=[_shared_layer(kvs, rows, prefixes.padded_length) for kvs in layers])
+    return Cache(
+        layers=[
+            DynamicLayer() if stored is None else _shared_layer(*stored, rows, prefixes.padded_length)
+            for stored in _layers(prefixes)
+        ]
+    )
+
+
+def _layers(prefixes: PrefixBatch) -> Iterator[tuple[int | None, _Stored, _Stored] | None]:
+    """Window, keys and values of each layer; None for one that stores nothing."""
+    if isinstance(prefixes, PrefixKV):
+        for kv in prefixes.layers:
+            assert kv is None or isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor), "`collate` converts"
+            yield kv and (kv.window, kv.keys, kv.values)
+    elif isinstance(prefixes, SeparatePrefixes):
+        for of_all in zip(*(prefix.layers for prefix in prefixes.prefixes), strict=True):
+            kvs = [kv for kv in of_all if kv]
+            yield (kvs[0].window, [kv.keys for kv in kvs], [kv.values for kv in kvs]) if kvs else None
 
 
 class _ReadOnly:
     """A cache layer that many pairs read and nobody appends to: every read gathers and concatenates anew.
 
     So the stored prefix stays intact, no expanded copy outlives the layer that reads it, and a forward pass may run
-    again in the backward pass.
+    again in the backward pass. What is stored in another dtype is converted on the way.
     """
 
-    stored: tuple[Tensor | list[Tensor], Tensor | list[Tensor]]  # keys and values, of all prefixes or of each
+    stored: tuple[_Stored, _Stored]  # keys and values
     rows: Tensor | None
     slots: int  # P
 
@@ -38,11 +56,11 @@ class _ReadOnly:
         keys, values = self.stored
         return self._joined(keys, key_states), self._joined(values, value_states)
 
-    def _joined(self, stored: Tensor | list[Tensor], new: Tensor) -> Tensor:
+    def _joined(self, stored: _Stored, new: Tensor) -> Tensor:
         """Concatenate the stored slots of each pair's document and the new ones: [B, heads, P + L, head width]."""
         if isinstance(stored, list):
             own = stored if self.rows is None else [stored[row] for row in self.rows.tolist()]
-            both = left_pad(own, self.slots, room=new.shape[-2])
+            both = left_pad(own, self.slots, room=new.shape[-2], dtype=new.dtype)
             both[..., self.slots :, :] = new
             return both
         if self.rows is None:
@@ -66,17 +84,12 @@ class _ReadOnlySlidingLayer(_ReadOnly, DynamicSlidingWindowLayer):
     pass
 
 
-def _shared_layer(parts: Sequence[LayerKV | None], rows: Tensor | None, length: int) -> DynamicLayer:
-    """Make a layer of the cache, from one `LayerKV` of all prefixes or from one of each."""
-    kvs = [kv for kv in parts if kv is not None]
-    if not kvs:
-        return DynamicLayer()
-    first = kvs[0]
-    layer = _ReadOnlyLayer() if first.window is None else _ReadOnlySlidingLayer(first.window)
-    layer.lazy_initialization(first.keys, first.keys)
-    layer.stored = (first.keys, first.values) if len(kvs) == 1 else ([kv.keys for kv in kvs], [kv.values for kv in kvs])
-    layer.rows, layer.slots = rows, length
-    if first.window is not None:
+def _shared_layer(window: int | None, keys: _Stored, values: _Stored, rows: Tensor | None, length: int) -> DynamicLayer:
+    layer = _ReadOnlyLayer() if window is None else _ReadOnlySlidingLayer(window)
+    empty = torch.empty(0, device=(keys[0] if isinstance(keys, list) else keys).device)
+    layer.lazy_initialization(empty, empty)
+    layer.stored, layer.rows, layer.slots = (keys, values), rows, length
+    if window is not None:
         layer.cumulative_length = length  # tokens seen, of which the layer kept the last window - 1
-        layer.slots = min(length, first.window - 1)
+        layer.slots = min(length, window - 1)
     return layer

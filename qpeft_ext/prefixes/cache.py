@@ -11,9 +11,11 @@ import torch
 
 from ..lm.state import LMState, LMVersion
 from .copies import Copies, copies
+from .dtypes import expect_kv_dtype
 from .files import Extent, prefetch, read_prefix
 from .index import PrefixIndex
 from .kv import Packing, PrefixKey, PrefixKV, prefix_digest
+from .manifest import other_kv_dtype
 from .tiers import DiskTier, FileTier, HostTier, MemoryTier, Tier
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,10 @@ class DocumentCache:
     hash of its content, computed once a process (about 0.55 s per GB). Several threads must not use a cache at once;
     rerankers take turns.
 
+    With a ``kv_dtype`` of fewer bits than the LM's, more prefixes fit. They are rounded when they are computed, before
+    the first use, so that a score does not depend on what was in the cache, and converted to the LM's dtype while a
+    pass reads them. "int8" has scales in float32: for keys by head and channel, for values by token.
+
     A copy, pickled or deep, has the same settings and starts with nothing in memory. Only one cache at a time can use a
     folder as its disk tier: a copy that finds it in use does without one and logs a warning.
 
@@ -41,12 +47,15 @@ class DocumentCache:
         disk: a folder for the disk tier; None: no such tier.
         disk_bytes: budget for the disk tier.
         index: a `PrefixIndex`, or the folder of one; None: no such tier.
+        kv_dtype: the dtype in which keys and values are stored in every tier: "float32", "bfloat16", "float16" or
+            "int8"; None: that of the index, or else the LM's.
     Attributes:
         tiers: `Tier` by name, with hits, misses, evictions, nbytes and max_bytes of each.
         hits: look-ups that found a prefix in some tier.
         misses: look-ups that found none.
         nbytes, evictions, max_bytes: those of the device tier.
-    Raises: ValueError for an impossible budget, a folder in use or an index that is not complete.
+    Raises: ValueError for an impossible budget, another kv_dtype, a folder in use, or an index that is not complete or
+        has another kv_dtype.
     Example:
         >>> import qpeft_ext as qpeft
         >>> from qpeft_ext.lm.loading import BASE_LM
@@ -66,16 +75,19 @@ class DocumentCache:
         disk: str | os.PathLike | None = None,
         disk_bytes: int = 0,
         index: PrefixIndex | str | os.PathLike | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
+        expect_kv_dtype(kv_dtype, "DocumentCache: kv_dtype")
         for name, value in (("max_bytes", max_bytes), ("host_bytes", host_bytes), ("disk_bytes", disk_bytes)):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"DocumentCache: {name} must be a whole number ≥ 0, got {value!r}")
         if (disk is None) != (disk_bytes == 0):
             raise ValueError(f"DocumentCache: disk and disk_bytes belong together, got {disk!r} and {disk_bytes}")
+        self.index = index if index is None or isinstance(index, PrefixIndex) else PrefixIndex(index)
+        self.kv_dtype = kv_dtype if self.index is None else self.index.kv_dtype_with(kv_dtype)
         self._device = MemoryTier("device", max_bytes)
         self._host = HostTier(host_bytes) if host_bytes else None
         self._disk = None if disk is None else DiskTier(disk, disk_bytes)
-        self.index = index if index is None or isinstance(index, PrefixIndex) else PrefixIndex(index)
         self._memory: list[MemoryTier] = [tier for tier in (self._device, self._host) if tier is not None]
         self._stores: list[MemoryTier | DiskTier] = [*self._memory, *([self._disk] if self._disk is not None else ())]
         self._files: list[FileTier] = [tier for tier in (self._disk, self.index) if tier is not None]
@@ -84,30 +96,34 @@ class DocumentCache:
     def __reduce__(self) -> tuple:
         # keys and values are known by an LM of this process, and an open folder cannot be sent
         disk = (None, 0) if self._disk is None else (self._disk.folder, self._disk.max_bytes)
-        return _copied, (self._device.max_bytes, 0 if self._host is None else self._host.max_bytes, *disk, self.index)
+        host_bytes = 0 if self._host is None else self._host.max_bytes
+        return _copied, (self._device.max_bytes, host_bytes, *disk, self.index, self.kv_dtype)
 
     # -- look-ups and stores --------------------------------------------------------------------------------------
 
     @staticmethod
-    def key(model: LMVersion, prefix_ids: Sequence[int], deterministic: bool = False) -> PrefixKey:
+    def key(
+        model: LMVersion, prefix_ids: Sequence[int], deterministic: bool = False, kv_dtype: str | None = None
+    ) -> PrefixKey:
         """The identity of a prefix.
 
         Args:
             model: the version of the LM that computes it.
             prefix_ids: its token ids.
             deterministic: whether it is computed unpadded in a pass of its own.
+            kv_dtype: the dtype that it is stored in, where that is not the LM's own.
         """
-        return PrefixKey(model, prefix_digest(prefix_ids), len(prefix_ids), deterministic)
+        return PrefixKey(model, prefix_digest(prefix_ids), len(prefix_ids), deterministic, kv_dtype)
 
     def fetch(self, keys: Sequence[PrefixKey], packing: Packing, device: torch.device) -> list[PrefixKV | None]:
         """Look prefixes up, tier by tier, and bring what is found to the device.
 
         Args:
             keys: their identities.
-            packing: how the LM's keys and values lie in files.
+            packing: how keys and values lie in files, in the dtype of this cache.
             device: the model's.
         Returns: one entry per key, None where nothing is stored.
-        Raises: ValueError if the index belongs to another LM.
+        Raises: ValueError if the index belongs to another LM or has another dtype.
         """
         link = copies(device)
         found = [self._in_memory(key, link) for key in keys]
@@ -146,7 +162,10 @@ class DocumentCache:
         """
         if self.index is None or not self.index.is_outdated():
             return False
-        before, self.index = self.index, PrefixIndex(self.index.folder)
+        before, renewed = self.index, PrefixIndex(self.index.folder)
+        if renewed.kv_dtype != before.kv_dtype:
+            raise other_kv_dtype(renewed.folder, renewed.kv_dtype, before.kv_dtype)
+        self.index = renewed
         self.index.hits, self.index.misses = before.hits, before.misses
         self._files = [self.index if tier is before else tier for tier in self._files]
         return True
@@ -156,7 +175,7 @@ class DocumentCache:
 
         Args:
             key: its identity.
-            prefix: one unpadded prefix, as `PrefixKV.split` gives it.
+            prefix: one unpadded prefix, as `PrefixKV.split` gives it, in the dtype of this cache.
         """
         self._store(key, prefix, 0)
 
@@ -258,15 +277,18 @@ class DocumentCache:
     def __repr__(self) -> str:
         asked = self.hits + self.misses
         rate = f"{self.hits / asked:.0%} hits" if asked else "unused"
-        return f"DocumentCache({'; '.join(map(str, self.tiers.values()))}; {rate} in all)"
+        stored = [] if self.kv_dtype is None else [f"keys and values in {self.kv_dtype}"]
+        return f"DocumentCache({'; '.join([*stored, *map(str, self.tiers.values())])}; {rate} in all)"
 
 
-def _copied(max_bytes: int, host_bytes: int, disk: Path | None, disk_bytes: int, index) -> DocumentCache:
+def _copied(
+    max_bytes: int, host_bytes: int, disk: Path | None, disk_bytes: int, index: PrefixIndex | None, kv_dtype: str | None
+) -> DocumentCache:
     """Return a cache with these settings, without the disk tier if its folder is in use."""
     try:
-        return DocumentCache(max_bytes, host_bytes, disk, disk_bytes, index)
+        return DocumentCache(max_bytes, host_bytes, disk, disk_bytes, index, kv_dtype)
     except (ValueError, OSError) as error:
         if disk is None:
             raise
         logger.warning("a copy of a DocumentCache does without its disk tier: %s", error)
-        return DocumentCache(max_bytes, host_bytes, index=index)
+        return DocumentCache(max_bytes, host_bytes, index=index, kv_dtype=kv_dtype)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..utils.files import AtomicWriter
 from ..utils.small_files import open_regular
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int8: "I8"}
 _MAX_HEADER = 16 << 20  # bytes; that of a shard with the most prefixes takes 10 MB
 _BLOCK = 512  # 8-byte words in a block of the checksum
 

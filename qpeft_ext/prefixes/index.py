@@ -14,19 +14,23 @@ import numpy as np
 from numpy.lib.recfunctions import repack_fields
 
 from ..prompts.prompt import Prompt
-from ..utils.small_files import read_json
-from ..utils.text import shorten
 from .files import Extent, prefetch, read_contents
 from .kv import PrefixKey
+from .manifest import (
+    MANIFEST,
+    expect_same_lm,
+    expect_same_passages,
+    expect_same_prompt,
+    other_kv_dtype,
+    prompt_settings,
+    read_manifest,
+)
 from .tiers import FileTier
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-FORMAT = "qpeft_ext index 1"
 # S32 compares as bytes do, but drops zeros at its end; `_find` puts them back
 _ROW = np.dtype([("digest", "S32"), ("shard", "i4"), ("offset", "i8"), ("nbytes", "i8"), ("checksum", "u4")])
-_PROBE = "The moon's 2 tides, rising & falling; naïve été (x_1 = 10%)."
 
 
 class PrefixIndex(FileTier):
@@ -36,6 +40,7 @@ class PrefixIndex(FileTier):
         folder: made by ``qpeft index``; it must be complete.
     Attributes:
         manifest: its settings and counts.
+        kv_dtype: the dtype of its keys and values; None: that of its LM.
     Raises: FileNotFoundError if there is none; ValueError if it is not complete or not readable.
     """
 
@@ -46,6 +51,7 @@ class PrefixIndex(FileTier):
         self.manifest = read_manifest(self.folder)
         if not self.manifest["complete"]:
             raise ValueError(f"{self.folder} is not complete: run the same qpeft index command again, it goes on")
+        self.kv_dtype: str | None = self.manifest.get("kv_dtype")
         self._checked: object = None
         self._told: set[str] = set()
         self._paths = shard_paths(self.folder)
@@ -81,11 +87,14 @@ class PrefixIndex(FileTier):
         Args:
             key: its identity.
         Returns: None if the index does not have it.
-        Raises: ValueError if the index belongs to another LM, or was not made for ``deterministic=True``.
+        Raises: ValueError if the index belongs to another LM, has another dtype, or was not made for
+            ``deterministic=True``.
         """
         if key.model is not self._checked:
             expect_same_lm(self.folder, self.manifest, key.model.fingerprint())
             self._checked = key.model
+        if key.kv_dtype != self.kv_dtype:
+            raise other_kv_dtype(self.folder, self.kv_dtype, key.kv_dtype)
         if key.deterministic and not self.manifest["alone"]:
             raise ValueError(
                 f"{self.folder} was computed in batches, which deterministic scores cannot use; make "
@@ -142,6 +151,17 @@ class PrefixIndex(FileTier):
         expect_same_prompt(self.folder, self.manifest, prompt_settings(prompt))
         expect_same_passages(self.folder, self.manifest, passages)
 
+    def kv_dtype_with(self, kv_dtype: str | None) -> str | None:
+        """The dtype in which a cache on top of this index stores keys and values.
+
+        Args:
+            kv_dtype: what the cache is asked for; None: nothing.
+        Raises: ValueError if the two differ. One that may be the LM's own is compared in `locate`.
+        """
+        if kv_dtype is not None and self.kv_dtype not in (None, kv_dtype):
+            raise other_kv_dtype(self.folder, self.kv_dtype, kv_dtype)
+        return kv_dtype or self.kv_dtype
+
     def _find(self, digest: bytes) -> np.void | None:
         row = int(np.searchsorted(self._digests, np.array(digest, dtype="S32")))
         return self._rows[row] if row < len(self) and self._digests[row].ljust(32, b"\0") == digest else None
@@ -167,98 +187,3 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_ino
-
-
-def read_manifest(folder: Path) -> dict:
-    """Read the manifest of an index.
-
-    Raises: FileNotFoundError or ValueError if ``folder`` is no index.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no index: it has no {MANIFEST}; make one with qpeft index")
-    try:
-        manifest = read_json(path)
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"expected the format {FORMAT!r}, got {shorten(manifest['format'])}")
-        for name, kind in (("complete", bool), ("alone", bool), ("model", dict), ("prompt", dict)):
-            if not isinstance(manifest[name], kind):
-                raise ValueError(f"{name} must be a {kind.__name__}")
-    except (ValueError, KeyError, TypeError) as error:
-        why = str(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path}: not a readable manifest ({why}); make the index again") from None
-    return manifest
-
-
-def prompt_settings(prompt: Prompt) -> dict:
-    """Everything that decides about the prefix ids of a text: template, tokenizer, limit."""
-    empty, probe = prompt.documents(["", _PROBE])
-    return {
-        "template": list(empty.ids),
-        "tokenizer": list(probe.document_ids),
-        "max_document_tokens": prompt.max_document_tokens,
-        "allow_special_tokens": prompt.allow_special_tokens,
-    }
-
-
-_LM_DIFFERENCES = {
-    "model_type": "an LM of type {0}, this one is of type {1}",
-    "dtype": "the LM in {0}, this one is in {1}; say --dtype {0}",
-    "attention": "the attention implementation {0}, this LM uses {1}",
-    "config": "another configuration of the LM (config.json)",
-    "weights": "an LM with other weights than this one",
-    "adapter": "another adapter in the LM (LoRA), or with none where this LM has one, or the reverse",
-    "soft_prompt": "another soft prompt, or with none where this adapter has one, or the reverse",
-}
-_PROMPT_DIFFERENCES = {
-    "max_document_tokens": "max_document_tokens {0}, here it is {1}",
-    "tokenizer": "another tokenizer",
-    "template": "another template (template, special_tokens, instruction, num_virtual_tokens)",
-    "allow_special_tokens": "allow_special_tokens={0}, here it is {1}",
-}
-
-
-def expect_same_lm(folder: Path, manifest: dict, fingerprint: dict[str, str]) -> None:
-    """Check that a fingerprint (`fingerprint_of`) is that of the index's LM.
-
-    Raises: ValueError naming what differs.
-    """
-    _expect_equal(folder, manifest["model"], fingerprint, _LM_DIFFERENCES)
-
-
-def expect_same_prompt(folder: Path, manifest: dict, settings: dict) -> None:
-    """Check that settings (`prompt_settings`) are those of the index's prompt.
-
-    Raises: ValueError naming what differs.
-    """
-    # the words of special tokens were special tokens before there was a choice
-    _expect_equal(folder, {"allow_special_tokens": True} | manifest["prompt"], settings, _PROMPT_DIFFERENCES)
-
-
-def expect_same_passages(folder: Path, manifest: dict, settings: dict[str, int] | None) -> None:
-    """Check that documents are split as they were for the index, by the settings of a `Splitter` or None.
-
-    Raises: ValueError that says how they were and are.
-    """
-    if manifest.get("passages") != settings:
-        then, now = (
-            f"passages ({', '.join(f'{name} {shorten(value)}' for name, value in parts.items())})"
-            if isinstance(parts, dict)
-            else "whole documents"
-            for parts in (manifest.get("passages"), settings)
-        )
-        raise ValueError(
-            f"the index {folder} was made of {then}, here {now} are read; use what it was made with, or make another "
-            "one with qpeft index"
-        )
-
-
-def _expect_equal(folder: Path, expected: dict, got: dict, words: dict[str, str]) -> None:
-    for name, difference in words.items():
-        then, now = expected.get(name), got.get(name)
-        if then != now:
-            values = (str(value)[:80] for value in (then, now))
-            raise ValueError(
-                f"the index {folder} was made with {difference.format(*values)}; use "
-                "what it was made with, or make another one with qpeft index"
-            )

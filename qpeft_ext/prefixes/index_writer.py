@@ -24,18 +24,11 @@ from ..utils.locks import lock_folder
 from ..utils.memory import in_halves
 from ..utils.progress import progress_bar
 from .copies import copies
+from .dtypes import expect_kv_dtype
 from .files import Contents, Extent, header_bytes, read_contents, read_prefix, write_prefixes
-from .index import (
-    FORMAT,
-    MANIFEST,
-    expect_same_lm,
-    expect_same_passages,
-    expect_same_prompt,
-    prompt_settings,
-    read_manifest,
-    shard_paths,
-)
+from .index import shard_paths
 from .kv import PrefixKV, prefix_digest
+from .manifest import MANIFEST, expect_same_settings, read_manifest, settings_of
 from .survey import Survey, size
 
 logger = logging.getLogger(__name__)
@@ -62,7 +55,8 @@ class IndexWriter:
         max_tokens_per_batch: token budget of a pass; halved when the device runs out of memory.
         splitter: splits long documents into passages, each of which has a prefix; None: they are cut.
         shard_bytes: size of a shard: how much work a kill loses at most, and how much memory is used.
-    Raises: ValueError if the folder holds an index of another LM or prompt, or the LM's cache cannot be shared.
+        kv_dtype: the dtype in which keys and values are stored, as for `DocumentCache`; None: the LM's own.
+    Raises: ValueError if the folder holds an index of another LM, prompt or dtype, or the LM's cache cannot be shared.
     """
 
     def __init__(
@@ -75,11 +69,15 @@ class IndexWriter:
         max_tokens_per_batch: int = 8192,
         splitter: Splitter | None = None,
         shard_bytes: int = SHARD_BYTES,
+        kv_dtype: str | None = None,
     ) -> None:
+        expect_kv_dtype(kv_dtype, "IndexWriter: kv_dtype")
         if model.engine.why_not_cached:
             raise ValueError(f"an index is of no use to this model: {model.engine.why_not_cached}")
         self.model, self.corpus, self.folder, self.deterministic = model, corpus, Path(folder), deterministic
         self.max_tokens_per_batch, self.splitter, self.shard_bytes = max_tokens_per_batch, splitter, shard_bytes
+        self._packing = model.engine.packing.stored_as(kv_dtype)
+        self._kv_dtype: str | None = model.engine.packing.other_dtype(kv_dtype)
         self._link = copies(model.engine.device)
         self._mode = permissions_of(getattr(corpus, "path", None))  # what is made of a private corpus is as private
         self.folder.mkdir(folder_permissions(self._mode), parents=True, exist_ok=True)
@@ -111,7 +109,6 @@ class IndexWriter:
         Args:
             show_progress_bar: None: only on a terminal.
         """
-        packing = self.model.engine.packing
         all_keys, all_lengths, cut = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
         for chunk in self._chunks("reading", show_progress_bar):
             all_keys.append(_keys(chunk))
@@ -123,7 +120,7 @@ class IndexWriter:
         self._keys, self._done = keys, np.isin(keys, before)
         self._written = np.isin(keys, written) & ~self._done
         there = self._done | self._written
-        sizes = {int(length): packing.nbytes(int(length)) for length in np.unique(lengths)}
+        sizes = {int(length): self._packing.nbytes(int(length)) for length in np.unique(lengths)}
         missing = lengths[~there]
         nbytes = sum(sizes[int(length)] for length in missing) + header_bytes(len(missing))
         count = sum(map(len, all_keys))
@@ -198,7 +195,7 @@ class IndexWriter:
     @torch.no_grad()
     def _prefill(self, group: Sequence[DocumentPrefix]) -> list[PrefixKV]:
         with self.model.passes(evaluating=True):
-            prefixes = self.model.engine.prefill([prefix.ids for prefix in group]).split()
+            prefixes = self.model.engine.prefill([prefix.ids for prefix in group]).split(self._packing.dtype)
         return [self._link.to_host(prefix) for prefix in prefixes]
 
     def _halve_budget(self, _: int) -> None:
@@ -241,13 +238,8 @@ class IndexWriter:
 
     def _check_settings(self) -> dict:
         """The settings of this run, which an index that is there already must share."""
-        engine = self.model.engine
-        settings = {
-            "format": FORMAT,
-            "model": engine.version().fingerprint(),
-            "prompt": prompt_settings(self.model.prompt),
-            "alone": self.deterministic,
-        } | ({"passages": self.splitter.settings} if self.splitter else {})
+        passages = self.splitter.settings if self.splitter else None
+        settings = settings_of(self.model, self.deterministic, self._kv_dtype, passages)
         if not (self.folder / MANIFEST).exists():
             if others := [file.name for file in self.folder.iterdir() if not file.name.startswith(".")]:
                 raise ValueError(f"{self.folder} is no index and holds {others[0]}; name an empty or a new folder")
@@ -255,14 +247,7 @@ class IndexWriter:
         there = read_manifest(self.folder)
         if not there["complete"] and isinstance(first := there.get("first_shard"), int):
             self._first_shard = first
-        expect_same_lm(self.folder, there, settings["model"])
-        expect_same_prompt(self.folder, there, settings["prompt"])
-        expect_same_passages(self.folder, there, settings.get("passages"))
-        if there["alone"] != self.deterministic:
-            raise ValueError(
-                f"the index {self.folder} was made {'with' if there['alone'] else 'without'} "
-                f"--deterministic; do so again, or name another folder"
-            )
+        expect_same_settings(self.folder, there, settings)
         return settings
 
     def _keys_there(self) -> tuple[np.ndarray, np.ndarray]:
@@ -297,7 +282,7 @@ class IndexWriter:
     def _read(self, extent: Extent) -> torch.Tensor:
         flat = torch.empty(extent.nbytes, dtype=torch.uint8)
         read_prefix(extent, flat)
-        return flat.view(self.model.engine.packing.dtype)
+        return flat.view(self._packing.dtype)
 
     def _write_manifest(self, survey: Survey, complete: bool) -> None:
         from ..utils.environment import VERSION

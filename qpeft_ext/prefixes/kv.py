@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..lm.state import LMVersion
+from .dtypes import KV_DTYPES
+from .int8 import Int8Tensor, int8_bytes, int8_views
 
 
 @dataclass
@@ -20,12 +22,12 @@ class LayerKV:
     """Keys and values of one layer of N prefixes, and its sliding window, if any.
 
     Attributes:
-        keys, values: [N, heads, P, head width].
+        keys, values: [N, heads, P, head width], as the LM gives them or as they are stored.
         window: tokens that the layer attends to; None: all.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | Int8Tensor
+    values: Tensor | Int8Tensor
     window: int | None
 
 
@@ -79,7 +81,9 @@ class PrefixKV(PrefixBatch):
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for kv in self.layers if kv for t in (kv.keys, kv.values))
+        if self.flat is not None:
+            return self.flat.nbytes
+        return sum(t.nbytes for kv in self.layers if kv for t in (kv.keys, kv.values))
 
     @classmethod
     def from_cache(cls, cache: Cache, lengths: Sequence[int], leading: int = 0) -> PrefixKV:
@@ -103,39 +107,41 @@ class PrefixKV(PrefixBatch):
             layers.append(LayerKV(keys, values, window))
         return cls(layers, list(lengths))
 
-    def split(self) -> list[PrefixKV]:
-        """One unpadded `PrefixKV` for each prefix, in memory of its own."""
-        packing = Packing.of(self)
-        several_devices = len({kv.keys.device for kv in self.layers if kv}) > 1
-        return [self._unpadded(i, None if several_devices else packing) for i in range(len(self.lengths))]
+    def split(self, dtype: torch.dtype | None = None) -> list[PrefixKV]:
+        """One unpadded `PrefixKV` for each prefix, in memory of its own.
 
-    def _unpadded(self, i: int, packing: Packing | None) -> PrefixKV:
-        """A copy of prefix i, in one block where ``packing`` is given."""
+        Args:
+            dtype: in which they are stored; None: that of the layers, which must not be int8.
+        """
+        packing = Packing.of(self)
+        return [self._unpadded(i, replace(packing, dtype=dtype or packing.dtype)) for i in range(len(self.lengths))]
+
+    def _unpadded(self, i: int, packing: Packing) -> PrefixKV:
+        """A copy of prefix i: in one block, or one block a layer where they lie on several devices."""
         length = self.lengths[i]
-        rows = [
-            kv and LayerKV(_tail(kv.keys[i : i + 1], length), _tail(kv.values[i : i + 1], length), kv.window)
-            for kv in self.layers
-        ]
-        if packing is None:
-            return PrefixKV([kv and LayerKV(kv.keys.clone(), kv.values.clone(), kv.window) for kv in rows], [length])
-        device = next(kv.keys.device for kv in rows if kv)
-        copied = packing.unpack(torch.empty(packing.numel(length), dtype=packing.dtype, device=device), length)
-        for own, row in zip(copied.layers, rows, strict=True):
-            if own and row:
-                own.keys.copy_(row.keys)
-                own.values.copy_(row.values)
+        copied = packing.empty(length, [kv.keys.device if kv else None for kv in self.layers])
+        for own, kv in zip(copied.layers, self.layers, strict=True):
+            if own and kv and isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor):
+                own.keys.copy_(_tail(kv.keys[i : i + 1], length))
+                own.values.copy_(_tail(kv.values[i : i + 1], length))
         return copied
 
     @classmethod
-    def collate(cls, prefixes: Sequence[PrefixKV]) -> PrefixKV:
-        """Put prefixes that are stored one by one together, left-padded with zeros that are never attended to."""
-        if len(prefixes) == 1:
+    def collate(cls, prefixes: Sequence[PrefixKV], dtype: torch.dtype | None = None) -> PrefixKV:
+        """Put prefixes that are stored one by one together, left-padded with zeros that are never attended to.
+
+        Args:
+            prefixes: with layers of the same shapes and dtype.
+            dtype: of the result; None: that of the prefixes.
+        """
+        if len(prefixes) == 1 and dtype in (None, Packing.of(prefixes[0]).dtype):
             return prefixes[0]
         layers: list[LayerKV | None] = []
         for rows in zip(*(prefix.layers for prefix in prefixes), strict=True):
             kvs = [kv for kv in rows if kv is not None]
             keys, values = [kv.keys for kv in kvs], [kv.values for kv in kvs]
-            layers.append(LayerKV(left_pad(keys), left_pad(values), kvs[0].window) if kvs else None)
+            both = (left_pad(keys, dtype=dtype), left_pad(values, dtype=dtype)) if kvs else None
+            layers.append(both and LayerKV(*both, kvs[0].window))
         return cls(layers, [length for prefix in prefixes for length in prefix.lengths])
 
 
@@ -183,11 +189,17 @@ class Packing:
         )
         return cls(layers, dtypes.pop())
 
+    def stored_as(self, kv_dtype: str | None) -> Packing:
+        """The packing of the same layers in another dtype, a key of `KV_DTYPES`; None: this one."""
+        return self if kv_dtype is None else replace(self, dtype=KV_DTYPES[kv_dtype])
+
+    def other_dtype(self, kv_dtype: str | None) -> str | None:
+        """``kv_dtype``, a key of `KV_DTYPES`, where it is another dtype than this one; else None."""
+        return None if self.stored_as(kv_dtype) == self else kv_dtype
+
     def numel(self, length: int) -> int:
-        """Numbers in the keys and values of a prefix of ``length`` tokens."""
-        return sum(
-            heads * _kept(length, window) * (key + value) for heads, key, value, window in filter(None, self.layers)
-        )
+        """Numbers in the keys and values of a prefix of ``length`` tokens; bytes for int8, which has scales too."""
+        return sum(self._layer_numel(layer, length) for layer in self.layers if layer)
 
     def nbytes(self, length: int) -> int:
         return self.numel(length) * self.dtype.itemsize
@@ -197,16 +209,44 @@ class Packing:
         layers: list[LayerKV | None] = []
         start = 0
         for layer in self.layers:
-            if layer is None:
-                layers.append(None)
-                continue
-            heads, key_width, value_width, window = layer
-            slots = _kept(length, window)
-            middle, end = start + heads * slots * key_width, start + heads * slots * (key_width + value_width)
-            keys = flat[start:middle].view(1, heads, slots, key_width)
-            layers.append(LayerKV(keys, flat[middle:end].view(1, heads, slots, value_width), window))
+            end = start + (self._layer_numel(layer, length) if layer else 0)
+            layers.append(self._layer(flat[start:end], layer, length) if layer else None)
             start = end
         return PrefixKV(layers, [length], flat)
+
+    def empty(self, length: int, devices: Sequence[torch.device | None]) -> PrefixKV:
+        """A prefix in memory that nothing is written to yet.
+
+        Args:
+            length: tokens of the prefix.
+            devices: of each layer; None for one that stores nothing.
+        """
+        if len({device for device in devices if device}) == 1:
+            device = next(device for device in devices if device)
+            return self.unpack(torch.empty(self.numel(length), dtype=self.dtype, device=device), length)
+        layers: list[LayerKV | None] = []
+        for layer, device in zip(self.layers, devices, strict=True):
+            numel = self._layer_numel(layer, length) if layer else 0
+            block = torch.empty(numel, dtype=self.dtype, device=device)
+            layers.append(self._layer(block, layer, length) if layer else None)
+        return PrefixKV(layers, [length])
+
+    def _layer_numel(self, layer: LayerShape, length: int) -> int:
+        heads, key_width, value_width, window = layer
+        slots = _kept(length, window)
+        if self.dtype == torch.int8:
+            return int8_bytes(heads, slots, key_width, value_width)
+        return heads * slots * (key_width + value_width)
+
+    def _layer(self, block: Tensor, layer: LayerShape, length: int) -> LayerKV:
+        """Keys and values of a layer, as views of ``block`` [_layer_numel(layer, length)]."""
+        heads, key_width, value_width, window = layer
+        slots = _kept(length, window)
+        if self.dtype == torch.int8:
+            return LayerKV(*int8_views(block, heads, slots, key_width, value_width), window)
+        middle = heads * slots * key_width
+        keys, values = block[:middle], block[middle:]
+        return LayerKV(keys.view(1, heads, slots, key_width), values.view(1, heads, slots, value_width), window)
 
 
 def _kept(length: int, window: int | None) -> int:
@@ -229,21 +269,33 @@ def _pads_first(tensor: Tensor, lengths: Sequence[int], leading: int) -> Tensor:
     return tensor.gather(2, source[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
-def left_pad(tensors: Sequence[Tensor], length: int | None = None, room: int = 0) -> Tensor:
+def left_pad(
+    tensors: Sequence[Tensor | Int8Tensor], length: int | None = None, room: int = 0, dtype: torch.dtype | None = None
+) -> Tensor:
     """Tensors [1, heads, P_i, width] as one of [N, heads, length + room, width].
 
     Args:
-        tensors: N of them.
+        tensors: N of them; one may be there several times.
         length: the padded length; None: the longest P_i.
         room: slots at the end that stay uninitialised.
+        dtype: of the result; None: theirs.
     """
     first = tensors[0]
     length = max(t.shape[-2] for t in tensors) if length is None else length
-    padded = first.new_empty(len(tensors), first.shape[1], length + room, first.shape[-1])
-    for row, tensor in zip(padded, tensors, strict=True):
+    shape = (len(tensors), first.shape[1], length + room, first.shape[-1])
+    padded = torch.empty(shape, dtype=dtype or first.dtype, device=first.device)
+    done: dict[int, Tensor] = {}
+    for row, tensor in zip(padded.split(1), tensors, strict=True):
         gap = length - tensor.shape[-2]
-        row[:, :gap] = 0  # masked, but NaN times zero would still be NaN
-        row[:, gap:length] = tensor[0]
+        row[:, :, :gap] = 0  # masked, but NaN times zero would still be NaN
+        own = row[:, :, gap:length]
+        if id(tensor) in done:  # one that is stored in another dtype is converted once
+            own.copy_(done[id(tensor)])
+        elif isinstance(tensor, Int8Tensor):
+            tensor.read_into(own)
+        else:
+            own.copy_(tensor)
+        done[id(tensor)] = own
     return padded
 
 
@@ -255,12 +307,14 @@ class PrefixKey(NamedTuple):
         digest: SHA-256 of the prefix ids.
         length: how many ids there are.
         deterministic: whether it was computed unpadded in a pass of its own, which changes the last bits.
+        kv_dtype: the dtype that it is stored in, where that is not the LM's own.
     """
 
     model: LMVersion
     digest: bytes
     length: int
     deterministic: bool
+    kv_dtype: str | None = None
 
 
 def prefix_digest(prefix_ids: Sequence[int]) -> bytes:

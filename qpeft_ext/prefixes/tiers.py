@@ -210,6 +210,8 @@ class DiskTier(FileTier):
         if prefix.ready is not None:
             prefix.ready.synchronize()
         metadata = {"fingerprint": json.dumps(key.model.fingerprint()), "alone": str(key.deterministic)}
+        if key.kv_dtype:
+            metadata["kv_dtype"] = key.kv_dtype
         try:
             size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.block.cpu())], metadata, mode=0o600)
         except (OSError, ValueError) as error:
@@ -255,5 +257,6 @@ class DiskTier(FileTier):
 
 
 def _file_name(key: PrefixKey) -> str:
-    content = json.dumps([key.model.fingerprint(), key.deterministic], sort_keys=True)
+    stored_as = [key.kv_dtype] if key.kv_dtype else []  # files of earlier versions have the LM's own dtype
+    content = json.dumps([key.model.fingerprint(), key.deterministic, *stored_as], sort_keys=True)
     return hashlib.sha256(content.encode() + key.digest).hexdigest()

@@ -62,7 +62,9 @@ def rerank_job(
         prompt = spec.prompt()
         passages = PassageScoring.of(prompt, spec.passages, spec.passage_tokens, spec.passage_stride)
         if spec.index:
-            PrefixIndex(spec.index).expect_prompt(prompt, None if passages is None else passages.splitter.settings)
+            index = PrefixIndex(spec.index)
+            index.expect_prompt(prompt, None if passages is None else passages.splitter.settings)
+            index.kv_dtype_with(spec.kv_dtype)
         asked = {query_id: queries[query_id] for query_id in candidates}
         if cut := check_queries(prompt, asked, spec.truncate_queries):
             say(f"{cut} of {len(candidates)} queries are cut to max_query_tokens = {spec.limits['max_query_tokens']}")

@@ -57,6 +57,7 @@ class Reranker(PairInspector):
         passage_tokens: longest passage in tokens, title and text together; None: ``max_document_tokens``.
         passage_stride: tokens from the beginning of a passage to that of the next; None: ``passage_tokens``, so that
             they do not overlap.
+        kv_dtype: as for `DocumentCache`, of the cache that max_memory makes.
     Attributes:
         truncated, truncated_queries: documents and queries cut so far (``max_document_tokens``, ``max_query_tokens``);
             one that is in two calls counts twice.
@@ -80,6 +81,7 @@ class Reranker(PairInspector):
         passages: str | None = None,
         passage_tokens: int | None = None,
         passage_stride: int | None = None,
+        kv_dtype: str | None = None,
     ) -> None:
         expect_model(model)
         by_passages = PassageScoring.of(model.prompt, passages, passage_tokens, passage_stride)
@@ -91,7 +93,9 @@ class Reranker(PairInspector):
             plan = plan_memory(model.engine, max_memory, isinstance(model.clues, AttentionClues))
             max_tokens_per_batch = max_tokens_per_batch or plan.max_tokens_per_batch
             projected_bytes = plan.projected_bytes if projected_bytes is None else projected_bytes
-            cache = DocumentCache(plan.cache_bytes) if cache is None else cache
+            cache = DocumentCache(plan.cache_bytes, kv_dtype=kv_dtype) if cache is None else cache
+        elif kv_dtype is not None:
+            raise ValueError("Reranker: kv_dtype is for max_memory's cache; give DocumentCache(kv_dtype=…) your own")
         if compile:
             model.engine.compile()
         projected = ProjectedRows(256 << 20 if projected_bytes is None else projected_bytes)

@@ -23,6 +23,7 @@ from ..lm.loading import (
     quiet_transformers,
 )
 from ..model import build_prompt
+from ..prefixes.manifest import read_manifest
 from ..prompts.prompt import Prompt
 from .run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_documents
 
@@ -53,6 +54,7 @@ class SystemsSpec:
         cache_bytes: budget of a `DocumentCache` in every process; 0 for none.
         max_memory: as for `Reranker`, instead of cache_bytes.
         index: a folder of prefixes on disk, made by ``qpeft index``.
+        kv_dtype: as for `DocumentCache`, of the cache that cache_bytes, max_memory or index ask for.
         template, special_tokens: as in `QPeftConfig`, where there is no adapter that says it.
     """
 
@@ -71,6 +73,7 @@ class SystemsSpec:
     cache_bytes: int = 0
     max_memory: int | str | None = None
     index: Path | None = None
+    kv_dtype: str | None = None
     template: str | None = None
     special_tokens: str | None = None
     truncate_queries: bool = False
@@ -136,6 +139,7 @@ class SystemsSpec:
         corpus = open_collection(self.data).corpus
         assert isinstance(corpus, _Versioned)  # as all are that can be opened
         special_tokens = self.prompt().special_tokens
+        kv_dtype = read_manifest(self.index).get("kv_dtype") if self.index else self.kv_dtype
         content = hashlib.sha256()
         for query_id, ranking in candidates.items():
             content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
@@ -143,6 +147,7 @@ class SystemsSpec:
             "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
             "base model": lm_digest(self.lm_name, revision=self.lm_revision),
             "dtype": self.dtype,
+            **({} if kv_dtype is None else {"kv_dtype": kv_dtype}),  # earlier versions have no such setting
             "attention": self.attention,
             **{name: getattr(self.config, name) for name in ("template", "allow_special_tokens")},
             **({} if special_tokens == "bos" else {"special_tokens": special_tokens}),  # before it was an option: bos
@@ -184,11 +189,12 @@ class Systems:
 
         self.corpus = open_collection(spec.data).corpus
         cached = spec.cache_bytes or spec.index is not None
-        cache = DocumentCache(spec.cache_bytes, index=spec.index) if cached else None
+        cache = DocumentCache(spec.cache_bytes, index=spec.index, kv_dtype=spec.kv_dtype) if cached else None
         options: dict[str, Any] = {
             "deterministic": spec.deterministic,
             "cache": cache,
             "max_memory": spec.max_memory,
+            "kv_dtype": None if cached else spec.kv_dtype,
             "truncate_queries": spec.truncate_queries,
             **spec.passage_options,
         }

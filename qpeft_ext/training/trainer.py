@@ -71,7 +71,8 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
             default) keeps none. Only prefixes without gradient are kept: while a soft prompt or an adapter in the LM is
             trained, those of an evaluation and none of the training.
         cache: a `DocumentCache` of your own instead, e.g. one with an index, ``DocumentCache(1 << 30, index=FOLDER)``:
-            documents that ``qpeft index`` has read are not read again.
+            documents that ``qpeft index`` has read are not read again. One that takes half the memory has a
+            ``kv_dtype``; no gradient goes through what it keeps.
         deterministic: compute every prefix, clue and suffix unpadded and one per pass, so that a resumed run ends
             bit-equal on the CPU (same machine and threads). Slower.
         truncate_queries: cut a query that is longer than ``max_query_tokens`` at its end, instead of an error.
