@@ -14,11 +14,13 @@ from .common import (
     Attention,
     Device,
     Dtype,
+    KvDtype,
     Passages,
     PassageStride,
     PassageTokens,
     Revision,
     expect_at_least,
+    expect_kv_dtype_of,
     from_dataclass,
 )
 
@@ -53,6 +55,7 @@ class ServeOptions:
     cache_bytes: Annotated[int, typer.Option(help="Memory for keys and values of documents.")] = 1 << 30
     disk_cache: Annotated[Path | None, typer.Option(help="Folder for keys and values that outlive the server.")] = None
     disk_bytes: Annotated[int, typer.Option(help="Budget of --disk-cache in bytes.")] = 0
+    kv_dtype: KvDtype = None
     dtype: Dtype = None
     attention: Attention = None
     device: Device = None
@@ -119,6 +122,7 @@ def _spec(options: ServeOptions) -> ServeSpec:
         max_requests=options.max_requests,
     )
     expect_at_least(0, cache_bytes=options.cache_bytes, disk_bytes=options.disk_bytes, port=options.port)
+    expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index, options.disk_cache)
     if (options.disk_cache is None) != (options.disk_bytes == 0):
         raise ValueError("--disk-cache and --disk-bytes belong together")
     if options.request_timeout <= 0:
@@ -143,6 +147,7 @@ def _spec(options: ServeOptions) -> ServeSpec:
         corpus=options.corpus,
         index=options.index,
         cache_bytes=options.cache_bytes,
+        kv_dtype=options.kv_dtype,
         disk=None if options.disk_cache is None else (options.disk_cache, options.disk_bytes),
         api_keys=tuple(options.api_key or filter(None, [os.environ.get("QPEFT_API_KEY")])),
         lm_options={

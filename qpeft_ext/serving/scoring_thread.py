@@ -185,7 +185,8 @@ def held_prefixes(job: Job, places: list[int]) -> list[bool]:
     if cache is None or engine.why_not_cached or engine.is_encoder_decoder:
         return [False] * len(places)
     version, alone = engine.version(), reranker.deterministic
-    return cache.held([PrefixKey(version, job.digests[i], job.prefix_tokens[i], alone) for i in places])
+    kv_dtype = engine.packing.other_dtype(cache.kv_dtype)
+    return cache.held([PrefixKey(version, job.digests[i], job.prefix_tokens[i], alone, kv_dtype) for i in places])
 
 
 def mark_cached(job: Job) -> None:

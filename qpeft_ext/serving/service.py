@@ -43,7 +43,9 @@ class Service:
     def __init__(self, spec: ServeSpec) -> None:
         self.spec = spec
         disk, disk_bytes = spec.disk or (None, 0)
-        self.cache = DocumentCache(spec.cache_bytes, disk=disk, disk_bytes=disk_bytes, index=spec.index)
+        self.cache = DocumentCache(
+            spec.cache_bytes, disk=disk, disk_bytes=disk_bytes, index=spec.index, kv_dtype=spec.kv_dtype
+        )
         self.models = Models(spec, self.cache)
         self.keys = Keys(spec.api_keys)
         self.metrics = Metrics(

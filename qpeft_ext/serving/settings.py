@@ -45,6 +45,7 @@ class ServeSpec:
         index: made by ``qpeft index``, or None.
         cache_bytes: memory for keys and values of documents.
         disk: folder and bytes for keys and values of documents, or None.
+        kv_dtype: the dtype in which they are stored, as for `DocumentCache`.
         api_keys: a request must carry one of them; () lets everyone in.
         lm_options: for `load_lm`: device, dtype, attention, revision.
         token_limits: max_document_tokens and max_query_tokens, where they differ from the adapter's.
@@ -59,6 +60,7 @@ class ServeSpec:
     index: Path | None = None
     cache_bytes: int = 1 << 30
     disk: tuple[Path, int] | None = None
+    kv_dtype: str | None = None
     api_keys: tuple[str, ...] = ()
     lm_options: Mapping[str, Any] = field(default_factory=dict)
     token_limits: Mapping[str, int] = field(default_factory=dict)
