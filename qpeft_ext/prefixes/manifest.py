@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def settings_of(model, deterministic: bool, kv_dtype: str | None, passages: dict[str, int] | None) -> dict:
-    """What an index has in its manifest about the keys and values in it.
+    """Everything that the manifest of an index says about the keys and values in it.
 
     Args:
         model: the `QPeftModel` that computes them.
