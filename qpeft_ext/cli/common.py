@@ -29,7 +29,7 @@ KvDtype = Annotated[
     str | None,
     typer.Option(
         help="Number format in which keys and values of documents are stored: float32, bfloat16, float16 or int8.  "
-        "[default: that of --index, or the LM's]"
+        "[default: the LM's, or an index's]"
     ),
 ]
 Revision = Annotated[

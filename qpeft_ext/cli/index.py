@@ -13,6 +13,7 @@ from .common import (
     Attention,
     Device,
     Dtype,
+    KvDtype,
     Passages,
     PassageStride,
     PassageTokens,
@@ -20,6 +21,7 @@ from .common import (
     SpecialTokens,
     Template,
     expect_at_least,
+    expect_kv_dtype_of,
 )
 
 if TYPE_CHECKING:
@@ -46,12 +48,7 @@ def command(
         typer.Option("--deterministic", help="Read each document in its own pass, for rerank --deterministic; slower."),
     ] = False,
     max_tokens_per_batch: Annotated[int, typer.Option(help="Token budget of a pass.")] = 8192,
-    kv_dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Number format of keys and values on disk: float32, bfloat16, float16 or int8.  [default: the LM's]"
-        ),
-    ] = None,
+    kv_dtype: KvDtype = None,
     revision: Revision = None,
     dtype: Dtype = None,
     attention: Attention = None,
@@ -70,10 +67,9 @@ def command(
     expect_at_least(1, max_document_tokens=max_document_tokens, max_tokens_per_batch=max_tokens_per_batch)
     check_passages(passages, passage_tokens, passage_stride)
     from .. import formats
-    from ..prefixes.dtypes import expect_kv_dtype
     from ..utils.console import say
 
-    expect_kv_dtype(kv_dtype, "--kv-dtype")
+    expect_kv_dtype_of(kv_dtype, out)
     documents = formats.open_collection(corpus).corpus
     from ..lm.loading import default_device, quiet_transformers
     from ..prefixes.index_writer import IndexWriter
