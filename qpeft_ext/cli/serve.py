@@ -95,6 +95,7 @@ def command(options: ServeOptions) -> None:
 
     Example: qpeft serve --model ADAPTER --port 8080
     """
+    _check_options(options)
     spec = _spec(options)
     try:
         from ..serving.server import serve
@@ -104,10 +105,9 @@ def command(options: ServeOptions) -> None:
     serve(spec, options.host, options.port, options.drain_seconds, options.log_level)
 
 
-def _spec(options: ServeOptions) -> ServeSpec:
+def _check_options(options: ServeOptions) -> None:
     """Raises: ValueError for options that are missing, exclude each other, or are out of range."""
     from ..prompts.passages import check_passages
-    from ..serving.settings import Limits, ServeSpec
 
     if not (options.model or options.base_model):
         raise ValueError("expected --model ADAPTER, or --base-model LM to score without clues")
@@ -131,8 +131,14 @@ def _spec(options: ServeOptions) -> ServeSpec:
         raise ValueError(f"--log-level must be debug, info, warning or error, got {options.log_level!r}")
     if options.models_root is not None and not options.models_root.is_dir():
         raise ValueError(f"--models-root must be a folder, got {options.models_root}")
-    given = {"max_document_tokens": options.max_document_tokens, "max_query_tokens": options.max_query_tokens}
     check_passages(options.passages, options.passage_tokens, options.passage_stride)
+
+
+def _spec(options: ServeOptions) -> ServeSpec:
+    """Return what is served, of options that are right."""
+    from ..serving.settings import Limits, ServeSpec
+
+    given = {"max_document_tokens": options.max_document_tokens, "max_query_tokens": options.max_query_tokens}
     reranker = {
         "deterministic": options.deterministic,
         "max_tokens_per_batch": options.max_tokens_per_batch,
