@@ -10,9 +10,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
+from qpeft_ext.config import TEMPLATES
 from qpeft_ext.lm.loading import load_tokenizer
 from qpeft_ext.prefixes.manifest import expect_same_prompt, prompt_settings
 from qpeft_ext.prompts.prompt import Prompt, document_text
+from qpeft_ext.prompts.templates import BY_NAME
 from qpeft_ext.utils.text_tokens import TextTokenizer
 
 BASE_LM = Path(qpeft.__file__).parent / "demo" / "base_lm"
@@ -21,6 +23,10 @@ BASE_LM = Path(qpeft.__file__).parent / "demo" / "base_lm"
 @pytest.fixture
 def prompt():
     return Prompt(tiny_tokenizer(), qpeft.QPeftConfig(max_document_tokens=10, max_query_tokens=8))
+
+
+def test_every_name_of_a_template_has_one():
+    assert tuple(BY_NAME) == TEMPLATES
 
 
 def text_of(prompt, ids):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ...config import QPeftConfig
 from .base import Template, TemplatePieces
-from .chat import chat
-from .qpeft import clues_first, qpeft
-from .upr import upr
+from .chat import chat_pieces
+from .qpeft import clues_first_pieces, qpeft_pieces
+from .upr import upr_pieces
 from .words import Words
 
-BY_NAME: dict[str, Template] = {"qpeft": qpeft, "upr": upr, "chat": chat}
+BY_NAME: dict[str, Template] = {"qpeft": qpeft_pieces, "upr": upr_pieces, "chat": chat_pieces}
 
 
 def pieces_of(words: Words, config: QPeftConfig) -> TemplatePieces:
@@ -17,5 +17,5 @@ def pieces_of(words: Words, config: QPeftConfig) -> TemplatePieces:
 
     Raises: ValueError if the template cannot be made with this tokenizer.
     """
-    template = clues_first if config.layout == "clues_first" else BY_NAME[config.template]
+    template = clues_first_pieces if config.layout == "clues_first" else BY_NAME[config.template]
     return template(words, config)

@@ -30,14 +30,15 @@ _DOCUMENT, _QUERY = "QpeftDocumentGoesHere", "QpeftQueryGoesHere"
 _REFUSED = "QPeftConfig: template='chat' "
 
 
-def chat(words: Words, config: QPeftConfig) -> TemplatePieces:
+def chat_pieces(words: Words, config: QPeftConfig) -> TemplatePieces:
     """Make the pieces (`base.Template`). Raises: ValueError without a chat template that keeps texts as they are."""
     P, instruction = config.num_virtual_tokens, config.instruction.strip()
     passage = _PASSAGE if instruction or P is not None else _PASSAGE.lstrip()
     asked = instruction or "Question:"
     begin, answer = _around(words.tokenizer, f"{instruction}{passage} {_DOCUMENT}\n{asked}")
     request = f"{asked}{answer}".removesuffix(" ")
-    head, soft_prompt_start, instruction_ids = words(f"{begin}{instruction}{passage}")[0], 0, ()
+    (head,), soft_prompt_start = words(f"{begin}{instruction}{passage}"), 0
+    instruction_ids: tuple[int, ...] = ()
     if P is not None:
         before = words(begin)[0]
         head, soft_prompt_start = before + (0,) * P + words.continued(passage), len(before)

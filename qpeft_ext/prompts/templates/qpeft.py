@@ -17,9 +17,10 @@ from .base import AroundInstruction, TemplatePieces
 from .words import Words
 
 
-def qpeft(words: Words, config: QPeftConfig) -> TemplatePieces:
+def qpeft_pieces(words: Words, config: QPeftConfig) -> TemplatePieces:
     """Make the pieces with the document first (`base.Template`)."""
-    instruction, instruction_ids = config.instruction.strip(), ()
+    instruction = config.instruction.strip()
+    instruction_ids: tuple[int, ...] = ()
     head, tail, hints, question, bare = words(
         f"{instruction} Passage:".strip(), "\n", "hints:", "\nQuestion:", "Question:"
     )
@@ -36,7 +37,7 @@ def qpeft(words: Words, config: QPeftConfig) -> TemplatePieces:
     )
 
 
-def clues_first(words: Words, config: QPeftConfig) -> TemplatePieces:
+def clues_first_pieces(words: Words, config: QPeftConfig) -> TemplatePieces:
     """Make the pieces with the clues before the document, so that nothing can be shared (`base.Template`)."""
     head, newline, hints, question, passage = words(
         config.instruction.strip(), "\n", words.spaced("hints:"), "Question:", words.spaced("Passage:")

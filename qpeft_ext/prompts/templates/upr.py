@@ -13,7 +13,7 @@ from .words import Words
 UPR_INSTRUCTION = ". Please write a question based on this passage."
 
 
-def upr(words: Words, config: QPeftConfig) -> TemplatePieces:
+def upr_pieces(words: Words, config: QPeftConfig) -> TemplatePieces:
     """Make the pieces (`base.Template`)."""
     head, hints = words("Passage:", words.spaced("hints:"))
     question = words.continued(UPR_INSTRUCTION)
