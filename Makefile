@@ -41,7 +41,7 @@ format: .venv/.ready ## ruff format, and clang-format over csrc
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
-check: build lint    ## the inner loop: lint and the fast tests (all but the files of conftest.SLOW)
+check: build lint    ## the inner loop: lint and the fast tests (all that are not marked slow)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(TESTS)
 
 test: build lint     ## lint and all tests, a worker for each core (one process: make test PARALLEL=)

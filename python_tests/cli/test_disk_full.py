@@ -1,16 +1,9 @@
 """A disk that is full: one line that names the file, and nothing half-written. Files may not grow beyond a limit here,
 which gives the same kind of error."""
 
-import os
-import resource
-import sys
-import traceback
-
 import pytest
-import torch
+from jobs.processes import forked_command
 from jobs.tiny_job import copy_job
-
-from qpeft_ext.cli import main
 
 RERANK = "rerank --model {job}/adapter --data {job}/data --run {job}/data/run.trec --output {out} --device cpu"
 TRAIN = (
@@ -42,32 +35,8 @@ def test_the_line_names_the_file(name, whole_job, tmp_path, monkeypatch):
         from qpeft_ext.formats.beir import Corpus
 
         Corpus(job / "data" / "corpus.jsonl")  # so that it is not the corpus' index that is too large
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # before the fork
-    said, write = os.pipe()  # a pipe has no limit
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            sys.dont_write_bytecode = True  # a .pyc would be cut short too, without a word
-            sys.stderr = os.fdopen(write, "w")
-            handle = os.open("/dev/null", os.O_WRONLY)
-            sys.stdout = os.fdopen(handle, "w")
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-            code = main([word.format(job=job, out=out) for word in command.split()])
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            sys.stderr.flush()
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    os.close(write)
-    with os.fdopen(said) as file:
-        lines = file.read().splitlines()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    torch.set_num_threads(threads)
+    code, _, err = forked_command([word.format(job=job, out=out) for word in command.split()], room=most).end()
+    lines = err.splitlines()
     assert code == 2 and lines, lines
     assert str(tmp_path / named) in lines[-1] or name == "checkpoint" and named in lines[-1], lines
     assert "File too large" in lines[-1] or "disk I/O error" in lines[-1], lines

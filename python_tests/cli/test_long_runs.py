@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs.long_job import CANDIDATES, QUERIES, Process, children, command, make_long_job
+from jobs.long_job import CANDIDATES, QUERIES, command, make_long_job
+from jobs.processes import Process, children, forked_command
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
@@ -23,7 +23,7 @@ LINES = QUERIES * CANDIDATES
 PER_BLOCK = PAIRS_PER_BLOCK // CANDIDATES  # queries
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def finish(job, out, expected, capsys, there, *options) -> None:
 def test_killed(job, expected, tmp_path, capsys):
     """SIGKILL; then a torn line, as a power cut would leave it."""
     out, part = tmp_path / "run", tmp_path / "run.part"
-    process = Process(command(job, out))
+    process = forked_command(command(job, out))
     process.wait_for_size(part, 10_000)
-    process.popen.kill()
+    process.kill()
     assert process.end()[0] == -signal.SIGKILL and not out.exists()
     there = len(part.read_bytes().splitlines()) // CANDIDATES // PER_BLOCK * PER_BLOCK
     assert 0 < there < QUERIES
@@ -86,7 +86,7 @@ def test_disk_full(job, expected, tmp_path, capsys):
     """The system refuses to let the file grow (RLIMIT_FSIZE: the same path as a full disk, without being root)."""
     out, part = tmp_path / "run", tmp_path / "run.part"
     limit = 30_001  # in the middle of a line, and of a block
-    process = Process(command(job, out), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    process = forked_command(command(job, out), room=limit)
     code, _, err = process.end()
     there = whole_queries(part)
     assert code == 2 and 0 < there < QUERIES
@@ -224,7 +224,7 @@ def test_two_devices_one_dies(job, expected, tmp_path):
     out = tmp_path / "run"
     process = Process(command(job, out, "--devices", "cpu,cpu"))
     process.wait_for_size(tmp_path / "run.part", 5_000)
-    workers = workers_of(process.popen.pid)
+    workers = workers_of(process.pid)
     os.kill(workers[0], signal.SIGKILL)
     code, out_text, err = process.end()
     assert code == 0, err
@@ -241,9 +241,9 @@ def test_killed_on_two_devices(job, expected, tmp_path, capsys):
     out, part = tmp_path / "run", tmp_path / "run.part"
     process = Process(command(job, out, "--devices", "cpu,cpu"))
     process.wait_for_size(part, 5_000)
-    workers = children(process.popen.pid)
-    process.popen.kill()
-    process.popen.communicate()
+    workers = children(process.pid)
+    process.kill()
+    process.end()
     deadline = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
         assert time.monotonic() < deadline, "a worker outlives the process that started it"
@@ -266,7 +266,7 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
         slow = ("--max-tokens-per-batch", "32")  # a pass for every pair: otherwise a fast machine is done too soon
         process = Process(command(job, out, "--upr", "--devices", "cpu,cpu", *slow))
         process.wait_for_size(out.with_name("run.part"), 1)  # the same workers make both systems
-        workers = workers_of(process.popen.pid)
+        workers = workers_of(process.pid)
 
         def a_little_further(workers=workers, part=part, out=out, pause=0.01 / 4**attempt) -> bool:
             """On a busy machine the rest could be done before this process runs again, on a fast one in the pause."""
@@ -276,7 +276,7 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
             return part.exists() and part.stat().st_size or out.exists()
 
         process.wait_for(a_little_further)
-        os.killpg(process.popen.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
         send(workers, signal.SIGCONT)
         code, _, err = process.end()
         if code:

@@ -13,7 +13,7 @@ from qpeft_ext import formats
 from qpeft_ext.ranking import run as rerank_run
 from qpeft_ext.ranking.run import RankedBlock, by_likelihood, run_blocks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 WORDS = "tide moon sea boat harbour wind wave month earth low high pull rope lamp fog gull net pier map sail".split()
 DOCUMENTS = {f"d{i}": {"text": " ".join(random.Random(i).choices(WORDS, k=1 + i * 7 % 23))} for i in range(15)}

@@ -13,6 +13,8 @@ import qpeft_ext as qpeft
 from qpeft_ext.cli import main
 from qpeft_ext.utils.locks import locked_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):

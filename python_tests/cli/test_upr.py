@@ -14,6 +14,8 @@ from qpeft_ext import formats
 from qpeft_ext.cli import main
 from qpeft_ext.prompts.prompt import Prompt, document_text
 
+pytestmark = pytest.mark.slow
+
 INSTRUCTION = "Please write a question based on this passage."
 
 

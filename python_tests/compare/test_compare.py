@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from evaluation.test_report import Tags
 from jobs.compare_job import METHODS, assert_same_runs, command, compare, results, runs, write_plan
-from jobs.long_job import Process
+from jobs.processes import forked_command
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
@@ -21,7 +21,7 @@ from qpeft_ext.evaluation.measures import evaluate
 pytest.importorskip("peft")
 pytest.importorskip("bm25s")
 pytest.importorskip("ir_measures")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +146,9 @@ def test_costs_of_several_machines_are_told_apart(done, job, tmp_path):
 def test_two_processes_share_the_work(done, job, tmp_path):
     """Started at once, also when one of them is killed: each result is made once and is what one process makes."""
     out = tmp_path / "out"
-    first, second, third = (Process(command(done / "plan.yaml", job, out)) for _ in range(3))
+    first, second, third = (forked_command(command(done / "plan.yaml", job, out)) for _ in range(3))
     third.wait_for(lambda: (out / "tiny" / "hard-clues").exists())
-    third.popen.kill()
+    third.kill()
     third.end()
     texts = []
     for process in (first, second):
@@ -170,9 +170,9 @@ def test_killed(done, job, tmp_path, capsys):
     """SIGKILL while the second seed of LoRA is at work: what is whole stays, the rest comes out as it would have."""
     out = tmp_path / "out"
     some = ("--method", "UPR", "--method", "LoRA + BM25")  # and LoRA, which the latter takes
-    process = Process(command(done / "plan.yaml", job, out, *some))
+    process = forked_command(command(done / "plan.yaml", job, out, *some))
     process.wait_for(lambda: (out / "tiny" / "LoRA" / "seed-1" / "settings.json").exists())
-    process.popen.kill()
+    process.kill()
     assert process.end()[0] == -signal.SIGKILL
     there = results(out)
     assert ("LoRA", 0) in there and ("LoRA + BM25", 1) not in there and not (out / "comparison.md").exists()

@@ -14,7 +14,7 @@ from qpeft_ext.compare.tables import build_tables
 pytest.importorskip("peft")
 pytest.importorskip("bm25s")
 pytest.importorskip("ir_measures")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_training_reads_prefixes_from_the_cache(job, tmp_path, monkeypatch):

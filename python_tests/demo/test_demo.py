@@ -14,7 +14,7 @@ from qpeft_ext.demo.adapters import ADAPTER
 from qpeft_ext.demo.data import load_demo_data
 
 pytest.importorskip("bm25s", reason="the extra qpeft_ext[bm25] is not installed")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 WORDS = "moon tide harbour wind boat earth sea month wave river cloud stone".split()
 DOCUMENTS = {f"d{i}": f"The {word} and the {WORDS[i - 1]}: a {word} that all know." for i, word in enumerate(WORDS)}

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from test_docstrings import public_objects
 
+pytestmark = pytest.mark.slow
+
 build = pytest.importorskip("mkdocs.commands.build", reason="mkdocs is not installed; the extra [docs] has it")
 pytest.importorskip("material", reason="mkdocs-material is not installed; the extra [docs] has it")
 pytest.importorskip("mkdocstrings_handlers.python", reason="mkdocstrings is not installed; the extra [docs] has it")

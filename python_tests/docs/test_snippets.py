@@ -35,6 +35,8 @@ from tiny_files import DEMO, data_names, model_names, write_files
 
 import qpeft_ext as qpeft
 
+pytestmark = pytest.mark.slow
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB_IDS = ("meta-llama/Llama-2-7b-hf", "Qwen/Qwen2.5-0.5B")
 NOT_RUN = 3

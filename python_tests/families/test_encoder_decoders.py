@@ -15,6 +15,8 @@ import qpeft_ext as qpeft
 from qpeft_ext.prompts.pairs import PairBatch
 from qpeft_ext.prompts.prompt import document_text
 
+pytestmark = pytest.mark.slow
+
 AROUND = {"t5": "$A </s>", "flan_t5": "$A </s>", "bart": "<s> $A </s>", "pegasus": "$A </s>"}
 
 

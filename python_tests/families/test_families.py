@@ -16,6 +16,8 @@ import qpeft_ext as qpeft
 from qpeft_ext.adapters.files import save_adapter
 from qpeft_ext.engine import causal as engine
 
+pytestmark = pytest.mark.slow
+
 CLUES = ["attention", "top_k", "none"]
 
 

@@ -12,6 +12,8 @@ from tiny import PAIRS, own_scores, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 
+pytestmark = pytest.mark.slow
+
 _TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 READABLE = {
     "LoRA": peft.LoraConfig(r=2, **_TARGETS),

@@ -18,6 +18,8 @@ from qpeft_ext.lm.attention import OURS, SDPA, attention
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
 from qpeft_ext.ops.hardware import multiplies_bfloat16_by_tiles
 
+pytestmark = pytest.mark.slow
+
 UNGROUPED = {"gpt2", "gpt_neox", "bloom", "opt"}  # a head of keys for every head of queries
 EAGER = {"gemma2"}  # whose soft cap "sdpa" does not have
 

@@ -13,6 +13,8 @@ from tiny import FAMILIES, PAIRS, tiny_lm, tiny_tokenizer
 import qpeft_ext as qpeft
 from qpeft_ext.ops.hardware import has_bfloat16_products
 
+pytestmark = pytest.mark.slow
+
 native = pytest.mark.skipif(not has_bfloat16_products(), reason="this processor has no products of bfloat16")
 OTHERS = {"gpt2", "gpt_neox", "bloom", "opt", "gemma2", "gemma3", "cohere"}  # layer norms, or 1 is added to the weight
 CONFIG = qpeft.QPeftConfig(num_heads=4, rank=8)

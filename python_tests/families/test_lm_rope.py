@@ -13,6 +13,8 @@ from tiny import own_scores, tiny_lm
 import qpeft_ext as qpeft
 from qpeft_ext.lm.rope import find_rotary_tables
 
+pytestmark = pytest.mark.slow
+
 QUERY = "why tides?"
 DOCUMENTS = ["a sea", "the moon pulls the sea twice a day", "boats in a harbour, " * 4, "tides rise and fall, " * 3]
 PAIRS = [(query, document) for query in (QUERY, "boats") for document in DOCUMENTS]

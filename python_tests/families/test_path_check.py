@@ -13,6 +13,8 @@ import qpeft_ext as qpeft
 from qpeft_ext.engine.causal import CausalEngine
 from qpeft_ext.engine.path_check import ordinary_ids
 
+pytestmark = pytest.mark.slow
+
 _BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
          "max_position_embeddings": 512, "is_decoder": True, "is_encoder_decoder": False, "pad_token_id": 0,
          "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip

@@ -11,6 +11,8 @@ import qpeft_ext as qpeft
 from qpeft_ext.engine.causal import CausalEngine
 from qpeft_ext.engine.filling import CacheFilling
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_leaves_out_the_rows_that_nobody_reads(family):

@@ -10,6 +10,8 @@ from tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 
+pytestmark = pytest.mark.slow
+
 # windows (in two layers) that reach from the query back to the soft prompt of the shorter documents
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 16}, "gemma3": {"sliding_window": 16}, "gpt2": {}, "bloom": {}}
 P = 6

@@ -12,7 +12,10 @@ import qpeft_ext as qpeft
 
 SHARED = Path(os.environ.get("QPEFT_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")).parent
 CHECKPOINT = SHARED / "models" / "stories260K"
-pytestmark = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason=f"the checkpoint {CHECKPOINT.name} is not there")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHECKPOINT.is_dir(), reason=f"the checkpoint {CHECKPOINT.name} is not there"),
+]
 
 DOCUMENTS = [
     {"title": "The red ball", "text": "Lily had a big red ball. She played with it in the park every day."},

@@ -12,6 +12,8 @@ from tiny import DOCUMENTS, QUERIES, tiny_lm, tiny_tokenizer
 import qpeft_ext as qpeft
 from qpeft_ext.training.losses import pointwise_pairwise
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = {
     "attention, no residual": {"clues": "attention", "residual": False},
     "top_k, no residual": {"residual": False},

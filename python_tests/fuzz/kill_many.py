@@ -14,96 +14,28 @@ import argparse
 import contextlib
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
-from threading import RLock
 
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+if __name__ == "__main__":
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from fuzz.kill_commands import Command, commands, make_job
+from jobs.processes import forked_command
 
-import torch  # noqa: E402
-from fuzz.kill_commands import Command, commands, make_job  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from qpeft_ext.cli import main as qpeft_command  # noqa: E402
+from qpeft_ext.cli import main as qpeft_command
 from qpeft_ext.prefixes import index_writer as index_run
-from qpeft_ext.ranking import run as rerank_run  # noqa: E402
+from qpeft_ext.ranking import run as rerank_run
 
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
-SECONDS = 120  # what takes longer has not ended
 _LONGEST_LINE = 300
-
-
-# -- children -----------------------------------------------------------------------------------------------------
-
-
-class Child:
-    """A forked process that runs a command. room: bytes that a file may have."""
-
-    def __init__(self, arguments: list[str], room: int | None = None) -> None:
-        self._pipe, theirs = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            code = 1
-            try:
-                code = self._run(arguments, theirs, room)
-            finally:  # even after an error, so that the child never runs the rest of its parent's program
-                os._exit(code)
-        os.close(theirs)
-
-    @staticmethod
-    def _run(arguments: list[str], stderr: int, room: int | None) -> int:
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            torch.set_num_threads(1)  # its pool is made again here, before threads that load weights do so at once
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(stderr, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            if room is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-            code = qpeft_command(arguments)
-        except KeyboardInterrupt:  # before the command, or behind it
-            code = 130
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stderr.flush()
-        return code
-
-    def send(self, which: signal.Signals) -> None:
-        os.kill(self.pid, which)  # it is not waited for yet, so its id is not another's
-
-    def end(self) -> tuple[int, str]:
-        """Exit code, negative for a signal, and stderr."""
-        latest = time.monotonic() + SECONDS
-        text = b""
-        os.set_blocking(self._pipe, False)
-        status = None
-        while status is None:
-            with contextlib.suppress(BlockingIOError):
-                text += os.read(self._pipe, 1 << 16)
-            done, code = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                status = os.waitstatus_to_exitcode(code)
-            elif time.monotonic() > latest:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise AssertionError(f"it did not end in {SECONDS} s")
-            else:
-                time.sleep(0.002)
-        with contextlib.suppress(BlockingIOError):
-            while more := os.read(self._pipe, 1 << 16):
-                text += more
-        os.close(self._pipe)
-        return status, text.decode(errors="replace")
 
 
 def files(folder: Path, command: Command) -> dict[str, bytes]:
@@ -143,7 +75,7 @@ def interrupted_run(command: Command, out: Path, draw: random.Random, counts: Co
             kind = draw.choices(["kill", "full", "two"], [0.75, 0.15, 0.1])[0]
             largest = max(map(len, command.expected.values()))
             room = draw.randrange(2 * largest) if kind == "full" else None
-            children = [Child(arguments, room) for _ in range(2 if kind == "two" else 1)]
+            children = [forked_command(arguments, room=room) for _ in range(2 if kind == "two" else 1)]
             if kind != "full":
                 moment = draw.uniform(0, 1.05) * command.seconds * len(children)
                 which = draw.choice(SIGNALS)
@@ -155,13 +87,13 @@ def interrupted_run(command: Command, out: Path, draw: random.Random, counts: Co
                 happened.append(f"full after {room} bytes")
             counts[kind if kind != "kill" else which.name] += 1
             for child in children:
-                code, err = child.end()
+                code, _, err = child.end()
                 happened.append(f"-> {code} {err[-300:]!r}")
                 check_end(code, err, (-which,))
             if is_there(command, out):
                 break
         if not is_there(command, out):
-            code, err = Child(arguments).end()
+            code, _, err = forked_command(arguments).end()
             happened.append(f"-> {code} {err[-300:]!r}")
             assert code == 0, "it was not resumed"
         made = files(out, command)
@@ -207,7 +139,7 @@ def prepare(job: Path, scratch: Path, only: str) -> list[Command]:
             if number == 0 and "two workers" not in command.name:
                 code, err = qpeft_command(command.arguments(out)), ""
             else:
-                code, err = Child(command.arguments(out)).end()
+                code, _, err = forked_command(command.arguments(out)).end()
             assert code == 0, f"{command.name}: {code} {err}"
             command.seconds = time.monotonic() - started
             there = files(out, command)
@@ -217,15 +149,14 @@ def prepare(job: Path, scratch: Path, only: str) -> list[Command]:
     return made
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=1000, help="kills, full disks and runs of two at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="part of the name of the commands")
     parser.add_argument("--keep", type=Path, help="folder for what failed")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # before the fork: children inherit no pool of threads
-    tqdm.set_lock(RLock())  # its own lock is shared by all processes, and a killed one would never give it back
     draw, counts, of_command, failures = random.Random(options.seed), Counter(), Counter(), []
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:

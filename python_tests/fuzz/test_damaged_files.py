@@ -12,6 +12,8 @@ from small_data import write_folder, write_lines
 from qpeft_ext.cli import main
 from qpeft_ext.formats import open_collection
 
+pytestmark = pytest.mark.slow
+
 CASES = [(name, i) for name, contents in VALID.items() for i in range(len(contents))]
 FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 # pieces that mean something in one format or another

@@ -1,7 +1,10 @@
 """Some of the cases of ``make fuzz``, which draws thousands: damaged files give a right result or one line."""
 
+import pytest
 import torch
 from fuzz.files import KINDS, fuzz
+
+pytestmark = pytest.mark.slow
 
 QUICK = r"^(adapter/adapter_c|lm/config|lora/lm_adapter/adapter_c|data/(corpus|run)|disk|formats|cache/bm25)"
 

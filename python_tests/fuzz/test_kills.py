@@ -1,13 +1,14 @@
 """A handful of the interruptions that `make kills` makes by the thousand."""
 
-import subprocess
-import sys
-from pathlib import Path
+import pytest
+from fuzz.kill_many import main
+from jobs.processes import Forked
+
+pytestmark = pytest.mark.slow
 
 
 def test_killed_at_random_moments():
-    script = Path(__file__).parent / "kill_many.py"
-    options = ["--count", "4", "--only", "rerank .gz bfloat16"]
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script), *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.rstrip().endswith("0 failed")
+    process = Forked(lambda: main(["--count", "4", "--only", "rerank .gz bfloat16"]), seconds=600)
+    code, out, err = process.end()
+    assert code == 0, out[-3000:] + err[-3000:]
+    assert out.rstrip().endswith("0 failed")

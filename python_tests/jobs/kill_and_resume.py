@@ -1,38 +1,30 @@
 """Train tiny adapters in child processes that are killed, resume them, and compare the adapters.
 
-Used by test_trainer_checkpoints.py.
-
-    python kill_and_resume.py FOLDER     prints {scenario: {"restarts": int, "bit_equal": bool, "difference": float}}
-
-Children are forked, so that torch is imported once; every kill is a real SIGKILL.
+Used by test_trainer_checkpoints.py. Every kill is a real SIGKILL.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
-
 import torch
 import transformers
+from families.tiny import tiny_lm, tiny_tokenizer
+from jobs.processes import Forked
 from safetensors.torch import load_file
-from tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 from qpeft_ext.adapters import files as adapter_files
 from qpeft_ext.training import checkpoints
 
 EXAMPLES = [
-    {"query": f"tide {i}?", "positives": [f"the moon {i} pulls"], "negatives": [f"boat {j} of {i}" for j in range(3)]}
-    for i in range(6)
+    {"query": f"tide {i}?", "positives": [f"the moon {i} pulls"], "negatives": [f"boat of {i}"]} for i in range(6)
 ]  # three batches of two queries an epoch: an optimiser step of two batches, and one of one
 
 
@@ -124,24 +116,10 @@ def die_in_the_middle_of(name: str, occurrence: int) -> None:
     os.replace, shutil.rmtree = replace_, rmtree_
 
 
-def child(work) -> int:
-    """Fork a process that does the work and nothing else; return its pid."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return pid
-
-
 def finish(folder: Path, **options) -> None:
-    code = os.waitpid(child(lambda: train(folder, **options)), 0)[1]
+    code, _, err = Forked(lambda: train(folder, **options)).end()
     if code:
-        raise RuntimeError(f"training in {folder} failed: {code}")
+        raise RuntimeError(f"training in {folder} failed: {code}: {err[-2000:]}")
 
 
 def killed_in_the_middle_of(name: str, occurrence: int, folder: Path, **options) -> int:
@@ -149,9 +127,9 @@ def killed_in_the_middle_of(name: str, occurrence: int, folder: Path, **options)
         die_in_the_middle_of(name, occurrence)
         train(folder, **options)
 
-    code = os.waitpid(child(work), 0)[1]
-    if code != signal.SIGKILL:
-        raise RuntimeError(f"the process was to be killed while writing {name}, it ended with {code}")
+    code, _, err = Forked(work).end()
+    if code != -signal.SIGKILL:
+        raise RuntimeError(f"the process was to be killed while writing {name}, it ended with {code}: {err[-2000:]}")
     finish(folder, **options)
     return 1
 
@@ -160,17 +138,16 @@ def killed_at_random_moments(seed: int, seconds: float, folder: Path, **options)
     """Kill the training again and again, until one process gets to the end."""
     draw, restarts = random.Random(seed), 0
     while True:
-        pid = child(lambda: train(folder, **options))
+        process = Forked(lambda: train(folder, **options))
         deadline = time.monotonic() + draw.uniform(0.1, 0.9) * seconds * (1 + restarts / 4)
-        while time.monotonic() < deadline:
-            done, code = os.waitpid(pid, os.WNOHANG)
-            if done:
-                if code:
-                    raise RuntimeError(f"training in {folder} failed: {code}")
-                return restarts
+        while process.running() and time.monotonic() < deadline:
             time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        process.kill()
+        code, _, err = process.end()
+        if code == 0:
+            return restarts
+        if code != -signal.SIGKILL:
+            raise RuntimeError(f"training in {folder} failed: {code}: {err[-2000:]}")
         restarts += 1
 
 
@@ -195,9 +172,8 @@ FILES = [
 ]
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)  # before the fork: children inherit no pool of threads
-    transformers.logging.set_verbosity_error()
+def kill_and_resume(folder: Path) -> dict[str, dict]:
+    """Return {scenario: {"restarts": int, "bit_equal": bool, "difference": float}}."""
     bits = {"deterministic": True, "cache_bytes": 1 << 20}
     near = {"deterministic": False, "cache_bytes": 1 << 20}
     build(folder / "unused", **bits).create_optimizer()  # all imports happen here, once
@@ -218,8 +194,4 @@ def main(folder: Path) -> None:
         scenario = f"random {seed}"
         record(scenario, killed_at_random_moments(seed, seconds, folder / scenario, **bits), "expected")
     record("with a cache", killed_in_the_middle_of("optimizer.pt", 3, folder / "with a cache", **near), "near")
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return results

@@ -1,25 +1,24 @@
 """Train the same tiny models in one process and on two ranks (gloo, CPU) with the same global batch.
 
 Used by test_two_ranks.py.
-
-python two_ranks.py FOLDER     writes FOLDER/SCENARIO-WORLDSIZE.safetensors and .json, on rank 0
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import torch
 import transformers
+from accelerate import state
 from families.tiny import tiny_lm
+from jobs.processes import Forked
 from safetensors.torch import save_file
 from training.tiny_training import EXAMPLES, Stream, tiny_model, trainer, weights
-
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def with_lora():
@@ -43,20 +42,45 @@ SCENARIOS = {
 }
 
 
-def run(folder: Path, name: str) -> None:
+def on_ranks(world: int, work: Callable[[], int | None]) -> list[Forked]:
+    """Start the processes that torchrun would start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+    def begin() -> int | None:
+        for singleton in (state.PartialState, state.AcceleratorState, state.GradientState):
+            singleton._shared_state.clear()  # an earlier training has left there that it was the only rank
+        return work()
+
+    return [Forked(begin, environment=environment, seconds=300) for environment in ranks]
+
+
+def train_all(folder: Path) -> None:
+    """Write SCENARIO-WORLDSIZE.safetensors and .json for each scenario into ``folder``, on rank 0."""
+    transformers.logging.set_verbosity_error()
+    for name in SCENARIOS:
+        _train(folder, name, int(os.environ["WORLD_SIZE"]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _train(folder: Path, name: str, world: int) -> None:
     make, examples, arguments = SCENARIOS[name]
     arguments = {"train_sampling_strategy": "random" if "Adam" in name else "sequential"} | arguments
 
     def one(resume=None):
         dev = Stream() if name == "stream" else EXAMPLES[:5]  # five: fills no batch of two ranks
         done = trainer(
-            folder / f"{name}-{WORLD}",
+            folder / f"{name}-{world}",
             make(),
             examples,
             dev=dev,
-            per_device_train_batch_size=8 // WORLD,
+            per_device_train_batch_size=8 // world,
             per_device_eval_batch_size=2,
-            ddp_backend="gloo" if WORLD > 1 else None,
+            ddp_backend="gloo" if world > 1 else None,
             **arguments,
         )
         loss = done.train(resume).training_loss
@@ -73,19 +97,10 @@ def run(folder: Path, name: str) -> None:
     done, results = one()
     if "resumed" in name:
         whole = weights(done.model)
-        done, _ = one(str(folder / f"{name}-{WORLD}" / "checkpoint-3"))
+        done, _ = one(str(folder / f"{name}-{world}" / "checkpoint-3"))
         difference = max(float((w - whole[key]).abs().max()) for key, w in weights(done.model).items())
         results["difference to the resumed one"] = difference
     if done.is_world_process_zero():
-        save_file(weights(done.model), folder / f"{name}-{WORLD}.safetensors")
+        save_file(weights(done.model), folder / f"{name}-{world}.safetensors")
         results = {key: value for key, value in results.items() if not key.endswith(("runtime", "per_second"))}
-        (folder / f"{name}-{WORLD}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    for scenario in SCENARIOS:
-        run(Path(sys.argv[1]), scenario)
-    if WORLD > 1:
-        torch.distributed.destroy_process_group()
+        (folder / f"{name}-{world}.json").write_text(json.dumps(results))

@@ -115,6 +115,7 @@ def test_nan_is_seen():
         assert out[0, 0, 0].isnan().all() and out[1].isfinite().all()
 
 
+@pytest.mark.slow
 @native
 def test_compiled():
     *tensors, mask = inputs(2, 4, 2, 20, 50, 32)

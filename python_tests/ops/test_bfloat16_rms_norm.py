@@ -77,6 +77,7 @@ def test_strides_rows_of_zeros_and_nan():
         assert torch.equal(bfloat16_rms_norm(x[i : i + 1], weight, 1e-5)[0].nan_to_num(7), found[i].nan_to_num(7))
 
 
+@pytest.mark.slow
 @native
 def test_compiled():
     x, weight, _ = inputs((6, 40))

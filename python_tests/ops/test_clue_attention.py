@@ -158,6 +158,7 @@ def test_small_blocks_change_nothing(device, monkeypatch):
     torch.testing.assert_close(small_gradients, whole_gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad, device):
     x, weights = make_inputs(device=device)
@@ -168,6 +169,7 @@ def test_opcheck(grad, device):
     torch.library.opcheck(torch.ops.qpeft_ext.clue_attention_heads, (absorbed, *documents, weights[2].detach()))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(device, fresh_graphs):
     x, weights = make_inputs(device=device)
 

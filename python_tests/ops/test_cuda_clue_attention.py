@@ -13,6 +13,8 @@ import qpeft_ext.ops as ops
 from qpeft_ext.ops import clue_attention_cuda as cuda
 from qpeft_ext.ops.clue_attention import reference
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 

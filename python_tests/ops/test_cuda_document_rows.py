@@ -6,6 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from on_cuda import assert_close, cpu, documents
 
+pytestmark = pytest.mark.slow
+
 
 def check_distinct(run, ids, mask, group, G, V):
     rows, offsets, found, slots, counts, lengths = run("document_rows_distinct", ids, mask, group, G, V)

@@ -11,6 +11,8 @@ from test_similarity_topk import assert_scores_belong_to_clues
 import qpeft_ext.ops as ops
 from qpeft_ext.ops.similarity_topk import SimilarityTopK, reference, round_scores
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 

@@ -11,6 +11,8 @@ from test_token_log_likelihood import SETTINGS, gradients, make_inputs
 import qpeft_ext.ops as ops
 from qpeft_ext.ops.token_log_likelihood import _whole_waves, reference
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fragments_are_a_matrix_product(replica, dtype):

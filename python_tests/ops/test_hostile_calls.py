@@ -12,6 +12,8 @@ from inputs import make_documents
 from qpeft_ext.ops import clue_attention, similarity_topk, token_log_likelihood
 from qpeft_ext.ops.token_log_likelihood import reference
 
+pytestmark = pytest.mark.slow
+
 some = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 test_attention = some(operators.attention)
 test_topk = some(operators.topk)

@@ -146,6 +146,7 @@ def test_zero_vectors_get_no_gradient_through_the_cosine(device):
     assert (query.grad == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad, metric, device):
@@ -155,6 +156,7 @@ def test_opcheck(grad, metric, device):
     torch.library.opcheck(torch.ops.qpeft_ext.similarity_topk, (*x, 4, metric))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(device, fresh_graphs):
     x = make_documents(device=device)
     query, table = x.query_embeds.clone().requires_grad_(), x.table.clone().requires_grad_()

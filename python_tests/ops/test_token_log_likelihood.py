@@ -110,6 +110,7 @@ def test_gradcheck(settings, device):
         assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad, device):
     x = make_inputs(device=device)
@@ -120,6 +121,7 @@ def test_opcheck(grad, device):
         )
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(device, fresh_graphs):
     x = make_inputs(device=device)
 

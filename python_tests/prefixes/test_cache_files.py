@@ -137,6 +137,7 @@ def test_a_full_disk_stops_the_tier_and_not_the_work(tmp_path, monkeypatch, capl
     assert sorted(os.listdir(tmp_path))[0] == ".lock" and len(os.listdir(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_files_of_the_same_lm_only(tmp_path):
     script = (
         "import sys, json, torch; sys.path.insert(0, sys.argv[2]); torch.set_num_threads(1)\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families.tiny import tiny_lm
+from jobs.processes import Forked
 from tiny_index import command, contents, corpus, error, make, model, scores
 
 import qpeft_ext as qpeft
@@ -23,7 +24,7 @@ from qpeft_ext.prefixes.index import PrefixIndex, shard_paths
 from qpeft_ext.prefixes.index_writer import IndexWriter
 from qpeft_ext.utils.files import AtomicWriter
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache_folder")]
 
 
 def killed_at(monkeypatch, moment: str, occurrence: int) -> None:
@@ -71,13 +72,12 @@ def test_a_killed_run_goes_on(moment, occurrence, tmp_path, monkeypatch):
     """The result is that of a run that was not disturbed, bit by bit; no stored prefix is computed again."""
     lm, folder = model(), tmp_path / "index"
     make(tmp_path / "expected", lm, deterministic=True)
-    pid = os.fork()
-    if pid == 0:
-        torch.set_num_threads(1)
+
+    def work() -> None:
         killed_at(monkeypatch, moment, occurrence)
         make(folder, lm, deterministic=True)
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+    assert Forked(work).end()[0] == -signal.SIGKILL
     there = len(contents(folder))
     if moment == "write" or occurrence < 8:
         with pytest.raises((ValueError, FileNotFoundError), match="is not complete|is no index"):

@@ -13,6 +13,8 @@ from qpeft_ext.evaluation.measures import evaluate
 from qpeft_ext.formats.ir_datasets import Documents
 from qpeft_ext.ranking.first_stage import BM25, bm25_run
 
+pytestmark = pytest.mark.slow
+
 CORPUS = {i: {"id": i, "title": title, "text": text} for i, (title, text) in DOCUMENTS.items()}
 
 

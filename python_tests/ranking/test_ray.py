@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs.long_job import Process, command, make_long_job
+from jobs.long_job import command, make_long_job
+from jobs.processes import Process
 
 from qpeft_ext.cli import main
 
 pytest.importorskip("ray.data", reason="ray is not installed: pip install qpeft_ext[ray]")
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_a_killed_actor(job, tmp_path, monkeypatch):
     out = tmp_path / "run"
     process = Process(command(job, out, "--engine", "ray", "--devices", "cpu,cpu"))
     process.wait_for_size(tmp_path / "run.part", 1_000)
-    victims = actors(process.popen.pid)
+    victims = actors(process.pid)
     assert len(victims) == 2
     os.kill(victims[0], signal.SIGKILL)
     code, text, err = process.end()

@@ -51,6 +51,7 @@ def test_equal_scores_keep_the_given_order(model):
     assert [row["corpus_id"] for row in ranked] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_compiled_suffix_passes_give_the_same_scores():
     model = qpeft.get_qpeft_model(tiny_lm("llama"), qpeft.QPeftConfig(clues="top_k", k=3, rank=8), tiny_tokenizer())
     expected = qpeft.Reranker(model).predict(PAIRS)

@@ -14,7 +14,7 @@ import qpeft_ext as qpeft
 from qpeft_ext.synthesis.generator import GeneratedQuery, QueryGenerator, Sampling
 
 KEYS = ["a", "b", "c", "d"]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def generator(family="llama", tokenizer=None, max_tokens_per_batch=None, lm=None, **sampling):

@@ -7,7 +7,7 @@ import signal
 import pytest
 import transformers
 from families.tiny import tiny_lm
-from jobs.long_job import Process
+from jobs.processes import forked_command
 from small_data import write_lines
 from synthesis.word_tokenizer import WORDS, word_tokenizer
 
@@ -19,7 +19,7 @@ from qpeft_ext.synthesis.generator import QueryGenerator
 from qpeft_ext.synthesis.training_set import PartialQueries
 
 pytest.importorskip("bm25s", reason="the extra qpeft_ext[bm25] is not installed")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(autouse=True)
@@ -138,9 +138,9 @@ def test_scores_are_the_rerankers(job, expected):
 def test_killed(job, expected, tmp_path, capsys):
     """SIGKILL in the middle, a torn line behind it; the same command ends with the file of an undisturbed run."""
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    process = Process(command(job, out))
+    process = forked_command(command(job, out))
     process.wait_for_size(part, 1500)
-    process.popen.kill()
+    process.kill()
     assert process.end()[0] == -signal.SIGKILL and not out.exists()
     lines = part.read_bytes().splitlines(keepends=True)
     assert 1 < len(lines)

@@ -1,9 +1,12 @@
 """One call that trains: the settings it shares, checkpoints, evaluation, and resuming."""
 
+import pytest
 import torch
 from training.tiny_training import EXAMPLES, tiny_model, trainer, weights
 
 from qpeft_ext.training.fit import fit
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 2}
 

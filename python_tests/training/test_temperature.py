@@ -14,6 +14,8 @@ from qpeft_ext.training.losses import configured_loss
 from qpeft_ext.training.sampling import first_members
 from qpeft_ext.training.temperature import best_temperature
 
+pytestmark = pytest.mark.slow
+
 
 def tables(*rows: list[float]):
     """A group for each row of likelihoods, of which the first is the positive."""

@@ -13,6 +13,8 @@ from training.tiny_training import EXAMPLES, Stream, assert_close, tiny_model, t
 import qpeft_ext as qpeft
 from qpeft_ext.lm.passes import without_cudnn_attention
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "settings, message",

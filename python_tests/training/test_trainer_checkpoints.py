@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
 from families.tiny import tiny_lm, tiny_tokenizer
+from jobs.kill_and_resume import kill_and_resume
 from training.tiny_training import EACH_STEP, EXAMPLES, assert_close, tiny_model, trainer, weights
 
 import qpeft_ext as qpeft
 from qpeft_ext.training.checkpoints import MANIFEST, last_complete, mark_complete, rotate, why_incomplete
+
+pytestmark = pytest.mark.slow
 
 
 def scripted(run, losses):
@@ -152,15 +150,8 @@ SCENARIOS = [
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Results of kill_and_resume.py: trainings killed in the middle of a file, or at any moment, then resumed."""
-    script = Path(__file__).parents[1] / "jobs" / "kill_and_resume.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path_factory.mktemp("killed"))],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    """What becomes of trainings that are killed in the middle of a file, or at any moment, and then resumed."""
+    return kill_and_resume(tmp_path_factory.mktemp("killed"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -8,6 +8,8 @@ from training.tiny_training import EXAMPLES, tiny_model, trainer
 
 import qpeft_ext as qpeft
 
+pytestmark = pytest.mark.slow
+
 
 def test_evaluation_ranks_positives_among_all_negatives(tmp_path):
     dev = [dict(example, positives=[*example["positives"], "a second answer"]) for example in EXAMPLES[:5]]

@@ -13,6 +13,8 @@ from qpeft_ext.training.collator import GroupCollator
 from qpeft_ext.training.examples import drawn_member
 from qpeft_ext.training.sampling import EpochOrder, StreamedTrainingExamples, TrainingExamples
 
+pytestmark = pytest.mark.slow
+
 
 def collate(examples, queries_per_group=4, in_batch=True, num_hard_negatives=1, epoch=0):
     members = [drawn_member(example, i, epoch, num_hard_negatives, seed=0) for i, example in enumerate(examples)]

@@ -1,61 +1,34 @@
 """Training on two ranks (two gloo processes on the CPU) is training on one device with the same global batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from jobs.processes import Forked
 from jobs.tiny_job import make_job
 from safetensors.torch import load_file
 
 import qpeft_ext as qpeft
+from qpeft_ext.cli import main
 
-TESTS = Path(__file__).parents[1]
-JOB = TESTS / "jobs" / "two_ranks.py"
-SCENARIOS = ["one step", "uneven", "accumulation", "recomputed", "LoRA", "stream", "Adam, resumed"]
+pytest.importorskip("peft", reason="the extra qpeft_ext[train] is not installed")
+from jobs.two_ranks import SCENARIOS, on_ranks, train_all  # noqa: E402
 
-
-def on_ranks(world: int, *arguments) -> list[subprocess.Popen]:
-    """The processes that torchrun would start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "PYTHONPATH": f"{Path(qpeft.__file__).parents[1]}:{TESTS}",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", *map(str, arguments)],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-        )
-        for r in range(world)
-    ]
+pytestmark = pytest.mark.slow
 
 
-def finish(processes: list[subprocess.Popen]) -> list[str]:
+def finish(processes: list[Forked]) -> list[str]:
     """What each printed; all must succeed."""
-    said = [process.communicate(timeout=300) for process in processes]
-    for process, (_, err) in zip(processes, said, strict=True):
-        assert process.returncode == 0, err[-3000:]
-    return [out for out, _ in said]
+    said = [process.end() for process in processes]
+    for code, _, err in said:
+        assert code == 0, err[-3000:]
+    return [out for _, out, _ in said]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("ranks")
-    finish([*on_ranks(1, JOB, folder), *on_ranks(2, JOB, folder)])
+    finish([process for world in (1, 2) for process in on_ranks(world, lambda: train_all(folder))])
     return folder
 
 
@@ -88,8 +61,6 @@ def test_the_command(job, tmp_path, monkeypatch):
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
     output = tmp_path / "adapter"
     options = [
-        "-m",
-        "qpeft_ext.cli",
         "train",
         "--base-model",
         job / "lm",
@@ -110,14 +81,18 @@ def test_the_command(job, tmp_path, monkeypatch):
         "--run",
         job / "data" / "run.trec",
     ]
-    first, second = finish(on_ranks(2, *options))
+
+    def train(*more: str) -> int:
+        return main([str(option) for option in (*options, *more)])
+
+    first, second = finish(on_ranks(2, train))
     assert "wrote the adapter to" in first and second == ""
     whole = load_file(output / "adapter_model.safetensors")
     names = {path.name for path in (output / "checkpoints" / "checkpoint-3").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "complete.json"} < names
     (output / "adapter_model.safetensors").unlink()
     (output / "checkpoints" / "checkpoint-3" / "complete.json").unlink()
-    finish(on_ranks(2, *options, "--resume"))
+    finish(on_ranks(2, lambda: train("--resume")))
     resumed = load_file(output / "adapter_model.safetensors")
     for key in whole:
         torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=1e-5)
