@@ -224,8 +224,7 @@ def test_two_devices_one_dies(job, expected, tmp_path):
     out = tmp_path / "run"
     process = Process(command(job, out, "--devices", "cpu,cpu"))
     process.wait_for_size(tmp_path / "run.part", 5_000)
-    workers = workers_of(process.pid)
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     code, out_text, err = process.end()
     assert code == 0, err
     assert err == (
@@ -239,9 +238,10 @@ def test_two_devices_one_dies(job, expected, tmp_path):
 def test_killed_on_two_devices(job, expected, tmp_path, capsys):
     """The workers end with the process that started them; one device goes on where two were."""
     out, part = tmp_path / "run", tmp_path / "run.part"
-    process = Process(command(job, out, "--devices", "cpu,cpu"))
+    process = forked_command(command(job, out, "--devices", "cpu,cpu"))
     process.wait_for_size(part, 5_000)
-    workers = children(process.pid)
+    workers = [*children(process.pid), *workers_of(process.pid)]
+    assert len(workers) >= 3  # they, and the server of forks
     process.kill()
     process.end()
     deadline = time.monotonic() + 20
@@ -264,7 +264,7 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
         out.parent.mkdir()
         part = out.with_name("run.UPR.part")
         slow = ("--max-tokens-per-batch", "32")  # a pass for every pair: otherwise a fast machine is done too soon
-        process = Process(command(job, out, "--upr", "--devices", "cpu,cpu", *slow))
+        process = forked_command(command(job, out, "--upr", "--devices", "cpu,cpu", *slow))
         process.wait_for_size(out.with_name("run.part"), 1)  # the same workers make both systems
         workers = workers_of(process.pid)
 
@@ -303,4 +303,8 @@ def test_errors_of_workers(job, tmp_path, capsys):
 
 
 def workers_of(parent: int) -> list[int]:
-    return [pid for pid in children(parent) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """The workers of a process: the children of its server of forks."""
+    servers = [
+        pid for pid in children(parent) if b"multiprocessing.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return [worker for server in servers for worker in children(server)]

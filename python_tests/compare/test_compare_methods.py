@@ -1,12 +1,11 @@
 """The methods of `qpeft compare` against oracles: peft's own forward pass, plain prompts, autograd through the LM."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
+from jobs.processes import Forked
 from jobs.tiny_job import save_lm
 
 import qpeft_ext as qpeft
@@ -231,22 +230,23 @@ def test_work_by_hand():
 
 def test_peak_memory():
     """Of a process of its own: what was freed before does not hide what is taken, and the peak is not the end."""
-    program = """
-import torch
-from qpeft_ext.compare.cost import PeakMemory
-freed = torch.ones(30_000_000); del freed
-with PeakMemory(torch.device("cpu")) as peak:
-    for _ in range(3):
-        held = torch.ones(20_000_000)
-    del held
-assert 70e6 < peak.bytes < 250e6, peak.bytes
-with PeakMemory(torch.device("cpu")) as peak:
-    pass
-assert peak.bytes < 10e6, peak.bytes
-"""
     if PeakMemory(torch.device("cpu")).__enter__()._before is None:
         pytest.skip("the system does not let a process set back its high-water mark")
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+    def work() -> None:
+        freed = torch.ones(30_000_000)
+        del freed
+        with PeakMemory(torch.device("cpu")) as peak:
+            for _ in range(3):
+                held = torch.ones(20_000_000)
+            del held
+        assert 70e6 < peak.bytes < 250e6, peak.bytes
+        with PeakMemory(torch.device("cpu")) as peak:
+            pass
+        assert peak.bytes < 10e6, peak.bytes
+
+    code, _, err = Forked(work).end()
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*/*.yaml")), ids=lambda path: path.name)

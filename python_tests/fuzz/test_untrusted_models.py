@@ -1,10 +1,9 @@
 """Models and adapters of strangers: no code of theirs runs, and nothing is unpickled."""
 
 import ast
+import io
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 import qpeft_ext as qpeft
 from qpeft_ext.adapters.files import load_weights_into
+from qpeft_ext.cli import main
 from qpeft_ext.lm.loading import lm_digest, load_config, load_lm, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -73,17 +73,13 @@ def evil_lm(job, tmp_path):
     return folder
 
 
-def test_code_of_a_model_folder_does_not_run_though_yes_is_typed(evil_lm, job, tmp_path):
+def test_code_of_a_model_folder_does_not_run_though_yes_is_typed(evil_lm, job, tmp_path, monkeypatch, capsys):
     command = f"rerank --base-model {evil_lm} --upr --data {job}/data --run {job}/data/run.trec --output {tmp_path}/o"
-    got = subprocess.run(
-        [sys.executable, "-m", "qpeft_ext.cli", *command.split()],
-        input="y\n" * 50,
-        text=True,
-        capture_output=True,
-        cwd=ROOT,
-    )
-    assert got.returncode == 2 and got.stderr.count("\n") == 1 and "which is never run" in got.stderr, got.stderr
-    assert "[y/N]" not in got.stdout and not (tmp_path / "ran").exists() and not (tmp_path / "o").exists()
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
+    assert main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "which is never run" in err, err
+    assert "[y/N]" not in out and not (tmp_path / "ran").exists() and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("load", [load_lm, load_config, load_tokenizer])

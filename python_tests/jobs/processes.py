@@ -18,6 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from threading import RLock
 
@@ -152,12 +153,13 @@ def _prepare(streams: list[int], room: int | None, environment: dict[str, str]) 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without
     for number, stream in enumerate([os.open(os.devnull, os.O_RDONLY), *streams]):
         os.dup2(stream, number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+    sys.stdin, sys.stdout, sys.stderr = (open(n, "r" if n == 0 else "w", closefd=False) for n in range(3))
     logging.getLogger().handlers.clear()  # those of pytest
     warnings.simplefilter("ignore")
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
     torch.set_num_threads(1)  # its pool is made again here, before threads that load weights do so at once
     tqdm.set_lock(RLock())  # its own lock is shared by all processes, and a killed one would never give it back
+    forkserver._forkserver._forkserver_pid = None  # that of the parent, which this process could not wait for
     sys.dont_write_bytecode = True  # a .pyc file would be cut short too where room is limited, without a word
     if room is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))

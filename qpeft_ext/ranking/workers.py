@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.context
+import os
 import pickle
 import signal
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from threading import RLock
 
 from .run import Block, RankedBlock
 from .systems import Systems, SystemsSpec
@@ -78,8 +81,7 @@ class WorkerProcesses:
         import torch
 
         threads = max(1, torch.get_num_threads() // max(1, sum(device.startswith("cpu") for device in devices)))
-        # spawn: a forked process could use neither CUDA nor the threads of this one
-        context = multiprocessing.get_context("spawn")
+        context = _fork_server()
         self._workers: list[_Worker] = []
         with _children_ignore_interrupts():
             try:
@@ -87,7 +89,7 @@ class WorkerProcesses:
                     ours, theirs = context.Pipe()
                     process = context.Process(
                         target=_work,
-                        args=(theirs, spec, device, threads),
+                        args=(theirs, spec, device, threads, dict(os.environ)),
                         daemon=True,
                         name=f"qpeft rerank on {device}",
                     )
@@ -173,12 +175,26 @@ class WorkerProcesses:
         self.close()
 
 
-def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int) -> None:
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    """Return how workers are started: by a process that has imported torch, once for all of them, and computed nothing.
+
+    A fork of this process could use neither CUDA nor the threads of this one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Systems.__module__])
+    return context
+
+
+def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int, environment: Mapping[str, str]) -> None:
     """Rank blocks until the pipe is closed, which it also is when the process that started this one was killed."""
     number = _READY
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # whoever started the server of forks
+        os.environ.update(environment)  # what has changed since the server was started
         import torch
+        from tqdm import tqdm
 
+        tqdm.set_lock(RLock())  # its own lock has a semaphore, which a worker that is ended would leave behind
         torch.set_num_threads(threads)
         if device.startswith("cuda:"):
             with contextlib.suppress(RuntimeError, AssertionError):  # `Systems` says what is wrong with the device
