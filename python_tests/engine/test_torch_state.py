@@ -16,6 +16,8 @@ import qpeft_ext as qpeft
 from qpeft_ext import ops
 from qpeft_ext.ops.vocabulary_topk import vocabulary_topk
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "none": {"clues": "none"},
     "top_k": {"clues": "top_k", "k": 4, "rank": 8, "score_gate": True},

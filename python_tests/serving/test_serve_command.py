@@ -16,6 +16,8 @@ from serving.tiny_service import DEMO
 from qpeft_ext.cli import main
 from qpeft_ext.cli.serve import ServeOptions, _models, _spec
 
+pytestmark = pytest.mark.slow
+
 MODEL = ("--model", f"code={DEMO / 'adapter'}", "--base-model", str(DEMO / "base_lm"))
 
 
