@@ -108,6 +108,7 @@ class Method:
         learning_rate: at the peak of the schedule; needed where the method is trained.
         examples: "train" or "synthetic": the source of a collection that it is trained on.
         of: name of the method that a fusion takes, beside the first stage.
+        passages, passage_tokens, passage_stride: as for `Reranker`; documents are cut in training all the same.
         varied: set where ``vary`` made the method.
     """
 
@@ -119,12 +120,21 @@ class Method:
     learning_rate: float | None = None
     examples: str = "train"
     of: str | None = None
+    passages: str | None = None
+    passage_tokens: int | None = None
+    passage_stride: int | None = None
     varied: Varied | None = None
 
     @property
     def preset(self) -> Preset:
         """The method with its defaults."""
         return PRESETS[self.method]
+
+    @property
+    def passage_options(self) -> dict[str, Any]:
+        """The options of `Reranker` for passages; empty without them."""
+        names = ("passages", "passage_tokens", "passage_stride")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def goes_by(self, names: Container[str]) -> bool:
         """Return whether its name, or that of the method that ``vary`` made it of, is among the names."""

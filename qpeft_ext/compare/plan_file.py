@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..evaluation.measures import check_measures
+from ..prompts.passages import check_passages
 from ..utils.small_files import read_yaml
 from ..utils.text import shorten
 from ..utils.words import did_you_mean
@@ -285,8 +286,11 @@ class _Checker:
         self._check_fusion(key, method)
         if method.peft and method.preset.peft is None:
             raise self.error(f"{key}.peft", f"{method.method} has no peft config")
+        if method.passages and method.method in (FIRST_STAGE, "fusion"):
+            raise self.error(f"{key}.passages", f"{method.method} reads no documents")
         try:
-            self.plan.config(method, self.plan.seeds[0])
+            config = self.plan.config(method, self.plan.seeds[0])
+            check_passages(**method.passage_options, limit=config.max_document_tokens)
             peft_options(method.preset, method.peft)
         except (TypeError, ValueError) as error:
             raise self.error(key, error) from None

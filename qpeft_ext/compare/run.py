@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from ..prefixes.index import PrefixIndex
     from .prefixes import Prefixes
 
-NOT_TRAINED_ON = ("test",)  # the setting that an adapter does not depend on
+# settings that an adapter does not depend on
+NOT_TRAINED_ON = ("test", "passages", "passage_tokens", "passage_stride")
 FORMAT = 1  # of the settings; raised when a method computes something else, so that old results are made again
 
 
@@ -164,6 +165,7 @@ class Comparison:
         if method.of:
             dev = self.data(cell.collection).dev
             return settings | {"of": self.settings(self._taken(cell, method.of)), "dev": dev.digest}
+        settings |= method.passage_options
         settings["config"] = json.loads(json.dumps(self.plan.config(method, cell.seed).to_dict()))
         if method.preset.trained:
             examples = self.data(cell.collection).examples(method.examples, method.training, cell.seed)
@@ -218,12 +220,17 @@ class Comparison:
                 say(f"{cell.name}: trained for {collection} already")
                 return
 
-    def _prefixes(self, cell: Cell, model: QPeftModel) -> Prefixes:
-        """Return the cache that the model of a result is trained with, or ranks with."""
+    def _prefixes(self, cell: Cell, model: QPeftModel, ranking: bool = False) -> Prefixes:
+        """Return the cache that the model of a result is trained with, or ranks with.
+
+        Args:
+            ranking: whether it ranks; by passages it does so without the index, which has whole documents.
+        """
         from .prefixes import Prefixes, reads_index
 
         index = self.index(cell.collection)
-        mine = index is not None and reads_index(cell.method, model, self._prompt)
+        split = ranking and cell.method.passages is not None
+        mine = index is not None and not split and reads_index(cell.method, model, self._prompt)
         return Prefixes(self.plan.cache_bytes, index if mine else None)
 
     def _rank(
@@ -237,8 +244,8 @@ class Comparison:
         from ..ranking.run import by_likelihood, by_similarity, rerank_run, run_blocks
         from .cost import PETA, PeakMemory, Work
 
-        method, prefixes = cell.method, self._prefixes(cell, model)
-        reranker = Reranker(model, cache=prefixes.cache)
+        method, prefixes = cell.method, self._prefixes(cell, model, ranking=True)
+        reranker = Reranker(model, cache=prefixes.cache, **method.passage_options)
         rank = (by_likelihood if method.preset.lm else by_similarity)(reranker)
         partial = formats.PartialRun(
             path, ranked.candidates, settings, tag=file_name(method.name), blocks=run_blocks(ranked.candidates)

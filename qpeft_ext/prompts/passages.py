@@ -68,22 +68,8 @@ class Splitter:
     """
 
     def __init__(self, prompt: Prompt, tokens: int | None = None, stride: int | None = None) -> None:
-        limit = prompt.max_document_tokens
         self.prompt = prompt
-        self.tokens = whole_number(tokens, "passage_tokens", LEAST_TOKENS) or limit
-        self.stride = whole_number(stride, "passage_stride") or self.tokens
-        if self.tokens > limit:
-            raise ValueError(
-                f"passage_tokens must be at most max_document_tokens = {limit}, got {self.tokens}; lower it, or raise "
-                "max_document_tokens"
-            )
-        if self.tokens < LEAST_TOKENS:
-            raise ValueError(f"passages need max_document_tokens of at least {LEAST_TOKENS}, got {limit}")
-        if self.stride > self.tokens:
-            raise ValueError(
-                f"passage_stride must be at most passage_tokens = {self.tokens}, got {self.stride}; otherwise text "
-                "between passages would be left out"
-            )
+        self.tokens, self.stride = _checked_lengths(tokens, stride, prompt.max_document_tokens)
         self._overhead = self._lengths([""])[0]
         self._kept: dict[bytes, Split] = {}
 
@@ -191,16 +177,45 @@ class Splitter:
         return [limit + prefix.cut if prefix.cut else prefix.end - prefix.start for prefix in prefixes]
 
 
-def check_passages(combine: str | None, tokens: int | None, stride: int | None) -> None:
-    """Check the options for passages, as far as that needs no prompt.
+def check_passages(
+    passages: str | None = None,
+    passage_tokens: int | None = None,
+    passage_stride: int | None = None,
+    limit: int | None = None,
+) -> None:
+    """Check the options for passages.
 
-    Raises: ValueError for another word than those in `PASSAGES`, and for tokens or a stride without one.
+    Args:
+        passages, passage_tokens, passage_stride: as for `Reranker`.
+        limit: ``max_document_tokens``; None: it is not known yet, so that lengths are not checked.
+    Raises: ValueError for another word than those in `PASSAGES`, for tokens or a stride without one, and as `Splitter`.
     """
-    if combine is not None and combine not in PASSAGES:
-        raise ValueError(f"passages must be {', '.join(PASSAGES[:-1])} or {PASSAGES[-1]}, got {combine!r}")
-    for name, value in (("passage_tokens", tokens), ("passage_stride", stride)):
-        if combine is None and value is not None:
+    if passages is not None and passages not in PASSAGES:
+        raise ValueError(f"passages must be {', '.join(PASSAGES[:-1])} or {PASSAGES[-1]}, got {passages!r}")
+    for name, value in (("passage_tokens", passage_tokens), ("passage_stride", passage_stride)):
+        if passages is None and value is not None:
             raise ValueError(f"{name} is of no use without passages; give passages={PASSAGES[0]!r}, or leave it out")
+    if passages is not None and limit is not None:
+        _checked_lengths(passage_tokens, passage_stride, limit)
+
+
+def _checked_lengths(tokens: int | None, stride: int | None, limit: int) -> tuple[int, int]:
+    """Check tokens and stride, and fill in their defaults; ``limit`` is ``max_document_tokens``."""
+    longest = whole_number(tokens, "passage_tokens", LEAST_TOKENS) or limit
+    step = whole_number(stride, "passage_stride") or longest
+    if longest > limit:
+        raise ValueError(
+            f"passage_tokens must be at most max_document_tokens = {limit}, got {longest}; lower it, or raise "
+            "max_document_tokens"
+        )
+    if longest < LEAST_TOKENS:
+        raise ValueError(f"passages need max_document_tokens of at least {LEAST_TOKENS}, got {limit}")
+    if step > longest:
+        raise ValueError(
+            f"passage_stride must be at most passage_tokens = {longest}, got {step}; otherwise text between passages "
+            "would be left out"
+        )
+    return longest, step
 
 
 def pack(
