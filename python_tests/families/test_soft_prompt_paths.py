@@ -116,8 +116,7 @@ def test_beside_a_lora_and_a_generated_lora(clues):
 
 def test_equal_to_prompt_tuning_of_peft():
     """Where peft is right, which is without padding; and without a first token, which it puts after its own."""
-    lm, tokenizer = tiny_lm("llama"), tiny_tokenizer()
-    tokenizer.bos_token = None
+    lm, tokenizer = tiny_lm("llama"), tiny_tokenizer("$A")
     model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none", num_virtual_tokens=P), tokenizer)
     theirs = peft.get_peft_model(
         tiny_lm("llama"),
