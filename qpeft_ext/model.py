@@ -21,6 +21,7 @@ from .engine.factory import make_engine
 from .engine.scores import CountTokens, Scores, count_all_tokens
 from .engine.scoring import ScoringModel, in_passes
 from .lm.arguments import expect_lm_arguments, freeze, without_compilation
+from .lm.packed import count
 from .lm.passes import lm_lock
 from .official.clues import build_official_clues
 from .official.likelihood import count_uncertain_tokens
@@ -145,7 +146,7 @@ class QPeftModel(ScoringModel):
         Returns: (trainable, all).
         """
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trainable, sum(p.numel() for p in self.parameters())
+        return trainable, sum(map(count, self.parameters()))
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trainable, in the form that `peft` has."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..lm.packed import expect_plain
 from ..lm.passes import Hook
 from ..prompts.pairs import PairBatch, pad
 from ..utils.words import did_you_mean
@@ -114,9 +115,9 @@ class GeneratedLora(Float32Module):
             if suffix is not None:
                 inner = inner * suffix[..., None].to(x.device)
             rows = output.reshape(-1, output.shape[-1])
-            # a quantised layer may give another dtype than it reads
+            # a packed layer may give another dtype than it reads
             inner, b = inner.reshape(-1, self.rank).to(rows.dtype), b.to(rows.dtype)
-            # In place where nothing is recorded. Otherwise not: the output of a quantised layer may be a view, which
+            # In place where nothing is recorded. Otherwise not: the output of a packed layer may be a view, which
             # autograd refuses to have changed.
             updated = torch.addmm(rows, inner, b.T) if torch.is_grad_enabled() else rows.addmm_(inner, b.T)
             return updated.view_as(output)
@@ -132,10 +133,12 @@ class GeneratedLora(Float32Module):
         Args:
             query: its token ids.
             table: E, [V, D].
+        Raises: ValueError for a layer whose weight is packed.
         """
         gates, weights = self.gates([query], table)[0], {}
         for layer, (name, module) in enumerate(zip(self.names, self.targets, strict=True)):
             base = getattr(module, "base_layer", module)
+            expect_plain(base.weight, f"merge_for: nothing can be added to {name}, whose weight")
             update = (self.b[layer] * gates[layer]) @ self.a[layer]
             if _is_transposed(base):
                 update = update.T

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters.soft_prompt import SoftPrompt
 from ..lm.decoder import find_decoder
 from ..lm.head import LikelihoodHead, log_likelihood_of_logits
+from ..lm.packed import expect_plain
 from ..lm.passes import Hook, LMPasses, hooked
 from ..lm.rope import RotaryTables
 from ..lm.state import LMState, LMVersion
@@ -212,10 +213,9 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
 
     def _embedding_scale(self) -> float:
         module, table = self.embeddings, self.table
-        if not table.is_floating_point() or table.dim() != 2:
-            raise ValueError(
-                f"the input embeddings must be a floating [V, D] table, got {table.dtype} {list(table.shape)}"
-            )
+        expect_plain(table, "clues need rows of the table of input embeddings, which")
+        if table.dim() != 2:
+            raise ValueError(f"the input embeddings must be a table [V, D], got {list(table.shape)}")
         wrapped = hasattr(module, "base_layer")  # an adapter may have changed a few rows anywhere
         ids = torch.arange(len(table) if wrapped else min(64, len(table)), device=table.device)
         rows, embedded = table[ids].float(), module(ids).float()

@@ -7,6 +7,7 @@ import torch
 from ..lm.adapter_kinds import expect_readable_adapters
 from ..lm.errors import LM_ERRORS, in_one_line
 from ..lm.loading import is_encoder_decoder
+from ..lm.packed import is_coarse
 from .causal import CausalEngine
 from .encoder_decoder import EncoderDecoderEngine
 
@@ -58,7 +59,7 @@ def _why_not_language_model(lm) -> str:
         if logits is None or logits.dim() != 3:
             return "without an LM head"
         before.append(logits[:, :-1].float())
-    tolerance = 1e-4 if table.dtype.itemsize >= 4 else 4 * torch.finfo(torch.bfloat16).eps
+    tolerance = 1e-4 if not is_coarse(lm) else 4 * torch.finfo(torch.bfloat16).eps
     if float((before[0] - before[1]).abs().max()) > tolerance * float(before[0].abs().max()):
         return "whose tokens see those behind them, as in encoder-only models"
     return ""

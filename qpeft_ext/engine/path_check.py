@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..lm.errors import LM_ERRORS, in_one_line
+from ..lm.packed import is_coarse, is_packed
 from ..prompts.pairs import PairBatch
 from ..prompts.pieces import DocumentPrefix, SuffixPieces
 
@@ -124,8 +125,8 @@ class _Probe:
     def error(self, shared: bool, together: bool) -> tuple[float, str]:
         """Compute the relative error of the head's inputs, infinite where the pass fails, and words for it.
 
-        The largest error of a pair's tokens counts, in low precision their median: rounding may send a token to another
-        expert.
+        The largest error of a pair's tokens counts, for a coarse LM (`is_coarse`) their median: rounding may send a
+        token to another expert.
 
         Args:
             shared: whether prefixes are read first, and suffixes after them.
@@ -141,7 +142,7 @@ class _Probe:
         rows = got.float().split([len(expected) for expected in self.expected])
         errors = [(a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
                   for a, b in zip(rows, self.expected, strict=True)]  # fmt: skip
-        worst = max(float(e.max() if self.engine.table.dtype.itemsize >= 4 else e.median()) for e in errors)
+        worst = max(float(e.median() if is_coarse(self.engine.lm) else e.max()) for e in errors)
         return (worst if worst == worst else float("inf")), f"its hidden states are {worst:.1g} off"
 
     def _read(self, batch: PairBatch, shared: bool) -> Tensor:
@@ -153,11 +154,11 @@ class _Probe:
 
 
 def _rounding(engine) -> float:
-    dtype = engine.table.dtype
-    if dtype.itemsize >= 4:
+    if not is_coarse(engine.lm):
         exact = torch.get_float32_matmul_precision() == "highest"
         return 1e-4 if exact else 0.02
-    return 0.02 if dtype == torch.float16 else 0.06
+    packed = any(map(is_packed, engine.lm.parameters()))
+    return 0.02 if engine.table.dtype == torch.float16 and not packed else 0.06
 
 
 def ordinary_ids(lm, count: int) -> list[int]:

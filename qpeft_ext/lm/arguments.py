@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import QPeftConfig
 from ..utils.inputs import kind_of
+from .packed import expect_plain
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +78,14 @@ def freeze(lm: nn.Module, train_lm: bool) -> None:
 
     Args:
         train_lm: whether all parameters of the LM are trained instead.
-    Raises: ValueError for a `peft` adapter that would not be read, or that ``train_lm`` excludes.
+    Raises: ValueError for a `peft` adapter that would not be read, and for one or packed weights with ``train_lm``.
     """
     lm.eval()
     if train_lm and hasattr(lm, "peft_config"):
         raise ValueError("QPeftModel: train_lm=True trains the whole LM; give it without its peft adapter")
+    if train_lm:
+        for name, parameter in lm.named_parameters():
+            expect_plain(parameter, f"QPeftModel: train_lm=True trains every weight, but {name}")
     if any(getattr(adapter, "is_prompt_learning", False) for adapter in getattr(lm, "peft_config", {}).values()):
         raise ValueError(
             "QPeftModel: a peft adapter of virtual tokens (prompt tuning, prefix tuning) would not be "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import token_log_likelihood
+from .packed import is_packed
 
 
 class LikelihoodHead:
@@ -54,10 +55,10 @@ class LikelihoodHead:
         return of_lm if of_layer is None else of_layer + of_lm
 
     def _why_not_fused(self, probe) -> str:
-        if type(self.module) is not nn.Linear:  # quantised, or a LoRA layer whose product is not yet zero
+        if type(self.module) is not nn.Linear:  # packed, or a LoRA layer whose product is not yet zero
             return f"the LM head is a {type(self.module).__name__}, not a plain Linear layer"
-        if not self.module.weight.is_floating_point():
-            return f"the LM head's weight is {self.module.weight.dtype}"
+        if is_packed(self.module.weight):
+            return f"the LM head's weight is packed ({type(self.module.weight).__name__})"
         ids = [i % len(self.module.weight) for i in range(4)]
         with torch.no_grad():
             own, hidden = probe(ids, ids)

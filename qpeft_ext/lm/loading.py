@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import warnings
@@ -14,6 +15,7 @@ import torch
 
 from ..utils.small_files import read_json
 from .compute_dtype import resolve_dtype
+from .packed import without_gguf_blocks
 from .sources import locate
 
 BASE_LM = Path(__file__).parents[1] / "demo" / "base_lm"  # what the demo uses, and plans that name no LM
@@ -39,7 +41,8 @@ def load_lm(
         attention: transformers' ``attn_implementation``, e.g. "flash_attention_2"; None leaves it to transformers
             ("sdpa" where the LM has it).
         kwargs: for ``from_pretrained`` (``revision``, ``token``, ``local_files_only``, ``device_map``,
-            ``quantization_config``, …), but not ``trust_remote_code``.
+            ``quantization_config``, …), but not ``trust_remote_code``. With a ``quantization_config`` of torchao or
+            bitsandbytes the weights stay packed in 8 or 4 bits; so they do for a folder that was saved with one.
     Returns: an LM as `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads it.
     Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither kind, or
         that needs code or an adapter from its folder.
@@ -63,6 +66,7 @@ def load_lm(
             f"load_lm: the code in {str(name_or_path)!r} is not run (trust_remote_code); load that LM "
             "with transformers yourself, if you trust it, and pass it"
         )
+    kwargs = without_gguf_blocks(kwargs)
     if attention is not None:
         kwargs["attn_implementation"] = attention
     config = kwargs.get("config") or load_config(name_or_path, **kwargs)
@@ -153,8 +157,11 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def quiet_transformers() -> None:
-    """Show only errors of transformers: its notes on loading would bury our messages."""
+    """Show only errors of transformers, and of what packs weights: their notes would bury our messages."""
     import transformers
+
+    for name in ("bitsandbytes", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .packed import plain_parts
+
 # options that do not change what the LM computes, or that differ between two loads of the same LM
 _NOT_CONTENT = {
     "_name_or_path",
@@ -108,7 +110,7 @@ class LMState:
     def version(self) -> LMVersion:
         """The LM's version now. Cheap: addresses and write counts, no content."""
         modules = [module for module in (self.lm, self.soft_prompt) if module is not None]
-        parameters = [parameter for module in modules for parameter in module.parameters()]
+        parameters = [part for module in modules for p in module.parameters() for part in plain_parts(p).values()]
         state = (*((p.data_ptr(), writes(p), p.dtype) for p in parameters), _attention(self.lm), *_adapters(self.lm))
         if self.seen is None or state != self._state:
             self._state, self.seen = state, LMVersion(self)
@@ -205,8 +207,8 @@ def _is_adapter(name: str) -> bool:
 
 
 def _hash_tensor(digest, name: str, tensor: Tensor) -> None:
-    tensor = tensor.detach()
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    for start in range(0, flat.numel(), _CHUNK):  # in pieces, so that a tensor on a device is never copied whole
-        digest.update(flat[start : start + _CHUNK].cpu().numpy())
+    for ending, part in plain_parts(tensor.detach()).items():
+        digest.update(f"{name}{ending} {part.dtype} {list(part.shape)}".encode())
+        flat = part.contiguous().reshape(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), _CHUNK):  # in pieces, so that a tensor on a device is never copied whole
+            digest.update(flat[start : start + _CHUNK].cpu().numpy())
