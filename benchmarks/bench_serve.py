@@ -4,7 +4,7 @@
     python benchmarks/bench_serve.py --adapter A --base-model B --clients 8 --documents 5 --waves 1
 
 Systems, each a server of its own with the same LM, threads and requests; they take turns, wave by wave, so that a busy
-machine is busy for all of them:
+machine is busy for all of them; all compute in float32:
     ours              `qpeft serve` as it is by default
     one_at_a_time     the same with its cache off, and one client
     litserve          LitServe, which batches the requests that wait and reads whole prompts; if it is installed

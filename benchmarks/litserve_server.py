@@ -30,7 +30,7 @@ class RerankApi(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         options: dict[str, Any] = {"cache": qpeft.DocumentCache(1 << 30)} if self.cached else {"path": "plain"}
-        model = qpeft.QPeftModel.from_pretrained(self.adapter, self.base_model, device="cpu")
+        model = qpeft.QPeftModel.from_pretrained(self.adapter, self.base_model, device="cpu", dtype="float32")
         self.reranker = qpeft.Reranker(model, truncate_queries=True, **options)
 
     def decode_request(self, request, **kwargs: Any) -> tuple[str, list[str]]:  # an annotation would make it a model

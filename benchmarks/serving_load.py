@@ -141,7 +141,7 @@ def free_port() -> int:
 def ours(port: int, model: Sequence[str], *options: str) -> list[str]:
     """Return the command that starts our server."""
     return [sys.executable, "-m", "qpeft_ext.cli", "serve", *model, "--port", str(port), "--device", "cpu",
-            "--log-level", "error", *options]  # fmt: skip
+            "--dtype", "float32", "--log-level", "error", *options]  # fmt: skip
 
 
 def litserve(port: int, adapter: str, base_model: str, cached: bool) -> list[str]:
