@@ -120,6 +120,7 @@ _TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12)
 _IDS = st.text(st.characters(categories=["L", "N", "P"], exclude_characters="\ufeff"), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["beir", "upr", "rankllm", "msmarco"])
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(texts=st.dictionaries(_IDS, st.tuples(_TEXT, _TEXT), min_size=1, max_size=4), query=_TEXT, number=st.integers(0))

@@ -94,6 +94,7 @@ def test_wrappers_of_an_lm_share_its_lock():
     assert lm_lock(peft.get_peft_model(lm, lora)) is lock
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_process_that_is_forked_after_the_first_use_does_not_hang():
     """OpenMP has no threads there; with as many as the parent had, torch would wait for them forever."""

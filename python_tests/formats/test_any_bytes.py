@@ -47,6 +47,7 @@ def read_corpus(path):
     return {doc_id: corpus[doc_id] for doc_id in corpus}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reader",
     [

@@ -299,6 +299,7 @@ _PIECES = st.sampled_from(
 ) | st.binary(max_size=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(pieces=st.lists(_PIECES, max_size=14), compressed=st.booleans(), cut=st.none() | st.integers(0, 80))

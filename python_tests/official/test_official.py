@@ -23,6 +23,7 @@ from qpeft_ext.official.clues import allowed_pieces
 # -- scores and gradients ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["document_first", "clues_first"])
 @pytest.mark.parametrize("options", [
     {"clues": "top_k"},

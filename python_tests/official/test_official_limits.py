@@ -143,6 +143,7 @@ def test_reranking_shares_prefixes_and_explains(clues):
         assert places[0][0] == 0 and places[-1][1] == len(found.text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clues", ["top_k", "attention"])
 def test_training_overfits(clues, tmp_path):
     transformers.logging.set_verbosity_error()
