@@ -32,5 +32,5 @@ def fresh_graphs():
     """torch.compile without its cache, which would reuse a graph that was made for an earlier build of the library."""
     from torch._inductor import config
 
-    with config.patch(force_disable_caches=True, cpp_cache_precompile_headers=False):
+    with config.patch(force_disable_caches=True):
         yield
