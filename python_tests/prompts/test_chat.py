@@ -10,6 +10,7 @@ from families.tiny import DOCUMENTS, PAIRS, tiny_lm, tiny_tokenizer
 from families.tiny_llama import tiny_llama_tokenizer
 
 import qpeft_ext as qpeft
+from qpeft_ext.compare.yes_no import YesNoModel
 from qpeft_ext.prompts.prompt import Prompt, document_text
 
 INSTRUCTION = "Please write a question for the passage."
@@ -180,6 +181,12 @@ def test_a_chat_template_of_no_use_is_one_clear_error(case):
 def test_impossible_options_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         qpeft.QPeftConfig(template="chat", **options)
+
+
+def test_yes_or_no_cannot_be_asked_behind_an_answer():
+    config = qpeft.QPeftConfig(clues="none", template="chat")
+    with pytest.raises(ValueError, match="yes/no asks behind the query, which template='chat' has as the answer"):
+        YesNoModel(tiny_lm("llama"), config, chat_tokenizer())
 
 
 def test_an_encoder_decoder_has_no_conversation():

@@ -29,11 +29,17 @@ class YesNoModel(QPeftModel):
     Args:
         lm, config, tokenizer: as for `QPeftModel`, with ``clues="none"``.
 
-    Raises: ValueError if both answers begin with the same token.
+    Raises: ValueError if both answers begin with the same token, or for a template in which the query is an answer.
     """
 
     def __init__(self, lm, config: QPeftConfig, tokenizer) -> None:
         super().__init__(lm, config, tokenizer)
+
+        if self.prompt.query_is_answer:
+            raise ValueError(
+                f"yes/no asks behind the query, which template={config.template!r} has as the answer; give this method "
+                "options: {template: qpeft}"
+            )
 
         def ids(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -53,6 +53,7 @@ class Prompt:
         soft_prompt_start: the place of the soft prompt in every prefix, if there is one.
         instruction_ids: the tokens that the soft prompt replaces; () without one.
         suffix: the fixed pieces around clues and query.
+        query_is_answer: whether a query is the answer of a conversation, so that nothing can be asked behind it.
         why_no_instruction: why a query cannot have an instruction of its own; "" where it can.
 
     Raises: ValueError for a template that cannot be made with this tokenizer.
@@ -74,6 +75,7 @@ class Prompt:
         self._head, self._tail, self.suffix = pieces.head, pieces.tail, pieces.suffix
         self.instruction_ids, self.soft_prompt_start = pieces.instruction_ids, pieces.soft_prompt_start
         self._query_follows_word, self._around_instruction = pieces.query_follows_word, pieces.around_instruction
+        self.query_is_answer = pieces.query_is_answer
         self.why_no_instruction = ""
         if encoder_decoder:
             self.why_no_instruction = "the encoder of an encoder–decoder LM would read it with the document"

@@ -33,6 +33,7 @@ class TemplatePieces:
     instruction_ids: the tokens that a soft prompt replaces; () without one.
     soft_prompt_start: how many tokens of ``head`` stand before the soft prompt.
     query_follows_word: whether a query follows a word, so that a space stands between them; otherwise it begins a line.
+    query_is_answer: whether a query is the answer of a conversation, so that nothing can be asked behind it.
     scores_special_tokens: whether an encoder–decoder LM is asked for the special tokens around a query too.
     """
 
@@ -43,6 +44,7 @@ class TemplatePieces:
     instruction_ids: tuple[int, ...] = ()
     soft_prompt_start: int = 0
     query_follows_word: bool = True
+    query_is_answer: bool = False
     scores_special_tokens: bool = False
 
 

@@ -59,6 +59,7 @@ def chat_pieces(words: Words, config: QPeftConfig) -> TemplatePieces:
         instruction_ids=instruction_ids,
         soft_prompt_start=soft_prompt_start,
         query_follows_word=answer.endswith(" "),
+        query_is_answer=True,
     )
 
 
