@@ -60,6 +60,12 @@ fuzz: build          ## thousands of damaged files and of hostile calls of the o
 	$(BIN)/python python_tests/fuzz/primitives.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
 	$(BIN)/python python_tests/fuzz/public_shapes.py --count $(or $(REQUESTS),500) --seed $(or $(SEED),0)
 
+fuzz-serve: build    ## thousands of requests that schemathesis makes of the description of `qpeft serve` (REQUESTS, SEED)
+	test -x build/fuzz-serve/bin/schemathesis || { $(BIN)/python -m venv build/fuzz-serve && \
+		build/fuzz-serve/bin/python -m pip install --quiet 'schemathesis>=4,<5'; }
+	$(BIN)/python python_tests/fuzz/serve.py --tool build/fuzz-serve/bin/schemathesis \
+		--count $(or $(REQUESTS),10000) --seed $(or $(SEED),0)
+
 sanitize: build      ## the operators under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, 10,000 calls
 	$(BIN)/python python_tests/fuzz/sanitize.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
 
@@ -92,5 +98,5 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint format check test test-plugins test-clients fuzz sanitize kills demo bench sweep docs wheel matrix clean
+.PHONY: help venv build lint format check test test-plugins test-clients fuzz fuzz-serve sanitize kills demo bench sweep docs wheel matrix clean
 .DEFAULT_GOAL := help

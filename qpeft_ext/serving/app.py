@@ -15,7 +15,7 @@ from . import responses
 from .access_log import AccessLog
 from .apis import COHERE_API, JINA_API, SCORE_API, Api, rerank_api
 from .bodies import parse_object, read_body, validate
-from .errors import OPENAI, RequestError
+from .errors import OPENAI, TEI, RequestError
 from .handling import Handler, error_response, json_response
 from .openapi import body_of, describe_errors, with_bodies
 from .schemas import CohereRequest, LoadRequest, RerankRequest, ScoreRequest, TeiRequest
@@ -59,12 +59,14 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         async def endpoint(request: Request) -> Response:
             return await handler(request, api, choose)
 
+        shapes = [api.errors, TEI] if TeiRequest in bodies else [api.errors]
+
         app.add_api_route(
             path,
             endpoint,
             methods=["POST"],
             summary=title,
-            responses={200: {"model": answer}, **describe_errors(api.errors)},
+            responses={200: {"model": answer}, **describe_errors(*shapes)},
             openapi_extra=body_of(*bodies),
             response_class=Response,
             response_model=None,

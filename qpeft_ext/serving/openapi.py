@@ -13,6 +13,7 @@ from .errors import ErrorShape, RequestError
 _REF = "#/components/schemas/{model}"
 _ERRORS = {
     "invalid": "A field is wrong.",
+    "empty": "There is no query or no document.",
     "unauthorized": "The key is missing or wrong.",
     "forbidden": "The server does not allow this.",
     "not_found": "There is no such model.",
@@ -33,12 +34,13 @@ def body_of(*kinds: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def describe_errors(shape: ErrorShape) -> dict[int | str, dict[str, Any]]:
-    """Describe the errors of a route, by status."""
+def describe_errors(*shapes: ErrorShape) -> dict[int | str, dict[str, Any]]:
+    """Describe the errors of a route that has bodies of these shapes, by status."""
     described: dict[int | str, dict[str, Any]] = {}
-    for kind, text in _ERRORS.items():
-        status, example = shape.render(RequestError(kind, text))
-        described[status] = {"description": text, "content": {"application/json": {"example": example}}}
+    for shape in shapes:
+        for kind, text in _ERRORS.items():
+            status, example = shape.render(RequestError(kind, text))
+            described.setdefault(status, {"description": text, "content": {"application/json": {"example": example}}})
     return described
 
 
