@@ -7,6 +7,7 @@ import http.client
 import inspect
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -115,7 +116,8 @@ def send_all(port: int, requests: Sequence[Request], clients: int) -> tuple[floa
 def server(command: Sequence[str], port: int, threads: int) -> Iterator[int]:
     """Run a server as long as this is entered. Yields: its port, when it answers."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+                               start_new_session=True)  # fmt: skip
     try:
         for _ in range(600):
             if process.poll() is not None:
@@ -129,7 +131,8 @@ def server(command: Sequence[str], port: int, threads: int) -> Iterator[int]:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # LitServe's workers outlive it
 
 
 def free_port() -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-_KEPT = 0.7  # weight of what was measured before, per pass of full length
+_KEPT = 0.9  # weight of what was measured before, per pass
 
 
 class Speed:
-    """Tokens per second of the passes so far, and the budget that follows from it.
+    """Durations of the passes so far, and the budget that follows from them.
+
+    A pass takes a time of its own and one for each token, which are fitted to the last passes. A budget fills the
+    wanted time, or takes twice the pass's own time if that is longer: on a slow machine passes of a single pair would
+    never end.
 
     Args:
         seconds: wanted duration of a pass.
@@ -16,13 +20,15 @@ class Speed:
 
     def __init__(self, seconds: float, most: int, first: float = 500.0) -> None:
         self._wanted, self._most, self._first = seconds, most, first
-        self._tokens = self._seconds = 0.0
+        self._passes = self._tokens = self._seconds = self._squares = self._products = 0.0
 
     def measured(self, tokens: int, seconds: float) -> None:
-        """Take a pass into account; long passes count more than short ones."""
-        keep = _KEPT ** min(1.0, seconds / self._wanted)
-        self._tokens = keep * self._tokens + tokens
-        self._seconds = keep * self._seconds + seconds
+        """Take a pass into account."""
+        self._passes = _KEPT * self._passes + 1
+        self._tokens = _KEPT * self._tokens + tokens
+        self._seconds = _KEPT * self._seconds + seconds
+        self._squares = _KEPT * self._squares + tokens * tokens
+        self._products = _KEPT * self._products + tokens * seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -32,4 +38,15 @@ class Speed:
     @property
     def budget(self) -> int:
         """Tokens of the next pass."""
-        return max(1, min(self._most, int(self.tokens_per_second * self._wanted)))
+        own, each = self._fitted()
+        return max(1, min(self._most, int((max(self._wanted, 2 * own) - own) / each)))
+
+    def _fitted(self) -> tuple[float, float]:
+        """Fit seconds of a pass, and of a token; by least squares where passes differ in length."""
+        mean = 1 / self.tokens_per_second
+        spread = self._passes * self._squares - self._tokens**2
+        if spread <= 1e-6 * self._passes * self._squares:
+            return 0.0, mean
+        each = (self._passes * self._products - self._tokens * self._seconds) / spread
+        each = min(max(each, mean / 10), mean)  # noise may say that long passes are the quicker ones
+        return max(0.0, (self._seconds - each * self._tokens) / self._passes), each
