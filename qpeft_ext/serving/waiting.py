@@ -17,8 +17,8 @@ class WaitingJobs:
 
     A pass is filled from the job with the fewest tokens left. What jobs get that came after the oldest one is owed to
     the oldest, and paid with the next tokens. So a short request waits for the pass that is running and for one of at
-    most three times its own size (or an eighth of the largest pass), and the oldest request gets half of the time or
-    more, however many short ones come. Pairs over documents that a pass reads anyway join it.
+    most three times the size of all that are about as short (or an eighth of the largest pass), and the oldest request
+    gets half of the time or more, however many short ones come. Pairs over documents that a pass reads anyway join it.
 
     Args:
         max_tokens: of all jobs; one that is alone in the queue may have more.
@@ -93,7 +93,8 @@ class WaitingJobs:
             self._owed = 0
             return {}
         oldest, shortest = self._jobs[0], min(self._jobs, key=lambda job: job.left)
-        limit = min(budget, max(2 * shortest.left, budget // 8))
+        similar = [job.left for job in self._like(shortest, by_length=False) if job.left <= 2 * shortest.left]
+        limit = min(budget, max(2 * sum(similar), budget // 8))
         if self._owed and oldest.group != shortest.group:
             chosen = _Choice(min(budget, self._owed))
             chosen.add(self._like(oldest, by_length=False))
