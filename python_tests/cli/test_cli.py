@@ -11,7 +11,19 @@ from jobs.tiny_job import make_job
 import qpeft_ext as qpeft
 from qpeft_ext.cli import main
 
-COMMANDS = ["info", "retrieve", "synthesize", "train", "index", "rerank", "evaluate", "fuse", "convert", "demo"]
+COMMANDS = [
+    "info",
+    "retrieve",
+    "synthesize",
+    "train",
+    "calibrate",
+    "index",
+    "rerank",
+    "evaluate",
+    "fuse",
+    "convert",
+    "demo",
+]
 
 
 @pytest.fixture(scope="module")

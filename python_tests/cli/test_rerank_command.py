@@ -54,6 +54,26 @@ def test_rerank(job, tmp_path, capsys):
     assert "3 queries; difference to run" in out
 
 
+def test_a_threshold_leaves_documents_out_of_the_run(job, tmp_path, capsys):
+    reranker = qpeft.Reranker.from_pretrained(job / "adapter")
+    corpus, output = formats.Corpus(job / "data"), tmp_path / "out.trec"
+    lists = [[corpus[doc_id] for doc_id, _ in ranking] for ranking in RUN.values()]
+    every = reranker.rank_many([QUERIES[query_id] for query_id in RUN], lists, threshold=0)
+    relevances = sorted(row["relevance"] for rows in every for row in rows)
+    cut = (relevances[3] + relevances[4]) / 2  # of nine
+    command = ["rerank", "--model", job / "adapter", "--data", job / "data", "--run", job / "data" / "run.trec"]
+    out = run_command(capsys, *command, "--output", output, "--device", "cpu", "--threshold", cut)
+    kept = {
+        query_id: [ranking[row["corpus_id"]][0] for row in rows if row["relevance"] >= cut]
+        for (query_id, ranking), rows in zip(RUN.items(), every, strict=True)
+    }
+    written = formats.read_run(output)
+    assert {query_id: [doc_id for doc_id, _ in written.get(query_id, ())] for query_id in RUN} == kept
+    assert "wrote 5 lines" in out and not list(tmp_path.glob("*.part*"))
+    assert main([*map(str, command), "--output", str(output), "--threshold", "3"]) == 2
+    assert "--threshold must be in [0, 1], got 3" in capsys.readouterr().err
+
+
 def test_identical_ids_are_left_out_and_counted(job, tmp_path, capsys):
     """They leave a given run, BM25's candidates (of which there are still as many as asked for), and negatives."""
     data = tmp_path / "data"

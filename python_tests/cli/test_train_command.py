@@ -55,6 +55,27 @@ def test_a_beir_folder_becomes_an_adapter(job, tmp_path, clues, capsys):
     assert len(reranker.rank(QUERIES["q1"], ["the sea", "the moon"])) == 2
 
 
+def test_queries_are_kept_back_to_calibrate_on(job, tmp_path, capsys):
+    words = ["sea", "moon", "boat", "tide", "wind"]
+    lines = [
+        {"query": f"the {words[i % 5]} {i}", "positives": [f"{words[i % 5]} {i}"], "negatives": [f"{words[i % 4]} x"]}
+        for i in range(48)
+    ]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    examples = ("--train", tmp_path / "examples.jsonl", "--calibrate")
+    assert train(job, tmp_path / "adapter", *examples, "--clues", "none", "--generated-lora-rank", 2) == 0
+    out = capsys.readouterr().out
+    assert "48 training examples" in out and "20 queries are kept back to calibrate on" in out
+    found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["calibration"]
+    if found is None:  # the scores of a random LM may rank no better than chance
+        assert "the adapter is not calibrated: calibration: relevant documents do not make" in out
+    else:
+        assert (found["measured"]["queries"], found["measured"]["pairs"]) == (20, 40)
+    (tmp_path / "examples.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert train(job, tmp_path / "other", *examples) == 2
+    assert "--calibrate keeps 20 queries back, and there are 1 training examples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "rank"),
     [

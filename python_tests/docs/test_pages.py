@@ -16,6 +16,7 @@ from qpeft_ext.compare import methods, plan
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
 # command -> the pages that explain it
 COMMANDS = {
+    "calibrate": ("reranking.md",),
     "compare": ("compare.md",),
     "convert": ("formats.md",),
     "demo": ("quality.md",),

@@ -18,10 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..config import QPeftConfig
+from ..evaluation.calibration import Calibration
 from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights
 from ..lm.loading import files_digest, load_lm, load_tokenizer
 from ..utils.files import save_file_with, save_folder_with, write_text
+from ..utils.small_files import read_json
 from ..utils.torch_state import own_state
+from .model_card import PLOT, model_card, reliability_svg, with_calibration
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 LM_ADAPTER, TRAINED_LM = "lm_adapter", "lm"
@@ -50,7 +53,24 @@ def save_adapter(model, folder: str | os.PathLike[str]) -> None:
         save_folder_with(folder / TRAINED_LM, model.lm.save_pretrained)
     config = model.qpeft_config.to_dict() | {"qpeft_version": VERSION}
     save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    write_text(folder / CARD, _model_card(model, VERSION), follow=False)
+    write_text(folder / CARD, model_card(model, VERSION), follow=False)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
+
+
+def save_calibration(folder: str | os.PathLike[str], calibration: Calibration) -> None:
+    """Store a calibration in an adapter's folder: in its config, and in its model card with a plot.
+
+    Args:
+        folder: the adapter's.
+        calibration: from `evaluation.calibration.calibrate`.
+    Raises: FileNotFoundError or ValueError if the folder holds no adapter; OSError if it cannot be written.
+    """
+    folder = Path(folder)
+    QPeftConfig.from_pretrained(folder)
+    config = read_json(folder / CONFIG) | {"calibration": calibration.to_dict()}
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "# Q-PEFT adapter\n"
+    write_text(folder / PLOT, reliability_svg(calibration.measured["bins"]), follow=False)
+    write_text(folder / CARD, with_calibration(card, calibration.measured), follow=False)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
 
 
@@ -64,6 +84,13 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     """
     folder = local_folder(folder)
     config = replace(QPeftConfig.from_pretrained(folder), **(options or {}))
+    if config.calibration is not None:
+        try:
+            Calibration.from_dict(config.calibration)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from None
+    if is_trainable:
+        config = replace(config, calibration=None)  # it is of the weights before training
     state = read_weights(folder / WEIGHTS)
     if lm_kwargs.get("revision") is None and (lm is None or isinstance(lm, (str, os.PathLike))):
         lm_kwargs = lm_kwargs | {"revision": revision_of(config, lm)}
@@ -263,40 +290,8 @@ def local_folder(folder: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md"]))
+        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md", "*.svg"]))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
             f"there is no adapter folder {folder}, and the Hub did not give one ({' '.join(str(error).split())[:120]})"
         ) from None
-
-
-def _model_card(model, version: str) -> str:
-    config = replace(model.qpeft_config, base_model=None)
-    trainable, total = model.get_nb_trainable_parameters()
-    base = config.base_model_name_or_path or "unknown"
-    card = [
-        "---",
-        "library_name: qpeft_ext",
-        f"base_model: {base}",
-        "tags: [reranking, q-peft]",
-        "---",
-        "",
-        "# Q-PEFT adapter",
-        "",
-        f"Reranks documents by the log-likelihood that `{base}` gives the query after reading the document and its "
-        "clues.",
-        "",
-        "```python",
-        "import qpeft_ext as qpeft",
-        "",
-        'reranker = qpeft.Reranker.from_pretrained("this-folder")',
-        'reranker.rank("a query", ["a document", "another"])',
-        "```",
-        "",
-        f"Trainable parameters: {trainable:,} of {total:,}. Written by qpeft_ext {version}.",
-        "",
-        "| option | value |",
-        "|---|---|",
-    ]
-    card += [f"| {name} | {value} |" for name, value in config.to_dict().items() if value is not None]
-    return "\n".join(card) + "\n"

@@ -62,6 +62,13 @@ class RerankOptions:
         bool,
         typer.Option("--similarity-only", help="Rank by the similarities of the clues too, without the LM."),
     ] = False
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Leave documents with a smaller relevance, in [0, 1], out of the run (see qpeft calibrate). An "
+            "interrupted run then starts over."
+        ),
+    ] = None
     measures: Measures = None
     revision: Revision = None
     dtype: Dtype = None
@@ -167,6 +174,11 @@ def _check_options(options: RerankOptions) -> None:
     check_passages(options.passages, options.passage_tokens, options.passage_stride)
     expect_at_least(0, cache_bytes=options.cache_bytes)
     expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index, options.max_memory)
+    if options.threshold is not None:
+        if not 0 <= options.threshold <= 1:
+            raise ValueError(f"--threshold must be in [0, 1], got {options.threshold:g}; it is of relevances")
+        if not (options.model or options.upr):
+            raise ValueError("--threshold is of the LM's relevances; add --model or --upr")
     if options.max_memory is not None:
         if options.cache_bytes:
             raise ValueError("--max-memory and --cache-bytes exclude each other")
@@ -199,6 +211,7 @@ def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
         kv_dtype=options.kv_dtype,
         template=options.template,
         special_tokens=options.special_tokens,
+        threshold=options.threshold,
         passages=options.passages,
         passage_tokens=options.passage_tokens,
         passage_stride=options.passage_stride,

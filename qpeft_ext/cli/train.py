@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,13 @@ from .train_options import TrainOptions, check_options
 
 if TYPE_CHECKING:
     from ..config import QPeftConfig
+    from ..model import QPeftModel
+    from ..prefixes.cache import DocumentCache
+    from ..ranking.judged import Judged
 
 CHECKPOINTS = "checkpoints"
+_FEWEST_KEPT_BACK, _MOST_KEPT_BACK = 20, 200  # queries to calibrate on
+_CANDIDATES = 20  # of each of them
 
 
 def _one_at_a_time(command: Callable[[TrainOptions], None]) -> Callable[[TrainOptions], None]:
@@ -59,6 +65,7 @@ def command(options: TrainOptions) -> None:
     stored = {"index": options.index, "kv_dtype": options.kv_dtype}
     cache = DocumentCache(options.cache_bytes, **stored) if has_cache else None
     examples, dev_examples = _read(options)
+    judged, examples = _kept_back(options, examples) if options.calibrate else (None, examples)
     config = _config(settings, examples)
     device = default_device(options.device)
     quiet_transformers()
@@ -92,10 +99,53 @@ def command(options: TrainOptions) -> None:
     ).trainer
     if trainer.is_world_process_zero():
         model.save_pretrained(options.output)
+        if judged is not None:
+            _calibrate(model, judged, options, cache)
     fitted = config.temperature == "auto" and model.qpeft_config.temperature != "auto"
     note = f" (its loss has the temperature {model.qpeft_config.temperature:g}, which fits the LM)" if fitted else ""
     say(f"wrote the adapter to {options.output}{note}")
     trainer.accelerator.end_training()  # a process group that is left to the interpreter's exit can abort the process
+
+
+def _kept_back(options: TrainOptions, examples: list) -> tuple[Judged, list]:
+    """Return queries to calibrate on, and the examples of all others."""
+    from .. import formats
+    from ..ranking.judged import Judged, draw_judged
+
+    count = min(_MOST_KEPT_BACK, max(_FEWEST_KEPT_BACK, len(examples) // 10))
+    if len(examples) < 2 * count:
+        raise ValueError(
+            f"--calibrate keeps {count} queries back, and there are {len(examples)} training examples; leave it "
+            "out and use qpeft calibrate with other queries"
+        )
+    collection = formats.open_collection(options.data) if options.data is not None else None
+    split = collection.choose_split(options.split) if collection is not None and collection.splits else None
+    if collection is None or collection.has("examples", split):
+        drawn = set(random.Random(options.seed).sample(range(len(examples)), count))
+        kept = [example for place, example in enumerate(examples) if place in drawn]
+        judged = Judged.of_examples(f"kept-back examples of {Path(options.data or options.train).name}", kept)
+    else:
+        assert options.data is not None
+        judged = draw_judged(options.data, split, count, _CANDIDATES, options.run, options.seed)
+    asked = set(judged.queries)
+    rest = [example for example in examples if example["query"] not in asked]
+    say(f"{len(judged.queries)} queries are kept back to calibrate on")
+    return judged, rest
+
+
+def _calibrate(model: QPeftModel, judged: Judged, options: TrainOptions, cache: DocumentCache | None) -> None:
+    """Fit relevances to the queries that were kept back, and store them in the adapter."""
+    from ..adapters.files import save_calibration
+    from ..ranking.reranker import Reranker
+
+    reranker = Reranker(model, cache=cache, truncate_queries=options.truncate_queries)
+    try:
+        calibration = reranker.calibrate(judged.queries, judged.documents, judged.relevant, judged.name)
+    except ValueError as error:
+        say(f"the adapter is not calibrated: {error}")  # it is worth more than its calibration
+        return
+    save_calibration(options.output, calibration)
+    say(calibration.describe())
 
 
 def _settings(options: TrainOptions) -> dict[str, Any]:

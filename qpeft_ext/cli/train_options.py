@@ -110,6 +110,14 @@ class TrainOptions:
             "--gradient-accumulation", "--gradient-accumulation-steps", help="Batches per step of the optimiser."
         ),
     ] = 1
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Keep a tenth of the queries back, at most 200, and fit relevances in [0, 1] to them at the end (see "
+            "qpeft calibrate).",
+        ),
+    ] = False
     save_steps: Annotated[
         int | None,
         typer.Option(help="Steps between checkpoints; with --dev the best one is kept.  [default: no checkpoints]"),

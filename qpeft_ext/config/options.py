@@ -104,6 +104,8 @@ class QPeftConfig:
         seed: Seed of initial weights, of the order of the examples, and of all that is drawn (default 0).
         base_model_name_or_path: Name of the LM that the adapter belongs to; `get_qpeft_model` fills it in.
         base_model: Description of that LM, by which another LM is refused; `get_qpeft_model` fills it in.
+        calibration: How log-likelihoods become relevances in [0, 1] (`evaluation.calibration.Calibration`); None (the
+            default) for a fixed map. `qpeft calibrate` fills it in.
         peft_type: Always "QPEFT", by which an adapter's file is recognised.
 
     Raises:
@@ -159,6 +161,7 @@ class QPeftConfig:
     seed: int = 0
     base_model_name_or_path: str | None = None
     base_model: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
     peft_type: str = "QPEFT"
 
     def __post_init__(self) -> None:

@@ -92,6 +92,8 @@ def check_values(options: Mapping[str, Any]) -> None:
         _number("temperature", temperature, "'auto' or a number above 0")
         if temperature <= 0:
             raise ValueError(f"QPeftConfig: temperature must be 'auto' or above 0, got {temperature!r}")
+    if not isinstance(options["calibration"], dict | None):
+        raise TypeError(f"QPeftConfig: calibration must be a table of numbers, got {shorten(options['calibration'])}")
     if options["base_model"] is not None:
         _expect_description(options["base_model"])
 

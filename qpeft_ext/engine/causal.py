@@ -150,11 +150,8 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         # padding must not reach beyond a learned position table, nor to where the rotary table changes
         positions = rows.positions.clamp_max(rows.end - 1)
         if prefix is not None:
-            prefix_mask = prefix.mask(self.device)
-            if prefix_rows is not None:
-                prefix_mask = prefix_mask[prefix_rows]
             arguments |= {
-                "attention_mask": torch.cat([prefix_mask, rows.mask], dim=1),
+                "attention_mask": torch.cat([prefix.mask(self.device, prefix_rows), rows.mask], dim=1),
                 self.cache_argument: shared_cache(prefix, prefix_rows),
                 "use_cache": True,
             }

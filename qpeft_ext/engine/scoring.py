@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial, wraps
 from threading import local
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,6 +22,7 @@ from ..adapters.projected_rows import ProjectedRows
 from ..config import QPeftConfig
 from ..lm.passes import Hook, lm_lock
 from ..prefixes.cache import DocumentCache
+from ..prefixes.views import PrefixViews
 from ..prompts.pairs import PairBatch, to_device
 from ..prompts.prompt import Document, Prompt, as_pairs
 from ..utils.forked import computes_now
@@ -230,6 +232,41 @@ class ScoringModel(nn.Module):
 
         most = 0 if self.clues is None else 2 * (self.qpeft_config.k or 1) * max(map(len, batch.queries))
         return self.engine.table_of_each(batch, self.prompt.suffix, clue_counts, most)
+
+    @torch.no_grad()
+    @in_passes
+    def score_views(
+        self,
+        batch: PairBatch,
+        visible: Tensor,
+        cache: DocumentCache | None = None,
+        max_tokens_per_batch: int | None = None,
+        deterministic: bool = False,
+    ) -> Tensor:
+        """Score one pair several times, each time with some tokens of its document hidden; without clues.
+
+        The document is read once, or taken from the cache. A hidden token is not attended to, but what later tokens
+        have learned from it stays in their keys and values.
+
+        Args:
+            batch: one pair, from `encode`.
+            visible: which tokens of the document's prefix are seen each time, bool [N, P].
+            cache, max_tokens_per_batch, deterministic: as in `forward`.
+        Returns: Σ log p(query token) of each time, nats, float32 [N].
+        Raises: ValueError for an LM that cannot share prefixes (`BaseEngine.why_not_cached`).
+        """
+        if self.engine.why_not_cached:
+            raise ValueError(f"score_views: the tokens of a prefix cannot be hidden: {self.engine.why_not_cached}")
+        ((query, document),) = batch.pairs
+        prefix = self.engine.cached_prefill([batch.documents[document].ids], cache, deterministic=deterministic)
+        of_a_view = batch.instruction_length(query) + len(batch.queries[query]) + visible.shape[1]
+        views = 1 if deterministic else max(1, (max_tokens_per_batch or default_tokens(self.device)) // of_a_view)
+        parts = []
+        for part in visible.split(views):
+            N, seen = len(part), PrefixViews.of(prefix, part, self.engine.packing.dtype)
+            copies = replace(batch, pairs=batch.pairs * N)
+            parts.append(self._score_group(copies, None, [0] * N, [document], seen, False).query_log_likelihood)
+        return torch.cat(parts)
 
     @in_passes
     def compute_clues(

@@ -44,11 +44,17 @@ class PrefixBatch:
     def padded_length(self) -> int:
         return max(self.lengths)
 
-    def mask(self, device: torch.device) -> Tensor:
-        """Left-padded attention mask, int64 [N, P]."""
+    def mask(self, device: torch.device, rows: Tensor | None = None) -> Tensor:
+        """Left-padded attention mask of pairs, int64 [B, P].
+
+        Args:
+            device: where it goes.
+            rows: the prefix of each pair, int64 [B]; None when pair i reads prefix i.
+        """
         slots = torch.arange(self.padded_length, device=device)
         lengths = torch.tensor(self.lengths, device=device)
-        return (slots >= self.padded_length - lengths[:, None]).long()
+        mask = (slots >= self.padded_length - lengths[:, None]).long()
+        return mask if rows is None else mask[rows]
 
 
 @dataclass

@@ -124,7 +124,7 @@ def explain_pair(
         row, pairs = texts.index(text), [(query, candidate) for candidate in listed]
     batch = model.encode(pairs, truncate_queries=truncate_queries)
     clues = model.compute_clues(batch, explain=True)
-    start = _text_start(document)
+    start = text_start(document)
     if clues is None or not clues.mask[row].any():
         return Explanation(query, text, [], start, gate_norms=_gate_norms(model, batch.queries[0]))
     clues = clues[[row]]
@@ -186,7 +186,7 @@ def _clue_tokens(tokenizer: Any, clues: Clues, query_tokens: list[str]) -> list[
             for i, score, t, gate in rows]  # fmt: skip
 
 
-def _text_start(document: Document) -> int:
+def text_start(document: Document) -> int:
     """Where the document's own text begins in `document_text`."""
     if isinstance(document, str):
         return len(document.lstrip()) - len(document)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from ..prompts.prompt import Document, as_documents, expect_query
-from ..utils.inputs import as_list
+from ..utils.inputs import as_list, kind_of
 
 
 def as_lists(
@@ -48,6 +49,25 @@ def as_instructions(what: str, instruction: str | Sequence[str | None] | None, c
     if len(given) != count:
         raise ValueError(f"{what}: instruction must be a string, or a list of {count}, got {len(given)}")
     return given
+
+
+def as_threshold(what: str, threshold: float | None) -> float | None:
+    """Check a threshold of relevance.
+
+    Args:
+        what: the method that is called, for messages.
+        threshold: what a user gave.
+    Raises: TypeError for anything but a number or None; ValueError for one outside of [0, 1].
+    """
+    if threshold is None:
+        return None
+    if not isinstance(threshold, (int, float, np.floating)) or isinstance(threshold, bool):
+        raise TypeError(f"{what}: threshold must be a number in [0, 1], got {kind_of(threshold)}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(
+            f"{what}: threshold must be in [0, 1], got {threshold}; it is of relevances, and scores are in nats"
+        )
+    return float(threshold)
 
 
 def expect_neutral(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..formats.partial_run import PartialRun
-from ..formats.trec import Run
+from ..formats.trec import Run, write_run
 from ..prefixes.index import PrefixIndex
 from ..prompts.prompt import Prompt
 from ..utils.console import Interrupted, say
@@ -28,8 +28,8 @@ def rerank_job(
 ) -> dict[str, RerankedRun]:
     """Rank the candidates with every system of a job; write the ranking of the main system.
 
-    Blocks are kept in ``OUTPUT.part`` as soon as they are ranked. What is wrong with the output, the index or a query
-    is found before the LM is loaded.
+    Blocks are kept in ``OUTPUT.part`` as soon as they are ranked, except with ``spec.threshold``. What is wrong with
+    the output, the index or a query is found before the LM is loaded.
 
     Args:
         spec: the systems; the first of ``spec.names`` is the main one.
@@ -44,21 +44,7 @@ def rerank_job(
         says what was kept.
     """
     with contextlib.ExitStack() as stack:
-        partials: dict[str, PartialRun] = {}
-        settings, about = spec.settings(queries, candidates), spec.about()
-        for place, name in enumerate(spec.names):
-            partials[name] = PartialRun(
-                output,
-                candidates,
-                settings | {"system": name},
-                about=about,
-                name=name.replace(" ", "-") if place else "",
-                resume=resume,
-                blocks=run_blocks(candidates),
-            )
-            stack.callback(partials[name].close)
-            if partials[name].num_resumed:
-                say(f"{partials[name]}: going on from there")
+        partials = _partial_runs(spec, queries, candidates, output, resume, stack)
         prompt = spec.prompt()
         passages = PassageScoring.of(prompt, spec.passages, spec.passage_tokens, spec.passage_stride)
         if spec.index:
@@ -71,13 +57,16 @@ def rerank_job(
         try:
             with block_ranker(engine, spec, devices) as rank:
                 results = {
-                    name: rerank_blocks(rank, queries, candidates, name=name, partial=partial)
-                    for name, partial in partials.items()
+                    name: rerank_blocks(rank, queries, candidates, name=name, partial=partials.get(name))
+                    for name in spec.names
                 }
-            main, *others = partials.values()
-            main.finish()
-            for partial in others:
-                partial.discard()
+            if not partials:
+                write_run(output, results[spec.names[0]].run)
+            for place, partial in enumerate(partials.values()):
+                if place:
+                    partial.discard()
+                else:
+                    partial.finish()
         except KeyboardInterrupt:
             raise Interrupted("; ".join(["interrupted", *_kept(partials)])) from None
         except Exception as error:
@@ -85,6 +74,40 @@ def rerank_job(
                 error.add_note(note)
             raise
     return results
+
+
+def _partial_runs(
+    spec: SystemsSpec,
+    queries: Mapping[str, str],
+    candidates: Run,
+    output: Path,
+    resume: bool,
+    stack: contextlib.ExitStack,
+) -> dict[str, PartialRun]:
+    """Open the files in which the systems' blocks are kept, until ``stack`` is left.
+
+    There are none with a threshold: a part says which documents are ranked, and not which were left out.
+    """
+    partials: dict[str, PartialRun] = {}
+    if spec.threshold is not None:
+        if not output.absolute().parent.is_dir():
+            raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
+        return partials
+    settings, about = spec.settings(queries, candidates), spec.about()
+    for place, name in enumerate(spec.names):
+        partials[name] = PartialRun(
+            output,
+            candidates,
+            settings | {"system": name},
+            about=about,
+            name=name.replace(" ", "-") if place else "",
+            resume=resume,
+            blocks=run_blocks(candidates),
+        )
+        stack.callback(partials[name].close)
+        if partials[name].num_resumed:
+            say(f"{partials[name]}: going on from there")
+    return partials
 
 
 @contextlib.contextmanager

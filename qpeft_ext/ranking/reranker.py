@@ -20,12 +20,12 @@ from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, whole_number
 from .explain import describe_model
-from .inputs import as_instructions, as_lists, expect_neutral
-from .inspection import PairInspector
+from .inputs import as_instructions, as_lists, as_threshold, expect_neutral
 from .passages import PassageScoring
+from .relevance import RelevanceRanker
 
 
-class Reranker(PairInspector):
+class Reranker(RelevanceRanker):
     """Scores documents by the log-likelihood of the query: Σ log p(query token), nats, larger is better.
 
     With ``compat="official"`` the score is the mean instead, as in the official code.
@@ -224,6 +224,7 @@ class Reranker(PairInspector):
         num_workers: int | None = 0,
         prompt_name: str | None = None,
         instruction: str | None = None,
+        threshold: float | None = None,
     ) -> list[dict[str, Any]]:
         """Rank the documents of one query, best first; equal scores keep the given order.
 
@@ -235,6 +236,8 @@ class Reranker(PairInspector):
             batch_size, show_progress_bar, activation_fn, apply_softmax, num_workers, prompt_name: as in `predict`.
             convert_to_numpy, convert_to_tensor: accepted as well, without effect: a score is a float.
             instruction: as in `predict`, for this query.
+            threshold: leave out documents whose relevance (`relevance`) is smaller, and give the "relevance" of the
+                others; 0 keeps all. None computes no relevance.
         Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", nats. With ``passages``
             also "passage": (start, end) of the best one's characters in the document (the string, or its "text").
         Raises: TypeError or ValueError that names the argument, or the document and what is wrong with it.
@@ -260,7 +263,9 @@ class Reranker(PairInspector):
         expect_neutral("rank", activation_fn, apply_softmax, num_workers, prompt_name)
         query, candidates = expect_query(query, "rank: query"), as_documents(documents, "rank: documents")
         instructions = as_instructions("rank", instruction, 1)
-        ranked = self._ranked([query], [candidates], top_k, show_progress_bar, batch_size, instructions)[0]
+        threshold = as_threshold("rank", threshold)
+        all_ranked = self._ranked([query], [candidates], top_k, show_progress_bar, batch_size, instructions)
+        ranked = self._above(threshold, [query], all_ranked, instructions)[0]
         for row in ranked if return_documents else ():
             row["text"] = document_text(candidates[row["corpus_id"]])
         return ranked
@@ -274,6 +279,7 @@ class Reranker(PairInspector):
         *,
         batch_size: int | None = None,
         instruction: str | Sequence[str | None] | None = None,
+        threshold: float | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Rank the documents of many queries.
 
@@ -285,9 +291,12 @@ class Reranker(PairInspector):
             top_k, batch_size: as in `rank`.
             show_progress_bar: None shows it on a terminal only.
             instruction: one for all queries, or a list with one for each, or None; as in `predict`.
+            threshold: as in `rank`.
         Returns: for each query what `rank` returns.
         Raises: as `rank`, and if there are not as many lists of candidates as queries.
         """
         texts, lists = as_lists("rank_many", queries, candidates)
         instructions = as_instructions("rank_many", instruction, len(texts))
-        return self._ranked(texts, lists, top_k, show_progress_bar, batch_size, instructions)
+        threshold = as_threshold("rank_many", threshold)
+        ranked = self._ranked(texts, lists, top_k, show_progress_bar, batch_size, instructions)
+        return self._above(threshold, texts, ranked, instructions)

@@ -107,13 +107,13 @@ class RerankedRun:
         return f"{self.cache_hits / asked:.0%}" if asked else ""
 
 
-def by_likelihood(reranker: Reranker) -> Ranker:
-    """Return a function that ranks by the score of a `Reranker`."""
+def by_likelihood(reranker: Reranker, threshold: float | None = None) -> Ranker:
+    """Return a function that ranks by the score of a `Reranker`; documents of a lower relevance are left out."""
 
     def rank(queries, documents):
         if (rows := getattr(reranker, "projected", None)) is not None:
             rows.clear()  # of another block: how rows are rounded depends on those that are projected with them
-        rankings = reranker.rank_many(queries, documents, show_progress_bar=False)
+        rankings = reranker.rank_many(queries, documents, show_progress_bar=False, threshold=threshold)
         return [[(row["corpus_id"], row["score"]) for row in ranking] for ranking in rankings]
 
     return rank

@@ -56,6 +56,7 @@ class SystemsSpec:
         index: a folder of prefixes on disk, made by ``qpeft index``.
         kv_dtype: as for `DocumentCache`, of the cache that cache_bytes, max_memory or index ask for.
         template, special_tokens: as in `QPeftConfig`, where there is no adapter that says it.
+        threshold: documents with a smaller relevance are left out of the main system's ranking; None leaves none out.
     """
 
     data: str
@@ -77,6 +78,7 @@ class SystemsSpec:
     template: str | None = None
     special_tokens: str | None = None
     truncate_queries: bool = False
+    threshold: float | None = None
     passages: str | None = None
     passage_tokens: int | None = None
     passage_stride: int | None = None
@@ -200,6 +202,7 @@ class Systems:
         }
         if spec.max_tokens_per_batch is not None:
             options["max_tokens_per_batch"] = spec.max_tokens_per_batch
+        self.main, self.threshold = spec.names[0], spec.threshold
         self.rerankers: dict[str, Reranker] = {}
         lm: Any = None
         tokenizer: Any = None
@@ -231,7 +234,9 @@ class Systems:
 
     def ranker(self, name: str) -> Ranker:
         """Return the function by which the system of this name ranks."""
-        return (by_similarity if name == SIMILARITY else by_likelihood)(self.rerankers[name])
+        if name == SIMILARITY:
+            return by_similarity(self.rerankers[name])
+        return by_likelihood(self.rerankers[name], self.threshold if name == self.main else None)
 
     def __call__(self, block: Block) -> RankedBlock:
         before = self._counts(block.system)

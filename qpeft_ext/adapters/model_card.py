@@ -1,0 +1,111 @@
+"""The model card of an adapter, and its section on calibration with a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+PLOT = "reliability.svg"
+_SECTION = "## Calibration"
+_SIDE, _EDGE = 240, 40  # pixels of the plot, and of the margin around it
+
+
+def model_card(model, version: str) -> str:
+    """Make the text of README.md.
+
+    Args:
+        model: a `QPeftModel`.
+        version: of this package.
+    """
+    config = replace(model.qpeft_config, base_model=None, calibration=None)
+    trainable, total = model.get_nb_trainable_parameters()
+    base = config.base_model_name_or_path or "unknown"
+    card = [
+        "---",
+        "library_name: qpeft_ext",
+        f"base_model: {base}",
+        "tags: [reranking, q-peft]",
+        "---",
+        "",
+        "# Q-PEFT adapter",
+        "",
+        f"Reranks documents by the log-likelihood that `{base}` gives the query after reading the document and its "
+        "clues.",
+        "",
+        "```python",
+        "import qpeft_ext as qpeft",
+        "",
+        'reranker = qpeft.Reranker.from_pretrained("this-folder")',
+        'reranker.rank("a query", ["a document", "another"])',
+        "```",
+        "",
+        f"Trainable parameters: {trainable:,} of {total:,}. Written by qpeft_ext {version}.",
+        "",
+        "| option | value |",
+        "|---|---|",
+    ]
+    card += [f"| {name} | {value} |" for name, value in config.to_dict().items() if value is not None]
+    return with_calibration("\n".join(card) + "\n", (model.qpeft_config.calibration or {}).get("measured") or {})
+
+
+def with_calibration(card: str, measured: Mapping[str, Any]) -> str:
+    """Put the section on calibration at the end of a card, instead of one that it has.
+
+    Args:
+        card: the text of README.md.
+        measured: `Calibration.measured`; empty for no section.
+    """
+    card = card.split(f"\n{_SECTION}")[0].rstrip("\n") + "\n"
+    if not measured:
+        return card
+    lines = [
+        _SECTION,
+        "",
+        "`rank(query, documents, threshold=0.5)` gives a relevance in [0, 1] with each score. It was fitted on "
+        f"{measured['pairs']:,} pairs of {measured['queries']:,} queries of {measured['data']}, "
+        f"{measured['base_rate']:.1%} of them relevant, and measured on queries that were left out of the fit:",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| expected calibration error, {len(measured['bins'])} bins of equal mass | {measured['ece_before']:.3f} "
+        f"| {measured['ece']:.3f} |",
+        f"| Brier skill over the base rate | {measured['brier_skill_before']:.3f} | {measured['brier_skill']:.3f} |",
+        "",
+        f"![Share of relevant pairs against the relevance that was predicted]({PLOT})",
+        "",
+        "| relevance | relevant | pairs |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {predicted:.3f} | {observed:.3f} | {pairs} |" for predicted, observed, pairs in measured["bins"]]
+    return card + "\n" + "\n".join(lines) + "\n"
+
+
+def reliability_svg(bins: Sequence[Sequence[float]]) -> str:
+    """Draw the share of relevant pairs in each bin against the relevance that was predicted, as SVG.
+
+    Args:
+        bins: predicted, observed and number of pairs of each, as in `Calibration.measured`.
+    """
+
+    def place(x: float, y: float) -> tuple[str, str]:
+        return f"{_EDGE + x * _SIDE:.1f}", f"{_EDGE + (1 - y) * _SIDE:.1f}"
+
+    points = [place(predicted, observed) for predicted, observed, _ in bins]
+    (left, bottom), (right, top), size = place(0, 0), place(1, 1), _SIDE + 2 * _EDGE
+    middle, low = place(0.5, 0)[0], float(bottom) + 30
+    shapes = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{size}" height="{size}" fill="white"/>',
+        f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="black"/>',
+        f'<path d="M{left} {bottom}L{right} {top}" stroke="gray" stroke-dasharray="4"/>',
+        f'<path d="M{"L".join(f"{x} {y}" for x, y in points)}" fill="none" stroke="#3f7fd0"/>',
+        *(f'<circle cx="{x}" cy="{y}" r="3" fill="#3f7fd0"/>' for x, y in points),
+        *(f'<text x="{place(v, 0)[0]}" y="{float(bottom) + 14}" text-anchor="middle">{v}</text>' for v in (0, 0.5, 1)),
+        *(f'<text x="{float(left) - 6}" y="{place(0, v)[1]}" text-anchor="end">{v}</text>' for v in (0.5, 1)),
+        f'<text x="{middle}" y="{low}" text-anchor="middle">relevance</text>',
+        f'<text x="{left}" y="{float(top) - 12}" text-anchor="middle">relevant</text>',
+        "</svg>",
+    ]
+    return "\n".join(shapes) + "\n"
