@@ -137,7 +137,7 @@ class GeneratedLora(Float32Module):
         """
         gates, weights = self.gates([query], table)[0], {}
         for layer, (name, module) in enumerate(zip(self.names, self.targets, strict=True)):
-            base = getattr(module, "base_layer", module)
+            base: Any = getattr(module, "base_layer", module)
             expect_plain(base.weight, f"merge_for: nothing can be added to {name}, whose weight")
             update = (self.b[layer] * gates[layer]) @ self.a[layer]
             if _is_transposed(base):
