@@ -116,7 +116,7 @@ def test_a_client_that_leaves_drops_its_work(client, service, blocked):
     passes = service.metrics.registry.get_sample_value("qpeft_pairs_total")
     blocked()
     assert client.post("/rerank", json=ASKED).status_code == 200
-    assert service.metrics.registry.get_sample_value("qpeft_pairs_total") - passes <= 4
+    assert service.metrics.registry.get_sample_value("qpeft_pairs_total") - passes <= 6  # with an empty document each
     for _ in range(1000):  # the thread forgets a request when it looks at the queue again
         if not service.scoring.waiting.tokens:
             break

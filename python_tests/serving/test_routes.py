@@ -213,3 +213,30 @@ def test_the_description_names_every_field(client):
     schemas = page["components"]["schemas"]
     assert {"CohereRequest", "RerankRequest", "TeiRequest", "ScoreRequest", "CohereResponse"} <= schemas.keys()
     assert {"query", "documents", "top_n", "max_tokens_per_doc"} <= schemas["CohereRequest"]["properties"].keys()
+
+
+def test_relevances_are_those_of_the_reranker(client, reranker, expected):
+    body = client.post("/v1/rerank", json={"query": QUERY, "documents": DOCUMENTS}).json()["results"]
+    found = [r["relevance_score"] for r in sorted(body, key=lambda r: r["index"])]
+    np.testing.assert_allclose(found, reranker.relevance([QUERY] * 3, expected), rtol=1e-12)
+
+
+def test_an_instruction_is_read_and_caches_stay_valid(client, reranker):
+    asked = {"query": QUERY, "documents": DOCUMENTS, "raw_scores": True, "instruction": "Find the slowest one."}
+    body = client.post("/v2/rerank", json=asked).json()
+    ranked = reranker.rank(QUERY, DOCUMENTS, instruction="Find the slowest one.")
+    assert [r["relevance_score"] for r in body["results"]] == [r["score"] for r in ranked]
+    assert body["meta"]["cached_tokens"] > 0
+    blank = client.post("/v2/rerank", json={**asked, "instruction": " "}).json()["results"]
+    assert blank == client.post("/v2/rerank", json={**asked, "instruction": None}).json()["results"]
+
+
+def test_spans_are_those_of_the_reranker(client, reranker):
+    document = {"title": "Lists", "text": "def sort(items): return sorted(items)  # in ascending order"}
+    asked = {"query": QUERY, "documents": [document], "relevant_spans": {"mode": "enabled", "max_spans": 2}}
+    (result,) = client.post("/v2/rerank", json=asked).json()["results"]
+    assert [(s["start"], s["end"], s["score"]) for s in result["relevant_spans"]] == [
+        (span.start, span.end, span.score) for span in reranker.spans(QUERY, document, max_spans=2)
+    ]
+    asked["relevant_spans"] = {"mode": "disabled"}
+    assert "relevant_spans" not in client.post("/v2/rerank", json=asked).json()["results"][0]

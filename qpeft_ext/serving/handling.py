@@ -104,7 +104,9 @@ class Handler:
         job = prepared.job
         ranked = rank(prepared)
         queued = max(0.0, (job.started or job.arrived) - job.arrived)
-        self.service.metrics.scored(len(job.pairs), job.tokens, prepared.seconds, queued, job.inference_seconds)
+        self.service.metrics.scored(
+            len(prepared.documents), ranked.input_tokens, prepared.seconds, queued, job.inference_seconds
+        )
         seconds = {
             "total": time.monotonic() - started,
             "tokenization": prepared.seconds,
@@ -115,7 +117,7 @@ class Handler:
         headers |= {"x-compute-tokens": str(ranked.input_tokens), "x-cached-tokens": str(ranked.cached_tokens)}
         request.scope["state"]["qpeft"] = {
             "id": ranked.request_id,
-            "documents": len(job.pairs),
+            "documents": len(prepared.documents),
             "tokens": ranked.input_tokens,
             "cached_tokens": ranked.cached_tokens,
             "queue_ms": round(1000 * queued, 1),

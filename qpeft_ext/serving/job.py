@@ -24,6 +24,7 @@ class Job:
         digests: SHA-256 of each pair's document prefix.
         prefix_tokens, suffix_tokens: tokens of each pair's document prefix, and of the rest of its prompt.
         instruction: for the LM, or None.
+        lists: for each pair the list of documents that it is ranked in, for models whose scores depend on it.
         future: gets the job itself when all pairs have scores, or an error; cancelled when nobody waits any more.
         scores: float32 [B], nats.
         cached: whether the prefix of each pair was not computed for it: it was in the cache, or in the pass already.
@@ -38,6 +39,7 @@ class Job:
     prefix_tokens: list[int]
     suffix_tokens: list[int]
     instruction: str | None = None
+    lists: list[int] = field(default_factory=list)
     future: Future[Job] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None

@@ -25,19 +25,24 @@ class Prepared:
 
     Attributes:
         ask: what it asks for.
-        job: its pairs; with ``passages`` one for each passage of a document.
+        job: its pairs; with ``passages`` one for each passage of a document; then each distinct query with an empty
+            document, if relevances are wanted, which depend on how likely a query is anyway.
+        queries: that of each document.
         documents: the texts of the documents, cut where the request has limits of its own.
         passages: those of each document; None where documents are scored as a whole.
         query_tokens: scored tokens of each document's query.
+        bare: for each document the place of its query's pair with an empty document; [] if they are not wanted.
         warnings: what was cut, in words.
         seconds: that this took.
     """
 
     ask: Ask
     job: Job
+    queries: list[str]
     documents: list[Document]
     passages: list[list[Passage]] | None
     query_tokens: list[int]
+    bare: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -94,9 +99,13 @@ def _prepared(ask: Ask, served: Served, texts: list[Document], warnings: list[st
     parts = [[text] for text in texts] if split is None else [[p.document for p in passages] for passages in split]
     of = [place for place, part in enumerate(parts) for _ in part]  # the document of each pair
     pairs = [(queries[place], text) for place, part in enumerate(parts) for text in part]
+    distinct = {} if ask.raw_scores else {query: place for place, query in reversed(list(enumerate(queries)))}
+    bare = {query: len(pairs) + i for i, query in enumerate(distinct)}
+    pairs += [(query, "") for query in distinct]
+    of += distinct.values()
     prefixes = prompt.documents([text for _, text in pairs])
-    for place, prefix in enumerate(prefixes) if split is None else ():
-        if prefix.cut:
+    for place, prefix in enumerate(prefixes):
+        if prefix.cut and split is None:
             _expect_right(ask)
             tokens = prompt.max_document_tokens
             warnings.append(f"{ask.document_field}[{place}] was cut to {tokens} of {tokens + prefix.cut} tokens")
@@ -107,8 +116,9 @@ def _prepared(ask: Ask, served: Served, texts: list[Document], warnings: list[st
     lengths = [len(prefix.ids) for prefix in prefixes]
     model.engine.expect_fits(fixed + max(scored) + max(lengths))
     digests = [prefix_digest(prefix.ids) for prefix in prefixes]
-    job = Job(served, pairs, digests, lengths, [fixed + scored[place] for place in of], instruction)
-    return Prepared(ask, job, texts, split, scored, warnings)
+    lists = [0] * (len(pairs) - len(bare)) + list(range(1, len(bare) + 1))
+    job = Job(served, pairs, digests, lengths, [fixed + scored[place] for place in of], instruction, lists)
+    return Prepared(ask, job, queries, texts, split, scored, [bare[q] for q in queries if bare], warnings)
 
 
 def _resolve(document: str | DocumentRecord, place: int, ask: Ask, corpus: Mapping[str, Document] | None) -> Document:
@@ -172,7 +182,8 @@ def _cut_document(
         return document
     _expect_right(ask)
     warnings.append(f"{ask.document_field}[{place}] was cut to {limit} tokens")
-    return cut
+    title = document.get("title") if isinstance(document, dict) else None
+    return {"title": cut[: len(title)], "text": cut[len(title) + 1 :]} if title else cut
 
 
 def _first_tokens(text: str, limit: int, prompt: Prompt) -> str | None:

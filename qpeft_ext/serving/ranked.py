@@ -10,7 +10,8 @@ import numpy as np
 
 from ..prompts.prompt import document_text
 from .prepare import Prepared
-from .relevance import relevance
+
+_SPANS = 100  # results of a request for which spans are found
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,20 @@ class Ranked:
 def rank(prepared: Prepared) -> Ranked:
     """Make the answer of a request whose job has all its scores."""
     ask, job, passages = prepared.ask, prepared.job, prepared.passages
-    raw, best = job.scores, None
+    reranker = job.served.reranker
+    counts = [1] * len(prepared.documents) if passages is None else list(map(len, passages))
+    pairs = sum(counts)  # without those of empty documents, which follow
+    raw, best = job.scores[:pairs], None
     if passages is not None:
-        raw, best = job.served.reranker.passages.combined(raw, list(map(len, passages)))
+        raw, best = reranker.passages.combined(raw, counts)
     shown = raw if ask.raw_scores else _relevances(raw, prepared)
+    order = np.argsort(-raw, kind="stable")  # of the scores as they are: no ties by rounding
+    if ask.threshold is not None:
+        order = order[shown[order] >= ask.threshold]
+    order = order[: ask.top_n or None]
+    spans = {} if ask.spans is None else {place: _spans(place, prepared) for place in order[:_SPANS].tolist()}
+    if ask.spans is not None and len(order) > _SPANS:
+        prepared.warnings.append(f"relevant_spans were found for the first {_SPANS} results only")
     results = []
     for place, document in enumerate(prepared.documents):
         given = ask.documents[place]
@@ -74,26 +85,36 @@ def rank(prepared: Prepared) -> Ranked:
                 document_text(document) if ask.return_documents else None,
                 given.get("id") if isinstance(given, dict) else None,
                 None if won is None else (won.start, won.end),
+                spans.get(place),
             )
         )
-    order = np.argsort(-raw, kind="stable")  # of the scores as they are: no ties by rounding
-    if ask.threshold is not None:
-        order = order[shown[order] >= ask.threshold]
     return Ranked(
         uuid.uuid4().hex,
         job.served.name,
         results,
-        [results[place] for place in order[: ask.top_n or None]],
-        job.tokens,
-        sum(tokens for tokens, cached in zip(job.prefix_tokens, job.cached, strict=True) if cached),
+        [results[place] for place in order],
+        sum(job.prefix_tokens[:pairs]) + sum(job.suffix_tokens[:pairs]),
+        sum(tokens for tokens, cached in zip(job.prefix_tokens[:pairs], job.cached, strict=False) if cached),
         prepared.warnings,
     )
 
 
+def _spans(place: int, prepared: Prepared) -> list[dict[str, Any]]:
+    """Find what made a document relevant."""
+    found = prepared.job.served.reranker.spans(
+        prepared.queries[place],
+        prepared.documents[place],
+        instruction=prepared.job.instruction,
+        **(prepared.ask.spans or {}),
+    )
+    return [{"start": span.start, "end": span.end, "score": span.score} for span in found]
+
+
 def _relevances(scores: np.ndarray, prepared: Prepared) -> np.ndarray:
-    """Compute float64 [B] in [0, 1]."""
+    """Compute float64 [B] in [0, 1], by the map that the adapter has."""
+    reranker = prepared.job.served.reranker
     tokens = np.array(prepared.query_tokens, dtype=np.int64)
-    mean = scores.astype(np.float64)
-    if not prepared.job.served.reranker.model.ranks_by_mean:
-        mean = mean / tokens
-    return relevance(mean, tokens)
+    mean, bare = scores.astype(np.float64), prepared.job.scores[prepared.bare].astype(np.float64)
+    if not reranker.model.ranks_by_mean:
+        mean, bare = mean / tokens, bare / tokens
+    return reranker.calibration.relevance(mean, tokens, bare)

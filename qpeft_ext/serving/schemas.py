@@ -46,8 +46,9 @@ class RelevantSpans(_Body):
     """Cohere's options for the spans of a document that made it relevant."""
 
     mode: Literal["enabled", "disabled"] | None = "enabled"
-    threshold: FiniteFloat | None = 0.1
+    threshold: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = 0.1
     max_spans: Limit | None = None
+    likelihood: bool | None = Field(None, description="Weigh sentences by the LM; slower. Ours, not Cohere's.")
 
 
 class _Ours(_Body):
@@ -63,7 +64,8 @@ class _Ours(_Body):
         wanted = self.relevant_spans
         if wanted is None or wanted.mode == "disabled":
             return None
-        return {"threshold": 0.1 if wanted.threshold is None else wanted.threshold, "max_spans": wanted.max_spans}
+        threshold = 0.1 if wanted.threshold is None else wanted.threshold
+        return {"threshold": threshold, "max_spans": wanted.max_spans, "likelihood": wanted.likelihood}
 
 
 class CohereRequest(_Ours):

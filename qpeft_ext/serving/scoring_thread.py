@@ -141,7 +141,9 @@ def score_pairs(chosen: Pass, out_of_memory: Callable[[], object]) -> None:
     if first.whole:
         for job, places in chosen.items():
             pairs = [job.pairs[place] for place in places]
-            job.scores[places] = reranker.score(pairs, [0] * len(pairs), [job.instruction] * len(pairs))
+            job.scores[places] = reranker.score(
+                pairs, [job.lists[place] for place in places], [job.instruction] * len(pairs)
+            )
         return
     asked = [(*job.pairs[place], job.instruction) for job, places in chosen.items() for place in places]
     scores, start = _in_halves(reranker, asked, out_of_memory), 0
