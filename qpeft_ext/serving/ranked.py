@@ -66,7 +66,7 @@ def rank(prepared: Prepared) -> Ranked:
     raw, best = job.scores[:pairs], None
     if passages is not None:
         raw, best = reranker.passages.combined(raw, counts)
-    shown = raw if ask.raw_scores else _relevances(raw, prepared)
+    shown = raw.astype(np.float64) if ask.raw_scores else _relevances(raw, prepared)
     order = np.argsort(-raw, kind="stable")  # of the scores as they are: no ties by rounding
     if ask.threshold is not None:
         order = order[shown[order] >= ask.threshold]
