@@ -151,7 +151,7 @@ class Service:
 
     def _probe(self) -> Job:
         """Put a short pair into the queue."""
-        ask = Ask("query", "documents", ["is it ready?"], ["A document that asks for nothing."])
+        ask = Ask("query", "documents", ["is it ready?"], ["A document that asks for nothing."], raw_scores=True)
         job = prepare(ask, self.models, None, self.spec.limits).job
         self.scoring.waiting.put(job)
         return job
