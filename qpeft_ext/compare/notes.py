@@ -74,7 +74,9 @@ def cost_notes(table: CollectionTable) -> list[str]:
     notes, ranked = list(COST_NOTES), [result for result in table.results if "ranking" in result]
     indexed = [r for r in ranked if r["ranking"].get(FROM_INDEX) or r.get("training", {}).get(FROM_INDEX)]
     if indexed:
-        notes.append(f"Read prefixes from an index, so that no times are given: {_named(indexed)}.")
+        notes.append(
+            f"Read prefixes from an index or other methods' files, so that no times are given: {_named(indexed)}."
+        )
     on: dict[str, list[dict]] = {}
     for result in ranked:
         on.setdefault(_machine(result.get("machine", {})), []).append(result)

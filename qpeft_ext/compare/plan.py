@@ -156,6 +156,9 @@ class Plan:
         options: options of `QPeftConfig` for all methods.
         training: how much methods are trained, where they do not say otherwise.
         cache_bytes: memory for the prefixes of documents, while a method is trained and while it ranks.
+        disk_bytes: bytes of files in the folder of the results for prefixes, which all methods that have the plan's LM
+            and prompt share; 0: none are kept.
+        kv_dtype: dtype in which keys and values of prefixes are kept; None: that of the index, or else the LM's.
         all_collections: names of all collections, whether asked for or not.
     """
 
@@ -170,6 +173,8 @@ class Plan:
     options: dict[str, Any] = field(default_factory=dict)
     training: Training = Training()
     cache_bytes: int = 0
+    disk_bytes: int = 0
+    kv_dtype: str | None = None
     all_collections: tuple[str, ...] = ()
 
     @property

@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..evaluation.measures import check_measures
+from ..prefixes.dtypes import expect_kv_dtype
 from ..prompts.passages import check_passages
 from ..utils.small_files import read_yaml
 from ..utils.text import shorten
@@ -32,7 +33,7 @@ SET_BY_THE_PLAN = {
 }
 _NOT_KEYS = {Plan: {"path", "all_collections"}, Collection: {"name"}, Method: {"name", "varied"}}
 _KINDS = {int: "a whole number", float: "a number", str: "a name"}
-_MAY_BE_0 = ("negatives", "cache_bytes")
+_MAY_BE_0 = ("negatives", "cache_bytes", "disk_bytes")
 
 
 def read_plan(path: Path, only: Names[str] = (), collections: Names[str] = ()) -> Plan:
@@ -254,6 +255,10 @@ class _Checker:
             check_measures(plan.measures)
         except ValueError as error:
             raise self.error("measures", error) from None
+        try:
+            expect_kv_dtype(plan.kv_dtype, "it")
+        except ValueError as error:
+            raise self.error("kv_dtype", error) from None
         if len(set(plan.seeds)) < len(plan.seeds):
             raise self.error("seeds", f"each can be given once only, got {list(plan.seeds)}")
         for option in SET_BY_THE_PLAN:

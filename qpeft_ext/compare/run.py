@@ -27,6 +27,7 @@ from .train import trained_model
 
 if TYPE_CHECKING:
     from ..model import QPeftModel
+    from ..prefixes.cache import DocumentCache
     from ..prefixes.index import PrefixIndex
     from .prefixes import Prefixes
 
@@ -162,6 +163,8 @@ class Comparison:
         if method.method == FIRST_STAGE:
             return settings
         settings |= {"lm": self.lm_digest, "dtype": self.plan.dtype}
+        if self.plan.kv_dtype:
+            settings["kv_dtype"] = self.plan.kv_dtype
         if method.of:
             dev = self.data(cell.collection).dev
             return settings | {"of": self.settings(self._taken(cell, method.of)), "dev": dev.digest}
@@ -226,12 +229,20 @@ class Comparison:
         Args:
             ranking: whether it ranks; by passages it does so without the index, which has whole documents.
         """
-        from .prefixes import Prefixes, reads_index
+        from .prefixes import Prefixes, shares_prefixes
 
-        index = self.index(cell.collection)
-        split = ranking and cell.method.passages is not None
-        mine = index is not None and not split and reads_index(cell.method, model, self._prompt)
-        return Prefixes(self.plan.cache_bytes, index if mine else None)
+        index, shared = self.index(cell.collection), self._cache_on_disk
+        if not shares_prefixes(cell.method, model, self._prompt):
+            index = shared = None
+        if ranking and cell.method.passages is not None:
+            index = None
+        return Prefixes(self.plan, index, shared)
+
+    @cached_property
+    def _cache_on_disk(self) -> DocumentCache | None:
+        from .prefixes import cache_on_disk
+
+        return cache_on_disk(self.plan, self.output)
 
     def _rank(
         self, cell: Cell, model: QPeftModel, ranked: Ranked, path: Path, settings: dict
