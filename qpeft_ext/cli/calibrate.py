@@ -52,9 +52,10 @@ class CalibrateOptions:
 
 @from_dataclass(CalibrateOptions)
 def command(options: CalibrateOptions) -> None:
-    """Make relevances in [0, 1] of scores: fit a map to judged queries that the adapter was not trained on.
+    """Fit relevances in [0, 1] to judged queries.
 
-    It is measured on queries that are left out of the fit, stored in the adapter's config, and shown in its model card.
+    The adapter must not have been trained on these queries. The fit is measured on queries that are left out of it,
+    stored in the adapter's config, and shown in its model card.
 
     Example: qpeft calibrate --model ADAPTER --data FOLDER --split dev
     """
