@@ -1,4 +1,4 @@
-"""`RerankClient` against a stub of a server; what `open_ranker` opens."""
+"""`RerankClient` against a stub of a server; what `Source` opens."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ from stub_server import DOCUMENTS, QUERY, RELEVANCE
 
 import qpeft_ext
 from qpeft_ext.integrations.client import RerankClient, _seconds
-from qpeft_ext.integrations.sources import open_ranker
+from qpeft_ext.integrations.source import Source
 
 
 def test_rank_sorts_and_keeps_the_order_of_equal_scores(stub):
@@ -110,7 +110,7 @@ def test_the_words_of_an_error_reach_the_user(stub, status, headers, body, messa
         (b'{"results": [{"index": 0, "relevance_score": NaN}]}', "a number as 'relevance_score'"),
         (b'{"results": ["no row"]}', "got 'no row'"),
         (b'{"results": [{"index": 0, "relevance_score": 1}, {"index": 0, "relevance_score": 1}]}', "each once"),
-        (b'{"results": []}', "0 results for 1 documents"),
+        (b'{"results": []}', "0 results, but 1 were asked for"),
     ],
 )
 def test_answers_of_another_shape_are_refused(stub, answer, message):
@@ -132,15 +132,43 @@ def test_bad_urls(url):
 
 
 def test_what_is_opened(stub, reranker):
-    assert open_ranker(reranker) is reranker
-    client = open_ranker(stub.url, {"timeout": 3.0}, api_key="k", model="m")
+    assert Source(reranker).ranker is reranker
+    client = Source(stub.url, {"timeout": 3.0}, api_key="k", model="m").ranker
     assert isinstance(client, RerankClient) and (client.timeout, client.model) == (3.0, "m")
 
 
 def test_an_adapter_is_loaded_with_options():
     demo = Path(qpeft_ext.__file__).parent / "demo"
-    found = open_ranker(demo / "adapter", {"base_model": str(demo / "base_lm"), "max_document_tokens": 32})
+    found = Source(demo / "adapter", {"base_model": str(demo / "base_lm"), "max_document_tokens": 32}).ranker
     assert isinstance(found, qpeft_ext.Reranker) and found.model.qpeft_config.max_document_tokens == 32
+
+
+def test_a_threshold_leaves_out_what_is_below(stub):
+    client = RerankClient(stub.url)
+    assert [row["corpus_id"] for row in client.rank(QUERY, DOCUMENTS, threshold=0.25)] == [1, 0, 3]
+    assert stub.requests[0][2]["threshold"] == 0.25  # this stub ignores it
+    stub.answers = [(200, {}, b'{"results": []}')] * 2
+    assert client.rank(QUERY, DOCUMENTS, threshold=0.9) == []
+    with pytest.raises(ValueError, match="0 results, but 4 were asked for"):
+        client.rank(QUERY, DOCUMENTS, threshold=0.0)
+
+
+def test_with_a_threshold_scores_are_relevances_here_as_on_a_server(stub, reranker):
+    relevances = reranker.relevance([QUERY] * 4, reranker.predict([(QUERY, text) for text in DOCUMENTS])).tolist()
+    order = [row["corpus_id"] for row in reranker.rank(QUERY, DOCUMENTS)]
+    rows = [{"corpus_id": place, "score": relevances[place]} for place in order]
+    source = Source(reranker, threshold=0.0)
+    assert source.rank(QUERY, DOCUMENTS) == rows == source.rank_many([QUERY], [DOCUMENTS])[0]
+    assert source.predict([(QUERY, text) for text in DOCUMENTS]) == relevances
+    assert Source(reranker, threshold=rows[1]["score"]).rank(QUERY, DOCUMENTS) == rows[:2]
+    assert Source(stub.url, threshold=0.5).rank_many([QUERY], [DOCUMENTS]) == [[{"corpus_id": 1, "score": 0.75}]]
+    assert Source(stub.url, threshold=0.5).predict([(QUERY, DOCUMENTS[0])]) == [0.25]
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan")])
+def test_a_threshold_is_a_relevance(stub, threshold):
+    with pytest.raises(ValueError, match="threshold must be a relevance between 0 and 1"):
+        Source(stub.url, threshold=threshold)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +199,9 @@ def test_without_its_package_a_plug_in_says_what_to_install(monkeypatch, plugin,
 )
 def test_what_cannot_be_opened(arguments, error, message):
     with pytest.raises(error, match=message):
-        open_ranker(*arguments)
+        Source(*arguments)
 
 
 def test_options_are_not_for_a_reranker_in_memory(reranker):
     with pytest.raises(ValueError, match="options are for an adapter"):
-        open_ranker(reranker, {"device": "cpu"})
+        Source(reranker, {"device": "cpu"})

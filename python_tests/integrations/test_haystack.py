@@ -73,19 +73,19 @@ def test_a_reranker_in_memory_is_not_saved(reranker):
 
 def test_it_is_loaded_once_and_let_go(stub, found, monkeypatch):
     opened = []
-    monkeypatch.setattr("qpeft_ext.integrations.haystack.open_ranker", lambda *given: opened.append(given) or Fake())
+    monkeypatch.setattr("qpeft_ext.integrations.haystack.Source", lambda *given: opened.append(given) or Fake())
     ranker = QPeftRanker("adapter", options={"device": "cpu"})
     assert not opened
     ranker.warm_up()
     ranker.run(QUERY, found)
-    assert opened == [("adapter", {"device": "cpu"}, None, None)]
+    assert opened == [("adapter", {"device": "cpu"}, None, None, None, None)]
     ranker.close()
     ranker.run(QUERY, found)
     assert len(opened) == 2
 
 
 class Fake:
-    def rank(self, query, documents, top_k, *, instruction):
+    def rank(self, query, documents, top_k):
         return [{"corpus_id": 0, "score": 1.0}]
 
 

@@ -56,7 +56,13 @@ class RerankClient:
         return f"RerankClient({self.url!r}{'' if self.model is None else f', model={self.model!r}'})"
 
     def rank(
-        self, query: str, documents: Sequence[Any], top_k: int | None = None, *, instruction: str | None = None
+        self,
+        query: str,
+        documents: Sequence[Any],
+        top_k: int | None = None,
+        *,
+        instruction: str | None = None,
+        threshold: float | None = None,
     ) -> list[dict[str, Any]]:
         """Rank the documents of one query, best first.
 
@@ -65,6 +71,7 @@ class RerankClient:
             documents: strings, or dicts with "text" and perhaps "title".
             top_k: how many to return; None returns all.
             instruction: as for `Reranker.rank`; for servers that know it, such as ours and vLLM.
+            threshold: leave out documents whose score is smaller; for our server.
         Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", the relevance that the
             server sends, float64.
         Raises: RuntimeError with the server's words if it answers with an error; ConnectionError or TimeoutError if it
@@ -77,8 +84,11 @@ class RerankClient:
         body |= {} if top_k is None else {"top_n": top_k}
         body |= {} if self.model is None else {"model": self.model}
         body |= {} if instruction is None else {"instruction": instruction}
-        rows = self._rows(self._post(json.dumps(body).encode()), len(documents), top_k)
-        return sorted(rows, key=lambda row: -row["score"])[:top_k]  # stable: equal scores keep the server's order
+        body |= {} if threshold is None else {"threshold": threshold}
+        least = 0 if threshold else min(len(documents), top_k or len(documents))
+        rows = self._rows(self._post(json.dumps(body).encode()), len(documents), least)
+        rows.sort(key=lambda row: -row["score"])  # stable: equal scores keep the server's order
+        return [row for row in rows[:top_k] if threshold is None or row["score"] >= threshold]
 
     def rank_many(
         self,
@@ -87,17 +97,20 @@ class RerankClient:
         top_k: int | None = None,
         *,
         instruction: str | Sequence[str | None] | None = None,
+        threshold: float | None = None,
     ) -> list[list[dict[str, Any]]]:
         """Rank the documents of many queries, a request each.
 
         Args:
-            queries, candidates, top_k, instruction: as for `Reranker.rank_many`.
+            queries, candidates, top_k, instruction, threshold: as for `Reranker.rank_many`.
         Returns: for each query what `rank` returns.
         Raises: as `rank`.
         """
         each = [instruction] * len(queries) if instruction is None or isinstance(instruction, str) else instruction
         asked = zip(queries, candidates, each, strict=True)
-        return [self.rank(query, documents, top_k, instruction=own) for query, documents, own in asked]
+        return [
+            self.rank(query, documents, top_k, instruction=own, threshold=threshold) for query, documents, own in asked
+        ]
 
     def predict(self, pairs: Sequence[tuple[str, Any]], *, instruction: str | None = None) -> np.ndarray:
         """Score (query, document) pairs, in the order given; pairs of one query go into one request.
@@ -141,8 +154,8 @@ class RerankClient:
             time.sleep(_seconds(wait))
         raise AssertionError("the last attempt returns or raises")
 
-    def _rows(self, answer: Any, count: int, top_k: int | None) -> list[dict[str, Any]]:
-        """Read an answer. Raises: ValueError if it is no ranking of ``count`` documents."""
+    def _rows(self, answer: Any, count: int, least: int) -> list[dict[str, Any]]:
+        """Read an answer. Raises: ValueError if it is no ranking of ``least`` of ``count`` documents."""
         results = answer.get("results") if isinstance(answer, dict) else None
         if not isinstance(results, list):
             raise ValueError(f"{self.url}{_ROUTE}: the answer has no list 'results', got {kind_of(answer)}")
@@ -158,8 +171,8 @@ class RerankClient:
                 )
             seen.add(index)
             rows.append({"corpus_id": index, "score": float(score)})
-        if len(rows) < min(count, top_k or count):
-            raise ValueError(f"{self.url}{_ROUTE}: {len(rows)} results for {count} documents (top_n: {top_k or 'all'})")
+        if len(rows) < least:
+            raise ValueError(f"{self.url}{_ROUTE}: {len(rows)} results, but {least} were asked for")
         return rows
 
 

@@ -15,7 +15,7 @@ with needs("haystack-ai", "haystack"):
     from haystack import Document, component, default_from_dict, default_to_dict
     from haystack.utils import Secret
 
-from .sources import Ranker, open_ranker
+from .source import Source
 
 
 @component
@@ -25,7 +25,7 @@ class QPeftRanker:
     The returned documents are copies; of documents with the same id the first is kept.
 
     Args:
-        reranker: an adapter, the URL of a server, or a `Reranker`, as for `open_ranker`. With a `Reranker` in memory
+        reranker: an adapter, the URL of a server, or a `Reranker`, as for `source.Source`. With a `Reranker` in memory
             the pipeline cannot be saved.
         top_k: how many documents to return.
         meta_fields_to_embed: names of metadata that stand before the text.
@@ -33,7 +33,7 @@ class QPeftRanker:
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server, such as ``Secret.from_env_var("QPEFT_API_KEY")``.
         model: the name of the model that the server shall use.
-        instruction: as for `Reranker.rank`.
+        instruction, threshold: as for `source.Source`; with a threshold, scores are relevances between 0 and 1.
     Raises: ValueError for a ``top_k`` below 1.
     """
 
@@ -50,12 +50,13 @@ class QPeftRanker:
         api_key: Secret | None = None,
         model: str | None = None,
         instruction: str | None = None,
+        threshold: float | None = None,
     ) -> None:
         self.reranker, self.options, self.api_key, self.model = reranker, options, api_key, model
-        self.instruction = instruction
+        self.instruction, self.threshold = instruction, threshold
         self.top_k = _expect_top_k(top_k)
         self.meta_fields_to_embed, self.embedding_separator = list(meta_fields_to_embed or []), embedding_separator
-        self._ranker: Ranker | None = None
+        self._source: Source | None = None
 
     def warm_up(self) -> None:
         """Load the adapter, unless it is loaded."""
@@ -63,13 +64,13 @@ class QPeftRanker:
 
     def close(self) -> None:
         """Let go of what `warm_up` has loaded."""
-        self._ranker = None
+        self._source = None
 
-    def _open(self) -> Ranker:
-        if self._ranker is None:
+    def _open(self) -> Source:
+        if self._source is None:
             key = None if self.api_key is None else self.api_key.resolve_value()
-            self._ranker = open_ranker(self.reranker, self.options, key, self.model)
-        return self._ranker
+            self._source = Source(self.reranker, self.options, key, self.model, self.instruction, self.threshold)
+        return self._source
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, list[Document]]:
@@ -90,7 +91,7 @@ class QPeftRanker:
         if not kept:
             return {"documents": []}
         texts = [self._text(document) for document in kept]
-        rows = self._open().rank(query, texts, top_k, instruction=self.instruction)
+        rows = self._open().rank(query, texts, top_k)
         return {"documents": [replace(kept[row["corpus_id"]], score=row["score"]) for row in rows]}
 
     @component.output_types(documents=list[Document])
@@ -125,6 +126,7 @@ class QPeftRanker:
             api_key=self.api_key,
             model=self.model,
             instruction=self.instruction,
+            threshold=self.threshold,
         )
 
     @classmethod

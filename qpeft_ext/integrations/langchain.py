@@ -13,7 +13,7 @@ with needs("langchain-core", "langchain"):
     from langchain_core.documents import BaseDocumentCompressor, Document
 from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
-from .sources import Ranker, open_ranker
+from .source import Source
 
 
 class QPeftCompressor(BaseDocumentCompressor):
@@ -23,13 +23,13 @@ class QPeftCompressor(BaseDocumentCompressor):
     the documents that were given.
 
     Args:
-        reranker: a `Reranker`, an adapter, or the URL of a server, as for `open_ranker`.
+        reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         top_n: how many documents to return; None returns all.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server; it is not shown in ``repr``.
         model: the name of the model that the server shall use.
-        instruction: as for `Reranker.rank`.
-    Raises: ValueError (pydantic's) for a ``top_n`` below 1, and what `open_ranker` raises.
+        instruction, threshold: as for `source.Source`; with a threshold, scores are relevances between 0 and 1.
+    Raises: ValueError (pydantic's) for a ``top_n`` below 1, and what `source.Source` raises.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -40,13 +40,14 @@ class QPeftCompressor(BaseDocumentCompressor):
     api_key: SecretStr | None = None
     model: str | None = None
     instruction: str | None = None
-    _ranker: Ranker = PrivateAttr()
+    threshold: float | None = None
+    _source: Source = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
         """Open the reranker, once."""
         super().model_post_init(context)
         key = None if self.api_key is None else self.api_key.get_secret_value()
-        self._ranker = open_ranker(self.reranker, self.options, key, self.model)
+        self._source = Source(self.reranker, self.options, key, self.model, self.instruction, self.threshold)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -60,7 +61,7 @@ class QPeftCompressor(BaseDocumentCompressor):
         Returns: the best ``top_n`` as copies, best first.
         """
         texts = [document.page_content for document in documents]
-        rows = self._ranker.rank(query, texts, self.top_n, instruction=self.instruction)
+        rows = self._source.rank(query, texts, self.top_n)
         return [_scored(documents[row["corpus_id"]], row["score"]) for row in rows]
 
 
@@ -72,11 +73,11 @@ class QPeftCrossEncoder(BaseCrossEncoder):
     """A cross-encoder, for LangChain's own `CrossEncoderReranker` and whatever else takes one.
 
     Args:
-        reranker: a `Reranker`, an adapter, or the URL of a server, as for `open_ranker`.
+        reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server.
         model: the name of the model that the server shall use.
-        instruction: as for `Reranker.rank`.
+        instruction, threshold: as for `source.Source`; with a threshold, scores are relevances between 0 and 1.
     """
 
     def __init__(
@@ -86,11 +87,11 @@ class QPeftCrossEncoder(BaseCrossEncoder):
         api_key: str | None = None,
         model: str | None = None,
         instruction: str | None = None,
+        threshold: float | None = None,
     ) -> None:
-        self.instruction = instruction
-        self._ranker = open_ranker(reranker, options, api_key, model)
+        self._source = Source(reranker, options, api_key, model, instruction, threshold)
 
     def score(self, text_pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Score (query, document) pairs, in their order."""
         pairs = [(query, document) for query, document in text_pairs]
-        return [float(score) for score in self._ranker.predict(pairs, instruction=self.instruction)]
+        return self._source.predict(pairs)

@@ -15,7 +15,7 @@ with needs("llama-index-core", "llama-index"):
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
-from .sources import Ranker, open_ranker
+from .source import Source
 
 _dispatcher = get_dispatcher(__name__)
 
@@ -27,13 +27,13 @@ class QPeftPostprocessor(BaseNodePostprocessor):
     scores. Events of reranking start and end go to the dispatcher and to the callback manager.
 
     Args:
-        reranker: a `Reranker`, an adapter, or the URL of a server, as for `open_ranker`.
+        reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         top_n: how many nodes to return.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server; neither it nor a `Reranker` becomes part of `to_dict`.
         model: the name of the model that the server shall use.
-        instruction: as for `Reranker.rank`.
-    Raises: ValueError (pydantic's) for a ``top_n`` below 1, and what `open_ranker` raises.
+        instruction, threshold: as for `source.Source`; with a threshold, scores are relevances between 0 and 1.
+    Raises: ValueError (pydantic's) for a ``top_n`` below 1, and what `source.Source` raises.
     """
 
     reranker: Any = Field(description="A Reranker, an adapter, or the URL of a server.")
@@ -42,13 +42,14 @@ class QPeftPostprocessor(BaseNodePostprocessor):
     api_key: SecretStr | None = Field(default=None, exclude=True)
     model: str | None = Field(default=None, description="The name of the model that the server shall use.")
     instruction: str | None = Field(default=None, description="What the LM reads between document and query.")
-    _ranker: Ranker = PrivateAttr()
+    threshold: float | None = Field(default=None, description="Leave out nodes whose relevance is smaller.")
+    _source: Source = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
         """Open the reranker, once."""
         super().model_post_init(context)
         key = None if self.api_key is None else self.api_key.get_secret_value()
-        self._ranker = open_ranker(self.reranker, self.options, key, self.model)
+        self._source = Source(self.reranker, self.options, key, self.model, self.instruction, self.threshold)
 
     @classmethod
     def class_name(cls) -> str:
@@ -72,7 +73,7 @@ class QPeftPostprocessor(BaseNodePostprocessor):
         }
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
             texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
-            rows = self._ranker.rank(query_bundle.query_str, texts, self.top_n, instruction=self.instruction)
+            rows = self._source.rank(query_bundle.query_str, texts, self.top_n)
             best = [NodeWithScore(node=nodes[row["corpus_id"]].node, score=row["score"]) for row in rows]
             event.on_end(payload={EventPayload.NODES: best})
         _dispatcher.event(ReRankEndEvent(nodes=best))

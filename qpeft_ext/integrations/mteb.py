@@ -11,7 +11,7 @@ from ..utils.optional import needs
 with needs("mteb", "mteb"):
     from mteb.models.model_meta import ModelMeta
 
-from .sources import open_ranker
+from .source import Source
 
 
 class QPeftSearch:
@@ -24,7 +24,7 @@ class QPeftSearch:
     not scored.
 
     Args:
-        reranker: a `Reranker`, an adapter, or the URL of a server, as for `open_ranker`.
+        reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         name: under which MTEB keeps the results, "organisation/model"; None makes one of the adapter's name.
         revision: of the model, which MTEB keeps too.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
@@ -43,9 +43,9 @@ class QPeftSearch:
         api_key: str | None = None,
         model: str | None = None,
     ) -> None:
-        self._ranker = open_ranker(reranker, options, api_key, model)
+        self._source = Source(reranker, options, api_key, model)
         self._documents: dict[str, dict[str, str]] = {}
-        adapter = model or getattr(self._ranker, "adapter", None) or "reranker"
+        adapter = model or getattr(self._source.ranker, "adapter", None) or "reranker"
         name = name or f"qpeft_ext/{re.sub(r'[^a-zA-Z0-9_.-]', '-', adapter.rstrip('/').rpartition('/')[2])}"
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": name, "revision": revision, "model_type": ["cross-encoder"], "framework": ["PyTorch"]}
@@ -89,9 +89,7 @@ class QPeftSearch:
         texts = [_query_text(row) for row in rows.values()]
         candidates = [[self._documents[doc_id] for doc_id in own] for own in ids.values()]
         instructions = [row.get("instruction") or None for row in rows.values()]
-        ranked = self._ranker.rank_many(
-            texts, candidates, top_k, instruction=instructions if any(instructions) else None
-        )
+        ranked = self._source.rank_many(texts, candidates, top_k, instructions if any(instructions) else None)
         return {
             query_id: {own[row["corpus_id"]]: row["score"] for row in of_query}
             for (query_id, own), of_query in zip(ids.items(), ranked, strict=True)

@@ -12,7 +12,7 @@ with needs("pyterrier", "pyterrier"):
     import pandas as pd
     import pyterrier as pt
 
-from .sources import open_ranker
+from .source import Source
 
 
 class QPeftTransformer(pt.Transformer):
@@ -22,13 +22,13 @@ class QPeftTransformer(pt.Transformer):
     passages of long documents put ``pt.text.sliding`` before it and ``pt.text.max_passage`` after it.
 
     Args:
-        reranker: a `Reranker`, an adapter, or the URL of a server, as for `open_ranker`.
+        reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         text_field: the column of the texts.
         title_field: the column of the titles, if there are any.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server.
         model: the name of the model that the server shall use.
-        instruction: as for `Reranker.rank`.
+        instruction, threshold: as for `source.Source`; with a threshold, scores are relevances between 0 and 1.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class QPeftTransformer(pt.Transformer):
         api_key: str | None = None,
         model: str | None = None,
         instruction: str | None = None,
+        threshold: float | None = None,
     ) -> None:
-        self.instruction = instruction
         self.reranker, self.text_field, self.title_field = reranker, text_field, title_field
-        self._ranker = open_ranker(reranker, options, api_key, model)
+        self._source = Source(reranker, options, api_key, model, instruction, threshold)
 
     def __repr__(self) -> str:
         return f"QPeftTransformer({self.reranker!r})"
@@ -63,7 +63,7 @@ class QPeftTransformer(pt.Transformer):
         groups = [group.index for _, group in table.groupby("qid", sort=False)]
         queries = [table["query"][places[0]] for places in groups]
         documents = [[self._document(table, place) for place in places] for places in groups]
-        ranked = self._ranker.rank_many(queries, documents, instruction=self.instruction)
+        ranked = self._source.rank_many(queries, documents)
         order, scores = [], []
         for places, rows in zip(groups, ranked, strict=True):
             order += [places[row["corpus_id"]] for row in rows]

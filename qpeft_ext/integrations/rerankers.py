@@ -13,19 +13,19 @@ with needs("rerankers", "rerankers"):
     from rerankers.results import RankedResults, Result
     from rerankers.utils import prep_docs
 
-from .sources import open_ranker
+from .source import Source
 
 
 class QPeftRanker(BaseRanker):
     """A ranker with the methods of the package rerankers.
 
     Args:
-        model_name_or_path: a `Reranker`, an adapter, or the URL of a server, as for `open_ranker`.
+        model_name_or_path: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         verbose: accepted, without effect.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server.
         model: the name of the model that the server shall use.
-        instruction: as for `Reranker.rank`.
+        instruction, threshold: as for `source.Source`; with a threshold, scores are relevances between 0 and 1.
     """
 
     def __init__(
@@ -36,13 +36,14 @@ class QPeftRanker(BaseRanker):
         api_key: str | None = None,
         model: str | None = None,
         instruction: str | None = None,
+        threshold: float | None = None,
     ) -> None:
-        self.verbose, self.instruction = verbose, instruction
-        self._ranker = open_ranker(model_name_or_path, options, api_key, model)
+        self.verbose = verbose
+        self._source = Source(model_name_or_path, options, api_key, model, instruction, threshold)
 
     def score(self, query: str, doc: str) -> float:
         """Score one document."""
-        return float(self._ranker.predict([(query, doc)], instruction=self.instruction)[0])
+        return self._source.predict([(query, doc)])[0]
 
     def rank(
         self,
@@ -65,7 +66,7 @@ class QPeftRanker(BaseRanker):
             return RankedResults(results=[], query=query, has_scores=True)
         documents = prep_docs(given, doc_ids, metadata)
         texts = [document.text for document in documents]
-        rows = self._ranker.rank(query, texts, instruction=self.instruction)
+        rows = self._source.rank(query, texts)
         results = [
             Result(document=documents[row["corpus_id"]], score=row["score"], rank=rank)
             for rank, row in enumerate(rows, start=1)

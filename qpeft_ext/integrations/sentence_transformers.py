@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .sources import open_ranker
+from .source import Source
 
 
 class QPeftCrossEncoder:
@@ -15,7 +15,7 @@ class QPeftCrossEncoder:
     keep their figures in a model card.
 
     Args:
-        reranker: a `Reranker` or an adapter, as for `open_ranker`.
+        reranker: a `Reranker` or an adapter, as for `source.Source`.
         options: arguments of `Reranker.from_pretrained`.
     Attributes:
         num_labels: 1, one score a pair.
@@ -26,7 +26,7 @@ class QPeftCrossEncoder:
     num_labels = 1
 
     def __init__(self, reranker: Any, options: Mapping[str, Any] | None = None) -> None:
-        self._ranker = open_ranker(reranker, options)
+        self._ranker = Source(reranker, options).ranker
         self.model_card_data = _CardData()
 
     def predict(self, inputs: Sequence[Any], **options: Any) -> Any:
