@@ -174,6 +174,17 @@ def test_blocks_are_found_with_their_outputs_and_reasons(tmp_path):
     assert [block.not_run for block in blocks] == [None, None, "needs two GPUs"]
 
 
+def test_a_block_that_needs_a_module_is_found(tmp_path):
+    first, second = page_of(tmp_path, "<!-- needs: json.nothing -->\n```python\n1\n```\n```python\n2\n```\n")
+    assert (first.needs, second.needs, first.not_run) == ("json.nothing", None, None)
+    assert [is_installed(name) for name in ("json", "json.decoder", "nothing.at_all", first.needs)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
 def test_python_prints_its_last_expression_and_keeps_its_names(tmp_path):
     blocks = page_of(tmp_path, "```python\nx = 3\nx / 7\n```\n```text\n0.44\n```\n```pycon\n>>> x\n3\n```\n")
     run = Page({})

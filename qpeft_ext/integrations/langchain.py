@@ -22,7 +22,7 @@ class QPeftCompressor(BaseDocumentCompressor):
     Each returned document is a copy with its score as ``metadata["relevance_score"]``. Equal scores keep the order of
     the documents that were given.
 
-    Args:
+    Attributes:
         reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         top_n: how many documents to return; None returns all.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.

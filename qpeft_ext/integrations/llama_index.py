@@ -26,7 +26,7 @@ class QPeftPostprocessor(BaseNodePostprocessor):
     The text of a node is what its embedding is made of (``MetadataMode.EMBED``). The nodes that are given keep their
     scores. Events of reranking start and end go to the dispatcher and to the callback manager.
 
-    Args:
+    Attributes:
         reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         top_n: how many nodes to return.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.

@@ -55,7 +55,7 @@ class QPeftTransformer(pt.Transformer):
             inp: a frame of results; it is not changed.
         Returns: its rows with new columns score and rank (from 0), query after query, best first; equal scores keep
             their order.
-        Raises: PyTerrier's error for a missing column.
+        Raises: KeyError for a missing column, PyTerrier's own kind of it.
         """
         fields = [self.text_field, *([] if self.title_field is None else [self.title_field])]
         pt.validate.result_frame(inp, extra_columns=["query", *fields], context=self)
