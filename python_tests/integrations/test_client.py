@@ -154,8 +154,6 @@ def test_a_threshold_leaves_out_what_is_below(stub):
 
 
 def test_with_a_threshold_scores_are_relevances_here_as_on_a_server(stub, reranker):
-    if not hasattr(reranker, "relevance"):
-        pytest.skip("this Reranker has no relevances")
     relevances = reranker.relevance([QUERY] * 4, reranker.predict([(QUERY, text) for text in DOCUMENTS])).tolist()
     order = [row["corpus_id"] for row in reranker.rank(QUERY, DOCUMENTS)]
     rows = [{"corpus_id": place, "score": relevances[place]} for place in order]

@@ -11,7 +11,7 @@ from .client import RerankClient
 
 
 class Source:
-    """What a plug-in was given as its reranker, with the options of its calls.
+    """The reranker that a plug-in was given, with the options of its calls.
 
     Without ``threshold`` a score of a `Reranker` or an adapter is a log-likelihood in nats, and one of a server is what
     it sends, a relevance between 0 and 1. With a threshold, 0 for instance, both are relevances.
