@@ -101,9 +101,18 @@ def _reranker(options: CalibrateOptions) -> Reranker:
     given = {"revision": options.revision, "attention": options.attention}
     place = {"device": default_device(options.device), "dtype": options.dtype}
     cache = DocumentCache(options.cache_bytes) if options.cache_bytes else None
-    kept = {"cache": cache, "truncate_queries": options.truncate_queries}
+    cut = options.truncate_queries
     if options.model is not None:
-        return Reranker.from_pretrained(options.model, options.base_model, lm_kwargs=given, **place, **kept)
+        return Reranker.from_pretrained(
+            options.model,
+            options.base_model,
+            place["device"],
+            place["dtype"],
+            lm_kwargs=given,
+            cache=cache,
+            truncate_queries=cut,
+        )
+    assert options.base_model is not None, "checked before"
     lm = load_lm(options.base_model, **given, **place)
     config = QPeftConfig(clues="none", template=options.template or "qpeft")
-    return Reranker(get_qpeft_model(lm, config), **kept)
+    return Reranker(get_qpeft_model(lm, config), cache=cache, truncate_queries=cut)

@@ -62,8 +62,9 @@ def command(options: TrainOptions) -> None:
     config = _config(settings)  # a wrong option is an error before anything is read
     batch_size = _batch_size(options.batch_size, config.queries_per_group)
     has_cache = options.cache_bytes or options.index
-    stored = {"index": options.index, "kv_dtype": options.kv_dtype}
-    cache = DocumentCache(options.cache_bytes, **stored) if has_cache else None
+    cache = None
+    if has_cache:
+        cache = DocumentCache(options.cache_bytes, index=options.index, kv_dtype=options.kv_dtype)
     examples, dev_examples = _read(options)
     judged, examples = _kept_back(options, examples) if options.calibrate else (None, examples)
     config = _config(settings, examples)
@@ -123,7 +124,8 @@ def _kept_back(options: TrainOptions, examples: list) -> tuple[Judged, list]:
     if collection is None or collection.has("examples", split):
         drawn = set(random.Random(options.seed).sample(range(len(examples)), count))
         kept = [example for place, example in enumerate(examples) if place in drawn]
-        judged = Judged.of_examples(f"kept-back examples of {Path(options.data or options.train).name}", kept)
+        place = options.data or options.train or ""
+        judged = Judged.of_examples(f"kept-back examples of {Path(place).name}", kept)
     else:
         assert options.data is not None
         judged = draw_judged(options.data, split, count, _CANDIDATES, options.run, options.seed)

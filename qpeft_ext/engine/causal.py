@@ -113,6 +113,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         cache = _PrefixCache(-1, config=self.lm.config)
         for layer, kv in enumerate(leading.layers if leading is not None else ()):
             if kv is not None:
+                assert isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor), "a pass computed it"
                 keys, values = (x.expand(len(embeds), -1, -1, -1) for x in (kv.keys, kv.values))
                 cache.update(keys, values, layer)
         cache.last_layer = self.last_layer

@@ -28,6 +28,7 @@ from ..prompts.prompt import Document, Prompt, as_pairs
 from ..utils.forked import computes_now
 from ..utils.torch_state import own_state
 from .base import BaseEngine
+from .causal import CausalEngine
 from .schedule import Limits, default_tokens, schedule
 from .scores import CountTokens, PassClues, Scores, counts_of, in_order
 
@@ -257,6 +258,7 @@ class ScoringModel(nn.Module):
         """
         if self.engine.why_not_cached:
             raise ValueError(f"score_views: the tokens of a prefix cannot be hidden: {self.engine.why_not_cached}")
+        assert isinstance(self.engine, CausalEngine), "only its prefixes can be shared"
         ((query, document),) = batch.pairs
         prefix = self.engine.cached_prefill([batch.documents[document].ids], cache, deterministic=deterministic)
         of_a_view = batch.instruction_length(query) + len(batch.queries[query]) + visible.shape[1]

@@ -33,8 +33,11 @@ def _layers(prefixes: PrefixBatch) -> Iterator[tuple[int | None, _Stored, _Store
     """Window, keys and values of each layer; None for one that stores nothing."""
     if isinstance(prefixes, PrefixKV):
         for kv in prefixes.layers:
-            assert kv is None or isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor), "`collate` converts"
-            yield kv and (kv.window, kv.keys, kv.values)
+            if kv is None:
+                yield None
+                continue
+            assert isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor), "`collate` converts"
+            yield kv.window, kv.keys, kv.values
     elif isinstance(prefixes, SeparatePrefixes):
         for of_all in zip(*(prefix.layers for prefix in prefixes.prefixes), strict=True):
             kvs = [kv for kv in of_all if kv]

@@ -231,9 +231,9 @@ class Packing:
             device = next(device for device in devices if device)
             return self.unpack(torch.empty(self.numel(length), dtype=self.dtype, device=device), length)
         layers: list[LayerKV | None] = []
-        for layer, device in zip(self.layers, devices, strict=True):
+        for layer, own in zip(self.layers, devices, strict=True):
             numel = self._layer_numel(layer, length) if layer else 0
-            block = torch.empty(numel, dtype=self.dtype, device=device)
+            block = torch.empty(numel, dtype=self.dtype, device=own)
             layers.append(self._layer(block, layer, length) if layer else None)
         return PrefixKV(layers, [length])
 
