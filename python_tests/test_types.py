@@ -28,6 +28,7 @@ qpeft.Rerankr
 """
 
 
+@pytest.mark.slow
 def test_a_users_program_is_checked(tmp_path, monkeypatch):
     api = pytest.importorskip("mypy.api")
     program = tmp_path / "program.py"

@@ -12,6 +12,8 @@ from qpeft_ext.adapters.generated_lora import find_targets
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.training.losses import pairwise
 
+pytestmark = pytest.mark.slow
+
 
 def model_with(lm=None, moved: bool = True, **options) -> qpeft.QPeftModel:
     config = qpeft.QPeftConfig(**{"clues": "none", "generated_lora_rank": 4, "num_heads": 4, "rank": 8} | options)

@@ -15,6 +15,8 @@ import qpeft_ext as qpeft
 from qpeft_ext.cli import main
 from qpeft_ext.prefixes.index_writer import IndexWriter
 
+pytestmark = pytest.mark.slow
+
 
 def model(lm=None, **options) -> qpeft.QPeftModel:
     config = qpeft.QPeftConfig(**{"clues": "none", "num_virtual_tokens": 6, "rank": 8, "num_heads": 4} | options)

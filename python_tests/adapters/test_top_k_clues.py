@@ -210,6 +210,7 @@ def test_clue_embeddings_start_as_the_table_and_are_counted(kind, more, caplog, 
 
 
 @pytest.mark.parametrize("source", ["document", "candidates", "vocabulary", "vocabulary_per_token"])
+@pytest.mark.slow
 def test_gradcheck_through_the_choice(source):
     """The scores of the chosen clues are differentiable: the loss reaches e_q, the gate, and the tables."""
     torch.manual_seed(0)
@@ -234,6 +235,7 @@ def test_gradcheck_through_the_choice(source):
     assert module.eval()(inputs, table, 1.5).embeds.shape[1] == (3 * 2 if source == "vocabulary_per_token" else 2)
 
 
+@pytest.mark.slow
 def test_training_corrects_a_choice_that_the_frozen_embeddings_get_wrong():
     """Useful tokens share a weak direction with the query, distractors a strong one: e_q learns which matters.
 

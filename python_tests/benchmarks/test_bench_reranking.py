@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 bench = pytest.importorskip("bench_reranking")

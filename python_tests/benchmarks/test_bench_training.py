@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 bench = pytest.importorskip("bench_training")

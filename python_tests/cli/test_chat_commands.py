@@ -10,6 +10,9 @@ import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 
+pytestmark = pytest.mark.slow
+
+
 CHAT = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '\n' }}{% endfor %}"
 
 

@@ -90,6 +90,7 @@ def test_debug_shows_the_traceback(monkeypatch):
         main(["evaluate", "--qrels", "missing", "run"])
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path):
     """Exit code and stderr as the shell sees them."""
     (tmp_path / "run").write_text("q1 Q0 d1 1 1.0 t\n")

@@ -5,6 +5,9 @@ import pytest
 from jobs.processes import forked_command
 from jobs.tiny_job import copy_job
 
+pytestmark = pytest.mark.slow
+
+
 RERANK = "rerank --model {job}/adapter --data {job}/data --run {job}/data/run.trec --output {out} --device cpu"
 TRAIN = (
     "train --base-model {job}/lm --data {job}/data --output {out} --num-negatives 1 --max-steps 2 --device cpu "

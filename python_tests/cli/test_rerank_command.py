@@ -13,6 +13,8 @@ from qpeft_ext import formats
 from qpeft_ext.cli import main
 from qpeft_ext.ranking.systems import Systems, SystemsSpec
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):

@@ -15,6 +15,9 @@ from qpeft_ext.evaluation.measures import evaluate
 from qpeft_ext.formats.answers import has_answer
 from qpeft_ext.ranking.first_stage import bm25_run
 
+pytestmark = pytest.mark.slow
+
+
 PASSAGES = ["id\ttext\ttitle", "1\tthe sea rose in 1984\tTides", "2\tthe moon is round\tMoon", "3\tround sea\tSea"]
 RECORDS = [
     {"question": "who is round", "answers": ["Moon"], "ctxs": [{"id": 2, "score": 2, "has_answer": False}]},

@@ -17,6 +17,9 @@ from qpeft_ext.compare.prefix_tuning import PrefixTuningModel
 from qpeft_ext.compare.yes_no import YesNoModel
 from qpeft_ext.lm.passes import LMPasses
 
+pytestmark = pytest.mark.slow
+
+
 peft = pytest.importorskip("peft")
 PLANS = Path(__file__).parents[2] / "benchmarks"
 PLAIN = qpeft.QPeftConfig(clues="none")

@@ -7,6 +7,9 @@ import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
 
+pytestmark = pytest.mark.slow
+
+
 pytest.importorskip("bm25s")
 pytest.importorskip("ir_measures")
 OPTIONS = {"passages": "max", "passage_tokens": 24}

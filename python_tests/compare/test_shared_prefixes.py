@@ -7,6 +7,9 @@ from jobs.compare_job import assert_same_runs, compare, make_compare_job, result
 
 from qpeft_ext.prefixes.cache import DocumentCache
 
+pytestmark = pytest.mark.slow
+
+
 METHODS = [
     "UPR: {method: upr}",
     "hard clues: {method: hard_clues, options: {k: 3}}",

@@ -9,6 +9,9 @@ from qpeft_ext.demo import harvest as module
 from qpeft_ext.demo.harvest import harvest, write_beir
 from qpeft_ext.demo.sentences import first_sentence
 
+pytestmark = pytest.mark.slow
+
+
 FILES = {
     "alpha/__init__.py": '''
         def shortest_route(graph, start, goal):

@@ -19,6 +19,9 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 import qpeft_ext as qpeft
 from qpeft_ext.lm.passes import lm_lock
 
+pytestmark = pytest.mark.slow
+
+
 KINDS = {
     "top_k": {"clues": "top_k", "k": 4, "rank": 8},
     "generated": {"clues": "none", "generated_lora_rank": 2, "target_modules": "all-linear"},

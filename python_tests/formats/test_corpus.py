@@ -14,6 +14,9 @@ from small_data import DOCUMENTS, QRELS, QUERIES, shared_data, write_folder, wri
 from qpeft_ext import formats
 from qpeft_ext.formats import beir
 
+pytestmark = pytest.mark.slow
+
+
 # -- BEIR folders --------------------------------------------------------------------------------------------------
 
 

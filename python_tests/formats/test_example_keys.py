@@ -15,6 +15,9 @@ from qpeft_ext import formats
 from qpeft_ext.formats.example_keys import ExampleKeys, view
 from qpeft_ext.training.sampling import StreamedTrainingExamples, TrainingExamples
 
+pytestmark = pytest.mark.slow
+
+
 OWN = {"query": "why tides", "positives": ["the sea"], "negatives": ["a lamp", "fog"]}
 SPELLINGS = [
     OWN,

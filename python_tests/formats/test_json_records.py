@@ -44,6 +44,7 @@ def test_records_across_the_borders_of_what_is_read(tmp_path, size, monkeypatch)
     assert str(list(read_records(path, "question"))[-1][0]) == "1, record 5"
 
 
+@pytest.mark.slow
 def test_a_long_list_is_not_held(tmp_path):
     """Ten thousand records of 10 kB, of which a traced reader holds a few at a time."""
     import tracemalloc

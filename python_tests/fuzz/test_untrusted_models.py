@@ -16,6 +16,9 @@ from qpeft_ext.adapters.files import load_weights_into
 from qpeft_ext.cli import main
 from qpeft_ext.lm.loading import lm_digest, load_config, load_lm, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[2]
 PAIRS = [("why tides", "the moon pulls"), ("who", "a boat")]
 

@@ -44,6 +44,7 @@ def test_another_number_of_threads_is_measured_anew(measured, monkeypatch):
     assert len(measured[0]) == 4
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured():
     assert compute_dtype.resolve_dtype("auto") in (torch.bfloat16, torch.float32)
 

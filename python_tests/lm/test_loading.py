@@ -8,6 +8,9 @@ import qpeft_ext as qpeft
 from qpeft_ext.cli import main
 from qpeft_ext.lm.loading import BASE_LM
 
+pytestmark = pytest.mark.slow
+
+
 ADAPTER = BASE_LM.parent / "adapter"
 WHERE = {"revision": "v2", "token": "secret", "local_files_only": True}
 

@@ -16,6 +16,9 @@ from qpeft_ext.lm.loading import BASE_LM
 from qpeft_ext.lm.packed import count, is_packed, plain_parts
 from qpeft_ext.lm.state import LMState, fingerprint_of
 
+pytestmark = pytest.mark.slow
+
+
 ADAPTER = BASE_LM.parent / "adapter"
 KINDS = ("torchao int8", "torchao int8 activations too", "torchao int4", "bitsandbytes int8", "bitsandbytes nf4", "fp8")
 NEEDS = {"fp8": "accelerate", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}

@@ -20,6 +20,9 @@ from official.models import (
 import qpeft_ext as qpeft
 from qpeft_ext.official.clues import allowed_pieces
 
+pytestmark = pytest.mark.slow
+
+
 # -- scores and gradients ----------------------------------------------------------------------------------------
 
 

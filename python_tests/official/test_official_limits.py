@@ -25,6 +25,9 @@ import qpeft_ext as qpeft
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.official.likelihood import count_uncertain_tokens
 
+pytestmark = pytest.mark.slow
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------
 
 

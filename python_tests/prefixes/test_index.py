@@ -21,7 +21,7 @@ from qpeft_ext.prefixes.index import PrefixIndex, shard_paths
 from qpeft_ext.prefixes.index_writer import IndexWriter
 from qpeft_ext.prefixes.kv import PrefixKV
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache_folder")]
 
 
 def test_scores_with_an_index(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from qpeft_ext.engine.causal import CausalEngine
 from qpeft_ext.prefixes.index import PrefixIndex
 from qpeft_ext.prompts.passages import Splitter
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache_folder")]
 
 LONG = {"d1": ("Tides", "The sea rises twice a day. The moon pulls it."), "d2": ("", "short")}  # two passages and one
 

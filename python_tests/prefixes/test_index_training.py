@@ -15,7 +15,7 @@ import qpeft_ext as qpeft
 from qpeft_ext.cli import main
 from qpeft_ext.engine.causal import CausalEngine
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache_folder")]
 
 
 def trained(of, folder, **options) -> dict[str, torch.Tensor]:

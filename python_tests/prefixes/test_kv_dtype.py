@@ -20,7 +20,7 @@ from qpeft_ext.prefixes.index import PrefixIndex
 from qpeft_ext.prefixes.int8 import int8_bytes, int8_views
 from qpeft_ext.prefixes.kv import LayerKV, Packing, PrefixKV
 
-pytestmark = pytest.mark.usefixtures("cache_folder")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache_folder")]
 
 OTHERS = ("bfloat16", "float16", "int8")  # than the tiny LMs' float32
 

@@ -9,6 +9,8 @@ from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 import qpeft_ext as qpeft
 from qpeft_ext.prefixes.index_writer import IndexWriter
 
+pytestmark = pytest.mark.slow
+
 
 def model_with(family: str = "llama", **options) -> qpeft.QPeftModel:
     config = {"clues": "top_k", "k": 4, "num_heads": 4, "rank": 8, "layout": "clues_first"} | options

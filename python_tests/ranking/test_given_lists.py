@@ -12,6 +12,9 @@ import qpeft_ext as qpeft
 from qpeft_ext.ops._library import REFERENCE
 from qpeft_ext.utils.inputs import as_list
 
+pytestmark = pytest.mark.slow
+
+
 TEXTS = ["tides rise", "a long passage about harbours", "the moon", "boats on the sea"]
 
 

@@ -149,7 +149,7 @@ def test_a_full_queue_answers_429_with_retry_after(client, service, blocked):
 
 
 def test_the_log_has_no_text_path_or_key(client, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="qpeft_ext.serving"):  # other tests set the level of the package
         client.post("/v1/rerank?key=hidden", json={"query": "secret words", "documents": ["hidden text"]})
         client.get("/nowhere/secret")
     lines = [json.loads(r.message) for r in caplog.records if r.name == "qpeft_ext.serving.access_log"]

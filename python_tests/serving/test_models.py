@@ -19,6 +19,9 @@ from qpeft_ext.serving.prepare import prepare
 from qpeft_ext.serving.ranked import rank
 from qpeft_ext.serving.scoring_thread import held_prefixes, score_pairs
 
+pytestmark = pytest.mark.slow
+
+
 ASKED = {"query": "sort a list", "documents": ["sorted(items)", "os.remove(path)"], "raw_scores": True}
 
 

@@ -13,6 +13,9 @@ from training.tiny_training import EACH_STEP, EXAMPLES, tiny_model, trainer, wei
 import qpeft_ext as qpeft
 from qpeft_ext.prompts.pairs import PairBatch
 
+pytestmark = pytest.mark.slow
+
+
 # 1 + 3, 1 + 1, 2 + 2 documents; the third brings one of its positives again as a negative
 UNEVEN = [
     EXAMPLES[0],

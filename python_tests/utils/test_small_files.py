@@ -262,6 +262,7 @@ def test_a_stream_that_fails_once_stays_silent():
         (">&- 2>&- <&-", 0, ""),
     ],
 )
+@pytest.mark.slow
 def test_work_is_done_though_nobody_reads(redirection, code, message, tmp_path):
     """``evaluate`` prints its table, then writes it to a file."""
     (tmp_path / "run").write_text("q1 Q0 d1 1 2.0 t\n")
