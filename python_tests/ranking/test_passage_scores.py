@@ -73,7 +73,7 @@ def test_predict_and_rank_agree_whatever_the_blocks(model, monkeypatch):
 
 
 def test_candidates_give_clues_with_all_their_passages():
-    """With source="candidates" the passages of all candidates of a query are its candidates."""
+    """With ``source="candidates"``, clues come from the passages of all documents that the query is ranked with."""
     config = qpeft.QPeftConfig(clues="top_k", k=3, rank=8, source="candidates", max_document_tokens=48)
     model = qpeft.get_qpeft_model(tiny_lm("llama"), config, tiny_tokenizer())
     parts = by_place(qpeft.Reranker(model, deterministic=True).rank(QUERIES[0], [SHORT, *PARTS, *OF_TITLED]))

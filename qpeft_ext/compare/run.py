@@ -163,8 +163,9 @@ class Comparison:
         if method.method == FIRST_STAGE:
             return settings
         settings |= {"lm": self.lm_digest, "dtype": self.plan.dtype}
-        if self.plan.kv_dtype:
-            settings["kv_dtype"] = self.plan.kv_dtype
+        index = self.index(cell.collection)
+        if kv_dtype := self.plan.kv_dtype or (index.kv_dtype if index else None):
+            settings["kv_dtype"] = kv_dtype
         if method.of:
             dev = self.data(cell.collection).dev
             return settings | {"of": self.settings(self._taken(cell, method.of)), "dev": dev.digest}
