@@ -6,15 +6,20 @@ import pytest
 import torch
 
 from qpeft_ext import QPeftConfig
+from qpeft_ext.config import DISTILLATION
 from qpeft_ext.training.losses import (
     LOSSES,
+    binary_cross_entropy,
     configured_loss,
     contrastive,
+    kl_divergence,
+    lambda_loss,
     listwise,
     margin_mse,
     pairwise,
     pointwise,
     pointwise_pairwise,
+    ranknet,
 )
 
 #           positive, negative, positive, padding | positive, negative, negative, negative
@@ -27,7 +32,7 @@ TEACHER = torch.tensor([[5.0, 2.0, math.nan, 7.0], [9.0, 8.0, math.nan, 1.0]])
 
 def total(loss: str, likelihood, positive=POSITIVE, mask=MASK):
     """The loss as training calls it."""
-    config = QPeftConfig(loss=loss, in_batch_negatives=loss != "margin_mse", temperature=0.1)
+    config = QPeftConfig(loss=loss, in_batch_negatives=loss not in DISTILLATION, temperature=0.1)
     return configured_loss(config, likelihood, positive, mask, DOCUMENT, TEACHER)
 
 
@@ -79,6 +84,49 @@ def test_margin_mse():
     assert float(margin_mse(LIKELIHOOD, POSITIVE, MASK, TEACHER, 0.5)) == pytest.approx((first + second) / 2)
 
 
+def logistic(x):
+    """log(1 + exp(x)), what a pair or a document costs that is x too high."""
+    return math.log(1 + math.exp(x))
+
+
+def test_binary_cross_entropy():
+    first = (logistic(1) + logistic(-2) + logistic(3)) / 3
+    second = (logistic(2) + logistic(-1.5) + logistic(-4) + logistic(-1)) / 4
+    assert float(binary_cross_entropy(LIKELIHOOD, POSITIVE, MASK)) == pytest.approx((first + second) / 2)
+
+
+def test_ranknet():
+    first = (logistic((-2 + 1) / 0.5) + logistic((-2 + 3) / 0.5)) / 2
+    second = (logistic((-1.5 + 2) / 0.5) + logistic((-4 + 2) / 0.5) + logistic((-1 + 2) / 0.5)) / 3
+    assert float(ranknet(LIKELIHOOD, POSITIVE, MASK, 0.5)) == pytest.approx((first + second) / 2)
+
+
+def test_lambda_loss():
+    one, two, three, four = 1, 1 / math.log2(3), 0.5, 1 / math.log2(5)  # discounts of the ranks
+    # ranks of the first query: 1, 2, 3, with two positives; of the second: 3, 2, 4, 1
+    first = ((one - two) * logistic((-2 + 1) / 0.5) + (two - three) * logistic((-2 + 3) / 0.5)) / (one + two)
+    second = (two - three) * logistic((-1.5 + 2) / 0.5) + (three - four) * logistic((-4 + 2) / 0.5)
+    second += (one - three) * logistic((-1 + 2) / 0.5)
+    assert float(lambda_loss(LIKELIHOOD, POSITIVE, MASK, 0.5)) == pytest.approx((first + second) / 2)
+
+
+def test_kl_divergence():
+    def softmax(*values):
+        return [math.exp(x) / sum(map(math.exp, values)) for x in values]
+
+    def divergence(teacher, ours):
+        return sum(p * math.log(p / q) for p, q in zip(softmax(*teacher), softmax(*ours), strict=True))
+
+    first = divergence([5, 2], [-1 / 0.5, -2 / 0.5])  # documents without a score are left out
+    second = divergence([9, 8, 1], [-2 / 0.5, -1.5 / 0.5, -1 / 0.5])
+    loss = kl_divergence(LIKELIHOOD, POSITIVE, MASK, TEACHER, 0.5)
+    assert float(loss) == pytest.approx((first + second) / 2)
+    untaught = kl_divergence(LIKELIHOOD.requires_grad_(), POSITIVE, MASK, torch.full_like(TEACHER, math.nan))
+    gradient = torch.autograd.grad(untaught, LIKELIHOOD)[0]
+    LIKELIHOOD.requires_grad_(False)
+    assert float(untaught.detach()) == 0 and not gradient.any()
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_padding_has_no_influence_and_no_gradient(loss):
     likelihood = LIKELIHOOD.clone().requires_grad_()
@@ -112,6 +160,7 @@ def test_the_config_gives_the_options():
     ({"loss": "contrastive", "in_batch_negatives": False}, "loss='contrastive' compares the queries and documents of"),
     ({"loss": "contrastive", "queries_per_group": 1}, "set in_batch_negatives=True and queries_per_group to 2 or more"),
     ({"loss": "margin_mse"}, "set in_batch_negatives=False and num_random_negatives=0"),
+    ({"loss": "kl_divergence"}, "loss='kl_divergence' learns from teacher scores, which"),
     ({"temperature": 0.0}, "temperature must be 'auto' or above 0, got 0.0"),
     ({"temperature": "automatic"}, "temperature must be 'auto' or a number above 0, got 'automatic'"),
     ({"num_random_negatives": -1}, "num_random_negatives must be at least 0, got -1"),

@@ -8,6 +8,7 @@ from families.tiny import tiny_tokenizer
 from training.tiny_training import EXAMPLES, assert_close, tiny_model, trainer, weights
 
 import qpeft_ext as qpeft
+from qpeft_ext.config import DISTILLATION
 from qpeft_ext.prompts.prompt import Prompt
 from qpeft_ext.training.collator import GroupCollator
 from qpeft_ext.training.examples import drawn_member
@@ -115,7 +116,8 @@ def test_positives_of_the_same_query_in_another_example_are_no_negatives(again):
     assert "n0-0" in {d.id for d in alone[0, 0].negatives}
 
 
-def test_teacher_scores_stay_with_their_documents(tmp_path):
+@pytest.mark.parametrize("loss", DISTILLATION)
+def test_teacher_scores_stay_with_their_documents(tmp_path, loss):
     examples = [
         dict(example, positive_scores=[10 + i], negative_scores=[i, i + 0.25, i + 0.5])
         for i, example in enumerate(EXAMPLES)
@@ -127,13 +129,13 @@ def test_teacher_scores_stay_with_their_documents(tmp_path):
         given = [d["text"] for d in examples[q]["negatives"]]
         expected = [10 + q] + [examples[q]["negative_scores"][given.index(text)] for text in texts[1:]]
         assert batch["teacher_scores"][q].tolist() == expected
-    model = tiny_model(loss="margin_mse", in_batch_negatives=False)
+    model = tiny_model(loss=loss, in_batch_negatives=False)
     run = trainer(tmp_path, model, examples[:4], examples[:4], max_steps=30, learning_rate=2e-2)
     before = run.evaluate()["eval_loss"]
     run.train()
     assert run.evaluate()["eval_loss"] < 0.7 * before
-    with pytest.raises(ValueError, match="example [0-3]: loss='margin_mse' needs a teacher score for each document"):
-        trainer(tmp_path, tiny_model(loss="margin_mse", in_batch_negatives=False), EXAMPLES[:4]).train()
+    with pytest.raises(ValueError, match=f"example [0-3]: loss='{loss}' needs a teacher score for each document"):
+        trainer(tmp_path, tiny_model(loss=loss, in_batch_negatives=False), EXAMPLES[:4]).train()
 
 
 def test_streams_go_on_without_end():

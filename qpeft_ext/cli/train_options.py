@@ -79,7 +79,10 @@ class TrainOptions:
     ] = None
     loss: Annotated[
         str,
-        typer.Option(help="listwise, pointwise_pairwise, pointwise, pairwise, contrastive or margin_mse."),
+        typer.Option(
+            help="listwise, pointwise_pairwise, pointwise, pairwise, contrastive, binary_cross_entropy, ranknet, "
+            "lambda_loss, margin_mse or kl_divergence."
+        ),
     ] = "listwise"
     margin: Annotated[float, typer.Option(help="Margin of the pairwise loss, in nats per query token.")] = 0.0
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; choose it by the results on dev.")] = 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .values import DEFAULT_INSTRUCTION
+from .values import DEFAULT_INSTRUCTION, DISTILLATION
 
 Check = tuple[Callable[[Any], bool], str]  # when a `QPeftConfig` is impossible, and why
 
@@ -81,8 +81,8 @@ CHECKS: tuple[Check, ...] = (
         "queries_per_group to 2 or more",
     ),
     (
-        lambda c: c.loss == "margin_mse" and (c.in_batch_negatives or c.num_random_negatives > 0),
-        "loss='margin_mse' learns from teacher scores, which documents of other examples do not have; set "
+        lambda c: c.loss in DISTILLATION and (c.in_batch_negatives or c.num_random_negatives > 0),
+        "loss={c.loss!r} learns from teacher scores, which documents of other examples do not have; set "
         "in_batch_negatives=False and num_random_negatives=0",
     ),
     (

@@ -95,10 +95,12 @@ class QPeftConfig:
             (default 0).
         in_batch_negatives: Whether the documents of the group's other queries are negatives too (default True).
         loss: "pointwise_pairwise" (the paper's, the default), "pointwise", "pairwise", "listwise", "contrastive" (in
-            both directions, within a group), or "margin_mse" (distillation from teacher scores in the examples).
+            both directions, within a group), "binary_cross_entropy" (of log-odds), "ranknet", "lambda_loss" (pairs
+            by what they are worth in nDCG), or, from teacher scores in the examples, "margin_mse" or "kl_divergence".
         margin: Margin of the pairwise loss in nats per query token (default 0.0).
-        temperature: Nats per query token that "listwise", "contrastive" and "margin_mse" divide by. With "auto" (the
-            default) `QPeftTrainer` finds the value that suits the LM before training and stores it here.
+        temperature: Nats per query token that "listwise" and the losses after it divide by, except
+            "binary_cross_entropy". With "auto" (the default) `QPeftTrainer` finds the value that suits the LM before
+            training and stores it here.
         suffix_micro_batch: Number of pairs whose suffix activations are kept at once in training; those of the other
             pairs are computed again in the backward pass. None (the default) keeps all of them.
         seed: Seed of initial weights, of the order of the examples, and of all that is drawn (default 0).

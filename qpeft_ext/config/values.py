@@ -16,7 +16,19 @@ SELECTIONS = ("similarity", "random")
 SOURCES = ("document", "candidates", "vocabulary", "vocabulary_per_token")
 CLUE_EMBEDDINGS = ("frozen", "low_rank", "full")
 SOFT_PROMPT_INITS = ("text", "random")
-LOSSES = ("pointwise_pairwise", "pointwise", "pairwise", "listwise", "contrastive", "margin_mse")
+LOSSES = (
+    "pointwise_pairwise",
+    "pointwise",
+    "pairwise",
+    "listwise",
+    "contrastive",
+    "binary_cross_entropy",
+    "ranknet",
+    "lambda_loss",
+    "margin_mse",
+    "kl_divergence",
+)
+DISTILLATION = ("margin_mse", "kl_divergence")  # losses that read teacher scores
 LAYOUTS = ("document_first", "clues_first")
 COMPAT = ("none", "official")
 TEMPLATES = ("qpeft", "upr", "chat")

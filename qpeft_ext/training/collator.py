@@ -43,7 +43,7 @@ class GroupCollator:
         prompt: the model's `Prompt`.
         queries_per_group: consecutive members that form a group; 1 in evaluation.
         in_batch_negatives: whether the documents of a group are negatives of its other queries.
-        needs_scores: whether every document must have a teacher score.
+        taught_by: name of the loss for which every document must have a teacher score; "" for none.
         truncate_queries: whether queries that are too long are cut, instead of an error.
     """
 
@@ -52,11 +52,11 @@ class GroupCollator:
         prompt: Prompt,
         queries_per_group: int,
         in_batch_negatives: bool,
-        needs_scores: bool = False,
+        taught_by: str = "",
         truncate_queries: bool = False,
     ) -> None:
         self.prompt, self.queries_per_group, self.in_batch_negatives = prompt, queries_per_group, in_batch_negatives
-        self.needs_scores, self.truncate_queries = needs_scores, truncate_queries
+        self.taught_by, self.truncate_queries = taught_by, truncate_queries
 
     def __call__(self, members: Sequence[Member]) -> dict:
         """Collate members into tables over Q queries and up to M documents each.
@@ -89,9 +89,9 @@ class GroupCollator:
                     if document in own:
                         own_rows.append(distinct[key])
                 scores = [document.teacher_score for document in (*positives, *negatives)]
-                if self.needs_scores and any(map(math.isnan, scores)):
+                if self.taught_by and any(map(math.isnan, scores)):
                     raise ValueError(
-                        f"example {member.index}: loss='margin_mse' needs a teacher score for each "
+                        f"example {member.index}: loss={self.taught_by!r} needs a teacher score for each "
                         "document: positive_scores and negative_scores"
                     )
                 rows.append((row, len(positives), start, scores))

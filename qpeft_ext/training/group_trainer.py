@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback
 
-from ..config import QPeftConfig
+from ..config import DISTILLATION, QPeftConfig
 from ..model import QPeftModel
 from .collator import GroupCollator
 from .examples import is_sized
@@ -42,10 +42,10 @@ class GroupTrainer(Trainer):
     def _collators(self) -> dict[bool, GroupCollator]:
         """Collators of training (True) and of evaluation, where every query has its own documents only."""
         prompt, config, truncate = self.model.prompt, self._config, self._truncate_queries
-        needs_scores = config.loss == "margin_mse"
+        taught_by = config.loss if config.loss in DISTILLATION else ""
         return {
-            True: GroupCollator(prompt, config.queries_per_group, config.in_batch_negatives, needs_scores, truncate),
-            False: GroupCollator(prompt, 1, False, needs_scores, truncate),
+            True: GroupCollator(prompt, config.queries_per_group, config.in_batch_negatives, taught_by, truncate),
+            False: GroupCollator(prompt, 1, False, taught_by, truncate),
         }
 
     def _get_dataloader(

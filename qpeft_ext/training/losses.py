@@ -6,7 +6,7 @@ All take tables over Q queries and up to M documents each, and return a scalar:
     positive    [Q, M] bool, True for a relevant document; a query without any is a ValueError
     mask        [Q, M] bool, False where a query has fewer than M documents
 
-A query without negatives adds nothing to a pairwise loss. Differences of ℓ are tenths of a nat; a ``temperature``
+A query without negatives adds nothing to a loss over pairs. Differences of ℓ are tenths of a nat; a ``temperature``
 divides them, and `best_temperature` finds one for an LM.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ..config import QPeftConfig
 
@@ -36,7 +37,7 @@ def configured_loss(
         likelihood: ℓ, [Q, M].
         positive, mask: [Q, M] bool, as described above.
         document: int64 [Q, M], equal where two queries meet the same document (for "contrastive").
-        teacher_scores: [Q, M], NaN where there is none (for "margin_mse").
+        teacher_scores: [Q, M], NaN where there is none (for "margin_mse" and "kl_divergence").
     Returns: a scalar.
     Raises: ValueError for a temperature that is not a number yet, or a query without positives.
     """
@@ -86,7 +87,7 @@ def pairwise(likelihood: Tensor, positive: Tensor, mask: Tensor, margin: float =
     Returns: a scalar, in nats per query token.
     """
     positive = _positives(positive, mask)
-    pairs = positive[:, :, None] & (mask & ~positive)[:, None, :]  # [Q, M⁺, M⁻]
+    pairs = _pairs(positive, mask & ~positive)
     hinge = torch.relu(margin - likelihood[:, :, None] + likelihood[:, None, :])
     return (torch.where(pairs, hinge, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()
 
@@ -178,16 +179,114 @@ def margin_mse(
     positive = _positives(positive, mask)
     scored = mask & ~teacher_scores.isnan()
     teacher = teacher_scores.masked_fill(~scored, 0)
-    pairs = (positive & scored)[:, :, None] & (scored & ~positive)[:, None, :]
-    margins = (likelihood[:, :, None] - likelihood[:, None, :]) / temperature
-    errors = (margins - (teacher[:, :, None] - teacher[:, None, :])).square()
+    pairs = _pairs(positive & scored, scored & ~positive)
+    errors = (_differences(likelihood) / temperature - _differences(teacher)).square()
     return (torch.where(pairs, errors, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()
+
+
+def binary_cross_entropy(likelihood: Tensor, positive: Tensor, mask: Tensor) -> Tensor:
+    """Compute the mean over documents of −log σ(ℓ⁺) and −log σ(−ℓ⁻): ℓ are log-odds, and σ(ℓ) becomes a probability.
+
+    Args:
+        likelihood: ℓ, log-odds, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+    Returns: a scalar, in nats per document.
+    """
+    positive = _positives(positive, mask)
+    wrong = softplus(torch.where(positive, -likelihood, likelihood))
+    return (torch.where(mask, wrong, 0).sum(1) / mask.sum(1)).mean()
+
+
+def ranknet(likelihood: Tensor, positive: Tensor, mask: Tensor, temperature: float = 0.1) -> Tensor:
+    """Compute the mean over pairs (positive, negative) of log(1 + exp(−(ℓ⁺ − ℓ⁻) / temperature)).
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+        temperature: in the units of ℓ.
+    Returns: a scalar.
+    Source: RankNet, Burges et al. 2005, https://doi.org/10.1145/1102351.1102363.
+    """
+    positive = _positives(positive, mask)
+    pairs = _pairs(positive, mask & ~positive)
+    wrong = softplus(-_differences(likelihood) / temperature)
+    return (torch.where(pairs, wrong, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()
+
+
+def lambda_loss(likelihood: Tensor, positive: Tensor, mask: Tensor, temperature: float = 0.1) -> Tensor:
+    """Compute the sum over pairs (positive, negative) of the terms of `ranknet`, weighted by what the pair is worth.
+
+    A pair is worth the change of nDCG if the two documents changed places in the present ranking, in which equal ℓ
+    have the order of the table. The ranking itself has no gradient.
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+        temperature: in the units of ℓ.
+    Returns: a scalar.
+    Source: the weights of LambdaRank in the LambdaLoss of Wang et al. 2018, https://doi.org/10.1145/3269206.3271784.
+    """
+    positive = _positives(positive, mask)
+    order = likelihood.detach().masked_fill(~mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    discount = 1 / torch.log2(order.argsort(dim=1) + 2.0)  # of each document's rank
+    best = 1 / torch.log2(torch.arange(mask.shape[1], device=mask.device) + 2.0)
+    ideal = (best.cumsum(0)[positive.sum(1) - 1])[:, None, None]
+    worth = (discount[:, :, None] - discount[:, None, :]).abs() / ideal
+    wrong = softplus(-_differences(likelihood) / temperature)
+    return torch.where(_pairs(positive, mask & ~positive), worth * wrong, 0).sum((1, 2)).mean()
+
+
+def kl_divergence(
+    likelihood: Tensor, positive: Tensor, mask: Tensor, teacher_scores: Tensor, temperature: float = 0.1
+) -> Tensor:
+    """Compute the divergence of the softmax over ℓ / temperature from the softmax over a teacher's scores.
+
+    Both are over the documents of a query that have a teacher score; a query with fewer than two adds nothing.
+
+    Args:
+        likelihood: ℓ, [Q, M].
+        positive: [Q, M] bool, the relevant documents.
+        mask: [Q, M] bool, False for padding.
+        teacher_scores: [Q, M], NaN where there is none.
+        temperature: units of ℓ that are worth one of the teacher's units.
+    Returns: a scalar, KL(teacher ‖ ours), in nats.
+    """
+    _positives(positive, mask)
+    scored = mask & ~teacher_scores.isnan()
+    none = torch.finfo(likelihood.dtype).min  # not −inf, which a query without teacher scores would make NaN of
+    ours = (likelihood / temperature).masked_fill(~scored, none).log_softmax(1)
+    teacher = teacher_scores.to(likelihood.dtype).masked_fill(~scored, none).log_softmax(1)
+    return torch.where(scored, teacher.exp() * (teacher - ours), 0).sum(1).mean()
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
-    for function in (pointwise_pairwise, pointwise, pairwise, listwise, contrastive, margin_mse)
+    for function in (
+        pointwise_pairwise,
+        pointwise,
+        pairwise,
+        listwise,
+        contrastive,
+        binary_cross_entropy,
+        ranknet,
+        lambda_loss,
+        margin_mse,
+        kl_divergence,
+    )
 }
+
+
+def _pairs(first: Tensor, second: Tensor) -> Tensor:
+    """Return which pairs of documents are one of ``first`` and one of ``second``, both [Q, M]: bool [Q, M, M]."""
+    return first[:, :, None] & second[:, None, :]
+
+
+def _differences(values: Tensor) -> Tensor:
+    """Return the differences of all pairs of documents, [Q, M, M]."""
+    return values[:, :, None] - values[:, None, :]
 
 
 def _positives(positive: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..config import QPeftConfig
+from ..config import DISTILLATION, QPeftConfig
 from .losses import configured_loss
 
 AUTO = "auto"
@@ -39,7 +39,7 @@ def best_temperature(config: QPeftConfig, tables: Sequence[tuple[Tensor, ...]]) 
             "temperature='auto': expected log-likelihoods that differ between documents, got a deviation "
             f"of {spread}; set a number, or look at the examples and at the LM's dtype"
         )
-    if config.loss == "margin_mse":
+    if config.loss in DISTILLATION:
         teacher = _deviation([(scores, mask & ~scores.isnan()) for *_, mask, _, scores in tables])
         return _rounded(spread / teacher if teacher > 0 else spread)
 
