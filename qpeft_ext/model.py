@@ -69,7 +69,7 @@ class QPeftModel(ScoringModel):
     def _build(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         self.lm = lm
         self.tokenizer = tokenizer
-        self.clues = self.generated_lora = self.soft_prompt = None
+        self.clues = self.generated_lora = self.soft_prompt = self.answer = None
         self.qpeft_config = config
         self.engine = self._probed_engine()
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])

@@ -15,6 +15,7 @@ from qpeft_ext.compare.methods import PRESETS
 from qpeft_ext.compare.plan_file import read_plan
 from qpeft_ext.compare.prefix_tuning import PrefixTuningModel
 from qpeft_ext.compare.yes_no import YesNoModel
+from qpeft_ext.engine.answers import Answer
 from qpeft_ext.lm.passes import LMPasses
 
 pytestmark = pytest.mark.slow
@@ -137,7 +138,7 @@ def words_tokenizer():
 def test_yes_no_needs_two_answers(words_tokenizer):
     with pytest.raises(ValueError, match="begins 'yes' and 'no' with the same token"):
         YesNoModel(tiny_lm("llama"), PLAIN, tiny_tokenizer())
-    assert YesNoModel(tiny_lm("llama"), PLAIN, words_tokenizer).answers == (258, 259)
+    assert YesNoModel(tiny_lm("llama"), PLAIN, words_tokenizer).answer == Answer((258,), (259,))
 
 
 # -- full fine-tuning ------------------------------------------------------------------------------------------------

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-from torch import Tensor
+from dataclasses import replace
 
 from ..config import QPeftConfig
+from ..engine.answers import Answer
 from ..engine.rows import Rows
-from ..model import QPeftModel, Scores
-from ..prompts.pairs import PairBatch, pad, to_device
+from ..model import QPeftModel
+from ..prompts.pairs import PairBatch
 
 ANSWERS = "yes", "no"
 
@@ -45,49 +42,13 @@ class YesNoModel(QPeftModel):
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
         self.asked = tuple(ids("\nRelevant:"))
-        self.answers = tuple(ids(self.prompt.spaced(answer))[0] for answer in ANSWERS)
-        if len(set(self.answers)) == 1:
+        yes, no = (ids(self.prompt.spaced(answer))[0] for answer in ANSWERS)
+        if yes == no:
             raise ValueError(
                 f"yes/no: the tokenizer begins {' and '.join(map(repr, ANSWERS))} with the same token; "
                 "this method needs another LM"
             )
-
-    def forward(self, batch: PairBatch, *args, **options) -> Scores:
-        """Compute logit(yes) − logit(no) of B pairs; arguments are those of `QPeftModel.forward`."""
-        scores = super().forward(batch, *args, **options).query_log_likelihood
-        return Scores(scores, torch.ones_like(scores, dtype=torch.long))
+        self.answer = Answer((yes,), (no,))
 
     def _rows(self, batch: PairBatch, counts: Sequence[int], with_prefix: bool) -> Rows:
-        rows, prefix_lengths = [], []
-        for q, d in batch.pairs:
-            prefix = batch.documents[d].ids
-            prefix_lengths.append(len(prefix))
-            before, _, _ = self.prompt.suffix.lay_out(prefix if with_prefix else (), clues=0)
-            rows.append((*before, *batch.queries[q], *self.asked))
-        lengths = np.array([len(row) for row in rows])
-        starts = np.zeros_like(lengths) if with_prefix else np.array(prefix_lengths)
-        ids, mask = pad(rows, self.device)
-        last = np.arange(len(rows)) * ids.shape[1] + lengths - 1
-
-        def tensor(array) -> Tensor:
-            return to_device(np.asarray(array, dtype=np.int64), self.device)
-
-        return _AnswerRows(
-            ids, mask.long(), positions=tensor(starts[:, None] + np.arange(ids.shape[1])), clue_slots=tensor([]),
-            before_query=tensor(last.repeat(2)), target_ids=tensor(self.answers * len(rows)),
-            target_slots=tensor(np.arange(2 * len(rows))), longest_query=2, end=int((starts + lengths).max()),
-        )  # fmt: skip
-
-
-@dataclass
-class _AnswerRows(Rows):
-    """Rows with two targets each: yes and no, after the same token."""
-
-    @property
-    def read(self) -> Tensor:
-        return self.before_query[::2]
-
-    def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
-        """Compute log p(yes) − log p(no) of each pair, which is the difference of their logits; [N] -> [B]."""
-        yes, no = of_targets.view(-1, 2).T
-        return yes - no
+        return self.engine.assemble(batch, replace(self.prompt.suffix, asked=self.asked), counts, with_prefix)

@@ -79,6 +79,25 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
         read = self.outputs(rows, clue_embeds, prefix, prefix_rows, updates)
         return (self.head if self.head.fused else log_likelihood_of_logits)(read, rows.target_ids)
 
+    def token_logits(
+        self,
+        token_ids: Tensor,
+        rows: RowsT,
+        clue_embeds: Tensor | None,
+        prefix: PrefixT | None = None,
+        prefix_rows: Tensor | None = None,
+        updates: Sequence[tuple[nn.Module, Hook]] = (),
+    ) -> Tensor:
+        """Compute the logits of K tokens at every slot that is read, [N, K] float32.
+
+        Args:
+            token_ids: the tokens, int64 [K].
+            rows, clue_embeds, prefix, prefix_rows, updates: those of `outputs`.
+        Raises: as `outputs`.
+        """
+        read = self.outputs(rows, clue_embeds, prefix, prefix_rows, updates)
+        return self.head.token_logits(read, token_ids) if self.head.fused else read[:, token_ids].float()
+
     @abstractmethod
     def outputs(
         self,
@@ -249,7 +268,7 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
         def tables(counts: Sequence[int]) -> list[int]:
             own = [batch.suffix_of(q, pieces) for q, _ in batch.pairs]
             return [self.rotary.of(len(around.lay_out(batch.documents[d].ids, count)[0])
-                                   + len(around.scored(batch.queries[q])))
+                                   + len(around.last(batch.queries[q])))
                     for around, (q, d), count in zip(own, batch.pairs, counts, strict=True)]  # fmt: skip
 
         if self.rotary.limit is None or not any(tables([most_clues] * len(batch))):

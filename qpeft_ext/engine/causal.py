@@ -131,7 +131,8 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         self, batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], with_prefix: bool
     ) -> Rows:
         step = 1 if with_prefix else shape_step(self.device, self.table.dtype)
-        spare = int(with_prefix and self.rotary.limit is not None)  # a prompt's last token counts in its length
+        # a prompt's last token counts in its length, also where it is only a target
+        spare = int(with_prefix and self.rotary.limit is not None and pieces.asked is None)
         return assemble_rows(batch, pieces, clue_counts, self.device, with_prefix, step, spare)
 
     def outputs(

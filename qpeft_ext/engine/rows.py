@@ -17,11 +17,12 @@ from ..prompts.pieces import CluesFirstPieces, SuffixPieces
 class Rows:
     """B right-padded rows of LM input, L tokens wide.
 
-    The last token of a query is only a target, so it is not in the row.
+    The last token of a query that is scored is only a target, so it is not in the row. Where an answer is read instead,
+    a row ends with the question and nothing is a target.
 
     ids: int64 [B, L], 0 at clue slots and padding.  mask: int64 [B, L], 0 at padding.  positions: int64 [B, L].
     clue_slots: flat indices into [B·L] of the clue vectors, in the order of ``Clues.embeds[Clues.mask]``.
-    before_query: flat indices into [B·L] of the slot before each query token, [N].
+    before_query: flat indices into [B·L] of the slot before each query token, or before each answer, [N].
     target_ids: the query tokens, [N].
     target_slots: flat indices into [B·T] of the targets, [N], where T is ``longest_query``.
     end: one more than the largest position of a token.
@@ -74,14 +75,15 @@ def assemble_rows(
     """
     queries = [batch.suffix_of(q, pieces).scored(batch.queries[q]) for q, _ in batch.pairs]
     rows, clue_starts, suffix_starts = [], [], []
-    for (q, document_index), query, count in zip(batch.pairs, queries, clue_counts, strict=True):
-        document = batch.documents[document_index].ids if with_prefix else ()
-        row, clue_start, suffix_start = batch.suffix_of(q, pieces).lay_out(document, count)
-        rows.append(row + query[:-1])
+    for (q, document_index), count in zip(batch.pairs, clue_counts, strict=True):
+        around, document = batch.suffix_of(q, pieces), batch.documents[document_index].ids if with_prefix else ()
+        row, clue_start, suffix_start = around.lay_out(document, count)
+        rows.append(row + around.read(batch.queries[q]))
         clue_starts.append(clue_start)
         suffix_starts.append(suffix_start)
     prefix_lengths = np.array([len(batch.documents[d].ids) for _, d in batch.pairs])
     query_lengths = np.array([len(query) for query in queries])
+    read_lengths = np.maximum(query_lengths, 1)  # one slot for an answer
     lengths, counts = np.array([len(row) for row in rows]), np.array(clue_counts)
     width, longest_query = -(-int(lengths.max() + spare) // width_step) * width_step, int(query_lengths.max())
     first_slots = np.arange(len(rows)) * width
@@ -93,7 +95,7 @@ def assemble_rows(
         mask.long(),
         to_device(starts[:, None] + np.arange(width), device),
         to_device(_spans(first_slots + np.array(clue_starts), counts), device),
-        to_device(_spans(first_slots + lengths - query_lengths, query_lengths), device),
+        to_device(_spans(first_slots + lengths - read_lengths, read_lengths), device),
         to_device(pack_ragged(queries)[0], device),
         to_device(_spans(np.arange(len(rows)) * longest_query, query_lengths), device),
         longest_query,

@@ -27,6 +27,7 @@ from ..prompts.pairs import PairBatch, to_device
 from ..prompts.prompt import Document, Prompt, as_pairs
 from ..utils.forked import computes_now
 from ..utils.torch_state import own_state
+from .answers import Answer
 from .base import BaseEngine
 from .causal import CausalEngine
 from .schedule import Limits, default_tokens, schedule
@@ -64,6 +65,7 @@ class ScoringModel(nn.Module):
         qpeft_config: every option.
         clues: the clue module; None for ``clues="none"``.
         generated_lora: the update of the LM that a query generates, or None.
+        answer: the tokens behind the prompt whose logits are the score; None: the query's likelihood is.
     """
 
     lm: nn.Module
@@ -72,6 +74,7 @@ class ScoringModel(nn.Module):
     qpeft_config: QPeftConfig
     clues: nn.Module | None
     generated_lora: GeneratedLora | None
+    answer: Answer | None
     _count_tokens: CountTokens
     _lm_dtype: torch.dtype
 
@@ -314,24 +317,32 @@ class ScoringModel(nn.Module):
                 prefix_rows = to_device(np.array(order), self.device)
         arguments = (batch, rows, vectors, prefix, prefix_rows)
         if recompute:  # own_state, because the backward pass runs outside of this method's state of torch
-            log_p = checkpoint(own_state()(self._log_likelihood), *arguments, use_reentrant=False)
+            log_p = checkpoint(own_state()(self._read), *arguments, use_reentrant=False)
         else:
-            log_p = self._log_likelihood(*arguments)
+            log_p = self._read(*arguments)
+        if self.answer is not None:
+            return Scores(log_p, torch.ones_like(log_p, dtype=torch.long))
         return Scores(rows.sum_of_each_pair(log_p), self._count_tokens(log_p, rows.sum_of_each_pair, batch))
 
     def _rows(self, batch: PairBatch, counts: Sequence[int], with_prefix: bool) -> Any:
         """Lay out what the LM reads of each pair, and the tokens that are scored."""
         return self.engine.assemble(batch, self.prompt.suffix, counts, with_prefix)
 
-    def _log_likelihood(
+    def _read(
         self, batch: PairBatch, rows: Any, vectors: Tensor | None, prefix: Any, prefix_rows: Tensor | None
     ) -> Tensor:
-        """Compute log p of the scored tokens of the rows, [N]; each query updates the LM for its own suffixes."""
+        """Compute log p of the scored tokens of the rows, [N], or the answer of each row, [B].
+
+        Each query updates the LM for its own suffixes.
+        """
         updates: Sequence[tuple[nn.Module, Hook]] = ()
         if self.generated_lora is not None:
             gates = self.generated_lora.gates_of_pairs(batch, self.engine.table)
             updates = self.generated_lora.updates(gates, rows.suffix)
-        return self.engine.log_likelihood(rows, vectors, prefix, prefix_rows, updates)
+        given = (rows, vectors, prefix, prefix_rows, updates)
+        if self.answer is None:
+            return self.engine.log_likelihood(*given)
+        return self.answer.score(self.engine.token_logits(self.answer.token_ids(self.device), *given))
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[str, Document]], **options: Any) -> Scores:

@@ -62,7 +62,7 @@ class LikelihoodHead:
         ids = [i % len(self.module.weight) for i in range(4)]
         with torch.no_grad():
             own, hidden = probe(ids, ids)
-            own, ours = own.float(), self._logits(hidden).float()
+            own, ours = own.float(), self._logits(hidden, self.module.weight, self.bias).float()
         if not own.isfinite().all():
             raise ValueError(
                 "the LM's logits are not finite: its weights are broken, or its dtype overflows "
@@ -75,10 +75,20 @@ class LikelihoodHead:
             return "the head formula does not give this model's logits"
         return ""
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.logit_scale * nn.functional.linear(hidden.to(self.module.weight.dtype), self.module.weight)
-        logits = logits if self.bias is None else logits + self.bias
+    def _logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = self.logit_scale * nn.functional.linear(hidden.to(weight.dtype), weight)
+        logits = logits if bias is None else logits + bias
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def token_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Logits of K tokens, ``token_ids`` [K], for each row of ``hidden`` [N, D]; float32 [N, K]. Only when `fused`.
+
+        Only K rows of the head are read.
+        """
+        bias = self.bias
+        return self._logits(
+            hidden, self.module.weight[token_ids].float(), None if bias is None else bias[token_ids].float()
+        )
 
     def __call__(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
         """log p of ``target_ids`` [N] given ``hidden`` [N, D]; float32 [N], nats. Only when `fused`."""

@@ -89,7 +89,7 @@ class Prompt:
         """
         self.num_embeddings = num_embeddings
         pieces = [self._head, self._tail, self.instruction_ids, *vars(self.suffix).values()]
-        self._expect_known("the prompt's template", [i for piece in pieces for i in piece])
+        self._expect_known("the prompt's template", [i for piece in pieces for i in piece or ()])
 
     def _expect_known(self, place: str, ids: Sequence[int]) -> None:
         if self.num_embeddings is not None and ids and max(ids) >= self.num_embeddings:
