@@ -19,7 +19,8 @@ from .config import QPeftConfig
 from .engine.base import BaseEngine
 from .engine.factory import make_engine
 from .engine.scores import CountTokens, Scores, count_all_tokens
-from .engine.scoring import ScoringModel, in_passes
+from .engine.scoring import ScoringModel
+from .engine.turns import in_passes
 from .lm.arguments import expect_lm_arguments, freeze, without_compilation
 from .lm.packed import count
 from .lm.passes import lm_lock
