@@ -60,6 +60,30 @@ CHECKS: tuple[Check, ...] = (
         lambda c: c.template == "chat" and c.special_tokens == "bos",
         "template='chat' has the special tokens of the chat template; leave special_tokens out",
     ),
+    *_if_set(
+        "ask exact_words",
+        lambda c: c.score == "likelihood",
+        "NAME={c.NAME!r} is of a score that asks for an answer; set score='yes_no', 'graded' or 'both'",
+    ),
+    *_if_set(
+        "yes_words no_words",
+        lambda c: c.score not in ("yes_no", "both"),
+        "NAME={c.NAME!r} are of score='yes_no' and 'both', got score={c.score!r}; leave NAME out",
+    ),
+    *_if_set(
+        "max_grade",
+        lambda c: c.score != "graded",
+        "max_grade={c.max_grade!r} is of score='graded', got score={c.score!r}; leave max_grade out",
+    ),
+    (
+        lambda c: c.loss == "binary_cross_entropy" and c.score != "yes_no",
+        "loss='binary_cross_entropy' is of log-odds; set score='yes_no', got score={c.score!r}",
+    ),
+    (
+        lambda c: c.loss in ("pointwise", "pointwise_pairwise") and c.score != "likelihood",
+        "loss={c.loss!r} makes queries likely, which score={c.score!r} is not about; use listwise, or for yes_no "
+        "binary_cross_entropy",
+    ),
     (
         lambda c: c.train_lm and (c.clues != "none" or c.generated_lora_rank is not None),
         "train_lm=True needs clues='none' and no generated LoRA: both read an embedding table and weights that are "

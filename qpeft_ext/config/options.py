@@ -12,9 +12,8 @@ from ..utils.small_files import read_json
 from ..utils.text import shorten
 from ..utils.words import did_you_mean
 from .combinations import CHECKS
+from .recommended import recommended_options
 from .values import DEFAULT_INSTRUCTION, OFFICIAL, OFFICIAL_INSTRUCTION, at_least, check_values, names_of
-
-_ENOUGH_NEGATIVES = 7  # with so many of its own, a query gains nothing from the documents of others
 
 
 @dataclass
@@ -75,6 +74,19 @@ class QPeftConfig:
             template "chat" what the chat template writes.
         train_lm: Whether all weights of the LM are trained and saved with the adapter (default False). This full
             fine-tuning, for comparison, needs clues="none" and an LM that is loaded in float32.
+        score: What documents are ranked by. "likelihood" (the default) is the log-likelihood of the query. "yes_no" asks
+            behind the query whether the document is relevant, and is the log-odds of the words for yes and for no.
+            "graded" asks for a grade from 0 to ``max_grade``, and is the expected one. "both" is the mean
+            log-likelihood per query token plus the log-odds, from one pass, times a weight that is trained. The last
+            three read the tokens that can answer, not the whole vocabulary, and need a template that the query does
+            not end as an answer ("chat").
+        ask: Text behind the query that the answer follows. None (the default) is "Relevant:", and for "graded"
+            "Relevance from 0 to 4:", with its ``max_grade``.
+        yes_words, no_words: Words that answer yes and no (default "yes" and "no"), each a single token of the LM. The
+            probabilities of the words of a set are added up.
+        exact_words: Whether a word, or a grade, is read as it is written only; a space before it counts. With False
+            (the default) every casing of it is read that is a single token, with a space before it and without.
+        max_grade: Largest grade of "graded" (default 4).
         instruction: Text at the start of every prompt of the templates "qpeft" and "chat".
         num_virtual_tokens: Length of a soft prompt: trained virtual tokens that replace the instruction in every
             prompt. None (the default) for no soft prompt. It combines with every kind of clues; with "none" it is
@@ -94,7 +106,7 @@ class QPeftConfig:
         num_random_negatives: Number of documents of other examples that are drawn for each query as further negatives
             (default 0).
         in_batch_negatives: Whether the documents of the group's other queries are negatives too (default True).
-        loss: "pointwise_pairwise" (the paper's, the default), "pointwise", "pairwise", "listwise", "contrastive" (in
+        loss: "pointwise_pairwise" (the paper's, the default; with another score "listwise" is), "pointwise", "pairwise", "listwise", "contrastive" (in
             both directions, within a group), "binary_cross_entropy" (of log-odds), "ranknet", "lambda_loss" (pairs
             by what they are worth in nDCG), or, from teacher scores in the examples, "margin_mse" or "kl_divergence".
         margin: Margin of the pairwise loss in nats per query token (default 0.0).
@@ -145,6 +157,12 @@ class QPeftConfig:
     template: str = "qpeft"
     special_tokens: str = "auto"
     train_lm: bool = False
+    score: str = "likelihood"
+    ask: str | None = None
+    yes_words: tuple[str, ...] = ("yes",)
+    no_words: tuple[str, ...] = ("no",)
+    exact_words: bool = False
+    max_grade: int = 4
     instruction: str = DEFAULT_INSTRUCTION
     num_virtual_tokens: int | None = None
     soft_prompt_init: str = "text"
@@ -167,10 +185,13 @@ class QPeftConfig:
     peft_type: str = "QPEFT"
 
     def __post_init__(self) -> None:
-        if (filters := names_of(self.filters)) is None:
-            raise TypeError(f"QPeftConfig: filters must be names, got {shorten(self.filters)}")
-        self.filters = filters
+        for name, what in (("filters", "names"), ("yes_words", "words"), ("no_words", "words")):
+            if (given := names_of(getattr(self, name))) is None:
+                raise TypeError(f"QPeftConfig: {name} must be {what}, got {shorten(getattr(self, name))}")
+            setattr(self, name, given)
         check_values(vars(self))
+        if self.score != "likelihood" and not self.is_set("loss"):
+            self.loss = "listwise"
         if self.target_modules is not None:
             names = names_of(self.target_modules)
             if not names or not all(isinstance(name, str) and name for name in names):
@@ -232,18 +253,7 @@ class QPeftConfig:
             >>> config.clues, config.k, config.loss, config.generated_lora_rank, config.target_modules
             ('top_k', 5, 'listwise', 16, ('all-linear',))
         """
-        options = {"clues": "top_k", "loss": "listwise", "num_hard_negatives": _ENOUGH_NEGATIVES} | options
-        learns_nothing = (
-            options["clues"] == "none" or options["loss"] == "pointwise" or options.get("compat") == "official"
-        )
-        options = {"generated_lora_rank": None if learns_nothing else 16} | options
-        if options["generated_lora_rank"] is not None:
-            options = {"target_modules": ("all-linear",)} | options
-        if examples is not None and options["loss"] != "contrastive":  # which is made of the group's other documents
-            fewest = min((len(example.get("negatives", ())) for example in examples), default=0)
-            if min(options["num_hard_negatives"], fewest) >= _ENOUGH_NEGATIVES:
-                options = {"in_batch_negatives": False} | options
-        return cls(**options)
+        return cls(**recommended_options(examples, options))
 
     def resolve(self, width: int) -> QPeftConfig:
         """Return the config for an LM, in which "auto" is replaced by a number.

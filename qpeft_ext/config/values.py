@@ -33,6 +33,7 @@ LAYOUTS = ("document_first", "clues_first")
 COMPAT = ("none", "official")
 TEMPLATES = ("qpeft", "upr", "chat")
 SPECIAL_TOKENS = ("auto", "tokenizer", "bos")
+SCORES = ("likelihood", "yes_no", "graded", "both")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the input passage"
 OFFICIAL = {  # options in which compat="official" has no choice: one that is left at its default takes this value
@@ -48,6 +49,7 @@ OFFICIAL = {  # options in which compat="official" has no choice: one that is le
     "template": "qpeft",
     "special_tokens": "bos",
     "allow_special_tokens": True,
+    "score": "likelihood",
 }
 _CHOICES = {
     "clues": CLUES,
@@ -61,8 +63,17 @@ _CHOICES = {
     "compat": COMPAT,
     "template": TEMPLATES,
     "special_tokens": SPECIAL_TOKENS,
+    "score": SCORES,
 }
-_BOOLEANS = ("score_gate", "attention_bias", "residual", "train_lm", "allow_special_tokens", "in_batch_negatives")
+_BOOLEANS = (
+    "score_gate",
+    "attention_bias",
+    "residual",
+    "train_lm",
+    "allow_special_tokens",
+    "in_batch_negatives",
+    "exact_words",
+)
 _LEAST = {
     "k": 1,
     "num_heads": 1,
@@ -71,6 +82,7 @@ _LEAST = {
     "queries_per_group": 1,
     "num_hard_negatives": 0,
     "num_random_negatives": 0,
+    "max_grade": 1,
 }
 _COUNTS_OR_NONE = ("suffix_micro_batch", "generated_lora_rank", "num_virtual_tokens", "soft_prompt_mlp")
 _MAX_TEXT = 1 << 16
@@ -93,9 +105,14 @@ def check_values(options: Mapping[str, Any]) -> None:
             at_least(name, options[name], 1)
     if options["rank"] is not None and options["rank"] != "auto":
         at_least("rank", options["rank"], 1)
-    for name in ("instruction", "base_model_name_or_path", "peft_type"):
-        if name != "base_model_name_or_path" or options[name] is not None:
+    for name in ("instruction", "base_model_name_or_path", "peft_type", "ask"):
+        if name not in ("base_model_name_or_path", "ask") or options[name] is not None:
             _text(name, options[name])
+    for name in ("yes_words", "no_words"):
+        if not options[name] or not all(isinstance(word, str) and word.strip() for word in options[name]):
+            raise ValueError(f"QPeftConfig: {name} must be words, at least one, got {shorten(options[name])}")
+    if options["ask"] is not None and not options["ask"].strip():
+        raise ValueError("QPeftConfig: ask must be a text that is not empty; leave it out for the usual one")
     for name in ("dropout", "margin"):
         _number(name, options[name])
     if not 0 <= options["dropout"] < 1:
