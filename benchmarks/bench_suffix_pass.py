@@ -79,12 +79,12 @@ class Work:
         mask = (suffix[:, None] == suffix) & torch.ones(packed, packed, dtype=torch.bool, device=embeds.device).tril()
         mask = torch.cat([torch.ones(packed, P, dtype=torch.bool, device=embeds.device), mask], 1)
         passes = replace(engine.lm_passes, attention=(), norms=())
-        with passes.suffix(rows.before_query, (N, packed)):
+        with passes.suffix(rows.read.slots, (N, packed)):
             hidden = engine.decoder(
                 inputs_embeds=embeds, attention_mask=mask.expand(N, 1, -1, -1), use_cache=True,
                 position_ids=rows.positions.view(N, packed), **{engine.cache_argument: shared_cache(self.prefix, None)},
             ).last_hidden_state  # fmt: skip
-        return self._result(engine.head(hidden.reshape(B * L, -1)[rows.before_query], rows.target_ids))
+        return self._result(engine.head.log_likelihood(hidden.reshape(B * L, -1)[rows.read.slots], rows.target_ids))
 
     def _result(self, log_p: Tensor) -> Tensor:
         """Return log p of every query token, or the gradient of the clue vectors."""

@@ -119,12 +119,12 @@ class Step:
             "use_cache": False,
         }
         if every_position:
-            labels = torch.full((B * L,), -100, device=self.device).index_copy(0, rows.before_query, rows.target_ids)
+            labels = torch.full((B * L,), -100, device=self.device).index_copy(0, rows.read.slots, rows.target_ids)
             logits = model.lm(**arguments).logits.float().flatten(0, 1)
             log_p = -torch.nn.functional.cross_entropy(logits, labels, reduction="none").view(B, L).sum(1)
         else:
             keep = torch.zeros(B * L, dtype=torch.bool, device=self.device)
-            keep[rows.before_query] = True
+            keep[rows.read.slots] = True
             logits = model.lm(**arguments, logits_to_keep=keep.view(B, L)).logits.float()
             log_p = logits.view(len(rows.target_ids), -1).log_softmax(-1).gather(1, rows.target_ids[:, None])
             log_p = log_p.view(B, -1).sum(1)

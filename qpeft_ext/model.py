@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from .adapters.attention_clues import AttentionClues
 from .adapters.filters import allowed_ids
 from .adapters.generated_lora import GeneratedLora
+from .adapters.mixed_score import MixedScore
 from .adapters.soft_prompt import build_soft_prompt
 from .adapters.top_k_clues import TopKClues
 from .config import QPeftConfig
+from .engine.answers import Answer, Grades
 from .engine.base import BaseEngine
 from .engine.factory import make_engine
 from .engine.scores import CountTokens, Scores, count_all_tokens
@@ -54,7 +56,7 @@ class QPeftModel(ScoringModel):
     Attributes:
         lm: the language model.
         qpeft_config: the config, with the options that depend on the LM filled in.
-        clues, generated_lora, soft_prompt: the trained modules; None where the config has none.
+        clues, generated_lora, soft_prompt, mixed_score: the trained modules; None where the config has none.
     Raises: ValueError for an LM that does not fit the config, or whose weights are on the meta device; TypeError for
         arguments that are no LM, no config or no tokenizer.
     """
@@ -70,7 +72,7 @@ class QPeftModel(ScoringModel):
     def _build(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         self.lm = lm
         self.tokenizer = tokenizer
-        self.clues = self.generated_lora = self.soft_prompt = self.answer = None
+        self.clues = self.generated_lora = self.soft_prompt = self.mixed_score = None
         self.qpeft_config = config
         self.engine = self._probed_engine()
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
@@ -88,7 +90,10 @@ class QPeftModel(ScoringModel):
                 config, self.prompt, self.engine.table, self.engine.scale, self.engine.context
             )
         self.engine = self.engine.with_soft_prompt(self.soft_prompt)
-        self._count_tokens, self.ranks_by_mean = build_token_count(config, tokenizer)
+        self._count_tokens = build_token_count(config, tokenizer)
+        self.ranks_by_mean = config.compat == "official" or config.score != "likelihood"
+        self.answer = build_answer(config, self.prompt)
+        self.mixed_score = MixedScore() if config.score == "both" else None
         self.to_device_of_lm()
         self.eval()
 
@@ -106,7 +111,12 @@ class QPeftModel(ScoringModel):
     @property
     def trained_modules(self) -> dict[str, nn.Module]:
         """The modules that an adapter consists of, by the prefix of their keys in the adapter file."""
-        parts = {"": self.clues, "generated_lora.": self.generated_lora, "soft_prompt.": self.soft_prompt}
+        parts = {
+            "": self.clues,
+            "generated_lora.": self.generated_lora,
+            "soft_prompt.": self.soft_prompt,
+            "mixed_score.": self.mixed_score,
+        }
         return {prefix: module for prefix, module in parts.items() if module is not None}
 
     def train(self, mode: bool = True) -> QPeftModel:
@@ -287,14 +297,16 @@ def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) 
     return Prompt(tokenizer, config, encoder_decoder)
 
 
-def build_token_count(config: QPeftConfig, tokenizer) -> tuple[CountTokens, bool]:
-    """Choose how the tokens of a score are counted, and whether documents are ranked by the mean instead of the sum.
+def build_token_count(config: QPeftConfig, tokenizer) -> CountTokens:
+    """Choose the function that counts the tokens of a score."""
+    return partial(count_uncertain_tokens, decode=tokenizer.decode) if config.compat == "official" else count_all_tokens
 
-    Returns: (the function that counts, whether the mean ranks).
-    """
-    if config.compat == "official":
-        return partial(count_uncertain_tokens, decode=tokenizer.decode), True
-    return count_all_tokens, False
+
+def build_answer(config: QPeftConfig, prompt: Prompt) -> Answer | Grades | None:
+    """Choose what is read behind a query; None where the query itself is scored."""
+    if not prompt.answers:
+        return None
+    return Grades(prompt.answers) if config.score == "graded" else Answer(*prompt.answers)
 
 
 def build_clues(config: QPeftConfig, table: Tensor, tokenizer) -> nn.Module | None:

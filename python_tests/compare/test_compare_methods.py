@@ -14,8 +14,6 @@ from qpeft_ext.compare.cost import PeakMemory, Work
 from qpeft_ext.compare.methods import PRESETS
 from qpeft_ext.compare.plan_file import read_plan
 from qpeft_ext.compare.prefix_tuning import PrefixTuningModel
-from qpeft_ext.compare.yes_no import YesNoModel
-from qpeft_ext.engine.answers import Answer
 from qpeft_ext.lm.passes import LMPasses
 
 pytestmark = pytest.mark.slow
@@ -98,47 +96,6 @@ def test_prefix_tuning_refuses():
         prefix_tuned("mistral")
     with pytest.raises(ValueError, match="the path document_first only, got 'plain'"):
         prefix_tuned("llama").score(PAIRS, path="plain")
-
-
-# -- yes or no -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "cohere"])
-def test_yes_no_is_a_difference_of_logits(family, words_tokenizer):
-    targets = {"gpt2": ["c_attn"]}.get(family, ["q_proj", "v_proj"])
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, target_modules=targets)
-    lora = peft.get_peft_model(tiny_lm(family), config)
-    model = YesNoModel(lora, PLAIN, words_tokenizer)
-    yes, no = words_tokenizer.convert_tokens_to_ids([" yes", " no"])
-    asked = words_tokenizer("\nRelevant:", add_special_tokens=False)["input_ids"]
-    expected = []
-    for query, document in PAIRS:
-        logits = lora(input_ids=torch.tensor([prompt_ids(model, query, document)[0] + asked])).logits[0, -1]
-        expected.append(logits[yes] - logits[no])
-    trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
-    expected = torch.stack(expected)
-    gradient = torch.autograd.grad(expected.square().sum(), trained)
-    for path in ("document_first", "plain"):
-        scores = model(model.encode(PAIRS), path=path).mean_query_log_likelihood
-        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-        ours = torch.autograd.grad(scores.square().sum(), trained)
-        torch.testing.assert_close(ours, gradient, rtol=1e-3, atol=1e-4)
-    ranked = qpeft.Reranker(model).rank(QUERIES[0], DOCUMENTS)
-    assert [row["score"] for row in ranked] == sorted((row["score"] for row in ranked), reverse=True)
-
-
-@pytest.fixture
-def words_tokenizer():
-    """The byte tokenizer with a token for each of the two answers."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens([" yes", " no"])
-    return tokenizer
-
-
-def test_yes_no_needs_two_answers(words_tokenizer):
-    with pytest.raises(ValueError, match="begins 'yes' and 'no' with the same token"):
-        YesNoModel(tiny_lm("llama"), PLAIN, tiny_tokenizer())
-    assert YesNoModel(tiny_lm("llama"), PLAIN, words_tokenizer).answer == Answer((258,), (259,))
 
 
 # -- full fine-tuning ------------------------------------------------------------------------------------------------

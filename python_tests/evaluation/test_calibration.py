@@ -94,7 +94,7 @@ def test_what_cannot_be_fitted_says_why():
     mean, tokens, relevant, bare, *_ = pairs(300)
     with pytest.raises(ValueError, match="got 0 relevant of 300"):
         fit_calibration(mean, tokens, np.zeros(300), bare)
-    with pytest.raises(ValueError, match="do not make the queries more likely"):
+    with pytest.raises(ValueError, match="relevant documents do not have larger scores than others"):
         fit_calibration(mean, tokens, mean < bare, bare)
 
 

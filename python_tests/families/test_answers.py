@@ -8,7 +8,7 @@ import torch
 from families.tiny import PAIRS, tiny_lm, tiny_tokenizer
 
 from qpeft_ext import QPeftConfig, get_qpeft_model
-from qpeft_ext.engine.answers import Answer
+from qpeft_ext.engine.answers import Answer, Grades
 
 ASKED, TOKENS = (60, 61), (70, 71, 72)
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "cohere", "granite", "opt", "mamba")  # caps, scales, biases
@@ -24,6 +24,14 @@ def test_score_of_an_answer(yes, no, score):
     answer = Answer(yes, no)
     logits = torch.tensor([[2.0, 1.5, -1.0]])[:, answer.token_ids(torch.device("cpu"))]
     torch.testing.assert_close(answer.score(logits), torch.tensor([score]))
+
+
+def test_an_expected_grade():
+    grades = Grades(((0,), (1, 2), (3,)))
+    assert grades.token_ids(torch.device("cpu")).tolist() == [0, 1, 2, 3]
+    zero, one, two = math.exp(2.0), math.exp(1.5) + math.exp(-1.0), math.exp(0.5)
+    expected = (one + 2 * two) / (zero + one + two)
+    torch.testing.assert_close(grades.score(torch.tensor([[2.0, 1.5, -1.0, 0.5]])), torch.tensor([expected]))
 
 
 def log_odds(logits: torch.Tensor, answer: Answer) -> torch.Tensor:
@@ -43,12 +51,14 @@ def test_logits_of_a_few_tokens_are_the_lms_own(family):
     expected = torch.stack(own)[:, TOKENS]
     tokens, counts = torch.tensor(TOKENS), [0] * len(batch)
     with torch.no_grad():
-        whole = model.engine.token_logits(tokens, model.engine.assemble(batch, pieces, counts, True), None)
+        outputs = model.engine.outputs(model.engine.assemble(batch, pieces, counts, True), None)
+        whole = model.engine.head.token_logits(outputs, tokens)
         torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
         if not model.engine.why_not_cached:
             prefix = model.engine.read_prefixes([document.ids for document in batch.documents])
             rows = model.engine.assemble(batch, pieces, counts, False)
-            shared = model.engine.token_logits(tokens, rows, None, prefix, torch.tensor([d for _, d in batch.pairs]))
+            outputs = model.engine.outputs(rows, None, prefix, torch.tensor([d for _, d in batch.pairs]))
+            shared = model.engine.head.token_logits(outputs, tokens)
             torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-5)
     answer = Answer(TOKENS[:2], TOKENS[2:])
     odds = torch.stack([log_odds(logits, answer) for logits in own])
@@ -62,5 +72,5 @@ def test_nothing_of_a_query_is_a_target():
     assert rows.target_ids.numel() == 0
     lengths = [len(pieces.bare_question) + len(batch.queries[q]) + len(ASKED) for q, _ in batch.pairs]
     assert rows.mask.sum(1).tolist() == lengths
-    assert rows.before_query.tolist() == [i * rows.ids.shape[1] + n - 1 for i, n in enumerate(lengths)]
-    assert rows.ids.flatten()[rows.before_query].tolist() == [ASKED[-1]] * len(PAIRS)
+    assert rows.read.slots.tolist() == [i * rows.ids.shape[1] + n - 1 for i, n in enumerate(lengths)]
+    assert rows.ids.flatten()[rows.read.slots].tolist() == [ASKED[-1]] * len(PAIRS)

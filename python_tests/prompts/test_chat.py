@@ -10,7 +10,6 @@ from families.tiny import DOCUMENTS, PAIRS, tiny_lm, tiny_tokenizer
 from families.tiny_llama import tiny_llama_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.compare.yes_no import YesNoModel
 from qpeft_ext.prompts.prompt import Prompt, document_text
 
 INSTRUCTION = "Please write a question for the passage."
@@ -183,10 +182,11 @@ def test_impossible_options_are_errors(options, message):
         qpeft.QPeftConfig(template="chat", **options)
 
 
-def test_yes_or_no_cannot_be_asked_behind_an_answer():
-    config = qpeft.QPeftConfig(clues="none", template="chat")
-    with pytest.raises(ValueError, match="yes/no asks behind the query, which template='chat' has as the answer"):
-        YesNoModel(tiny_lm("llama"), config, chat_tokenizer())
+@pytest.mark.parametrize("score", ["yes_no", "graded", "both"])
+def test_nothing_can_be_asked_behind_an_answer(score):
+    config = qpeft.QPeftConfig(clues="none", template="chat", score=score)
+    with pytest.raises(ValueError, match=f"score='{score}' asks behind the query, which template='chat'"):
+        qpeft.get_qpeft_model(tiny_lm("llama"), config, chat_tokenizer())
 
 
 def test_an_encoder_decoder_has_no_conversation():

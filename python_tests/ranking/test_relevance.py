@@ -109,3 +109,53 @@ def test_a_damaged_calibration_names_its_file(tmp_path):
             qpeft.Reranker.from_pretrained(tmp_path, tiny_lm("llama"), tokenizer=tiny_tokenizer())
     with pytest.raises(TypeError, match="calibration must be a table"):
         qpeft.QPeftConfig(calibration=3)
+
+
+# ---- answers behind the query ----------------------------------------------------------------------------------------
+
+ANSWERS = {"yes_words": ("y",), "no_words": ("n",)}
+
+
+@pytest.mark.parametrize(("options", "map_of"), [
+    ({"score": "yes_no", **ANSWERS}, lambda score: score),
+    ({"score": "graded", "max_grade": 8}, lambda score: (score - 4) / 2),
+])  # fmt: skip
+def test_an_answer_that_nobody_calibrated_has_its_logistic(options, map_of, monkeypatch):
+    reranker, calls = reranker_of(None, **options), []
+    score = reranker._score
+    monkeypatch.setattr(reranker, "_score", lambda pairs, *args: calls.append(len(pairs)) or score(pairs, *args))
+    rows = reranker.rank(QUERIES[0], DOCUMENTS, threshold=0)
+    for row in rows:
+        assert row["relevance"] == pytest.approx(1 / (1 + np.exp(-map_of(row["score"]))), rel=1e-6)
+    assert calls == [len(DOCUMENTS)] and not reranker.reads_bare_queries  # no query is read behind an empty document
+
+
+def test_a_calibrated_answer_counts_as_one_token():
+    reranker = reranker_of(score="yes_no", **ANSWERS)
+    for row in reranker.rank(QUERIES[0], DOCUMENTS, threshold=0):
+        m, b = (float(reranker.predict((QUERIES[0], text))) for text in (DOCUMENTS[row["corpus_id"]], ""))
+        z = 0.5 + 0.4 * m + 1.5 * (m - b)
+        assert row["relevance"] == pytest.approx(1 / (1 + np.exp(-z)), rel=1e-4)
+
+
+def test_both_are_calibrated_by_their_sum():
+    reranker = reranker_of(score="both", **ANSWERS)
+    tokens = len(reranker.model.prompt.queries([QUERIES[0]])[0])
+    for row in reranker.rank(QUERIES[0], DOCUMENTS, threshold=0):
+        m, b = (float(reranker.predict((QUERIES[0], text))) for text in (DOCUMENTS[row["corpus_id"]], ""))
+        z = 0.5 + 0.4 * m + 1.5 * np.sqrt(tokens) * (m - b)
+        assert row["relevance"] == pytest.approx(1 / (1 + np.exp(-z)), rel=1e-4)
+
+
+def test_a_calibration_of_answers_is_compared_with_their_logistic():
+    lists = [[*DOCUMENTS], [*DOCUMENTS]] * 4
+    reranker = reranker_of(None, score="yes_no", **ANSWERS)
+    best = [row["corpus_id"] for row in reranker.rank(QUERIES[0], DOCUMENTS)][:2]
+    relevant = [[place in best for place in range(len(DOCUMENTS))] for _ in lists]
+    found = reranker.calibrate([QUERIES[0]] * len(lists), lists, relevant)
+    odds = np.array([row["score"] for row in reranker.rank(QUERIES[0], DOCUMENTS)])
+    truth = np.arange(len(odds)) < 2
+    base = truth.mean()
+    before = 1 - ((1 / (1 + np.exp(-odds)) - truth) ** 2).mean() / ((base - truth) ** 2).mean()
+    assert found.measured["brier_skill_before"] == pytest.approx(before, abs=1e-4)
+    assert found.measured["brier_skill"] > found.measured["brier_skill_before"]

@@ -157,7 +157,7 @@ def expect_kv_dtype_of(kv_dtype: str | None, *caches: object) -> None:
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:
-    """Return options of `QPeftConfig` from texts NAME=VALUE; a value is JSON, else a plain text ("a,b" for names).
+    """Return options of `QPeftConfig` from texts NAME=VALUE; a value is JSON, else a plain text; names are "a,b".
 
     Raises: ValueError for a text without "=" or an unknown name.
     """
@@ -171,11 +171,18 @@ def parse_options(given: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
         if name not in fields:
             raise ValueError(f"QPeftConfig: unknown option {name!r}{did_you_mean(name, fields)}")
-        try:
-            options[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
-        except json.JSONDecodeError:
-            options[name] = tuple(value.split(",")) if str(fields[name].type).startswith("tuple") else value
+        options[name] = _value(value, str(fields[name].type).startswith("tuple"))
     return options
+
+
+def _value(text: str, is_names: bool) -> Any:
+    """Return the value that a text means; names are separated by commas, and "true" may be one."""
+    if is_names and not text.startswith("[") and text not in ("null", "None"):
+        return tuple(text.split(","))
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
 
 
 def spread_measures(arguments: Sequence[str]) -> list[str]:

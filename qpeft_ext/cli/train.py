@@ -163,8 +163,7 @@ def _settings(options: TrainOptions) -> dict[str, Any]:
         "max_document_tokens": options.max_document_tokens,
         "seed": options.seed,
     }
-    if options.template is not None:
-        settings["template"] = options.template
+    settings |= {name: value for name in ("template", "score") if (value := getattr(options, name)) is not None}
     given = parse_options(options.option or [])
     settings |= _of_the_clues((settings | given)["clues"], options.k, options.num_heads)
     if options.generated_lora_rank is not None:
@@ -180,7 +179,8 @@ def _config(settings: dict[str, Any], examples: list | None = None) -> QPeftConf
     from ..training.examples import lacking_negatives
 
     config = QPeftConfig.recommended(examples, **settings)
-    if config.clues == "none" and config.num_virtual_tokens is None and config.generated_lora_rank is None:
+    trained = config.num_virtual_tokens, config.generated_lora_rank, config.score == "both" or None
+    if config.clues == "none" and not any(trained):
         raise ValueError(
             "--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
             "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20"

@@ -77,6 +77,13 @@ class TrainOptions:
     template: Annotated[
         str | None, typer.Option(help="Template of the prompt: qpeft, upr or chat.  [default: qpeft]")
     ] = None
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="What documents are ranked by: likelihood, or yes_no, graded or both, for which the LM is asked behind "
+            "the query.  [default: likelihood]"
+        ),
+    ] = None
     loss: Annotated[
         str,
         typer.Option(

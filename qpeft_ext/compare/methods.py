@@ -58,9 +58,9 @@ PRESETS: dict[str, Preset] = {
     "dora": Preset("DoRA (peft), likelihood objective", options=_PLAIN, peft="LoraConfig",
                    peft_defaults=_LORA | {"use_dora": True}),
     "ia3": Preset("IA³ (peft), likelihood objective", options=_PLAIN, peft="IA3Config"),
-    "yes_no": Preset("logit(yes) − logit(no) after document and query, LoRA (peft), softmax over the documents of a "
-                     "query", options={"clues": "none", "loss": "listwise", "temperature": 1.0},
-                     peft="LoraConfig", peft_defaults=_LORA, model="YesNoModel"),
+    "yes_no": Preset("log-odds of yes and no after document and query, LoRA (peft), softmax over the documents of a "
+                     "query", options=_PLAIN | {"score": "yes_no", "loss": "listwise", "temperature": 1.0},
+                     peft="LoraConfig", peft_defaults=_LORA),
     "full": Preset("full fine-tuning, likelihood objective", options={"clues": "none", "train_lm": True}),
     "q_peft_r": Preset("Q-PEFT-R: the k most similar document tokens, re-embedded", options={"clues": "top_k"}),
     "q_peft_a": Preset("Q-PEFT-A: the query attends over the document tokens", options={"clues": "attention"}),

@@ -21,9 +21,8 @@ def build_model(plan: Plan, method: Method, seed: int, device: str) -> QPeftMode
     from ..adapters.files import describe_lm
     from ..lm.loading import load_lm, load_tokenizer
     from .prefix_tuning import PrefixTuningModel
-    from .yes_no import YesNoModel
 
-    classes = {kind.__name__: kind for kind in (QPeftModel, PrefixTuningModel, YesNoModel)}
+    classes = {kind.__name__: kind for kind in (QPeftModel, PrefixTuningModel)}
     lm, preset = load_lm(plan.lm_name, dtype=plan.dtype, device=device), method.preset
     if preset.peft:
         import peft

@@ -74,12 +74,11 @@ class QPeftConfig:
             template "chat" what the chat template writes.
         train_lm: Whether all weights of the LM are trained and saved with the adapter (default False). This full
             fine-tuning, for comparison, needs clues="none" and an LM that is loaded in float32.
-        score: What documents are ranked by. "likelihood" (the default) is the log-likelihood of the query. "yes_no" asks
-            behind the query whether the document is relevant, and is the log-odds of the words for yes and for no.
+        score: What documents are ranked by. "likelihood" (the default) is the log-likelihood of the query. "yes_no"
+            asks behind the query whether the document is relevant, and is the log-odds of the words for yes and no.
             "graded" asks for a grade from 0 to ``max_grade``, and is the expected one. "both" is the mean
-            log-likelihood per query token plus the log-odds, from one pass, times a weight that is trained. The last
-            three read the tokens that can answer, not the whole vocabulary, and need a template that the query does
-            not end as an answer ("chat").
+            log-likelihood per query token plus the log-odds times a weight that is trained, from one pass. A template
+            whose query is the LM's answer ("chat") has no place to ask.
         ask: Text behind the query that the answer follows. None (the default) is "Relevant:", and for "graded"
             "Relevance from 0 to 4:", with its ``max_grade``.
         yes_words, no_words: Words that answer yes and no (default "yes" and "no"), each a single token of the LM. The
@@ -106,9 +105,10 @@ class QPeftConfig:
         num_random_negatives: Number of documents of other examples that are drawn for each query as further negatives
             (default 0).
         in_batch_negatives: Whether the documents of the group's other queries are negatives too (default True).
-        loss: "pointwise_pairwise" (the paper's, the default; with another score "listwise" is), "pointwise", "pairwise", "listwise", "contrastive" (in
-            both directions, within a group), "binary_cross_entropy" (of log-odds), "ranknet", "lambda_loss" (pairs
-            by what they are worth in nDCG), or, from teacher scores in the examples, "margin_mse" or "kl_divergence".
+        loss: "pointwise_pairwise" (the paper's, the default; a score that is not "likelihood" has "listwise" in its
+            place), "pointwise", "pairwise", "listwise", "contrastive" (in both directions, within a group),
+            "binary_cross_entropy" (of "yes_no"), "ranknet", "lambda_loss" (pairs by what they are worth in nDCG), or,
+            from teacher scores in the examples, "margin_mse" or "kl_divergence".
         margin: Margin of the pairwise loss in nats per query token (default 0.0).
         temperature: Nats per query token that "listwise" and the losses after it divide by, except
             "binary_cross_entropy". With "auto" (the default) `QPeftTrainer` finds the value that suits the LM before

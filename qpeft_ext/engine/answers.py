@@ -1,4 +1,4 @@
-"""Scores that are answers: the log-odds of two sets of tokens behind a prompt, or the logit of one set."""
+"""Scores that are answers behind a prompt: the log-odds of two sets of tokens, the logit of one, or a grade."""
 
 from __future__ import annotations
 
@@ -31,3 +31,24 @@ class Answer:
         """
         yes, no = logits.split([len(self.yes), len(self.no)], dim=-1)
         return yes.logsumexp(-1) - no.logsumexp(-1) if self.no else yes.logsumexp(-1)
+
+
+@dataclass(frozen=True)
+class Grades:
+    """Which tokens of the head are read behind a prompt, where they are grades.
+
+    Attributes:
+        sets: for each grade from 0 on, the token ids that give it.
+    """
+
+    sets: tuple[tuple[int, ...], ...]
+
+    def token_ids(self, device: torch.device) -> Tensor:
+        """Give the tokens whose logits are read, int64 [K]."""
+        return torch.tensor([i for ids in self.sets for i in ids], device=device)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Make scores, [N], of the logits of `token_ids`, [N, K]: the expected grade, of the grades' probabilities."""
+        of_grades = torch.stack([own.logsumexp(-1) for own in logits.split(list(map(len, self.sets)), dim=-1)], dim=-1)
+        grades = torch.arange(len(self.sets), dtype=logits.dtype, device=logits.device)
+        return (of_grades.softmax(-1) * grades).sum(-1)

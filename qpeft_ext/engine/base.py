@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.soft_prompt import SoftPrompt
 from ..lm.decoder import find_decoder
-from ..lm.head import LikelihoodHead, log_likelihood_of_logits
+from ..lm.head import LikelihoodHead
 from ..lm.packed import expect_plain
 from ..lm.passes import Hook, LMPasses, hooked
 from ..lm.rope import RotaryTables
@@ -76,27 +76,7 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
 
         Args and Raises: those of `outputs`.
         """
-        read = self.outputs(rows, clue_embeds, prefix, prefix_rows, updates)
-        return (self.head if self.head.fused else log_likelihood_of_logits)(read, rows.target_ids)
-
-    def token_logits(
-        self,
-        token_ids: Tensor,
-        rows: RowsT,
-        clue_embeds: Tensor | None,
-        prefix: PrefixT | None = None,
-        prefix_rows: Tensor | None = None,
-        updates: Sequence[tuple[nn.Module, Hook]] = (),
-    ) -> Tensor:
-        """Compute the logits of K tokens at every slot that is read, [N, K] float32.
-
-        Args:
-            token_ids: the tokens, int64 [K].
-            rows, clue_embeds, prefix, prefix_rows, updates: those of `outputs`.
-        Raises: as `outputs`.
-        """
-        read = self.outputs(rows, clue_embeds, prefix, prefix_rows, updates)
-        return self.head.token_logits(read, token_ids) if self.head.fused else read[:, token_ids].float()
+        return self.head.log_likelihood(self.outputs(rows, clue_embeds, prefix, prefix_rows, updates), rows.target_ids)
 
     @abstractmethod
     def outputs(
@@ -107,7 +87,7 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
         prefix_rows: Tensor | None = None,
         updates: Sequence[tuple[nn.Module, Hook]] = (),
     ) -> Tensor:
-        """Compute the input of the head for each scored token, [N, D], or the LM's logits, [N, V].
+        """Compute the input of the head at each slot that is read, [R, D], or the LM's logits, [R, V].
 
         They are logits where the head is left to the LM (`LikelihoodHead.fused`).
 

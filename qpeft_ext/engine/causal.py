@@ -162,19 +162,19 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         if prefix is None:
             with self.lm_passes.whole(updates):
                 return self._read_rows(self.decoder, arguments, rows)
-        with self.lm_passes.suffix(rows.read, (B, L), updates):
+        with self.lm_passes.suffix(rows.read.slots, (B, L), updates):
             return self._read_rows(self.suffix_decoder, arguments, rows)
 
     def _read_rows(self, decoder: Callable[..., Any], arguments: dict[str, Any], rows: Rows) -> Tensor:
-        """Run ``decoder``, or the LM where the head is left to it, and keep the outputs before the query tokens."""
+        """Run ``decoder``, or the LM where the head is left to it, and keep the outputs that are read."""
         if self.head.fused:
-            return decoder(**arguments).last_hidden_state.flatten(0, 1)[rows.before_query]
+            return decoder(**arguments).last_hidden_state.flatten(0, 1)[rows.read.slots]
         keep = torch.zeros(rows.ids.numel(), dtype=torch.bool, device=rows.ids.device)
-        keep[rows.before_query] = True
+        keep[rows.read.slots] = True
         logits = self.lm(**arguments, logits_to_keep=keep.view_as(rows.ids)).logits
         logits = logits.reshape(-1, logits.shape[-1])
         # an LM that ignores ``logits_to_keep`` gives the logits of all rows
-        return logits[rows.before_query] if len(logits) == rows.ids.numel() else logits
+        return logits[rows.read.slots] if len(logits) == rows.ids.numel() else logits
 
     def token_bytes(self) -> tuple[int, float]:
         kept = 0 if self.why_not_cached else self.packing.nbytes(1)

@@ -19,6 +19,7 @@ from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
 from ..prompts.pieces import CluesFirstPieces, SuffixPieces
 from .base import BaseEngine
 from .path_check import check_paths, ordinary_ids
+from .read_slots import ReadSlots
 from .rows import Rows, assemble_rows, with_clues
 
 
@@ -40,20 +41,21 @@ class EncoderDecoderRows:
 
     encoder: rows for the encoder; None where it has read the documents before.
     ids: the decoder's input ids, right-padded, [B, T] int64.
-    slots: flat indices into [B·T] of the decoder slots whose output predicts a scored token, [N].
+    read: the decoder's slots whose outputs are read: before each scored token, N, and before each answer.
     target_ids: the scored tokens, [N] int64.
     suffix: None, because everything that the decoder reads is the suffix (see `Rows`).
     """
 
     encoder: Rows | None
     ids: Tensor
-    slots: Tensor
+    read: ReadSlots
     target_ids: Tensor
     suffix: None = None
 
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
         """Add up numbers of the scored tokens, [N], for each pair, [B]; in a table [B, T], which fixes the order."""
-        return of_targets.new_zeros(self.ids.numel()).index_copy(0, self.slots, of_targets).view(self.ids.shape).sum(1)
+        table = of_targets.new_zeros(self.ids.numel()).index_copy(0, self.read.of_targets(), of_targets)
+        return table.view(self.ids.shape).sum(1)
 
 
 class EncoderDecoderEngine(BaseEngine[EncoderDecoderRows, EncoderStates]):
@@ -148,14 +150,17 @@ class EncoderDecoderEngine(BaseEngine[EncoderDecoderRows, EncoderStates]):
         encoder = None
         if with_prefix:  # a prompt without its query
             asked = replace(batch, queries=[()] * len(batch.queries))
-            unscored = replace(pieces, scored_before=(), scored_after=())
+            unscored = replace(pieces, scored_before=(), scored_after=(), asked=None)
             encoder = assemble_rows(asked, unscored, clue_counts, self.device, with_prefix=True)
-        targets = [pieces.scored(batch.queries[q]) for q, _ in batch.pairs]
-        ids, _ = pad([(self.start, *pieces.given, *row[:-1]) for row in targets], self.device)
+        queries = [batch.queries[q] for q, _ in batch.pairs]
+        targets, decoded = map(pieces.scored, queries), [(*pieces.given, *pieces.read(query)) for query in queries]
+        target_ids, offsets = pack_ragged(list(targets))
+        ids, _ = pad([(self.start, *row) for row in decoded], self.device)
         places = np.arange(ids.shape[1]) - len(pieces.given)
-        slots = np.flatnonzero((places >= 0) & (places < np.array([[len(row)] for row in targets])))
-        target_ids, _ = pack_ragged(targets)
-        return EncoderDecoderRows(encoder, ids, to_device(slots, self.device), to_device(target_ids, self.device))
+        scored = np.flatnonzero((places >= 0) & (places < np.diff(offsets)[:, None]))
+        last = np.arange(len(decoded)) * ids.shape[1] + np.array([len(row) for row in decoded])
+        read = ReadSlots.of(scored, None if pieces.asked is None else last, self.device)
+        return EncoderDecoderRows(encoder, ids, read, to_device(target_ids, self.device))
 
     def outputs(
         self,
@@ -180,10 +185,10 @@ class EncoderDecoderEngine(BaseEngine[EncoderDecoderRows, EncoderStates]):
             if self.head.fused:
                 given = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
                 output = self.suffix_decoder(input_ids=rows.ids, use_cache=False, **given)
-                return output.last_hidden_state.flatten(0, 1)[rows.slots]
+                return output.last_hidden_state.flatten(0, 1)[rows.read.slots]
             states = BaseModelOutput(hidden)
             output = self.lm(decoder_input_ids=rows.ids, encoder_outputs=states, attention_mask=mask, use_cache=False)
-            return output.logits.flatten(0, 1)[rows.slots]
+            return output.logits.flatten(0, 1)[rows.read.slots]
 
 
 def _start_token(lm: Any) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
 from ..prompts.pieces import CluesFirstPieces, SuffixPieces
+from .read_slots import ReadSlots
 
 
 @dataclass
@@ -22,8 +23,8 @@ class Rows:
 
     ids: int64 [B, L], 0 at clue slots and padding.  mask: int64 [B, L], 0 at padding.  positions: int64 [B, L].
     clue_slots: flat indices into [B·L] of the clue vectors, in the order of ``Clues.embeds[Clues.mask]``.
-    before_query: flat indices into [B·L] of the slot before each query token, or before each answer, [N].
-    target_ids: the query tokens, [N].
+    read: the slots whose outputs are read: before each scored token, N, and before each answer.
+    target_ids: the scored tokens, [N].
     target_slots: flat indices into [B·T] of the targets, [N], where T is ``longest_query``.
     end: one more than the largest position of a token.
     suffix: which slots of a whole prompt belong to its suffix, bool [B, L]; None where the rows are suffixes only.
@@ -33,17 +34,12 @@ class Rows:
     mask: Tensor
     positions: Tensor
     clue_slots: Tensor
-    before_query: Tensor
+    read: ReadSlots
     target_ids: Tensor
     target_slots: Tensor
     longest_query: int
     end: int
     suffix: Tensor | None = None
-
-    @property
-    def read(self) -> Tensor:
-        """Flat indices of the slots whose output is read, each once."""
-        return self.before_query
 
     def sum_of_each_pair(self, of_targets: Tensor) -> Tensor:
         """Add up numbers of the targets, [N], for each pair, [B]; in a table [B, T], which fixes the order."""
@@ -74,16 +70,16 @@ def assemble_rows(
         spare: slots of padding after the longest row that count in ``end``.
     """
     queries = [batch.suffix_of(q, pieces).scored(batch.queries[q]) for q, _ in batch.pairs]
-    rows, clue_starts, suffix_starts = [], [], []
+    rows, before, clue_starts, suffix_starts = [], [], [], []
     for (q, document_index), count in zip(batch.pairs, clue_counts, strict=True):
         around, document = batch.suffix_of(q, pieces), batch.documents[document_index].ids if with_prefix else ()
         row, clue_start, suffix_start = around.lay_out(document, count)
+        before.append(len(row))
         rows.append(row + around.read(batch.queries[q]))
         clue_starts.append(clue_start)
         suffix_starts.append(suffix_start)
     prefix_lengths = np.array([len(batch.documents[d].ids) for _, d in batch.pairs])
     query_lengths = np.array([len(query) for query in queries])
-    read_lengths = np.maximum(query_lengths, 1)  # one slot for an answer
     lengths, counts = np.array([len(row) for row in rows]), np.array(clue_counts)
     width, longest_query = -(-int(lengths.max() + spare) // width_step) * width_step, int(query_lengths.max())
     first_slots = np.arange(len(rows)) * width
@@ -95,7 +91,11 @@ def assemble_rows(
         mask.long(),
         to_device(starts[:, None] + np.arange(width), device),
         to_device(_spans(first_slots + np.array(clue_starts), counts), device),
-        to_device(_spans(first_slots + lengths - read_lengths, read_lengths), device),
+        ReadSlots.of(
+            _spans(first_slots + np.array(before) - 1, query_lengths),
+            None if pieces.asked is None else first_slots + lengths - 1,
+            device,
+        ),
         to_device(pack_ragged(queries)[0], device),
         to_device(_spans(np.arange(len(rows)) * longest_query, query_lengths), device),
         longest_query,

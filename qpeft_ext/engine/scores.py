@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,20 +18,42 @@ CountTokens = Callable[[Tensor, SumOfEachPair, PairBatch], Tensor]  # log p [N] 
 
 @dataclass
 class Scores:
-    """Scores of B pairs.
+    """Scores of B pairs; larger is better.
 
-    query_log_likelihood: Σ log p(query token), nats, float32 [B]; larger is better.
+    likelihood: Σ log p(query token), nats, float32 [B]; None where the query is not scored.
     num_tokens: the number of tokens in the sum, int64 [B]: those of the query (and its ``</s>`` where the template
         scores it). With ``compat="official"`` BOS and EOS count as query tokens, and tokens with a log p of 0 do not.
+    answer: what is read behind the query: log-odds in nats, or an expected grade, float32 [B]; None where nothing is.
+    mixed: the score of "both" (`MixedScore`), float32 [B]; None for others.
     """
 
-    query_log_likelihood: Tensor
-    num_tokens: Tensor
+    likelihood: Tensor | None = None
+    num_tokens: Tensor | None = None
+    answer: Tensor | None = None
+    mixed: Tensor | None = None
+
+    @property
+    def query_log_likelihood(self) -> Tensor:
+        """Σ log p(query token), [B]. Raises: ValueError where the query is not scored."""
+        if self.likelihood is None:
+            raise ValueError("this model's score is an answer behind the query, so there is no likelihood of the query")
+        return self.likelihood
 
     @property
     def mean_query_log_likelihood(self) -> Tensor:
-        """The sum ÷ the number of its tokens, [B]; it ranks documents as the sum does, and queries can be compared."""
+        """The sum ÷ the number of its tokens, [B]; it ranks documents as the sum does, and queries can be compared.
+
+        Raises: as `query_log_likelihood`.
+        """
+        assert self.likelihood is None or self.num_tokens is not None, "they come together"
         return self.query_log_likelihood / self.num_tokens
+
+    @property
+    def compared(self) -> Tensor:
+        """What losses compare, [B]: the mean log-likelihood, the answer, or their sum."""
+        if self.mixed is not None:
+            return self.mixed
+        return self.mean_query_log_likelihood if self.answer is None else self.answer
 
 
 def in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Scores:
@@ -44,11 +66,15 @@ def in_order(groups: Sequence[Sequence[int]], parts: Sequence[Scores]) -> Scores
     rows = torch.tensor([row for group in groups for row in group])
     order = torch.empty_like(rows)
     order[rows] = torch.arange(len(rows))
-    order = order.to(parts[0].num_tokens.device)
-    return Scores(
-        refuse_backward_in_autocast(torch.cat([part.query_log_likelihood for part in parts])[order]),
-        torch.cat([part.num_tokens for part in parts])[order],
-    )
+
+    def joined(name: str) -> Tensor | None:
+        of_parts = [getattr(part, name) for part in parts]
+        if of_parts[0] is None:
+            return None
+        whole = torch.cat(of_parts)[order.to(of_parts[0].device)]
+        return refuse_backward_in_autocast(whole) if whole.is_floating_point() else whole
+
+    return Scores(*(joined(field.name) for field in fields(Scores)))
 
 
 def count_all_tokens(log_p: Tensor, sum_of_each_pair: SumOfEachPair, batch: PairBatch) -> Tensor:

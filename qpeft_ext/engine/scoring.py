@@ -16,6 +16,7 @@ from ..adapters.attention_clues import AttentionClues
 from ..adapters.generated_lora import GeneratedLora
 from ..adapters.inputs import ClueInputs
 from ..adapters.layers import Clues
+from ..adapters.mixed_score import MixedScore
 from ..adapters.projected_rows import ProjectedRows
 from ..config import QPeftConfig
 from ..lm.passes import Hook
@@ -24,7 +25,7 @@ from ..prefixes.views import PrefixViews
 from ..prompts.pairs import PairBatch, to_device
 from ..prompts.prompt import Document, Prompt, as_pairs
 from ..utils.torch_state import own_state
-from .answers import Answer
+from .answers import Answer, Grades
 from .causal import CausalEngine
 from .schedule import Limits, default_tokens, schedule
 from .scores import CountTokens, PassClues, Scores, counts_of, in_order
@@ -44,13 +45,17 @@ class ScoringModel(TurnTaking):
         clues: the clue module; None for ``clues="none"``.
         generated_lora: the update of the LM that a query generates, or None.
         answer: the tokens behind the prompt whose logits are the score; None: the query's likelihood is.
+        mixed_score: the weighted sum of both; None where the score is one of them.
+        ranks_by_mean: whether documents are ranked by `Scores.compared`; otherwise by the sum of log-likelihoods.
     """
 
     prompt: Prompt
     qpeft_config: QPeftConfig
     clues: nn.Module | None
     generated_lora: GeneratedLora | None
-    answer: Answer | None
+    answer: Answer | Grades | None
+    mixed_score: MixedScore | None
+    ranks_by_mean: bool
     _count_tokens: CountTokens
 
     def encode(
@@ -111,7 +116,7 @@ class ScoringModel(TurnTaking):
             raise ValueError(f"path must be document_first or plain, got {path!r}")
         if not len(batch):
             empty = torch.zeros(0, dtype=torch.float32, device=self.device)
-            return Scores(empty, empty.long())
+            return Scores(empty, empty.long(), *([empty] if self.answer else []))
         limits = self._limits(path, max_tokens_per_batch, max_pairs_per_batch, deterministic, prefilled)
         projected = None if deterministic else projected
         clues, rows, parts = PassClues(partial(self.compute_clues, projected=projected), batch), [], []
@@ -177,7 +182,7 @@ class ScoringModel(TurnTaking):
             batch: one pair, from `encode`.
             visible: which tokens of the document's prefix are seen each time, bool [N, P].
             cache, max_tokens_per_batch, deterministic: as in `forward`.
-        Returns: Σ log p(query token) of each time, nats, float32 [N].
+        Returns: the score of each time, float32 [N].
         Raises: ValueError for an LM that cannot share prefixes (`BaseEngine.why_not_cached`).
         """
         if self.engine.why_not_cached:
@@ -191,7 +196,7 @@ class ScoringModel(TurnTaking):
         for part in visible.split(views):
             N, seen = len(part), PrefixViews.of(prefix, part, self.engine.packing.dtype)
             copies = replace(batch, pairs=batch.pairs * N)
-            parts.append(self._score_group(copies, None, [0] * N, [document], seen, False).query_log_likelihood)
+            parts.append(self.ranked_by(self._score_group(copies, None, [0] * N, [document], seen, False)))
         return torch.cat(parts)
 
     @in_passes
@@ -238,12 +243,15 @@ class ScoringModel(TurnTaking):
                 prefix_rows = to_device(np.array(order), self.device)
         arguments = (batch, rows, vectors, prefix, prefix_rows)
         if recompute:  # own_state, because the backward pass runs outside of this method's state of torch
-            log_p = checkpoint(own_state()(self._read), *arguments, use_reentrant=False)
+            log_p, answer = checkpoint(own_state()(self._read), *arguments, use_reentrant=False)
         else:
-            log_p = self._read(*arguments)
-        if self.answer is not None:
-            return Scores(log_p, torch.ones_like(log_p, dtype=torch.long))
-        return Scores(rows.sum_of_each_pair(log_p), self._count_tokens(log_p, rows.sum_of_each_pair, batch))
+            log_p, answer = self._read(*arguments)
+        if log_p is None:
+            return Scores(answer=answer)
+        likelihood = rows.sum_of_each_pair(log_p)
+        tokens = self._count_tokens(log_p, rows.sum_of_each_pair, batch)
+        mixed = None if self.mixed_score is None else self.mixed_score(likelihood / tokens, answer)
+        return Scores(likelihood, tokens, answer, mixed)
 
     def _rows(self, batch: PairBatch, counts: Sequence[int], with_prefix: bool) -> Any:
         """Lay out what the LM reads of each pair, and the tokens that are scored."""
@@ -251,8 +259,8 @@ class ScoringModel(TurnTaking):
 
     def _read(
         self, batch: PairBatch, rows: Any, vectors: Tensor | None, prefix: Any, prefix_rows: Tensor | None
-    ) -> Tensor:
-        """Compute log p of the scored tokens of the rows, [N], or the answer of each row, [B].
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute log p of the scored tokens of the rows, [N], and the answers, [B]; None for what is not read.
 
         Each query updates the LM for its own suffixes.
         """
@@ -260,10 +268,30 @@ class ScoringModel(TurnTaking):
         if self.generated_lora is not None:
             gates = self.generated_lora.gates_of_pairs(batch, self.engine.table)
             updates = self.generated_lora.updates(gates, rows.suffix)
-        given = (rows, vectors, prefix, prefix_rows, updates)
-        if self.answer is None:
-            return self.engine.log_likelihood(*given)
-        return self.answer.score(self.engine.token_logits(self.answer.token_ids(self.device), *given))
+        outputs, head = self.engine.outputs(rows, vectors, prefix, prefix_rows, updates), self.engine.head
+        before_scored, before_answer = rows.read.split(outputs)
+        log_p = answer = None
+        if before_scored is not None:
+            log_p = head.log_likelihood(before_scored, rows.target_ids)
+        if before_answer is not None and self.answer is not None:
+            answer = self.answer.score(head.token_logits(before_answer, self.answer.token_ids(self.device)))
+        return log_p, answer
+
+    def ranked_by(self, scores: Scores) -> Tensor:
+        """Return what documents are ranked by, float32 [B].
+
+        Args:
+            scores: of this model.
+        """
+        return scores.compared if self.ranks_by_mean else scores.query_log_likelihood
+
+    def scored_tokens(self, query: tuple[int, ...]) -> int:
+        """Count the tokens of a query that `Scores.compared` divides a sum by; 1 where it is no mean.
+
+        Args:
+            query: token ids.
+        """
+        return max(1, len(self.prompt.suffix.scored(query)))
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[str, Document]], **options: Any) -> Scores:

@@ -1,10 +1,13 @@
-"""Calibration: log-likelihoods of queries as relevances in [0, 1], of which 0.3 means that 3 of 10 are relevant.
+"""Calibration: scores as relevances in [0, 1], of which 0.3 means that 3 of 10 are relevant.
 
 The map is a logistic function of what is known of one pair, and of nothing about other candidates: the mean
 log-likelihood m of the query, the number T of its tokens, and b, the mean log-likelihood of the same query behind an
 empty document. A query is likely or unlikely whatever the document, and b says which.
 
     relevance = 1 / (1 + exp(-z)),   z = w_0 + w_1·m + w_2·√T·(m − b),   w_1, w_2 ≥ 0
+
+Where the score is an answer behind the query, m is that answer, b the one behind an empty document, and T is 1. Where
+it is the sum of both, so are m and b.
 
 It rises with m, so documents of a query have the order of their scores (Platt 1999, with more inputs). On docstrings no
 form with up to three of ten inputs (m, b, m − b, T·(m − b), log T, …) was better on queries left out of the fit.
@@ -26,7 +29,7 @@ _STEPS = 100
 
 @dataclass(frozen=True)
 class Calibration:
-    """A logistic map from log-likelihoods to relevances.
+    """A logistic map from scores to relevances.
 
     Attributes:
         intercept, mean, gain: w_0, w_1 and w_2.
@@ -39,7 +42,7 @@ class Calibration:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     def relevance(self, mean_log_likelihood: np.ndarray, query_tokens: np.ndarray, bare: np.ndarray) -> np.ndarray:
-        """Map log-likelihoods to relevances.
+        """Map scores to relevances.
 
         Args:
             mean_log_likelihood: m of each pair, nats per token, float64 [N].
@@ -58,7 +61,7 @@ class Calibration:
     def describe(self) -> str:
         """Return in a line on what it was fitted, and how well it fits."""
         if not (m := self.measured):
-            return "the default map from log-likelihoods to relevances, not fitted to this model"
+            return "the default map from scores to relevances, not fitted to this model"
         return (
             f"fitted to {m['pairs']} pairs of {m['queries']} queries of {m['data']}; on queries left out of the fit "
             f"the expected calibration error is {m['ece']:.3f} (before: {m['ece_before']:.3f}), the Brier skill "
@@ -133,8 +136,8 @@ def fit_calibration(
             mean, gain = (dict(zip(used, weights, strict=True)).get(i, 0.0) for i in (0, 1))
             return Calibration(intercept, mean, gain)
     raise ValueError(
-        "calibration: relevant documents do not make the queries more likely than others; the scores of this model do "
-        "not rank these documents"
+        "calibration: relevant documents do not have larger scores than others; the scores of this model do not rank "
+        "these documents"
     )
 
 
@@ -145,6 +148,7 @@ def calibrate(
     bare: np.ndarray,
     query: np.ndarray,
     data: str,
+    default: Calibration | None = None,
 ) -> Calibration:
     """Fit the map to all pairs, and measure maps like it on queries that they were not fitted to.
 
@@ -153,6 +157,7 @@ def calibrate(
         query: the number of each pair's query, int [N]. Queries with even and odd numbers are fitted to and measured
             on in turn.
         data: name of the data, for people.
+        default: the map before, with which this one is compared; None: that of likelihoods.
     Returns: the map, with ``measured``.
     Raises: as `fit_calibration`, and for a half without a relevant document.
     """
@@ -161,7 +166,7 @@ def calibrate(
     for half in (query % 2 == 0, query % 2 == 1):
         fitted = fit_calibration(mean[~half], tokens[~half], relevant[~half], bare[~half])
         after[half] = fitted.relevance(mean[half], tokens[half], bare[half])
-    before = DEFAULT.relevance(mean, tokens, bare)
+    before = (default or DEFAULT).relevance(mean, tokens, bare)
     measured: dict[str, Any] = {
         "data": data,
         "queries": len(np.unique(query)),
@@ -204,6 +209,21 @@ def _logistic(inputs: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 
 # of the packaged LM without clues, on docstrings: BM25's best 20, of which 4 % are relevant (docs/reranking.md)
 DEFAULT = Calibration(intercept=-1.48, mean=0.68, gain=0.35)
+
+
+def default_calibration(score: str, max_grade: int) -> Calibration:
+    """Return the map of a model that nobody has calibrated.
+
+    Log-odds have their logistic. A grade has the one that is 1/2 in the middle and rises there as grade ÷ max_grade
+    does. The others have that of likelihoods.
+
+    Args:
+        score: as in `QPeftConfig`.
+        max_grade: as in `QPeftConfig`.
+    """
+    if score == "yes_no":
+        return Calibration(intercept=0.0, mean=1.0, gain=0.0)
+    return Calibration(intercept=-2.0, mean=4.0 / max_grade, gain=0.0) if score == "graded" else DEFAULT
 
 
 @dataclass(frozen=True)

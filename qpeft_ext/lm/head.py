@@ -80,24 +80,30 @@ class LikelihoodHead:
         logits = logits if bias is None else logits + bias
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
-    def token_logits(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Logits of K tokens, ``token_ids`` [K], for each row of ``hidden`` [N, D]; float32 [N, K]. Only when `fused`.
+    def token_logits(self, outputs: Tensor, token_ids: Tensor) -> Tensor:
+        """Compute logits of K tokens for each row; only K rows of the head are read.
 
-        Only K rows of the head are read.
+        Args:
+            outputs: of an engine: hidden states [R, D] where `fused`, else the LM's own logits [R, V].
+            token_ids: int64 [K].
+        Returns: float32 [R, K].
         """
-        bias = self.bias
-        return self._logits(
-            hidden, self.module.weight[token_ids].float(), None if bias is None else bias[token_ids].float()
-        )
+        if not self.fused:
+            return outputs[:, token_ids].float()
+        bias = None if self.bias is None else self.bias[token_ids].float()
+        return self._logits(outputs, self.module.weight[token_ids].float(), bias)
 
-    def __call__(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
-        """log p of ``target_ids`` [N] given ``hidden`` [N, D]; float32 [N], nats. Only when `fused`."""
+    def log_likelihood(self, outputs: Tensor, target_ids: Tensor) -> Tensor:
+        """Compute log p of a token for each row.
+
+        Args:
+            outputs: as for `token_logits`.
+            target_ids: int64 [R].
+        Returns: nats, float32 [R].
+        """
+        if not self.fused:
+            return outputs.float().log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]
         weight = self.module.weight
         return token_log_likelihood(
-            hidden.to(weight.dtype), weight, target_ids, self.bias, self.soft_cap, self.logit_scale
+            outputs.to(weight.dtype), weight, target_ids, self.bias, self.soft_cap, self.logit_scale
         )
-
-
-def log_likelihood_of_logits(logits: Tensor, target_ids: Tensor) -> Tensor:
-    """log p of ``target_ids`` [N] from the model's own ``logits`` [N, V]; float32 [N], nats."""
-    return logits.float().log_softmax(-1).gather(-1, target_ids[:, None])[:, 0]

@@ -75,7 +75,8 @@ class _Words:
                 pieces = ", ".join(map(repr, self._tokenizer.convert_ids_to_tokens(forms[0])))
                 remedy = "use max_grade=9 or less" if option == "max_grade" else "name words of one token"
                 raise ValueError(
-                    f"QPeftConfig: {option}: {word!r} must be a single token of the LM's tokenizer, got {pieces}; {remedy}"
+                    f"QPeftConfig: {option}: {word!r} must be a single token of the LM's tokenizer, got {pieces}; "
+                    f"{remedy}"
                 )
             found |= single
         return tuple(sorted(found))

@@ -31,20 +31,25 @@ class _AroundTheQuery:
     given: tokens that the decoder of an encoder–decoder LM reads first.
     scored_before, scored_after: tokens that are scored with the query.
     asked: tokens behind the query, after which an answer is read; None: the query itself is scored.
+    scores_query: whether the query is scored also where an answer is read.
     """
 
     given: tuple[int, ...] = ()
     scored_before: tuple[int, ...] = ()
     scored_after: tuple[int, ...] = ()
     asked: tuple[int, ...] | None = None
+    scores_query: bool = False
 
     def scored(self, query: tuple[int, ...]) -> tuple[int, ...]:
-        """Give the tokens whose likelihood is the score; () where an answer is read instead."""
-        return (*self.scored_before, *query, *self.scored_after) if self.asked is None else ()
+        """Give the tokens whose likelihood is the score; () where only an answer is read."""
+        return self._whole(query) if self.asked is None or self.scores_query else ()
 
     def last(self, query: tuple[int, ...]) -> tuple[int, ...]:
         """Give the tokens that end a prompt, behind those of `lay_out`."""
-        return self.scored(query) if self.asked is None else (*query, *self.asked)
+        return (*self._whole(query), *(self.asked or ()))
+
+    def _whole(self, query: tuple[int, ...]) -> tuple[int, ...]:
+        return (*self.scored_before, *query, *self.scored_after)
 
     def read(self, query: tuple[int, ...]) -> tuple[int, ...]:
         """Give those tokens of `last` that the LM reads: a scored one at the end is only a target."""

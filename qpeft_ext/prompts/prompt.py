@@ -28,10 +28,11 @@ from typing import Any
 from ..config import QPeftConfig
 from ..utils.inputs import as_list, expect_text, kind_of, short
 from ..utils.text_tokens import TextTokenizer
+from .answers import answer_tokens, asked_text
 from .pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 from .special_tokens import choose
 from .templates import pieces_of
-from .templates.base import for_encoder_decoder
+from .templates.base import TemplatePieces, for_encoder_decoder
 from .templates.words import Words
 
 Document = str | dict
@@ -53,7 +54,7 @@ class Prompt:
         soft_prompt_start: the place of the soft prompt in every prefix, if there is one.
         instruction_ids: the tokens that the soft prompt replaces; () without one.
         suffix: the fixed pieces around clues and query.
-        query_is_answer: whether a query is the answer of a conversation, so that nothing can be asked behind it.
+        answers: the tokens of each answer that can be read behind a query (`answer_tokens`); () where none is.
         why_no_instruction: why a query cannot have an instruction of its own; "" where it can.
 
     Raises: ValueError for a template that cannot be made with this tokenizer.
@@ -72,10 +73,11 @@ class Prompt:
         pieces = pieces_of(self._words, config)
         if encoder_decoder:
             pieces = for_encoder_decoder(pieces, self._words, config)
-        self._head, self._tail, self.suffix = pieces.head, pieces.tail, pieces.suffix
+        self._head, self._tail = pieces.head, pieces.tail
+        self.suffix = _asking(pieces, self._words, config)
+        self.answers = answer_tokens(tokenizer, config)
         self.instruction_ids, self.soft_prompt_start = pieces.instruction_ids, pieces.soft_prompt_start
         self._query_follows_word, self._around_instruction = pieces.query_follows_word, pieces.around_instruction
-        self.query_is_answer = pieces.query_is_answer
         self.why_no_instruction = ""
         if encoder_decoder:
             self.why_no_instruction = "the encoder of an encoder–decoder LM would read it with the document"
@@ -88,8 +90,9 @@ class Prompt:
         Raises: ValueError if a token of the template has none; `documents` and `queries` raise it for texts.
         """
         self.num_embeddings = num_embeddings
-        pieces = [self._head, self._tail, self.instruction_ids, *vars(self.suffix).values()]
-        self._expect_known("the prompt's template", [i for piece in pieces for i in piece or ()])
+        suffix = [piece for piece in vars(self.suffix).values() if isinstance(piece, tuple)]
+        pieces = [self._head, self._tail, self.instruction_ids, *suffix, *self.answers]
+        self._expect_known("the prompt's template", [i for piece in pieces for i in piece])
 
     def _expect_known(self, place: str, ids: Sequence[int]) -> None:
         if self.num_embeddings is not None and ids and max(ids) >= self.num_embeddings:
@@ -202,6 +205,19 @@ class Prompt:
         shift = len(spaced) - len(text)
         offsets = self._text_tokenizer.offsets(spaced)[: self.max_document_tokens]
         return [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]
+
+
+def _asking(pieces: TemplatePieces, words: Words, config: QPeftConfig) -> SuffixPieces | CluesFirstPieces:
+    """Make the pieces around a query, with what asks for an answer behind it where the score is one."""
+    text = asked_text(config)
+    if text and pieces.query_is_answer:
+        raise ValueError(
+            f"QPeftConfig: score={config.score!r} asks behind the query, which template={config.template!r} has as the "
+            "answer of the LM; use template='qpeft'"
+        )
+    if not text:
+        return pieces.suffix
+    return replace(pieces.suffix, asked=words.continued(f"\n{text}"), scores_query=config.score == "both")
 
 
 def document_text(document: Document, place: str = "a document") -> str:

@@ -120,6 +120,9 @@ class PairInspector(ListRanker):
                 )
             alone, without = found.double().cpu().numpy().reshape(2, -1)
             evidence = alone - without
+        if model.ranks_by_mean:  # evidence is in nats of the whole query
+            (ids,) = model.prompt.queries([query], [])
+            evidence = evidence * model.scored_tokens(ids)
         return list(zip(places, shares(evidence).tolist(), strict=True)) if places else []
 
     def similarity(self, queries: Iterable[str], candidates: Iterable[Iterable[Document]]) -> list[list[float]]:

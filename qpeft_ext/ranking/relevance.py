@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.calibration import DEFAULT, Calibration, calibrate
+from ..evaluation.calibration import Calibration, calibrate, default_calibration
 from ..prompts.prompt import Document
 from .inputs import as_instructions, as_lists
 from .inspection import PairInspector
 
-_QUERIES_KEPT = 4096  # whose log-likelihood behind an empty document is kept between calls
+_QUERIES_KEPT = 4096  # whose score behind an empty document is kept between calls
 
 
 class RelevanceRanker(PairInspector):
@@ -22,9 +22,19 @@ class RelevanceRanker(PairInspector):
 
     @cached_property
     def calibration(self) -> Calibration:
-        """The map from scores to relevances: the adapter's own map, else `evaluation.calibration.DEFAULT`."""
+        """The map from scores to relevances: the adapter's own, else `default_calibration` of its score."""
         stored = self.model.qpeft_config.calibration
-        return DEFAULT if stored is None else Calibration.from_dict(stored)
+        return self._default_calibration if stored is None else Calibration.from_dict(stored)
+
+    @property
+    def _default_calibration(self) -> Calibration:
+        config = self.model.qpeft_config
+        return default_calibration(config.score, config.max_grade)
+
+    @property
+    def reads_bare_queries(self) -> bool:
+        """Whether a relevance needs the score of its query behind an empty document."""
+        return self.calibration.gain > 0
 
     def relevance(
         self,
@@ -35,11 +45,12 @@ class RelevanceRanker(PairInspector):
         """Map scores to relevances in [0, 1]: an estimate of the share of such pairs that are relevant.
 
         It depends on the pair alone, not on the other documents of a call, and documents of one query keep the order of
-        their scores. For each query that is new, the LM reads it once more, behind an empty document.
+        their scores. For each query that is new, the LM reads it once more, behind an empty document, unless the map
+        does without (``reads_bare_queries``): that of log-odds which nobody has calibrated is their logistic.
 
         Args:
             queries: the query of each score.
-            scores: of `predict`, `rank` or `rank_many`, nats, [B].
+            scores: of `predict`, `rank` or `rank_many`, [B].
             instruction: as for `predict`, with which the scores were computed.
         Returns: float64 [B].
         Raises: ValueError for another number of scores than of queries.
@@ -48,7 +59,7 @@ class RelevanceRanker(PairInspector):
             raise ValueError(f"relevance: {len(queries)} queries but {len(scores)} scores; give each score its query")
         instructions = as_instructions("relevance", instruction, len(queries)) or [None] * len(queries)
         keys = list(zip(queries, instructions, strict=True))
-        return self.calibration.relevance(*self._inputs(keys, np.asarray(scores)))
+        return self.calibration.relevance(*self._inputs(keys, np.asarray(scores), self.reads_bare_queries))
 
     def calibrate(
         self,
@@ -75,33 +86,44 @@ class RelevanceRanker(PairInspector):
         query = np.array([q for q, rows in enumerate(ranked) for _ in rows], dtype=np.int64)
         truth = np.array([relevant[q][row["corpus_id"]] for q, rows in enumerate(ranked) for row in rows], dtype=bool)
         scores = np.array([row["score"] for rows in ranked for row in rows])
-        mean, tokens, bare = self._inputs([(texts[q], None) for q in query], scores)
-        return calibrate(mean, tokens, truth, bare, query, data)
+        mean, tokens, bare = self._inputs([(texts[q], None) for q in query], scores, with_bare=True)
+        return calibrate(mean, tokens, truth, bare, query, data, self._default_calibration)
 
     def _inputs(
-        self, keys: Sequence[tuple[str, str | None]], scores: np.ndarray
+        self, keys: Sequence[tuple[str, str | None]], scores: np.ndarray, with_bare: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Give what `Calibration.relevance` takes, for the queries and instructions of scores: three times [B]."""
-        facts = np.array(self._facts(keys), dtype=np.float64).reshape(-1, 2)
+        """Give what `Calibration.relevance` takes, for the queries and instructions of scores: three times [B].
+
+        Args:
+            keys: (query, instruction) of each score.
+            scores: [B].
+            with_bare: whether the bare scores are read; otherwise they are 0.
+        """
+        facts = np.array(self._facts(keys) if with_bare else self._without_bare(keys), dtype=np.float64).reshape(-1, 2)
         tokens, bare = facts[:, 0].astype(np.int64), facts[:, 1]
         mean = scores.astype(np.float64)
         return mean if self.model.ranks_by_mean else mean / np.maximum(tokens, 1), tokens, bare
 
     def _facts(self, keys: Sequence[tuple[str, str | None]]) -> list[tuple[int, float]]:
-        """Give the number of scored tokens and the bare mean log-likelihood of each query with its instruction."""
+        """Give the number of scored tokens and the bare score, a mean, of each query with its instruction."""
         known = self._bare_queries
         if new := [key for key in dict.fromkeys(keys) if key not in known]:
             texts, instructions = [text for text, _ in new], [instruction for _, instruction in new]
             given = instructions if any(instructions) else None
             ranked = self._ranked(texts, [[""]] * len(texts), None, False, None, given)
-            prompt = self.model.prompt
-            for key, ids, rows in zip(new, prompt.queries(texts, []), ranked, strict=True):
-                tokens, score = len(prompt.suffix.scored(ids)), rows[0]["score"]
+            for key, (tokens, _), rows in zip(new, self._without_bare(new), ranked, strict=True):
+                score = rows[0]["score"]
                 known[key] = tokens, score if self.model.ranks_by_mean else score / tokens
         found = [known[key] for key in keys]
         for key in list(known)[: max(0, len(known) - _QUERIES_KEPT)]:
             known.pop(key, None)  # another thread may have taken it
         return found
+
+    def _without_bare(self, keys: Sequence[tuple[str, str | None]]) -> list[tuple[int, float]]:
+        """Give the number of scored tokens of each query, and 0."""
+        texts = list(dict.fromkeys(text for text, _ in keys))
+        counts = dict(zip(texts, map(self.model.scored_tokens, self.model.prompt.queries(texts, [])), strict=True))
+        return [(counts[text], 0.0) for text, _ in keys]
 
     @cached_property
     def _bare_queries(self) -> OrderedDict[tuple[str, str | None], tuple[int, float]]:

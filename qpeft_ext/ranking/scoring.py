@@ -143,7 +143,7 @@ class PairScorer:
         parts: list[torch.Tensor] = []
         for job in jobs:
             scores = self._score_job(batch.select(job), prefilled, batch_size)
-            parts.append(scores.mean_query_log_likelihood if self.model.ranks_by_mean else scores.query_log_likelihood)
+            parts.append(self.model.ranked_by(scores))
             rows += job
             bar.update(len(job))
         in_order = np.empty(len(pairs), dtype=np.float32)

@@ -21,7 +21,7 @@ class Ask:
         max_tokens_per_document, max_tokens_per_query: limits below those of the model.
         max_tokens_per_prompt: limit for document and query together.
         cut_left: whether the client wants long documents to lose their beginning, which is refused.
-        raw_scores: log-likelihoods of the query in nats, instead of relevances in [0, 1].
+        raw_scores: the model's scores (log-likelihoods of the query in nats, by default), instead of relevances.
         threshold: results with a smaller relevance are left out.
         return_documents: whether results carry the text.
         instruction: what makes a document relevant, in words for the LM.

@@ -30,7 +30,7 @@ class Prepared:
         queries: that of each document.
         documents: the texts of the documents, cut where the request has limits of its own.
         passages: those of each document; None where documents are scored as a whole.
-        query_tokens: scored tokens of each document's query.
+        query_tokens: scored tokens of each document's query (`QPeftModel.scored_tokens`).
         bare: for each document the place of its query's pair with an empty document; [] if they are not wanted.
         warnings: what was cut, in words.
         seconds: that this took.
@@ -99,7 +99,8 @@ def _prepared(ask: Ask, served: Served, texts: list[Document], warnings: list[st
     parts = [[text] for text in texts] if split is None else [[p.document for p in passages] for passages in split]
     of = [place for place, part in enumerate(parts) for _ in part]  # the document of each pair
     pairs = [(queries[place], text) for place, part in enumerate(parts) for text in part]
-    distinct = {} if ask.raw_scores else {query: place for place, query in reversed(list(enumerate(queries)))}
+    with_bare = served.reranker.reads_bare_queries and not ask.raw_scores
+    distinct = {} if not with_bare else {query: place for place, query in reversed(list(enumerate(queries)))}
     bare = {query: len(pairs) + i for i, query in enumerate(distinct)}
     pairs += [(query, "") for query in distinct]
     of += distinct.values()
@@ -111,13 +112,14 @@ def _prepared(ask: Ask, served: Served, texts: list[Document], warnings: list[st
             warnings.append(f"{ask.document_field}[{place}] was cut to {tokens} of {tokens + prefix.cut} tokens")
     instruction = ask.instruction if (ask.instruction or "").strip() else None
     pieces = prompt.suffix if instruction is None else prompt.instructed(instruction)
-    scored = [len(pieces.scored(query)) for query in ids]
+    read = [len(pieces.last(query)) for query in ids]
     fixed = pieces.least_tokens + (model.qpeft_config.k or 0)
     lengths = [len(prefix.ids) for prefix in prefixes]
-    model.engine.expect_fits(fixed + max(scored) + max(lengths))
+    model.engine.expect_fits(fixed + max(read) + max(lengths))
     digests = [prefix_digest(prefix.ids) for prefix in prefixes]
     lists = [0] * (len(pairs) - len(bare)) + list(range(1, len(bare) + 1))
-    job = Job(served, pairs, digests, lengths, [fixed + scored[place] for place in of], instruction, lists)
+    job = Job(served, pairs, digests, lengths, [fixed + read[place] for place in of], instruction, lists)
+    scored = list(map(model.scored_tokens, ids))
     return Prepared(ask, job, queries, texts, split, scored, [bare[q] for q in queries if bare], warnings)
 
 

@@ -20,7 +20,7 @@ class Result:
 
     Attributes:
         index: its place in the request.
-        score: relevance in [0, 1], or with ``raw_scores`` the log-likelihood in nats.
+        score: relevance in [0, 1], or with ``raw_scores`` the model's score.
         text: as the LM read it, if it was asked for.
         doc_id: the id that the request gave, or None.
         passage: (start, end) of the characters of its best passage, where documents are scored by passages.
@@ -114,7 +114,9 @@ def _relevances(scores: np.ndarray, prepared: Prepared) -> np.ndarray:
     """Compute float64 [B] in [0, 1], by the map that the adapter has."""
     reranker = prepared.job.served.reranker
     tokens = np.array(prepared.query_tokens, dtype=np.int64)
-    mean, bare = scores.astype(np.float64), prepared.job.scores[prepared.bare].astype(np.float64)
+    mean, bare = scores.astype(np.float64), np.zeros(len(scores))
+    if prepared.bare:
+        bare = prepared.job.scores[prepared.bare].astype(np.float64)
     if not reranker.model.ranks_by_mean:
         mean, bare = mean / tokens, bare / tokens
     return reranker.calibration.relevance(mean, tokens, bare)

@@ -216,7 +216,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         return retry_with_less(step, lambda: self.args.world_size == 1 and self._budget.halve(len(inputs["pairs"])))
 
     def _likelihood_table(self, model, inputs) -> Tensor:
-        """ℓ, the mean log-likelihood per query token, of every query and document, [Q, M] float32."""
+        """ℓ of every query and document (`losses`), [Q, M] float32."""
         batch, tokens, cache = inputs["pairs"], self._budget.max_tokens, self.cache
         with_grad = torch.is_grad_enabled() and self.model.engine.prefix_is_trained
         prefilled = False
@@ -231,7 +231,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
             prefilled=prefilled,
             max_pairs_per_batch=self._budget.max_pairs if torch.is_grad_enabled() else None,
         )
-        return scores.mean_query_log_likelihood[inputs["pair"]]
+        return scores.compared[inputs["pair"]]
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
