@@ -47,7 +47,7 @@ class Work:
         self.pairs = torch.arange(len(pairs), device=device)
 
     def ours(self) -> Tensor:
-        return self._result(self.model.engine.log_likelihood(self.rows, self.vectors, self.prefix, self.prefix_rows))
+        return self._log_p(self.prefix, self.prefix_rows)
 
     def expanded(self) -> Tensor:
         """The read-only layers over a copy that has one prefix a pair."""
@@ -59,7 +59,12 @@ class Work:
             ],
             [prefix.lengths[d] for d in self.prefix_rows.tolist()],
         )
-        return self._result(self.model.engine.log_likelihood(self.rows, self.vectors, copy, None))
+        return self._log_p(copy, None)
+
+    def _log_p(self, prefix, prefix_rows: Tensor | None) -> Tensor:
+        engine = self.model.engine
+        outputs = engine.outputs(self.rows, self.vectors, prefix, prefix_rows)
+        return self._result(engine.head.log_likelihood(outputs, self.rows.target_ids))
 
     def repeated(self) -> Tensor:
         engine = self.model.engine

@@ -116,7 +116,7 @@ def test_merged_weights_give_the_same_suffixes(family):
             assert not torch.equal(parameters[name], weight)
             parameters[name].copy_(weight)
         rows = assemble_rows(batch, model.prompt.suffix, [0] * 4, model.device, with_prefix=False)
-        log_p = model.engine.log_likelihood(rows, None, prefix)
+        log_p = model.engine.head.log_likelihood(model.engine.outputs(rows, None, prefix), rows.target_ids)
     torch.testing.assert_close(log_p.view(4, -1).sum(1), expected, rtol=0, atol=1e-4)
 
 

@@ -80,8 +80,8 @@ class TrainOptions:
     score: Annotated[
         str | None,
         typer.Option(
-            help="What documents are ranked by: likelihood, or yes_no, graded or both, for which the LM is asked behind "
-            "the query.  [default: likelihood]"
+            help="What documents are ranked by: likelihood, or yes_no, graded or both, for which the LM is asked "
+            "behind the query.  [default: likelihood]"
         ),
     ] = None
     loss: Annotated[

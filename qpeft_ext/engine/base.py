@@ -64,20 +64,6 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
         engine.soft_prompt = soft_prompt
         return engine
 
-    def log_likelihood(
-        self,
-        rows: RowsT,
-        clue_embeds: Tensor | None,
-        prefix: PrefixT | None = None,
-        prefix_rows: Tensor | None = None,
-        updates: Sequence[tuple[nn.Module, Hook]] = (),
-    ) -> Tensor:
-        """Compute log p of every scored token of the rows, [N] float32, nats, in the order of ``rows.target_ids``.
-
-        Args and Raises: those of `outputs`.
-        """
-        return self.head.log_likelihood(self.outputs(rows, clue_embeds, prefix, prefix_rows, updates), rows.target_ids)
-
     @abstractmethod
     def outputs(
         self,

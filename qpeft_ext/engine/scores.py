@@ -45,8 +45,9 @@ class Scores:
 
         Raises: as `query_log_likelihood`.
         """
-        assert self.likelihood is None or self.num_tokens is not None, "they come together"
-        return self.query_log_likelihood / self.num_tokens
+        total = self.query_log_likelihood
+        assert self.num_tokens is not None, "it comes with the sum"
+        return total / self.num_tokens
 
     @property
     def compared(self) -> Tensor:

@@ -69,7 +69,7 @@ class OfficialPrompt(Prompt):
         self.tokens = OfficialTokens.of(tokenizer)
         self.why_no_instruction = "compat='official' has the prompt of the official code, without a place for it"
         head = (BOS, *self._words(config.instruction)[0])
-        scored = {"scored_before": (BOS,), "scored_after": (EOS,)}
+        scored: dict[str, Any] = {"scored_before": (BOS,), "scored_after": (EOS,)}
         if config.layout == "clues_first":
             self._head = ()
             self.suffix = CluesFirstPieces(head, (), (), self.tokens.question, **scored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...config import QPeftConfig
 from ..pieces import CluesFirstPieces, SuffixPieces
@@ -69,7 +69,7 @@ def for_encoder_decoder(pieces: TemplatePieces, words: Words, config: QPeftConfi
     question, bare, tail = suffix.question + words.after, suffix.bare_question + words.after, pieces.tail
     if config.clues == "none":  # then the encoder's input depends on the document only
         tail, bare = tail + bare, ()
-    around: dict[str, tuple[int, ...]] = {"given": words.before}
+    around: dict[str, Any] = {"given": words.before}
     if pieces.scores_special_tokens:
         around = {"scored_before": words.before, "scored_after": words.after}
     return replace(pieces, tail=tail, suffix=SuffixPieces(suffix.hints, question, bare, **around))
