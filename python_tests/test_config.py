@@ -56,3 +56,32 @@ def test_defaults_pass_every_check_and_every_message_can_be_written():
         assert not excluded(config)
         assert "NAME" not in message
         assert message.format(c=config)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"score": "yesno"}, "score must be one of likelihood, yes_no, graded, both, got 'yesno'; did you mean 'yes_no'?"),
+    ({"ask": "Relevant?"}, "ask='Relevant?' is of a score that asks for an answer; set score='yes_no', 'graded' or"),
+    ({"exact_words": True}, "exact_words=True is of a score that asks for an answer"),
+    ({"yes_words": "true"}, "yes_words=('true',) are of score='yes_no' and 'both', got score='likelihood'"),
+    ({"score": "graded", "no_words": ("false",)}, "no_words=('false',) are of score='yes_no' and 'both', got score="),
+    ({"score": "yes_no", "max_grade": 9}, "max_grade=9 is of score='graded', got score='yes_no'"),
+    ({"score": "graded", "max_grade": 0}, "max_grade must be at least 1, got 0"),
+    ({"score": "yes_no", "yes_words": ()}, "yes_words must be words, at least one, got ()"),
+    ({"score": "yes_no", "yes_words": ("yes", " ")}, "yes_words must be words, at least one, got ('yes', ' ')"),
+    ({"score": "yes_no", "yes_words": 1}, "yes_words must be words, got 1"),
+    ({"score": "yes_no", "ask": "  "}, "ask must be a text that is not empty; leave it out for the usual one"),
+    ({"score": "yes_no", "ask": 3}, "ask must be a text, got 3"),
+    ({"score": "yes_no", "compat": "official"}, "compat='official' has score='likelihood' and nothing else"),
+])  # fmt: skip
+def test_options_of_scores_are_checked(options, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        QPeftConfig(**options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_score_that_asks_has_the_listwise_loss():
+    assert QPeftConfig().loss == "pointwise_pairwise"
+    assert [QPeftConfig(score=score).loss for score in ("yes_no", "graded", "both")] == ["listwise"] * 3
+    assert QPeftConfig(score="yes_no", loss="ranknet").loss == "ranknet"
+    assert QPeftConfig.from_dict(QPeftConfig(score="both", yes_words=["true", "right"]).to_dict()).yes_words == (
+        "true", "right")  # fmt: skip

@@ -32,7 +32,8 @@ TEACHER = torch.tensor([[5.0, 2.0, math.nan, 7.0], [9.0, 8.0, math.nan, 1.0]])
 
 def total(loss: str, likelihood, positive=POSITIVE, mask=MASK):
     """The loss as training calls it."""
-    config = QPeftConfig(loss=loss, in_batch_negatives=loss not in DISTILLATION, temperature=0.1)
+    score = "yes_no" if loss == "binary_cross_entropy" else "likelihood"
+    config = QPeftConfig(loss=loss, score=score, in_batch_negatives=loss not in DISTILLATION, temperature=0.1)
     return configured_loss(config, likelihood, positive, mask, DOCUMENT, TEACHER)
 
 
@@ -161,6 +162,9 @@ def test_the_config_gives_the_options():
     ({"loss": "contrastive", "queries_per_group": 1}, "set in_batch_negatives=True and queries_per_group to 2 or more"),
     ({"loss": "margin_mse"}, "set in_batch_negatives=False and num_random_negatives=0"),
     ({"loss": "kl_divergence"}, "loss='kl_divergence' learns from teacher scores, which"),
+    ({"loss": "binary_cross_entropy"}, "loss='binary_cross_entropy' is of log-odds; set score='yes_no', got score="),
+    ({"loss": "binary_cross_entropy", "score": "both"}, "set score='yes_no', got score='both'"),
+    ({"loss": "pointwise", "score": "yes_no"}, "loss='pointwise' makes queries likely, which score='yes_no' is not"),
     ({"temperature": 0.0}, "temperature must be 'auto' or above 0, got 0.0"),
     ({"temperature": "automatic"}, "temperature must be 'auto' or a number above 0, got 'automatic'"),
     ({"num_random_negatives": -1}, "num_random_negatives must be at least 0, got -1"),
