@@ -51,7 +51,7 @@ class Scores:
 
     @property
     def compared(self) -> Tensor:
-        """What losses compare, [B]: the mean log-likelihood, the answer, or their sum."""
+        """The numbers that losses compare, [B]: the mean log-likelihood, the answer, or their sum."""
         if self.mixed is not None:
             return self.mixed
         return self.mean_query_log_likelihood if self.answer is None else self.answer

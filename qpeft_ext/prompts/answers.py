@@ -1,4 +1,4 @@
-"""What a prompt asks behind the query, and the tokens that answer, for the scores that read an answer."""
+"""Questions behind the query, and the tokens that answer them, for the scores that read an answer."""
 
 from __future__ import annotations
 

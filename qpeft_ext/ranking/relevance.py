@@ -33,7 +33,7 @@ class RelevanceRanker(PairInspector):
 
     @property
     def reads_bare_queries(self) -> bool:
-        """Whether a relevance needs the score of its query behind an empty document."""
+        """True if a relevance needs the score of its query behind an empty document."""
         return self.calibration.gain > 0
 
     def relevance(
