@@ -17,6 +17,7 @@ from .adapters.mixed_score import MixedScore
 from .adapters.soft_prompt import build_soft_prompt
 from .adapters.top_k_clues import TopKClues
 from .config import QPeftConfig
+from .config.rerankers import RERANKERS
 from .engine.answers import Answer, Grades
 from .engine.base import BaseEngine
 from .engine.factory import make_engine
@@ -24,12 +25,15 @@ from .engine.scores import CountTokens, Scores, count_all_tokens
 from .engine.scoring import ScoringModel
 from .engine.turns import in_passes
 from .lm.arguments import expect_lm_arguments, freeze, without_compilation
+from .lm.classifier import ClassifierLM, as_lm
 from .lm.packed import count
 from .lm.passes import lm_lock
 from .official.clues import build_official_clues
 from .official.likelihood import count_uncertain_tokens
 from .official.prompt import OfficialPrompt
 from .prompts.prompt import Prompt
+from .prompts.templates import BY_NAME
+from .prompts.worded import WordedPrompt
 from .utils.torch_state import own_state
 
 __all__ = ["QPeftModel", "Scores", "get_qpeft_model"]
@@ -64,7 +68,7 @@ class QPeftModel(ScoringModel):
     def __init__(self, lm: nn.Module, config: QPeftConfig, tokenizer) -> None:
         super().__init__()
         expect_lm_arguments("QPeftModel", lm, config, tokenizer)
-        lm = without_compilation(lm)
+        lm = as_lm(without_compilation(lm))
         with lm_lock(lm), own_state():
             freeze(lm, config.train_lm)
             self._build(lm, config, tokenizer)
@@ -76,7 +80,7 @@ class QPeftModel(ScoringModel):
         self.qpeft_config = config
         self.engine = self._probed_engine()
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
-        self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder)
+        self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder, not isinstance(lm, ClassifierLM))
         self.qpeft_config = config = replace(config, special_tokens=self.prompt.special_tokens)
         self.prompt.expect_rows(len(self.engine.table))
         with torch.random.fork_rng(devices=[]):  # one seed gives one clue module, whatever was drawn before
@@ -92,7 +96,7 @@ class QPeftModel(ScoringModel):
         self.engine = self.engine.with_soft_prompt(self.soft_prompt)
         self._count_tokens = build_token_count(config, tokenizer)
         self.ranks_by_mean = config.compat == "official" or config.score != "likelihood"
-        self.answer = build_answer(config, self.prompt)
+        self.answer = build_answer(config, self.prompt, lm)
         self.mixed_score = MixedScore() if config.score == "both" else None
         self.to_device_of_lm()
         self.eval()
@@ -273,13 +277,14 @@ def get_qpeft_model(lm: nn.Module, config: QPeftConfig, tokenizer: Any = None) -
     return model
 
 
-def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) -> Prompt:
+def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False, with_words: bool = True) -> Prompt:
     """Make the prompt of a config.
 
     Args:
         tokenizer: of the LM.
         config: every option.
         encoder_decoder: whether the LM is an encoder–decoder.
+        with_words: whether its head has words; a classifier's has classes.
     Raises: ValueError for an option that encoder–decoder LMs do not have.
     """
     for name, value in (("layout", "document_first"), ("compat", "none")):
@@ -294,7 +299,9 @@ def build_prompt(tokenizer, config: QPeftConfig, encoder_decoder: bool = False) 
         )
     if config.compat == "official":
         return OfficialPrompt(tokenizer, config)
-    return Prompt(tokenizer, config, encoder_decoder)
+    if config.template not in BY_NAME:
+        return WordedPrompt(tokenizer, config, encoder_decoder, with_words)
+    return Prompt(tokenizer, config, encoder_decoder, with_words)
 
 
 def build_token_count(config: QPeftConfig, tokenizer) -> CountTokens:
@@ -302,8 +309,22 @@ def build_token_count(config: QPeftConfig, tokenizer) -> CountTokens:
     return partial(count_uncertain_tokens, decode=tokenizer.decode) if config.compat == "official" else count_all_tokens
 
 
-def build_answer(config: QPeftConfig, prompt: Prompt) -> Answer | Grades | None:
-    """Choose what is read behind a query; None where the query itself is scored."""
+def build_answer(config: QPeftConfig, prompt: Prompt, lm: nn.Module) -> Answer | Grades | None:
+    """Choose what is read behind a query, or behind a document; None where the query itself is scored.
+
+    Args:
+        config: every option.
+        prompt: the prompt of the config.
+        lm: the LM; a classifier answers with its classes.
+    Raises: ValueError for a classifier with another score than "yes_no".
+    """
+    if isinstance(lm, ClassifierLM):
+        if config.score != "yes_no":
+            raise ValueError(
+                f"score={config.score!r} reads words, but this LM is a classifier without words; set template to the "
+                f"one that it was trained with ({', '.join(RERANKERS)}, or a file)"
+            )
+        return Answer(lm.yes, lm.no)
     if not prompt.answers:
         return None
     return Grades(prompt.answers) if config.score == "graded" else Answer(*prompt.answers)

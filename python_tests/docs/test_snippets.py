@@ -5,9 +5,9 @@ How to write one:
 - The blocks of a page run in order, in one folder and with one set of Python names, so a block may use what an earlier
   one made. Languages: ``python`` or ``pycon``; ``sh``, ``bash``, or ``console`` (``$ `` before commands, output below).
 - The folder has, unless the page itself writes them (``--output NAME``, ``--out NAME``, ``save_pretrained("NAME")``):
-  ``LM`` (the packaged LM; so is every Hub id in ``HUB_IDS``), ``my-adapter`` (the packaged adapter), ``COLLECTION`` (a
-  BEIR folder of 12 Python functions: test 4 queries, train 8, dev 4), ``bm25.trec``, ``examples.jsonl``, ``dev.jsonl``,
-  ``candidates.jsonl`` (RankLLM) and ``my-index``.
+  ``LM`` (the packaged LM; so is every Hub id in ``HUB_IDS``), ``RERANKER``, ``my-adapter`` (the packaged adapter),
+  ``COLLECTION`` (a BEIR folder of 12 Python functions: test 4 queries, train 8, dev 4), ``bm25.trec``,
+  ``examples.jsonl``, ``dev.jsonl``, ``candidates.jsonl`` (RankLLM) and ``my-index``.
 - Python has ``query``, ``document``, ``documents``, ``queries``, ``candidates``, ``examples``, ``dev_examples``, and of
   the packaged LM and adapter ``lm``, ``model`` and ``reranker``; a page may define them anew.
 - A ``text`` block directly below is what the block prints, and is compared: ``…`` stands for anything, blanks do not
@@ -30,6 +30,8 @@ import shutil
 import textwrap
 
 import pytest
+from families.tiny import tiny_lm
+from prompts.reranker_tokenizers import qwen_tokenizer
 from snippets import PYTHON, ROOT, SHELL, Page, check_command, compare, options_of_commands, read_blocks, read_commands
 from tiny_files import DEMO, data_names, model_names, write_files
 
@@ -39,6 +41,7 @@ pytestmark = pytest.mark.slow
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB_IDS = ("meta-llama/Llama-2-7b-hf", "Qwen/Qwen2.5-0.5B")
+RERANKER = "Qwen/Qwen3-Reranker-0.6B"  # a tiny one takes its place
 NOT_RUN = 3
 
 
@@ -52,6 +55,9 @@ def files(tmp_path_factory):
     for name in HUB_IDS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(DEMO / "base_lm")
+    tokenizer = qwen_tokenizer()
+    for part in (tiny_lm("qwen3", vocab_size=len(tokenizer), max_position_embeddings=4096), tokenizer):
+        part.save_pretrained(folder / RERANKER)
     return folder
 
 

@@ -124,7 +124,7 @@ def test_an_adapter_keeps_its_layout(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"layout": "prefix"}, "layout must be one of document_first, clues_first, got 'prefix'"),
+        ({"layout": "prefix"}, "layout must be one of document_first, clues_first, query_first, got 'prefix'"),
         ({"layout": "clues_first", "clues": "none"}, "but clues='none' has none"),
     ],
 )

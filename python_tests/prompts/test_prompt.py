@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 import qpeft_ext as qpeft
-from qpeft_ext.config import TEMPLATES
+from qpeft_ext.config.values import WRITTEN_TEMPLATES
 from qpeft_ext.lm.loading import load_tokenizer
 from qpeft_ext.prefixes.manifest import expect_same_prompt, prompt_settings
 from qpeft_ext.prompts.prompt import Prompt, document_text
@@ -26,7 +26,7 @@ def prompt():
 
 
 def test_every_name_of_a_template_has_one():
-    assert tuple(BY_NAME) == TEMPLATES
+    assert tuple(BY_NAME) == WRITTEN_TEMPLATES
 
 
 def text_of(prompt, ids):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from families.tiny import tiny_lm, tiny_tokenizer
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForTokenClassification
 
 import qpeft_ext as qpeft
 
@@ -25,9 +25,9 @@ WRONG_MODELS = {
     "a class": (lambda lm, tok, conf: qpeft.get_qpeft_model(type(lm), conf, tok), "LlamaForCausalLM.from_pretrained"),
     "a tokenizer": (lambda lm, tok, conf: qpeft.get_qpeft_model(tok, conf, lm), "got a tokenizer"),
     "a config": (lambda lm, tok, conf: qpeft.get_qpeft_model(conf, lm, tok), "a QPeftConfig, which comes after the LM"),
-    "a classifier": (
-        lambda lm, tok, conf: qpeft.get_qpeft_model(LlamaForSequenceClassification(lm.config), conf, tok),
-        "a LlamaForSequenceClassification, which does not write text; load the LM itself",
+    "a tagger": (
+        lambda lm, tok, conf: qpeft.get_qpeft_model(LlamaForTokenClassification(lm.config), conf, tok),
+        "a LlamaForTokenClassification, which does not write text; load the LM itself",
     ),
     "a module": (lambda lm, tok, conf: qpeft.get_qpeft_model(torch.nn.Linear(2, 2), conf, tok), "the module Linear"),
     "a model of ours": (

@@ -58,8 +58,9 @@ Measures = Annotated[
 Template = Annotated[
     str | None,
     typer.Option(
-        help="Template of the prompt without an adapter: qpeft, upr (as it was published), or chat (the LM's own chat "
-        "template).  [default: the adapter's, or qpeft]"
+        help="Template of the prompt without an adapter: qpeft, upr (as it was published), chat (the LM's own chat "
+        "template), that of a reranker (qwen3_reranker, mxbai_rerank, flag_reranker, pair), or a file of Jinja2.  "
+        "[default: the adapter's, that of the reranker which the LM is, or qpeft]"
     ),
 ]
 SpecialTokens = Annotated[

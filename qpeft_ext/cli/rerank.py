@@ -121,7 +121,8 @@ def command(options: RerankOptions) -> None:
     """Rerank the candidates of a first stage.
 
     --output is the ranking of the adapter. Without --model it is the ranking of --upr, or else of --similarity-only,
-    with the LM of --base-model. If the data set has judgements, a table shows the measures before and after.
+    with the LM of --base-model; or, without these, of the LM itself, which is a reranker then (Qwen3-Reranker, …). If
+    the data set has judgements, a table shows the measures before and after.
 
     Example: qpeft rerank --data FOLDER --model ADAPTER --run bm25.trec --output mine.trec
     """
@@ -160,8 +161,10 @@ def command(options: RerankOptions) -> None:
 
 def _check_options(options: RerankOptions) -> None:
     """Raises: ValueError for options that are missing, exclude each other, or are out of range."""
-    if not (options.model or options.upr or options.similarity_only):
-        raise ValueError("expected --model ADAPTER, or --base-model LM with --upr or --similarity-only")
+    if not (options.model or options.base_model or options.upr or options.similarity_only):
+        raise ValueError(
+            "expected --model ADAPTER, or --base-model LM: a reranker, or any LM with --upr or --similarity-only"
+        )
     if not (options.model or options.base_model):
         raise ValueError("expected --base-model LM, since there is no adapter that names one")
     expect_at_least(
@@ -177,7 +180,7 @@ def _check_options(options: RerankOptions) -> None:
     if options.threshold is not None:
         if not 0 <= options.threshold <= 1:
             raise ValueError(f"--threshold must be in [0, 1], got {options.threshold:g}; it is of relevances")
-        if not (options.model or options.upr):
+        if options.similarity_only and not (options.model or options.upr):
             raise ValueError("--threshold is of the LM's relevances; add --model or --upr")
     if options.max_memory is not None:
         if options.cache_bytes:

@@ -19,6 +19,7 @@ from .common import (
     PassageStride,
     PassageTokens,
     Revision,
+    Template,
     expect_at_least,
     expect_kv_dtype_of,
     from_dataclass,
@@ -60,6 +61,7 @@ class ServeOptions:
     attention: Attention = None
     device: Device = None
     revision: Revision = None
+    template: Template = None
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Make scores bit-equal whatever is scored with them; slower.")
     ] = False
@@ -110,7 +112,9 @@ def _check_options(options: ServeOptions) -> None:
     from ..prompts.passages import check_passages
 
     if not (options.model or options.base_model):
-        raise ValueError("expected --model ADAPTER, or --base-model LM to score without clues")
+        raise ValueError("expected --model ADAPTER, or --base-model LM: a reranker, or any LM to score without clues")
+    if options.model and options.template is not None:
+        raise ValueError("--template is for --base-model without an adapter; leave it out")
     expect_at_least(
         1,
         max_query_tokens=options.max_query_tokens,
@@ -149,6 +153,7 @@ def _spec(options: ServeOptions) -> ServeSpec:
     return ServeSpec(
         models=_models(options.model, options.base_model),
         base_model=options.base_model,
+        template=options.template,
         models_root=options.models_root,
         corpus=options.corpus,
         index=options.index,

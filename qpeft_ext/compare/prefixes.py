@@ -26,7 +26,7 @@ def shares_prefixes(method: Method, model: QPeftModel, prompt: Prompt) -> bool:
         model: its model.
         prompt: the prompt of the plan.
     """
-    if not method.preset.lm or method.preset.peft or model.qpeft_config.train_lm or model.engine.why_not_cached:
+    if not method.preset.lm or method.preset.peft or model.qpeft_config.train_lm or model.why_no_index:
         return False
     return prompt_settings(model.prompt) == prompt_settings(prompt)
 

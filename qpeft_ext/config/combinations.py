@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .values import DEFAULT_INSTRUCTION, DISTILLATION
+from .values import DEFAULT_INSTRUCTION, DISTILLATION, WRITTEN_TEMPLATES
 
 Check = tuple[Callable[[Any], bool], str]  # when a `QPeftConfig` is impossible, and why
 
@@ -55,6 +55,24 @@ CHECKS: tuple[Check, ...] = (
     (
         lambda c: c.template == "chat" and c.layout == "clues_first",
         "template='chat' has the clues behind the passage; leave layout out",
+    ),
+    (
+        lambda c: c.template in WRITTEN_TEMPLATES and c.layout == "query_first",
+        "template={c.template!r} has the document first; leave layout out, or name a template that has the query first",
+    ),
+    (
+        lambda c: c.layout == "query_first" and c.score == "both",
+        "score='both' reads the likelihood of the query, which stands before the document here; set score='yes_no'",
+    ),
+    *_if_set(
+        "num_virtual_tokens",
+        lambda c: c.template not in WRITTEN_TEMPLATES,
+        "this template has no place for a soft prompt; leave NAME out",
+    ),
+    *_if_set(
+        "generated_lora_rank",
+        lambda c: c.layout == "query_first",
+        "layout='query_first' has the document in what a generated LoRA changes; leave NAME out",
     ),
     (
         lambda c: c.template == "chat" and c.special_tokens == "bos",

@@ -13,6 +13,7 @@ from ..utils.text import shorten
 from ..utils.words import did_you_mean
 from .combinations import CHECKS
 from .recommended import recommended_options
+from .templates import decided_by_template, template_text
 from .values import DEFAULT_INSTRUCTION, OFFICIAL, OFFICIAL_INSTRUCTION, at_least, check_values, names_of
 
 
@@ -57,16 +58,19 @@ class QPeftConfig:
             default) for no update. It applies to the query suffix only and combines with every kind of clues.
         target_modules: Linear layers that the generated LoRA updates: endings of their names as in `peft`, or
             "all-linear". None (the default) takes q_proj and v_proj, or their counterparts in the LM.
-        layout: "document_first" (the default), or "clues_first" for comparison. With the latter the clues stand before
-            the passage, so that queries cannot share a prefix and every pair is read whole; a generated LoRA then
-            applies to the tokens behind the passage.
+        layout: "document_first" (the default); "clues_first" for comparison: the clues stand before the passage, so
+            that queries cannot share a prefix and every pair is read whole, and a generated LoRA applies to the tokens
+            behind the passage. "query_first" is that of templates with the query first, whose prefix is the query's.
         compat: "none" (the default), or "official" to compose prompt, clues and score as the official code does,
             including its faults (listed in `qpeft_ext.official`). It needs Llama's tokenizer.
         template: "qpeft" (the default), or "upr" for the prompt of UPR, ``Passage: {title} {text}. Please write a
             question based on this passage.``, with UPR's score: for an encoder–decoder LM it includes every token
             that the tokenizer makes of the query, ``</s>`` too. Clues stand before the full stop. "chat" writes the
             prompt in the chat template of the LM's tokenizer: the user's turn has instruction, passage, clues and the
-            instruction again, and the query is the assistant's turn, of which the end is not scored.
+            instruction again, and the query is the assistant's turn, of which the end is not scored. Those of rerankers
+            that exist, without clues, are "qwen3_reranker", "mxbai_rerank", "flag_reranker" (FlagEmbedding's) and
+            "pair" (classifiers of two texts). Anything else is a file of Jinja2 with ``query``, ``document`` and
+            perhaps ``instruction``, or its text, which an adapter keeps.
         special_tokens: What stands before a prompt. "tokenizer": the special tokens that the LM's tokenizer puts
             before a text. "bos": its BOS token, if it has one, even if it does not put it there; an adapter that was
             saved before this option existed is loaded with it. "auto" (the default) is "tokenizer"; an adapter keeps
@@ -82,11 +86,12 @@ class QPeftConfig:
         ask: Text behind the query that the answer follows. None (the default) is "Relevant:", and for "graded"
             "Relevance from 0 to 4:", with its ``max_grade``.
         yes_words, no_words: Words that answer yes and no (default "yes" and "no"), each a single token of the LM. The
-            probabilities of the words of a set are added up.
+            probabilities of the words of a set are added up. Without a word for no, the score is the logit of yes.
         exact_words: Whether a word, or a grade, is read as it is written only; a space before it counts. With False
             (the default) every casing of it is read that is a single token, with a space before it and without.
         max_grade: Largest grade of "graded" (default 4).
-        instruction: Text at the start of every prompt of the templates "qpeft" and "chat".
+        instruction: Text at the start of every prompt of the templates "qpeft" and "chat", and where other templates
+            write it; their default is their own, or none.
         num_virtual_tokens: Length of a soft prompt: trained virtual tokens that replace the instruction in every
             prompt. None (the default) for no soft prompt. It combines with every kind of clues; with "none" it is
             prompt tuning.
@@ -189,6 +194,7 @@ class QPeftConfig:
             if (given := names_of(getattr(self, name))) is None:
                 raise TypeError(f"QPeftConfig: {name} must be {what}, got {shorten(getattr(self, name))}")
             setattr(self, name, given)
+        self._take_template()
         check_values(vars(self))
         if self.score != "likelihood" and not self.is_set("loss"):
             self.loss = "listwise"
@@ -213,18 +219,29 @@ class QPeftConfig:
         is_given = self.compat == "official" and name in OFFICIAL
         return getattr(self, name) != (OFFICIAL[name] if is_given else _default(name))
 
+    def _take_template(self) -> None:
+        """Fill in what the template decides. Raises: ValueError for a value that it does not have."""
+        if not isinstance(self.template, str) or not isinstance(self.instruction, str):
+            return  # `check_values` says so
+        self.template = template_text(self.template)
+        self.instruction, decided = decided_by_template(self.template, self.instruction, self.score)
+        self._take(decided, "this template")
+
     def _take_official_values(self) -> None:
         """Raises: ValueError for an option that the official code does not have."""
         if self.instruction == DEFAULT_INSTRUCTION:
             self.instruction = OFFICIAL_INSTRUCTION
-        for name, value in OFFICIAL.items():
+        self._take(OFFICIAL, "compat='official'")
+        at_least("max_document_tokens of compat='official', which counts its template,", self.max_document_tokens, 5)
+
+    def _take(self, values: Mapping[str, Any], owner: str) -> None:
+        """Take the values of options in which something leaves no choice. Raises: ValueError for another value."""
+        for name, value in values.items():
             if (got := getattr(self, name)) not in (_default(name), value):
                 raise ValueError(
-                    f"QPeftConfig: compat='official' has {name}={value!r} and nothing else, got {got!r}; "
-                    f"leave {name} out"
+                    f"QPeftConfig: {owner} has {name}={value!r} and nothing else, got {got!r}; leave {name} out"
                 )
             setattr(self, name, value)
-        at_least("max_document_tokens of compat='official', which counts its template,", self.max_document_tokens, 5)
 
     @classmethod
     def recommended(cls, examples: Sequence[Mapping[str, Any]] | None = None, **options: Any) -> QPeftConfig:

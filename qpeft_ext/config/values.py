@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..utils.text import shorten
+from ..utils.text_templates import looks_like_text
 from ..utils.words import did_you_mean
+from .rerankers import RERANKERS
 
 CLUES = ("attention", "top_k", "none")
 FILTERS = ("query_tokens", "stop_words", "non_alphabetic")
@@ -29,9 +31,10 @@ LOSSES = (
     "kl_divergence",
 )
 DISTILLATION = ("margin_mse", "kl_divergence")  # losses that read teacher scores
-LAYOUTS = ("document_first", "clues_first")
+LAYOUTS = ("document_first", "clues_first", "query_first")
 COMPAT = ("none", "official")
-TEMPLATES = ("qpeft", "upr", "chat")
+WRITTEN_TEMPLATES = ("qpeft", "upr", "chat")  # ours, which have places for clues
+TEMPLATES = (*WRITTEN_TEMPLATES, *RERANKERS)
 SPECIAL_TOKENS = ("auto", "tokenizer", "bos")
 SCORES = ("likelihood", "yes_no", "graded", "both")
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
@@ -61,7 +64,6 @@ _CHOICES = {
     "soft_prompt_init": SOFT_PROMPT_INITS,
     "layout": LAYOUTS,
     "compat": COMPAT,
-    "template": TEMPLATES,
     "special_tokens": SPECIAL_TOKENS,
     "score": SCORES,
 }
@@ -92,6 +94,9 @@ def check_values(options: Mapping[str, Any]) -> None:
     """Check every option by itself. Raises: TypeError or ValueError that names the option and what it may be."""
     for name, allowed in _CHOICES.items():
         _one_of(name, options[name], allowed)
+    _text("template", options["template"])
+    if not looks_like_text(options["template"]):
+        _one_of("template", options["template"], TEMPLATES, " or a file of Jinja2")
     for name in options["filters"]:
         _one_of("filters", name, FILTERS)
     for name in _BOOLEANS:
@@ -108,9 +113,10 @@ def check_values(options: Mapping[str, Any]) -> None:
     for name in ("instruction", "base_model_name_or_path", "peft_type", "ask"):
         if name not in ("base_model_name_or_path", "ask") or options[name] is not None:
             _text(name, options[name])
-    for name in ("yes_words", "no_words"):
-        if not options[name] or not all(isinstance(word, str) and word.strip() for word in options[name]):
-            raise ValueError(f"QPeftConfig: {name} must be words, at least one, got {shorten(options[name])}")
+    for name, needed in (("yes_words", ", at least one"), ("no_words", "")):
+        words = options[name]
+        if not all(isinstance(word, str) and word.strip() for word in words) or (needed and not words):
+            raise ValueError(f"QPeftConfig: {name} must be words{needed}, got {shorten(words)}")
     if options["ask"] is not None and not options["ask"].strip():
         raise ValueError("QPeftConfig: ask must be a text that is not empty; leave it out for the usual one")
     for name in ("dropout", "margin"):
@@ -144,10 +150,10 @@ def at_least(name: str, value: object, least: int, most: int = 2**31 - 1) -> Non
         raise ValueError(f"QPeftConfig: {name} must be at most {most}, got {shorten(value)}")
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[str, ...], otherwise: str = "") -> None:
     if value not in allowed:
         raise ValueError(
-            f"QPeftConfig: {name} must be one of {', '.join(allowed)}, got {shorten(value)}"
+            f"QPeftConfig: {name} must be one of {', '.join(allowed)}{otherwise}, got {shorten(value)}"
             f"{did_you_mean(value, allowed)}"
         )
 

@@ -58,6 +58,13 @@ class ScoringModel(TurnTaking):
     ranks_by_mean: bool
     _count_tokens: CountTokens
 
+    @property
+    def why_no_index(self) -> str:
+        """Say why there are no keys and values of documents to keep; "" where there are."""
+        if self.prompt.query_first:
+            return "its template has the query before the document, so that nothing of a document can be kept"
+        return self.engine.why_not_cached
+
     def encode(
         self,
         pairs: Sequence[tuple[str, Document]],
@@ -117,6 +124,7 @@ class ScoringModel(TurnTaking):
         if not len(batch):
             empty = torch.zeros(0, dtype=torch.float32, device=self.device)
             return Scores(empty, empty.long(), *([empty] if self.answer else []))
+        batch = batch.in_reading_order()
         limits = self._limits(path, max_tokens_per_batch, max_pairs_per_batch, deterministic, prefilled)
         projected = None if deterministic else projected
         clues, rows, parts = PassClues(partial(self.compute_clues, projected=projected), batch), [], []

@@ -113,7 +113,7 @@ def _why_no_lm(lm: object) -> str:
         return f"the class {lm.__name__}; load a model with it: {lm.__name__}.from_pretrained(name)"
     if not isinstance(lm, nn.Module) or not hasattr(lm, "get_input_embeddings"):
         return f"{kind_of(lm) if not isinstance(lm, nn.Module) else f'the module {type(lm).__name__}'}; {_LOAD}"
-    for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"):
+    for kind in ("TokenClassification", "QuestionAnswering", "MultipleChoice"):
         if f"For{kind}" in type(lm).__name__:
             return (
                 f"a {type(lm).__name__}, which does not write text; load the LM itself: load_lm(name), or "

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..utils.small_files import read_json
+from .classifier import as_lm, names_classifier
 from .compute_dtype import resolve_dtype
 from .packed import without_gguf_blocks
 from .sources import locate
@@ -43,7 +44,8 @@ def load_lm(
         kwargs: for ``from_pretrained`` (``revision``, ``token``, ``local_files_only``, ``device_map``,
             ``quantization_config``, …), but not ``trust_remote_code``. With a ``quantization_config`` of torchao or
             bitsandbytes the weights stay packed in 8 or 4 bits; so they do for a folder that was saved with one.
-    Returns: an LM as `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads it.
+    Returns: an LM as `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads it; for one that was saved as a sequence
+        classifier the classifier, as a `ClassifierLM`.
     Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither kind, or
         that needs code or an adapter from its folder.
     Example:
@@ -58,6 +60,7 @@ def load_lm(
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
         AutoModelForCausalLM,
         AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
     )
 
     dtype = resolve_dtype(dtype, device or ("cuda" if "device_map" in kwargs and torch.cuda.is_available() else None))
@@ -83,9 +86,12 @@ def load_lm(
             raise ValueError(
                 f"expected a causal or an encoder–decoder LM, got model_type {config.model_type!r}, which is neither"
             )
+        if names_classifier(config):
+            auto = AutoModelForSequenceClassification
         lm = auto.from_pretrained(
             source.place, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **kwargs
         )
+        lm = as_lm(lm)
         if source.place != source.name:  # the LM is found again by its name, on other machines as well
             lm.name_or_path = lm.config.name_or_path = source.name
         return (lm.to(device) if device else lm).eval()

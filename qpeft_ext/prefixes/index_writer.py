@@ -72,8 +72,8 @@ class IndexWriter:
         kv_dtype: str | None = None,
     ) -> None:
         expect_kv_dtype(kv_dtype, "IndexWriter: kv_dtype")
-        if model.engine.why_not_cached:
-            raise ValueError(f"an index is of no use to this model: {model.engine.why_not_cached}")
+        if reason := model.why_no_index:
+            raise ValueError(f"an index is of no use to this model: {reason}")
         self.model, self.corpus, self.folder, self.deterministic = model, corpus, Path(folder), deterministic
         self.max_tokens_per_batch, self.splitter, self.shard_bytes = max_tokens_per_batch, splitter, shard_bytes
         self._packing = model.engine.packing.stored_as(kv_dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 from .prompt import Document, Prompt, document_text
+from .worded import WordedPrompt
 
 try:
     from .._host import pack_ragged
@@ -34,6 +35,7 @@ class PairBatch:
         None: the documents that it is paired with.
     cut_queries: the number of queries that were cut to ``max_query_tokens``.
     suffixes: for each query the fixed pieces around it, where queries have instructions; None: those of the prompt.
+    query_prefixes: what stands before the documents of each query, where queries come first; None: documents do.
     """
 
     queries: list[tuple[int, ...]]
@@ -42,6 +44,7 @@ class PairBatch:
     candidates: list[list[int]] | None = None
     cut_queries: int = 0
     suffixes: Sequence[SuffixPieces | CluesFirstPieces] | None = None
+    query_prefixes: list[DocumentPrefix] | None = None
 
     @classmethod
     def from_text(
@@ -78,8 +81,11 @@ class PairBatch:
         candidates = paired_documents(index, len(queries))
         cut: list[int] | None = [] if truncate_queries else None
         query_ids = prompt.queries([query for query, _, _ in queries], cut)
-        suffixes = _suffixes(prompt, [instruction for _, _, instruction in queries])
-        return cls(query_ids, prompt.documents(kept), index, candidates, len(cut or ()), suffixes)
+        own = [instruction for _, _, instruction in queries]
+        batch = cls(query_ids, prompt.documents(kept), index, candidates, len(cut or ()))
+        if isinstance(prompt, WordedPrompt) and prompt.query_first:
+            return replace(batch, query_prefixes=prompt.query_prefixes(query_ids, own))
+        return replace(batch, suffixes=_suffixes(prompt, own))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -87,6 +93,16 @@ class PairBatch:
     def select(self, pair_rows: Sequence[int]) -> PairBatch:
         """Make a batch of the same queries and documents with some of the pairs."""
         return replace(self, pairs=[self.pairs[i] for i in pair_rows], cut_queries=0)
+
+    def in_reading_order(self) -> PairBatch:
+        """Give the batch as passes read it: its documents are what is shared by several pairs, and read first.
+
+        Where queries come first they are these documents, and the ids of documents are those of queries.
+        """
+        if self.query_prefixes is None:
+            return self
+        swapped = [(d, q) for q, d in self.pairs]
+        return PairBatch([document.ids for document in self.documents], self.query_prefixes, swapped)
 
     def suffix_of(self, query: int, usual: SuffixPieces | CluesFirstPieces) -> SuffixPieces | CluesFirstPieces:
         """Give the pieces around a query: those of its instruction, or else ``usual``, those of the prompt."""

@@ -47,6 +47,7 @@ class Prompt:
         config: `QPeftConfig` (template, layout, special_tokens, instruction, num_virtual_tokens, allow_special_tokens,
             the two length limits, and whether there are clues).
         encoder_decoder: whether the LM is an encoder–decoder.
+        with_words: whether its head has a row for each word; a classifier's has not.
 
     Attributes:
         special_tokens: "tokenizer" or "bos", the option of the config with "auto" replaced.
@@ -55,12 +56,17 @@ class Prompt:
         instruction_ids: the tokens that the soft prompt replaces; () without one.
         suffix: the fixed pieces around clues and query.
         answers: the tokens of each answer that can be read behind a query (`answer_tokens`); () where none is.
+        query_first: whether a query stands before its documents, so that it is shared by them (`WordedPrompt`).
         why_no_instruction: why a query cannot have an instruction of its own; "" where it can.
 
     Raises: ValueError for a template that cannot be made with this tokenizer.
     """
 
-    def __init__(self, tokenizer: Any, config: QPeftConfig, encoder_decoder: bool = False) -> None:
+    query_first = False
+
+    def __init__(
+        self, tokenizer: Any, config: QPeftConfig, encoder_decoder: bool = False, with_words: bool = True
+    ) -> None:
         self.tokenizer = tokenizer
         self.encoder_decoder = encoder_decoder
         self.max_document_tokens = config.max_document_tokens
@@ -70,19 +76,24 @@ class Prompt:
         self.num_embeddings: int | None = None
         self._text_tokenizer = TextTokenizer(tokenizer, config.allow_special_tokens)
         self._words = Words(tokenizer, self.special_tokens)
-        pieces = pieces_of(self._words, config)
+        self.why_no_instruction = ""
+        pieces = self._make_pieces(config)
         if encoder_decoder:
             pieces = for_encoder_decoder(pieces, self._words, config)
         self._head, self._tail = pieces.head, pieces.tail
         self.suffix = _asking(pieces, self._words, config)
-        self.answers = answer_tokens(tokenizer, config)
+        self.answers = answer_tokens(tokenizer, config) if with_words else ()
         self.instruction_ids, self.soft_prompt_start = pieces.instruction_ids, pieces.soft_prompt_start
         self._query_follows_word, self._around_instruction = pieces.query_follows_word, pieces.around_instruction
-        self.why_no_instruction = ""
         if encoder_decoder:
             self.why_no_instruction = "the encoder of an encoder–decoder LM would read it with the document"
-        elif self._around_instruction is None:
+
+    def _make_pieces(self, config: QPeftConfig) -> TemplatePieces:
+        """Make the fixed pieces of the template, and find out whether it has a place for instructions of queries."""
+        pieces = pieces_of(self._words, config)
+        if pieces.around_instruction is None:
             self.why_no_instruction = f"template={config.template!r} is a fixed text without a place for it"
+        return pieces
 
     def expect_rows(self, num_embeddings: int) -> None:
         """Check from now on that every token id has a row in an embedding table of this length.
@@ -107,19 +118,26 @@ class Prompt:
     @property
     def least_tokens(self) -> int:
         """Tokens that the LM reads of the shortest prompt: an empty document, no clue and a query of one token."""
-        return len(self._head) + len(self._tail) + self.suffix.least_tokens
+        return len(self._head) + len(self._tail) + self.suffix.least_tokens + len(self.suffix.asked or ())
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
         """Make the prefixes of documents; only a document's own text is ever truncated, at its end."""
         prefixes = []
         texts = [document_text(document) for document in documents]
-        for text, ids in zip(texts, self._text_tokenizer([self.spaced(text) for text in texts]), strict=True):
+        for text, ids in zip(texts, self._encode_documents(texts), strict=True):
             kept = ids[: self.max_document_tokens]
             self._expect_known(f"the document {short(text)}", kept)
             start = len(self._head)
             whole = (*self._head, *kept, *self._tail)
             prefixes.append(DocumentPrefix(whole, start, start + len(kept), len(ids) - len(kept)))
         return prefixes
+
+    def _encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenise documents of any length, each as a text that stands in a prompt."""
+        return self._text_tokenizer([self._spaced_document(text) for text in texts])
+
+    def _spaced_document(self, text: str) -> str:
+        return self.spaced(text)
 
     def queries(self, queries: Sequence[str], cut: list[int] | None = None) -> list[tuple[int, ...]]:
         """Tokenise queries.
@@ -159,9 +177,7 @@ class Prompt:
         around = self._around_instruction
         if self.why_no_instruction or around is None:
             raise ValueError(f"instruction: {self.why_no_instruction}; leave instruction out")
-        text = expect_text(instruction, "instruction").strip()
-        if not text:
-            raise ValueError(f"instruction must have at least one token, got {instruction!r}; None is no instruction")
+        text = self._checked_instruction(instruction)
         (words,) = self._text_tokenizer([self.spaced(text)])
         if len(words) > MAX_INSTRUCTION_TOKENS:
             raise ValueError(
@@ -173,6 +189,13 @@ class Prompt:
             return replace(self.suffix, question=bare_question)
         question = (*around.behind_clues, *words, *around.question)
         return replace(self.suffix, question=question, bare_question=bare_question)
+
+    @staticmethod
+    def _checked_instruction(instruction: object) -> str:
+        text = expect_text(instruction, "instruction").strip()
+        if not text:
+            raise ValueError(f"instruction must have at least one token, got {instruction!r}; None is no instruction")
+        return text
 
     def count(self, query: str) -> int:
         """Count the tokens of a query of any length, also of an empty one."""
@@ -201,7 +224,7 @@ class Prompt:
         Raises: ValueError for a tokenizer that cannot give offsets (a slow one).
         """
         text = document_text(document)
-        spaced = self.spaced(text)
+        spaced = self._spaced_document(text)
         shift = len(spaced) - len(text)
         offsets = self._text_tokenizer.offsets(spaced)[: self.max_document_tokens]
         return [(max(0, start - shift), max(0, end - shift)) for start, end in offsets]
@@ -209,6 +232,8 @@ class Prompt:
 
 def _asking(pieces: TemplatePieces, words: Words, config: QPeftConfig) -> SuffixPieces | CluesFirstPieces:
     """Make the pieces around a query, with what asks for an answer behind it where the score is one."""
+    if pieces.suffix.asked is not None:  # a template that asks itself
+        return replace(pieces.suffix, scores_query=config.score == "both")
     text = asked_text(config)
     if text and pieces.query_is_answer:
         raise ValueError(

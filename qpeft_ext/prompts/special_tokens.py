@@ -30,3 +30,21 @@ def special_tokens_around(tokenizer: Any, rule: str) -> tuple[tuple[int, ...], t
         if whole[start : start + len(text)] == text:
             return tuple(whole[:start]), tuple(whole[start + len(text) :])
     return (), ()
+
+
+def special_tokens_of_pair(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Find the special tokens before, between and after two texts that the tokenizer joins.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in "ab")
+    whole = tokenizer("a", "b")["input_ids"]
+    start = _find(first, whole, 0)
+    end = start + len(first)
+    behind = _find(second, whole, end)
+    return tuple(whole[:start]), tuple(whole[end:behind]), tuple(whole[behind + len(second) :])
+
+
+def _find(part: list[int], whole: list[int], start: int) -> int:
+    return next(i for i in range(start, len(whole)) if whole[i : i + len(part)] == part)

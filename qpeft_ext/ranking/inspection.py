@@ -104,7 +104,7 @@ class PairInspector(ListRanker):
         if len(places) < 2:
             return [(place, 1.0) for place in places]
         given = None if instruction is None else [instruction]
-        if model.engine.why_not_cached or self.path != "document_first":
+        if model.engine.why_not_cached or model.prompt.query_first or self.path != "document_first":
             with progress_bar(total=0, unit="pair", desc="spans", show=False) as bar:
                 evidence = evidence_of_texts(
                     lambda texts: self._score([(query, part) for part in texts], bar, None, None,

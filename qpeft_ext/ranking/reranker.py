@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ..adapters.projected_rows import ProjectedRows
 from ..engine.memory import plan_memory
 from ..engine.schedule import default_tokens
 from ..lm.arguments import expect_model
-from ..model import QPeftModel
+from ..lm.loading import load_lm
+from ..model import QPeftModel, get_qpeft_model
 from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, whole_number
@@ -23,6 +25,7 @@ from .explain import describe_model
 from .inputs import as_instructions, as_lists, as_threshold, expect_neutral
 from .passages import PassageScoring
 from .relevance import RelevanceRanker
+from .without_adapter import config_without_adapter
 
 
 class Reranker(RelevanceRanker):
@@ -87,8 +90,8 @@ class Reranker(RelevanceRanker):
         by_passages = PassageScoring.of(model.prompt, passages, passage_tokens, passage_stride)
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
-        if cache is not None and cache.index is not None and model.engine.why_not_cached:
-            raise ValueError(f"Reranker: an index is of no use to this model: {model.engine.why_not_cached}")
+        if cache is not None and cache.index is not None and (reason := model.why_no_index):
+            raise ValueError(f"Reranker: an index is of no use to this model: {reason}")
         if max_memory is not None:
             plan = plan_memory(model.engine, max_memory, isinstance(model.clues, AttentionClues))
             max_tokens_per_batch = max_tokens_per_batch or plan.max_tokens_per_batch
@@ -142,6 +145,34 @@ class Reranker(RelevanceRanker):
         reranker = cls(model, **options)
         reranker.adapter = str(path)
         return reranker
+
+    @classmethod
+    def from_lm(
+        cls,
+        lm: Any,
+        template: str | None = None,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        tokenizer: Any = None,
+        lm_kwargs: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Reranker:
+        """Make a reranker of an LM that is one itself, without an adapter of ours.
+
+        Args:
+            lm: a name as for `load_lm`, such as "Qwen/Qwen3-Reranker-0.6B", or a loaded model.
+            template: as in `QPeftConfig`; None takes that of the reranker which the name means.
+            device, dtype, tokenizer, lm_kwargs: as in `from_pretrained`.
+            config: further options of `QPeftConfig`, such as ``instruction`` or ``max_document_tokens``.
+            options: arguments of `Reranker` besides the model.
+        Returns: the reranker.
+        Raises: OSError or ValueError with one line; ValueError for an LM that is no known reranker, without a template.
+        """
+        if isinstance(lm, (str, os.PathLike)):
+            lm = load_lm(lm, device=device, dtype=dtype, **(lm_kwargs or {}))
+        chosen = config_without_adapter(str(getattr(lm, "name_or_path", "")), lm.config, template, **(config or {}))
+        return cls(get_qpeft_model(lm, chosen, tokenizer), **options)
 
     def __repr__(self) -> str:
         cache, index = self.cache, self.cache and self.cache.index

@@ -138,6 +138,7 @@ class PairScorer:
         batch = self.model.encode(pairs, lists, self.truncate_queries, instructions)
         self.truncated += sum(document.cut > 0 for document in batch.documents)
         self.truncated_queries += batch.cut_queries
+        batch = batch.in_reading_order()
         jobs, prefilled = self._jobs(batch)
         rows: list[int] = []
         parts: list[torch.Tensor] = []

@@ -13,6 +13,7 @@ from ..adapters.files import adapter_config, adapter_digest, local_folder, revis
 from ..config import QPeftConfig
 from ..formats import open_collection
 from ..formats.trec import Run
+from ..lm.classifier import names_classifier
 from ..lm.loading import (
     default_device,
     is_encoder_decoder,
@@ -25,9 +26,11 @@ from ..lm.loading import (
 from ..model import build_prompt
 from ..prefixes.manifest import read_manifest
 from ..prompts.prompt import Prompt
+from ..utils.inputs import short
 from .run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_documents
+from .without_adapter import config_without_adapter
 
-UPR, SIMILARITY = "UPR", "similarity only"
+UPR, SIMILARITY, RERANKER = "UPR", "similarity only", "reranker"
 
 
 @runtime_checkable
@@ -85,15 +88,29 @@ class SystemsSpec:
 
     @cached_property
     def config(self) -> QPeftConfig:
-        """The adapter's config; the default one without an adapter.
+        """The adapter's config; without an adapter the default one, or that of the reranker which the LM is.
 
-        Raises: ValueError if ``template`` or ``special_tokens`` is not the adapter's.
+        Raises: ValueError if ``template`` or ``special_tokens`` is not the adapter's, or the LM is no known reranker.
         """
         asked = {"template": self.template, "special_tokens": self.special_tokens}
         if self.model:
             return adapter_config(self.model, asked)
+        if self.is_reranker:
+            lm_config = load_config(str(self.base_model), revision=self.revision)
+            return config_without_adapter(str(self.base_model), lm_config, **asked)
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        return QPeftConfig(**given)
+        config = QPeftConfig(**given)
+        if self.upr and config.score != "likelihood":
+            raise ValueError(
+                f"UPR scores by the likelihood of the query, and template={short(self.template)} asks for an answer; "
+                "leave --upr or --template out"
+            )
+        return config
+
+    @property
+    def is_reranker(self) -> bool:
+        """Tell whether the LM reranks as it is, without an adapter of ours."""
+        return not (self.model or self.upr or self.similarity_only)
 
     @property
     def lm_name(self) -> str:
@@ -111,6 +128,8 @@ class SystemsSpec:
     @property
     def names(self) -> list[str]:
         """Names of the systems, the main one first."""
+        if self.is_reranker:
+            return [RERANKER]
         without = "UPR adapter" if self.config.num_virtual_tokens is None else "prompt tuning"
         method = {"top_k": "Q-PEFT-R", "attention": "Q-PEFT-A"}.get(self.config.clues, without)
         return [method] * bool(self.model) + [UPR] * self.upr + [SIMILARITY] * self.similarity_only
@@ -124,6 +143,12 @@ class SystemsSpec:
         }
 
     @property
+    def config_with_limits(self) -> QPeftConfig:
+        """The config with these limits."""
+        limits: dict[str, Any] = {**self.limits}
+        return replace(self.config, **limits)
+
+    @property
     def passage_options(self) -> dict[str, Any]:
         """The options of `Reranker` for passages; empty without them."""
         names = ("passages", "passage_tokens", "passage_stride")
@@ -131,10 +156,11 @@ class SystemsSpec:
 
     def prompt(self) -> Prompt:
         """Make the `Prompt` without loading the LM."""
-        limits: dict[str, Any] = {**self.limits}
-        encoder_decoder = is_encoder_decoder(load_config(self.lm_name, revision=self.lm_revision))
+        lm_config = load_config(self.lm_name, revision=self.lm_revision)
         tokenizer = load_tokenizer(self.lm_name, revision=self.lm_revision)
-        return build_prompt(tokenizer, replace(self.config, **limits), encoder_decoder)
+        return build_prompt(
+            tokenizer, self.config_with_limits, is_encoder_decoder(lm_config), not names_classifier(lm_config)
+        )
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
         """Return all that the scores of the job depend on, except for rounding; see `PartialRun`."""
@@ -227,9 +253,10 @@ class Systems:
             )
             shared = ("compat", "template", "special_tokens", "instruction", "allow_special_tokens")
             same: dict[str, Any] = {name: getattr(spec.config, name) for name in shared} | spec.limits
+            config = QPeftConfig(clues="none", **same) if not spec.is_reranker else spec.config_with_limits
             if spec.index is not None and spec.config.num_virtual_tokens is not None:
                 options["cache"] = None  # the index was made with the adapter's soft prompt, not with the instruction
-            reranker = Reranker(get_qpeft_model(lm, QPeftConfig(clues="none", **same), tokenizer), **options)
+            reranker = Reranker(get_qpeft_model(lm, config, tokenizer), **options)
             self.rerankers |= dict.fromkeys(plain, reranker)
 
     def ranker(self, name: str) -> Ranker:

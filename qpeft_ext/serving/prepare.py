@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from ..prefixes.kv import prefix_digest
 from ..prompts.passages import Passage
+from ..prompts.pieces import DocumentPrefix
 from ..prompts.prompt import Document, Prompt, document_text
+from ..prompts.worded import WordedPrompt
 from ..utils.inputs import short
 from .ask import Ask, DocumentRecord
 from .errors import RequestError
@@ -111,16 +113,37 @@ def _prepared(ask: Ask, served: Served, texts: list[Document], warnings: list[st
             tokens = prompt.max_document_tokens
             warnings.append(f"{ask.document_field}[{place}] was cut to {tokens} of {tokens + prefix.cut} tokens")
     instruction = ask.instruction if (ask.instruction or "").strip() else None
-    pieces = prompt.suffix if instruction is None else prompt.instructed(instruction)
-    read = [len(pieces.last(query)) for query in ids]
-    fixed = pieces.least_tokens + (model.qpeft_config.k or 0)
-    lengths = [len(prefix.ids) for prefix in prefixes]
-    model.engine.expect_fits(fixed + max(read) + max(lengths))
-    digests = [prefix_digest(prefix.ids) for prefix in prefixes]
+    clues = model.qpeft_config.k or 0
+    shared, suffixes = _parts_of_prompts(prompt, [ids[place] for place in of], prefixes, instruction, clues)
+    lengths = [len(prefix.ids) for prefix in shared]
+    model.engine.expect_fits(max(suffixes) + max(lengths))
+    digests = [prefix_digest(prefix.ids) for prefix in shared]
     lists = [0] * (len(pairs) - len(bare)) + list(range(1, len(bare) + 1))
-    job = Job(served, pairs, digests, lengths, [fixed + read[place] for place in of], instruction, lists)
+    job = Job(served, pairs, digests, lengths, suffixes, instruction, lists)
     scored = list(map(model.scored_tokens, ids))
     return Prepared(ask, job, queries, texts, split, scored, [bare[q] for q in queries if bare], warnings)
+
+
+def _parts_of_prompts(
+    prompt: Prompt,
+    queries: list[tuple[int, ...]],
+    documents: list[DocumentPrefix],
+    instruction: str | None,
+    clues: int,
+) -> tuple[list[DocumentPrefix], list[int]]:
+    """Return the prefix of each pair, which pairs may share, and how many tokens follow it.
+
+    Args:
+        queries, documents: of each pair.
+        instruction: of all of them, or None.
+        clues: of a pair, at most.
+    """
+    if isinstance(prompt, WordedPrompt) and prompt.query_first:
+        asked = len(prompt.suffix.asked or ())
+        prefixes = prompt.query_prefixes(queries, [instruction] * len(queries))
+        return prefixes, [len(document.ids) + asked for document in documents]
+    pieces = prompt.suffix if instruction is None else prompt.instructed(instruction)
+    return documents, [pieces.least_tokens + clues + len(pieces.last(query)) for query in queries]
 
 
 def _resolve(document: str | DocumentRecord, place: int, ask: Ask, corpus: Mapping[str, Document] | None) -> Document:

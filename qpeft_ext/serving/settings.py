@@ -38,8 +38,10 @@ class ServeSpec:
     """Models and options of ``qpeft serve``.
 
     Attributes:
-        models: adapters by the name that requests give; None in the place of an adapter is the LM without clues (UPR).
+        models: adapters by the name that requests give; None in the place of an adapter is the LM itself: the reranker
+            that it is, or else its likelihoods without clues (UPR).
         base_model: the LM, a name as for `load_lm`; None takes the one that the first adapter names.
+        template: of the LM itself; None takes that of the reranker which it is, or else "qpeft".
         models_root: folder below which adapters may be loaded while the server runs; None refuses that.
         corpus: data set whose documents requests may name by id; None: every document comes with its text.
         index: made by ``qpeft index``, or None.
@@ -55,6 +57,7 @@ class ServeSpec:
 
     models: Mapping[str, str | None]
     base_model: str | None = None
+    template: str | None = None
     models_root: Path | None = None
     corpus: str | None = None
     index: Path | None = None

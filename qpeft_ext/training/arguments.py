@@ -96,7 +96,7 @@ def expect_trained(model: QPeftModel) -> None:
 
 def check_index(index: PrefixIndex, model: QPeftModel) -> None:
     """Raises: ValueError if training cannot read the prefixes of the index."""
-    why = model.engine.why_not_cached
+    why = model.why_no_index
     if not why and model.engine.prefix_is_trained:
         why = "its soft prompt, or what is trained in its LM, changes the prefixes with every step"
     if why:
