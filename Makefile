@@ -60,11 +60,11 @@ fuzz: build          ## thousands of damaged files and of hostile calls of the o
 	$(BIN)/python python_tests/fuzz/primitives.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
 	$(BIN)/python python_tests/fuzz/public_shapes.py --count $(or $(REQUESTS),500) --seed $(or $(SEED),0)
 
-fuzz-serve: build    ## thousands of requests that schemathesis makes of the description of `qpeft serve` (REQUESTS, SEED)
+fuzz-serve: build    ## thousands of requests that schemathesis makes of the description of `qpeft serve` (REQUESTS, SEED, PHASES)
 	test -x build/fuzz-serve/bin/schemathesis || { $(BIN)/python -m venv build/fuzz-serve && \
 		build/fuzz-serve/bin/python -m pip install --quiet 'schemathesis>=4,<5'; }
 	$(BIN)/python python_tests/fuzz/serve.py --tool build/fuzz-serve/bin/schemathesis \
-		--count $(or $(REQUESTS),10000) --seed $(or $(SEED),0)
+		--count $(or $(REQUESTS),10000) --seed $(or $(SEED),0) $(addprefix --phases ,$(PHASES))
 
 sanitize: build      ## the operators under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, 10,000 calls
 	$(BIN)/python python_tests/fuzz/sanitize.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)

@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--tool", required=True, help="the program schemathesis")
     parser.add_argument("--count", type=int, default=10_000, help="requests, about")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phases", default="examples,coverage,fuzzing", help="of schemathesis")
     given = parser.parse_args()
     command = [sys.executable, "-m", "qpeft_ext.cli", "serve", "--model", f"code={DEMO / 'adapter'}",
                "--base-model", str(DEMO / "base_lm"), "--port", "0", "--device", "cpu", "--log-level", "error",
@@ -51,7 +52,7 @@ def main() -> int:
             wait_until_ready(found[0], server)
             each = max(1, given.count // (2 * len(ROUTES)))  # valid and invalid requests of each route
             fuzz = [given.tool, "run", f"{found[0]}/openapi.json", "--checks", CHECKS, "--max-examples", str(each),
-                    "--seed", str(given.seed), "--phases", "examples,coverage,fuzzing", "--mode", "all",
+                    "--seed", str(given.seed), "--phases", given.phases, "--mode", "all",
                     "--request-timeout", "120", "--no-color",
                     *[word for route in ROUTES for word in ("--include-path", route)]]  # fmt: skip
             return subprocess.run(fuzz).returncode or (1 if server.poll() is not None else 0)
