@@ -85,3 +85,8 @@ def test_a_score_that_asks_has_the_listwise_loss():
     assert QPeftConfig(score="yes_no", loss="ranknet").loss == "ranknet"
     assert QPeftConfig.from_dict(QPeftConfig(score="both", yes_words=["true", "right"]).to_dict()).yes_words == (
         "true", "right")  # fmt: skip
+
+
+def test_recommended_options_of_a_rerankers_template_have_no_clues():
+    config = QPeftConfig.recommended(template="qwen3_reranker")
+    assert (config.clues, config.generated_lora_rank, config.loss, config.score) == ("none", None, "listwise", "yes_no")

@@ -92,11 +92,11 @@ def _check_places(options: CalibrateOptions) -> None:
 
 
 def _reranker(options: CalibrateOptions) -> Reranker:
-    from ..config import QPeftConfig
     from ..lm.loading import default_device, load_lm
     from ..model import get_qpeft_model
     from ..prefixes.cache import DocumentCache
     from ..ranking.reranker import Reranker
+    from ..ranking.without_adapter import config_without_adapter, template_without_adapter
 
     given = {"revision": options.revision, "attention": options.attention}
     place = {"device": default_device(options.device), "dtype": options.dtype}
@@ -114,5 +114,6 @@ def _reranker(options: CalibrateOptions) -> Reranker:
         )
     assert options.base_model is not None, "checked before"
     lm = load_lm(options.base_model, **given, **place)
-    config = QPeftConfig(clues="none", template=options.template or "qpeft")
+    template = template_without_adapter(options.base_model, lm.config, options.template)
+    config = config_without_adapter(options.base_model, lm.config, template)
     return Reranker(get_qpeft_model(lm, config), cache=cache, truncate_queries=cut)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .values import WRITTEN_TEMPLATES
+
 _ENOUGH_NEGATIVES = 7  # with so many of its own, a query gains nothing from the documents of others
 
 
@@ -15,7 +17,10 @@ def recommended_options(examples: Sequence[Mapping[str, Any]] | None, options: d
         examples: training examples, or None.
         options: what a user chose, which wins.
     """
-    options = {"clues": "top_k", "loss": "listwise", "num_hard_negatives": _ENOUGH_NEGATIVES} | options
+    clues = (
+        "top_k" if options.get("template", "qpeft") in WRITTEN_TEMPLATES else "none"
+    )  # others have no place for them
+    options = {"clues": clues, "loss": "listwise", "num_hard_negatives": _ENOUGH_NEGATIVES} | options
     learns_nothing = options["clues"] == "none" or options["loss"] == "pointwise" or options.get("compat") == "official"
     options = {"generated_lora_rank": None if learns_nothing else 16} | options
     if options["generated_lora_rank"] is not None:

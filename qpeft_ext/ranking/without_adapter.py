@@ -29,3 +29,14 @@ def config_without_adapter(name: str, lm_config: Any, template: str | None = Non
         )
     given = {option: value for option, value in options.items() if value is not None}
     return QPeftConfig(clues="none", template=found, **given)
+
+
+def template_without_adapter(name: str, lm_config: Any, template: str | None = None) -> str | None:
+    """Return the template that an LM is scored with where nobody asks for its likelihood: the default for no reranker.
+
+    Args:
+        name, lm_config, template: as for `config_without_adapter`.
+    Returns: the template; None for a classifier of no known kind, which must be told.
+    """
+    found = template or known_reranker(name, lm_config.model_type)
+    return found if found or names_classifier(lm_config) else "qpeft"

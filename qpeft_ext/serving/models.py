@@ -11,13 +11,11 @@ from typing import Any
 
 from ..adapters.files import LM_ADAPTER, local_folder
 from ..config import QPeftConfig
-from ..config.rerankers import known_reranker
-from ..lm.classifier import names_classifier
 from ..lm.loading import default_device, load_lm, quiet_transformers
 from ..model import get_qpeft_model
 from ..prefixes.cache import DocumentCache
 from ..ranking.reranker import Reranker
-from ..ranking.without_adapter import config_without_adapter
+from ..ranking.without_adapter import config_without_adapter, template_without_adapter
 from .errors import RequestError
 from .settings import ServeSpec
 
@@ -115,8 +113,7 @@ class Models:
         if adapter is None:
             lm = load_lm(str(spec.base_model), **where) if self._lm is None else self._lm
             limits: dict[str, Any] = dict(spec.token_limits)
-            known = spec.template or known_reranker(str(spec.base_model), lm.config.model_type)
-            template = known if known or names_classifier(lm.config) else "qpeft"
+            template = template_without_adapter(str(spec.base_model), lm.config, spec.template)
             config = config_without_adapter(str(spec.base_model), lm.config, template, **limits)
             return Reranker(get_qpeft_model(lm, config, self._tokenizer), **self._options)
         options = {**self._options, **spec.token_limits}
