@@ -64,6 +64,8 @@ def test_rerank(folder, tmp_path, capsys, monkeypatch, options):
     (["--base-model", "my-lm"], "is no known reranker: set template to the one that it was trained with"),
     (["--base-model", "my-lm", "--template", "qwen3"], "template must be one of qpeft"),
     (["--base-model", "my-lm", "--template", "missing.jinja"], "there is no file missing.jinja"),
+    (["--base-model", "Qwen3-Reranker-0.6B", "--option", "yes_words=ja"], "this template has yes_words=('yes',)"),
+    (["--base-model", "my-lm", "--upr", "--option", "seed=1"], "--option is for an LM that is a reranker itself"),
     (["--base-model", "my-lm", "--template", "no.jinja"], "is no template of Jinja2"),
     (["--base-model", "my-lm", "--template", "query.jinja"], "must write {{ document }} once"),
     (["--base-model", "my-lm", "--template", "qwen3_reranker", "--upr"], "UPR scores by the likelihood of the query"),
@@ -90,11 +92,13 @@ def test_a_file_as_template(folder, tmp_path, capsys):
     file.write_text("Query: {{ query }}\nDocument: {{ document }}\nRelevant:")
     lm = folder / "my-lm"
     run_command(
-        capsys, "rerank", "--base-model", lm, "--template", file, "--data", folder / "data", "--run",
-        folder / "data" / "run.trec", "--device", "cpu", "--output", tmp_path / "out.trec",
+        capsys, "rerank", "--base-model", lm, "--template", file, "--option", "yes_words=1", "--option", "no_words=0",
+        "--data", folder / "data", "--run", folder / "data" / "run.trec", "--device", "cpu",
+        "--output", tmp_path / "out.trec",
     )  # fmt: skip
     written = formats.read_run(tmp_path / "out.trec")
-    reranker = qpeft.Reranker.from_lm(lm, file.read_text(), device="cpu")
+    words = {"yes_words": ("1",), "no_words": ("0",)}
+    reranker = qpeft.Reranker.from_lm(lm, file.read_text(), device="cpu", config=words)
     corpus = formats.Corpus(folder / "data")
     for query_id, ranking in written.items():
         pairs = [(QUERIES[query_id], corpus[doc_id]) for doc_id, _ in ranking]

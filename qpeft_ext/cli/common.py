@@ -63,6 +63,13 @@ Template = Annotated[
         "[default: the adapter's, that of the reranker which the LM is, or qpeft]"
     ),
 ]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Any option of QPeftConfig as NAME=VALUE, for an LM that is a reranker itself: instruction, yes_words, "
+        "no_words, …; may be repeated."
+    ),
+]
 SpecialTokens = Annotated[
     str | None,
     typer.Option(

@@ -24,6 +24,7 @@ from .common import (
     IgnoreIdenticalIds,
     KvDtype,
     Measures,
+    Option,
     Passages,
     PassageStride,
     PassageTokens,
@@ -36,6 +37,7 @@ from .common import (
     expect_kv_dtype_of,
     from_dataclass,
     measure_names,
+    parse_options,
 )
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ class RerankOptions:
     ] = None
     template: Template = None
     special_tokens: SpecialTokens = None
+    option: Option = None
     max_query_tokens: Annotated[
         int | None,
         typer.Option(help="Longest query in tokens; a longer one is an error.  [default: the adapter's, or 64]"),
@@ -174,6 +177,8 @@ def _check_options(options: RerankOptions) -> None:
         max_document_tokens=options.max_document_tokens,
         max_tokens_per_batch=options.max_tokens_per_batch,
     )
+    if options.option and (options.model or options.upr or options.similarity_only):
+        raise ValueError("--option is for an LM that is a reranker itself; leave it out, or --model, --upr, …")
     check_passages(options.passages, options.passage_tokens, options.passage_stride)
     expect_at_least(0, cache_bytes=options.cache_bytes)
     expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index, options.max_memory)
@@ -214,6 +219,7 @@ def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
         kv_dtype=options.kv_dtype,
         template=options.template,
         special_tokens=options.special_tokens,
+        options=parse_options(options.option or ()),
         threshold=options.threshold,
         passages=options.passages,
         passage_tokens=options.passage_tokens,

@@ -15,6 +15,7 @@ from .common import (
     Device,
     Dtype,
     KvDtype,
+    Option,
     Passages,
     PassageStride,
     PassageTokens,
@@ -23,6 +24,7 @@ from .common import (
     expect_at_least,
     expect_kv_dtype_of,
     from_dataclass,
+    parse_options,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class ServeOptions:
     device: Device = None
     revision: Revision = None
     template: Template = None
+    option: Option = None
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Make scores bit-equal whatever is scored with them; slower.")
     ] = False
@@ -113,8 +116,8 @@ def _check_options(options: ServeOptions) -> None:
 
     if not (options.model or options.base_model):
         raise ValueError("expected --model ADAPTER, or --base-model LM: a reranker, or any LM to score without clues")
-    if options.model and options.template is not None:
-        raise ValueError("--template is for --base-model without an adapter; leave it out")
+    if options.model and (options.template is not None or options.option):
+        raise ValueError("--template and --option are for --base-model without an adapter; leave them out")
     expect_at_least(
         1,
         max_query_tokens=options.max_query_tokens,
@@ -154,6 +157,7 @@ def _spec(options: ServeOptions) -> ServeSpec:
         models=_models(options.model, options.base_model),
         base_model=options.base_model,
         template=options.template,
+        config_options=parse_options(options.option or ()),
         models_root=options.models_root,
         corpus=options.corpus,
         index=options.index,

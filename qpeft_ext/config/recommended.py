@@ -17,9 +17,7 @@ def recommended_options(examples: Sequence[Mapping[str, Any]] | None, options: d
         examples: training examples, or None.
         options: what a user chose, which wins.
     """
-    clues = (
-        "top_k" if options.get("template", "qpeft") in WRITTEN_TEMPLATES else "none"
-    )  # others have no place for them
+    clues = "top_k" if options.get("template", "qpeft") in WRITTEN_TEMPLATES else "none"
     options = {"clues": clues, "loss": "listwise", "num_hard_negatives": _ENOUGH_NEGATIVES} | options
     learns_nothing = options["clues"] == "none" or options["loss"] == "pointwise" or options.get("compat") == "official"
     options = {"generated_lora_rank": None if learns_nothing else 16} | options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,6 +59,7 @@ class SystemsSpec:
         index: a folder of prefixes on disk, made by ``qpeft index``.
         kv_dtype: as for `DocumentCache`, of the cache that cache_bytes, max_memory or index ask for.
         template, special_tokens: as in `QPeftConfig`, where there is no adapter that says it.
+        options: further options of `QPeftConfig` for an LM that is a reranker itself.
         threshold: documents with a smaller relevance are left out of the main system's ranking; None leaves none out.
     """
 
@@ -80,6 +81,7 @@ class SystemsSpec:
     kv_dtype: str | None = None
     template: str | None = None
     special_tokens: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     truncate_queries: bool = False
     threshold: float | None = None
     passages: str | None = None
@@ -97,7 +99,7 @@ class SystemsSpec:
             return adapter_config(self.model, asked)
         if self.is_reranker:
             lm_config = load_config(str(self.base_model), revision=self.revision)
-            return config_without_adapter(str(self.base_model), lm_config, **asked)
+            return config_without_adapter(str(self.base_model), lm_config, **{**asked, **self.options})
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         config = QPeftConfig(**given)
         if self.upr and config.score != "likelihood":
@@ -179,6 +181,7 @@ class SystemsSpec:
             "attention": self.attention,
             **{name: getattr(self.config, name) for name in ("template", "allow_special_tokens")},
             **({} if special_tokens == "bos" else {"special_tokens": special_tokens}),  # before it was an option: bos
+            **({"options": repr(sorted(self.options.items()))} if self.options else {}),
             "deterministic": self.deterministic,
             **self.limits,
             **self.passage_options,

@@ -112,7 +112,7 @@ class Models:
         where = {**spec.lm_options, "device": default_device(spec.lm_options.get("device"))}
         if adapter is None:
             lm = load_lm(str(spec.base_model), **where) if self._lm is None else self._lm
-            limits: dict[str, Any] = dict(spec.token_limits)
+            limits: dict[str, Any] = {**spec.config_options, **spec.token_limits}
             template = template_without_adapter(str(spec.base_model), lm.config, spec.template)
             config = config_without_adapter(str(spec.base_model), lm.config, template, **limits)
             return Reranker(get_qpeft_model(lm, config, self._tokenizer), **self._options)

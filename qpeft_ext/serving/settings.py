@@ -42,6 +42,7 @@ class ServeSpec:
             that it is, or else its likelihoods without clues (UPR).
         base_model: the LM, a name as for `load_lm`; None takes the one that the first adapter names.
         template: of the LM itself; None takes that of the reranker which it is, or else "qpeft".
+        config_options: further options of `QPeftConfig` for the LM itself.
         models_root: folder below which adapters may be loaded while the server runs; None refuses that.
         corpus: data set whose documents requests may name by id; None: every document comes with its text.
         index: made by ``qpeft index``, or None.
@@ -58,6 +59,7 @@ class ServeSpec:
     models: Mapping[str, str | None]
     base_model: str | None = None
     template: str | None = None
+    config_options: Mapping[str, Any] = field(default_factory=dict)
     models_root: Path | None = None
     corpus: str | None = None
     index: Path | None = None
