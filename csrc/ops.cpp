@@ -160,6 +160,16 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   //   total += a @ b     a [N, C], b [C, D] bfloat16; total [N, D] float32: row strides free, last strides 1
   m.def("bfloat16_add_product(Tensor(a!) total, Tensor a, Tensor b, bool tiles=True) -> ()");
 
+  // ---- linear layers in 8 bits, CPU only ------------------------------------------------------------------------------------
+  // The fastest kernel that this processor has: 0 one for every processor, 1 AVX512-VNNI, 2 AMX.
+  m.def("int8_instructions() -> int");
+  //   x [N, D] float32, row stride free, D a multiple of 64; weight [C / 16, D / 4, 16, 4] int8, scale [C] float32, sums [C]
+  //   int32 of the weights of each output; columns [R] int32, inputs whose weights are exact [R, C] float32; bias [C] float32;
+  //   instructions: no faster kernel than this one -> out [N, C] float32
+  m.def(
+      "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor sums, Tensor columns, Tensor exact, Tensor? bias, "
+      "int instructions=2) -> Tensor");
+
   // ---- attention of bfloat16, CPUs with AMX only (others raise): what an LM's layer asks for between its projections ---------
   //   query [B, H, L, D], key and value [B, K, T, D], heads h * H / K .. of queries share head h of keys; mask bool
   //   [B or 1, 1, L, T]: last strides 1, all others free; D a multiple of 32

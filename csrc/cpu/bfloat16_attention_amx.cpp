@@ -6,7 +6,8 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/bfloat16_tiles.h"
+#include "cpu/amx_tiles.h"
+#include "cpu/bfloat16_vectors.h"
 
 namespace qpeft {
 namespace {

@@ -7,28 +7,10 @@
 #include "cpu/bfloat16_products.h"
 
 #include "cpu/common.h"
-
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "cpu/instructions.h"
 
 namespace qpeft {
-namespace {
-
 #if defined(__x86_64__) && defined(__gnu_linux__)
-
-// Tiles take 8 KB of the state of a thread, so a process has to ask the system for them, once.
-bool may_use_tiles() {
-  constexpr unsigned kBf16 = 1 << 22, kTile = 1 << 24;
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool there = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile);
-  return there && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-
-}  // namespace
 
 // Without tiles Intel's processors multiply float32 faster: Llama-2-7B's head takes a Xeon 1,131 ms in float32, 1,888 by
 // VDPBF16PS and 220 with tiles (1,600 rows, 2 threads); an AMD EPYC takes 2,068 in float32 and 1,031 by VDPBF16PS.
@@ -36,8 +18,8 @@ int64_t bfloat16_instructions() {
   static const int64_t found = [] {
     const bool vectors = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl");
-    if (vectors && may_use_tiles()) return kInstructionsAmx;
-    return vectors && __builtin_cpu_is("amd") ? kInstructionsAvx512Bf16 : kInstructionsNone;
+    if (vectors && may_use_tiles(kTilesOfBFloat16)) return kInstructionsAmx;
+    return vectors && __builtin_cpu_is("amd") && instructions_cap() != Cap::kAvx2 ? kInstructionsAvx512Bf16 : kInstructionsNone;
   }();
   return found;
 }

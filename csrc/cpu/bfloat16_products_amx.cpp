@@ -1,6 +1,7 @@
 // The products of bfloat16_products.h with tiles: TDPBF16PS adds the product of a [16, 32] and a [32, 16] tile to one of
 // 16 by 16 sums. Four of the eight tiles hold sums, so that a step reads as many tiles as it multiplies.
-#include "cpu/bfloat16_tiles.h"
+#include "cpu/amx_tiles.h"
+#include "cpu/bfloat16_vectors.h"
 
 namespace qpeft {
 namespace {

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import qpeft_ext as qpeft
 from qpeft_ext.engine.causal import CausalEngine
-from qpeft_ext.engine.path_check import ordinary_ids
+from qpeft_ext.lm.probe_ids import ordinary_ids
 
 pytestmark = pytest.mark.slow
 

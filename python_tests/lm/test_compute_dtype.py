@@ -52,5 +52,5 @@ def test_this_machine_is_measured():
 def test_other_names():
     assert compute_dtype.resolve_dtype(None) is None
     assert compute_dtype.resolve_dtype("float16") == compute_dtype.resolve_dtype(torch.float16) == torch.float16
-    with pytest.raises(ValueError, match="dtype must be float32, bfloat16, float16 or auto, got 'fast'"):
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16, float16, int8 or auto, got 'fast'"):
         qpeft.load_lm(BASE_LM, dtype="fast")

@@ -21,8 +21,8 @@ Device = Annotated[str | None, typer.Option(help="Such as cuda or cpu.  [default
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Number format of the LM: bfloat16, float16, float32, or auto for the one that this machine multiplies "
-        "fastest.  [default: as it is stored]"
+        help="Number format of the LM: bfloat16, float16, float32, int8 (CPUs only), or auto for float32 or bfloat16, "
+        "whichever this machine multiplies faster.  [default: as it is stored]"
     ),
 ]
 KvDtype = Annotated[

@@ -13,12 +13,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..lm.head import LikelihoodHead
 from ..lm.passes import Hook
+from ..lm.probe_ids import ordinary_ids
 from ..lm.rope import find_rotary_tables
 from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch, pack_ragged, pad, to_device
 from ..prompts.pieces import CluesFirstPieces, SuffixPieces
 from .base import BaseEngine
-from .path_check import check_paths, ordinary_ids
+from .path_check import check_paths
 from .read_slots import ReadSlots
 from .rows import Rows, assemble_rows, with_clues
 

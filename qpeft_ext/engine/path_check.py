@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..lm.errors import LM_ERRORS, in_one_line
 from ..lm.packed import is_coarse, is_packed
+from ..lm.probe_ids import ordinary_ids
 from ..prompts.pairs import PairBatch
 from ..prompts.pieces import DocumentPrefix, SuffixPieces
 
@@ -159,16 +160,3 @@ def _rounding(engine) -> float:
         return 1e-4 if exact else 0.02
     packed = any(map(is_packed, engine.lm.parameters()))
     return 0.02 if engine.table.dtype == torch.float16 and not packed else 0.06
-
-
-def ordinary_ids(lm, count: int) -> list[int]:
-    """Choose token ids spread over the vocabulary, without those that a config names (padding, images, ends)."""
-    size = len(lm.get_input_embeddings().weight)
-    named: set[int] = set()
-    for config in (lm.config, lm.config.get_text_config()):
-        for name, value in config.to_dict().items():
-            if name.endswith(("_token_id", "_token_ids", "_token_index", "_id")):
-                named.update(i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int))
-    free = [i for i in range(size // 16, size) if i not in named] or list(range(size))
-    free = free[: max(count, len(free) // 2)]  # the last rows of a table are often untrained
-    return [free[i * len(free) // count] for i in range(count)]

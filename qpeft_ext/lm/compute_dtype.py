@@ -21,7 +21,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: str | None = None) ->
     """Return the dtype of a name; None stays None.
 
     Args:
-        dtype: "float32", "bfloat16", "float16", "auto" or a dtype. "auto" is `fastest_dtype`.
+        dtype: "float32", "bfloat16", "float16", "int8", "auto" or a dtype. "auto" is `fastest_dtype`.
         device: where the LM computes, for "auto"; None is the CPU.
     Raises: ValueError for another name.
     """
@@ -30,7 +30,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: str | None = None) ->
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype):
-            raise ValueError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+            raise ValueError(f"dtype must be float32, bfloat16, float16, int8 or auto, got {dtype!r}")
         return found
     return dtype
 

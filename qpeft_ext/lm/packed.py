@@ -47,7 +47,7 @@ def expect_plain(weight: Tensor, what: str) -> None:
     """
     if is_packed(weight):
         kind = weight.dtype if type(weight) in (Tensor, nn.Parameter) else type(weight).__name__
-        raise ValueError(f"{what} is packed ({kind}); load the LM without quantization")
+        raise ValueError(f"{what} is packed ({kind}); load the LM without quantization, not in int8")
 
 
 def without_gguf_blocks(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .int8 import is_int8
 from .packed import plain_parts
 
 # options that do not change what the LM computes, or that differ between two loads of the same LM
@@ -157,7 +158,7 @@ def fingerprint_of(lm: Any) -> dict[str, str]:
         _hash_tensor(adapter if adapters != "[]" and _is_adapter(name) else weights, name, tensors[name])
     return {
         "model_type": lm.config.model_type,
-        "dtype": str(next(lm.parameters()).dtype).removeprefix("torch."),
+        "dtype": "int8" if is_int8(lm) else str(next(lm.parameters()).dtype).removeprefix("torch."),
         "attention": _attention(lm),
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "weights": weights.hexdigest(),

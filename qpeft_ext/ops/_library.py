@@ -76,7 +76,9 @@ def kernels_live() -> dict[str, tuple[bool, str]]:
         except ImportError as error:
             return {device: (False, str(error)) for device in ("cpu", "cuda")}
     on_cpu = "cpu" in _live
-    live = {"cpu": (on_cpu, f"loaded from {LIBRARY}; {_bfloat16_words()}" if on_cpu else _why_not("cpu"))}
+    live = {
+        "cpu": (on_cpu, f"loaded from {LIBRARY}; {_bfloat16_words()}; {_int8_words()}" if on_cpu else _why_not("cpu"))
+    }
     reason = _why_not("cuda") if "cuda" not in _live else _why_no_gpu()
     live["cuda"] = (reason is None, reason or f"compiled for {_host_info()['cuda_architectures']}")
     return live
@@ -89,6 +91,11 @@ def _bfloat16_words() -> str:
         "as they are, by AMX, and bf16 attention is by AMX too",
     )
     return f"bf16 LM heads are multiplied {how[torch.ops.qpeft_ext.bfloat16_instructions()]}"
+
+
+def _int8_words() -> str:
+    how = ("slowly, without AVX512-VNNI", "by AVX512-VNNI", "by AMX")
+    return f"int8 LMs are multiplied {how[torch.ops.qpeft_ext.int8_instructions()]}"
 
 
 def _why_not(device_type: str) -> str:

@@ -30,6 +30,12 @@ def multiplies_bfloat16_by_tiles() -> bool:
     return registered() and torch.ops.qpeft_ext.bfloat16_instructions() == 2
 
 
+@cache
+def has_int8_products() -> bool:
+    """Return whether this processor has instructions for products of 8 bits that are faster than float32."""
+    return registered() and torch.ops.qpeft_ext.int8_instructions() > 0
+
+
 def few_heights(height: int) -> int:
     """Round a height up to one of 16 between a power of two and the next: 3 % more on average, 6 % at most."""
     step = 1 << max(0, height.bit_length() - 5)

@@ -1,9 +1,10 @@
 // Tiles of AMX and memory for them. Only files that run on processors with AMX may include it.
 #pragma once
+#include <immintrin.h>
+
+#include <cstdint>
 #include <memory>
 #include <new>
-
-#include "cpu/bfloat16_vectors.h"
 
 namespace qpeft {
 namespace {

