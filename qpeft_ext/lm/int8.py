@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._library import registered
 from ..ops.hardware import has_int8_products
 from ..ops.int8_linear import Int8Weight, int8_linear, takes
 from .passes import hooked
@@ -91,7 +92,8 @@ def expect_int8_possible(device: str | None, options: Mapping[str, Any]) -> None
 
 @cache
 def _say_slow() -> None:
-    logger.warning("dtype='int8': this processor has no AVX512-VNNI, so that int8 is slower here than float32")
+    why = "this processor has no AVX512-VNNI" if registered("int8_linear") else "qpeft_ext._C is of an earlier build"
+    logger.warning(f"dtype='int8': {why}, so that int8 is slower here than float32")
 
 
 def is_int8(lm: nn.Module) -> bool:

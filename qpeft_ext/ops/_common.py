@@ -30,7 +30,7 @@ def implement(name: str, keys: str | tuple[str, ...] = ("cpu", "cuda")):
 
 def fake(name: str):
     """Return a decorator for the function that tells torch.compile the shapes and dtypes of ``qpeft_ext::name``."""
-    return torch.library.register_fake(f"qpeft_ext::{name}") if registered() else lambda function: function
+    return torch.library.register_fake(f"qpeft_ext::{name}") if registered(name) else lambda function: function
 
 
 def differentiable(name: str, setup_context, backward) -> None:
@@ -44,7 +44,7 @@ def differentiable(name: str, setup_context, backward) -> None:
         depends_on = (x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad)
         return _FirstOrder.apply(name, results, *depends_on)
 
-    if registered():
+    if registered(name):
         torch.library.register_autograd(f"qpeft_ext::{name}", first_order, setup_context=setup_context)
 
 

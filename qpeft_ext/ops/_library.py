@@ -94,6 +94,8 @@ def _bfloat16_words() -> str:
 
 
 def _int8_words() -> str:
+    if not registered("int8_linear"):
+        return f"int8 LMs run the PyTorch definitions, slowly: the library is of an earlier build. {WHAT_TO_DO}"
     how = ("slowly, without AVX512-VNNI", "by AVX512-VNNI", "by AMX")
     return f"int8 LMs are multiplied {how[torch.ops.qpeft_ext.int8_instructions()]}"
 
@@ -166,6 +168,9 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
-def registered() -> bool:
-    """Return whether the library, and with it the schemas of csrc/ops.cpp, is loaded."""
-    return hasattr(torch.ops.qpeft_ext, "document_rows_distinct")
+def registered(name: str = "document_rows_distinct") -> bool:
+    """Return whether the library, and with it the schemas of csrc/ops.cpp, is loaded.
+
+    name: an operator; a library that was built before its source was changed may not have it.
+    """
+    return hasattr(torch.ops.qpeft_ext, name)

@@ -33,7 +33,7 @@ def multiplies_bfloat16_by_tiles() -> bool:
 @cache
 def has_int8_products() -> bool:
     """Return whether this processor has instructions for products of 8 bits that are faster than float32."""
-    return registered() and torch.ops.qpeft_ext.int8_instructions() > 0
+    return registered("int8_instructions") and torch.ops.qpeft_ext.int8_instructions() > 0
 
 
 def few_heights(height: int) -> int:

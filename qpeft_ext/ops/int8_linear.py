@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._checks import expect_device, expect_dtype, expect_shape
 from ._common import differentiable, fake, outside_autocast, refuse_forward_mode
-from ._library import uses_reference
+from ._library import registered, uses_reference
 
 WORDS, INPUTS = 16, 64  # outputs and inputs of a layer must be multiples of these; so many inputs are turned together
 _FOUR = 4  # inputs that are multiplied at a time
@@ -120,7 +120,7 @@ def int8_linear(x: Tensor, layer: Int8Weight, bias: Tensor | None = None) -> Ten
         expect_shape(op, "bias", bias, "[C]", (len(layer.scale),))
         expect_dtype(op, "bias", bias, torch.float32)
         expect_device(op, "bias", bias, "x", x)
-    if uses_reference(x.device) or x.device.type not in ("cpu", "meta"):
+    if uses_reference(x.device) or not registered(op) or x.device.type not in ("cpu", "meta"):
         return reference(x, layer, bias)
     refuse_forward_mode(op, x, bias)
     return torch.ops.qpeft_ext.int8_linear(x, *layer, bias)
