@@ -55,7 +55,7 @@ def test_clues_stand_before_the_instruction():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"template": "urp"}, "template must be one of qpeft, upr, chat, got 'urp'; did you mean 'upr'?"),
+    ({"template": "urp"}, "a file of Jinja2, got 'urp'; did you mean 'upr'?"),
     ({"template": "upr", "instruction": "Ask."}, "template='upr' has an instruction of its own; leave instruction out"),
 ])  # fmt: skip
 def test_impossible_templates_are_errors(options, message):
