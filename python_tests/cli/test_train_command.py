@@ -68,7 +68,7 @@ def test_queries_are_kept_back_to_calibrate_on(job, tmp_path, capsys):
     assert "48 training examples" in out and "20 queries are kept back to calibrate on" in out
     found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["calibration"]
     if found is None:  # the scores of a random LM may rank no better than chance
-        assert "the adapter is not calibrated: calibration: relevant documents do not make" in out
+        assert "the adapter is not calibrated: calibration: relevant documents do not have" in out
     else:
         assert (found["measured"]["queries"], found["measured"]["pairs"]) == (20, 40)
     (tmp_path / "examples.jsonl").write_text(json.dumps(lines[0]) + "\n")
