@@ -26,9 +26,8 @@ def test_a_score_is_trained_saved_and_loaded(score, loss, tmp_path):
     options = LORA | (WORDS if score != "graded" else {}) | {"in_batch_negatives": not taught}
     lm = tiny_lm("llama")
     model, examples = tiny_model(lm, score=score, loss=loss, **options), TAUGHT if taught else EXAMPLES
-    run = trainer(
-        tmp_path / "run", model, examples, examples, max_steps=30, learning_rate=2e-2, lr_scheduler_type="constant"
-    )
+    steps = {"max_steps": 20, "learning_rate": 2e-2, "lr_scheduler_type": "constant"}
+    run = trainer(tmp_path / "run", model, examples, examples, **steps)
     before = run.evaluate()
     start = weights(model)
     run.train()

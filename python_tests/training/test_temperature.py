@@ -57,7 +57,7 @@ def test_bounds():
     assert 0.0025 <= easy < 0.01  # nothing is wrong: a twentieth of the deviation, or where the loss is 0 in float32
     assert best_temperature(config, tables([0.0, 1.0])) == 0.5  # everything is
     for row in ([math.nan, 0.0], [-1.0, -1.0]):
-        with pytest.raises(ValueError, match="temperature='auto': expected log-likelihoods that differ between docum"):
+        with pytest.raises(ValueError, match="temperature='auto': expected scores that differ between docum"):
             best_temperature(config, tables(row))
 
 

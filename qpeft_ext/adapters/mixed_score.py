@@ -13,7 +13,7 @@ START = 0.1
 class MixedScore(Float32Module):
     """ℓ + w · log-odds, where ℓ is the mean log-likelihood of the query, and w is trained.
 
-    w is 0.1 at the start: log-odds differ by nats between documents, ℓ by tenths of a nat.
+    w is 0.1 at the start, so that an LM that has not learned to answer ranks nearly as by the likelihood alone.
     """
 
     def __init__(self) -> None:

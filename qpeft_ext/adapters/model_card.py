@@ -8,6 +8,13 @@ from typing import Any
 
 PLOT = "reliability.svg"
 _SECTION = "## Calibration"
+_SCORES = {
+    "likelihood": "the log-likelihood that {lm} gives the query after reading the document and its clues",
+    "yes_no": "the log-odds with which {lm} answers yes or no behind document, clues and query",
+    "graded": "the grade that {lm} gives behind document, clues and query",
+    "both": "the log-likelihood that {lm} gives the query after reading the document and its clues, and the log-odds "
+    "with which it answers yes or no behind the query",
+}
 _SIDE, _EDGE = 240, 40  # pixels of the plot, and of the margin around it
 
 
@@ -30,8 +37,7 @@ def model_card(model, version: str) -> str:
         "",
         "# Q-PEFT adapter",
         "",
-        f"Reranks documents by the log-likelihood that `{base}` gives the query after reading the document and its "
-        "clues.",
+        f"Reranks documents by {_SCORES[config.score].format(lm=f'`{base}`')}.",
         "",
         "```python",
         "import qpeft_ext as qpeft",

@@ -43,6 +43,10 @@ class CalibrateOptions:
     template: Annotated[
         str | None, typer.Option(help="Template of the prompt, without an adapter.  [default: qpeft]")
     ] = None
+    score: Annotated[
+        str | None,
+        typer.Option(help="Score without an adapter: likelihood, yes_no, graded or both.  [default: likelihood]"),
+    ] = None
     cache_bytes: Annotated[int, typer.Option(help="Memory for keys and values of documents.")] = 1 << 30
     revision: Revision = None
     dtype: Dtype = None
@@ -87,8 +91,9 @@ def _check_places(options: CalibrateOptions) -> None:
             raise ValueError("expected --base-model LM, since there is no adapter that names one")
         if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
             raise ValueError(f"--output {options.output} is there already; name a new folder")
-    elif options.template is not None:
-        raise ValueError("--template is for --base-model without an adapter; leave it out")
+    for name in ("template", "score"):
+        if options.output is None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for --base-model without an adapter; leave it out")
 
 
 def _reranker(options: CalibrateOptions) -> Reranker:
@@ -115,5 +120,5 @@ def _reranker(options: CalibrateOptions) -> Reranker:
     assert options.base_model is not None, "checked before"
     lm = load_lm(options.base_model, **given, **place)
     template = template_without_adapter(options.base_model, lm.config, options.template)
-    config = config_without_adapter(options.base_model, lm.config, template)
+    config = config_without_adapter(options.base_model, lm.config, template, score=options.score)
     return Reranker(get_qpeft_model(lm, config), cache=cache, truncate_queries=cut)

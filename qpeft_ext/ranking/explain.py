@@ -154,7 +154,7 @@ def explain_pair(
 
 
 def describe_model(model: QPeftModel) -> list[str]:
-    """Return the parts of a model in words: its LM, and its trained modules."""
+    """Return the parts of a model in words: its LM, its trained modules, and its score where that is another kind."""
     config = model.qpeft_config
     name = config.base_model_name_or_path or getattr(model.lm, "name_or_path", "") or "no name"
     kind = {
@@ -165,7 +165,8 @@ def describe_model(model: QPeftModel) -> list[str]:
     lora = f", generated LoRA of rank {config.generated_lora_rank}" if config.generated_lora_rank else ""
     soft_prompt = f", soft prompt of {config.num_virtual_tokens} tokens" if config.num_virtual_tokens else ""
     dtype = str(model.engine.table.dtype).removeprefix("torch.")
-    return [f"{type(model.lm).__name__} {name!r}, {dtype} on {model.device}", kind + lora + soft_prompt]
+    score = "" if config.score == "likelihood" else f", score {config.score}"
+    return [f"{type(model.lm).__name__} {name!r}, {dtype} on {model.device}", kind + lora + soft_prompt + score]
 
 
 def _gate_norms(model: QPeftModel, query: tuple[int, ...]) -> dict[str, float]:

@@ -73,7 +73,7 @@ def as_threshold(what: str, threshold: float | None) -> float | None:
 def expect_neutral(
     what: str, activation_fn: object, apply_softmax: object, num_workers: object, prompt_name: object
 ) -> None:
-    """Refuse values of `CrossEncoder`'s arguments that a log-likelihood has no use for.
+    """Refuse values of `CrossEncoder`'s arguments that our scores have no use for.
 
     Args:
         what: the method that is called, for messages.
@@ -82,8 +82,7 @@ def expect_neutral(
     """
     if activation_fn is not None and not isinstance(activation_fn, torch.nn.Identity):
         raise ValueError(
-            f"{what}: a score is a log-likelihood without an activation; leave activation_fn out and "
-            "apply yours to the scores"
+            f"{what}: a score is given without an activation; leave activation_fn out and apply yours to the scores"
         )
     if apply_softmax:
         raise ValueError(f"{what}: there is one score a pair and no classes; leave apply_softmax out")

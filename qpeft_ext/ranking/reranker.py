@@ -31,7 +31,8 @@ from .without_adapter import config_without_adapter
 class Reranker(RelevanceRanker):
     """Scores documents by the log-likelihood of the query: Σ log p(query token), nats, larger is better.
 
-    With ``compat="official"`` the score is the mean instead, as in the official code.
+    With another ``score`` of `QPeftConfig` it is that one: log-odds, an expected grade, or a sum of both kinds. With
+    ``compat="official"`` it is the mean log-likelihood, as in the official code.
 
     Passes are formed over all pairs of a call, sorted by length. A score depends on the batch by rounding only: 1e-5
     nats per query token in float32; in bfloat16 up to 4.4e-2 were measured (``benchmarks/bench_batch_drift.py``).
@@ -212,7 +213,7 @@ class Reranker(RelevanceRanker):
             convert_to_numpy: False gives a list of scalar tensors, as in sentence-transformers.
             convert_to_tensor: True gives a tensor on the model's device instead.
             activation_fn, apply_softmax, num_workers, prompt_name: accepted for code that is written for
-                `CrossEncoder`. A score is a log-likelihood without an activation, and the prompt is the adapter's, so
+                `CrossEncoder`. A score has no activation, and the prompt is the adapter's, so
                 only None, False, 0 and None are taken.
             instruction: text that the LM reads between document and query, such as "Find a passage that refutes the
                 claim."; or a list with one for each pair, or None. It is not scored, and cached documents stay valid.

@@ -106,12 +106,14 @@ class QueryGenerator:
         has_end: whether the tokenizer has a line end or an end token; without one no query ends before
             ``max_new_tokens``.
 
-    Raises: ValueError for an encoder–decoder LM.
+    Raises: ValueError for an encoder–decoder LM, or a model with another score than the likelihood.
     """
 
     def __init__(self, model: QPeftModel, sampling: Sampling, max_tokens_per_batch: int | None = None) -> None:
         if getattr(model.lm.config, "is_encoder_decoder", False):
             raise ValueError(f"{type(model.lm).__name__} is an encoder–decoder; queries are written by a causal LM")
+        if model.answer is not None:
+            raise ValueError("queries are chosen by their likelihood; give a model with score='likelihood'")
         self.model, self.sampling = model.eval(), sampling
         self.max_tokens_per_batch = max_tokens_per_batch or 4 * default_tokens(model.device)  # decoding: 1 token a row
         self._scorer = Reranker(model)

@@ -36,7 +36,7 @@ def best_temperature(config: QPeftConfig, tables: Sequence[tuple[Tensor, ...]]) 
     spread = _deviation([(likelihood, mask) for likelihood, _, mask, *_ in tables])
     if not 0 < spread < math.inf:
         raise ValueError(
-            "temperature='auto': expected log-likelihoods that differ between documents, got a deviation "
+            "temperature='auto': expected scores that differ between documents, got a deviation "
             f"of {spread}; set a number, or look at the examples and at the LM's dtype"
         )
     if config.loss in DISTILLATION:
