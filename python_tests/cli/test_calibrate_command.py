@@ -44,12 +44,21 @@ def test_a_new_adapter_without_clues_keeps_the_result(data, tmp_path, capsys):
     assert (output / "README.md").read_text().count("## Calibration") == 1
 
 
+def test_an_lm_without_an_adapter_can_be_asked(data, tmp_path, capsys):
+    """The packaged LM has no token for yes, so that the question itself is refused."""
+    where = ["--data", str(data), "--run", str(data / "run.trec"), "--device", "cpu"]
+    asked = ["calibrate", "--base-model", str(BASE_LM), "--output", str(tmp_path / "a"), *where, "--score", "yes_no"]
+    assert main(asked) == 2 and not (tmp_path / "a").exists()
+    assert "yes_words: 'yes' must be a single token of the LM's tokenizer, got 'y', 'es'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("options", "reason"), [
     ([], "expected --model ADAPTER, or --base-model LM with --output FOLDER"),
     (["--model", "a", "--output", "b"], "expected --model ADAPTER, or --base-model LM with --output FOLDER"),
     (["--output", "b"], "expected --base-model LM"),
     (["--base-model", "LM", "--output", "."], "--output . is there already"),
     (["--model", "a", "--template", "upr"], "--template is for --base-model"),
+    (["--model", "a", "--score", "graded"], "--score is for --base-model without an adapter"),
     (["--model", "a", "--queries", "1"], "--queries must be at least 2"),
     (["--model", "a", "--split", "tset"], "has no split 'tset'"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Scores of other kinds at the command line: train, calibrate, rerank, and what does not fit."""
+"""Scores of other kinds at the command line: train, rerank, and what does not fit."""
 
 import json
 
@@ -61,12 +61,3 @@ def test_wrong_scores_are_one_line(job, tmp_path, capsys, options, reason):
     error = capsys.readouterr().err
     assert reason in error and error.rstrip().count("\n") <= 1
     assert not (tmp_path / "adapter" / "adapter_config.json").exists()
-
-
-def test_calibrate_asks_an_lm_without_an_adapter(job, tmp_path, capsys):
-    data = ("--data", str(job / "data"), "--split", "test")
-    asked = ("calibrate", "--base-model", str(job / "lm"), "--output", str(tmp_path / "a"), "--device", "cpu", *data)
-    assert main([*asked, "--score", "yes_no"]) == 2
-    assert "yes_words: 'yes' must be a single token" in capsys.readouterr().err
-    assert main(["calibrate", "--model", "a", "--score", "graded", *data]) == 2
-    assert "--score is for --base-model without an adapter" in capsys.readouterr().err
