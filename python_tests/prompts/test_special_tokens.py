@@ -15,8 +15,8 @@ from qpeft_ext.prompts.prompt import Prompt
 
 DEMO = Path(qpeft.__file__).parent / "demo"
 # float32; recorded with the version before the option, which put BOS before every prefix
-RECORDED = {("read a json file", "def load(path): return json.loads(path.read_text())"): -10.65128,
-            ("tides", "moon and sea"): -19.46625}  # fmt: skip
+RECORDED = {("read a json file", "def load(path): return json.loads(path.read_text())"): -10.59486,
+            ("tides", "moon and sea"): -19.49567}  # fmt: skip
 
 
 def model_with(around: str = "$A", **options) -> qpeft.QPeftModel:
@@ -64,7 +64,8 @@ def test_an_adapter_keeps_its_rule(tmp_path):
 def test_an_adapter_from_before_the_option_scores_as_it_did(tmp_path):
     adapter = json.loads((DEMO / "adapter" / "adapter_config.json").read_text())
     assert "special_tokens" not in adapter, "the packaged adapter is the example of an old one"
-    model = qpeft.QPeftModel.from_pretrained(DEMO / "adapter", DEMO / "base_lm")
+    # in float32: bfloat16, in which the LM is stored, differs between processors in the second decimal
+    model = qpeft.QPeftModel.from_pretrained(DEMO / "adapter", qpeft.load_lm(DEMO / "base_lm", dtype="float32"))
     assert model.qpeft_config.special_tokens == "bos" and head_of(model) == (0,)
     scores = model.score(list(RECORDED)).query_log_likelihood
     assert scores.tolist() == pytest.approx(list(RECORDED.values()), abs=1e-4)
