@@ -90,7 +90,7 @@ class Work:
         self.tokens += int(new.sum())
         self.attended += int((new * (there - new) + new * (new + 1) // 2).sum())
 
-    def flops(self, head_rows: int) -> float:
+    def flops(self, head_rows: float) -> float:
         """Compute the floating-point operations of what was read: 2·N·tokens + 4·L·d·attended + 2·D·V·head_rows.
 
         This is the closed form of E2R-FLOPs with true lengths and causal attention. N is the number of the decoder's
@@ -98,7 +98,7 @@ class Work:
         times their width; D the hidden size; V the vocabulary. Clue modules, a few per cent, are not counted.
 
         Args:
-            head_rows: rows that the LM head ran on.
+            head_rows: rows that the LM head ran on; of a row with few words of the table, its share.
 
         Source: arXiv 2507.06223.
         """

@@ -278,9 +278,7 @@ class Comparison:
             "peak_bytes": peak.bytes, "truncated": reranker.truncated, "prefixes_from_index": prefixes.from_index,
         }}  # fmt: skip
         if method.preset.lm and fresh:
-            of_pair = {q: len(model.prompt.queries([ranked.queries[q]])[0]) for q in fresh}
-            answers = getattr(model, "answers", None)
-            head_rows = sum((len(answers) if answers else of_pair[q]) * len(ranked.candidates[q]) for q in fresh)
+            head_rows = sum(model.head_rows(ranked.queries[q]) * len(ranked.candidates[q]) for q in fresh)
             flops = work.flops(head_rows)
             facts["ranking"] |= {
                 "lm_tokens": work.tokens,

@@ -301,6 +301,16 @@ class ScoringModel(TurnTaking):
         """
         return max(1, len(self.prompt.suffix.scored(query)))
 
+    def head_rows(self, query: str) -> float:
+        """Count the rows that the LM head runs on for a pair; the logits of K answers are K/V of a row.
+
+        Args:
+            query: its text.
+        """
+        of_answers = 0 if self.answer is None else len(self.answer.token_ids(self.device)) / len(self.engine.table)
+        reads_query = self.answer is None or self.mixed_score is not None
+        return of_answers + (len(self.prompt.queries([query])[0]) if reads_query else 0)
+
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[str, Document]], **options: Any) -> Scores:
         """Score pairs of a query and a document, without gradient.
