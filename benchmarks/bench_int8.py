@@ -162,10 +162,12 @@ def main() -> None:
 
 
 def test_tiny():
-    work = make_work(None, None, 3, 4)
+    texts = ["sorted returns a new list", "open gives a file object", "raised when an import fails", "a moon"]
+    documents = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    work = Work(["sort a list", "read a file", "import"], [documents] * 3, np.eye(3, 4))
     assert len(work.pairs()) == 12
     rows = measure(str(BASE_LM), "qpeft", work, 1)
-    assert [row["work"] for row in rows[-2:]] and len(rows) == 12
+    assert len({row["work"] for row in rows}) == len(rows) == 12
     for row in rows:
         assert row["tau"] > 0.6 and row["max_error"] < 2 and row["ours_ms"] > 0
 
