@@ -19,7 +19,8 @@ int64_t bfloat16_instructions() {
     const bool vectors = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512vl");
     if (vectors && may_use_tiles(kTilesOfBFloat16)) return kInstructionsAmx;
-    return vectors && __builtin_cpu_is("amd") && instructions_cap() != Cap::kAvx2 ? kInstructionsAvx512Bf16 : kInstructionsNone;
+    return vectors && __builtin_cpu_is("amd") && instructions_cap() != Cap::kAvx2 ? kInstructionsAvx512Bf16
+                                                                                  : kInstructionsNone;
   }();
   return found;
 }

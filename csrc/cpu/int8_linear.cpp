@@ -98,12 +98,13 @@ const Int8Kernels& kernels(int64_t instructions) {
 }
 
 // The blocks of weight: int8_linear.h.
-void check(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums,
-           const Tensor& columns, const Tensor& exact, const std::optional<Tensor>& bias) {
+void check(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, const Tensor& columns,
+           const Tensor& exact, const std::optional<Tensor>& bias) {
   constexpr auto op = "int8_linear";
   expect(op, "x", x, {-1, -1}, ScalarType::Float, true);
   const int64_t D = x.size(1);
-  STD_TORCH_CHECK(D > 0 && D % 64 == 0 && D <= 1 << 16, op, ": x must have a multiple of 64 columns, at most 65536, got ", D);
+  STD_TORCH_CHECK(D > 0 && D % 64 == 0 && D <= 1 << 16, op,
+                  ": x must have a multiple of 64 columns, at most 65536, got ", D);
   expect(op, "weight", weight, {-1, D / 4, 16, 4}, ScalarType::Char);
   const int64_t C = 16 * weight.size(0);
   expect(op, "scale", scale, {C}, ScalarType::Float);
@@ -130,9 +131,15 @@ Tensor int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor sums, Tensor co
   Tensor bytes = torch::stable::new_empty(x, {N + kInt8Padding, D}, ScalarType::Byte);
   Tensor row_scale = torch::stable::new_empty(x, {N}), row_exact = torch::stable::new_empty(x, {N, R});
   const Int8Rows rows = {data<uint8_t>(bytes), data<float>(row_scale), data<float>(row_exact)};
-  const Int8Layer layer = {const_data<int8_t>(weight), const_data<float>(scale), const_data<int32_t>(sums),
-                           bias ? const_data<float>(*bias) : nullptr, const_data<int32_t>(columns),
-                           const_data<float>(exact), D, C, R};
+  const Int8Layer layer = {const_data<int8_t>(weight),
+                           const_data<float>(scale),
+                           const_data<int32_t>(sums),
+                           bias ? const_data<float>(*bias) : nullptr,
+                           const_data<int32_t>(columns),
+                           const_data<float>(exact),
+                           D,
+                           C,
+                           R};
   std::memset(rows.bytes + N * D, 0, kInt8Padding * D);  // no sums of these are stored, but they are read
   parallel(N, (1 << 15) / (D + 1) + 1, [&](int64_t begin, int64_t end) {
     by.quantize_rows(const_data<float>(x), x.stride(0), begin, end, layer, rows);

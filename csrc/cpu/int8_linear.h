@@ -29,7 +29,9 @@ struct Int8Rows {
   uint8_t* bytes;  // [N + kInt8Padding, D]
   float* scale;  // [N]
   float* exact;  // [N, R]
-  Int8Rows from(int64_t n, const Int8Layer& layer) const { return {bytes + n * layer.D, scale + n, exact + n * layer.R}; }
+  Int8Rows from(int64_t n, const Int8Layer& layer) const {
+    return {bytes + n * layer.D, scale + n, exact + n * layer.R};
+  }
 };
 
 struct Int8Kernels {

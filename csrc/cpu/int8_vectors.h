@@ -26,8 +26,8 @@ struct Outputs {
   void store(__m512i sums, const Int8Rows& rows, int64_t r, float* out) const {
     __m512 whole = bias;
     for (int64_t i = 0; i < layer.R; ++i)
-      whole = _mm512_fmadd_ps(_mm512_set1_ps(rows.exact[r * layer.R + i]), _mm512_loadu_ps(layer.exact + i * layer.C + c),
-                              whole);
+      whole = _mm512_fmadd_ps(_mm512_set1_ps(rows.exact[r * layer.R + i]),
+                              _mm512_loadu_ps(layer.exact + i * layer.C + c), whole);
     const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, zero)), scale);
     _mm512_storeu_ps(out + r * layer.C, _mm512_fmadd_ps(product, _mm512_set1_ps(rows.scale[r]), whole));
   }
