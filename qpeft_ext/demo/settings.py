@@ -20,9 +20,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the demo, which takes ten minutes on two cores with the defaults.
+    """Sizes of the demo, which takes ten minutes on two cores with the defaults and the packaged LM.
 
     Attributes:
+        queries: test queries.
+        dev_queries: dev queries; None: all of the installed packages, 100 of a BEIR folder.
+        systems: what is compared, beside BM25.
+        max_document_tokens: tokens of a document that are read; 160 is what the packaged LM was trained with.
+        kv_dtype: dtype of cached prefixes; None is the LM's.
+        read_once: whether a system finds the documents in the cache that an earlier one has read; otherwise each
+            pays for its own, and the times are comparable.
         candidates: how many of BM25's best documents are reranked.
         num_negatives: negatives of a training example, from BM25's best 40; with the positive, lists of 8.
         queries_per_step: queries of a training step.
@@ -36,6 +43,12 @@ class Settings:
         fusion_weights: weights of the reranker that are tried; BM25 has the rest.
     """
 
+    queries: int = QUERIES
+    dev_queries: int | None = None
+    systems: tuple[str, ...] = (UPR, CLUES, BEST)
+    max_document_tokens: int = 160
+    kv_dtype: str | None = None
+    read_once: bool = False
     candidates: int = 20
     num_negatives: int = 7
     queries_per_step: int = 8
@@ -55,7 +68,7 @@ class Settings:
             num_hard_negatives=self.num_negatives,
             in_batch_negatives=False,
             queries_per_group=self.queries_per_step,
-            max_document_tokens=160,  # as the packaged LM was trained
+            max_document_tokens=self.max_document_tokens,
             max_query_tokens=MAX_QUERY_TOKENS,
             **_OPTIONS[system],
         )
