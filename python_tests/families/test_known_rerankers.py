@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from families.tiny import _COMMON, draw_weights, tiny_lm, tiny_tokenizer
+from prompts.reranker_cards import CARDS, PAIRS, text_of
 from prompts.reranker_tokenizers import gemma_tokenizer, qwen_tokenizer
-from prompts.test_rerankers import CARDS, PAIRS, text_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import qpeft_ext as qpeft

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from families.tiny import tiny_lm
+from prompts.reranker_cards import PAIRS
 from prompts.reranker_tokenizers import qwen_tokenizer
-from prompts.test_rerankers import PAIRS
 from training.tiny_training import EXAMPLES, trainer, weights
 
 import qpeft_ext as qpeft
