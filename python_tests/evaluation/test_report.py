@@ -1,6 +1,7 @@
 """The report, on made-up systems and texts."""
 
 import random
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -183,3 +184,13 @@ def test_one_system_and_one_query():
     report = make_report(num_queries=1, num_systems=1)
     assert "baseline" in html(report)
     assert "p –" in html(make_report(num_queries=1, num_systems=2))
+
+
+def test_a_long_name_is_wrapped_above_the_plot():
+    """The best system's name stands above the narrower plot, which would cut it."""
+    report, long = make_report(), "Q-PEFT-R + generated LoRA, packaged and trained on docstrings"
+    report.per_query[long] = dict.fromkeys(report.per_query["BM25"], 1.0)
+    (figure,) = [part for part in html(report).split("<svg")[1:] if "gain" in part]
+    lines = re.findall(r"<text[^>]*>([^<]*)</text>", figure)
+    above = lines[lines.index(next(line for line in lines if line.endswith("lose"))) - 3 :][:3]
+    assert above == ["Q-PEFT-R + generated LoRA, packaged", "and trained on docstrings", "against BM25"]

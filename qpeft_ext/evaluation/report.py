@@ -5,6 +5,7 @@ A `Report` has plain values; the functions here show it.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _TERMINAL_CHARACTERS = 700  # of an example's document
 _MARKED_FROM = 0.05  # shade from which a clue is marked
+_TITLE_CHARACTERS = 36  # of a line above the narrower plot
 
 
 @dataclass
@@ -192,11 +194,9 @@ def _plot_differences(axes: Axes, report: Report) -> None:
     axes.set_xlabel("queries, largest gain first")
     axes.set_ylabel(f"difference in {report.measure}")
     counts = [int(which.sum()) for which in (differences > 0, differences == 0, differences < 0)]
-    axes.set_title(
-        plain(f"{best}\nagainst {report.table.baseline}") + "\n{} gain, {} equal, {} lose".format(*counts),
-        fontsize=10,
-        color=INK,
-    )
+    names = [textwrap.fill(name, _TITLE_CHARACTERS) for name in (best, f"against {report.table.baseline}")]
+    title = [*map(plain, names), "{} gain, {} equal, {} lose".format(*counts)]
+    axes.set_title("\n".join(title), fontsize=10, color=INK)
 
 
 def _seconds(value: float) -> str:
