@@ -159,7 +159,16 @@ def test_a_file_becomes_a_part_of_the_config(tmp_path):
     ("{{ query | upper }} {{ document }}", r"must write \{\{ query \}\} once and unchanged, got 0 times"),
     ("{{ query }} {{ passage }}", "Jinja2 cannot run it: .*passage.*; its variables are query, document"),
     ("{% if query %}{{ document }}", "Jinja2 cannot run it"),
-    ("{{ query.__class__.__mro__ }} {{ document }}", "Jinja2 cannot run it: .*unsafe"),
+    ("{{ query.__class__.__mro__ }} {{ document }}", "line 1 has Getattr; expected only"),
+    # what the sandbox of Jinja2 would run, for hours or until the memory is full
+    ("{% for i in range(99999) %}{% for j in range(99999) %} {% endfor %}{% endfor %}{{ query }}{{ document }}",
+     "line 1 has For; expected only variables, if, else"),
+    ("{{ query }}\n{{ document }}\n{{ 10 ** 10 ** 10 }}", "line 3 has Pow; expected only"),
+    ("{{ query }}{{ document }}{{ 'x' * 10000000000 }}", "line 1 has Mul; expected only"),
+    ("{{ query }}{{ document }}{{ 'x' | center(10000000000) }}", "line 1 has the filter 'center'; expected only"),
+    ("{% set a = query %}{{ a }}{{ document }}", "line 1 has Assign; expected only"),
+    ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}{{ query }}{{ document }}", "line 1 has Macro; expected only"),
+    ("{% include 'other' %}{{ query }}{{ document }}", "line 1 has Include; expected only"),
     ("no variables", "is no template of Jinja2"),
     ("{{ query }}{{ document }}" + " " * 70000, "must have at most 65536 characters"),
 ])  # fmt: skip

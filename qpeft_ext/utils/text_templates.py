@@ -6,11 +6,20 @@ import re
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .text import shorten
 
+if TYPE_CHECKING:
+    from jinja2 import nodes
+
 MAX_CHARACTERS = 1 << 16
 _ENDINGS = (".jinja", ".jinja2", ".j2", ".txt")
+# What a template may be made of, by the names of jinja2's classes. There are no loops, calls or arithmetic: an adapter
+# carries its template, and one from a stranger could run for ever or fill the memory, which the sandbox allows.
+_STATEMENTS = {"Template", "Output", "TemplateData", "If"}
+_EXPRESSIONS = {"Name", "Const", "Or", "And", "Not", "Compare", "Operand", "CondExpr", "Test", "Filter"}
+_FILTERS = ("trim", "lower", "upper", "capitalize", "default")
 
 
 class Place(Enum):
@@ -74,7 +83,8 @@ def parts_of(template: str, instruction: str | None) -> tuple[Part, ...]:
         template: its text, with the variables of `Place`.
         instruction: the text that the variable is; None: it has a place of its own.
     Returns: texts and places, in their order; no text is empty.
-    Raises: ValueError for a template that fails, or does not write query and document once and unchanged.
+    Raises: ValueError for a template that fails, has loops, calls or arithmetic, or does not write query and document
+        once and unchanged.
     """
     from jinja2 import StrictUndefined, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -87,13 +97,17 @@ def parts_of(template: str, instruction: str | None) -> tuple[Part, ...]:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     try:
-        text = environment.from_string(template).render(given)
+        parsed = environment.parse(template)
+        refused = _refused(parsed)
+        text = "" if refused else environment.from_string(parsed).render(given)
     except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
             ValueError) as error:  # fmt: skip
         known = ", ".join(given)
         raise ValueError(
             f"template: Jinja2 cannot run it: {shorten(' '.join(str(error).split()))}; its variables are {known}"
         ) from None
+    if refused:
+        raise ValueError(f"template: {refused}")
     for place in (Place.QUERY, Place.DOCUMENT):
         if (count := text.count(marks[place])) != 1:
             raise ValueError(f"template: it must write {{{{ {place.value} }}}} once and unchanged, got {count} times")
@@ -102,6 +116,21 @@ def parts_of(template: str, instruction: str | None) -> tuple[Part, ...]:
     places = {mark: place for place, mark in marks.items()}
     pieces = re.split(f"({'|'.join(places)})", text)
     return tuple(places.get(piece, piece) for piece in pieces if piece)
+
+
+def _refused(template: nodes.Template) -> str | None:
+    """Find what a template may not have. Returns: a message, or None for texts, variables, conditions, some filters."""
+    from jinja2 import nodes
+
+    for node in (template, *template.find_all(nodes.Node)):
+        name = type(node).__name__
+        if name not in _STATEMENTS | _EXPRESSIONS or (isinstance(node, nodes.Filter) and node.name not in _FILTERS):
+            what = f"the filter {node.name!r}" if isinstance(node, nodes.Filter) else name
+            return (
+                f"line {node.lineno} has {what}; expected only variables, if, else, and, or, not, comparisons and the "
+                f"filters {', '.join(_FILTERS)}"
+            )
+    return None
 
 
 def query_first(parts: Iterable[Part]) -> bool:
