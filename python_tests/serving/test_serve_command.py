@@ -102,6 +102,7 @@ def test_an_address_in_use_is_one_line(capsys):
     (["--model", "a", "--log-level", "loud"], "--log-level"),
     (["--model", "a", "--models-root", "nowhere"], "--models-root must be a folder"),
     (["--model", "a", "--request-timeout", "0"], "--request-timeout must be positive"),
+    (["--model", "a", "--body-timeout", "nan"], "--body-timeout must be positive"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(capsys, arguments, message):
     assert main(["serve", *arguments]) == 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qpeft_ext.utils.memory import in_halves, retry_with_less
+from qpeft_ext.utils.memory import in_halves, is_out_of_memory, retry_with_less
 
 
 def test_work_is_tried_again_with_less():
@@ -38,3 +38,14 @@ def test_items_are_computed_in_halves_and_stay_in_order():
     assert sizes == [7, 3, 1, 2, 4, 2, 2] and halves == [3, 1, 2]
     with pytest.raises(torch.OutOfMemoryError):
         list(in_halves(lambda items: (_ for _ in ()).throw(torch.OutOfMemoryError), [1, 2], halves.append))
+
+
+@pytest.mark.parametrize(("error", "lacks_memory"), [
+    (torch.OutOfMemoryError("CUDA out of memory."), True), (MemoryError(), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+    (RuntimeError("std::bad_alloc"), True), (RuntimeError("could not create a primitive"), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (ValueError("std::bad_alloc"), False),
+])  # fmt: skip
+def test_errors_that_say_that_memory_is_short(error, lacks_memory):
+    assert is_out_of_memory(error) is lacks_memory

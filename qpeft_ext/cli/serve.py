@@ -85,6 +85,7 @@ class ServeOptions:
     max_queue_tokens: Annotated[int, typer.Option(help="Tokens that may wait; then requests get 429.")] = 2 << 20
     max_requests: Annotated[int, typer.Option(help="Requests at a time; then they get 429.")] = 512
     request_timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 300.0
+    body_timeout: Annotated[float, typer.Option(help="Seconds until the body of a request must be there.")] = 30.0
     drain_seconds: Annotated[int, typer.Option(help="Seconds that requests have to end after SIGTERM.")] = 60
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error. Texts and paths are logged with debug only.")
@@ -132,8 +133,9 @@ def _check_options(options: ServeOptions) -> None:
     expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index, options.disk_cache)
     if (options.disk_cache is None) != (options.disk_bytes == 0):
         raise ValueError("--disk-cache and --disk-bytes belong together")
-    if options.request_timeout <= 0:
-        raise ValueError(f"--request-timeout must be positive, got {options.request_timeout:g}")
+    for name in ("request_timeout", "body_timeout"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name):g}")
     if options.log_level not in ("debug", "info", "warning", "error"):
         raise ValueError(f"--log-level must be debug, info, warning or error, got {options.log_level!r}")
     if options.models_root is not None and not options.models_root.is_dir():
@@ -179,6 +181,7 @@ def _spec(options: ServeOptions) -> ServeSpec:
             max_queue_tokens=options.max_queue_tokens,
             max_requests=options.max_requests,
             request_timeout=options.request_timeout,
+            body_timeout=options.body_timeout,
         ),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..utils.memory import is_out_of_memory
 from .apis import Api
 from .bodies import parse_object, read_body, validate
 from .errors import ErrorShape, RequestError
@@ -72,8 +73,10 @@ class Handler:
         except Exception as error:
             logger.error("a request failed: %s", type(error).__name__)
             logger.debug("why it failed", exc_info=True)
-            self.service.metrics.failed("backend")
             failure = RequestError("backend", f"the server failed on this request ({type(error).__name__})")
+            if is_out_of_memory(error):
+                failure = RequestError("not_ready", "the server is out of memory; try again later", retry_after=5)
+            self.service.metrics.failed(failure.kind)
             return error_response(failure, api.errors)
         finally:
             self._in_flight -= 1

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from ..prefixes.kv import PrefixKey
 from ..prompts.prompt import Document
 from ..ranking.reranker import Reranker
-from ..utils.memory import return_freed_memory
+from ..utils.memory import is_out_of_memory, return_freed_memory
 from .errors import RequestError
 from .job import Job
 from .settings import Limits
@@ -171,13 +170,6 @@ def _in_halves(reranker: Reranker, asked: Asked, out_of_memory: Callable[[], obj
     half = (len(asked) + 1) // 2
     parts = [part for part in (asked[:half], asked[half:]) if part]
     return np.concatenate([_in_halves(reranker, part, out_of_memory) for part in parts])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that the device or the host has no memory left; torch has no type for the latter."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "alloc" in str(error) and "memory" in str(error)
 
 
 def held_prefixes(job: Job, places: list[int]) -> list[bool]:

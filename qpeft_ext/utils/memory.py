@@ -16,6 +16,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LEAST = 64 << 20  # less is not worth the page faults
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a primitive")
 
 _last_end, _last_seconds = -math.inf, 0.0  # of the last call that did something, by `time.monotonic`
 
@@ -61,6 +62,18 @@ def return_freed_memory(least: int = _LEAST, share: float = 1.0) -> None:
             library.malloc_trim(0)
     _last_end = time.monotonic()
     _last_seconds = _last_end - started
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the device or the host has no memory left.
+
+    On the host torch has no type for it: its allocator, the C++ library and oneDNN raise a RuntimeError each.
+    """
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def retry_with_less(work: Callable[[], Result], use_less: Callable[[], bool]) -> Result:
