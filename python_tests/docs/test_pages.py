@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": ("compare.md",),
     "convert": ("formats.md",),
     "demo": ("quality.md",),
+    "distill": ("rerankers.md", "training.md"),
     "evaluate": ("reranking.md",),
     "fuse": ("reranking.md",),
     "index": ("prefix-cache.md",),

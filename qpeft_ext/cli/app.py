@@ -1,5 +1,5 @@
-"""The command ``qpeft``: info, retrieve, synthesize, train, calibrate, index, rerank, evaluate, compare, fuse, convert,
-serve and demo.
+"""The command ``qpeft``: info, retrieve, synthesize, train, distill, calibrate, index, rerank, evaluate, compare, fuse,
+convert, serve and demo.
 
 Each command is a module in this folder. It imports torch when it runs, so that ``--help`` is quick.
 """
@@ -18,7 +18,22 @@ from ..utils.console import Interrupted, standard_streams
 from ..utils.environment import VERSION
 from ..utils.interrupts import Interrupts
 from ..utils.text import one_line
-from . import calibrate, compare, convert, demo, evaluate, fuse, index, info, rerank, retrieve, serve, synthesize, train
+from . import (
+    calibrate,
+    compare,
+    convert,
+    demo,
+    distill,
+    evaluate,
+    fuse,
+    index,
+    info,
+    rerank,
+    retrieve,
+    serve,
+    synthesize,
+    train,
+)
 from .common import spread_measures
 
 # the base class of errors about arguments, for which typer has no public name
@@ -31,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for module in (
-    info, retrieve, synthesize, train, calibrate, index, rerank, evaluate, compare, fuse, convert, serve, demo,
+    info, retrieve, synthesize, train, distill, calibrate, index, rerank, evaluate, compare, fuse, convert, serve, demo,
 ):  # fmt: skip
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 

@@ -164,26 +164,40 @@ def expect_kv_dtype_of(kv_dtype: str | None, *caches: object) -> None:
         raise ValueError("--kv-dtype does nothing without --cache-bytes or --index, where keys and values are stored")
 
 
-def parse_options(given: Sequence[str]) -> dict[str, Any]:
+def parse_options(given: Sequence[str], flag: str = "--option") -> dict[str, Any]:
     """Return options of `QPeftConfig` from texts NAME=VALUE; a value is JSON, else a plain text; names are "a,b".
 
+    Args:
+        given: the texts.
+        flag: the option of the command that they were given by.
     Raises: ValueError for a text without "=" or an unknown name.
     """
     from ..config import QPeftConfig
 
     fields = {field.name: field for field in dataclasses.fields(QPeftConfig)}
     options: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals:
-            raise ValueError(f"--option must be NAME=VALUE, got {text!r}")
+    for name, value in split_options(given, flag):
         if name not in fields:
             raise ValueError(f"QPeftConfig: unknown option {name!r}{did_you_mean(name, fields)}")
-        options[name] = _value(value, str(fields[name].type).startswith("tuple"))
+        options[name] = option_value(value, str(fields[name].type).startswith("tuple"))
     return options
 
 
-def _value(text: str, is_names: bool) -> Any:
+def split_options(given: Sequence[str], flag: str) -> list[tuple[str, str]]:
+    """Return names and values of texts NAME=VALUE.
+
+    Args:
+        given: the texts.
+        flag: the option of the command that they were given by.
+    Raises: ValueError for a text without "=".
+    """
+    for text in given:
+        if "=" not in text:
+            raise ValueError(f"{flag} must be NAME=VALUE, got {text!r}")
+    return [(name.strip(), value.strip()) for name, _, value in (text.partition("=") for text in given)]
+
+
+def option_value(text: str, is_names: bool) -> Any:
     """Return the value that a text means; names are separated by commas, and "true" may be one."""
     if is_names and not text.startswith("[") and text not in ("null", "None"):
         return tuple(text.split(","))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..utils.console import Interrupted, say
+from ..utils.console import say
+from ..utils.partial_file import kept
 from .common import LM_NAMES, Device, Dtype, Resume, Revision, dtype_of_job, expect_at_least, from_dataclass
 
 if TYPE_CHECKING:
     from ..config import QPeftConfig
     from ..synthesis.generator import QueryGenerator, Sampling
-    from ..synthesis.training_set import PartialQueries
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def command(options: SynthesizeOptions) -> None:
         "versions": versions(("torch", "transformers")),
     }
     partial = PartialQueries(options.output, len(doc_ids), settings, about=about, resume=options.resume)
-    with _kept(partial):
+    with kept(partial):
         generate_queries(_generator(options, config, sampling, device), corpus, doc_ids, partial)
         all_settings = {"settings": settings, **about}
         say(str(write_training_set(partial, corpus, doc_ids, filters, options.seed, all_settings)))
@@ -171,21 +169,3 @@ def _generator(options: SynthesizeOptions, config: QPeftConfig, sampling: Sampli
             "--keep-unfinished and a small --max-new-tokens"
         )
     return generator
-
-
-@contextmanager
-def _kept(partial: PartialQueries) -> Iterator[None]:
-    """Say what is resumed, and after an interruption or an error what is kept; close the file at the end."""
-    try:
-        if partial.num_resumed:
-            say(f"{partial}: going on from there")
-        yield
-    except KeyboardInterrupt:
-        kept = f"; {partial}: the same command goes on from there" if partial.batches else ""
-        raise Interrupted(f"interrupted{kept}") from None
-    except Exception as error:
-        if partial.batches:
-            error.add_note(f"{partial}: the same command goes on from there")
-        raise
-    finally:
-        partial.close()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..utils.console import is_first_process, say
 from ..utils.files import drop_temporary, private_folder
 from ..utils.locks import locked_folder
-from .common import from_dataclass, parse_options
+from .common import from_dataclass
 from .train_options import TrainOptions, check_options
+from .train_settings import LORA, batch_size, config_of, config_settings, lora_options
 
 if TYPE_CHECKING:
     from ..config import QPeftConfig
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
     from ..prefixes.cache import DocumentCache
     from ..ranking.judged import Judged
 
+Options = TypeVar("Options", bound=TrainOptions)
+Teach = Callable[[list, str], list]
+
 CHECKPOINTS = "checkpoints"
 _FEWEST_KEPT_BACK, _MOST_KEPT_BACK = 20, 200  # queries to calibrate on
 _CANDIDATES = 20  # of each of them
 
 
-def _one_at_a_time(command: Callable[[TrainOptions], None]) -> Callable[[TrainOptions], None]:
+def one_at_a_time(command: Callable[[Options], None]) -> Callable[[Options], None]:
     """Let one process train into a folder at a time, since two would mix their checkpoints."""
 
     @functools.wraps(command)
-    def locked(options: TrainOptions) -> None:
+    def locked(options: Options) -> None:
         output = options.output
         if not is_first_process() or output.exists() and not output.is_dir():  # `_check_output` explains that error
             return command(options)
@@ -41,56 +45,56 @@ def _one_at_a_time(command: Callable[[TrainOptions], None]) -> Callable[[TrainOp
 
 
 @from_dataclass(TrainOptions)
-@_one_at_a_time
+@one_at_a_time
 def command(options: TrainOptions) -> None:
     """Train an adapter; the LM stays frozen.
 
-    The clue module and the generated LoRA are trained, and whatever else --option asks for.
+    The clue module and the generated LoRA are trained, with --lora-rank also a LoRA in the LM, and whatever else
+    --option asks for.
 
     On several GPUs: torchrun --nproc-per-node N -m qpeft_ext.cli train ... Each GPU reads its own group of queries, so
     a step has N times as many, and equals a step on one GPU with N times --gradient-accumulation.
+    """
+    train(options)
+
+
+def train(options: TrainOptions, defaults: Mapping[str, Any] | None = None, teach: Teach | None = None) -> None:
+    """Train an adapter.
+
+    Args:
+        options: of the command.
+        defaults: options of `QPeftConfig` that the command's options win over.
+        teach: adds a teacher's scores to examples; it is also given the name of what they are for, train or dev.
     """
     check_options(options)
     resumed = options.resume and _has_checkpoint(options.output)
     if is_first_process():
         _check_output(options.output, options.resume, options.overwrite, resumed)
 
-    from ..lm.loading import default_device, load_lm, quiet_transformers
+    from ..lm.loading import quiet_transformers
     from ..prefixes.cache import DocumentCache
 
-    settings = _settings(options)
-    config = _config(settings)  # a wrong option is an error before anything is read
-    batch_size = _batch_size(options.batch_size, config.queries_per_group)
+    settings = dict(defaults or {}) | config_settings(options)
+    lora = lora_options(options) if options.lora_rank else None
+    config = config_of(settings, lora is not None)  # a wrong option is an error before anything is read
+    queries = batch_size(options.batch_size, config.queries_per_group)
     has_cache = options.cache_bytes or options.index
     cache = None
     if has_cache:
         cache = DocumentCache(options.cache_bytes, index=options.index, kv_dtype=options.kv_dtype)
-    examples, dev_examples = _read(options)
-    judged, examples = _kept_back(options, examples) if options.calibrate else (None, examples)
-    config = _config(settings, examples)
-    device = default_device(options.device)
+    examples, dev_examples, judged, config = _prepared(options, settings, lora is not None, teach)
     quiet_transformers()
-    from ..model import get_qpeft_model
     from ..training.fit import fit
 
     checkpoints = options.output / CHECKPOINTS
     if options.overwrite and checkpoints.exists() and is_first_process():
         shutil.rmtree(checkpoints)  # a later --resume must not find the earlier run's
-    lm = load_lm(
-        options.base_model,
-        dtype=options.dtype,
-        device=device,
-        attention=options.attention,
-        revision=options.revision,
-    )
-    model = get_qpeft_model(lm, config)
-    trainable, total = model.get_nb_trainable_parameters()
-    say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
+    model = _model(options, config, lora)
     trainer = fit(
         model,
         examples,
         checkpoints,
-        batch_size=batch_size,
+        batch_size=queries,
         dev=dev_examples,
         save_every=options.save_steps,
         cache=cache,
@@ -106,6 +110,43 @@ def command(options: TrainOptions) -> None:
     note = f" (its loss has the temperature {model.qpeft_config.temperature:g}, which fits the LM)" if fitted else ""
     say(f"wrote the adapter to {options.output}{note}")
     trainer.accelerator.end_training()  # a process group that is left to the interpreter's exit can abort the process
+
+
+def _model(options: TrainOptions, config: QPeftConfig, lora: dict[str, Any] | None) -> QPeftModel:
+    """Load the LM, and add what is trained."""
+    from ..lm.loading import default_device, load_lm
+    from ..lm.new_adapter import with_new_adapter
+    from ..model import get_qpeft_model
+
+    lm = load_lm(
+        options.base_model,
+        dtype=options.dtype,
+        device=default_device(options.device),
+        attention=options.attention,
+        revision=options.revision,
+    )
+    if lora is not None:
+        lm = with_new_adapter(lm, LORA, lora, options.seed)
+    model = get_qpeft_model(lm, config)
+    trainable, total = model.get_nb_trainable_parameters()
+    say(f"{trainable:,} of {total:,} parameters are trained ({100 * trainable / total:.2f} %)")
+    return model
+
+
+def _prepared(
+    options: TrainOptions, settings: dict[str, Any], has_lora: bool, teach: Teach | None
+) -> tuple[list, list | None, Judged | None, QPeftConfig]:
+    """Return the examples to train on and to evaluate on, queries to calibrate on, and the config for the examples."""
+    from ..ranking.systems import prompt_without_lm
+
+    examples, dev_examples = _read(options)
+    judged, examples = _kept_back(options, examples) if options.calibrate else (None, examples)
+    config = config_of(settings, has_lora, examples)
+    if teach is not None:
+        prompt_without_lm(options.base_model, options.revision, config)  # an answer that the LM has not is known now
+        examples = teach(examples, "train")
+        dev_examples = dev_examples and teach(dev_examples, "dev")
+    return examples, dev_examples, judged, config
 
 
 def _kept_back(options: TrainOptions, examples: list) -> tuple[Judged, list]:
@@ -150,48 +191,6 @@ def _calibrate(model: QPeftModel, judged: Judged, options: TrainOptions, cache: 
     say(calibration.describe())
 
 
-def _settings(options: TrainOptions) -> dict[str, Any]:
-    """Return the options of `QPeftConfig` that are given, directly or by --option, which wins."""
-    settings: dict[str, Any] = {
-        "clues": options.clues,
-        "rank": "auto" if options.rank is None else options.rank,
-        "loss": options.loss,
-        "margin": options.margin,
-        "queries_per_group": options.queries_per_group,
-        "num_hard_negatives": options.num_negatives,
-        "max_query_tokens": options.max_query_tokens,
-        "max_document_tokens": options.max_document_tokens,
-        "seed": options.seed,
-    }
-    settings |= {name: value for name in ("template", "score") if (value := getattr(options, name)) is not None}
-    given = parse_options(options.option or [])
-    settings |= _of_the_clues((settings | given)["clues"], options.k, options.num_heads)
-    if options.generated_lora_rank is not None:
-        settings["generated_lora_rank"] = options.generated_lora_rank or None
-    if "generated_lora_rank" in given:  # --option sets this one field, and target_modules keeps its own default
-        settings["target_modules"] = None
-    return settings | given
-
-
-def _config(settings: dict[str, Any], examples: list | None = None) -> QPeftConfig:
-    """Return the recommended config with these settings. Raises: ValueError if there is nothing to train."""
-    from ..config import QPeftConfig
-    from ..training.examples import lacking_negatives
-
-    config = QPeftConfig.recommended(examples, **settings)
-    trained = config.num_virtual_tokens, config.generated_lora_rank, config.score == "both" or None
-    if config.clues == "none" and not any(trained):
-        raise ValueError(
-            "--clues none is UPR, which has nothing to train: use qpeft rerank --upr, or add "
-            "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20"
-        )
-    if examples is not None:
-        if not (config.in_batch_negatives or "in_batch_negatives" in settings):
-            say("no in-batch negatives: every query has enough of its own")
-        lacking_negatives(examples, config)
-    return config
-
-
 def _arguments(options: TrainOptions) -> dict[str, Any]:
     """Return the arguments of `fit` that are options of the same meaning."""
     return {
@@ -208,32 +207,6 @@ def _arguments(options: TrainOptions) -> dict[str, Any]:
         "max_grad_norm": options.max_grad_norm,
         "report_to": options.report_to,
     }
-
-
-def _of_the_clues(clues: str, k: int | None, num_heads: int | None) -> dict[str, int]:
-    """Return the given options of the clues. Raises: ValueError for one that other clues have, and these do not."""
-    from ..config import CLUES
-
-    options = {}
-    for flag, name, value, kind in (("--k", "k", k, "top_k"), ("--num-heads", "num_heads", num_heads, "attention")):
-        if value is not None and clues in CLUES and clues != kind:  # a typo is the config's to name
-            raise ValueError(
-                f"{flag} {value} is of --clues {kind} and does nothing with {clues}; leave it out, or "
-                f"train with --clues {kind}"
-            )
-        if value is not None:
-            options[name] = value
-    return options
-
-
-def _batch_size(asked: int | None, group: int) -> int:
-    """Return the queries of a batch. Raises: ValueError if they are not a whole number of groups."""
-    if asked is not None and (asked < 1 or asked % group):
-        raise ValueError(
-            f"--batch-size must be a multiple of --queries-per-group, {group}, got {asked}: queries that "
-            f"share their documents are read together; --gradient-accumulation adds up batches"
-        )
-    return group if asked is None else asked
 
 
 def _read(options: TrainOptions) -> tuple[list, list | None]:

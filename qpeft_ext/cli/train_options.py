@@ -33,7 +33,7 @@ SCHEDULERS = (  # those of transformers that need no further settings
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Options of ``qpeft train``, in the order of its help."""
 
@@ -74,8 +74,26 @@ class TrainOptions:
         int | None,
         typer.Option(help="Rank of the LoRA that the query generates; 0 for none.  [default: 16 with clues]"),
     ] = None
+    lora_rank: Annotated[
+        int, typer.Option(help="Rank of a LoRA of peft in the LM, which is trained too; 0 for none.")
+    ] = 0
+    lora_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE for any option of peft's LoraConfig, such as target_modules=all-linear; may be repeated.  "
+            "[default: lora_alpha is twice the rank, target_modules are those of peft for the LM]"
+        ),
+    ] = None
     template: Annotated[
-        str | None, typer.Option(help="Template of the prompt: qpeft, upr or chat.  [default: qpeft]")
+        str | None,
+        typer.Option(
+            help="Template of the prompt: qpeft, upr or chat; or, with --clues none, that of a reranker "
+            "(qwen3_reranker, …) or a file of Jinja2.  [default: qpeft]"
+        ),
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Where clues and document stand: document_first, or clues_first.  [default: the template's]"),
     ] = None
     score: Annotated[
         str | None,
@@ -187,7 +205,9 @@ def check_options(options: TrainOptions) -> None:
     if warm_up and options.scheduler == "constant":
         raise ValueError(f"--warm-up {warm_up:g} does nothing with --scheduler constant; use constant_with_warmup")
     expect_at_least(1, save_steps=options.save_steps)
-    expect_at_least(0, cache_bytes=options.cache_bytes)
+    expect_at_least(0, cache_bytes=options.cache_bytes, lora_rank=options.lora_rank)
+    if options.lora_option and not options.lora_rank:
+        raise ValueError("--lora-option is of the LoRA that --lora-rank asks for; add --lora-rank 8, or leave it out")
     expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index)
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on and --overwrite starts anew: give one of them")

@@ -6,11 +6,10 @@ rank through `Reranker`, as any adapter does.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..utils.words import did_you_mean
+from ..lm.new_adapter import expect_adapter_options
 
 FIRST_STAGE, UPR = "first_stage", "upr"
 
@@ -81,12 +80,5 @@ def peft_options(preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
     """
     if preset.peft is None:
         return {}
-    try:
-        import peft
-    except ImportError:
-        raise ImportError("this method needs the package peft: pip install qpeft_ext[train]") from None
-    known = [f.name for f in dataclasses.fields(getattr(peft, preset.peft))]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{preset.peft}: unknown option {name!r}{did_you_mean(name, known)}")
+    expect_adapter_options(preset.peft, given)
     return preset.peft_defaults | given

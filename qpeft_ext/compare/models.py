@@ -16,21 +16,15 @@ def build_model(plan: Plan, method: Method, seed: int, device: str) -> QPeftMode
 
     Raises: ValueError where peft does not know the LM's layers.
     """
-    import torch
-
     from ..adapters.files import describe_lm
     from ..lm.loading import load_lm, load_tokenizer
+    from ..lm.new_adapter import with_new_adapter
     from .prefix_tuning import PrefixTuningModel
 
     classes = {kind.__name__: kind for kind in (QPeftModel, PrefixTuningModel)}
     lm, preset = load_lm(plan.lm_name, dtype=plan.dtype, device=device), method.preset
     if preset.peft:
-        import peft
-
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            config = getattr(peft, preset.peft)(task_type="CAUSAL_LM", **peft_options(preset, method.peft))
-            lm = peft.get_peft_model(lm, config)
+        lm = with_new_adapter(lm, preset.peft, peft_options(preset, method.peft), seed)
     options = dataclasses.replace(plan.config(method, seed), base_model_name_or_path=plan.lm_name)
     model = classes[preset.model](lm, options, load_tokenizer(plan.lm_name))
     model.qpeft_config = dataclasses.replace(model.qpeft_config, base_model=describe_lm(model.engine))

@@ -249,7 +249,7 @@ class QPeftConfig:
 
         They are the clues of Q-PEFT-R, a LoRA of rank 16 for all linear layers that the query generates, the listwise
         loss, and seven hard negatives per query. The LoRA is left out where it would learn nothing from documents:
-        with clues="none", loss="pointwise" or compat="official".
+        with clues="none", loss="pointwise" or compat="official". A teacher's loss has no in-batch negatives.
 
         Args:
             examples: Training examples, if they are known already. Where each has at least seven negatives, of which

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO
 
 import numpy as np
 
-from ..utils.files import AnyPath, AtomicWriter, is_gzip, sync_folder, write_text
+from ..utils.files import AnyPath
 from ..utils.partial_file import PartialFile
 from .trec import Run, check_id, run_lines, written_ranking
 
@@ -78,21 +77,6 @@ class PartialRun(PartialFile):
         written = {query_id: written_ranking(query_id, ranking) for query_id, ranking in rankings.items()}
         self.append(self._lines(written))
         self.rankings |= written
-
-    def finish(self) -> None:
-        """Give the complete run its name, and keep the settings beside it as ``RUN.json``."""
-        assert self._file is not None, "closed"
-        os.fsync(self._file)
-        write_text(self.target.with_name(f"{self.target.name}.json"), self._about.read_text(encoding="utf-8"))
-        if is_gzip(self.target):
-            with AtomicWriter(self.target) as whole, open(self.part, "rb") as part:
-                while data := part.read(1 << 20):
-                    whole.write(data)
-            self.discard()
-        else:
-            os.replace(self.part, self.target)
-            sync_folder(self.target.parent)
-            self._renamed()
 
     def __str__(self) -> str:
         return f"{self.part} keeps {len(self.rankings)} of {len(self._candidates)} queries"

@@ -43,7 +43,8 @@ class SystemsSpec:
     """All that a process must know to rank: plain values, so that they can be sent to another process or machine.
 
     Args:
-        data: the collection with the corpus, for `formats.open_collection`; a path is absolute.
+        data: the collection with the corpus, for `formats.open_collection`; a path is absolute. "" where documents are
+            not read by their ids.
         model: the adapter, a folder or a Hub id; None for none.
         base_model: used instead of the LM that the adapter names.
         upr: whether to rank without clues too.
@@ -158,21 +159,21 @@ class SystemsSpec:
 
     def prompt(self) -> Prompt:
         """Make the `Prompt` without loading the LM."""
-        lm_config = load_config(self.lm_name, revision=self.lm_revision)
-        tokenizer = load_tokenizer(self.lm_name, revision=self.lm_revision)
-        return build_prompt(
-            tokenizer, self.config_with_limits, is_encoder_decoder(lm_config), not names_classifier(lm_config)
-        )
+        return prompt_without_lm(self.lm_name, self.lm_revision, self.config_with_limits)
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
         """Return all that the scores of the job depend on, except for rounding; see `PartialRun`."""
         corpus = open_collection(self.data).corpus
         assert isinstance(corpus, _Versioned)  # as all are that can be opened
-        special_tokens = self.prompt().special_tokens
-        kv_dtype = read_manifest(self.index).get("kv_dtype") if self.index else self.kv_dtype
         content = hashlib.sha256()
         for query_id, ranking in candidates.items():
             content.update(repr((query_id, queries[query_id], [doc_id for doc_id, _ in ranking])).encode())
+        return self.model_settings() | {"queries and candidates": content.hexdigest()[:16], "corpus": corpus.version()}
+
+    def model_settings(self) -> dict[str, object]:
+        """Return all that the score of a pair depends on, except for rounding."""
+        special_tokens = self.prompt().special_tokens
+        kv_dtype = read_manifest(self.index).get("kv_dtype") if self.index else self.kv_dtype
         return {
             "adapter": adapter_digest(local_folder(self.model)) if self.model else None,
             "base model": lm_digest(self.lm_name, revision=self.lm_revision),
@@ -185,8 +186,6 @@ class SystemsSpec:
             "deterministic": self.deterministic,
             **self.limits,
             **self.passage_options,
-            "queries and candidates": content.hexdigest()[:16],
-            "corpus": corpus.version(),
         }
 
     def about(self) -> dict[str, object]:
@@ -199,6 +198,19 @@ class SystemsSpec:
             "systems": self.names,
             "versions": versions(("torch", "transformers")),
         }
+
+
+def prompt_without_lm(name: str, revision: str | None, config: QPeftConfig) -> Prompt:
+    """Make the `Prompt` of an LM that is not loaded.
+
+    Args:
+        name, revision: of the LM, as for `load_lm`.
+        config: every option.
+    Raises: ValueError for options that the LM or its tokenizer does not have.
+    """
+    lm_config = load_config(name, revision=revision)
+    tokenizer = load_tokenizer(name, revision=revision)
+    return build_prompt(tokenizer, config, is_encoder_decoder(lm_config), not names_classifier(lm_config))
 
 
 class Systems:
@@ -218,7 +230,7 @@ class Systems:
         device = default_device(device)
         quiet_transformers()
 
-        self.corpus = open_collection(spec.data).corpus
+        self.corpus = open_collection(spec.data).corpus if spec.data else {}
         cached = spec.cache_bytes or spec.index is not None
         cache = DocumentCache(spec.cache_bytes, index=spec.index, kv_dtype=spec.kv_dtype) if cached else None
         options: dict[str, Any] = {

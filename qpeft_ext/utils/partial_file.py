@@ -12,9 +12,11 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
-from .files import AnyPath, check_target, write_text
+from .console import Interrupted, say
+from .files import AnyPath, AtomicWriter, check_target, is_gzip, sync_folder, write_text
 from .locks import open_locked
 from .small_files import read_json
 
@@ -38,8 +40,11 @@ class PartialFile:
         resume: whether an earlier part is resumed; False starts over.
 
     Attributes: target: the final path of the result.  part: the growing file.  num_pieces: number of complete pieces.
+        start_over: how a user begins anew, for messages.
     Raises: ValueError for other settings; OSError if ``path`` cannot be written.
     """
+
+    start_over = "--no-resume (resume=False)"
 
     def __init__(
         self,
@@ -103,6 +108,24 @@ class PartialFile:
         self._size += len(piece)
         self.num_pieces += 1
 
+    def finish(self) -> None:
+        """Give the complete result its name, and keep the settings beside it as ``OUTPUT.json``."""
+        assert self._file is not None, "closed"
+        os.fsync(self._file)
+        write_text(_settings_file(self.target), self._about.read_text(encoding="utf-8"))
+        if is_gzip(self.target):
+            with AtomicWriter(self.target) as whole, open(self.part, "rb") as part:
+                while data := part.read(1 << 20):
+                    whole.write(data)
+            self.discard()
+            return
+        os.replace(self.part, self.target)
+        sync_folder(self.target.parent)
+        self._size = None
+        for path in (self._sums, self._about):
+            path.unlink(missing_ok=True)
+        self.close()
+
     def discard(self) -> None:
         """Remove the part and all that is beside it."""
         self._size = self.num_pieces = 0
@@ -123,35 +146,22 @@ class PartialFile:
                 os.close(file)
         self._file = self._sums_file = None
 
-    def _renamed(self) -> None:
-        """Remove the files beside the part, which has its final name now, and close it."""
-        self._size = None
-        for path in (self._sums, self._about):
-            path.unlink(missing_ok=True)
-        self.close()
-
     def _open_part(self, path: AnyPath) -> int:
         """Open the part, and refuse it if it cannot become a regular file."""
         check_target(self.part)
         return _open(path, self.part)
 
     def _expect_settings(self, settings: dict) -> None:
-        try:
-            then = read_json(self._about)["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+        then = _settings_in(self._about)
+        if then is None:
             raise ValueError(
                 f"{self.part} is of an unknown job, since {self._about.name} is missing or damaged; "
-                "start over with --no-resume (resume=False)"
-            ) from None
-        differences = [
-            f"{name} was {then.get(name)}, is {settings.get(name)}"
-            for name in (*settings, *(name for name in then if name not in settings))
-            if then.get(name) != settings.get(name)
-        ]
-        if differences:
+                f"start over with {self.start_over}"
+            )
+        if changed := _differences(then, settings):
             raise ValueError(
-                f"{self.part} is of a job with other settings: {'; '.join(differences)}; give those again "
-                "to resume it, or start over with --no-resume (resume=False)"
+                f"{self.part} is of a job with other settings: {changed}; give those again to resume it, or start "
+                f"over with {self.start_over}"
             )
 
     def _read(self, with_sums: bool) -> None:
@@ -186,6 +196,64 @@ class PartialFile:
                 with contextlib.suppress(OSError):  # reading the part drops it too
                     os.ftruncate(file, size)
                     os.lseek(file, size, os.SEEK_SET)
+
+
+@contextlib.contextmanager
+def kept(partial: PartialFile) -> Iterator[None]:
+    """Say what is resumed, and after an interruption or an error what is kept; close the file at the end.
+
+    Args:
+        partial: the file that the work inside grows.
+    """
+    try:
+        if partial.num_pieces:
+            say(f"{partial}: going on from there")
+        yield
+    except KeyboardInterrupt:
+        there = f"; {partial}: the same command goes on from there" if partial.num_pieces else ""
+        raise Interrupted(f"interrupted{there}") from None
+    except Exception as error:
+        if partial.num_pieces:
+            error.add_note(f"{partial}: the same command goes on from there")
+        raise
+    finally:
+        partial.close()
+
+
+def written_with(path: AnyPath, settings: dict[str, object]) -> str:
+    """Say what is wrong with a complete result, where it is to be used again.
+
+    Args:
+        path: of the result.
+        settings: what it should have been made with.
+    Returns: "" if it is there and was made with them.
+    """
+    then = _settings_in(_settings_file(Path(path)))
+    if then is None or not os.path.exists(path):
+        return "was made with unknown settings"
+    changed = _differences(then, json.loads(json.dumps(settings)))
+    return f"was made with other settings: {changed}" if changed else ""
+
+
+def _settings_file(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
+
+
+def _settings_in(about: Path) -> dict | None:
+    """Return the settings in the file beside a part or a result; None if it is missing or damaged."""
+    try:
+        settings = read_json(about)["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _differences(then: dict, now: dict) -> str:
+    """Say which settings differ; "" if none does."""
+    names = (*now, *(name for name in then if name not in now))
+    return "; ".join(
+        f"{name} was {then.get(name)}, is {now.get(name)}" for name in names if then.get(name) != now.get(name)
+    )
 
 
 def _open(path: AnyPath, file: AnyPath) -> int:
