@@ -1,6 +1,6 @@
 """LitServe around a `Reranker`: requests that wait form a batch, as in LitServe's own examples; for `bench_serve.py`.
 
-    python benchmarks/litserve_server.py ADAPTER BASE_LM PORT [--cached]
+    python benchmarks/litserve_server.py ADAPTER BASE_LM PORT SECONDS [--cached]
 
 A batch is scored in one call. Without ``--cached`` whole prompts are read, sorted by length: a server that batches
 requests and shares no documents. With it the reranker shares documents and has a cache, as ours.
@@ -57,11 +57,12 @@ def main() -> None:
     parser.add_argument("adapter")
     parser.add_argument("base_model")
     parser.add_argument("port", type=int)
+    parser.add_argument("seconds", type=int, help="until a request is given up")
     parser.add_argument("--cached", action="store_true")
     given = parser.parse_args()
     api = RerankApi(given.adapter, given.base_model, given.cached, max_batch_size=32, batch_timeout=0.05,
                     api_path="/v1/rerank")  # fmt: skip
-    litserve.LitServer(api, accelerator="cpu", timeout=600).run(port=given.port, generate_client_file=False)
+    litserve.LitServer(api, accelerator="cpu", timeout=given.seconds).run(port=given.port, generate_client_file=False)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,14 @@ from ..utils.inputs import as_list, expect_text, kind_of, short
 from ..utils.text_tokens import TextTokenizer
 from .answers import answer_tokens, asked_text
 from .pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
+from .recent import RecentDocuments
 from .special_tokens import choose
 from .templates import pieces_of
 from .templates.base import TemplatePieces, for_encoder_decoder
 from .templates.words import Words
 
 Document = str | dict
+_RECENT_TOKENS = 1 << 18  # of the documents that are not tokenised again: about 10 MB
 MAX_INSTRUCTION_TOKENS = 256  # of an instruction of one query: as many as a document has by default
 
 
@@ -71,6 +73,7 @@ class Prompt:
         self.encoder_decoder = encoder_decoder
         self.max_document_tokens = config.max_document_tokens
         self.max_query_tokens = config.max_query_tokens
+        self._recent = RecentDocuments(max(1, _RECENT_TOKENS // config.max_document_tokens))
         self.allow_special_tokens = config.allow_special_tokens
         self.special_tokens = choose(config.special_tokens, encoder_decoder)
         self.num_embeddings: int | None = None
@@ -101,6 +104,7 @@ class Prompt:
         Raises: ValueError if a token of the template has none; `documents` and `queries` raise it for texts.
         """
         self.num_embeddings = num_embeddings
+        self._recent.clear()  # they have not been checked
         suffix = [piece for piece in vars(self.suffix).values() if isinstance(piece, tuple)]
         pieces = [self._head, self._tail, self.instruction_ids, *suffix, *self.answers]
         self._expect_known("the prompt's template", [i for piece in pieces for i in piece])
@@ -122,8 +126,11 @@ class Prompt:
 
     def documents(self, documents: Sequence[Document]) -> list[DocumentPrefix]:
         """Make the prefixes of documents; only a document's own text is ever truncated, at its end."""
+        return self._recent.prefixes([document_text(document) for document in documents], self._prefixes_of)
+
+    def _prefixes_of(self, texts: Sequence[str]) -> list[DocumentPrefix]:
+        """Make the prefixes of texts that are not known."""
         prefixes = []
-        texts = [document_text(document) for document in documents]
         for text, ids in zip(texts, self._encode_documents(texts), strict=True):
             kept = ids[: self.max_document_tokens]
             self._expect_known(f"the document {short(text)}", kept)

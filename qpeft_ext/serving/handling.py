@@ -7,7 +7,8 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +22,8 @@ from .ranked import rank
 from .service import Service
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -84,23 +87,32 @@ class Handler:
     async def _answer(self, request: Request, api: Api, parsed: dict[str, Any]) -> Response:
         started = time.monotonic()
         prepared = await self._in_pool(lambda: self.service.submit(validate(api.schema, parsed).ask()))
-        await self._scored(request, prepared, self.service.spec.limits.request_timeout)
-        return await self._in_pool(self._respond, request, api, prepared, started)
+        await self._unless_given_up(request, prepared, prepared.job.future, started)
+        if prepared.ask.spans is None:
+            return await self._in_pool(self._respond, request, api, prepared, started)
+        # spans take passes of the LM: in a thread of their own they hold up nobody's body, tokens or answer
+        found = self.service.spans_pool.submit(self._respond, request, api, prepared, started)
+        return await self._unless_given_up(request, prepared, found, started)
 
-    async def _scored(self, request: Request, prepared: Prepared, seconds: float) -> None:
-        """Wait for the scores; drop the work if the client goes away or it takes too long."""
-        scored: asyncio.Future[Any] = asyncio.wrap_future(prepared.job.future)
+    async def _unless_given_up(
+        self, request: Request, prepared: Prepared, future: Future[Result], started: float
+    ) -> Result:
+        """Wait for a part of the work; drop it if the client goes away or the request takes too long."""
+        wanted: asyncio.Future[Result] = asyncio.wrap_future(future)
         gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
+        limit = self.service.spec.limits.request_timeout
         try:
-            done, _ = await asyncio.wait({scored, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if scored in done:
-                await scored
-            elif done:
+            left = max(0.0, started + limit - time.monotonic())
+            done, _ = await asyncio.wait({wanted, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if wanted in done:
+                return await wanted
+            if done:
                 raise RequestError("cancelled", "the client has gone")
-            else:
-                raise RequestError("timeout", f"no answer within {seconds:g} s; send fewer documents a request")
+            raise RequestError("timeout", f"no answer within {limit:g} s; send fewer documents a request")
         finally:
-            scored.cancel()  # which the queue looks at
+            if not wanted.done():
+                prepared.given_up.set()
+                wanted.cancel()  # which the queue looks at
             gone.cancel()
 
     def _respond(self, request: Request, api: Api, prepared: Prepared, started: float) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Prepared:
         bare: for each document the place of its query's pair with an empty document; [] if they are not wanted.
         warnings: what was cut, in words.
         seconds: that this took.
+        given_up: set when nobody waits for the answer any more.
     """
 
     ask: Ask
@@ -47,6 +49,7 @@ class Prepared:
     bare: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    given_up: threading.Event = field(default_factory=threading.Event)
 
 
 def prepare(ask: Ask, models: Models, corpus: Mapping[str, Document] | None, limits: Limits) -> Prepared:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..prompts.prompt import document_text
+from .errors import RequestError
 from .prepare import Prepared
 
 _SPANS = 100  # results of a request for which spans are found
@@ -58,7 +59,7 @@ class Ranked:
 
 
 def rank(prepared: Prepared) -> Ranked:
-    """Make the answer of a request whose job has all its scores."""
+    """Make the answer of a request whose job has all its scores. Raises: RequestError if nobody waits for it."""
     ask, job, passages = prepared.ask, prepared.job, prepared.passages
     reranker = job.served.reranker
     counts = [1] * len(prepared.documents) if passages is None else list(map(len, passages))
@@ -100,7 +101,9 @@ def rank(prepared: Prepared) -> Ranked:
 
 
 def _spans(place: int, prepared: Prepared) -> list[dict[str, Any]]:
-    """Find what made a document relevant."""
+    """Find what made a document relevant. Raises: RequestError if nobody waits for it."""
+    if prepared.given_up.is_set():
+        raise RequestError("cancelled", "the client has gone")
     found = prepared.job.served.reranker.spans(
         prepared.queries[place],
         prepared.documents[place],

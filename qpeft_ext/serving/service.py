@@ -36,6 +36,7 @@ class Service:
     Attributes:
         keys, metrics, models: see there.
         pool: threads for what would keep the event loop waiting.
+        spans_pool: one thread for the spans of answers, which need the LM.
         error: why the models could not be loaded; None so far.
     Raises: ValueError or OSError for a cache, an index or a corpus that cannot be used.
     """
@@ -53,6 +54,7 @@ class Service:
         )
         self.scoring = ScoringThread(spec.limits, self.metrics, self._between_passes)
         self.pool = ThreadPoolExecutor(4, "qpeft-prepare")
+        self.spans_pool = ThreadPoolExecutor(1, "qpeft-spans")
         self.error: Exception | None = None
         self.stopping = False
         self.corpus: Mapping[str, Document] | None = None
@@ -93,6 +95,7 @@ class Service:
         if self.scoring.is_alive():
             self.scoring.join()
         self.pool.shutdown(wait=False)
+        self.spans_pool.shutdown(wait=False)
 
     def _between_passes(self) -> None:
         """Take over an index that has grown."""
