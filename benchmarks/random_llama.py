@@ -46,7 +46,11 @@ def make_model(shape: Shape, device, clues: str, dtype: torch.dtype, **options) 
     torch.manual_seed(0)
     lm = LlamaForCausalLM(lm_config(shape, tie_word_embeddings=True, initializer_range=0.05)).to(device, dtype)
     config = qpeft.QPeftConfig(clues=clues, k=shape.query, num_heads=shape.heads, margin=0.5, **options)
-    model = qpeft.get_qpeft_model(lm, config, make_tokenizer(shape.vocabulary))
+    return off_the_identity(qpeft.get_qpeft_model(lm, config, make_tokenizer(shape.vocabulary)))
+
+
+def off_the_identity(model: qpeft.QPeftModel) -> qpeft.QPeftModel:
+    """Move the trained modules of a new model from the identity, where some gradients are 0; in place."""
     torch.manual_seed(1)
     for module in model.trained_modules.values():
         for parameter in module.parameters():

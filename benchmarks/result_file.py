@@ -41,6 +41,11 @@ def save(arguments: argparse.Namespace, op: str, rows: list[dict], rates: Rates 
     return write(path, arguments.device, rows, rates)
 
 
+def named_after(op: str, base_model: str) -> str:
+    """Return the name of a file of results of a pretrained LM."""
+    return f"{op}_" + re.sub(r"[^a-z0-9]+", "-", base_model.lower().rpartition(":")[2]).strip("-")
+
+
 def machine(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU and its threads, as it stands in file names."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}-{torch.get_num_threads()}"

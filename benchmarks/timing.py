@@ -66,6 +66,14 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+def product_seconds(function: Callable[[], object]) -> float:
+    """Return the time of the matrix products of one call on a CPU, without those inside attention."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    products = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
+    return sum(event.self_cpu_time_total for event in profile.key_averages() if event.key in products) / 1e6
+
+
 class Rates(NamedTuple):
     """The best rates of a machine, measured by a large copy and a large product."""
 

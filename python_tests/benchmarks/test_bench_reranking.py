@@ -47,7 +47,20 @@ def test_parts_are_the_whole_work_and_candidates_are_shared_as_asked():
 
 def test_token_counts(systems):
     data = bench.make_pairs(systems.setting, 1.0)
-    counts = bench.count_tokens(systems, data)
+    counts, costs = bench.count_tokens(systems, data), bench.Costs.of(systems.model.lm)
+    shape = systems.setting.shape
+    layer = 4 * shape.width**2 + 3 * shape.width * shape.inner
+    assert costs == bench.Costs(shape.layers * layer, 2 * shape.layers * shape.width, shape.width * shape.vocabulary)
     assert counts["cold"].tokens == counts["plain"].tokens  # nothing is shared
     assert counts["cold"].attended == counts["plain"].attended
     assert counts["warm"].tokens < counts["plain"].tokens / 2
+
+
+def test_rows_have_the_strongest_baseline_of_each_work(systems):
+    rows = bench.measure(systems, bench.make_pairs(systems.setting, 2.0), ["cached_torch", "plain"], only=1)
+    baselines = {row["work"]: list(row["baselines_ms"]) for row in rows}
+    both = ["cached_torch", "plain"]
+    assert baselines == {"rerank_cold/tiny": both, "rerank_warm/tiny": both, "rerank_disk/tiny": ["plain"]}
+    for row in rows:
+        assert 0 < row["gemm_share"]["ours"] and 0 < row["ceiling"]
+    assert rows[0]["token_bound"]["cached_torch"] == 1 < rows[1]["token_bound"]["plain"]
