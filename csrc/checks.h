@@ -320,11 +320,6 @@ inline void check_bfloat16_attention(const char* op, const Tensor& query, const 
                   op, ": mask must be bool [B or 1, 1, L, T] with last stride 1");
 }
 
-inline void check_bfloat16_rms_norm(const char* op, const Tensor& x, const Tensor& weight) {
-  expect(op, "x", x, {-1, -1}, ScalarType::BFloat16, true);
-  expect(op, "weight", weight, {x.size(1)}, ScalarType::BFloat16);
-}
-
 inline void check_token_log_likelihood_finish(const Tensor& running, const Tensor& lm_head, const Tensor& target_ids,
                                               const Tensor& log_p, const Tensor& lse,
                                               const std::optional<Tensor>& expectation) {

@@ -34,6 +34,15 @@ void dispatch_sum(ScalarType dtype, F&& f) {
     f(float{});
 }
 
+// Calls f with a value of the type that rows of float32 or bfloat16 (its bits) are read as; nothing else is admitted.
+template <typename F>
+void dispatch_row(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::BFloat16)
+    f(uint16_t{});
+  else
+    f(float{});
+}
+
 // A soft cap in the dtype of sums, in which 0 means none. One that would round to 0 is the smallest number instead (all logits
 // are then 0, the limit), and one that would round to infinity is none, the limit too.
 template <typename Sum>

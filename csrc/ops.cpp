@@ -182,9 +182,15 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
       "bfloat16_attention_backward(Tensor grad, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, Tensor mask, "
       "float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 
-  // ---- root-mean-square norm of bfloat16, CPUs that have `bfloat16_instructions` only (others raise) ------------------------
+  // ---- what an LM's layers compute between their products, CPU only; x float32 or bfloat16 -----------------------------------
   //   x [N, D], row stride free; weight [D] -> out = weight * round(x * scale) and scale [N] float32, 1 / sqrt(mean x^2 + eps)
-  m.def("bfloat16_rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor scale)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor scale)");
   //   grad [N, D] contiguous -> gradient of x
-  m.def("bfloat16_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> Tensor");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale) -> Tensor");
+  //   gate and up [N, D] contiguous -> gate * sigmoid(gate) * up
+  m.def("gated_silu(Tensor gate, Tensor up) -> Tensor");
+  m.def("gated_silu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor grad_gate, Tensor grad_up)");
+  //   x [B, H, L, D], all strides but the last free, D even; cos and sin [B or 1, L, D] contiguous -> [B, H, L, D] contiguous:
+  //   x * cos + (-second half of x, first half of x) * sin; inverse: the transposed map of this one
+  m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
 }

@@ -38,17 +38,10 @@ void multiply_rows(const Int8Rows& rows, int64_t n, const Int8Layer& layer, int6
 }
 
 void multiply(const Int8Rows& rows, int64_t n, const Int8Layer& layer, int64_t c, int64_t words, float* out) {
-  const auto by_rows = [&](const auto& outputs) {
-    for (int64_t r = 0; r < n; r += kRows)
-      multiply_rows(rows.from(r, layer), n - r, layer, c, outputs, out + r * layer.C);
-  };
-  if (words == kInt8Group) {
-    const Outputs outputs[] = {{layer, c}, {layer, c + kInt8Words}};
-    by_rows(outputs);
-  } else {
-    const Outputs outputs[] = {{layer, c}};
-    by_rows(outputs);
-  }
+  multiply_blocks<kRows>(rows, n, layer, c, words, out,
+                         [&](const Int8Rows& some, int64_t left, const auto& outputs, float* to) {
+                           multiply_rows(some, left, layer, c, outputs, to);
+                         });
 }
 
 }  // namespace

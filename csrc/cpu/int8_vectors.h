@@ -81,5 +81,21 @@ inline void quantize_rows(const float* x, int64_t stride, int64_t begin, int64_t
   }
 }
 
+// `multiply` of int8_linear.h by kRows rows at a time: multiply_rows(rows, how many of them count, one or two Outputs, out)
+template <int64_t kRows, typename F>
+void multiply_blocks(const Int8Rows& rows, int64_t n, const Int8Layer& layer, int64_t c, int64_t words, float* out,
+                     const F& multiply_rows) {
+  const auto by_rows = [&](const auto& outputs) {
+    for (int64_t r = 0; r < n; r += kRows) multiply_rows(rows.from(r, layer), n - r, outputs, out + r * layer.C);
+  };
+  if (words == kInt8Group) {
+    const Outputs outputs[] = {{layer, c}, {layer, c + kInt8Words}};
+    by_rows(outputs);
+  } else {
+    const Outputs outputs[] = {{layer, c}};
+    by_rows(outputs);
+  }
+}
+
 }  // namespace
 }  // namespace qpeft

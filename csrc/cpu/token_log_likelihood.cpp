@@ -9,14 +9,6 @@
 namespace qpeft {
 namespace {
 
-// The loops below take a third of the time with the processor's widest vectors, and then a fiftieth of the GEMM's. Only
-// functions that call nothing but inlined code may have clones: what they call would be compiled once, for every processor.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define QPEFT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define QPEFT_CLONES
-#endif
-
 constexpr int kLanes = 16;  // partial sums: the compiler may not reorder one sum, but vectorises sixteen
 
 template <typename Sum>

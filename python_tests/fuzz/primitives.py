@@ -125,13 +125,30 @@ class Call:
         grad, out = (self.real(B, L, H, D).bfloat16() for _ in range(2))
         return grad, out, self.real(B, H, L).float(), query, key, value, mask, scale
 
-    def bfloat16_rms_norm(self):
-        x = self.real(self.size(), self.size()).bfloat16()
-        return x, self.real(x.shape[1]).bfloat16(), 1e-6
+    def _low(self, x):
+        return x.bfloat16() if self.rng.random() < 0.5 else x.float()
 
-    def bfloat16_rms_norm_backward(self):
-        x, weight, _ = self.bfloat16_rms_norm()
+    def rms_norm(self):
+        x = self._low(self.real(self.size(), self.size()))
+        return x, self.real(x.shape[1]).to(x.dtype), 1e-6
+
+    def rms_norm_backward(self):
+        x, weight, _ = self.rms_norm()
         return torch.randn_like(x), x, weight, self.real(len(x)).float()
+
+    def gated_silu(self):
+        gate = self._low(self.real(self.size(), self.size()))
+        return gate, torch.randn_like(gate)
+
+    def gated_silu_backward(self):
+        gate, up = self.gated_silu()
+        return torch.randn_like(gate), gate, up
+
+    def rotary(self):
+        B, L, D = self.size(), self.size(), 2 * self.size()
+        x = self._low(self.real(B, self.size(), L, D))
+        cos, sin = (self.real(self.rng.choice([1, B]), L, D).to(x.dtype) for _ in range(2))
+        return x, cos, sin if sin.shape == cos.shape else cos, self.rng.random() < 0.5
 
 
 PRIMITIVES = [name for name in vars(Call) if name[0] != "_" and hasattr(torch.ops.qpeft_ext, name)]

@@ -13,6 +13,7 @@ from families.tiny import tiny_lm, tiny_tokenizer
 import qpeft_ext as qpeft
 from qpeft_ext.lm.attention import OURS, SDPA
 from qpeft_ext.lm.passes import LMPasses, lm_lock
+from qpeft_ext.lm.rotary import files_with_ours
 
 PACKAGE = Path(qpeft.__file__).parent
 ROWS = torch.arange(3)
@@ -27,6 +28,8 @@ def llama_passes() -> LMPasses:
         attention=[lm.config],
         attention_in_prefixes=True,
         norms=[module for module in lm.modules() if "Norm" in type(module).__name__],
+        feed_forwards=[layer.mlp for layer in lm.model.layers],
+        rotary=files_with_ours(lm.model),
         row_wise=[last.self_attn.o_proj, last.mlp],
     )
 
@@ -40,7 +43,7 @@ def changes(lm) -> tuple:
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("whole", (SDPA, 0, 1)), ("prefix", (OURS, 5, 0)), ("suffix", (OURS, 5, 5))],
+    [("whole", (SDPA, 0, 1)), ("prefix", (OURS, 5 + 2, 0)), ("suffix", (OURS, 5 + 2, 5))],
 )
 def test_every_pass_restores_the_lm(kind, expected):
     passes = llama_passes()

@@ -7,7 +7,7 @@ from torch.autograd import functional
 
 from qpeft_ext.ops import ProjectedTable, clue_attention, similarity_topk, token_log_likelihood
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
-from qpeft_ext.ops.bfloat16_rms_norm import bfloat16_rms_norm
+from qpeft_ext.ops.rms_norm import rms_norm
 
 
 def make_cases():
@@ -79,7 +79,7 @@ def test_forward_mode_is_an_error_where_there_is_no_gradient_at_all():
     calls = [
         lambda y: store.attend(y, x.query_mask, *x[3:], eye, eye, num_heads=2),
         lambda y: bfloat16_attention(y.bfloat16(), low, low, torch.ones(1, 1, 3, 3, dtype=torch.bool), 1.0),
-        lambda y: bfloat16_rms_norm(y.bfloat16(), torch.ones(16, dtype=torch.bfloat16), 1e-6),
+        lambda y: rms_norm(y.bfloat16(), torch.ones(16, dtype=torch.bfloat16), 1e-6),
     ]
     for call in calls:
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
@@ -89,4 +89,4 @@ def test_forward_mode_is_an_error_where_there_is_no_gradient_at_all():
 def test_a_weight_that_would_get_no_gradient_is_an_error():
     weight = torch.ones(16, dtype=torch.bfloat16, requires_grad=True)
     with pytest.raises(ValueError, match="weight gets no gradient"):
-        bfloat16_rms_norm(torch.ones(2, 16, dtype=torch.bfloat16), weight, 1e-6)
+        rms_norm(torch.ones(2, 16, dtype=torch.bfloat16), weight, 1e-6)

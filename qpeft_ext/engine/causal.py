@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..lm.faster import with_faster_attention, with_faster_norms, with_picked_rows
+from ..lm.faster import with_faster_attention, with_faster_layers, with_picked_rows
 from ..lm.head import LikelihoodHead
 from ..lm.passes import Hook
 from ..lm.rope import find_rotary_tables
@@ -105,7 +105,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
                 self.lm_passes, self.decoder, ids, lambda: self.decoder(**given), lambda: cache.complete
             )
         if not self.why_not_cached:
-            self.lm_passes = with_faster_attention(with_faster_norms(self.lm_passes, self.decoder), self.decoder, ids)
+            self.lm_passes = with_faster_attention(with_faster_layers(self.lm_passes, self.decoder), self.decoder, ids)
 
     def _run_prefix(
         self, embeds: Tensor, mask: Tensor | None, positions: Tensor | None, leading: PrefixKV | None = None

@@ -53,7 +53,7 @@ def attention(
     B, H, L, D = query.shape
     heads = key.shape[1]
     unknown = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
-    if unknown or not _in_pass() or attention_mask is None or attention_mask.shape[1] != 1 or H % heads:
+    if unknown or not in_pass() or attention_mask is None or attention_mask.shape[1] != 1 or H % heads:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if not dropout and is_supported(query, key, value, attention_mask):
         return bfloat16_attention(query, key, value, attention_mask, D**-0.5 if scaling is None else scaling), None
@@ -68,10 +68,11 @@ def attention(
 
 def _mask(*args, **kwargs) -> Tensor | None:
     """The mask of "sdpa". In a pass it is never left out: our attention needs one even where sdpa would not."""
-    return sdpa_mask(*args, **kwargs | ({"allow_is_causal_skip": False} if _in_pass() else {}))
+    return sdpa_mask(*args, **kwargs | ({"allow_is_causal_skip": False} if in_pass() else {}))
 
 
-def _in_pass() -> bool:
+def in_pass() -> bool:
+    """Is this thread in a pass with faster forms?"""
     return torch.compiler.is_compiling() or this_thread.passes > 0
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from . import feed_forward, norms, rotary
 from .attention import configs_worth_ours, is_faster_in_prefixes
-from .norms import may_be_ours
 from .passes import LMPasses, hooked
 
 
@@ -31,11 +31,18 @@ def with_faster_attention(passes: LMPasses, decoder: nn.Module, ids: Tensor) -> 
     return passes.if_same(run, attention=configs, attention_in_prefixes=is_faster_in_prefixes(decoder))
 
 
-def with_faster_norms(passes: LMPasses, decoder: nn.Module) -> LMPasses:
-    """``passes`` with our forward for every norm of the LM that is a root-mean-square norm of bfloat16."""
+def with_faster_layers(passes: LMPasses, decoder: nn.Module) -> LMPasses:
+    """``passes`` with our norms, feed-forward layers and rotary embedding, wherever the LM's compute the same."""
+    dtype = next(decoder.parameters()).dtype
+    modules = [module for module in decoder.modules() if feed_forward.is_ours(module, dtype)]
+    passes = replace(passes, feed_forwards=modules, rotary=rotary.files_with_ours(decoder))
+    return _with_faster_norms(passes, decoder)
+
+
+def _with_faster_norms(passes: LMPasses, decoder: nn.Module) -> LMPasses:
     found: list[nn.Module] = []
     for module in decoder.modules():
-        if not may_be_ours(module):
+        if not norms.may_be_ours(module):
             continue
         (weight,) = module.parameters()
         x = torch.linspace(-2, 2, 2 * len(weight)).view(2, -1).to(weight.dtype)

@@ -19,9 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
 from ..utils.torch_state import SharedSetting
+from . import feed_forward, norms, rotary
 from .attention import OURS, SDPA, this_thread
 from .errors import LM_ERRORS
-from .norms import forward_in_thread
+from .own_forward import Forward, in_thread
 from .row_wise import RowPicker
 
 Hook = Callable[..., Any]  # a hook of `torch.nn.Module.register_forward_pre_hook` or `register_forward_hook`
@@ -42,7 +43,9 @@ class LMPasses:
         lm: the model.
         attention: configs whose attention implementation becomes `attention.OURS`.
         attention_in_prefixes: whether it does so in passes over prefixes too.
-        norms: modules whose ``forward`` becomes `norms.forward_in_thread`.
+        norms: modules whose ``forward`` becomes that of `norms`.
+        feed_forwards: modules whose ``forward`` becomes that of `feed_forward`.
+        rotary: files whose rotary embedding becomes ours (`rotary.ours_in`).
         row_wise: modules that compute only the rows which the head reads (`RowPicker`), in suffix passes.
     """
 
@@ -50,6 +53,8 @@ class LMPasses:
     attention: Sequence[PreTrainedConfig] = ()
     attention_in_prefixes: bool = False
     norms: Sequence[nn.Module] = ()
+    feed_forwards: Sequence[nn.Module] = ()
+    rotary: Sequence[str] = ()
     row_wise: Sequence[nn.Module] = ()
 
     @contextmanager
@@ -66,7 +71,7 @@ class LMPasses:
     def prefix(self) -> Iterator[None]:
         """Around a pass over document prefixes."""
         configs = self.attention if self.attention_in_prefixes else ()
-        with self.whole(), _faster_attention(configs), _faster_norms(self.norms):
+        with self.whole(), _faster_attention(configs), self._faster_layers():
             yield
 
     @contextmanager
@@ -84,12 +89,20 @@ class LMPasses:
         picked = [module for module in self.row_wise if updated.isdisjoint(module.modules())]
         picker = RowPicker(rows, shape)
         pick = hooked([(module, picker.pick) for module in picked], [(module, picker.put_back) for module in picked])
-        with self.whole(updates), pick, _faster_attention(self.attention), _faster_norms(self.norms):
+        with self.whole(updates), pick, _faster_attention(self.attention), self._faster_layers():
+            yield
+
+    @contextmanager
+    def _faster_layers(self) -> Iterator[None]:
+        """Around a pass over prefixes or suffixes: what is not attention or a product."""
+        forwards: list[tuple[nn.Module, Forward]] = [(module, norms.forward) for module in self.norms]
+        forwards += [(module, feed_forward.forward) for module in self.feed_forwards]
+        with rotary.ours_in(self.rotary), _own_forwards(forwards):
             yield
 
     def compiled(self) -> LMPasses:
         """The passes of a compiled decoder: hooks and forwards that come and go would compile it again each time."""
-        return replace(self, norms=(), row_wise=())
+        return replace(self, norms=(), feed_forwards=(), rotary=(), row_wise=())
 
     def if_same(self, run: Callable[[LMPasses], Tensor], **faster: Any) -> LMPasses:
         """These passes with faster forms, or unchanged if the LM computes something else with those.
@@ -190,13 +203,13 @@ def _faster_attention(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
 
 
 @contextmanager
-def _faster_norms(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Give ``modules`` our ``forward``, except those with one of their own by now (a hook of accelerate's)."""
-    replaced = [module for module in modules if "forward" not in vars(module)]
-    for module in replaced:
-        vars(module)["forward"] = forward_in_thread(module, get_ident())
+def _own_forwards(forwards: Sequence[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    """Give modules a ``forward`` of ours, except those with one of their own by now (a hook of accelerate's)."""
+    replaced = [(module, ours) for module, ours in forwards if "forward" not in vars(module)]
+    for module, ours in replaced:
+        vars(module)["forward"] = in_thread(ours, module, get_ident())
     try:
         yield
     finally:
-        for module in replaced:
+        for module, _ in replaced:
             del vars(module)["forward"]
