@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 import qpeft_ext.config.options
-from qpeft_ext import QPeftConfig
+from qpeft_ext import QPeftConfig, QPeftModel
 from qpeft_ext.config.combinations import CHECKS
 
 
@@ -90,3 +90,8 @@ def test_a_score_that_asks_has_the_listwise_loss():
 def test_recommended_options_of_a_rerankers_template_have_no_clues():
     config = QPeftConfig.recommended(template="qwen3_reranker")
     assert (config.clues, config.generated_lora_rank, config.loss, config.score) == ("none", None, "listwise", "yes_no")
+
+
+def test_the_lm_of_an_adapter_is_the_argument_lm(tmp_path):
+    with pytest.raises(TypeError, match="the LM is the argument lm here, got base_model"):
+        QPeftModel.from_pretrained(tmp_path, base_model="an LM")

@@ -82,6 +82,8 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     Raises: FileNotFoundError for a missing file; ValueError for a damaged one, for keys that are missing or unknown,
         weights that are not finite, or an LM other than the adapter's.
     """
+    if "base_model" in lm_kwargs:  # as `Reranker` calls it; transformers would call it an argument of the LM's class
+        raise TypeError("from_pretrained: the LM is the argument lm here, got base_model")
     folder = local_folder(folder)
     config = replace(QPeftConfig.from_pretrained(folder), **(options or {}))
     if config.calibration is not None:
