@@ -2,9 +2,9 @@
 
 * bfloat16 on a CPU with AMX: `ops.bfloat16_attention`, in all passes.
 * Several query heads share one head of keys and values (grouped-query attention): with a mask, transformers' "sdpa"
-  copies the keys and values of every pair for each head of a group first. In suffix passes the queries of a group are
-  rows of one head instead, so that nothing is copied: a suffix has 40 rows, a prefix some hundred. transformers does
-  the same where there is one query token.
+  copies the keys and values of every pair for each head of a group first. torch's kernel for CPUs reads them where they
+  are. On other devices, in suffix passes, the queries of a group are rows of one head instead: a suffix has 40 rows, a
+  prefix some hundred. transformers does the same where there is one query token.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ def attention(
         return bfloat16_attention(query, key, value, attention_mask, D**-0.5 if scaling is None else scaling), None
     if H == heads:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if query.device.type == "cpu":
+        found = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True)  # fmt: skip
+        return found.transpose(1, 2).contiguous(), None
     groups = H // heads
     found = nn.functional.scaled_dot_product_attention(
         query.reshape(B, heads, groups * L, D), key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1),
@@ -82,7 +86,7 @@ AttentionMaskInterface.register(OURS, _mask)
 
 def configs_worth_ours(lm: nn.Module, decoder: nn.Module) -> Sequence[PreTrainedConfig]:
     """The configs of ``decoder`` and its attention layers, if their attention is "sdpa" and ours may be faster."""
-    everywhere = is_faster_in_prefixes(decoder)
+    everywhere = _has_kernel(decoder)
     layers = [
         module
         for module in decoder.modules()
@@ -99,7 +103,12 @@ def configs_worth_ours(lm: nn.Module, decoder: nn.Module) -> Sequence[PreTrained
 
 
 def is_faster_in_prefixes(decoder: nn.Module) -> bool:
-    """Is our attention faster in passes over prefixes too? It is by AMX, not by sharing the heads of a group."""
+    """Is our attention faster in passes over prefixes too? It is on CPUs."""
+    return next(decoder.parameters()).device.type == "cpu"
+
+
+def _has_kernel(decoder: nn.Module) -> bool:
+    """Is there a kernel of ours for this decoder's dtype, which is faster also where each head has its own keys?"""
     weight = next(decoder.parameters())
     heads = weight.new_empty(1, 1, 1, 32)
     return is_supported(heads, heads, heads, torch.ones(1, 1, 1, 1, dtype=torch.bool))
