@@ -13,6 +13,7 @@ import qpeft_ext as qpeft
 from qpeft_ext.lm.classifier import ClassifierLM
 from qpeft_ext.prefixes.cache import DocumentCache
 from qpeft_ext.prefixes.index_writer import IndexWriter
+from qpeft_ext.ranking.without_adapter import config_without_adapter
 
 pairs = [(query, document) for query, document in PAIRS if document]
 
@@ -214,3 +215,20 @@ def test_words_of_several_tokens():
 def test_an_index_is_of_no_use():
     with pytest.raises(ValueError, match="no use to this model: its template has the query before the document"):
         IndexWriter(reranker_of("qwen3_reranker").model, {}, "nowhere")
+
+
+@pytest.mark.parametrize(("template", "context", "limits"), [
+    ("qwen3_reranker", 40_960, (8192, 512)),
+    ("mxbai_rerank", 32_768, (8192, 512)),
+    ("flag_reranker", 8192, (1024, 512)),
+    ("qwen3_reranker", 4096, (3072, 512)),
+    ("qwen3_reranker", 512, (256, 64)),
+    ("pair", 8192, (256, 64)),
+])  # fmt: skip
+def test_lengths_are_those_of_the_model_cards(template, context, limits):
+    """As far as the LM's context has room; what a user asks for wins."""
+    lm = AutoConfig.for_model("qwen3", max_position_embeddings=context)
+    config = config_without_adapter("my-lm", lm, template)
+    assert (config.max_document_tokens, config.max_query_tokens) == limits
+    asked = config_without_adapter("my-lm", lm, template, max_document_tokens=300, max_query_tokens=None)
+    assert (asked.max_document_tokens, asked.max_query_tokens) == (300, limits[1])

@@ -14,20 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..config import QPeftConfig
+from ..config.values import ANSWER
 from ..evaluation.calibration import Calibration
 from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights
 from ..lm.loading import files_digest, load_lm, load_tokenizer
 from ..utils.files import save_file_with, save_folder_with, write_text
 from ..utils.small_files import read_json
+from ..utils.text import shorten
 from ..utils.torch_state import own_state
 from .model_card import PLOT, model_card, reliability_svg, with_calibration
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 LM_ADAPTER, TRAINED_LM = "lm_adapter", "lm"
+_TRAINED = "trained"  # in the weights' metadata: what the LM answered in training
 _PROBES = 16  # embedding entries by which an LM is recognised
 
 
@@ -52,7 +55,8 @@ def save_adapter(model, folder: str | os.PathLike[str]) -> None:
         _expect_finite(model.lm.state_dict(), f"the LM for {folder}")
         save_folder_with(folder / TRAINED_LM, model.lm.save_pretrained)
     config = model.qpeft_config.to_dict() | {"qpeft_version": VERSION}
-    save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    about = {"format": "pt", _TRAINED: json.dumps({name: config[name] for name in ANSWER})}
+    save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata=about))
     write_text(folder / CARD, model_card(model, VERSION), follow=False)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
 
@@ -94,6 +98,7 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     if is_trainable:
         config = replace(config, calibration=None)  # it is of the weights before training
     state = read_weights(folder / WEIGHTS)
+    _expect_same_answer(folder, config)
     if lm_kwargs.get("revision") is None and (lm is None or isinstance(lm, (str, os.PathLike))):
         lm_kwargs = lm_kwargs | {"revision": revision_of(config, lm)}
     if config.train_lm:
@@ -252,6 +257,26 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); save the adapter again") from None
+
+
+def _expect_same_answer(folder: Path, config: QPeftConfig) -> None:
+    """Check that the LM answers as it did in training; weights of earlier versions do not say so.
+
+    Raises: ValueError for a config in which that was changed.
+    """
+    with safe_open(folder / WEIGHTS, "pt") as weights:
+        written = (weights.metadata() or {}).get(_TRAINED)
+    try:
+        trained = {} if written is None else dict(json.loads(written))
+    except (TypeError, ValueError):
+        raise ValueError(f"{folder / WEIGHTS}: its metadata is damaged; save the adapter again") from None
+    now = config.to_dict()
+    for name in ANSWER:
+        if name in trained and trained[name] != now[name]:
+            raise ValueError(
+                f"{folder / CONFIG}: {name} is {shorten(now[name])}, and the weights beside it were trained with "
+                f"{shorten(trained[name])}; set it back"
+            )
 
 
 def _expect_finite(state: dict[str, torch.Tensor], where: str) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..ranking.systems import SystemsSpec
 
 SCORES = "teacher_scores.jsonl"
-_ANSWER = ("score", "yes_words", "no_words", "exact_words", "max_grade")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +137,11 @@ def _is_adapter(name: str) -> bool:
 
 def _answer_of(teacher: QPeftConfig, score: str | None) -> dict[str, Any]:
     """Return the options of a config that make it answer as the teacher does, unless another score is asked for."""
+    from ..config.values import ANSWER
+
     if score not in (None, teacher.score):
         return {}
-    return {name: getattr(teacher, name) for name in _ANSWER if teacher.is_set(name)}
+    return {name: getattr(teacher, name) for name in ANSWER if teacher.is_set(name)}
 
 
 def _teach(options: DistillOptions, teacher: SystemsSpec, file: Path, examples: list, part: str) -> list:

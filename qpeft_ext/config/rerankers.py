@@ -20,6 +20,7 @@ class KnownReranker:
         names: what the names of its models have in them, lower case; None where a name does not tell.
         model_types: of the LMs, by their configs.
         instruction: what stands for an instruction that nobody gives.
+        max_tokens: at how many tokens the model card's code cuts a pair; None for no known limit.
     """
 
     template: str
@@ -27,6 +28,7 @@ class KnownReranker:
     names: re.Pattern[str] | None = None
     model_types: tuple[str, ...] = ()
     instruction: str = ""
+    max_tokens: int | None = None
 
 
 # https://huggingface.co/Qwen/Qwen3-Reranker-0.6B
@@ -60,18 +62,21 @@ RERANKERS: dict[str, KnownReranker] = {
         re.compile(r"qwen3-reranker"),
         ("qwen3",),
         "Given a web search query, retrieve relevant passages that answer the query",
+        8192,
     ),
     "mxbai_rerank": KnownReranker(
         _MXBAI,
         {"score": "yes_no", "yes_words": ("1",), "no_words": ("0",), "exact_words": True},
         re.compile(r"mxbai-rerank-(base|large)-v2"),
         ("qwen2",),
+        max_tokens=8192,
     ),
     "flag_reranker": KnownReranker(
         _FLAG,
         {"score": "yes_no", "yes_words": ("Yes",), "no_words": (), "exact_words": True, "special_tokens": "bos"},
         re.compile(r"bge-reranker-v2-gemma"),
         ("gemma",),
+        max_tokens=1024,
     ),
     PAIR: KnownReranker("{{ query }}{{ cut }}{{ document }}"),
 }

@@ -37,6 +37,7 @@ WRITTEN_TEMPLATES = ("qpeft", "upr", "chat")  # ours, which have places for clue
 TEMPLATES = (*WRITTEN_TEMPLATES, *RERANKERS)
 SPECIAL_TOKENS = ("auto", "tokenizer", "bos")
 SCORES = ("likelihood", "yes_no", "graded", "both")
+ANSWER = ("score", "yes_words", "no_words", "exact_words", "max_grade")  # options that say what an LM answers
 DEFAULT_INSTRUCTION = "Please write a question for the passage."
 OFFICIAL_INSTRUCTION = "given the hints, please generate a question for the input passage"
 OFFICIAL = {  # options in which compat="official" has no choice: one that is left at its default takes this value

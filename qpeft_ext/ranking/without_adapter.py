@@ -9,9 +9,14 @@ from ..config.rerankers import RERANKERS, known_reranker
 from ..lm.classifier import names_classifier
 from ..utils.inputs import short
 
+_ROOM = 1024  # tokens of an LM's context for the query and for what a template writes
+_QUERY = 512
+
 
 def config_without_adapter(name: str, lm_config: Any, template: str | None = None, **options: Any) -> QPeftConfig:
     """Make the config of an LM that is a reranker itself.
+
+    Texts are as long as its model card's code lets them be, as far as the LM's context allows.
 
     Args:
         name: of the LM.
@@ -27,8 +32,21 @@ def config_without_adapter(name: str, lm_config: Any, template: str | None = Non
             f"the LM {short(name)} is {kind}: set template to the one that it was trained with "
             f"({', '.join(RERANKERS)}, or a file of Jinja2)"
         )
-    given = {option: value for option, value in options.items() if value is not None}
+    given = _limits(found, lm_config) | {option: value for option, value in options.items() if value is not None}
     return QPeftConfig(clues="none", template=found, **given)
+
+
+def _limits(template: str, lm_config: Any) -> dict[str, Any]:
+    """Return the limits of lengths of a known reranker; none for other templates."""
+    known = RERANKERS.get(template)
+    if known is None or known.max_tokens is None:
+        return {}
+    context = getattr(lm_config.get_text_config(), "max_position_embeddings", None) or known.max_tokens + _ROOM
+    usual = QPeftConfig(clues="none")
+    return {
+        "max_document_tokens": max(usual.max_document_tokens, min(known.max_tokens, context - _ROOM)),
+        "max_query_tokens": _QUERY if context > 2 * _ROOM else usual.max_query_tokens,
+    }
 
 
 def template_without_adapter(name: str, lm_config: Any, template: str | None = None) -> str | None:
