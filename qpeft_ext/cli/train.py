@@ -217,17 +217,18 @@ def _read(options: TrainOptions) -> tuple[list, list | None]:
     dev_examples = formats.read_examples(options.dev) if options.dev else None
     if options.data is None:
         assert options.train is not None, "checked before"
-        examples = formats.read_examples(options.train)
+        examples = _drawn(formats.read_examples(options.train), options)
         say(f"{len(examples)} training examples")
         return examples, dev_examples
     collection = formats.open_collection(options.data)
     name = collection.choose_split(options.split) if collection.splits else None
     if collection.has("examples", name):
-        examples = list(collection.examples(name))
+        examples = _drawn(list(collection.examples(name)), options)
         left_out = "".join(f"; {count} {what} left out" for what, count in collection.left_out.items() if count)
         say(f"{len(examples)} training examples{left_out}")
         return examples, dev_examples
-    qrels, corpus, queries = collection.qrels(name), collection.corpus, collection.queries(name)
+    corpus, queries, judged = collection.corpus, collection.queries(name), collection.qrels(name)
+    qrels = {query_id: judged[query_id] for query_id in _drawn(list(judged), options)}
     asked = {query_id: queries[query_id] for query_id in qrels if query_id in queries}
     # relevant candidates are no negatives, so more than `depth` may be needed to find `depth` others
     depth = options.depth + max(map(len, qrels.values()))
@@ -243,6 +244,14 @@ def _read(options: TrainOptions) -> tuple[list, list | None]:
     )
     say(str(counts))
     return examples, dev_examples
+
+
+def _drawn(items: list, options: TrainOptions) -> list:
+    """Return --queries of the items in their order; all where there are not more."""
+    if options.queries is None or options.queries >= len(items):
+        return items
+    drawn = sorted(random.Random(f"{options.seed} queries").sample(range(len(items)), options.queries))
+    return [items[place] for place in drawn]
 
 
 def _has_checkpoint(output: Path) -> bool:

@@ -58,6 +58,9 @@ class TrainOptions:
         typer.Option(help="TREC run that gives the negatives of --data.  [default: its own candidates, or BM25]"),
     ] = None
     split: Annotated[str, typer.Option(help="Split of --data to train on, if it has splits.")] = "train"
+    queries: Annotated[
+        int | None, typer.Option(help="Number of queries to train on, drawn with --seed.  [default: all]")
+    ] = None
     num_negatives: Annotated[int, typer.Option(help="Negatives per query.")] = 7
     depth: Annotated[
         int, typer.Option(help="Number of the best candidates of a query that its negatives are drawn from.")
@@ -196,7 +199,7 @@ def check_options(options: TrainOptions) -> None:
             raise ValueError(f"{name} must be at least 0, got {value}")
     if options.max_steps < 1 and options.max_steps != -1:
         raise ValueError(f"--max-steps must be at least 1, or -1 for --epochs, got {options.max_steps}")
-    expect_at_least(1, gradient_accumulation=options.gradient_accumulation)
+    expect_at_least(1, gradient_accumulation=options.gradient_accumulation, queries=options.queries)
     if options.scheduler not in SCHEDULERS:
         raise ValueError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {options.scheduler!r}")
     warm_up = options.warm_up
