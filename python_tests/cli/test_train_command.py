@@ -7,7 +7,7 @@ import pytest
 import torch
 from jobs.tiny_job import make_job
 from safetensors.torch import load_file
-from small_data import QUERIES, write_lines
+from small_data import QUERIES
 
 import qpeft_ext as qpeft
 from qpeft_ext.cli import main
@@ -74,31 +74,6 @@ def test_queries_are_kept_back_to_calibrate_on(job, tmp_path, capsys):
     (tmp_path / "examples.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert train(job, tmp_path / "other", *examples) == 2
     assert "--calibrate keeps 20 queries back, and there are 1 training examples" in capsys.readouterr().err
-
-
-def test_some_of_the_queries(job, tmp_path, monkeypatch):
-    """Drawn with the seed, in the order that they have, from files and from collections."""
-    from qpeft_ext.training import fit as module
-
-    words = [f"word {i}" for i in range(20)]
-    write_lines(
-        tmp_path / "examples.jsonl",
-        (json.dumps({"query": word, "positives": [word], "negatives": ["no"]}) for word in words),
-    )
-    seen = []
-    monkeypatch.setattr(module, "QPeftTrainer", lambda **given: seen.append(given["train_dataset"]) or 1 / 0)
-
-    def queries(*options) -> list[str]:
-        with pytest.raises(ZeroDivisionError):
-            train(job, tmp_path / "adapter", *options)
-        return [example["query"] for example in seen.pop()]
-
-    file = ("--train", tmp_path / "examples.jsonl", "--queries")
-    drawn, others = queries(*file, 5), queries(*file, 5, "--seed", 1)
-    assert len(set(drawn)) == len(set(others)) == 5 and drawn != others
-    assert drawn == sorted(drawn, key=words.index) and queries(*file, 5) == drawn
-    assert queries(*file, 50) == words
-    assert len(queries("--data", job / "data", "--run", job / "data" / "run.trec", "--queries", 2)) == 2
 
 
 @pytest.mark.parametrize(
