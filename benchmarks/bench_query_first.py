@@ -7,6 +7,8 @@ The prompt is that of Qwen3-Reranker, but for the empty thoughts behind it, whic
 logit(yes) − logit(no). `CrossEncoder` reads the same token ids (its `LogitScore`), in batches of 32, sorted by length.
 Both systems take turns, query by query; times include tokenisation. Ours is measured cold: the prefix of each query is
 computed in the call, and shared by its documents. Scores must agree to 1e-4.
+
+It needs sentence-transformers 5.4 or later.
 """
 
 from __future__ import annotations
