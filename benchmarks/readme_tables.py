@@ -15,8 +15,12 @@ import markers
 
 RESULTS = Path(__file__).parent / "results"
 
-# the collections of the quality tables: what they are called, the file with their results, and their name in it
+# the collections of the quality tables: what they are called, the file with their results, and their name in it if it
+# is another
 COLLECTIONS = {
+    "squad-smollm2": ("SQuAD, 500 questions", "quality_pretrained", "squad"),
+    "dl19-from-squad-smollm2": ("TREC DL 2019, 43 queries; trained on SQuAD", "quality_pretrained", "dl19, from SQuAD"),
+    "dl19-smollm2": ("TREC DL 2019, 43 queries; trained on MS MARCO", "quality_pretrained", "dl19"),
     "squad": ("SQuAD, 1,000 questions", "quality_prose"),
     "docstrings": ("docstrings, 3,803 queries", "quality_docstrings"),
     "cosqa": ("CoSQA, 500 queries", "quality_cosqa"),
@@ -27,12 +31,14 @@ COLLECTIONS = {
     "docstrings-100-all": ("docstrings, 3,803 queries", "quality_docstrings_100"),
 }
 FIVE = ("squad", "docstrings", "cosqa", "dl19", "scifact")
+PRETRAINED = ("squad-smollm2", "dl19-from-squad-smollm2", "dl19-smollm2")
 OURS = "Q-PEFT-R + generated LoRA"
 UNTRAINED = {"BM25": "first stage", "similarity, no LM": "similarity", "UPR": "UPR", "hard clues": "hard clues"}
 TRAINED = {"soft prompt": "soft prompt", "LoRA": "LoRA", "generated LoRA": "generated LoRA"}
 # table -> (collections, columns before ours)
 QUALITY = {
-    "summary": (FIVE, {"BM25": "first stage", "UPR": "UPR"}),
+    "summary": (PRETRAINED, {"BM25": "first stage", "UPR": "UPR"}),
+    "pretrained": (PRETRAINED, {"BM25": "first stage", "UPR": "UPR", "hard clues": "hard clues"}),
     "five": (FIVE, UNTRAINED | TRAINED),
     "100-candidates": (("squad-100", "scifact-100", "docstrings-100-all"), UNTRAINED | TRAINED),
 }
@@ -107,8 +113,8 @@ def quality(name: str) -> str:
     heads = ["nDCG@10", *columns, OURS, "against UPR", "fused with BM25", "against BM25"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for collection in collections:
-        label, file = COLLECTIONS[collection]
-        rows = _rows(file, collection)
+        label, file, *named = COLLECTIONS[collection]
+        rows = _rows(file, *named or [collection])
         found = {head: _most_trained(rows, method) for head, method in columns.items()} | {
             OURS: _most_trained(rows, OURS)
         }
@@ -153,7 +159,7 @@ def _p_value(p: float) -> str:
 def _fused(rows: dict[str, dict]) -> tuple[str, str]:
     """The fusion of our method with BM25; of Q-PEFT-A where that one was not fused, and then its name."""
     for method in (OURS, OURS.replace("-R", "-A")):
-        if row := rows.get(f"{method}, 2560, + BM25"):
+        if row := rows.get(f"{method}, 2560, + BM25") or rows.get(f"{method}, + BM25"):
             name = "" if method == OURS else f" ({method.partition(' ')[0]})"
             significant = row["against"]["first_stage"]["p_holm"]["nDCG@10"] < 0.05
             best = round(row["means"]["nDCG@10"], 3) if significant else None
