@@ -57,7 +57,8 @@ def written_scores(path) -> list[float]:
 
 
 def test_query_first_becomes_document_first(job, tmp_path, capsys):
-    run_command(capsys, *command(job, tmp_path / "student", "--layout", "document_first"))
+    out = run_command(capsys, *command(job, tmp_path / "student", "--layout", "document_first"))
+    assert "wrote the teacher's scores of 6 examples" in out and "enough of its own" not in out
     path = tmp_path / "student" / "teacher_scores.jsonl"
     reranker = qpeft.Reranker.from_lm(job / "Qwen3-Reranker-0.6B", device="cpu")
     assert written_scores(path) == pytest.approx(scores_of(reranker, EXAMPLES), abs=1e-5)

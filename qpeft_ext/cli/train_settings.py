@@ -65,6 +65,7 @@ def config_of(settings: dict[str, Any], has_lora: bool, examples: list | None = 
     Raises: ValueError if there is nothing to train.
     """
     from ..config import QPeftConfig
+    from ..config.values import DISTILLATION
     from ..training.examples import lacking_negatives
 
     config = QPeftConfig.recommended(examples, **settings)
@@ -75,7 +76,7 @@ def config_of(settings: dict[str, Any], has_lora: bool, examples: list | None = 
             "--generated-lora-rank 16 or a soft prompt, --option num_virtual_tokens=20"
         )
     if examples is not None:
-        if not (config.in_batch_negatives or "in_batch_negatives" in settings):
+        if not (config.in_batch_negatives or "in_batch_negatives" in settings or config.loss in DISTILLATION):
             say("no in-batch negatives: every query has enough of its own")
         lacking_negatives(examples, config)
     return config
