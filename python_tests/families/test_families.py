@@ -54,6 +54,22 @@ def assert_same(first, second):
         assert float((first[1][name] - gradient).norm()) <= 1e-5 * largest, name
 
 
+def assert_as_exact(found, plain, model):
+    """As `assert_same`; or gradients as near to the plain path's in float64 as its own in float32: rounding alone may
+    move those through whole prompts by more than 1e-5. ``model`` may be in float64 afterwards.
+    """
+    try:
+        return assert_same(found, plain)
+    except AssertionError:
+        torch.testing.assert_close(found[0], plain[0], rtol=0, atol=1e-5)
+    exact = scores_and_gradients(model.double(), "plain")[1]
+    assert found[1].keys() == exact.keys()
+    largest = max(float(g.norm()) for g in exact.values())
+    rounding = max(float((plain[1][name] - gradient).norm()) for name, gradient in exact.items())
+    for name, gradient in exact.items():
+        assert float((found[1][name] - gradient).norm()) <= 2 * rounding <= 1e-4 * largest, name
+
+
 @pytest.mark.parametrize("clues", ["attention", "top_k"])
 def test_document_first_equals_plain(lm, clues):
     model = trained_model(lm, clues)
@@ -175,7 +191,7 @@ def test_a_trained_lora_gets_its_gradient_through_shared_prefixes(family):
     model = trained_model(peft.get_peft_model(tiny_lm(family), lora), "attention")
     plain = scores_and_gradients(model, "plain")
     assert any("lora_" in name for name in plain[1])
-    assert_same(scores_and_gradients(model, "document_first", cache=qpeft.DocumentCache()), plain)
+    assert_as_exact(scores_and_gradients(model, "document_first", cache=qpeft.DocumentCache()), plain, model)
 
 
 def test_saved_adapters_score_the_same_in_a_new_process(tmp_path):
