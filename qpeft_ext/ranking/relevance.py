@@ -22,14 +22,14 @@ class RelevanceRanker(PairInspector):
 
     @cached_property
     def calibration(self) -> Calibration:
-        """The map from scores to relevances: the adapter's own, else `default_calibration` of its score."""
+        """The map from scores to relevances: the adapter's own, else `default_calibration` of its score and LM."""
         stored = self.model.qpeft_config.calibration
         return self._default_calibration if stored is None else Calibration.from_dict(stored)
 
     @property
     def _default_calibration(self) -> Calibration:
         config = self.model.qpeft_config
-        return default_calibration(config.score, config.max_grade)
+        return default_calibration(config.score, config.max_grade, config.base_model_name_or_path or "")
 
     @property
     def reads_bare_queries(self) -> bool:
