@@ -100,6 +100,18 @@ def test_out_of_memory_halves_until_it_fits(thread, error):
     assert thread.it._observer.memory == 3
 
 
+def test_a_kernel_that_onednn_refuses_is_done_without(thread):
+    def fault(pairs):
+        if torch._C._get_mkldnn_enabled():
+            raise RuntimeError("could not create a primitive")
+
+    reranker = Reranker(fault)
+    (one,) = thread.start(job(reranker, *range(8)))
+    assert one.future.result(SECONDS).scores.tolist() == list(range(8))
+    assert reranker.calls == [8, 8] and thread.it._observer.memory == 0
+    assert torch._C._get_mkldnn_enabled()
+
+
 def test_a_pair_that_never_fits_turns_the_server_red_until_one_does(thread):
     def fault(pairs):
         if any(document == "13" for _, document in pairs):

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from ..prefixes.kv import PrefixKey
 from ..prompts.prompt import Document
 from ..ranking.reranker import Reranker
-from ..utils.memory import is_out_of_memory, return_freed_memory
+from ..utils.memory import is_out_of_memory, is_refused_kernel, return_freed_memory
 from .errors import RequestError
 from .job import Job
 from .settings import Limits
@@ -155,8 +156,15 @@ def _in_halves(reranker: Reranker, asked: Asked, out_of_memory: Callable[[], obj
     """Score pairs; in halves, and with an empty cache, if memory is short. Returns: float32 [B], nats."""
     pairs = [(query, document) for query, document, _ in asked]
     instructions = [instruction for _, _, instruction in asked]
+    given = instructions if any(instructions) else None
     try:
-        return reranker.score(pairs, instructions=instructions if any(instructions) else None)
+        try:
+            return reranker.score(pairs, instructions=given)
+        except RuntimeError as error:
+            if not is_refused_kernel(error):
+                raise
+        with torch.backends.mkldnn.flags(enabled=False):  # else these pairs could not be scored until a restart
+            return reranker.score(pairs, instructions=given)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

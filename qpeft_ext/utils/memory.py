@@ -16,7 +16,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LEAST = 64 << 20  # less is not worth the page faults
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a primitive")
+_REFUSED = "could not create a primitive"
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", _REFUSED)
 
 _last_end, _last_seconds = -math.inf, 0.0  # of the last call that did something, by `time.monotonic`
 
@@ -74,6 +75,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def is_refused_kernel(error: BaseException) -> bool:
+    """Tell whether oneDNN could not make a kernel: for lack of memory, or since it once lacked it.
+
+    It keeps a failure, and refuses the same kernel from then on, also when there is memory again.
+    """
+    return isinstance(error, RuntimeError) and _REFUSED in str(error)
 
 
 def retry_with_less(work: Callable[[], Result], use_less: Callable[[], bool]) -> Result:
