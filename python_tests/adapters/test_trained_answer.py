@@ -66,3 +66,11 @@ def test_an_adapter_from_before_the_kinds_of_scores_is_of_the_likelihood(tmp_pat
     assert model.qpeft_config.score == "likelihood" and not model.ranks_by_mean and model.answer is None
     scores = model.score(PAIRS).query_log_likelihood  # a generated LoRA begins as no change of the LM
     torch.testing.assert_close(scores, own_scores(model, PAIRS), rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    """Safetensors writes several entries of metadata in an order that changes from file to file."""
+    model = saved(tmp_path / "0", **{"score": "yes_no", **WORDS})
+    for name in "1234567":
+        model.save_pretrained(tmp_path / name)
+    assert len({(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "01234567"}) == 1

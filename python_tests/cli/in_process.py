@@ -8,5 +8,5 @@ def run_command(capsys, *arguments) -> str:
     code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert code == 0, err
-    assert err == ""
+    assert err == "", err
     return out

@@ -166,6 +166,7 @@ def test_what_cannot_be_retrieved(tmp_path, capsys, arguments, message):
 def test_rerank_takes_the_candidates_and_labels_of_the_collection(tmp_path, capsys):
     """No BEIR folder anywhere: retriever output over psgs_w100.tsv, and candidates with texts."""
     save_lm(tmp_path / "lm")
+    capsys.readouterr()  # transformers' progress bar
     write_lines(tmp_path / "psgs_w100.tsv.gz", PASSAGES)
     record = {"question": "who is round", "answers": ["moon"], "ctxs": [{"id": i, "score": -i} for i in (1, 2, 3)]}
     (tmp_path / "nq-test.json").write_text(json.dumps([record]))
@@ -203,7 +204,8 @@ def test_train_takes_the_examples_of_the_collection(tmp_path, capsys):
             ]
         )
     )
-    examples, dev = train._read(train.TrainOptions("LM", tmp_path / "adapter", data=str(tmp_path / "nq-train.json")))
+    options = train.TrainOptions(base_model="LM", output=tmp_path / "adapter", data=str(tmp_path / "nq-train.json"))
+    examples, dev = train._read(options)
     assert [example["query"] for example in examples] == ["why"] and dev is None
     assert capsys.readouterr().out == "1 training examples; 1 questions without a positive passage left out\n"
 

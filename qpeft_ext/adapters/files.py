@@ -55,7 +55,8 @@ def save_adapter(model, folder: str | os.PathLike[str]) -> None:
         _expect_finite(model.lm.state_dict(), f"the LM for {folder}")
         save_folder_with(folder / TRAINED_LM, model.lm.save_pretrained)
     config = model.qpeft_config.to_dict() | {"qpeft_version": VERSION}
-    about = {"format": "pt", _TRAINED: json.dumps({name: config[name] for name in ANSWER})}
+    # one entry only: safetensors writes several in an order that changes from file to file
+    about = {_TRAINED: json.dumps({name: config[name] for name in ANSWER})}
     save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata=about))
     write_text(folder / CARD, model_card(model, VERSION), follow=False)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)

@@ -13,10 +13,14 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `rms_norm` can compute these inputs; the weight must need no gradient."""
+    """Return whether `rms_norm` can compute these inputs; the weight must get no gradient from it.
+
+    A norm that is trained is computed by it too where no gradient is kept: what a model scores is then the same before
+    it is saved and after it was loaded, frozen.
+    """
     return (_HERE and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype in _DTYPES
             and weight.dim() == 1 and x.dim() > 1 and x.shape[-1] == len(weight) and weight.is_contiguous()
-            and not weight.requires_grad)  # fmt: skip
+            and not (weight.requires_grad and torch.is_grad_enabled()))  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
