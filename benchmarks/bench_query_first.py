@@ -51,6 +51,7 @@ class Systems:
     def __init__(self, name: str, device: torch.device) -> None:
         lm = qpeft.load_lm(name, dtype="float32", device=str(device))
         words = {"yes_words": ("yes",), "no_words": ("no",), "exact_words": True}
+        words |= {"max_document_tokens": 1024, "max_query_tokens": 256}  # none is cut; CrossEncoder cuts none of these
         self.reranker = qpeft.Reranker.from_lm(lm, TEMPLATE, config=words)
         self.cross_encoder = self._cross_encoder(locate(name).place, device)
 
