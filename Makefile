@@ -60,13 +60,13 @@ fuzz: build          ## thousands of damaged files and of hostile calls of the o
 	$(BIN)/python python_tests/fuzz/primitives.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
 	$(BIN)/python python_tests/fuzz/public_shapes.py --count $(or $(REQUESTS),500) --seed $(or $(SEED),0)
 
-fuzz-serve: build    ## `qpeft serve`: requests that schemathesis makes of its description, and faults (REQUESTS, KILLS, MEMORY, SEED, PHASES)
+fuzz-serve: build    ## `qpeft serve`: requests that schemathesis makes of its description, and faults (REQUESTS, GROWTH, KILLS, MEMORY, SEED, PHASES)
 	test -x build/fuzz-serve/bin/schemathesis || { $(BIN)/python -m venv build/fuzz-serve && \
 		build/fuzz-serve/bin/python -m pip install --quiet 'schemathesis>=4,<5'; }
 	$(BIN)/python python_tests/fuzz/serve.py --tool build/fuzz-serve/bin/schemathesis \
 		--count $(or $(REQUESTS),10000) --seed $(or $(SEED),0) $(addprefix --phases ,$(PHASES))
-	$(BIN)/python python_tests/fuzz/serve_faults.py --requests $(or $(REQUESTS),10000) --bodies $(or $(REQUESTS),10000) \
-		--kills $(or $(KILLS),100) --memory $(or $(MEMORY),40) --seed $(or $(SEED),0)
+	$(BIN)/python python_tests/fuzz/serve_faults.py --requests $(or $(GROWTH),$(REQUESTS),10000) \
+		--bodies $(or $(REQUESTS),10000) --kills $(or $(KILLS),100) --memory $(or $(MEMORY),40) --seed $(or $(SEED),0)
 
 sanitize: build      ## the operators under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, 10,000 calls
 	$(BIN)/python python_tests/fuzz/sanitize.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
