@@ -74,7 +74,7 @@ def test_query_first_becomes_document_first(job, tmp_path, capsys):
 
 
 def test_the_student_learns_the_teachers_margins(job, tmp_path, capsys):
-    """With a LoRA: after some steps the margins follow the teacher's, which are not those of the labels."""
+    """A LoRA is trained for some steps. Its margins then follow those of the teacher, which differ from the labels."""
     options = ("--clues", "none", "--generated-lora-rank", 0, "--lora-rank", 4, "--queries-per-group", 6,
                "--lora-option", "target_modules=all-linear", "--max-steps", 25, "--learning-rate", 0.02)  # fmt: skip
     run_command(capsys, *command(job, tmp_path / "student", *options))

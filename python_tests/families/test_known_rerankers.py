@@ -226,7 +226,7 @@ def test_an_index_is_of_no_use():
     ("pair", 8192, (256, 64)),
 ])  # fmt: skip
 def test_lengths_are_those_of_the_model_cards(template, context, limits):
-    """As far as the LM's context has room; what a user asks for wins."""
+    """A limit is cut to what the context of the LM has room for. A limit that the user sets replaces it."""
     lm = AutoConfig.for_model("qwen3", max_position_embeddings=context)
     config = config_without_adapter("my-lm", lm, template)
     assert (config.max_document_tokens, config.max_query_tokens) == limits
