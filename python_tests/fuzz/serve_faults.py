@@ -229,7 +229,7 @@ def started(folder: Path, body_timeout: float) -> Iterator[tuple[Server, subproc
     """Start a server of the packaged LM whose caches are small and lie below a folder."""
     (folder / "models").mkdir()
     command = [sys.executable, "-m", "qpeft_ext.cli", "serve", "--model", f"code={DEMO / 'adapter'}",
-               "--base-model", str(DEMO / "base_lm"), "--port", "0", "--device", "cpu",
+               "--base-model", str(DEMO / "base_lm"), "--port", "0", "--device", "cpu", "--dtype", "float32",
                "--api-key", "key", "--models-root", str(folder / "models"), "--log-level", "error",
                "--cache-bytes", str(4 << 20), "--disk-cache", str(folder / "cache"), "--disk-bytes", str(16 << 20),
                "--body-timeout", str(body_timeout), "--max-document-tokens", "64"]  # fmt: skip

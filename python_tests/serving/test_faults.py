@@ -7,6 +7,11 @@ import time
 
 import pytest
 
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
+
+from qpeft_ext.serving.service import running_pool
+
 ASKED = {"query": "sort a list", "documents": ["sorted(items)", "os.remove(path)"]}
 ROUTES = ("/v2/rerank", "/v1/rerank", "/rerank", "/score", "/v1/score", "/v1/models")
 DEEP = b'{"query":' * 3000
@@ -146,6 +151,34 @@ def test_a_full_queue_answers_429_with_retry_after(client, service, blocked):
         assert client.post("/rerank", json={"query": "a", "texts": ["b"]}).json()["error_type"] == "overloaded"
     finally:
         waiting.tokens -= 10**9
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "/metrics", "/info"])
+def test_a_lack_of_memory_is_503_and_the_log_says_where(client, service, monkeypatch, caplog, route):
+    def fail(*arguments):
+        raise RuntimeError("can't start new thread for a secret")
+
+    asked = ("GET", route, None) if route in ("/metrics", "/info") else ("POST", route, ASKED)
+    with monkeypatch.context() as patch, caplog.at_level("INFO", logger="qpeft_ext.serving"):
+        patch.setattr(service.pool, "submit", fail)
+        answer = client.request(*asked[:2], json=asked[2])
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
+    assert "out of memory" in answer.text and "secret" not in answer.text + caplog.text
+    assert f"a request failed (not_ready): RuntimeError at {__name__}:" in caplog.text
+    assert client.request(*asked[:2], json=asked[2]).status_code != 503
+
+
+def test_pools_need_no_new_threads(monkeypatch):
+    pool, all_run = running_pool(3, "test"), threading.Barrier(4)
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    waits = [pool.submit(all_run.wait, 60) for _ in range(3)]
+    all_run.wait(60)  # fails unless each of the three has a thread of its own
+    assert {each.result(60) for each in waits} <= {0, 1, 2, 3}
+    pool.shutdown()
 
 
 def test_the_log_has_no_text_path_or_key(client, caplog):

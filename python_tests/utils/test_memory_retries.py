@@ -1,5 +1,7 @@
 """Work that does not fit in memory is done with less, or in halves."""
 
+import errno
+
 import pytest
 import torch
 
@@ -45,6 +47,11 @@ def test_items_are_computed_in_halves_and_stay_in_order():
     (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"), True),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
     (RuntimeError("std::bad_alloc"), True), (RuntimeError("could not create a primitive"), True),
+    (RuntimeError("could not execute a primitive"), True), (RuntimeError("could not create a memory object"), True),
+    (RuntimeError("can't start new thread"), True), (RuntimeError("Resource temporarily unavailable"), True),
+    (RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"), True),
+    (RuntimeError("CUDA error: out of memory"), True), (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), True),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), True), (OSError(errno.ENOENT, "out of memory"), False),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False), (ValueError("std::bad_alloc"), False),
 ])  # fmt: skip
 def test_errors_that_say_that_memory_is_short(error, lacks_memory):

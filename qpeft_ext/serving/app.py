@@ -15,7 +15,7 @@ from . import responses
 from .access_log import AccessLog
 from .apis import COHERE_API, JINA_API, SCORE_API, Api, rerank_api
 from .bodies import parse_object, read_body, validate
-from .errors import OPENAI, TEI, RequestError
+from .errors import OPENAI, TEI, RequestError, unexpected
 from .handling import Handler, error_response, json_response
 from .openapi import body_of, describe_errors, with_bodies
 from .schemas import CohereRequest, LoadRequest, RerankRequest, ScoreRequest, TeiRequest
@@ -100,7 +100,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", summary="Counters for Prometheus", response_class=Response)
     async def metrics() -> Response:
         loop = asyncio.get_running_loop()
-        page = await loop.run_in_executor(service.pool, service.metrics.page)
+        try:
+            page = await loop.run_in_executor(service.pool, service.metrics.page)
+        except Exception as error:
+            return _refused(service, error)
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -111,9 +114,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
             service.keys.check(request.headers.get("authorization"))
             loop = asyncio.get_running_loop()
             return json_response(await loop.run_in_executor(service.pool, work))
-        except RequestError as error:
-            service.metrics.failed(error.kind)
-            return error_response(error, OPENAI)
+        except Exception as error:
+            return _refused(service, error)
 
     def expect_key() -> None:
         if not service.keys:
@@ -141,8 +143,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
             expect_key()
             service.expect_loaded()
             body = await read_body(request, service.spec.limits)
-        except RequestError as error:
-            return error_response(error, OPENAI)
+        except Exception as error:
+            return _refused(service, error)
 
         def work() -> dict[str, Any]:
             asked = validate(LoadRequest, parse_object(body))
@@ -158,6 +160,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
             return {"id": name, "object": "model", "deleted": True}
 
         return await guarded(request, work)
+
+
+def _refused(service: Service, error: Exception) -> Response:
+    """Count an error, and make its response."""
+    failure = error if isinstance(error, RequestError) else unexpected(error)
+    service.metrics.failed(failure.kind)
+    return error_response(failure, OPENAI)
 
 
 def _model(served: Any) -> dict[str, Any]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
+
+from ..utils.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 _STATUS = {
     "invalid": 422,
@@ -44,6 +50,22 @@ class RequestError(Exception):
         """Headers of the response."""
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         return headers | ({"www-authenticate": "Bearer"} if self.kind == "unauthorized" else {})
+
+
+def unexpected(error: Exception) -> RequestError:
+    """Log an error that is no `RequestError`, by its class and place, for its text may be a user's.
+
+    Returns: what the client is told: that memory is short, or the class of the error.
+    """
+    if is_out_of_memory(error):
+        failure = RequestError("not_ready", "the server is out of memory; try again later", retry_after=5)
+    else:
+        failure = RequestError("backend", f"the server failed on this request ({type(error).__name__})")
+    frames = [(frame.f_globals.get("__name__"), line) for frame, line in walk_tb(error.__traceback__)]
+    place = "{}:{}".format(*frames[-1]) if frames else "an unknown place"
+    logger.error("a request failed (%s): %s at %s", failure.kind, type(error).__name__, place)
+    logger.debug("why it failed", exc_info=error)
+    return failure
 
 
 @dataclass(frozen=True)

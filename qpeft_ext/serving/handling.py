@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,15 +12,12 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..utils.memory import is_out_of_memory
 from .apis import Api
 from .bodies import parse_object, read_body, validate
-from .errors import ErrorShape, RequestError
+from .errors import ErrorShape, RequestError, unexpected
 from .prepare import Prepared
 from .ranked import rank
 from .service import Service
-
-logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -74,11 +70,7 @@ class Handler:
             self.service.metrics.failed(error.kind)
             return error_response(error, api.errors)
         except Exception as error:
-            logger.error("a request failed: %s", type(error).__name__)
-            logger.debug("why it failed", exc_info=True)
-            failure = RequestError("backend", f"the server failed on this request ({type(error).__name__})")
-            if is_out_of_memory(error):
-                failure = RequestError("not_ready", "the server is out of memory; try again later", retry_after=5)
+            failure = unexpected(error)
             self.service.metrics.failed(failure.kind)
             return error_response(failure, api.errors)
         finally:

@@ -16,6 +16,7 @@ from ..model import get_qpeft_model
 from ..prefixes.cache import DocumentCache
 from ..ranking.reranker import Reranker
 from ..ranking.without_adapter import config_without_adapter, template_without_adapter
+from ..utils.memory import is_out_of_memory
 from .errors import RequestError
 from .settings import ServeSpec
 
@@ -150,6 +151,8 @@ class Models:
         try:
             return self.load(name, str(folder))
         except (ValueError, TypeError, OSError) as error:
+            if is_out_of_memory(error):
+                raise
             message = str(error).replace(str(folder), adapter).replace(str(root), "--models-root")
             raise RequestError("invalid", f"the adapter cannot be loaded: {message}", "adapter") from error
 

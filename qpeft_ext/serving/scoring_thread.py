@@ -15,7 +15,7 @@ from ..prefixes.kv import PrefixKey
 from ..prompts.prompt import Document
 from ..ranking.reranker import Reranker
 from ..utils.memory import is_out_of_memory, is_refused_kernel, return_freed_memory
-from .errors import RequestError
+from .errors import RequestError, unexpected
 from .job import Job
 from .settings import Limits
 from .speed import Speed
@@ -122,12 +122,7 @@ class ScoringThread(threading.Thread):
     def _failed(self, job: Job, error: Exception) -> None:
         if is_out_of_memory(error):
             self.healthy = False
-            logger.error("out of memory: a request of %d pairs could not be scored", len(job.pairs))
-            job.fail(RequestError("not_ready", "the server is out of memory; try again later", retry_after=5))
-            return
-        logger.error("a request could not be scored: %s", type(error).__name__)
-        logger.debug("why it could not be scored", exc_info=error)
-        job.fail(RequestError("backend", f"the model cannot score this request ({type(error).__name__})"))
+        job.fail(unexpected(error))
 
 
 def score_pairs(chosen: Pass, out_of_memory: Callable[[], object]) -> None:

@@ -14,7 +14,7 @@ from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Document
 from .ask import Ask
 from .auth import Keys
-from .errors import RequestError
+from .errors import RequestError, unexpected
 from .job import Job
 from .metrics import Metrics
 from .models import Models
@@ -28,6 +28,13 @@ _PROBE_SECONDS = 15.0  # until the pass of a probe must be done
 _LOOK_AT_INDEX = 5.0  # seconds between two looks at the files of the index
 
 
+def running_pool(threads: int, name: str) -> ThreadPoolExecutor:
+    """Make a pool whose threads run already."""
+    pool, all_run = ThreadPoolExecutor(threads, name), threading.Barrier(threads)
+    list(pool.map(lambda _: all_run.wait(), range(threads)))
+    return pool
+
+
 class Service:
     """All that a server needs besides HTTP.
 
@@ -35,7 +42,8 @@ class Service:
         spec: what is served.
     Attributes:
         keys, metrics, models: see there.
-        pool: threads for what would keep the event loop waiting.
+        pool: threads for what would keep the event loop waiting; they run before there are requests, since a thread
+            cannot be started where memory is short.
         spans_pool: one thread for the spans of answers, which need the LM.
         error: why the models could not be loaded; None so far.
     Raises: ValueError or OSError for a cache, an index or a corpus that cannot be used.
@@ -53,8 +61,8 @@ class Service:
             lambda: self.cache.tiers, lambda: (len(self.scoring.waiting), self.scoring.waiting.tokens)
         )
         self.scoring = ScoringThread(spec.limits, self.metrics, self._between_passes)
-        self.pool = ThreadPoolExecutor(4, "qpeft-prepare")
-        self.spans_pool = ThreadPoolExecutor(1, "qpeft-spans")
+        self.pool = running_pool(4, "qpeft-prepare")
+        self.spans_pool = running_pool(1, "qpeft-spans")
         self.error: Exception | None = None
         self.stopping = False
         self.corpus: Mapping[str, Document] | None = None
@@ -150,6 +158,8 @@ class Service:
             return f"no pass of the model within {_PROBE_SECONDS:.0f} s"
         except RequestError as error:
             return error.message
+        except Exception as error:
+            return unexpected(error).message
         return ""
 
     def _probe(self) -> Job:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +17,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _LEAST = 64 << 20  # less is not worth the page faults
-_REFUSED = "could not create a primitive"
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", _REFUSED)
+_REFUSED = ("could not create a primitive", "could not execute a primitive")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "alloc_failed",  # cuBLAS, cuDNN
+    "could not create a memory",  # oneDNN
+    "can't start new thread",  # Python: there is no room for its stack
+    "resource temporarily unavailable",  # C++: the same
+    *_REFUSED,
+)
 
 _last_end, _last_seconds = -math.inf, 0.0  # of the last call that did something, by `time.monotonic`
 
@@ -68,21 +80,24 @@ def return_freed_memory(least: int = _LEAST, share: float = 1.0) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that the device or the host has no memory left.
 
-    On the host torch has no type for it: its allocator, the C++ library and oneDNN raise a RuntimeError each.
+    On the host torch has no type for it: its allocator, the C++ library and oneDNN raise a RuntimeError each, and so
+    does Python for a thread that cannot be started. The system's own word for it is an OSError.
     """
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def is_refused_kernel(error: BaseException) -> bool:
-    """Tell whether oneDNN could not make a kernel: for lack of memory, or since it once lacked it.
+    """Tell whether oneDNN could not make or run a kernel: for lack of memory, or since it once lacked it.
 
     It keeps a failure, and refuses the same kernel from then on, also when there is memory again.
     """
-    return isinstance(error, RuntimeError) and _REFUSED in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSED)
 
 
 def retry_with_less(work: Callable[[], Result], use_less: Callable[[], bool]) -> Result:
