@@ -41,10 +41,13 @@ format: .venv/.ready ## ruff format, and clang-format over csrc
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
-check: build lint    ## the inner loop: lint and the fast tests (all that are not marked slow)
+both: .venv/.ready   # build and lint at the same time, each on a core
+	@$(MAKE) --no-print-directory --output-sync -j2 build lint
+
+check: both          ## the inner loop: lint and the fast tests (all that are not marked slow)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(TESTS)
 
-test: build lint     ## lint and all tests, a worker for each core (one process: make test PARALLEL=)
+test: both           ## lint and all tests, a worker for each core (one process: make test PARALLEL=)
 	$(BIN)/python -m pytest $(PARALLEL) --durations=15 $(TESTS)
 
 test-plugins: build  ## the plug-ins, with the real packages in an environment below build/environments
@@ -104,5 +107,5 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint format check test test-plugins test-clients fuzz fuzz-serve sanitize kills demo bench sweep docs wheel matrix clean
+.PHONY: help venv build lint both format check test test-plugins test-clients fuzz fuzz-serve sanitize kills demo bench sweep docs wheel matrix clean
 .DEFAULT_GOAL := help

@@ -17,6 +17,8 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if WORKERS > 1:  # they and the processes that their tests start share the cores
     torch.set_num_threads(max(1, CORES // WORKERS))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+# or torch.compile compiles programs for 20 s to see whether the compiler knows this CPU's instructions
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 WORKER_BYTES = 3 * 2**30  # of a worker and of the processes that a test starts; measured 1.5 GiB
 
 

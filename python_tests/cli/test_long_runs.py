@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from jobs.long_job import CANDIDATES, QUERIES, command, make_long_job
-from jobs.processes import Process, children, forked_command
+from jobs.processes import children, forked_command
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
@@ -222,7 +222,7 @@ time.sleep(60)
 def test_two_devices_one_dies(job, expected, tmp_path):
     """The run is that of one device, to the byte, although a worker is killed in the middle."""
     out = tmp_path / "run"
-    process = Process(command(job, out, "--devices", "cpu,cpu"))
+    process = forked_command(command(job, out, "--devices", "cpu,cpu"))
     process.wait_for_size(tmp_path / "run.part", 5_000)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     code, out_text, err = process.end()
@@ -263,7 +263,7 @@ def test_interrupted_on_two_devices(job, expected, tmp_path, capsys):
         out = tmp_path / str(attempt) / "run"
         out.parent.mkdir()
         part = out.with_name("run.UPR.part")
-        slow = ("--max-tokens-per-batch", "32")  # a pass for every pair: otherwise a fast machine is done too soon
+        slow = ("--max-tokens-per-batch", "128")  # a pass for a few pairs: otherwise a fast machine is done too soon
         process = forked_command(command(job, out, "--upr", "--devices", "cpu,cpu", *slow))
         process.wait_for_size(out.with_name("run.part"), 1)  # the same workers make both systems
         workers = workers_of(process.pid)

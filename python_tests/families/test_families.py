@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -34,6 +35,18 @@ def trained_model(lm, clues: str, seed: int = 1, **options) -> qpeft.QPeftModel:
 @pytest.fixture(scope="module", params=FAMILIES)
 def lm(request):
     return tiny_lm(request.param)
+
+
+@pytest.fixture(scope="module")
+def model_with(lm):
+    """Return the model of a family with a kind of clues. Tests share it, since making one tries the LM out."""
+    return functools.cache(functools.partial(trained_model, lm))
+
+
+@pytest.fixture(scope="module")
+def scores_with(model_with):
+    """Return the scores of all pairs, in one call, with a kind of clues."""
+    return functools.cache(lambda clues: model_with(clues).score(PAIRS).mean_query_log_likelihood)
 
 
 def scores_and_gradients(model, path: str, **options):
@@ -74,27 +87,26 @@ def assert_as_exact(found, plain, model):
 
 
 @pytest.mark.parametrize("clues", ["attention", "top_k"])
-def test_document_first_equals_plain(lm, clues):
-    model = trained_model(lm, clues)
+def test_document_first_equals_plain(model_with, clues, monkeypatch):
+    model = model_with(clues)
     assert not model.engine.why_not_cached and model.engine.head.fused
     plain = scores_and_gradients(model, "plain")
     assert_same(scores_and_gradients(model, "document_first"), plain)
     # prefixes in groups of their own and suffixes in several passes: the same numbers
     assert_same(scores_and_gradients(model, "document_first", max_tokens_per_batch=64), plain)
-    model.qpeft_config.suffix_micro_batch = 2
+    monkeypatch.setattr(model.qpeft_config, "suffix_micro_batch", 2)
     assert_same(scores_and_gradients(model, "document_first"), plain)
 
 
-def test_upr_document_first_equals_plain(lm):
-    model = trained_model(lm, "none")
-    plain = model.score(PAIRS, path="plain").mean_query_log_likelihood
-    torch.testing.assert_close(model.score(PAIRS).mean_query_log_likelihood, plain, rtol=0, atol=1e-5)
+def test_upr_document_first_equals_plain(model_with, scores_with):
+    plain = model_with("none").score(PAIRS, path="plain").mean_query_log_likelihood
+    torch.testing.assert_close(scores_with("none"), plain, rtol=0, atol=1e-5)
     assert plain.std() > 0.05  # otherwise the test could not see a wrong document
 
 
-def test_plain_equals_the_language_model_itself(lm):
+def test_plain_equals_the_language_model_itself(lm, model_with):
     """The oracle's oracle: one unpadded forward of the LM a pair, with its own logits."""
-    model = trained_model(lm, "none")
+    model = model_with("none")
     scores = model.score(PAIRS, path="plain").query_log_likelihood
     for (query, document), score in zip(PAIRS, scores, strict=True):
         prefix, target = model.prompt.documents([document])[0].ids, model.prompt.queries([query])[0]
@@ -122,9 +134,8 @@ def test_identity_clues_are_the_tokens_themselves(lm):
 
 
 @pytest.mark.parametrize("clues", CLUES)
-def test_a_pair_alone_equals_the_pair_in_any_batch(lm, clues):
-    model = trained_model(lm, clues)
-    together = model.score(PAIRS).mean_query_log_likelihood
+def test_a_pair_alone_equals_the_pair_in_any_batch(model_with, scores_with, clues):
+    model, together = model_with(clues), scores_with(clues)
     alone = torch.cat([model.score([pair]).mean_query_log_likelihood for pair in PAIRS])
     backwards = model.score(PAIRS[::-1]).mean_query_log_likelihood.flip(0)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
@@ -132,8 +143,8 @@ def test_a_pair_alone_equals_the_pair_in_any_batch(lm, clues):
 
 
 @pytest.mark.parametrize("clues", CLUES)
-def test_cold_cache_equals_warm_cache(lm, clues):
-    model, cache = trained_model(lm, clues), qpeft.DocumentCache(1 << 24)
+def test_cold_cache_equals_warm_cache(model_with, scores_with, clues):
+    model, cache = model_with(clues), qpeft.DocumentCache(1 << 24)
     cold = model.score(PAIRS, cache=cache).mean_query_log_likelihood
     assert cache.hits == 0 and len(cache) == len(DOCUMENTS)
     warm = model.score(PAIRS, cache=cache).mean_query_log_likelihood
@@ -143,14 +154,14 @@ def test_cold_cache_equals_warm_cache(lm, clues):
     for other in (
         warm,
         model.score(PAIRS, cache=partly).mean_query_log_likelihood,
-        model.score(PAIRS).mean_query_log_likelihood,
+        scores_with(clues),
     ):
         torch.testing.assert_close(cold, other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("clues", CLUES)
-def test_deterministic_scores_are_bit_equal(lm, clues):
-    model, cache = trained_model(lm, clues), qpeft.DocumentCache(1 << 24)
+def test_deterministic_scores_are_bit_equal(model_with, clues):
+    model, cache = model_with(clues), qpeft.DocumentCache(1 << 24)
     together = model.score(PAIRS, deterministic=True).query_log_likelihood
     alone = torch.cat([model.score([pair], deterministic=True).query_log_likelihood for pair in PAIRS])
     cold = model.score(PAIRS[::-1], deterministic=True, cache=cache).query_log_likelihood.flip(0)
@@ -159,8 +170,8 @@ def test_deterministic_scores_are_bit_equal(lm, clues):
     torch.testing.assert_close(together, model.score(PAIRS).query_log_likelihood, rtol=1e-5, atol=1e-4)
 
 
-def test_the_frozen_lm_stays_in_eval_mode(lm):
-    model = trained_model(lm, "attention").train()
+def test_the_frozen_lm_stays_in_eval_mode(model_with):
+    model = model_with("attention").train()
     assert model.training and model.clues.training
     assert not any(module.training for module in model.lm.modules())
     assert not any(p.requires_grad for p in model.lm.parameters())
@@ -198,10 +209,10 @@ def test_a_trained_lora_gets_its_gradient_through_shared_prefixes(family):
 
 
 def test_saved_adapters_score_the_same_in_a_new_process(tmp_path):
-    """All families, each also over a peft LoRA: save, load in one new process, bit-equal scores."""
+    """All families, every second one also over a peft LoRA: save, load in one new process, bit-equal scores."""
     expected = {}
-    for family in FAMILIES:
-        for wrapped in (False, True):
+    for number, family in enumerate(FAMILIES):
+        for wrapped in (False, True)[: 2 - number % 2]:
             lm, folder = tiny_lm(family), tmp_path / f"{family}-{wrapped}"
             lm.save_pretrained(folder / "lm")
             tiny_tokenizer().save_pretrained(folder / "lm")

@@ -123,9 +123,8 @@ def test_document_first_equals_plain(family, kind, trained):
     assert plain[0].std() > 1e-3  # the documents matter
     assert ("mixed_score.weight" in plain[1]) is (kind == "both")
     assert_same(scores_and_gradients(model, "document_first"), plain)
-    assert_same(scores_and_gradients(model, "document_first", max_tokens_per_batch=64), plain)
     model.qpeft_config.suffix_micro_batch = 2  # computed again in the backward pass
-    assert_same(scores_and_gradients(model, "document_first"), plain)
+    assert_same(scores_and_gradients(model, "document_first", max_tokens_per_batch=64), plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)

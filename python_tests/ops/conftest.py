@@ -25,12 +25,3 @@ def small_blocks(monkeypatch):
     """Buffers a hundredth of their size: what a call with rows of 50 numbers does is what one with 5,000 does."""
     for module, name in ((_common, "BLOCK_BYTES"), (_pairs, "CONTEXT_BYTES"), (_pairs, "GATHER_BYTES")):
         monkeypatch.setattr(module, name, getattr(module, name) // 100)
-
-
-@pytest.fixture
-def fresh_graphs():
-    """torch.compile without its cache, which would reuse a graph that was made for an earlier build of the library."""
-    from torch._inductor import config
-
-    with config.patch(force_disable_caches=True):
-        yield

@@ -26,7 +26,7 @@ cpu = torch.ops.qpeft_ext
 
 
 def build_replica():
-    """Build ``torch.ops.qpeft_cuda_replica`` if its sources have changed (half a minute), and return it."""
+    """Build ``torch.ops.qpeft_cuda_replica`` if its sources have changed (a quarter of a minute), and return it."""
     if _library.REFERENCE or not (ROOT / "csrc" / "cuda").is_dir() or sys.platform != "linux":
         pytest.skip("needs the library and its sources")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

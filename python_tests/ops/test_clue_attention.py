@@ -169,19 +169,6 @@ def test_opcheck(grad, device):
     torch.library.opcheck(torch.ops.qpeft_ext.clue_attention_heads, (absorbed, *documents, weights[2].detach()))
 
 
-@pytest.mark.slow
-def test_compiles_without_graph_breaks(device, fresh_graphs):
-    x, weights = make_inputs(device=device)
-
-    def function(*inputs, num_heads):
-        return clue_attention(*inputs, num_heads=num_heads)
-
-    eager, eager_gradients = gradients(x, weights)
-    compiled, compiled_gradients = gradients(x, weights, torch.compile(function, fullgraph=True))
-    torch.testing.assert_close(compiled, eager)
-    torch.testing.assert_close(compiled_gradients, eager_gradients, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     "change, error, words",
     [

@@ -156,20 +156,6 @@ def test_opcheck(grad, metric, device):
     torch.library.opcheck(torch.ops.qpeft_ext.similarity_topk, (*x, 4, metric))
 
 
-@pytest.mark.slow
-def test_compiles_without_graph_breaks(device, fresh_graphs):
-    x = make_documents(device=device)
-    query, table = x.query_embeds.clone().requires_grad_(), x.table.clone().requires_grad_()
-
-    def loss(query, table):
-        result = run(x._replace(query_embeds=query * 2, table=table))
-        return result.scores.masked_fill(result.clue_ids < 0, 0).square().sum()
-
-    eager = torch.autograd.grad(loss(query, table), (query, table))
-    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(query, table), (query, table))
-    torch.testing.assert_close(compiled, eager)
-
-
 def test_threads_do_not_matter():
     x = make_documents(Q=2, T=3, D=64, V=500, B=50, S=100)
     before = torch.get_num_threads()

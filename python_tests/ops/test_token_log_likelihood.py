@@ -121,17 +121,6 @@ def test_opcheck(grad, device):
         )
 
 
-@pytest.mark.slow
-def test_compiles_without_graph_breaks(device, fresh_graphs):
-    x = make_inputs(device=device)
-
-    def function(*inputs, **settings):
-        return token_log_likelihood(*inputs, **settings) * 2
-
-    compiled = torch.compile(function, fullgraph=True)
-    torch.testing.assert_close(gradients(x, compiled, soft_cap=3.0), gradients(x, function, soft_cap=3.0))
-
-
 @pytest.mark.parametrize(
     "change, error, words",
     [

@@ -176,7 +176,7 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(tmp_path, monkeypatch, caplo
 @pytest.mark.parametrize("loss", ["pointwise_pairwise", "listwise", "contrastive"])
 def test_the_loss_falls_on_a_fixed_set(tmp_path, clues, loss):
     model = tiny_model(clues=clues, loss=loss)
-    fit = trainer(tmp_path, model, EXAMPLES[:4], EXAMPLES[:4], max_steps=20, learning_rate=2e-2, cache_bytes=1 << 20)
+    fit = trainer(tmp_path, model, EXAMPLES[:4], EXAMPLES[:4], max_steps=9, learning_rate=4e-2, cache_bytes=1 << 20)
     before = fit.evaluate()["eval_loss"]
     fit.train()
     assert fit.evaluate()["eval_loss"] < before - 0.5

@@ -30,7 +30,7 @@ void product_kernel(const Half* a, const Half* b, float* c, bool wait) {
   for (int i = 0; i < 4; ++i) c[(row + i / 2 * 8) * 8 + column + i % 2] = sums[i];
 }
 
-void product(const Tensor a, const Tensor b, Tensor c, bool wait) {
+void warp_product(const Tensor a, const Tensor b, Tensor c, bool wait) {
   dispatch_table<__half, __nv_bfloat16>("product", a.scalar_type(), [&](auto tag, auto) {
     using Half = decltype(tag);
     if constexpr (sizeof(Half) == 2) {
@@ -68,7 +68,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qpeft_ext, m) {
   m.def("warp_misuse(int what, Tensor(a!) out) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CUDA, m) {
-  m.impl("warp_product", TORCH_BOX(&product));
+  m.impl("warp_product", TORCH_BOX(&warp_product));
   m.impl("warp_misuse", TORCH_BOX(&misuse));
 }
 
