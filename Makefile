@@ -42,7 +42,7 @@ format: .venv/.ready ## ruff format, and clang-format over csrc
 	$(BIN)/clang-format -i $(CSRC)
 
 both: .venv/.ready   # build and lint at the same time, each on a core
-	@$(MAKE) --no-print-directory --output-sync -j2 build lint
+	@$(MAKE) --no-print-directory -j2 build lint
 
 check: both          ## the inner loop: lint and the fast tests (all that are not marked slow)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(TESTS)
