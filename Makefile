@@ -13,7 +13,7 @@ BIN    := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:            ## show this list
-	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 .venv/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 was found. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
@@ -63,9 +63,15 @@ fuzz: build          ## thousands of damaged files and of hostile calls of the o
 	$(BIN)/python python_tests/fuzz/primitives.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
 	$(BIN)/python python_tests/fuzz/public_shapes.py --count $(or $(REQUESTS),500) --seed $(or $(SEED),0)
 
-fuzz-serve: build    ## `qpeft serve`: requests that schemathesis makes of its description, and faults (REQUESTS, GROWTH, KILLS, MEMORY, SEED, PHASES)
-	test -x build/fuzz-serve/bin/schemathesis || { $(BIN)/python -m venv build/fuzz-serve && \
-		build/fuzz-serve/bin/python -m pip install --quiet 'schemathesis>=4,<5'; }
+build/fuzz-serve/bin/schemathesis: .venv/.ready
+	$(BIN)/python -m venv build/fuzz-serve
+	build/fuzz-serve/bin/python -m pip install --quiet 'schemathesis>=4,<5'
+	@touch $@
+
+environments: build/fuzz-serve/bin/schemathesis  # what test-clients and fuzz-serve need
+	for group in $(or $(CLIENTS),clients clients-cohere5); do $(BIN)/python .ci/environments.py $$group -- -c '' || exit 1; done
+
+fuzz-serve: build build/fuzz-serve/bin/schemathesis  ## `qpeft serve`: requests that schemathesis makes of its description, and faults (REQUESTS, GROWTH, KILLS, MEMORY, SEED, PHASES)
 	$(BIN)/python python_tests/fuzz/serve.py --tool build/fuzz-serve/bin/schemathesis \
 		--count $(or $(REQUESTS),10000) --seed $(or $(SEED),0) $(addprefix --phases ,$(PHASES))
 	$(BIN)/python python_tests/fuzz/serve_faults.py --requests $(or $(GROWTH),$(REQUESTS),10000) \
@@ -107,5 +113,5 @@ matrix:              ## try the wheel in dist/cpu with every Python here and sev
 clean:               ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info qpeft_ext/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks .venv/.built
 
-.PHONY: help venv build lint both format check test test-plugins test-clients fuzz fuzz-serve sanitize kills demo bench sweep docs wheel matrix clean
+.PHONY: help venv build lint both format check test test-plugins test-clients environments fuzz fuzz-serve sanitize kills demo bench sweep docs wheel matrix clean
 .DEFAULT_GOAL := help
