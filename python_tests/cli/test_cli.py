@@ -31,17 +31,24 @@ def job(tmp_path_factory):
     return make_job(tmp_path_factory.mktemp("job"))
 
 
-def test_help_is_quick_because_torch_waits():
+def test_what_needs_no_model_is_quick_because_torch_waits(tmp_path):
+    (tmp_path / "run").write_text("q1 Q0 d1 1 2.0 t\n")
+    (tmp_path / "qrels").write_text("q1 0 d1 1\n")
     program = """
 import sys
 from qpeft_ext.cli import main
+folder, heavy = sys.argv[1], {"torch", "transformers", "matplotlib", "bm25s"}
 main(["--help"])
-heavy = {"torch", "transformers", "matplotlib", "scipy", "bm25s", "ir_measures"} & set(sys.modules)
-sys.exit(f"imported {heavy}" if heavy else 0)
+print(heavy & set(sys.modules) or "nothing", {"scipy", "ir_measures"} & set(sys.modules) or "nothing")
+for command in (["evaluate", "--qrels", f"{folder}/qrels", f"{folder}/run", "--measures", "nDCG@10"],
+                ["fuse", f"{folder}/run", f"{folder}/run", "--output", f"{folder}/fused"]):
+    print(command[0], main(command), heavy & set(sys.modules) or "nothing")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in COMMANDS)
+    for line in ("nothing nothing", "evaluate 0 nothing", "fuse 0 nothing"):
+        assert line in done.stdout.splitlines(), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

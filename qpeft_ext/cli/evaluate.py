@@ -40,7 +40,7 @@ def command(
     from .. import formats
     from ..evaluation.comparison import compare_table
     from ..evaluation.measures import parse_measures
-    from ..ranking.run import system_name
+    from ..formats.trec import system_name
     from ..utils.console import say
     from ..utils.files import write_text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -249,3 +250,11 @@ def check_id(name: str, value: str) -> None:
     """Raises: ValueError for an id (or tag) that would not be one column of a run."""
     if not isinstance(value, str) or not value or _SPACE.search(value):
         raise ValueError(f"{name} must be text without white space in a TREC run, got {value!r}")
+
+
+def system_name(path: Path) -> str:
+    """Return a short name for a run file: its name without the endings of formats."""
+    name = path.name.removesuffix(".gz")
+    for ending in (".trec", ".txt", ".run", ".tsv"):
+        name = name.removesuffix(ending) or name
+    return name

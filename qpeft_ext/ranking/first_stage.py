@@ -16,14 +16,13 @@ import numpy as np
 
 from .. import formats
 from ..formats.corpus import drop_leftovers
-from ..formats.trec import Run
+from ..formats.trec import Run, system_name
 from ..utils.console import say
 from ..utils.files import cache_folder, folder_permissions, permissions_of, restrict, sync_folder, write_text
 from ..utils.optional import import_bm25s
 from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular, read_json
 from ..utils.text import shorten
-from .run import system_name
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.schedule import query_blocks
@@ -259,11 +258,3 @@ def check_candidates(run: Run, queries: Mapping[str, str], corpus: Mapping[str, 
 
 def _place(path: AnyPath | None, query_id: str, doc_id: str | None = None) -> str:
     return "" if path is None else f"{path}, line {find_line(path, query_id, doc_id)}: "
-
-
-def system_name(path: Path) -> str:
-    """Return a short name for a run file: its name without the endings of formats."""
-    name = path.name.removesuffix(".gz")
-    for ending in (".trec", ".txt", ".run", ".tsv"):
-        name = name.removesuffix(ending) or name
-    return name
