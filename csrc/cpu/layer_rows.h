@@ -212,17 +212,12 @@ QPEFT_INLINE inline void rotate_vector(const T* x, const T* cos, const T* sin, i
   for_blocks(half, [&](int64_t d, int64_t n) QPEFT_INLINE {
     const Halves<T> v(x + d, half, n), c(cos + d, half, n), s(sin + d, half, n);
     float *to_a = place_for(out + d, outs[0]), *to_b = place_for(out + half + d, outs[1]);
-    if (inverse) {
+    if (std::is_same_v<T, float> || inverse) {
+      const float sign = inverse ? -1.0f : 1.0f, *of_b = inverse ? s.b : s.a, *of_a = inverse ? s.a : s.b;
 #pragma GCC ivdep  // too many pointers for the compiler to check that results lie apart from the rest
       for (int64_t i = 0; i < n; ++i) {
         const float a = v.a[i], b = v.b[i];
-        to_a[i] = a * c.a[i] + b * s.b[i], to_b[i] = b * c.b[i] - a * s.a[i];
-      }
-    } else if constexpr (std::is_same_v<T, float>) {
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) {
-        const float a = v.a[i], b = v.b[i];
-        to_a[i] = a * c.a[i] - b * s.a[i], to_b[i] = b * c.b[i] + a * s.b[i];
+        to_a[i] = a * c.a[i] - sign * (b * of_b[i]), to_b[i] = b * c.b[i] + sign * (a * of_a[i]);
       }
     } else {
       for (int64_t i = 0; i < n; ++i) {
