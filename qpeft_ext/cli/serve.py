@@ -87,6 +87,13 @@ class ServeOptions:
     request_timeout: Annotated[float, typer.Option(help="Seconds until a request is given up.")] = 300.0
     body_timeout: Annotated[float, typer.Option(help="Seconds until the body of a request must be there.")] = 30.0
     drain_seconds: Annotated[int, typer.Option(help="Seconds that requests have to end after SIGTERM.")] = 60
+    engine: Annotated[
+        str, typer.Option(help="Where the models are: local, in this process, or ray for replicas on Ray Serve.")
+    ] = "local"
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Replicas of --engine ray.  [default: one for each GPU of the Ray cluster, or one]"),
+    ] = None
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning or error. Texts and paths are logged with debug only.")
     ] = "info"
@@ -104,11 +111,15 @@ def command(options: ServeOptions) -> None:
     _check_options(options)
     spec = _spec(options)
     try:
-        from ..serving.server import serve
+        from ..serving.server import serve, serve_on_ray
     except ImportError as error:
         raise ImportError(f"qpeft serve needs {error.name}: pip install 'qpeft_ext[serve]'") from None
 
-    serve(spec, options.host, options.port, options.drain_seconds, options.log_level)
+    rest = options.host, options.port, options.drain_seconds, options.log_level
+    if options.engine == "ray":
+        serve_on_ray(spec, options.replicas, *rest)
+    else:
+        serve(spec, *rest)
 
 
 def _check_options(options: ServeOptions) -> None:
@@ -128,6 +139,7 @@ def _check_options(options: ServeOptions) -> None:
         max_body_bytes=options.max_body_bytes,
         max_queue_tokens=options.max_queue_tokens,
         max_requests=options.max_requests,
+        replicas=options.replicas,
     )
     expect_at_least(0, cache_bytes=options.cache_bytes, disk_bytes=options.disk_bytes, port=options.port)
     expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index, options.disk_cache)
@@ -140,6 +152,12 @@ def _check_options(options: ServeOptions) -> None:
         raise ValueError(f"--log-level must be debug, info, warning or error, got {options.log_level!r}")
     if options.models_root is not None and not options.models_root.is_dir():
         raise ValueError(f"--models-root must be a folder, got {options.models_root}")
+    if options.engine not in ("local", "ray"):
+        raise ValueError(f"--engine must be local or ray, got {options.engine!r}")
+    if options.engine == "local" and options.replicas is not None:
+        raise ValueError("--replicas is for --engine ray; leave it out, or start a server for each device")
+    if options.engine == "ray" and options.models_root is not None:
+        raise ValueError("--models-root loads models in one process; it cannot be used with --engine ray")
     check_passages(options.passages, options.passage_tokens, options.passage_stride)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Generator, Iterator, Sequence
 
+from .ray_session import RaySession
 from .run import Block, RankedBlock
 from .systems import Systems, SystemsSpec
 
@@ -24,47 +24,19 @@ class RayActors:
 
     Args:
         spec: what each actor loads.
-        devices: one actor each, "cuda" or "cpu"; Ray chooses the GPU. Without any there is one actor for each GPU of
-            the cluster, or one CPU actor where there is none.
-
-    The Ray that runs, or that ``RAY_ADDRESS`` names, is used; otherwise one is started on this machine until `close`.
+        devices: as for `RaySession`.
     Raises: ImportError without Ray; ValueError for devices that Ray does not have.
     """
 
     def __init__(self, spec: SystemsSpec, devices: Sequence[str] = ()) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes back as an exception
+        self._session = RaySession(devices)
         try:
-            import ray
             import ray.data
         except ImportError:
+            self._session.close()
             raise ImportError("--engine ray needs Ray: pip install qpeft_ext[ray]") from None
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._ray, self._spec = ray, spec
-        self._ours = not ray.is_initialized()
-        if self._ours:
-            local = (
-                {}
-                if os.environ.get("RAY_ADDRESS")
-                else {"num_cpus": max(len(devices), os.cpu_count() or 1), "include_dashboard": False}
-            )
-            ray.init(logging_level="error", log_to_driver=False, **local)
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        kinds = {device.partition(":")[0] for device in devices} or {"cuda" if gpus else "cpu"}
-        self._kind = kinds.pop()
-        self._actors = len(devices) or gpus or 1
-        wrong = ""
-        if kinds or self._kind not in ("cuda", "cpu"):
-            wrong = f"--devices with --engine ray must be all cuda or all cpu, got {', '.join(devices)}"
-        elif self._kind == "cuda" and gpus < self._actors:
-            wrong = f"--devices asks for {self._actors} GPUs, Ray has {gpus}"
-        if wrong:
-            self.close()
-            raise ValueError(wrong)
-        # Ray gives an actor as many threads as CPUs; each must fit on one machine
-        machines = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        self._cpus = 1 if self._kind == "cuda" else max(1, int(min(sum(machines) // self._actors, max(machines))))
 
     def rank(self, blocks: Iterator[Block]) -> Generator[RankedBlock]:
         """Rank the blocks; see `BlockRanker`. Raises: what an actor raised; ChildProcessError when too many died."""
@@ -88,10 +60,10 @@ class RayActors:
         # one row in a Ray block: what streams, and what is repeated after a failure
         dataset = data.from_items(rows, override_num_blocks=len(rows)).map(
             _Actor,
-            fn_constructor_args=(self._spec, self._kind),
-            compute=data.ActorPoolStrategy(size=self._actors),
-            num_gpus=int(self._kind == "cuda"),
-            num_cpus=self._cpus,
+            fn_constructor_args=(self._spec, self._session.kind),
+            compute=data.ActorPoolStrategy(size=self._session.actors),
+            num_gpus=int(self._session.kind == "cuda"),
+            num_cpus=self._session.cpus,
             max_restarts=_RETRIES,
             max_task_retries=_RETRIES,
         )
@@ -109,9 +81,7 @@ class RayActors:
 
     def close(self) -> None:
         """Stop the Ray that was started here; one that ran before keeps running."""
-        if self._ours:
-            self._ray.shutdown()
-            self._ours = False
+        self._session.close()
 
     def __enter__(self) -> RayActors:
         return self

@@ -91,7 +91,7 @@ class Handler:
     ) -> Result:
         """Wait for a part of the work; drop it if the client goes away or the request takes too long."""
         wanted: asyncio.Future[Result] = asyncio.wrap_future(future)
-        gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
+        gone: asyncio.Future[Any] = asyncio.ensure_future(client_gone(request))
         limit = self.service.spec.limits.request_timeout
         try:
             left = max(0.0, started + limit - time.monotonic())
@@ -136,6 +136,7 @@ class Handler:
         return await asyncio.get_running_loop().run_in_executor(self.service.pool, work, *arguments)
 
 
-async def _disconnected(request: Request) -> None:
+async def client_gone(request: Request) -> None:
+    """Wait until the client has gone; its body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

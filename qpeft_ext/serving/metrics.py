@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -78,6 +80,17 @@ class Metrics:
     def page(self) -> bytes:
         """Return the page in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def one_page(pages: Mapping[str, str]) -> bytes:
+    """Put the pages of replicas into one, where each sample has its replica's name as the label "replica"."""
+    families: dict[str, Metric] = {}
+    for name, page in pages.items():
+        for family in text_string_to_metric_families(page):
+            whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                whole.add_sample(sample.name, {**sample.labels, "replica": name}, sample.value)
+    return generate_latest(SimpleNamespace(collect=families.values))
 
 
 def _seconds(name: str, text: str, registry: CollectorRegistry) -> Histogram:

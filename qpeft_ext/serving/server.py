@@ -7,15 +7,23 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import uvicorn
 
 from ..utils.console import say
 from . import access_log
 from .app import create_app
+from .balancer import Balancer, with_lifespan
 from .service import Service
 from .settings import ServeSpec
+
+
+class Work(Protocol):
+    """A `Service` or `RayReplicas`, which an app is in front of."""
+
+    error: Exception | None
 
 
 def serve(spec: ServeSpec, host: str, port: int, drain_seconds: int, log_level: str) -> None:
@@ -28,10 +36,40 @@ def serve(spec: ServeSpec, host: str, port: int, drain_seconds: int, log_level: 
         log_level: "debug", "info", "warning" or "error".
     Raises: OSError if the address is in use; whatever is wrong with a model, a cache or a corpus.
     """
+    _serve(lambda: Service(spec), create_app, host, port, drain_seconds, log_level)
+
+
+def serve_on_ray(
+    spec: ServeSpec, replicas: int | None, host: str, port: int, drain_seconds: int, log_level: str
+) -> None:
+    """Do as `serve`, with replicas on Ray Serve behind one address.
+
+    Args:
+        replicas: as for `RayReplicas`.
+    Raises: as `serve` and `RayReplicas`.
+    """
+    from .ray_replicas import RayReplicas
+
+    def balanced(work: RayReplicas, on_failure: Callable[[], object]) -> Any:
+        logged = access_log.AccessLog(Balancer(spec, work.replicas), lambda *_: None)  # the replicas count
+        return with_lifespan(logged, lambda: work.start(on_failure), work.stop)
+
+    _serve(lambda: RayReplicas(spec, replicas), balanced, host, port, drain_seconds, log_level)
+
+
+def _serve(
+    make: Callable[[], Any],
+    app_of: Callable[[Any, Callable[[], object]], Any],
+    host: str,
+    port: int,
+    drain_seconds: int,
+    log_level: str,
+) -> None:
+    """Listen, make what works, and serve its app until a signal comes, or the app says that it cannot work."""
     with _logging(log_level), _listen(host, port) as listening:
-        service = Service(spec)
+        work: Work = make()
         config = uvicorn.Config(
-            create_app(service, lambda: setattr(server, "should_exit", True)),
+            app_of(work, lambda: setattr(server, "should_exit", True)),
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=drain_seconds,
@@ -46,8 +84,8 @@ def serve(spec: ServeSpec, host: str, port: int, drain_seconds: int, log_level: 
             server.run(sockets=[listening])
         finally:
             signal.signal(signal.SIGTERM, before)
-    if service.error is not None:
-        raise service.error
+    if work.error is not None:
+        raise work.error
 
 
 def _listen(host: str, port: int) -> socket.socket:
