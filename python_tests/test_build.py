@@ -16,6 +16,13 @@ from hypothesis import strategies as st
 from qpeft_ext import _host
 from qpeft_ext.ops import _library
 
+ARM = "aarch64-linux-gnu-g++"
+CSRC = Path(__file__).parents[1] / "csrc"
+PORTABLE = [
+    path
+    for path in sorted([CSRC / "ops.cpp", *CSRC.glob("cpu/*.cpp")])
+    if not path.stem.endswith(("_avx512bf16", "_avx512vnni", "_amx"))
+]
 needs_library = pytest.mark.skipif(not _library.LIBRARY.is_file(), reason="qpeft_ext._C is not built")
 
 
@@ -230,6 +237,17 @@ def test_library_needs_only_the_stable_abi():
 def test_library_exports_nothing():
     """Exported parts of a statically linked libstdc++ would do harm: see csrc/no_exports.map."""
     assert subprocess.run(["nm", "-D", "--defined-only", _library.LIBRARY], capture_output=True, text=True).stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(ARM), reason=f"{ARM} is missing")
+@pytest.mark.parametrize("source", PORTABLE, ids=lambda path: path.name)
+def test_sources_compile_for_arm(source):
+    """What is left out there is left out whole. The headers of torch are the same for every processor."""
+    include = Path(torch.__file__).parent / "include"
+    folders = ["-iquote", CSRC, "-isystem", include, "-isystem", include / "torch/csrc/api/include"]
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    subprocess.run([ARM, "-fsyntax-only", *flags, *folders, source], check=True)
 
 
 def test_package_is_typed_and_holds_no_pickles():

@@ -83,8 +83,6 @@ STABLE_TORCH_LIBRARY_IMPL(qpeft_ext, CPU, m) {
 
 #else
 
-}  // namespace
-
 int64_t bfloat16_instructions() { return kInstructionsNone; }
 
 namespace {

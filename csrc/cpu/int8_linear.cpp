@@ -88,7 +88,7 @@ int64_t int8_instructions() {
   return found;
 }
 
-const Int8Kernels& kernels(int64_t instructions) {
+const Int8Kernels& kernels([[maybe_unused]] int64_t instructions) {
 #if defined(__x86_64__) && defined(__gnu_linux__)
   const int64_t some = std::min(instructions, int8_instructions());
   if (some == kInt8Amx) return kInt8AmxKernels;
