@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -83,10 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+@cache
+def _command() -> Callable[..., int | None]:
+    """Read the options of all commands from their functions, once: it takes 20 ms."""
+    return typer.main.get_command(app)
+
+
 def _run(arguments: Sequence[str]) -> int:
     with Interrupts() as interrupts:
         try:
-            code = app(spread_measures(arguments), prog_name="qpeft", standalone_mode=False) or 0
+            code = _command()(spread_measures(arguments), prog_name="qpeft", standalone_mode=False) or 0
             return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
         except (KeyboardInterrupt, typer.Abort):
             return _fail(arguments, "interrupted", 130)
