@@ -1,25 +1,37 @@
 """Fixtures of all tests, and how many run at a time."""
 
+from __future__ import annotations
+
 import contextlib
 import gc
 import os
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from qpeft_ext.utils.optional import import_bm25s
-
-with contextlib.suppress(ImportError):
-    import_bm25s()  # before a test does it, and JAX with it
+if TYPE_CHECKING:
+    import torch
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-if WORKERS > 1:  # they and the processes that their tests start share the cores
-    torch.set_num_threads(max(1, CORES // WORKERS))
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 # or torch.compile compiles programs for 20 s to see whether the compiler knows this CPU's instructions
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 WORKER_BYTES = 3 * 2**30  # of a worker and of the processes that a test starts; measured 1.5 GiB
+
+
+def pytest_configure(config):
+    """Prepares torch, but not in the process that only hands tests to workers, which wait for it."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    from qpeft_ext.utils.optional import import_bm25s
+
+    with contextlib.suppress(ImportError):
+        import_bm25s()  # before a test does it, and JAX with it
+    if WORKERS > 1:  # they and the processes that their tests start share the cores
+        torch.set_num_threads(max(1, CORES // WORKERS))
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
@@ -71,6 +83,8 @@ def job(whole_job, tmp_path, monkeypatch):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request) -> torch.device:
     """Every device that the operators have kernels for; CUDA where there is a GPU and the library has its kernels."""
+    import torch
+
     if request.param == "cuda":
         from qpeft_ext.ops import _library
 
@@ -83,6 +97,8 @@ def device(request) -> torch.device:
 @pytest.fixture(scope="module")
 def one_thread():
     """As in the processes that a module starts, whose files are compared byte by byte with those made here."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
