@@ -37,8 +37,8 @@ UNTRAINED = {"BM25": "first stage", "similarity, no LM": "similarity", "UPR": "U
 TRAINED = {"soft prompt": "soft prompt", "LoRA": "LoRA", "generated LoRA": "generated LoRA"}
 # table -> (collections, columns before ours)
 QUALITY = {
-    "summary": (PRETRAINED, {"BM25": "first stage", "UPR": "UPR"}),
-    "pretrained": (PRETRAINED, {"BM25": "first stage", "UPR": "UPR", "hard clues": "hard clues"}),
+    "summary": (PRETRAINED, {"BM25": "first stage", "UPR": "UPR", "LoRA": "LoRA"}),
+    "pretrained": (PRETRAINED, {"BM25": "first stage", "UPR": "UPR", "hard clues": "hard clues", "LoRA": "LoRA"}),
     "five": (FIVE, UNTRAINED | TRAINED),
     "100-candidates": (("squad-100", "scifact-100", "docstrings-100-all"), UNTRAINED | TRAINED),
 }
