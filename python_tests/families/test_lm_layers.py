@@ -37,7 +37,10 @@ def forwards(lm):
 
 
 def scores_and_gradient(family, dtype, ours):
-    """With the weights of the norms somewhere: at their start, 1, a weight too many would not be seen."""
+    """Compute scores and a gradient, with or without our layers.
+
+    The norms get random weights. They start at 1, where it does not show if a weight is applied twice.
+    """
     lm = tiny_lm(family, dtype=dtype)
     torch.manual_seed(2)
     with torch.no_grad():
