@@ -74,7 +74,8 @@ def table(name: str, page: Path = markers.ROOT / "README.md") -> str:
         cells = [_ms(row["ours_ms"]), *extra, *(_against(row, baseline) for baseline in names)]
         lines.append(f"| `{row['work']}` | {' | '.join(cells)} |")
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    machine = result["machine"] if on_gpu else f"{result['machine']}, {result['threads']} threads"
+    with_ = f" with {result['instructions']}" if result.get("instructions") else ""
+    machine = result["machine"] if on_gpu else f"{result['machine']}{with_}, {result['threads']} threads"
     lines += [
         "",
         f"{machine}, {versions}; `{result['command']}`, {result['date'][:10]}. "

@@ -48,7 +48,10 @@ def named_after(op: str, base_model: str) -> str:
 
 def machine(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU and its threads, as it stands in file names."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}-{torch.get_num_threads()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{cpu_name()}-{vectors()}-{torch.get_num_threads()}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix("nvidia-")
 
 
@@ -58,6 +61,14 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def vectors() -> str:
+    """Return the widest instructions of the processor, since machines whose names are equal differ in them."""
+    info = Path("/proc/cpuinfo")
+    flags = set(re.findall(r"\w+", info.read_text())) if info.is_file() else set()
+    kinds = {"amx_bf16": "AMX", "avx512_vnni": "AVX-512 VNNI", "avx512f": "AVX-512", "avx2": "AVX2"}
+    return next((name for flag, name in kinds.items() if flag in flags), platform.machine())
 
 
 def write(path: Path, device: torch.device, rows: list[dict], machine_rates: Rates | None = None) -> Path:
@@ -72,6 +83,7 @@ def write(path: Path, device: torch.device, rows: list[dict], machine_rates: Rat
     content = {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "device": device.type,
+        "instructions": vectors() if device.type == "cpu" else None,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": commit or None,

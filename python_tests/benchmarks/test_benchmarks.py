@@ -213,15 +213,17 @@ def test_measure_says_what_it_measured():
 def test_a_result_file_keeps_the_rows_of_other_works(tmp_path, monkeypatch):
     monkeypatch.setattr(result_file, "RESULTS", tmp_path)
     monkeypatch.setattr(result_file, "cpu_name", lambda: "A CPU (R) 1")
+    monkeypatch.setattr(result_file, "vectors", lambda: "AVX2")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(sys, "argv", ["/somewhere/bench_op.py", "--repeats", "2"])
     arguments = SimpleNamespace(out=None, device=torch.device("cpu"))
     path = result_file.save(arguments, "op", [row("op/a"), row("op/b")], common.Rates(1e9, 1e9))
-    assert path == tmp_path / "a-cpu-r-1-3_op.json"
+    assert path == tmp_path / "a-cpu-r-1-avx2-3_op.json"
     result_file.save(arguments, "op", [row("op/b", ours=5.0)])
     content = json.loads(path.read_text())
     assert {found["work"]: found["ours_ms"] for found in content["rows"]} == {"op/a": 2.0, "op/b": 5.0}
     assert content["command"] == "python benchmarks/bench_op.py --repeats 2" and content["threads"] == 3
+    assert content["instructions"] == "AVX2"
     assert content["rates"] == {"copy": 1e9, "gemm": 1e9}  # those of the earlier run
 
 

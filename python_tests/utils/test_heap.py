@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,12 +12,37 @@ import torch
 
 from qpeft_ext.utils.memory import return_freed_memory
 
+glibc = pytest.mark.skipif(
+    not (sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")), reason="not glibc"
+)
+FAULTS = """
+import resource
+from qpeft_ext.utils.memory import keep_freed_memory
+keep_freed_memory()
+def take():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytearray(16 << 20) for _ in range(5)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+take()
+print(take())
+"""
+
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not (sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")), reason="not glibc")
+@glibc
+@pytest.mark.parametrize("own", [False, True])
+def test_freed_memory_is_kept_for_the_next_tensors_unless_the_environment_says_what_is_kept(own):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    env |= {"MALLOC_TRIM_THRESHOLD_": "65536"} if own else {}
+    run = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True)
+    pages = (80 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert int(run.stdout) > pages / 2 if own else int(run.stdout) < pages / 10
+
+
+@glibc
 def test_gaps_between_what_is_kept_are_given_back():
     blocks = [torch.ones(60_000 // 4) for _ in range(4000)]  # 240 MB, below the size that has pages of its own
     kept = blocks[::100]

@@ -20,7 +20,7 @@ from ..prefixes.cache import DocumentCache
 from ..prefixes.kv import Packing, PrefixBatch, PrefixKey, PrefixKV, SeparatePrefixes
 from ..prompts.pairs import PairBatch, pad
 from ..prompts.pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
-from ..utils.memory import return_freed_memory
+from ..utils.memory import keep_freed_memory, return_freed_memory
 from .base import BaseEngine
 from .path_check import check_paths
 from .rows import Rows, assemble_rows, with_clues
@@ -70,6 +70,8 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
 
     def __init__(self, lm: Any, why_not_cached: str = "") -> None:
         super().__init__(lm)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         parameters = inspect.signature(self.decoder.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5.24
@@ -206,7 +208,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         step = shape_step(self.device, self.table.dtype) if len(lengths) > 1 else 1
         width = -(-max(lengths) // step) * step
         if self.device.type == "cpu":
-            return_freed_memory(share=0.02)
+            return_freed_memory(least=512 << 20, share=0.02)
         ids, _ = pad([[0] * (width - len(row)) + list(row) for row in prefixes], self.device)
         starts = width - torch.tensor(lengths, device=self.device)
         slots = torch.arange(width, device=self.device)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..ops.joined_prefixes import is_supported, joined_prefixes
 from ..prefixes.int8 import Int8Tensor
 from ..prefixes.kv import PrefixBatch, PrefixKV, SeparatePrefixes, left_pad
 
@@ -62,7 +64,10 @@ class _ReadOnly:
     def _joined(self, stored: _Stored, new: Tensor) -> Tensor:
         """Concatenate the stored slots of each pair's document and the new ones: [B, heads, P + L, head width]."""
         if isinstance(stored, list):
-            own = stored if self.rows is None else [stored[row] for row in self.rows.tolist()]
+            rows = range(len(stored)) if self.rows is None else self.rows.tolist()
+            if is_supported(stored, new) and not torch.compiler.is_compiling():
+                return joined_prefixes(cast(list[Tensor], stored), rows, new, self.slots)
+            own = [stored[row] for row in rows]
             both = left_pad(own, self.slots, room=new.shape[-2], dtype=new.dtype)
             both[..., self.slots :, :] = new
             return both

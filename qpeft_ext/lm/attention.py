@@ -3,13 +3,15 @@
 * bfloat16 on a CPU with AMX: `ops.bfloat16_attention`, in all passes.
 * Several query heads share one head of keys and values (grouped-query attention): with a mask, transformers' "sdpa"
   copies the keys and values of every pair for each head of a group first. torch's kernel for CPUs reads them where they
-  are. On other devices, in suffix passes, the queries of a group are rows of one head instead: a suffix has 40 rows, a
-  prefix some hundred. transformers does the same where there is one query token.
+  are; in a prefix pass it reads documents one by one, without padding, which needs no mask. On other devices, in suffix
+  passes, the queries of a group are rows of one head instead: a suffix has 40 rows, a prefix some hundred. transformers
+  does the same where there is one query token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from threading import local
 
 import torch
@@ -19,14 +21,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..ops.bfloat16_attention import bfloat16_attention, is_supported
+from .masks import KnownMasks
 
 SDPA, OURS = "sdpa", "qpeft_sdpa"  # names of attention implementations
 
 
 class _ThisThread(local):
-    """passes: how many passes with our attention this thread is in. The config says `OURS` in all threads meanwhile."""
+    """passes: how many passes with our attention this thread is in. The config says `OURS` in all threads meanwhile.
+
+    masks: those of its pass.
+    """
 
     passes = 0
+
+    def __init__(self) -> None:
+        self.masks = KnownMasks()
 
 
 this_thread = _ThisThread()
@@ -60,14 +69,32 @@ def attention(
     if H == heads:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if query.device.type == "cpu":
-        found = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True)  # fmt: skip
-        return found.transpose(1, 2).contiguous(), None
+        return _on_cpu(query, key, value, attention_mask, dropout, scaling), None
     groups = H // heads
     found = nn.functional.scaled_dot_product_attention(
         query.reshape(B, heads, groups * L, D), key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1),
         dropout_p=dropout, scale=scaling)  # fmt: skip
     return found.reshape(B, H, L, -1).transpose(1, 2).contiguous(), None
+
+
+def _on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    """Attention of heads that share keys and values, [B, L, H, D of a value]; arguments as for `attention`."""
+    sdpa = partial(nn.functional.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    if torch.compiler.is_compiling():
+        found = sdpa(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return found.transpose(1, 2).contiguous()
+    known = this_thread.masks.of(mask)
+    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if known.starts is None or dropout or with_grad:
+        found = sdpa(query, key, value, attn_mask=known.added(query.dtype), dropout_p=dropout)
+        return found.transpose(1, 2).contiguous()
+    B, H, L, _ = query.shape
+    starts = known.starts if len(known.starts) == B else known.starts * B
+    out = query.new_zeros(B, L, H, value.shape[-1])
+    for b, start in enumerate(starts):
+        q, k, v = (x[b : b + 1, :, start:] for x in (query, key, value))
+        out[b, start:] = sdpa(q, k, v, is_causal=True)[0].transpose(0, 1)
+    return out
 
 
 def _mask(*args, **kwargs) -> Tensor | None:

@@ -198,6 +198,7 @@ def _faster_attention(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
         yield
     finally:
         this_thread.passes -= 1
+        this_thread.masks.forget()
         for config in changed:
             config._attn_implementation = SDPA
 

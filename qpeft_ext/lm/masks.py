@@ -1,0 +1,63 @@
+"""The attention masks of a pass, read once and not in every layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Mask:
+    """A mask of a pass on a CPU.
+
+    Args:
+        mask: bool or added to the scores, [B or 1, 1, L, S].
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.starts = _starts(mask)
+        self._added: Tensor | None = None
+
+    def added(self, dtype: torch.dtype) -> Tensor:
+        """Return the mask as numbers that are added to the scores, which torch makes of a bool one in every layer."""
+        if self.mask.dtype != torch.bool:
+            return self.mask
+        if self._added is None or self._added.dtype != dtype:
+            self._added = torch.zeros(self.mask.shape, dtype=dtype).masked_fill_(~self.mask, float("-inf"))
+        return self._added
+
+
+class KnownMasks:
+    """The masks of the pass that runs; an LM with sliding windows has two."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Mask] = {}
+
+    def of(self, mask: Tensor) -> Mask:
+        """Return the known form of ``mask``, which is read if it is new."""
+        known = self._known.get(id(mask))
+        if known is None:
+            known = self._known[id(mask)] = Mask(mask)  # keeps the tensor, so no other one has its id meanwhile
+        return known
+
+    def forget(self) -> None:
+        """Forget all masks, at the end of a pass."""
+        self._known.clear()
+
+
+def _starts(mask: Tensor) -> list[int] | None:
+    """Find where each row's text begins, if every token of it sees itself and all before it, and nothing else.
+
+    Args:
+        mask: as for `Mask`.
+    Returns: a place for each row; None for any other mask.
+    """
+    _, _, L, S = mask.shape
+    if mask.dtype != torch.bool or L != S:
+        return None
+    padding = (~mask[:, 0, -1]).sum(1)
+    slots = torch.arange(S)
+    is_text = slots >= padding[:, None]
+    causal = (slots <= slots[:, None]) & is_text[:, None]
+    same = (mask[:, 0] == causal) | ~is_text[:, :, None]
+    return padding.tolist() if bool(same.all()) and bool((padding < S).all()) else None
