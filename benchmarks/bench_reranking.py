@@ -1,4 +1,4 @@
-"""Reranking queries with their candidates: ours cold, warm and from disk, against four baselines (DESIGN 8).
+"""Reranking queries with their candidates: ours cold, warm and from disk, against baselines (DESIGN 8).
 
     python benchmarks/bench_reranking.py                      # 25 M Llama, 2 threads: half an hour
     python benchmarks/bench_reranking.py --setting small      # a few minutes
@@ -11,10 +11,12 @@ queries drawn from SQuAD (1.9), SciFact (1.7) or CoSQA (2.1); Cranfield has 4.0,
 (``--sharing``; 1 is the worst case). With ``--base-model`` the LM is pretrained, without clues, and queries and their
 best candidates by BM25 are those of a collection, with their real lengths.
 
-Baselines, same weights and, but for the last, same clues and scores:
+Baselines, same weights and, but for the last two, same clues and scores:
     cached_torch      plain transformers with a dict of prefixes (cached_torch.py), cold and warm as ours
     plain             our plain path: whole prompts, sorted by length over all queries, the head on query tokens only
     padded_unsorted   a UPR loop: query by query, 16 candidates at a time in the given order, padded to the longest
+    llama_cpp         llama.cpp on the GGUF file of ``--base-model``, cold and warm as ours (llama_cpp_scores.py); it
+                      rounds activations to 8 bits, so its scores differ: ``llama_cpp_error``, nats per query token
     cross_encoder     sentence-transformers' CrossEncoder of the same LM, its own batching (32, sorted): the prompt
                       without clues, the logit of one word at its last position; random weights only
 
@@ -48,9 +50,23 @@ from shared_candidates import SETTINGS, Pairs, Setting, make_pairs
 from timing import median, peak_bytes, product_seconds, rates, synchronize
 
 import qpeft_ext as qpeft
+from qpeft_ext.lm.sources import gguf_parts
 
+ROUNDED = 0.2  # nats per query token, of weights or activations that are rounded
 TOLERANCE = 1e-4  # of mean log-likelihoods, nats per query token
 BASELINES = ("cached_torch", "plain", "padded_unsorted", "cross_encoder")
+OTHER_WEIGHTS = ("llama_cpp",)
+
+
+def mean_error(systems: Systems, part: Pairs) -> float | None:
+    """Return the mean difference of llama.cpp's mean log-likelihoods from ours; ValueError above `ROUNDED`."""
+    if not systems.llama_cpp:
+        return None
+    query_tokens = np.array([len(systems.model.prompt.queries([part.queries[q]])[0]) for q, _ in part.pairs])
+    error = float(np.abs((systems.llama_cpp_cold(part) - systems.plain(part)) / query_tokens).mean())
+    if not error <= ROUNDED:
+        raise ValueError(f"llama_cpp: scores differ from the plain path's by {error:.2f} nats per token")
+    return error
 
 
 def check(systems: Systems, part: Pairs) -> float:
@@ -135,7 +151,7 @@ class Bound:
 
 def against_of(name: str, baselines: list[str], systems: Systems) -> dict[str, str]:
     """Return the baselines of one of ours, by what they are called among the systems."""
-    own = {"cached_torch": f"cached_torch_{name}"}
+    own = {baseline: f"{baseline}_{name}" for baseline in ("cached_torch", *OTHER_WEIGHTS)}
     every = systems.baselines()
     return {b: own.get(b, b) for b in baselines if own.get(b, b) in every}
 
@@ -144,6 +160,7 @@ def measure(systems: Systems, data: Pairs, baselines: list[str], only: int | Non
     """Return one row for each of the works. ``only``: stop after this number of parts."""
     setting, device, ours = systems.setting, systems.device, systems.ours()
     largest_error, bound = check(systems, data.few(40)), Bound(systems)
+    other_weights = {} if (error := mean_error(systems, data.few(40))) is None else {"llama_cpp_error": error}
     against = {name: against_of(name, baselines, systems) for name in ours}
     every = systems.baselines()
     functions = ours | {b: every[b] for b in every if any(b in names.values() for names in against.values())}
@@ -158,7 +175,8 @@ def measure(systems: Systems, data: Pairs, baselines: list[str], only: int | Non
         print(f"part {r + 1} of {setting.parts}, pairs/s: {rates}", flush=True)
     sample = data.part(0, setting.parts).few(60)
     systems.write_files(sample)
-    peaks = {name: peak_bytes(lambda f=function: f(sample), device) for name, function in functions.items()}
+    seen = [name for name in functions if not name.startswith(OTHER_WEIGHTS)]  # torch does not know their memory
+    peaks = {name: peak_bytes(lambda f=functions[name]: f(sample), device) for name in seen}
     systems.write_files(sample)
     of_sample = count_tokens(systems, sample)
     ceilings = {name: bound.ceiling(of_sample[name], lambda f=function: f(sample)) for name, function in ours.items()}
@@ -170,9 +188,10 @@ def measure(systems: Systems, data: Pairs, baselines: list[str], only: int | Non
         flops = {n: counts[own].flops(bound.costs) for n, own in {"ours": name, **names}.items()}
         row |= {
             "ours_peak_bytes": peaks[name],
-            "baselines_peak_bytes": {b: peaks[own] for b, own in names.items()},
+            "baselines_peak_bytes": {b: peaks.get(own) for b, own in names.items()},
             "bound_share": row["ratio"]["plain"] / token_bound["plain"] if "plain" in names else None,
             "max_error": largest_error,
+            **other_weights,
             "token_bound": token_bound,
             "gemm_share": {"ours": bound.share(counts[name], row["ours_ms"])}
             | {b: bound.share(counts[own], row["baselines_ms"][b]) for b, own in names.items()},
@@ -227,13 +246,15 @@ def main() -> None:
     parser.add_argument("--parts", type=int, help="the work is done in so many parts, at least 5 for a median")
     parser.add_argument("--only", type=int, help="stop after so many parts: a quick look")
     parser.add_argument("--sharing", type=float, default=2.0, help="pairs per distinct document")
-    parser.add_argument("--baselines", nargs="*", default=BASELINES, choices=BASELINES)
+    parser.add_argument("--baselines", nargs="*", default=BASELINES, choices=BASELINES + OTHER_WEIGHTS)
     parser.add_argument("--cache-gb", type=float, default=6.0, help="memory for the prefixes of one part of the work")
     arguments = parse(parser)
-    model, name = None, "reranking"
+    model, name, gguf = None, "reranking", None
     if arguments.base_model:
         setting, data, model = real_work(arguments)
         name = named_after(name, arguments.base_model)
+        if "llama_cpp" in arguments.baselines:
+            (gguf,) = gguf_parts(arguments.base_model)
     else:
         setting = SETTINGS[arguments.setting]
         setting = replace(setting, queries=arguments.queries or setting.queries)
@@ -241,7 +262,7 @@ def main() -> None:
     setting = replace(setting, parts=arguments.parts or setting.parts)
     dtype, cache_bytes = getattr(torch, arguments.dtype), int(arguments.cache_gb * 1e9)
     with tempfile.TemporaryDirectory() as folder:
-        systems = Systems(setting, arguments.device, dtype, cache_bytes, Path(folder), model)
+        systems = Systems(setting, arguments.device, dtype, cache_bytes, Path(folder), model, gguf)
         rows = measure(systems, data, list(arguments.baselines), arguments.only)
     if arguments.out or arguments.setting != "tiny":
         print("wrote", save(arguments, name, rows))

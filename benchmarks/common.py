@@ -166,7 +166,8 @@ def show(row: dict) -> None:
     print(f"{row['work']}: ours {row['ours_ms']:.3f} ms, {row['ours_peak_bytes'] / 1e6:.0f} MB{bound}{error}")
     for name, ms in row["baselines_ms"].items():
         ratio, peak = row["ratio"][name], row["baselines_peak_bytes"][name]
-        print(f"    {name:22} {ms:10.3f} ms  {ratio:7.2f} x  {peak / 1e6:8.0f} MB{'' if ratio >= 1 else '  SLOWER'}")
+        memory = "" if peak is None else f"  {peak / 1e6:8.0f} MB"
+        print(f"    {name:22} {ms:10.3f} ms  {ratio:7.2f} x{memory}{'' if ratio >= 1 else '  SLOWER'}")
     for name, why in row.get("not_run", {}).items():
         print(f"    {name:22} not run: {why}")
     sys.stdout.flush()

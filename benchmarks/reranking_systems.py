@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cached_torch import CachedTorch
+from llama_cpp_scores import LlamaCppScores
 from random_llama import make_model
 from shared_candidates import LONGEST_DOCUMENT, Pairs, Setting
 from torch import nn
@@ -29,6 +30,7 @@ class Systems:
         cache_bytes: memory for prefixes, and as much on the disk.
         folder: where files may be written.
         model: an LM with its prompt; None: a Llama of the setting's shape with random weights and clues.
+        gguf: the file that the LM was unpacked from, for llama.cpp; None: llama.cpp does not run.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Systems:
         cache_bytes: int,
         folder: Path,
         model: qpeft.QPeftModel | None = None,
+        gguf: Path | None = None,
     ) -> None:
         self.setting, self.device, self.folder = setting, torch.device(device), folder
         options = {"max_document_tokens": LONGEST_DOCUMENT}
@@ -46,6 +49,7 @@ class Systems:
         self.cache_bytes = cache_bytes
         self.cache = self.disk_cache = None
         self.torch_with_dict = CachedTorch(self.model)
+        self.llama_cpp = None if gguf is None else LlamaCppScores(self.model, gguf, torch.get_num_threads())
         # its words are those of the tokenizer of random_llama.py
         self.cross_encoder_model = self._load_cross_encoder() if model is None else None
 
@@ -59,6 +63,8 @@ class Systems:
             "plain": self.plain,
             "padded_unsorted": self.padded_unsorted,
         }
+        if self.llama_cpp:
+            systems |= {"llama_cpp_cold": self.llama_cpp_cold, "llama_cpp_warm": self.llama_cpp_warm}
         if self.cross_encoder_model:
             systems["cross_encoder"] = self.cross_encoder
         return systems
@@ -98,6 +104,13 @@ class Systems:
 
     def cached_torch_warm(self, part: Pairs) -> np.ndarray:
         return self.torch_with_dict.score(part.texts())
+
+    def llama_cpp_cold(self, part: Pairs) -> np.ndarray:
+        self.llama_cpp.states.clear()
+        return self.llama_cpp_warm(part)
+
+    def llama_cpp_warm(self, part: Pairs) -> np.ndarray:
+        return self.llama_cpp.score(part.texts())
 
     def plain(self, part: Pairs) -> np.ndarray:
         return qpeft.Reranker(self.model, path="plain").predict(part.texts(), show_progress_bar=False)
@@ -206,6 +219,6 @@ def count_tokens(systems: Systems, data: Pairs) -> dict[str, Tokens]:
         counts["plain"].add(0, prefix + suffix, query)
         counts["cross_encoder"].add(0, prefix + len(pieces.bare_question) + query, 1)
     counts["padded_unsorted"] = counts["plain"]
-    counts["disk"] = counts["cached_torch_warm"] = counts["warm"]
-    counts["cached_torch_cold"] = counts["cold"]
+    counts["disk"] = counts["cached_torch_warm"] = counts["llama_cpp_warm"] = counts["warm"]
+    counts["cached_torch_cold"] = counts["llama_cpp_cold"] = counts["cold"]
     return counts
