@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qpeft_ext.utils.memory import return_freed_memory
+from qpeft_ext.utils.memory import in_large_pages, return_freed_memory
 
 glibc = pytest.mark.skipif(
     not (sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallinfo2")), reason="not glibc"
 )
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FAULTS = """
 import resource
 from qpeft_ext.utils.memory import keep_freed_memory
@@ -56,3 +58,26 @@ def test_gaps_between_what_is_kept_are_given_back():
     return_freed_memory()
     assert resident_bytes() < held - (150 << 20)
     assert all(bool((block == 1).all()) for block in kept)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 3 << 20, 9 << 20])
+def test_tensors_in_large_pages_are_the_tensors_that_were_given(numel):
+    """Of any size, and in the middle of other memory."""
+    block = torch.zeros(numel + 7)
+    tensor = block[3 : 3 + numel]
+    assert in_large_pages(tensor) is tensor
+    tensor.fill_(1)
+    assert float(block.sum()) == numel
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.is_file() or "[never]" in LARGE_PAGES.read_text(), reason="this system has no large pages"
+)
+def test_large_pages_are_few():
+    def faults(prepare) -> int:
+        tensor = prepare(torch.empty(48 << 18))  # 48 MB, which glibc takes from the system
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensor.fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(faults(in_large_pages) for _ in range(3)) <= faults(lambda tensor: tensor)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..lm.state import LMVersion
+from ..utils.memory import in_large_pages
 from .dtypes import KV_DTYPES
 from .int8 import Int8Tensor, int8_bytes, int8_views
 
@@ -229,7 +230,8 @@ class Packing:
         """
         if len({device for device in devices if device}) == 1:
             device = next(device for device in devices if device)
-            return self.unpack(torch.empty(self.numel(length), dtype=self.dtype, device=device), length)
+            flat = torch.empty(self.numel(length), dtype=self.dtype, device=device)
+            return self.unpack(in_large_pages(flat), length)
         layers: list[LayerKV | None] = []
         for layer, own in zip(self.layers, devices, strict=True):
             numel = self._layer_numel(layer, length) if layer else 0

@@ -11,9 +11,13 @@ import errno
 import functools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,6 +37,7 @@ _NO_MEMORY = (
     *_REFUSED,
 )
 
+_LARGE_PAGE, _MADV_HUGEPAGE = 2 << 20, 14  # of Linux
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 _last_end, _last_seconds = -math.inf, 0.0  # of the last call that did something, by `time.monotonic`
@@ -72,6 +77,24 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         if library.mallopt(_M_MMAP_THRESHOLD, 32 << 20):  # the largest that it takes
             library.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
+def in_large_pages(tensor: Tensor) -> Tensor:
+    """Ask the system for pages of 2 MB where a tensor of the host lies that nothing was written to yet.
+
+    A new page costs about as much time to be cleared, whatever its size: a prefix of SmolLM2-135M has 2,300 small ones.
+
+    Args:
+        tensor: any; nothing happens for one on a device, below 4 MB, or on a system without such pages.
+    Returns: the tensor.
+    """
+    nbytes = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "cpu" and nbytes >= 2 * _LARGE_PAGE and sys.platform == "linux":
+        first = -(-tensor.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+        end = (tensor.data_ptr() + nbytes) // _LARGE_PAGE * _LARGE_PAGE
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
+    return tensor
 
 
 def return_freed_memory(least: int = _LEAST, share: float = 1.0) -> None:
