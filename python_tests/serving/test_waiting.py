@@ -194,16 +194,3 @@ def test_a_slow_machine_does_not_get_stuck_with_passes_of_one_pair():
         speed.measured(tokens, 4 + tokens / 1000)
     assert 3500 <= speed.budget <= 4500
     assert Speed(1.0, 10).budget == 10
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_pairs_over_a_document_of_the_pass_join_it_only_if_it_is_computed(cached):
-    """In the cache it is read for each pair anyway, and queries of one length are scored faster together."""
-    names = [f"shared-{i}" for i in range(10)]
-    waiting = WaitingJobs(10**9, lambda each: setattr(each, "cached", [cached] * len(each.pairs)))
-    jobs = [job(10, names=names) for _ in range(3)]
-    for each in jobs:
-        waiting.put(each)
-    chosen = waiting.take(100 if cached else 1200)
-    assert len(chosen) == (1 if cached else 3)
-    assert sum(map(len, chosen.values())) == (10 if cached else 30)

@@ -18,8 +18,7 @@ class WaitingJobs:
     A pass is filled from the job with the fewest tokens left. What jobs get that came after the oldest one is owed to
     the oldest, and paid with the next tokens. So a short request waits for the pass that is running and for one of at
     most three times the size of all that are about as short (or an eighth of the largest pass), and the oldest request
-    gets half of the time or more, however many short ones come. Pairs over documents that a pass computes anyway join
-    it.
+    gets half of the time or more, however many short ones come. Pairs over documents that a pass reads anyway join it.
 
     Args:
         max_tokens: of all jobs; one that is alone in the queue may have more.
@@ -179,17 +178,12 @@ class _Choice:
                 self._take(job, places, cost)
 
     def add_read(self, jobs: Iterable[Job]) -> None:
-        """Add pairs whose documents are read anyway, as far as the budget allows.
-
-        Those whose documents are in the cache gain nothing by it, and are scored faster beside pairs of their own
-        query, whose suffixes have their length.
-        """
+        """Add pairs whose documents are read anyway, as far as the budget allows."""
         for job in jobs:
             left = []
             for place in job.pending:
                 cost = job.suffix_tokens[place]
-                apart = job.whole or job.cached[place] or job.digests[place] not in self._read
-                if apart or self.tokens + cost > self._budget:
+                if job.whole or job.digests[place] not in self._read or self.tokens + cost > self._budget:
                     left.append(place)
                 else:
                     self._take(job, [place], cost)
