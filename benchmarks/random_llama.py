@@ -81,7 +81,7 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     template = {"hints:": "w2 w3 w4", "\nQuestion:": "w5 w6 w7 w8 w9", "Question:": "w6 w7 w8 w9"}
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(*words) for words in template.items()])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<s>")
 
 
 class RandomIds:

@@ -233,3 +233,9 @@ def test_the_script_for_a_gpu_imports_what_is_there():
     assert imports and all(hasattr(importlib.import_module(module), name) for module, name in imports)
     named = re.findall(r"benchmarks/(bench_[\w$]+|\w+_check|roofline)\.py", script)
     assert named and all("$" in name or (BENCHMARKS / f"{name}.py").is_file() for name in named)
+
+
+def test_the_random_llama_reads_unknown_words():
+    """Documents of `bench_reranking_limits.py` begin with a word of their own."""
+    tokenizer = importlib.import_module("random_llama").make_tokenizer(20)
+    assert tokenizer("n7 w5 w6", add_special_tokens=False).input_ids == [0, 5, 6]

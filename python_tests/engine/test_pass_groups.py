@@ -5,7 +5,7 @@ import torch
 from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.engine.schedule import document_jobs, prefix_groups, suffix_groups, suffix_jobs
+from qpeft_ext.engine.schedule import document_jobs, prefix_groups, prefix_tokens, suffix_groups, suffix_jobs
 from qpeft_ext.ops.hardware import shape_step
 
 
@@ -60,3 +60,10 @@ def test_passes_have_multiples_of_pairs_where_they_can(model):
         ("cuda", torch.bfloat16): 1,
         ("cuda", torch.float32): 1,
     }
+
+
+def test_fewer_prefixes_are_held_on_a_cpu_unless_they_are_in_memory_anyway():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [prefix_tokens(2048, device, False) for device in (cpu, cuda)] == [1024, 2048]
+    assert [prefix_tokens(2048, device, True) for device in (cpu, cuda)] == [16384, 16384]
+    assert prefix_tokens(1, cpu, False) == 1  # after halving for want of memory

@@ -10,7 +10,7 @@ from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch
 from .base import BaseEngine
 from .causal import CausalEngine
-from .schedule import prefix_groups, tokens_worth_a_pass
+from .schedule import prefix_groups, prefix_tokens, tokens_worth_a_pass
 
 
 class CacheFilling:
@@ -56,7 +56,8 @@ class CacheFilling:
         if self.engine is None or not self.has_room(batch):
             return False
         device, dtype = self.engine.device, self.engine.table.dtype
-        for documents in prefix_groups(batch, max_tokens, tokens_worth_a_pass(device, dtype)):
+        budget = prefix_tokens(max_tokens, device, prefilled=False)
+        for documents in prefix_groups(batch, budget, tokens_worth_a_pass(device, dtype)):
             prefixes = [batch.documents[d].ids for d in documents]
             self.engine.cached_prefill(prefixes, self.cache, deterministic=self.deterministic)
         return True

@@ -73,7 +73,9 @@ class Limits:
         """Token budget of the documents whose pairs are scored together; 1: one document."""
         if self.one_pair:
             return 1
-        return self.max_tokens * (READ_TOKENS_PER_TOKEN if self.prefilled else 1)
+        if self.with_grad and not self.prefilled:
+            return self.max_tokens
+        return prefix_tokens(self.max_tokens, self.device, self.prefilled)
 
     def clues_together(self, batch: PairBatch) -> bool:
         """Tell whether the clues of all pairs are computed together, before the passes that read them."""
@@ -140,6 +142,22 @@ def default_tokens(device: torch.device) -> int:
     On a CPU a larger one only takes more memory: a Llama of 25 M parameters was as fast with 2048, 4096 and 8192.
     """
     return 8192 if device.type == "cuda" else 2048
+
+
+def prefix_tokens(max_tokens: int, device: torch.device, prefilled: bool) -> int:
+    """Give the token budget of the documents whose pairs are scored together, where no gradient is needed.
+
+    Cached prefixes are only read, so eight times as many fit. On a CPU half the budget is as fast for prefixes that are
+    computed (a Llama of 25 M parameters, 160 pairs: 8.5 s and 8.6 s) and saves 77 MB at the peak.
+
+    Args:
+        max_tokens: token budget of a pass.
+        device: of the LM.
+        prefilled: whether the prefixes of all documents are in the memory of a cache.
+    """
+    if prefilled:
+        return max_tokens * READ_TOKENS_PER_TOKEN
+    return max_tokens if device.type == "cuda" else max(1, max_tokens // 2)
 
 
 def tokens_worth_a_pass(device: torch.device, dtype: torch.dtype) -> int:

@@ -65,7 +65,7 @@ class _MallInfo2(ctypes.Structure):
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have the C library keep up to 256 MB of freed memory for the next tensors, for the rest of the process.
+    """Have the C library keep up to 128 MB of freed memory for the next tensors, for the rest of the process.
 
     By default glibc gives it back, and takes new pages, many times in a pass of an LM on a CPU; clearing these pages
     took a tenth of the time of a cold pass of SmolLM2-135M, and half of reading prefixes from files. Nothing happens
@@ -76,7 +76,7 @@ def keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         if library.mallopt(_M_MMAP_THRESHOLD, 32 << 20):  # the largest that it takes
-            library.mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+            library.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:
