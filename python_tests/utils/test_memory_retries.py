@@ -1,10 +1,13 @@
 """Work that does not fit in memory is done with less, or in halves."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from qpeft_ext.ops._library import registered
 from qpeft_ext.utils.memory import in_halves, is_out_of_memory, retry_with_less
 
 
@@ -56,3 +59,30 @@ def test_items_are_computed_in_halves_and_stay_in_order():
 ])  # fmt: skip
 def test_errors_that_say_that_memory_is_short(error, lacks_memory):
     assert is_out_of_memory(error) is lacks_memory
+
+
+LACK = """
+import resource
+import torch
+from qpeft_ext.ops._library import registered
+from qpeft_ext.utils.memory import is_out_of_memory
+gate = torch.randn(20_000, 1_000)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), resource.RLIM_INFINITY))
+for work in (lambda: torch.ops.qpeft_ext.gated_silu(gate, gate), lambda: torch.empty(1 << 28)):
+    try:
+        work()
+        print("there was memory")
+    except RuntimeError as error:
+        print(is_out_of_memory(error))
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not registered("gated_silu"), reason="not Linux, or the library is not loaded"
+)
+def test_an_operator_of_ours_without_memory_is_a_lack_of_memory():
+    """Its error has other words than torch's allocator; retries in halves and status 503 depend on it."""
+    run = subprocess.run([sys.executable, "-c", LACK], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "True"]
+    assert not is_out_of_memory(RuntimeError('torch_call_dispatcher("aten::fill_", "") API call failed'))

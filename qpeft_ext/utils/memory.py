@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 
 _LEAST = 64 << 20  # less is not worth the page faults
 _REFUSED = ("could not create a primitive", "could not execute a primitive")
+# our operators allocate through torch's stable interface, which tells of a failure nothing but the name of the call
+_ALLOCATIONS = ('"aten::new_empty"', '"aten::new_zeros"', '"aten::contiguous"')
 _NO_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -132,7 +134,11 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error).lower()
+    failed_call = "api call failed" in text and any(name in text for name in _ALLOCATIONS)
+    return failed_call or any(words in text for words in _NO_MEMORY)
 
 
 def is_refused_kernel(error: BaseException) -> bool:
