@@ -5,6 +5,7 @@ import torch
 
 from qpeft_ext.lm.attention import attention, this_thread
 from qpeft_ext.lm.masks import KnownMasks, Mask
+from qpeft_ext.lm.passes import _faster_attention
 
 
 def causal(starts, L=6):
@@ -66,3 +67,12 @@ def test_attention_of_documents_one_by_one(monkeypatch, starts, rows):
         start = starts[min(b, len(starts) - 1)]
         torch.testing.assert_close(found[b, start:].double(), expected[b, start:], rtol=1e-5, atol=1e-6)
         assert not found[b, :start].any()
+
+
+def test_masks_are_forgotten_at_the_end_of_a_pass():
+    """Else they would stay in memory, one for each pass."""
+    with _faster_attention([]):
+        known = this_thread.masks.of(mask := causal([1]))
+        assert this_thread.masks.of(mask) is known
+    assert this_thread.masks.of(mask) is not known
+    this_thread.masks.forget()

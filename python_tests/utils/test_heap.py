@@ -62,7 +62,7 @@ def test_gaps_between_what_is_kept_are_given_back():
 
 @pytest.mark.parametrize("numel", [0, 1, 3 << 20, 9 << 20])
 def test_tensors_in_large_pages_are_the_tensors_that_were_given(numel):
-    """Of any size, and in the middle of other memory."""
+    """A tensor may have any size, and may begin and end in the middle of a page."""
     block = torch.zeros(numel + 7)
     tensor = block[3 : 3 + numel]
     assert in_large_pages(tensor) is tensor

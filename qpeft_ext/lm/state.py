@@ -132,7 +132,7 @@ class LMState:
 
 
 def _modules(root: nn.Module) -> list[nn.Module]:
-    """All modules of a tree, in any order. ``root.modules()`` takes ten times as long, since it makes their names."""
+    """All modules of a tree, in any order. ``root.modules()`` takes longer, since it makes their names."""
     found = [root]
     for module in found:  # which grows meanwhile
         found += [child for child in module._modules.values() if child is not None]

@@ -70,8 +70,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep up to 128 MB of freed memory for the next tensors, for the rest of the process.
 
     By default glibc gives it back, and takes new pages, many times in a pass of an LM on a CPU; clearing these pages
-    took a tenth of the time of a cold pass of SmolLM2-135M, and half of reading prefixes from files. Nothing happens
-    without glibc, or where the environment sets its thresholds (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``, …).
+    took up to a tenth of the time of a cold pass of SmolLM2-135M on a virtual machine. Nothing happens without glibc, or where the environment sets its thresholds (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``, …).
     """
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return
@@ -84,7 +83,7 @@ def keep_freed_memory() -> None:
 def in_large_pages(tensor: Tensor) -> Tensor:
     """Ask the system for pages of 2 MB where a tensor of the host lies that nothing was written to yet.
 
-    A new page costs about as much time to be cleared, whatever its size: a prefix of SmolLM2-135M has 2,300 small ones.
+    The first write to each page waits for the system: a prefix of SmolLM2-135M has 2,300 pages of 4 KB.
 
     Args:
         tensor: any; nothing happens for one on a device, below 4 MB, or on a system without such pages.
