@@ -70,7 +70,8 @@ def keep_freed_memory() -> None:
     """Have the C library keep up to 128 MB of freed memory for the next tensors, for the rest of the process.
 
     By default glibc gives it back, and takes new pages, many times in a pass of an LM on a CPU; clearing these pages
-    took up to a tenth of the time of a cold pass of SmolLM2-135M on a virtual machine. Nothing happens without glibc, or where the environment sets its thresholds (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``, …).
+    took up to a tenth of the time of a cold pass of SmolLM2-135M on a virtual machine. Nothing happens without glibc,
+    or where the environment sets its thresholds (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``, …).
     """
     if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return
