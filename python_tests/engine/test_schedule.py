@@ -6,7 +6,14 @@ from itertools import product
 import pytest
 import torch
 
-from qpeft_ext.engine.schedule import CLUE_BYTES, READ_TOKENS_PER_TOKEN, Limits, schedule, tokens_worth_a_pass
+from qpeft_ext.engine.schedule import (
+    CLUE_BYTES,
+    READ_TOKENS_IN_TIME,
+    READ_TOKENS_PER_TOKEN,
+    Limits,
+    schedule,
+    suffix_groups,
+)
 from qpeft_ext.prompts.pairs import PairBatch
 from qpeft_ext.prompts.pieces import DocumentPrefix
 
@@ -36,6 +43,7 @@ CASES = {
     "shared": {},
     "whole prompts": {"shared": False},
     "prefilled": {"prefilled": True},
+    "read in place": {"prefilled": True, "in_place": True},
     "with a gradient": {"with_grad": True, "micro_batch": 3},
     "at most four pairs": {"max_pairs": 4},
     "attention clues": {"clue_per_token": True},
@@ -70,6 +78,7 @@ def test_documents_and_suffixes_keep_their_budgets(max_tokens, with_grad):
         assert len(one.documents) == 1 or len(one.documents) * longest <= kept.document_tokens
         for pairs in one.suffixes:
             query = max(len(batch.queries[batch.pairs[pair][0]]) for pair in pairs)
+            longest = max(document_length(batch, batch.pairs[pair][1]) for pair in pairs)
             assert len(pairs) == 1 or len(pairs) * (query + longest // READ_TOKENS_PER_TOKEN) <= max_tokens
     assert kept.document_tokens == (max_tokens if with_grad else max_tokens // 2)  # on a CPU
 
@@ -85,14 +94,47 @@ def test_whole_prompts_count_with_their_documents():
             assert len(pairs) == 1 or len(pairs) * max(prompts) <= 400
 
 
-def test_a_group_ends_before_its_padding_is_worth_a_pass():
+def cost(groups: list[list[int]], computed: list[int], read: list[int], worth: int) -> float:
+    """Tokens that passes over these groups take the time of."""
+    return sum(
+        worth + len(group) * (max(computed[i] for i in group) + max(read[i] for i in group) / READ_TOKENS_IN_TIME)
+        for group in groups
+    )
+
+
+@pytest.mark.parametrize("worth", [0, 5, 64, 10_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_passes_take_the_least_time_of_all_that_keep_an_order(seed, worth):
+    draw = random.Random(seed)
+    batch = batch_of(queries=9, documents=9, pairs=9, seed=seed)
+    batch.pairs[:] = [(i, draw.randrange(9)) for i in range(9)]
+    computed = [len(query) for query in batch.queries]
+    read = [document_length(batch, document) for _, document in batch.pairs]
+    groups = list(suffix_groups(batch, list(range(9)), 150, None, worth, True, False))
+    assert sorted(i for group in groups for i in group) == list(range(9))
+    orders = (
+        sorted(range(9), key=lambda i: (-computed[i], -read[i])),
+        sorted(range(9), key=lambda i: (-read[i], -computed[i])),
+    )
+    costs = []
+    for order, borders in product(orders, product([False, True], repeat=8)):
+        ends = [place + 1 for place, border in enumerate(borders) if border] + [9]
+        way = [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        tokens = [max(computed[i] for i in group) + max(read[i] for i in group) // 8 for group in way]
+        if all(len(group) == 1 or len(group) * each <= 150 for group, each in zip(way, tokens, strict=True)):
+            costs.append(cost(way, computed, read, worth))
+    assert cost(groups, computed, read, worth) == pytest.approx(min(costs))
+
+
+def test_documents_that_are_read_where_they_lie_need_no_group():
     batch = batch_of(documents=60, pairs=300)
-    worth = tokens_worth_a_pass(CPU, FLOAT32)
-    for one in schedule(batch, limits(max_tokens=1 << 20)):
-        lengths = [document_length(batch, document) for document in one.documents]
-        assert sum(max(lengths) - length for length in lengths) <= worth
-    prefilled = list(schedule(batch, limits(max_tokens=1 << 20, prefilled=True)))
-    assert len(prefilled) < len(list(schedule(batch, limits(max_tokens=1 << 20))))  # reading costs less than computing
+    (one,) = schedule(batch, limits(max_tokens=2000, prefilled=True, in_place=True))
+    together = list(schedule(batch, limits(max_tokens=2000, prefilled=True)))
+    assert 1 < len(together) < len(list(schedule(batch, limits(max_tokens=2000))))  # reading costs less than computing
+    for pairs in one.suffixes:
+        longest = max(document_length(batch, batch.pairs[pair][1]) for pair in pairs)
+        query = max(len(batch.queries[batch.pairs[pair][0]]) for pair in pairs)
+        assert len(pairs) * (query + longest // READ_TOKENS_PER_TOKEN) <= 2000
 
 
 @pytest.mark.parametrize("given, most", [

@@ -82,6 +82,12 @@ def test_a_short_request_waits_for_one_pass_of_about_its_own_size():
     assert tokens <= 3 * 5 * (PREFIX + SUFFIX)
 
 
+def test_the_rest_of_a_request_does_not_make_passes_short():
+    waiting = queue(job(20, "a"), job(20, "b"), job(20, "c"))
+    sizes = [sum(map(len, waiting.take(1500).values())) for _ in range(4)]
+    assert sizes == [15, 15, 15, 15]  # after the first pass five pairs of the first request are left
+
+
 def test_a_long_request_gets_half_of_the_time_however_many_short_ones_come():
     long = job(200, "long")
     waiting = queue(long)

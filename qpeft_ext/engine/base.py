@@ -158,6 +158,11 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
         return self.suffix_decoder is not self.decoder
 
     @property
+    def reads_in_place(self) -> bool:
+        """True if a suffix pass reads the prefixes of a cache where they lie."""
+        return False
+
+    @property
     def embeddings(self) -> Any:
         """The module that embeds document and clue tokens."""
         return self.lm.get_input_embeddings()

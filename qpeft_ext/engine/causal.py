@@ -129,6 +129,11 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
     def shares_prefixes(self, with_clues: bool) -> bool:
         return not self.why_not_cached
 
+    @property
+    def reads_in_place(self) -> bool:
+        # on a GPU every copy is a launch, and a compiled pass would need a graph for every number of prefixes
+        return self.device.type == "cpu" and not self.is_compiled
+
     def assemble(
         self, batch: PairBatch, pieces: SuffixPieces | CluesFirstPieces, clue_counts: Sequence[int], with_prefix: bool
     ) -> Rows:
@@ -263,7 +268,6 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
     def _together(self, stored: list[PrefixKV]) -> PrefixBatch:
         """Put prefixes together for a suffix pass."""
         as_stored = len(stored) > 1 or Packing.of(stored[0]) != self.packing
-        if as_stored and self.device.type == "cpu" and not self.is_compiled:
+        if as_stored and self.reads_in_place:
             return SeparatePrefixes(stored)
-        # on a GPU every copy is a launch, and a compiled pass would need a graph for every number of prefixes
         return PrefixKV.collate(stored, self.packing.dtype)

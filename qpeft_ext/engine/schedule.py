@@ -5,15 +5,19 @@ Passes are sorted by true length and bounded by a budget of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf
+from typing import NamedTuple
 
 import torch
 
 from ..ops.hardware import multiplies_bfloat16_by_tiles, shape_step
 from ..prompts.pairs import PairBatch
 
-READ_TOKENS_PER_TOKEN = 8  # a prefix token that is only read from a cache takes about an eighth of one that is computed
+READ_TOKENS_PER_TOKEN = 8  # prefix tokens that are read from a cache in the memory of one that is computed
+READ_TOKENS_IN_TIME = 16  # the same in its time: 7 to 57 with a Llama of 2 M parameters, 23 to 158 with one of 135 M
 CLUE_BYTES = 32 << 20  # clue vectors that are kept at once without gradient; larger batches compute them pass by pass
 
 
@@ -30,6 +34,7 @@ class Limits:
     unpadded: whether this LM cannot read prompts of different lengths together.
     shared: whether a document is read once for all its pairs.
     prefilled: whether the prefixes of all documents are in the memory of a cache.
+    in_place: whether a suffix pass reads such prefixes where they lie, so that they need not be put together for it.
     clue_per_token: whether each query token brings a clue; otherwise a pair has ``clues_per_pair``.
     clue_bytes: size of one clue vector.
     clues_of_lists: whether pairs share lists of clues, so that computing them pass by pass would repeat the work.
@@ -45,6 +50,7 @@ class Limits:
     unpadded: bool = False
     shared: bool = True
     prefilled: bool = False
+    in_place: bool = False
     clue_per_token: bool = False
     clues_per_pair: int = 0
     clue_bytes: int = 0
@@ -69,10 +75,12 @@ class Limits:
         return self.with_grad and bool(self.max_pairs or self.micro_batch)
 
     @property
-    def document_tokens(self) -> int:
-        """Token budget of the documents whose pairs are scored together; 1: one document."""
+    def document_tokens(self) -> int | None:
+        """Token budget of the documents whose pairs are scored together; 1: one document; None: all documents."""
         if self.one_pair:
             return 1
+        if self.prefilled and self.in_place:
+            return None
         if self.with_grad and not self.prefilled:
             return self.max_tokens
         return prefix_tokens(self.max_tokens, self.device, self.prefilled)
@@ -120,8 +128,7 @@ def schedule(batch: PairBatch, limits: Limits, tables: Sequence[int] | None = No
         part = batch.select(pairs)
         clues_of = pairs if own_limits.clues_together(part) else None
         worth = tokens_worth_a_pass(limits.device, limits.dtype)
-        padding = worth * (READ_TOKENS_PER_TOKEN if own_limits.prefilled else 1)
-        for documents in prefix_groups(part, own_limits.document_tokens, padding):
+        for documents in _document_groups(part, own_limits, worth):
             groups = suffix_groups(
                 part,
                 documents,
@@ -161,7 +168,7 @@ def prefix_tokens(max_tokens: int, device: torch.device, prefilled: bool) -> int
 
 
 def tokens_worth_a_pass(device: torch.device, dtype: torch.dtype) -> int:
-    """Give the fixed cost of a pass, in tokens: more padding than this is worth another pass.
+    """Give the time that a pass takes whatever it reads, in tokens.
 
     Args:
         device, dtype: those of the LM.
@@ -220,19 +227,26 @@ def suffix_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
     yield from (rows[start : start + max_pairs] for start in range(0, len(rows), max_pairs))
 
 
+def _document_groups(batch: PairBatch, limits: Limits, pass_tokens: int) -> Iterator[list[int]]:
+    """Group the documents of the pairs; the arguments are those of `schedule` and `prefix_groups`."""
+    budget = limits.document_tokens
+    if budget is None:
+        yield sorted({d for _, d in batch.pairs})
+    else:
+        yield from prefix_groups(batch, budget, pass_tokens * (READ_TOKENS_IN_TIME if limits.prefilled else 1))
+
+
 def prefix_groups(batch: PairBatch, max_tokens: int, pass_tokens: int) -> Iterator[list[int]]:
     """Group the documents of the pairs by length: at most ``max_tokens`` padded tokens, but at least one document.
 
     Args:
         batch: the pairs.
         max_tokens: token budget of a group.
-        pass_tokens: padding at which a group ends (`tokens_worth_a_pass`).
+        pass_tokens: what another group costs, in tokens (`tokens_worth_a_pass`).
     """
-
-    def length(d: int) -> int:
-        return len(batch.documents[d].ids)
-
-    yield from _groups({d for _, d in batch.pairs}, length, length, max_tokens, None, pass_tokens)
+    documents = {d for _, d in batch.pairs}
+    items = [_Item(d, len(batch.documents[d].ids)) for d in documents]
+    yield from _groups(items, max_tokens, None, pass_tokens)
 
 
 def suffix_groups(
@@ -247,71 +261,105 @@ def suffix_groups(
 ) -> Iterator[list[int]]:
     """Group the pairs of documents by length, for suffix passes.
 
-    A pair counts with the tokens of its query and its instruction, and an eighth of the longest prefix of the documents
+    A pair counts with the tokens of its query and its instruction, and an eighth of the longest prefix in its group
     where this is only read; otherwise with its whole prompt.
 
     Args:
         batch: the pairs.
         documents: those whose pairs are grouped.
         max_tokens, max_pairs: what a group has at most, but at least one pair.
-        pass_tokens: padding at which a group ends (`tokens_worth_a_pass`).
+        pass_tokens: what another group costs, in tokens (`tokens_worth_a_pass`).
         shared: whether the documents have been read before.
         clue_per_token: whether each query token brings a clue.
         step: groups have multiples of so many pairs where they can.
     """
     wanted, factor = set(documents), 2 if clue_per_token else 1
-    read = max(len(batch.documents[d].ids) for d in documents) // READ_TOKENS_PER_TOKEN if shared else 0
 
-    def length(i: int) -> int:
+    def item(i: int) -> _Item:
         q, d = batch.pairs[i]
-        suffix = factor * len(batch.queries[q]) + batch.instruction_length(q)
-        return suffix + (0 if shared else len(batch.documents[d].ids))
+        suffix, prefix = factor * len(batch.queries[q]) + batch.instruction_length(q), len(batch.documents[d].ids)
+        return _Item(i, suffix, prefix) if shared else _Item(i, suffix + prefix)
 
-    rows = [i for i, (_, d) in enumerate(batch.pairs) if d in wanted]
-    yield from _groups(rows, length, lambda i: length(i) + read, max_tokens, max_pairs, pass_tokens, step)
+    items = [item(i) for i, (_, d) in enumerate(batch.pairs) if d in wanted]
+    yield from _groups(items, max_tokens, max_pairs, pass_tokens, step)
 
 
 def generation_groups(lengths: Sequence[int], new_tokens: int, max_tokens: int) -> Iterator[list[int]]:
     """Group prompts that an LM continues: at most ``max_tokens`` in a group, but at least one prompt.
 
-    Another group costs as many steps as there are new tokens, so padding never ends a group.
+    Another group costs as many steps as there are new tokens, so there are as few as the budget allows.
 
     Args:
         lengths: tokens of each prompt.
         new_tokens: tokens that each prompt is continued with.
         max_tokens: token budget of a group, new tokens included.
     """
-    yield from _groups(
-        range(len(lengths)), lengths.__getitem__, lambda i: lengths[i] + new_tokens, max_tokens, None, max_tokens
-    )
+    items = [_Item(i, length + new_tokens) for i, length in enumerate(lengths)]
+    yield from _groups(items, max_tokens, None, sum(lengths) + max_tokens * len(lengths))
+
+
+class _Item(NamedTuple):
+    """A document or a pair that is put into a group.
+
+    place: its index.
+    computed: tokens that are computed for it.
+    read: tokens that are read for it from keys and values of its document.
+    """
+
+    place: int
+    computed: int
+    read: int = 0
 
 
 def _groups(
-    items: Iterable[int],
-    length: Callable[[int], int],
-    tokens: Callable[[int], int],
-    max_tokens: int,
-    max_items: int | None,
-    pass_tokens: int,
-    step: int = 1,
+    items: Sequence[_Item], max_tokens: int, max_items: int | None, pass_tokens: int, step: int = 1
 ) -> Iterator[list[int]]:
-    """Group items from the longest to the shortest; a group ends before it pads more than ``pass_tokens`` tokens.
+    """Group items so that the passes take the least time, long items first.
 
-    The last items of a group are left to the next one, so that the group has a multiple of ``step``.
+    A pass takes the time of ``pass_tokens`` tokens, and of those of its items, each padded to the longest one. Items
+    are sorted by what is computed for them or by what is read, whichever gives the better groups.
+
+    Args:
+        items: of all groups.
+        max_tokens, max_items: what a group has at most, but at least one item.
+        pass_tokens: what another group costs.
+        step: all groups but the last have a multiple of so many items, or fewer than that.
     """
-    group: list[int] = []
-    padding = 0
-    for i in sorted(items, key=lambda i: -length(i)):
-        padding += length(group[0]) - length(i) if group else 0
-        full = group and ((len(group) + 1) * tokens(group[0]) > max_tokens or len(group) == max_items)
-        if full or padding > pass_tokens:
-            whole = len(group) - len(group) % step or len(group)
-            yield group[:whole]
-            group = group[whole:]
-            padding = sum(length(group[0]) - length(j) for j in [*group, i]) if group else 0
-            if padding > pass_tokens:
-                yield group
-                group, padding = [], 0
-        group.append(i)
-    if group:
-        yield group
+    orders = [sorted(items, key=lambda item: (-item.computed, -item.read))]
+    if any(item.read for item in items):
+        orders.append(sorted(items, key=lambda item: (-item.read, -item.computed)))
+    ways = [_best_borders(order, max_tokens, max_items, pass_tokens, step) for order in orders]
+    (_, borders), order = min(zip(ways, orders, strict=True), key=lambda way: way[0][0])
+    for start, end in pairwise(borders):
+        yield [item.place for item in order[start:end]]
+
+
+def _best_borders(
+    order: Sequence[_Item], max_tokens: int, max_items: int | None, pass_tokens: int, step: int
+) -> tuple[float, list[int]]:
+    """Split items, in their order, into the groups that take the least time.
+
+    The groups of all items are the last one and the best ones of those before it, so the best are found from the first
+    item on (dynamic programming).
+
+    Returns: the time in tokens; where groups begin, and where the last one ends.
+    """
+    least, starts = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        best, best_start, computed, read = inf, end - 1, 0, 0
+        for start in range(end - 1, -1, -1):
+            count, computed, read = end - start, max(computed, order[start].computed), max(read, order[start].read)
+            tokens = count * (computed + read // READ_TOKENS_PER_TOKEN)
+            if count > 1 and (tokens > max_tokens or count > (max_items or count)):
+                break
+            if count % step and count > step and end < len(order):
+                continue
+            cost = least[start] + pass_tokens + count * (computed + read / READ_TOKENS_IN_TIME)
+            if cost <= best:
+                best, best_start = cost, start
+        least.append(best)
+        starts.append(best_start)
+    borders = [len(order)]
+    while borders[-1]:
+        borders.append(starts[borders[-1]])
+    return least[-1], borders[::-1]

@@ -21,6 +21,7 @@ from ..adapters.projected_rows import ProjectedRows
 from ..config import QPeftConfig
 from ..lm.passes import Hook
 from ..prefixes.cache import DocumentCache
+from ..prefixes.kv import SeparatePrefixes
 from ..prefixes.views import PrefixViews
 from ..prompts.pairs import PairBatch, to_device
 from ..prompts.prompt import Document, Prompt, as_pairs
@@ -155,6 +156,7 @@ class ScoringModel(TurnTaking):
             unpadded=bool(engine.why_unpadded),
             shared=path == "document_first" and engine.shares_prefixes(self.clues is not None),
             prefilled=prefilled,
+            in_place=engine.reads_in_place,
             clue_per_token=config.clues == "attention",
             clues_per_pair=(config.k or 0) if config.clues == "top_k" else 0,
             clue_bytes=4 * engine.table.shape[1],
@@ -247,6 +249,8 @@ class ScoringModel(TurnTaking):
         if prefix is not None:
             place = {d: i for i, d in enumerate(documents)}
             order = [place[d] for _, d in batch.pairs]
+            if isinstance(prefix, SeparatePrefixes):
+                prefix, order = prefix.of_pairs(order)
             if order != list(range(len(prefix.lengths))):
                 prefix_rows = to_device(np.array(order), self.device)
         arguments = (batch, rows, vectors, prefix, prefix_rows)

@@ -165,6 +165,15 @@ class SeparatePrefixes(PrefixBatch):
         self.prefixes = list(prefixes)
         self.lengths = [length for prefix in prefixes for length in prefix.lengths]
 
+    def of_pairs(self, order: Sequence[int]) -> tuple[SeparatePrefixes, list[int]]:
+        """The prefixes that some pairs read, each once, and the place of each pair's among them.
+
+        Args:
+            order: the place of each pair's among all.
+        """
+        places = {prefix: i for i, prefix in enumerate(dict.fromkeys(order))}
+        return SeparatePrefixes([self.prefixes[prefix] for prefix in places]), [places[prefix] for prefix in order]
+
 
 LayerShape = tuple[int, int, int, int | None]  # heads, width of a key, width of a value, sliding window
 

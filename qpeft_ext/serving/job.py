@@ -31,6 +31,7 @@ class Job:
         pending: places of the pairs that are in no pass yet; short documents are at the end, which is taken first.
         arrived, started: `time.monotonic` when it came into the queue, and when its first pass began.
         inference_seconds: duration of the passes that it was in.
+        size: tokens that were left of it when it was first considered for a pass.
     """
 
     served: Any
@@ -44,6 +45,7 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     inference_seconds: float = 0.0
+    size: int = 0
 
     def __post_init__(self) -> None:
         self.scores = np.full(len(self.pairs), np.nan, dtype=np.float32)

@@ -93,7 +93,7 @@ class WaitingJobs:
             self._owed = 0
             return {}
         oldest, shortest = self._jobs[0], min(self._jobs, key=lambda job: job.left)
-        similar = [job.left for job in self._like(shortest, by_length=False) if job.left <= 2 * shortest.left]
+        similar = [job.size for job in self._like(shortest, by_length=False) if job.left <= 2 * shortest.left]
         limit = min(budget, max(2 * sum(similar), budget // 8))
         if self._owed and oldest.group != shortest.group:
             chosen = _Choice(min(budget, self._owed))
@@ -127,6 +127,7 @@ class WaitingJobs:
         for job in arrived:
             if not job.future.cancelled():
                 self._look_up(job)
+                job.size = job.left
         kept = []
         for job in (*self._jobs, *arrived):
             if job.pending and not job.future.done():
