@@ -104,6 +104,26 @@ def test_upr_document_first_equals_plain(model_with, scores_with):
     assert plain.std() > 0.05  # otherwise the test could not see a wrong document
 
 
+def test_prefixes_of_several_passes_are_read_together(model_with, monkeypatch):
+    model, passes = model_with("none"), []
+    plain = model.score(PAIRS, path="plain").mean_query_log_likelihood
+    read = type(model.engine).cached_prefills
+
+    def counted(engine, ids, *args, **options):
+        passes.append(len(ids))
+        return read(engine, ids, *args, **options)
+
+    monkeypatch.setattr(type(model.engine), "cached_prefills", counted)
+    longest = max(len(model.prompt.documents([document])[0].ids) for _, document in PAIRS)
+    for cache in (None, qpeft.DocumentCache(1 << 24)):
+        passes.clear()
+        scores = model.score(PAIRS, cache=cache, max_tokens_per_batch=2 * longest).mean_query_log_likelihood
+        torch.testing.assert_close(scores, plain, rtol=0, atol=1e-5)
+        assert max(passes) > 1
+    scores = model.score(PAIRS, cache=cache, prefilled=True).mean_query_log_likelihood
+    torch.testing.assert_close(scores, plain, rtol=0, atol=1e-5)
+
+
 def test_plain_equals_the_language_model_itself(lm, model_with):
     """The oracle's oracle: one unpadded forward of the LM a pair, with its own logits."""
     model = model_with("none")

@@ -45,6 +45,10 @@ class PrefixBatch:
     def padded_length(self) -> int:
         return max(self.lengths)
 
+    def split(self) -> list[PrefixKV]:
+        """One unpadded `PrefixKV` for each prefix."""
+        raise NotImplementedError
+
     def mask(self, device: torch.device, rows: Tensor | None = None) -> Tensor:
         """Left-padded attention mask of pairs, int64 [B, P].
 
@@ -164,6 +168,9 @@ class SeparatePrefixes(PrefixBatch):
     def __init__(self, prefixes: Sequence[PrefixKV]) -> None:
         self.prefixes = list(prefixes)
         self.lengths = [length for prefix in prefixes for length in prefix.lengths]
+
+    def split(self) -> list[PrefixKV]:
+        return self.prefixes
 
     def of_pairs(self, order: Sequence[int]) -> tuple[SeparatePrefixes, list[int]]:
         """The prefixes that some pairs read, each once, and the place of each pair's among them.
