@@ -20,7 +20,10 @@
 namespace qpeft {
 namespace {
 
+constexpr int64_t kWhole = 96;  // rows: whole tiles, and whole twelves
 constexpr int64_t kBlockBytes = 1 << 20;  // of rows that stay in the second cache while weights go by
+
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 void turn(float* x) {
   for (int64_t distance : {16, 32, 1, 2, 4, 8})  // the order of the vectors' code, which rounds alike
@@ -145,8 +148,10 @@ Tensor int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor sums, Tensor co
     by.quantize_rows(const_data<float>(x), x.stride(0), begin, end, layer, rows);
   });
   auto* to = data<float>(out);
-  const int64_t some = std::max<int64_t>(kBlockBytes / D / 96 * 96, 96);  // whole tiles, and whole twelves
-  const int64_t groups = (C + kInt8Group - 1) / kInt8Group, blocks = (N + some - 1) / some;
+  const int64_t most = std::max(kBlockBytes / D / kWhole * kWhole, kWhole);
+  const int64_t each = ceil_div(N, ceil_div(N, most));  // equal blocks, so that threads have equal shares
+  const int64_t some = ceil_div(each, kWhole) * kWhole;
+  const int64_t groups = ceil_div(C, kInt8Group), blocks = ceil_div(N, some);
   parallel(blocks * groups, (1 << 22) / (std::min(N, some) * D * kInt8Group) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / groups * some, c = task % groups * kInt8Group;

@@ -19,21 +19,25 @@ void multiply_rows(const Int8Rows& rows, int64_t n, const Int8Layer& layer, int6
   __m512i sums[kRows][kBlocks];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b) sums[r][b] = _mm512_setzero_si512();
   for (int64_t d = 0; d < D; d += 4) {
     __m512i weights[kBlocks];
+#pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b) weights[b] = _mm512_loadu_si512(weight + b * block + d * kInt8Words);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       int32_t four;
       std::memcpy(&four, rows.bytes + r * D + d, 4);
       const __m512i row = _mm512_set1_epi32(four);
+#pragma GCC unroll 2
       for (int b = 0; b < kBlocks; ++b) sums[r][b] = _mm512_dpbusd_epi32(sums[r][b], row, weights[b]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r)  // unrolled, like the others: only then are all sums in registers
     if (r < n)
+#pragma GCC unroll 2
       for (int b = 0; b < kBlocks; ++b) outputs[b].store(sums[r][b], rows, r, out + b * kInt8Words);
 }
 
