@@ -20,10 +20,21 @@ def test_a_left_padded_causal_mask_is_known_by_its_starts():
     assert Mask(seen).starts == [3]
 
 
+def test_suffixes_behind_prefixes_are_known_by_them_too():
+    """Prefixes are padded on the left, suffixes on the right."""
+    seen = causal([0, 2, 4], 9)[:, :, 5:]
+    assert Mask(seen).starts == [0, 2, 4]
+    seen[1, 0, :, 7:] = False  # two slots of padding, which see no token of their own
+    assert Mask(seen).starts == [0, 2, 4]
+    seen[0, 0, :2, 0] = False  # a token that sees less than the last one
+    assert Mask(seen).starts is None
+    assert Mask(causal([3, 1])[:, :, 5:]).starts == [3, 1]  # one query
+
+
 @pytest.mark.parametrize("change", [
+    lambda m: m[..., 4:, :] & (torch.arange(6) != 3),
     lambda m: m & ~torch.tril(torch.ones(6, 6, dtype=torch.bool), -3),  # a sliding window
     lambda m: m | torch.eye(6, dtype=torch.bool).roll(1, 1),  # a token that sees the next one
-    lambda m: m[..., 2:, :],  # suffixes behind something
     lambda m: torch.where(m, 0.0, -torch.inf),
     lambda m: m & (torch.arange(6) != 4),  # a hole
     torch.zeros_like,  # padding only

@@ -249,7 +249,7 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
         if len(passes) == 1:
             return super().cached_prefills(passes, cache, deterministic)
         read = (self.cached_prefill(prefixes, cache, deterministic) for prefixes in passes)
-        return SeparatePrefixes([prefix for prefixes in read for prefix in prefixes.split()])
+        return SeparatePrefixes([prefix for prefixes in read for prefix in prefixes.each()])
 
     def _through_cache(
         self, prefixes: Sequence[Sequence[int]], cache: DocumentCache, deterministic: bool

@@ -1,6 +1,7 @@
 """Attention of an LM's layers, where it can be faster than transformers' "sdpa" in our passes.
 
 * bfloat16 on a CPU with AMX: `ops.bfloat16_attention`, in all passes.
+* float32 on a CPU with AVX-512: `ops.causal_attention`, in passes without gradient.
 * Several query heads share one head of keys and values (grouped-query attention): with a mask, transformers' "sdpa"
   copies the keys and values of every pair for each head of a group first. torch's kernel for CPUs reads them where they
   are; in a prefix pass it reads documents one by one, without padding, which needs no mask. On other devices, in suffix
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from threading import local
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..ops.bfloat16_attention import bfloat16_attention, is_supported
+from ..ops.causal_attention import causal_attention, is_faster
 from .masks import KnownMasks
 
 SDPA, OURS = "sdpa", "qpeft_sdpa"  # names of attention implementations
@@ -66,6 +69,10 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if not dropout and is_supported(query, key, value, attention_mask):
         return bfloat16_attention(query, key, value, attention_mask, D**-0.5 if scaling is None else scaling), None
+    if not dropout and not torch.compiler.is_compiling() and is_faster(query, key, value):
+        starts = this_thread.masks.of(attention_mask).starts_of(B)
+        if starts is not None:
+            return causal_attention(query, key, value, starts, D**-0.5 if scaling is None else scaling), None
     if H == heads:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if query.device.type == "cpu":
@@ -85,11 +92,11 @@ def _on_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: fl
         return found.transpose(1, 2).contiguous()
     known = this_thread.masks.of(mask)
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if known.starts is None or dropout or with_grad:
+    B, H, L, _ = query.shape
+    starts = known.starts_of(B)
+    if starts is None or L < key.shape[2] or dropout or with_grad:
         found = sdpa(query, key, value, attn_mask=known.added(query.dtype), dropout_p=dropout)
         return found.transpose(1, 2).contiguous()
-    B, H, L, _ = query.shape
-    starts = known.starts if len(known.starts) == B else known.starts * B
     out = query.new_zeros(B, L, H, value.shape[-1])
     for b, start in enumerate(starts):
         q, k, v = (x[b : b + 1, :, start:] for x in (query, key, value))
@@ -137,8 +144,16 @@ def is_faster_in_prefixes(decoder: nn.Module) -> bool:
 def _has_kernel(decoder: nn.Module) -> bool:
     """Is there a kernel of ours for this decoder's dtype, which is faster also where each head has its own keys?"""
     weight = next(decoder.parameters())
-    heads = weight.new_empty(1, 1, 1, 32)
-    return is_supported(heads, heads, heads, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    own, wide = (weight.new_empty(1, 1, 1, width) for width in (_head_width(decoder), 32))
+    return is_faster(own, own, own) or is_supported(wide, wide, wide, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+
+def _head_width(decoder: nn.Module) -> int:
+    """Numbers in a key, as the config says; 1 where it does not."""
+    config: Any = getattr(decoder, "config", None)
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    whole = width // heads if isinstance(heads, int) and isinstance(width, int) and heads else 1
+    return getattr(config, "head_dim", None) or whole
 
 
 def _sdpa_config(module: nn.Module) -> PreTrainedConfig | None:

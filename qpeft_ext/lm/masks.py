@@ -18,6 +18,10 @@ class Mask:
         self.starts = _starts(mask)
         self._added: Tensor | None = None
 
+    def starts_of(self, B: int) -> list[int] | None:
+        """Where the text of each of B rows begins (`_starts`), of which a mask of one row is that of all; None: unknown."""
+        return self.starts * B if self.starts is not None and len(self.starts) < B else self.starts
+
     def added(self, dtype: torch.dtype) -> Tensor:
         """Return the mask as numbers that are added to the scores, which torch makes of a bool one in every layer."""
         if self.mask.dtype != torch.bool:
@@ -48,16 +52,19 @@ class KnownMasks:
 def _starts(mask: Tensor) -> list[int] | None:
     """Find where each row's text begins, if every token of it sees itself and all before it, and nothing else.
 
+    The queries are the last tokens of the text, with padding before it or after it; what padding sees does not matter.
+
     Args:
         mask: as for `Mask`.
     Returns: a place for each row; None for any other mask.
     """
     _, _, L, S = mask.shape
-    if mask.dtype != torch.bool or L != S:
+    if mask.dtype != torch.bool or L > S:
         return None
-    padding = (~mask[:, 0, -1]).sum(1)
-    slots = torch.arange(S)
-    is_text = slots >= padding[:, None]
-    causal = (slots <= slots[:, None]) & is_text[:, None]
+    slots, own = torch.arange(S), torch.arange(S - L, S)  # of keys, and of the queries
+    last = mask[:, 0, -1]  # sees all text, padding behind it too
+    first = last.int().argmax(1)
+    is_text = mask[:, 0].diagonal(S - L, 1, 2) & (own >= first[:, None])
+    causal = (slots <= own[:, None]) & (slots >= first[:, None, None])
     same = (mask[:, 0] == causal) | ~is_text[:, :, None]
-    return padding.tolist() if bool(same.all()) and bool((padding < S).all()) else None
+    return first.tolist() if bool(same.all()) and bool(last.any(1).all()) else None

@@ -45,8 +45,8 @@ class PrefixBatch:
     def padded_length(self) -> int:
         return max(self.lengths)
 
-    def split(self) -> list[PrefixKV]:
-        """One unpadded `PrefixKV` for each prefix."""
+    def each(self) -> list[PrefixKV]:
+        """One unpadded `PrefixKV` for each prefix, in this memory."""
         raise NotImplementedError
 
     def mask(self, device: torch.device, rows: Tensor | None = None) -> Tensor:
@@ -118,6 +118,16 @@ class PrefixKV(PrefixBatch):
             layers.append(LayerKV(keys, values, window))
         return cls(layers, list(lengths))
 
+    def each(self) -> list[PrefixKV]:
+        return [PrefixKV([kv and self._layer_of(kv, i) for kv in self.layers], [length])
+                for i, length in enumerate(self.lengths)]  # fmt: skip
+
+    def _layer_of(self, kv: LayerKV, i: int) -> LayerKV:
+        """Keys and values of prefix i, without padding, as views."""
+        assert isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor), "prefixes in 8 bits lie apart"
+        keys, values = (_tail(x[i : i + 1], self.lengths[i]) for x in (kv.keys, kv.values))
+        return LayerKV(keys, values, kv.window)
+
     def split(self, dtype: torch.dtype | None = None) -> list[PrefixKV]:
         """One unpadded `PrefixKV` for each prefix, in memory of its own.
 
@@ -132,9 +142,10 @@ class PrefixKV(PrefixBatch):
         length = self.lengths[i]
         copied = packing.empty(length, [kv.keys.device if kv else None for kv in self.layers])
         for own, kv in zip(copied.layers, self.layers, strict=True):
-            if own and kv and isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor):
-                own.keys.copy_(_tail(kv.keys[i : i + 1], length))
-                own.values.copy_(_tail(kv.values[i : i + 1], length))
+            if own and kv:
+                view = self._layer_of(kv, i)
+                own.keys.copy_(view.keys)
+                own.values.copy_(view.values)
         return copied
 
     @classmethod
@@ -169,7 +180,7 @@ class SeparatePrefixes(PrefixBatch):
         self.prefixes = list(prefixes)
         self.lengths = [length for prefix in prefixes for length in prefix.lengths]
 
-    def split(self) -> list[PrefixKV]:
+    def each(self) -> list[PrefixKV]:
         return self.prefixes
 
     def of_pairs(self, order: Sequence[int]) -> tuple[SeparatePrefixes, list[int]]:
