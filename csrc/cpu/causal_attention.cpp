@@ -127,9 +127,8 @@ QPEFT_INLINE inline void attend_rows(const CausalHead& head, int64_t begin, int6
   }
   const int64_t parts = (last - first + V::kLanes - 1) / V::kLanes;
   multiply_row<V, kRows, kParts>(queries, head.D, keys + first * head.D, V::kLanes, head.D * V::kLanes, parts, factors,
-                                 [&](int r, int64_t part, const VectorOf<V>& x) QPEFT_INLINE {
-                                   store<V>(scores + r * head.room + part * V::kLanes, x);
-                                 });
+                                 [&](int r, int64_t part, const VectorOf<V>& x)
+                                     QPEFT_INLINE { store<V>(scores + r * head.room + part * V::kLanes, x); });
   for (int r = 0; r < kRows; ++r) {
     const int64_t from = head.start - first;
     const float sum = weigh<V>(scores + r * head.room, from, ends[r] - first, std::max<int64_t>(parts, 1) * V::kLanes);

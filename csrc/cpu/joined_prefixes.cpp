@@ -22,7 +22,8 @@ void check(const std::vector<Tensor>& prefixes, const std::vector<int64_t>& rows
     STD_TORCH_CHECK(prefix.device() == suffixes.device(), op, ": all tensors must be on one device");
     STD_TORCH_CHECK(prefix.dim() == 4 && prefix.size(0) == 1 && prefix.size(1) == suffixes.size(1) &&
                         prefix.size(2) <= slots && prefix.size(3) == suffixes.size(3),
-                    op, ": each prefix must be [1, ", suffixes.size(1), ", at most ", slots, ", ", suffixes.size(3), "]");
+                    op, ": each prefix must be [1, ", suffixes.size(1), ", at most ", slots, ", ", suffixes.size(3),
+                    "]");
     STD_TORCH_CHECK(prefix.numel() == 0 || (prefix.stride(3) == 1 && prefix.stride(2) == prefix.size(3)), op,
                     ": the tokens of a prefix must lie one after another");
   }

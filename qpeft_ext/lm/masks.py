@@ -19,7 +19,7 @@ class Mask:
         self._added: Tensor | None = None
 
     def starts_of(self, B: int) -> list[int] | None:
-        """Where the text of each of B rows begins (`_starts`), of which a mask of one row is that of all; None: unknown."""
+        """Where the text of each of B rows begins (`_starts`); a mask of one row is that of all. None: unknown."""
         return self.starts * B if self.starts is not None and len(self.starts) < B else self.starts
 
     def added(self, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ def is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, starts: Sequence[int], scale: float) -> Tensor:
-    """Compute softmax(scale * query @ key.T) @ value, where query l of an item sees the keys from its start to T - L + l.
+    """Compute softmax(scale * query @ key.T) @ value, where query l sees the keys from an item's start to T - L + l.
 
     Repeated calls return the same bits; an item of the batch does not depend on the others. There is no gradient.
 

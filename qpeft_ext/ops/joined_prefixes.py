@@ -17,7 +17,8 @@ def is_supported(prefixes: Sequence[object], suffixes: Tensor) -> bool:
     """Return whether `joined_prefixes` can compute these inputs; prefixes must need no gradient."""
     return _HERE and suffixes.device.type == "cpu" and all(
         isinstance(prefix, Tensor) and prefix.dtype == suffixes.dtype and prefix.device == suffixes.device
-        and prefix.stride()[2:] == (prefix.shape[-1], 1) and not prefix.requires_grad for prefix in prefixes)  # fmt: skip
+        and prefix.stride()[2:] == (prefix.shape[-1], 1) and not prefix.requires_grad
+        for prefix in prefixes)  # fmt: skip
 
 
 def joined_prefixes(prefixes: Sequence[Tensor], rows: Sequence[int], suffixes: Tensor, slots: int) -> Tensor:

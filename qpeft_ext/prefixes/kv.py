@@ -119,14 +119,13 @@ class PrefixKV(PrefixBatch):
         return cls(layers, list(lengths))
 
     def each(self) -> list[PrefixKV]:
-        return [PrefixKV([kv and self._layer_of(kv, i) for kv in self.layers], [length])
+        return [PrefixKV([kv and LayerKV(*self._views(kv, i), kv.window) for kv in self.layers], [length])
                 for i, length in enumerate(self.lengths)]  # fmt: skip
 
-    def _layer_of(self, kv: LayerKV, i: int) -> LayerKV:
-        """Keys and values of prefix i, without padding, as views."""
+    def _views(self, kv: LayerKV, i: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of prefix i, without padding."""
         assert isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor), "prefixes in 8 bits lie apart"
-        keys, values = (_tail(x[i : i + 1], self.lengths[i]) for x in (kv.keys, kv.values))
-        return LayerKV(keys, values, kv.window)
+        return _tail(kv.keys[i : i + 1], self.lengths[i]), _tail(kv.values[i : i + 1], self.lengths[i])
 
     def split(self, dtype: torch.dtype | None = None) -> list[PrefixKV]:
         """One unpadded `PrefixKV` for each prefix, in memory of its own.
@@ -143,9 +142,9 @@ class PrefixKV(PrefixBatch):
         copied = packing.empty(length, [kv.keys.device if kv else None for kv in self.layers])
         for own, kv in zip(copied.layers, self.layers, strict=True):
             if own and kv:
-                view = self._layer_of(kv, i)
-                own.keys.copy_(view.keys)
-                own.values.copy_(view.values)
+                keys, values = self._views(kv, i)
+                own.keys.copy_(keys)
+                own.values.copy_(values)
         return copied
 
     @classmethod
