@@ -15,12 +15,12 @@ NUMBERS = count()  # names of documents that no other request has
 PREFIX, SUFFIX = 90, 10  # tokens of every document and of the rest of every prompt
 
 
-def job(documents, name="", served=MODEL, names=None):
+def job(documents, name="", served=MODEL, names=None, suffix=SUFFIX):
     """A request with documents of its own, or with those given by name."""
     names = names or [f"{name or next(NUMBERS)}-{i}" for i in range(documents)]
     pairs = [("query", text) for text in names]
     digests = [text.encode() for text in names]
-    return Job(served, pairs, digests, [PREFIX] * len(names), [SUFFIX] * len(names))
+    return Job(served, pairs, digests, [PREFIX] * len(names), [suffix] * len(names))
 
 
 def queue(*jobs, most=10**9):
@@ -86,6 +86,14 @@ def test_the_rest_of_a_request_does_not_make_passes_short():
     waiting = queue(job(20, "a"), job(20, "b"), job(20, "c"))
     sizes = [sum(map(len, waiting.take(1500).values())) for _ in range(4)]
     assert sizes == [15, 15, 15, 15]  # after the first pass five pairs of the first request are left
+
+
+def test_requests_with_suffixes_as_long_share_a_pass_and_none_is_forgotten():
+    first, longer, same = job(6, "a"), job(6, "b", suffix=30), job(6, "c")
+    waiting = queue(first, longer, same, job(60, "d"))
+    assert {each: len(places) for each, places in waiting.take(900).items()} == {first: 6, same: 3}
+    first.finish()
+    assert {each: len(places) for each, places in waiting.take(1020).items()} == {longer: 6, same: 3}
 
 
 def test_a_long_request_gets_half_of_the_time_however_many_short_ones_come():

@@ -15,8 +15,8 @@ Pass = dict[Job, list[int]]  # places of the pairs of each job
 class WaitingJobs:
     """A queue that is bounded in tokens. Many threads put jobs into it, one takes passes from it.
 
-    A pass is filled from the job with the fewest tokens left. What jobs get that came after the oldest one is owed to
-    the oldest, and paid with the next tokens. So a short request waits for the pass that is running and for one of at
+    A pass is filled from the oldest job if it is about as short as any, else from the job with the fewest tokens left.
+    What jobs get that came after the oldest one is then owed to the oldest, and paid with the next tokens. So a short request waits for the pass that is running and for one of at
     most three times the size of all that are about as short (or an eighth of the largest pass), and the oldest request
     gets half of the time or more, however many short ones come. Pairs over documents that a pass reads anyway join it.
 
@@ -93,32 +93,48 @@ class WaitingJobs:
             self._owed = 0
             return {}
         oldest, shortest = self._jobs[0], min(self._jobs, key=lambda job: job.left)
-        similar = [job.size for job in self._like(shortest, by_length=False) if job.left <= 2 * shortest.left]
+        if oldest.left <= 2 * shortest.size:
+            shortest = oldest
+        similar = [job.size for job in self._like(shortest) if job.left <= 2 * shortest.left]
         limit = min(budget, max(2 * sum(similar), budget // 8))
         if self._owed and oldest.group != shortest.group:
             chosen = _Choice(min(budget, self._owed))
-            chosen.add(self._like(oldest, by_length=False))
+            chosen.add(self._like(oldest))
             self._owed = max(0, self._owed - chosen.tokens)
         elif shortest is oldest:
             chosen = _Choice(limit)
-            chosen.add(self._like(oldest, by_length=True))
+            chosen.add(self._beside(oldest))
         else:
             chosen = _Choice(max(1, limit // 2))
-            chosen.add(self._like(shortest, by_length=True))
+            chosen.add(self._beside(shortest))
             first = chosen.tokens
             self._owed = min(self._owed + first - chosen.tokens_of(oldest), 8 * budget)
             if oldest.group == shortest.group:
                 chosen.allow(min(limit, first + self._owed))
-                chosen.add(self._like(oldest, by_length=False))
+                chosen.add(self._like(oldest))
                 self._owed = max(0, self._owed - (chosen.tokens - first))
         chosen.allow(min(budget, chosen.tokens * 3 // 2))
-        chosen.add_read(self._like(next(iter(chosen.places)), by_length=False))
+        chosen.add_read(self._like(next(iter(chosen.places))))
         return chosen.places
 
-    def _like(self, first: Job, by_length: bool) -> list[Job]:
-        """List the jobs of one group, the shortest or the oldest first."""
-        jobs = [job for job in self._jobs if job.group == first.group]
-        return sorted(jobs, key=lambda job: job.left) if by_length else jobs
+    def _like(self, first: Job) -> list[Job]:
+        """List the jobs of one group, the oldest first."""
+        return [job for job in self._jobs if job.group == first.group]
+
+    def _beside(self, first: Job) -> list[Job]:
+        """List the jobs of one group in the order in which a pass takes them after the first one.
+
+        Those of about its size come first: those that have begun, then those with suffixes about as long, since a pass
+        pads all to the longest. The others come by their size.
+        """
+
+        def order(job: Job) -> tuple[int, ...]:
+            if job.left > 2 * first.size:
+                return 2, job.left
+            other = abs(job.suffix_tokens[0] - first.suffix_tokens[0])
+            return job is not first, job.left == job.size, other, job.left
+
+        return sorted(self._like(first), key=order)
 
     def _admit(self) -> None:
         """Take over the jobs that have arrived, and drop those that are done or cancelled."""
