@@ -190,12 +190,25 @@ def test_a_closed_queue_refuses_and_keeps_what_it_has():
 
 def test_the_budget_follows_the_speed_of_the_last_passes():
     speed = Speed(seconds=1.0, most=10_000, first=500.0)
-    assert speed.budget == 500
+    assert speed.budget == 450  # nine tenths of a second
     speed.measured(2000, 1.0)
-    assert speed.budget == 2000
+    assert speed.budget == 1800
     for _ in range(300):
         speed.measured(300, 1.0)
-    assert 299 <= speed.budget <= 301
+    assert 269 <= speed.budget <= 271
+
+
+def test_passes_become_longer_step_by_step():
+    """After short passes of about one length, whose times say nothing about a token, the next is not far too long."""
+    speed = Speed(seconds=1.0, most=10**6)
+    for i in range(50):
+        speed.measured(1000 + i % 2, 0.020 - 0.001 * (i % 2))
+    assert speed.budget <= 4004
+    for _ in range(4):
+        tokens = speed.budget
+        speed.measured(tokens, 0.010 + tokens / 60_000)
+        assert 0.010 + tokens / 60_000 <= 1.0
+    assert 0.8 <= 0.010 + speed.budget / 60_000 <= 1.0
 
 
 def test_a_slow_machine_does_not_get_stuck_with_passes_of_one_pair():

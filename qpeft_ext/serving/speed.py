@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 _KEPT = 0.9  # weight of what was measured before, per pass
+_GROWTH = 4
+_AIM = 0.9  # of the wanted duration, since some passes take longer than the last ones did
 
 
 class Speed:
     """Durations of the passes so far, and the budget that follows from them.
 
-    A pass takes a time of its own and one for each token, which are fitted to the last passes. A budget fills the
-    wanted time, or takes twice the pass's own time if that is longer: on a slow machine passes of a single pair would
-    never end.
+    A pass takes a time of its own and one for each token, which are fitted to the last passes. A budget fills nine
+    tenths of the wanted time, or takes twice the pass's own time if that is longer: on a slow machine passes of a
+    single pair would never end. A fit to short passes says little about long ones, so a budget is at most four times the longest of the
+    last ones.
 
     Args:
-        seconds: wanted duration of a pass.
+        seconds: longest duration of a pass, mostly.
         most: largest budget in tokens.
         first: tokens per second before anything is measured.
     """
 
     def __init__(self, seconds: float, most: int, first: float = 500.0) -> None:
         self._wanted, self._most, self._first = seconds, most, first
-        self._passes = self._tokens = self._seconds = self._squares = self._products = 0.0
+        self._passes = self._tokens = self._seconds = self._squares = self._products = self._longest = 0.0
 
     def measured(self, tokens: int, seconds: float) -> None:
         """Take a pass into account."""
@@ -29,6 +32,7 @@ class Speed:
         self._seconds = _KEPT * self._seconds + seconds
         self._squares = _KEPT * self._squares + tokens * tokens
         self._products = _KEPT * self._products + tokens * seconds
+        self._longest = max(_KEPT * self._longest, tokens)
 
     @property
     def tokens_per_second(self) -> float:
@@ -39,7 +43,9 @@ class Speed:
     def budget(self) -> int:
         """Tokens of the next pass."""
         own, each = self._fitted()
-        return max(1, min(self._most, int((max(self._wanted, 2 * own) - own) / each)))
+        wanted = _AIM * self._wanted
+        tokens = min((max(wanted, 2 * own) - own) / each, max(_GROWTH * self._longest, wanted * self._first))
+        return max(1, min(self._most, int(tokens)))
 
     def _fitted(self) -> tuple[float, float]:
         """Fit seconds of a pass, and of a token; by least squares where passes differ in length."""

@@ -16,9 +16,10 @@ class WaitingJobs:
     """A queue that is bounded in tokens. Many threads put jobs into it, one takes passes from it.
 
     A pass is filled from the oldest job if it is about as short as any, else from the job with the fewest tokens left.
-    What jobs get that came after the oldest one is then owed to the oldest, and paid with the next tokens. So a short request waits for the pass that is running and for one of at
-    most three times the size of all that are about as short (or an eighth of the largest pass), and the oldest request
-    gets half of the time or more, however many short ones come. Pairs over documents that a pass reads anyway join it.
+    What jobs get that came after the oldest one is then owed to the oldest, and paid with the next tokens. So a short
+    request waits for the pass that is running and for one of at most three times the size of all that are about as
+    short (or a sixteenth of the largest pass), and the oldest request gets half of the time or more, however many short
+    ones come. Pairs over documents that a pass reads anyway join it.
 
     Args:
         max_tokens: of all jobs; one that is alone in the queue may have more.
@@ -96,7 +97,7 @@ class WaitingJobs:
         if oldest.left <= 2 * shortest.size:
             shortest = oldest
         similar = [job.size for job in self._like(shortest) if job.left <= 2 * shortest.left]
-        limit = min(budget, max(2 * sum(similar), budget // 8))
+        limit = min(budget, max(2 * sum(similar), budget // 16))
         if self._owed and oldest.group != shortest.group:
             chosen = _Choice(min(budget, self._owed))
             chosen.add(self._like(oldest))
