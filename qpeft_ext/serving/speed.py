@@ -12,8 +12,8 @@ class Speed:
 
     A pass takes a time of its own and one for each token, which are fitted to the last passes. A budget fills nine
     tenths of the wanted time, or takes twice the pass's own time if that is longer: on a slow machine passes of a
-    single pair would never end. A fit to short passes says little about long ones, so a budget is at most four times the longest of the
-    last ones.
+    single pair would never end. A fit to short passes says little about long ones, so a budget is at most four times
+    the longest of the last ones.
 
     Args:
         seconds: longest duration of a pass, mostly.
