@@ -4,7 +4,7 @@
     python benchmarks/bench_serve.py --adapter A --base-model B --clients 8 --documents 5 --waves 1
 
 Systems, each a server of its own with the same LM, threads and requests; they take turns, wave by wave, so that a busy
-machine is busy for all of them; all compute in float32:
+machine is busy for all of them, and are stopped while another one has its turn; all compute in float32:
     ours              `qpeft serve` as it is by default
     one_at_a_time     the same with its cache off, and one client
     litserve          LitServe, which batches the requests that wait and reads whole prompts; if it is installed
@@ -24,10 +24,11 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from result_file import new_parser, parse, save
-from serving_load import Request, chunks, free_port, litserve, ours, query_of, send, send_all, server, waves
+from serving_load import Request, chunks, free_port, litserve, ours, query_of, send, send_all, server, stopped, waves
 
 import qpeft_ext as qpeft
 from qpeft_ext.serving.settings import Limits
@@ -36,8 +37,16 @@ DEMO = Path(qpeft.__file__).parent / "demo"
 TOLERANCE = 1e-3  # nats of a whole query, float32
 
 
-def servers(stack: ExitStack, adapter: str, base_model: str, threads: int) -> dict[str, tuple[int, bool]]:
-    """Start the servers. Returns: the port of each system, and whether its clients take turns."""
+class System(NamedTuple):
+    """A server: its port, the group of its processes, and whether its clients take turns."""
+
+    port: int
+    group: int
+    alone: bool
+
+
+def servers(stack: ExitStack, adapter: str, base_model: str, threads: int) -> dict[str, System]:
+    """Start the servers."""
     model = ("--model", f"m={adapter}", "--base-model", base_model)
     commands = {"ours": ours(port := free_port(), model)}
     ports = {"ours": port}
@@ -49,10 +58,17 @@ def servers(stack: ExitStack, adapter: str, base_model: str, threads: int) -> di
             ports[name] = port
     else:
         print("not run: litserve is not installed")
+    systems = {}
     for name, command in commands.items():
-        stack.enter_context(server(command, ports[name], threads))
+        group = stack.enter_context(server(command, ports[name], threads))
+        systems[name] = System(ports[name], group, name == "one_at_a_time")
         print(f"{name} is up", flush=True)
-    return {name: (port, name == "one_at_a_time") for name, port in ports.items()}
+    return systems
+
+
+def others(systems: dict[str, System], name: str) -> list[int]:
+    """Return the groups of all systems but one."""
+    return [system.group for other, system in systems.items() if other != name]
 
 
 def bound(requests: list[Request], reranker: qpeft.Reranker) -> float:
@@ -66,7 +82,7 @@ def bound(requests: list[Request], reranker: qpeft.Reranker) -> float:
     return (read + suffix) / (sum(lengths.values()) + suffix)
 
 
-def throughput(systems: dict[str, tuple[int, bool]], requests: list[list[Request]], clients: int) -> dict[str, dict]:
+def throughput(systems: dict[str, System], requests: list[list[Request]], clients: int) -> dict[str, dict]:
     """Let the systems take turns over the waves; returns seconds and latencies of each."""
     times: dict[str, list[float]] = {}
     latencies: dict[str, list[float]] = {}
@@ -80,12 +96,13 @@ def throughput(systems: dict[str, tuple[int, bool]], requests: list[list[Request
     for place, wave in enumerate(requests):
         expected = None
         order = list(systems.items())
-        for name, (port, alone) in order[place % len(order) :] + order[: place % len(order)]:
-            if name == "litserve_warm":
-                send_all(port, wave, clients)  # its cache is filled
-            scores = measure(name, port, wave, 1 if alone else clients)
-            if name == "ours":
-                measure("ours_warm", port, wave, clients)
+        for name, (port, _, alone) in order[place % len(order) :] + order[: place % len(order)]:
+            with stopped(others(systems, name)):
+                if name == "litserve_warm":
+                    send_all(port, wave, clients)  # its cache is filled
+                scores = measure(name, port, wave, 1 if alone else clients)
+                if name == "ours":
+                    measure("ours_warm", port, wave, clients)
             expected = expected or scores
             worst = max(abs(e[i] - s[i]) for e, s in zip(expected, scores, strict=True) for i in e)
             if worst > TOLERANCE:
@@ -162,7 +179,8 @@ def main() -> int:
             show(row)
             rows.append(row)
         if given.long_documents:
-            row = {"work": f"serve/{lm}/fairness", **fairness(systems["ours"][0], given.long_documents, 30)}
+            with stopped(others(systems, "ours")):
+                row = {"work": f"serve/{lm}/fairness", **fairness(systems["ours"].port, given.long_documents, 30)}
             print(row, flush=True)
             rows.append(row)
     print("wrote", save(given, "serve", rows))

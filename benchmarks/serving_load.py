@@ -123,7 +123,7 @@ def send_all(port: int, requests: Sequence[Request], clients: int) -> tuple[floa
 
 @contextlib.contextmanager
 def server(command: Sequence[str], port: int, threads: int) -> Iterator[int]:
-    """Run a server as long as this is entered. Yields: its port, when it answers."""
+    """Run a server as long as this is entered. Yields: the group of its processes, when it answers."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
                                start_new_session=True)  # fmt: skip
@@ -135,13 +135,25 @@ def server(command: Sequence[str], port: int, threads: int) -> Iterator[int]:
                 send(port, Request("is it ready", ["a document"]), timeout=20)
                 break
             time.sleep(1)
-        yield port
+        yield process.pid
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # LitServe's workers outlive it
+
+
+@contextlib.contextmanager
+def stopped(groups: Sequence[int]) -> Iterator[None]:
+    """Stop these groups of processes as long as this is entered: a LitServe that waits takes a tenth of a core."""
+    for group in groups:
+        os.killpg(group, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for group in groups:
+            os.killpg(group, signal.SIGCONT)
 
 
 def free_port() -> int:
