@@ -4,13 +4,13 @@ from __future__ import annotations
 
 _KEPT = 0.9  # weight of what was measured before, per pass
 _GROWTH = 4
-_AIM = 0.9  # of the wanted duration, since some passes take longer than the last ones did
+_AIM = 0.8  # of the wanted duration, since some passes take longer than the last ones did
 
 
 class Speed:
     """Durations of the passes so far, and the budget that follows from them.
 
-    A pass takes a time of its own and one for each token, which are fitted to the last passes. A budget fills nine
+    A pass takes a time of its own and one for each token, which are fitted to the last passes. A budget fills eight
     tenths of the wanted time, or takes twice the pass's own time if that is longer: on a slow machine passes of a
     single pair would never end. A fit to short passes says little about long ones, so a budget is at most four times
     the longest of the last ones.
