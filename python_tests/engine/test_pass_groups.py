@@ -5,7 +5,8 @@ import torch
 from families.tiny import tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.engine.schedule import document_jobs, prefix_groups, prefix_tokens, suffix_groups, suffix_jobs
+from qpeft_ext.engine.groups import prefix_groups, suffix_groups
+from qpeft_ext.engine.schedule import document_jobs, prefix_tokens, suffix_jobs
 from qpeft_ext.ops.hardware import shape_step
 
 

@@ -7,14 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from qpeft_ext.engine.schedule import (
-    CLUE_BYTES,
-    READ_TOKENS_IN_TIME,
-    READ_TOKENS_PER_TOKEN,
-    Limits,
-    schedule,
-    suffix_groups,
-)
+from qpeft_ext.engine.groups import READ_TOKENS_IN_TIME, READ_TOKENS_PER_TOKEN, suffix_groups
+from qpeft_ext.engine.schedule import CLUE_BYTES, Limits, schedule
 from qpeft_ext.prompts.pairs import PairBatch
 from qpeft_ext.prompts.pieces import DocumentPrefix
 

@@ -17,7 +17,8 @@ from ..lm.passes import Hook
 from ..lm.rope import find_rotary_tables
 from ..ops.hardware import shape_step
 from ..prefixes.cache import DocumentCache
-from ..prefixes.kv import Packing, PrefixBatch, PrefixKey, PrefixKV, SeparatePrefixes
+from ..prefixes.keys import PrefixKey
+from ..prefixes.kv import Packing, PrefixBatch, PrefixKV, SeparatePrefixes
 from ..prompts.pairs import PairBatch, pad
 from ..prompts.pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 from ..utils.memory import keep_freed_memory, return_freed_memory

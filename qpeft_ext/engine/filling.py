@@ -10,7 +10,8 @@ from ..prefixes.cache import DocumentCache
 from ..prompts.pairs import PairBatch
 from .base import BaseEngine
 from .causal import CausalEngine
-from .schedule import prefix_groups, prefix_tokens, tokens_worth_a_pass
+from .groups import prefix_groups
+from .schedule import prefix_tokens, tokens_worth_a_pass
 
 
 class CacheFilling:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .base import BaseEngine
-from .schedule import READ_TOKENS_PER_TOKEN, default_tokens
+from .groups import READ_TOKENS_PER_TOKEN
+from .schedule import default_tokens
 
 FIXED_BYTES = 192 << 20  # chunk of the head (64 MiB), clue vectors (32), the clue operators' blocks, token ids
 FREE_SHARE = 0.9  # of the free memory of a GPU; the rest is for fragments

@@ -14,7 +14,8 @@ from .copies import Copies, copies
 from .dtypes import expect_kv_dtype
 from .files import Extent, prefetch, read_prefix
 from .index import PrefixIndex
-from .kv import Packing, PrefixKey, PrefixKV, prefix_digest
+from .keys import PrefixKey, prefix_digest
+from .kv import Packing, PrefixKV
 from .manifest import other_kv_dtype
 from .tiers import DiskTier, FileTier, HostTier, MemoryTier, Tier
 

@@ -15,7 +15,7 @@ from numpy.lib.recfunctions import repack_fields
 
 from ..prompts.prompt import Prompt
 from .files import Extent, prefetch, read_contents
-from .kv import PrefixKey
+from .keys import PrefixKey
 from .manifest import (
     MANIFEST,
     expect_same_lm,

@@ -27,7 +27,8 @@ from .copies import copies
 from .dtypes import expect_kv_dtype
 from .files import Contents, Extent, header_bytes, read_contents, read_prefix, write_prefixes
 from .index import shard_paths
-from .kv import PrefixKV, prefix_digest
+from .keys import prefix_digest
+from .kv import PrefixKV
 from .manifest import MANIFEST, expect_same_settings, read_manifest, settings_of
 from .survey import Survey, size
 

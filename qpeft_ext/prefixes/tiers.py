@@ -17,7 +17,8 @@ from ..utils.files import drop_temporary
 from ..utils.locks import lock_folder
 from .copies import copies
 from .files import Extent, prefetch, read_contents, write_prefixes
-from .kv import PrefixKey, PrefixKV
+from .keys import PrefixKey
+from .kv import PrefixKV
 
 logger = logging.getLogger(__name__)
 

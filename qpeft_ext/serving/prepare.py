@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..prefixes.kv import prefix_digest
+from ..prefixes.keys import prefix_digest
 from ..prompts.passages import Passage
 from ..prompts.pieces import DocumentPrefix
 from ..prompts.prompt import Document, Prompt, document_text

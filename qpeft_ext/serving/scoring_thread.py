@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..prefixes.kv import PrefixKey
+from ..prefixes.keys import PrefixKey
 from ..prompts.prompt import Document
 from ..ranking.reranker import Reranker
 from ..utils.memory import is_out_of_memory, is_refused_kernel, return_freed_memory

@@ -28,7 +28,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from ..engine.schedule import default_tokens, generation_groups
+from ..engine.groups import generation_groups
+from ..engine.schedule import default_tokens
 from ..model import QPeftModel
 from ..prompts.pairs import pad
 from ..prompts.prompt import Document
