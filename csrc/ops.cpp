@@ -193,7 +193,7 @@ STABLE_TORCH_LIBRARY(qpeft_ext, m) {
   //   x [B, H, L, D], all strides but the last free, D even; cos and sin [B or 1, L, D] contiguous -> [B, H, L, D] contiguous:
   //   x * cos + (-second half of x, first half of x) * sin; inverse: the transposed map of this one
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
-  //   prefixes: each [1, H, P <= slots, D], its heads anywhere; rows: the prefix of each pair; suffixes [B, H, L, D], any strides; one
+  //   prefixes: each [1, H, P <= slots, D] contiguous; rows: the prefix of each pair; suffixes [B, H, L, D], any strides; one
   //   dtype -> [B, H, slots + L, D]: zeros, the prefix of the pair, its suffix
   m.def("joined_prefixes(Tensor[] prefixes, int[] rows, Tensor suffixes, int slots) -> Tensor");
   //   query [B, H, L, D], key and value [B, heads, S, D] float32, H a multiple of heads, D of 16, strides but the last free;

@@ -21,11 +21,9 @@ void check(const std::vector<Tensor>& prefixes, const std::vector<int64_t>& rows
     STD_TORCH_CHECK(prefix.scalar_type() == suffixes.scalar_type(), op, ": a prefix has the wrong dtype");
     STD_TORCH_CHECK(prefix.device() == suffixes.device(), op, ": all tensors must be on one device");
     STD_TORCH_CHECK(prefix.dim() == 4 && prefix.size(0) == 1 && prefix.size(1) == suffixes.size(1) &&
-                        prefix.size(2) <= slots && prefix.size(3) == suffixes.size(3),
-                    op, ": each prefix must be [1, ", suffixes.size(1), ", at most ", slots, ", ", suffixes.size(3),
-                    "]");
-    STD_TORCH_CHECK(prefix.numel() == 0 || (prefix.stride(3) == 1 && prefix.stride(2) == prefix.size(3)), op,
-                    ": the tokens of a prefix must lie one after another");
+                        prefix.size(2) <= slots && prefix.size(3) == suffixes.size(3) && prefix.is_contiguous(),
+                    op, ": each prefix must be contiguous [1, ", suffixes.size(1), ", at most ", slots, ", ",
+                    suffixes.size(3), "]");
   }
   for (const int64_t row : rows)
     STD_TORCH_CHECK(row >= 0 && row < static_cast<int64_t>(prefixes.size()), op, ": rows must be below ",
@@ -43,11 +41,10 @@ Tensor joined(std::vector<Tensor> prefixes, std::vector<int64_t> rows, Tensor su
   const int64_t batch = suffixes.stride(0) * element, head = suffixes.stride(1) * element,
                 token = suffixes.stride(2) * element;
   std::vector<const char*> from(prefixes.size());
-  std::vector<int64_t> lengths(prefixes.size()), heads(prefixes.size());
+  std::vector<int64_t> lengths(prefixes.size());
   for (size_t i = 0; i < prefixes.size(); ++i) {
     from[i] = static_cast<const char*>(prefixes[i].const_data_ptr());
     lengths[i] = prefixes[i].size(2);
-    heads[i] = prefixes[i].stride(1) * element;
   }
   parallel(B * H, (1 << 16) / (length * bytes + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -55,7 +52,7 @@ Tensor joined(std::vector<Tensor> prefixes, std::vector<int64_t> rows, Tensor su
       char* place = to + i * length * bytes;
       std::memset(place, 0, (slots - P) * bytes);  // masked, but NaN times zero would still be NaN
       place += (slots - P) * bytes;
-      if (P > 0) std::memcpy(place, from[rows[b]] + h * heads[rows[b]], P * bytes);
+      if (P > 0) std::memcpy(place, from[rows[b]] + h * P * bytes, P * bytes);
       place += P * bytes;
       for (int64_t l = 0; l < L; ++l) std::memcpy(place + l * bytes, own + b * batch + h * head + l * token, bytes);
     }

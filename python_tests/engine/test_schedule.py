@@ -1,7 +1,6 @@
 """The schedule from numbers alone: which documents and pairs share a pass. No LM is read."""
 
 import random
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -69,32 +68,13 @@ def test_documents_and_suffixes_keep_their_budgets(max_tokens, with_grad):
     batch = batch_of()
     kept = limits(max_tokens=max_tokens, with_grad=with_grad)
     for one in schedule(batch, kept):
-        (documents,) = one.reads
-        longest = max(document_length(batch, document) for document in documents)
-        assert len(documents) == 1 or len(documents) * longest <= kept.document_tokens
+        longest = max(document_length(batch, document) for document in one.documents)
+        assert len(one.documents) == 1 or len(one.documents) * longest <= kept.document_tokens
         for pairs in one.suffixes:
             query = max(len(batch.queries[batch.pairs[pair][0]]) for pair in pairs)
             longest = max(document_length(batch, batch.pairs[pair][1]) for pair in pairs)
             assert len(pairs) == 1 or len(pairs) * (query + longest // READ_TOKENS_PER_TOKEN) <= max_tokens
     assert kept.document_tokens == (max_tokens if with_grad else max_tokens // 2)  # on a CPU
-
-
-@pytest.mark.parametrize("given, merged", [
-    ({}, True), ({"shared": False}, False), ({"with_grad": True}, False), ({"deterministic": True}, False),
-    ({"unpadded": True}, False), ({"in_place": False}, False),
-])  # fmt: skip
-def test_suffixes_of_several_prefix_passes_share_passes_where_prefixes_are_read_in_place(given, merged):
-    batch = batch_of(documents=60, pairs=70)
-    kept = limits(**{"max_tokens": 800, "in_place": True, **given})
-    passes = list(schedule(batch, kept))
-    assert any(len(one.reads) > 1 for one in passes) is merged
-    alone = list(schedule(batch, replace(kept, in_place=False)))
-    assert [documents for one in passes for documents in one.reads] == [one.documents for one in alone]
-    for one in passes:
-        tokens = [len(reads) * max(document_length(batch, d) for d in reads) for reads in one.reads]
-        assert len(tokens) == 1 or sum(tokens) <= 800
-    if merged:
-        assert sum(len(one.suffixes) for one in passes) < sum(len(one.suffixes) for one in alone)
 
 
 def test_whole_prompts_count_with_their_documents():

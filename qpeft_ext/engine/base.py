@@ -119,18 +119,6 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
             deterministic: whether each prefix is computed unpadded, in a pass of its own.
         """
 
-    def cached_prefills(
-        self, passes: Sequence[Sequence[Sequence[int]]], cache: DocumentCache | None, deterministic: bool = False
-    ) -> PrefixT:
-        """Do what `cached_prefill` does for the prefixes of several passes, of one where not `reads_in_place`.
-
-        Args:
-            passes: token ids of each prefix of each pass.
-            cache, deterministic: as for `cached_prefill`.
-        """
-        (prefixes,) = passes
-        return self.cached_prefill(prefixes, cache, deterministic)
-
     @abstractmethod
     def shares_prefixes(self, with_clues: bool) -> bool:
         """Tell whether a document is read once for all its queries.
@@ -171,7 +159,7 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
 
     @property
     def reads_in_place(self) -> bool:
-        """True if a suffix pass reads prefixes where they lie, so that they may come from several prefix passes."""
+        """True if a suffix pass reads the prefixes of a cache where they lie."""
         return False
 
     @property

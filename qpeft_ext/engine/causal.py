@@ -244,14 +244,6 @@ class CausalEngine(BaseEngine[Rows, PrefixBatch]):
             return self.prefill(prefixes)
         return self._together([entry for prefix in prefixes for entry in self.prefill([prefix]).split()])
 
-    def cached_prefills(
-        self, passes: Sequence[Sequence[Sequence[int]]], cache: DocumentCache | None, deterministic: bool = False
-    ) -> PrefixBatch:
-        if len(passes) == 1:
-            return super().cached_prefills(passes, cache, deterministic)
-        read = (self.cached_prefill(prefixes, cache, deterministic) for prefixes in passes)
-        return SeparatePrefixes([prefix for prefixes in read for prefix in prefixes.each()])
-
     def _through_cache(
         self, prefixes: Sequence[Sequence[int]], cache: DocumentCache, deterministic: bool
     ) -> PrefixBatch:

@@ -30,7 +30,7 @@ class Limits:
     unpadded: whether this LM cannot read prompts of different lengths together.
     shared: whether a document is read once for all its pairs.
     prefilled: whether the prefixes of all documents are in the memory of a cache.
-    in_place: whether a suffix pass reads prefixes where they lie, so that they need not be put together for it.
+    in_place: whether a suffix pass reads such prefixes where they lie, so that they need not be put together for it.
     clue_per_token: whether each query token brings a clue; otherwise a pair has ``clues_per_pair``.
     clue_bytes: size of one clue vector.
     clues_of_lists: whether pairs share lists of clues, so that computing them pass by pass would repeat the work.
@@ -93,24 +93,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Pass:
-    """Documents whose prefixes are held together, and the suffix passes over their pairs.
+    """Documents that are read together, and the suffix passes over their pairs.
 
-    reads: for each prefix pass the documents that it reads, as indices into ``batch.documents``.
-    shared: whether these prefix passes come first; otherwise every pair is read as a whole prompt.
+    documents: indices into ``batch.documents``.
+    shared: whether a prefix pass over these documents comes first; otherwise every pair is read as a whole prompt.
     suffixes: for each suffix pass the pairs that it reads, as indices into ``batch.pairs``.
     clues_of: pairs whose clues are computed together (the same object in all passes that use them); None: those of each
         suffix pass are computed just before it.
     """
 
-    reads: list[list[int]]
+    documents: list[int]
     shared: bool
     suffixes: list[list[int]]
     clues_of: list[int] | None
-
-    @property
-    def documents(self) -> list[int]:
-        """The documents of all prefix passes."""
-        return [document for documents in self.reads for document in documents]
 
 
 def schedule(batch: PairBatch, limits: Limits, tables: Sequence[int] | None = None) -> Iterator[Pass]:
@@ -129,10 +124,10 @@ def schedule(batch: PairBatch, limits: Limits, tables: Sequence[int] | None = No
         part = batch.select(pairs)
         clues_of = pairs if own_limits.clues_together(part) else None
         worth = tokens_worth_a_pass(limits.device, limits.dtype)
-        for reads in _prefix_passes(part, own_limits, worth):
+        for documents in _document_groups(part, own_limits, worth):
             groups = suffix_groups(
                 part,
-                [document for documents in reads for document in documents],
+                documents,
                 limits.max_tokens,
                 limits.pairs_per_pass,
                 worth,
@@ -141,7 +136,7 @@ def schedule(batch: PairBatch, limits: Limits, tables: Sequence[int] | None = No
                 shape_step(limits.device, limits.dtype),
             )
             suffixes = [[pairs[i] for i in group] for group in groups]
-            yield Pass(reads, own_limits.shared, suffixes, clues_of)
+            yield Pass(documents, own_limits.shared, suffixes, clues_of)
 
 
 def default_tokens(device: torch.device) -> int:
@@ -228,31 +223,10 @@ def suffix_jobs(batch: PairBatch, max_pairs: int) -> Iterator[list[int]]:
     yield from (rows[start : start + max_pairs] for start in range(0, len(rows), max_pairs))
 
 
-def _prefix_passes(batch: PairBatch, limits: Limits, pass_tokens: int) -> Iterator[list[list[int]]]:
-    """Group the documents for prefix passes, and these passes by the suffix passes that follow.
-
-    Where prefixes are read where they lie, those of several passes are held at once, up to the token budget of a pass:
-    suffixes are short, and a pass over few of them takes as long as one over many.
-
-    Args:
-        batch: the pairs.
-        limits: of `schedule`.
-        pass_tokens: as for `prefix_groups`.
-    Returns: for each turn the documents of each of its prefix passes.
-    """
+def _document_groups(batch: PairBatch, limits: Limits, pass_tokens: int) -> Iterator[list[int]]:
+    """Group the documents of the pairs; the arguments are those of `schedule` and `prefix_groups`."""
     budget = limits.document_tokens
     if budget is None:
-        yield [sorted({d for _, d in batch.pairs})]
-        return
-    held = limits.max_tokens if limits.shared and limits.in_place and not (limits.one_pair or limits.with_grad) else 0
-    reads: list[list[int]] = []
-    tokens = 0
-    for documents in prefix_groups(batch, budget, pass_tokens * (READ_TOKENS_IN_TIME if limits.prefilled else 1)):
-        own = len(documents) * max(len(batch.documents[d].ids) for d in documents)
-        if reads and tokens + own > held:
-            yield reads
-            reads, tokens = [], 0
-        reads.append(documents)
-        tokens += own
-    if reads:
-        yield reads
+        yield sorted({d for _, d in batch.pairs})
+    else:
+        yield from prefix_groups(batch, budget, pass_tokens * (READ_TOKENS_IN_TIME if limits.prefilled else 1))

@@ -132,8 +132,8 @@ class ScoringModel(TurnTaking):
         for read in schedule(batch, limits, self._rotary_tables(batch, projected)):
             prefix = None  # the one before is not needed any more
             if read.shared:
-                ids = [[batch.documents[d].ids for d in documents] for documents in read.reads]
-                prefix = self.engine.cached_prefills(ids, cache, deterministic=deterministic)
+                ids = [batch.documents[d].ids for d in read.documents]
+                prefix = self.engine.cached_prefill(ids, cache, deterministic=deterministic)
             for pairs in read.suffixes:
                 own = clues.of(pairs, read.clues_of)
                 rows.append(pairs)

@@ -17,15 +17,14 @@ def is_supported(prefixes: Sequence[object], suffixes: Tensor) -> bool:
     """Return whether `joined_prefixes` can compute these inputs; prefixes must need no gradient."""
     return _HERE and suffixes.device.type == "cpu" and all(
         isinstance(prefix, Tensor) and prefix.dtype == suffixes.dtype and prefix.device == suffixes.device
-        and prefix.stride()[2:] == (prefix.shape[-1], 1) and not prefix.requires_grad
-        for prefix in prefixes)  # fmt: skip
+        and prefix.is_contiguous() and not prefix.requires_grad for prefix in prefixes)  # fmt: skip
 
 
 def joined_prefixes(prefixes: Sequence[Tensor], rows: Sequence[int], suffixes: Tensor, slots: int) -> Tensor:
     """Put zeros, the prefix of each pair and its suffix one behind the other, on a CPU. The gradient reaches suffixes.
 
     Args:
-        prefixes: ``[1, H, P, D]`` each, of P ≤ slots tokens one after another, without gradient.
+        prefixes: ``[1, H, P, D]`` each, contiguous, of P ≤ slots tokens, without gradient.
         rows: for each pair the place of its prefix.
         suffixes: ``[B, H, L, D]``, in the dtype of the prefixes.
         slots: tokens that all prefixes are left-padded to with zeros.

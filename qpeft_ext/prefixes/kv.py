@@ -41,10 +41,6 @@ class PrefixBatch:
     def padded_length(self) -> int:
         return max(self.lengths)
 
-    def each(self) -> list[PrefixKV]:
-        """One unpadded `PrefixKV` for each prefix, in this memory."""
-        raise NotImplementedError
-
     def mask(self, device: torch.device, rows: Tensor | None = None) -> Tensor:
         """Left-padded attention mask of pairs, int64 [B, P].
 
@@ -114,15 +110,6 @@ class PrefixKV(PrefixBatch):
             layers.append(LayerKV(keys, values, window))
         return cls(layers, list(lengths))
 
-    def each(self) -> list[PrefixKV]:
-        return [PrefixKV([kv and LayerKV(*self._views(kv, i), kv.window) for kv in self.layers], [length])
-                for i, length in enumerate(self.lengths)]  # fmt: skip
-
-    def _views(self, kv: LayerKV, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of prefix i, without padding."""
-        assert isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor), "prefixes in 8 bits lie apart"
-        return _tail(kv.keys[i : i + 1], self.lengths[i]), _tail(kv.values[i : i + 1], self.lengths[i])
-
     def split(self, dtype: torch.dtype | None = None) -> list[PrefixKV]:
         """One unpadded `PrefixKV` for each prefix, in memory of its own.
 
@@ -137,10 +124,9 @@ class PrefixKV(PrefixBatch):
         length = self.lengths[i]
         copied = packing.empty(length, [kv.keys.device if kv else None for kv in self.layers])
         for own, kv in zip(copied.layers, self.layers, strict=True):
-            if own and kv:
-                keys, values = self._views(kv, i)
-                own.keys.copy_(keys)
-                own.values.copy_(values)
+            if own and kv and isinstance(kv.keys, Tensor) and isinstance(kv.values, Tensor):
+                own.keys.copy_(_tail(kv.keys[i : i + 1], length))
+                own.values.copy_(_tail(kv.values[i : i + 1], length))
         return copied
 
     @classmethod
@@ -174,9 +160,6 @@ class SeparatePrefixes(PrefixBatch):
     def __init__(self, prefixes: Sequence[PrefixKV]) -> None:
         self.prefixes = list(prefixes)
         self.lengths = [length for prefix in prefixes for length in prefix.lengths]
-
-    def each(self) -> list[PrefixKV]:
-        return self.prefixes
 
     def of_pairs(self, order: Sequence[int]) -> tuple[SeparatePrefixes, list[int]]:
         """The prefixes that some pairs read, each once, and the place of each pair's among them.
