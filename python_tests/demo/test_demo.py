@@ -48,6 +48,7 @@ def test_on_a_collection_both_are_trained_and_saved(collection, tmp_path, capsys
     assert {line.split(":")[0] for line in results["notes"] if "trainable parameters" in line} == set(SYSTEMS[3:])
     assert [line.split(":")[0] for line in results["notes"] if "against UPR" in line] == [
         f"{name} against UPR" for name in SYSTEMS[3:]]  # fmt: skip
+    assert not any("goes first" in line for line in results["notes"])  # each read the documents for itself
     for name in SYSTEMS[3:]:
         file = name.replace(" ", "")
         ranked = formats.read_run(out / f"{file}.trec")
@@ -61,7 +62,9 @@ def test_on_a_collection_both_are_trained_and_saved(collection, tmp_path, capsys
 
 def test_on_the_installed_packages_the_second_is_packaged(collection, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "load_demo_data", lambda data, *others: load_demo_data(collection, *others))
-    report = demo.main("packaged", output=tmp_path, settings=demo.Settings(candidates=5, evaluations=1))
+    report = demo.main("packaged", output=tmp_path, settings=demo.Settings(candidates=5, evaluations=1, read_once=True))
+    assert [s for s in report.seconds_per_query if s != "similarity only"][0] == UPR  # it reads no document
+    assert report.notes[-1].startswith(f"s per query: {UPR} goes first")
     assert "comes with the package" in report.notes[1] and report.notes[1].startswith(f"{demo.BEST}: ")
     assert sorted(path.name for path in tmp_path.glob("adapter-*")) == ["adapter-Q-PEFT-R"]
     ranked = formats.read_run(tmp_path / "Q-PEFT-R+generatedLoRA.trec")

@@ -153,8 +153,14 @@ class _Demo:
             per_query={system: evaluate(run, test.qrels, [MEASURE]).per_query[MEASURE] for system, run in runs.items()},
             seconds_per_query=seconds,
             examples=report_examples(rerankers[BEST], BEST, test, runs[FIRST], runs[BEST]),
-            notes=[*notes, chosen, *_against_upr(runs, settings.systems, test.qrels)],
+            notes=[*notes, chosen, *_against_upr(runs, settings.systems, test.qrels), *self._who_reads()],
         )
+
+    def _who_reads(self) -> list[str]:
+        """Say whose time holds that of the documents, where systems share what they read."""
+        if not self.settings.read_once:
+            return []
+        return [f"s per query: {UPR} goes first and reads the documents; the others find them in the cache"]
 
     def _examples(self, name: str) -> list[dict]:
         """Return training examples of a split."""
