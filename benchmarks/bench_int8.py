@@ -38,6 +38,11 @@ def ndcg(scores: np.ndarray, relevances: np.ndarray) -> float:
     return float((dcg(np.argsort(-scores, 1, kind="stable"))[best > 0] / best[best > 0]).mean())
 
 
+def mean_tau(exact: np.ndarray, scores: np.ndarray) -> float:
+    """Kendall's tau of the candidates' order, [queries, candidates] twice, on average over the queries."""
+    return statistics.mean(float(kendalltau(a, b).statistic) for a, b in zip(exact, scores, strict=True))
+
+
 class Rounds:
     """What is measured, dtype by dtype in turns."""
 
@@ -63,9 +68,8 @@ class Rounds:
 
     def quality(self, name: str) -> dict[str, float]:
         exact, scores = self.scores[DTYPES[0]], self.scores[name]
-        taus = [float(kendalltau(a, b).statistic) for a, b in zip(exact, scores, strict=True)]
         return {
-            "tau": statistics.mean(taus),
+            "tau": mean_tau(exact, scores),
             "ndcg_10": ndcg(scores, self.work.relevances),
             "max_error": float(np.abs(scores - exact).max()),
         }

@@ -22,6 +22,20 @@ from qpeft_ext.engine.rows import assemble_rows
 SEQUENCES, CONTEXT, BATCH = 8, 512, 4096
 
 
+def requantise(gguf: Path, made: Path, name: str) -> Path:
+    """Write a GGUF file in another quantisation, for instance Q8_0, with llama.cpp's own tool. Returns: the file."""
+    import llama_cpp
+
+    if not made.is_file():
+        how = llama_cpp.llama_model_quantize_default_params()
+        how.ftype, how.allow_requantize = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"), True
+        part = made.with_suffix(".part")
+        if code := llama_cpp.llama_model_quantize(str(gguf).encode(), str(part).encode(), ctypes.byref(how)):
+            raise ValueError(f"llama.cpp could not write {gguf} as {name}: {code}")
+        part.rename(made)
+    return made
+
+
 class LlamaCppScores:
     """Scores pairs with llama.cpp.
 

@@ -1,6 +1,6 @@
 """Computed tables of README.md and docs/*.md: each stands between ``<!-- KIND: NAME -->`` and ``<!-- end -->``.
 
-`readme_tables.py` writes the kinds "results", "quality" and "demo", `trainable_parameters.py` "parameters", and
+`readme_tables.py` writes the kinds "results", "runtimes", "quality" and "demo", `trainable_parameters.py` "parameters", and
 `scaling.py` "scaling". With ``--check`` they only look whether the pages show what they compute.
 """
 

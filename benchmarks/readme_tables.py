@@ -47,6 +47,7 @@ QUALITY = {
 def main() -> int:
     check = "--check" in sys.argv
     outdated = markers.write_tables("results", table, check)
+    outdated += markers.write_tables("runtimes", lambda name, page: runtimes(name), check)
     outdated += markers.write_tables("quality", lambda name, page: quality(name), check)
     outdated += markers.write_tables("demo", lambda name, page: demo(name), check)
     return markers.report(outdated, check, "benchmarks/readme_tables.py")
@@ -73,20 +74,38 @@ def table(name: str, page: Path = markers.ROOT / "README.md") -> str:
         extra = ["–" if share is None else f"{share:.0%}", f"{row['ours_peak_bytes'] / 1e6:,.0f}"] if on_gpu else []
         cells = [_ms(row["ours_ms"]), *extra, *(_against(row, baseline) for baseline in names)]
         lines.append(f"| `{row['work']}` | {' | '.join(cells)} |")
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    with_ = f" with {result['instructions']}" if result.get("instructions") else ""
-    machine = result["machine"] if on_gpu else f"{result['machine']}{with_}, {result['threads']} threads"
-    lines += [
-        "",
-        f"{machine}, {versions}; `{result['command']}`, {result['date'][:10]}. "
-        "Each cell: milliseconds, and how many times ours (below 1, in bold, they are faster).",
-    ]
+    origin = _origin(result)
+    lines += ["", f"{origin} Each cell: milliseconds, and how many times ours (below 1, in bold, they are faster)."]
     missing = {baseline: why for row in rows for baseline, why in row.get("not_run", {}).items() if on_gpu}
     if missing:
         lines[-1] += " Not run: " + "; ".join(f"`{baseline}` ({why})" for baseline, why in missing.items()) + "."
     if (picture := path.with_suffix(".png")).is_file():
         lines += ["", f"![roofline]({Path(os.path.relpath(picture, page.parent)).as_posix()})"]
     return "\n".join(lines) + "\n"
+
+
+def _origin(result: dict) -> str:
+    """Return the machine, the versions and the command of a result file, as a sentence."""
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    with_ = f" with {result['instructions']}" if result.get("instructions") else ""
+    on_gpu = result["device"] != "cpu"
+    machine = result["machine"] if on_gpu else f"{result['machine']}{with_}, {result['threads']} threads"
+    return f"{machine}, {versions}; `{result['command']}`, {result['date'][:10]}."
+
+
+def runtimes(name: str) -> str:
+    """Markdown of a result of bench_runtimes.py: for each system its speed and what its rounding changes."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    rates: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        kind, own = row["work"].removeprefix("rerank_").split("/")
+        rates.setdefault(kind, {}).update({own if b == "ours" else b: x for b, x in row["pairs_per_second"].items()})
+    lines = ["| system | cold, pairs/s | warm, pairs/s | change, nats per token | τ |", "|---|---:|---:|---:|---:|"]
+    for system, losses in result["rows"][0]["quality"].items():
+        cells = [f"{rates[kind][system]:.1f}" if system in rates[kind] else "–" for kind in ("cold", "warm")]
+        called = f"**ours**, {system}" if system in ("float32", "int8") else f"`{system}`"
+        lines.append(f"| {called} | {' | '.join(cells)} | {losses['mean_error']:.3f} | {losses['tau']:.2f} |")
+    return "\n".join([*lines, "", _origin(result)]) + "\n"
 
 
 def _against(row: dict, baseline: str) -> str:
