@@ -1,7 +1,7 @@
 """Computed tables of README.md and docs/*.md: each stands between ``<!-- KIND: NAME -->`` and ``<!-- end -->``.
 
-`readme_tables.py` writes the kinds "results", "runtimes", "quality" and "demo", `trainable_parameters.py` "parameters", and
-`scaling.py` "scaling". With ``--check`` they only look whether the pages show what they compute.
+`readme_tables.py` writes the kinds "results", "runtimes", "quality" and "demo", `trainable_parameters.py` "parameters",
+and `scaling.py` "scaling". With ``--check`` they only look whether the pages show what they compute.
 """
 
 from __future__ import annotations
