@@ -66,10 +66,7 @@ class RerankOptions:
     ] = False
     threshold: Annotated[
         float | None,
-        typer.Option(
-            help="Leave documents with a smaller relevance, in [0, 1], out of the run (see qpeft calibrate). An "
-            "interrupted run then starts over."
-        ),
+        typer.Option(help="Leave documents with a smaller relevance, in [0, 1], out of the run (see qpeft calibrate)."),
     ] = None
     measures: Measures = None
     revision: Revision = None
