@@ -23,6 +23,7 @@ from ..evaluation.calibration import Calibration
 from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights
 from ..lm.loading import files_digest, load_lm, load_tokenizer
 from ..utils.files import save_file_with, save_folder_with, write_text
+from ..utils.hub import expect_in_reach
 from ..utils.small_files import read_json
 from ..utils.text import shorten
 from ..utils.torch_state import own_state
@@ -315,11 +316,14 @@ def local_folder(folder: str | Path) -> Path:
     if str(folder).startswith(("/", ".", "~")) or str(folder).count("/") != 1:
         raise FileNotFoundError(f"there is no adapter folder {folder}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
+        expect_in_reach(str(folder), (CONFIG,), {})
         return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md", "*.svg"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"there is no adapter folder {folder}, and the Hub did not give one ({' '.join(str(error).split())[:120]})"
-        ) from None
+    except RepositoryNotFoundError:
+        reason = "there is no such folder, and the Hub has no such repository, or not for you (HF_TOKEN)"
+    except Exception as error:  # also those of the connection, which are no OSErrors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= 200 else f"{reason[:199]}…"
+    raise FileNotFoundError(f"cannot load the adapter {str(folder)!r}: {reason}")
