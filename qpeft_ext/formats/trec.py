@@ -197,8 +197,8 @@ def without_identical_ids(run: Mapping[str, Sequence[tuple[str, float]]]) -> tup
 
 
 def find_line(path: AnyPath, query_id: str, doc_id: str | None = None) -> int | None:
-    """Return the line of a run that names ``query_id`` (and ``doc_id``), for an error message."""
-    for number, text in read_lines(path):
+    """Return the line of a run that names ``query_id`` (and ``doc_id``), for an error message; None in a pipe."""
+    for number, text in read_lines(path) if Path(path).is_file() else ():
         columns = split_columns(text)
         if columns[0] == query_id and (doc_id is None or columns[2] == doc_id):
             return number
