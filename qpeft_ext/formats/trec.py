@@ -248,8 +248,9 @@ def _score(path: AnyPath, number: int, text: str) -> float:
 
 def check_id(name: str, value: str) -> None:
     """Raises: ValueError for an id (or tag) that would not be one column of a run."""
-    if not isinstance(value, str) or not value or _SPACE.search(value):
-        raise ValueError(f"{name} must be text without white space in a TREC run, got {value!r}")
+    if not isinstance(value, str) or not value or _SPACE.search(value) or "\0" in value:
+        what = "zero bytes" if isinstance(value, str) and "\0" in value else "white space"
+        raise ValueError(f"{name} must be text without {what} in a TREC run, got {value!r}")
 
 
 def system_name(path: Path) -> str:
