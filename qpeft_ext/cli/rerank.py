@@ -11,6 +11,7 @@ import typer
 
 from ..prompts.passages import check_passages
 from ..utils.console import say
+from ..utils.files import expect_no_input
 from .common import (
     DATA,
     DETERMINISTIC_SCORES,
@@ -134,6 +135,7 @@ def command(options: RerankOptions) -> None:
     from ..ranking.run import check_candidates
 
     _check_options(options)
+    expect_no_input(options.output, options.data, options.run)
     places = _devices(options.device, options.devices, options.engine)
     split, output = options.split, options.output
     collection = formats.open_collection(options.data)
