@@ -36,6 +36,7 @@ from .common import (
     dtype_of_job,
     expect_at_least,
     expect_kv_dtype_of,
+    expect_names,
     from_dataclass,
     measure_names,
     parse_options,
@@ -163,6 +164,7 @@ def command(options: RerankOptions) -> None:
 
 def _check_options(options: RerankOptions) -> None:
     """Raises: ValueError for options that are missing, exclude each other, or are out of range."""
+    expect_names(model=options.model, base_model=options.base_model)
     if not (options.model or options.base_model or options.upr or options.similarity_only):
         raise ValueError(
             "expected --model ADAPTER, or --base-model LM: a reranker, or any LM with --upr or --similarity-only"
