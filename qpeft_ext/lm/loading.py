@@ -66,6 +66,8 @@ def load_lm(
         AutoModelForSequenceClassification,
     )
 
+    if device is not None:
+        default_device(device)  # a wrong one is known before minutes of reading weights
     dtype = resolve_dtype(dtype, device or ("cuda" if "device_map" in kwargs and torch.cuda.is_available() else None))
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
