@@ -60,7 +60,7 @@ def test_an_lm_without_an_adapter_can_be_asked(data, tmp_path, capsys):
     (["--model", "a", "--template", "upr"], "--template is for --base-model"),
     (["--model", "a", "--score", "graded"], "--score is for --base-model without an adapter"),
     (["--model", "a", "--queries", "1"], "--queries must be at least 2"),
-    (["--model", "a", "--split", "tset"], "has no split 'tset'"),
+    (["--base-model", "LM", "--output", "b", "--split", "tset"], "has no split 'tset'"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(data, options, reason, monkeypatch, capsys):
     monkeypatch.chdir(data)

@@ -9,6 +9,7 @@ from small_data import RUN, write_folder
 
 from qpeft_ext import formats
 from qpeft_ext.cli import main
+from qpeft_ext.evaluation import evaluate
 
 
 def test_evaluate(tmp_path, capsys):
@@ -36,6 +37,22 @@ def test_evaluate(tmp_path, capsys):
     table = json.loads((tmp_path / "table.json").read_text())
     assert [system["name"] for system in table["systems"]] == ["run", "better"]
     assert table["systems"][1]["difference"]["RR@10"] == pytest.approx(1 / 3)
+
+
+def test_a_table_that_is_wider_than_the_screen_is_whole(tmp_path, capsys):
+    """No number and no name is cut, as they would be to fit 100 columns."""
+    data = write_folder(tmp_path / "data")
+    label = "a-run-with-a-name-of-" + "many-letters-" * 8
+    formats.write_run(tmp_path / f"{label}.trec", RUN)
+    names = [f"{name}@{k}" for name in ("nDCG", "Success") for k in (1, 2, 3, 5, 10, 20, 50, 100)]
+    runs = [data / "run.trec", tmp_path / f"{label}.trec"]
+    out = run_command(capsys, "evaluate", "--qrels", data, *runs, "--measures", *names)
+    lines = [line.replace("┃", "│") for line in out.splitlines() if line[:1] in ("│", "┃")]
+    head, first, *rest = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    means = evaluate(RUN, formats.read_qrels(data / "qrels" / "test.tsv"), names).means
+    assert head == ["system", *names]
+    assert first == ["run", *(f"{means[name]:.4f}" for name in names)]
+    assert [label, *first[1:]] in rest and rest[-1] == ["", *["p=1.000"] * len(names)] and "…" not in out
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """A run that was cut anywhere is resumed to the bytes of the uninterrupted one; what was changed in it is noticed."""
 
+import contextlib
+import functools
+import itertools
 import os
 import random
 
@@ -98,6 +101,51 @@ def test_cut_at_any_byte(whole, tmp_path, name, caplog):
             [f"expected{name}", f"expected{name}.json", name, f"{name}.json"]
         )
         out.unlink()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dropped", range(3), ids=["first block", "second", "last"])
+def test_cut_where_a_threshold_leaves_documents_out(tmp_path, dropped, caplog):
+    """Any block may keep no document at all; the expected lines are made here, not by the code under test."""
+    blocks, out = run_blocks(RUN), tmp_path / "run"
+    assert len(blocks) == 3
+
+    def kept(query_ids):  # every other candidate, none in one block
+        return [
+            [(place, -1.0 - place) for place in range(0, len(RUN[query_id]), 2) if query_ids != blocks[dropped]]
+            for query_id in query_ids
+        ]
+
+    expected = "".join(
+        f"{query_id} Q0 {RUN[query_id][place][0]} {rank} {score} qpeft_ext\n"
+        for block in blocks
+        for query_id, ranking in zip(block, kept(block), strict=True)
+        for rank, (place, score) in enumerate(ranking, start=1)
+    ).encode()
+    for done in range(4):
+        for torn in (b"", b"q0 Q0 d"):  # a kill in the middle of a write
+            seen: list[str] = []
+
+            def engine(given, last=3, seen=seen):
+                for block in itertools.islice(given, last):
+                    seen.extend(block.query_ids)
+                    yield RankedBlock(kept(block.query_ids))
+
+            with contextlib.closing(partial_run(out, complete=False)) as partial, contextlib.suppress(ValueError):
+                stopped = functools.partial(engine, last=done)
+                rerank_run.rerank_blocks(stopped, QUERIES, RUN, partial=partial, show_progress_bar=False)
+            if done and torn:
+                with open(f"{out}.part", "ab") as file:
+                    file.write(torn)
+            assert seen == sum(blocks[:done], [])
+            with contextlib.closing(partial_run(out, complete=False)) as partial:
+                result = rerank_run.rerank_blocks(engine, QUERIES, RUN, partial=partial, show_progress_bar=False)
+                assert result.num_resumed == sum(map(len, blocks[:done]))
+                partial.finish()
+            assert seen == list(RUN) and list(result.run) == list(RUN)
+            assert out.read_bytes() == expected
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.json"]
+            out.unlink()
     assert not caplog.records
 
 

@@ -38,6 +38,20 @@ def test_grades_that_no_table_of_trec_eval_holds_are_refused(relevance):
     assert evaluate({"q": [("a", 2.0)]}, {"q": {"a": 1_000_000}}, ["nDCG@10"]).means == {"nDCG@10": 1.0}
 
 
+@pytest.mark.parametrize("where", ["a query", "a document of the run", "a document of the qrels"])
+def test_an_id_with_a_zero_byte_is_refused(where):
+    """trec_eval would know "a" and "a\0b" as one id, and give a mean over one query more than there are."""
+    run, qrels = {"q": [("a", 1.0)]}, {"q": {"a": 1}}
+    if where == "a query":
+        run, qrels = {"q\0x": run["q"]}, {"q\0x": qrels["q"]}
+    elif where == "a document of the run":
+        run["q"].append(("a\0b", 0.5))
+    else:
+        qrels["q"]["a\0b"] = 2
+    with pytest.raises(ValueError, match="zero byte, at which trec_eval cuts it; rename it"):
+        evaluate(run, qrels, ["RR@10"])
+
+
 @pytest.mark.parametrize("grades", [{"a": -2}, {"a": -11}, {"a": -1000, "c": -3}])
 def test_a_query_with_grades_below_0_alone(grades):
     """trec_eval ends the process for some of them."""

@@ -21,8 +21,11 @@ from ..config import QPeftConfig
 from ..config.values import ANSWER
 from ..evaluation.calibration import Calibration
 from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights
+from ..lm.arguments import expect_lm, expect_not_loaded, is_name
 from ..lm.loading import files_digest, load_lm, load_tokenizer
 from ..utils.files import save_file_with, save_folder_with, write_text
+from ..utils.hub import expect_in_reach
+from ..utils.inputs import kind_of
 from ..utils.small_files import read_json
 from ..utils.text import shorten
 from ..utils.torch_state import own_state
@@ -85,10 +88,13 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
     Args:
         options: of the config, instead of those saved; not such as change the shapes of weights.
     Raises: FileNotFoundError for a missing file; ValueError for a damaged one, for keys that are missing or unknown,
-        weights that are not finite, or an LM other than the adapter's.
+        weights that are not finite, an LM other than the adapter's, or a dtype for an LM that is loaded already.
     """
     if "base_model" in lm_kwargs:  # as `Reranker` calls it; transformers would call it an argument of the LM's class
         raise TypeError("from_pretrained: the LM is the argument lm here, got base_model")
+    if lm is not None and not is_name(lm):
+        expect_lm("from_pretrained", lm)
+    expect_not_loaded("from_pretrained", lm, lm_kwargs)
     folder = local_folder(folder)
     config = replace(QPeftConfig.from_pretrained(folder), **(options or {}))
     if config.calibration is not None:
@@ -100,16 +106,16 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
         config = replace(config, calibration=None)  # it is of the weights before training
     state = read_weights(folder / WEIGHTS)
     _expect_same_answer(folder, config)
-    if lm_kwargs.get("revision") is None and (lm is None or isinstance(lm, (str, os.PathLike))):
+    if lm_kwargs.get("revision") is None and (lm is None or is_name(lm)):
         lm_kwargs = lm_kwargs | {"revision": revision_of(config, lm)}
     if config.train_lm:
         if lm is not None:
             raise ValueError(f"{folder} holds a whole LM, trained with train_lm=True; do not pass another")
         lm = load_lm(folder / TRAINED_LM, **lm_kwargs)
         tokenizer = tokenizer or _tokenizer_of(folder, config.base_model_name_or_path, lm_kwargs)
-    elif lm is None or isinstance(lm, (str, os.PathLike)):
-        name = lm or config.base_model_name_or_path
-        if not name:
+    elif lm is None or is_name(lm):
+        name = (config.base_model_name_or_path or None) if lm is None else lm
+        if name is None:
             raise ValueError(f"{folder}: the adapter does not name its base LM; pass one")
         lm = load_lm(name, **lm_kwargs)
     if (folder / LM_ADAPTER).is_dir() and not hasattr(lm, "peft_config"):
@@ -307,19 +313,24 @@ def adapter_config(folder: str | Path, asked: Mapping[str, object]) -> QPeftConf
 def local_folder(folder: str | Path) -> Path:
     """The adapter's folder; an adapter named by a Hub id is downloaded.
 
-    Raises: FileNotFoundError if there is none.
+    Raises: FileNotFoundError if there is none; TypeError for what is no name.
     """
+    if not is_name(folder) or not str(folder):
+        raise TypeError(f"the adapter must be a folder or a Hub id, got {kind_of(folder)}")
     path = Path(folder)
     if path.is_dir():
         return path
     if str(folder).startswith(("/", ".", "~")) or str(folder).count("/") != 1:
         raise FileNotFoundError(f"there is no adapter folder {folder}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
+        expect_in_reach(str(folder), (CONFIG,), {})
         return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md", "*.svg"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"there is no adapter folder {folder}, and the Hub did not give one ({' '.join(str(error).split())[:120]})"
-        ) from None
+    except RepositoryNotFoundError:
+        reason = "there is no such folder, and the Hub has no such repository, or not for you (HF_TOKEN)"
+    except Exception as error:  # also those of the connection, which are no OSErrors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= 200 else f"{reason[:199]}…"
+    raise FileNotFoundError(f"cannot load the adapter {str(folder)!r}: {reason}")

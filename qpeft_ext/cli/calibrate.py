@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..utils.console import say
+from ..utils.files import private_folder
 from .common import DATA, LM, TRUNCATE_QUERIES, Attention, Device, Dtype, Revision, expect_at_least, from_dataclass
 
 if TYPE_CHECKING:
@@ -94,6 +95,11 @@ def _check_places(options: CalibrateOptions) -> None:
     for name in ("template", "score"):
         if options.output is None and getattr(options, name) is not None:
             raise ValueError(f"--{name} is for --base-model without an adapter; leave it out")
+    if options.model is not None:
+        if not options.model.is_dir():
+            raise ValueError(f"--model {options.model} is no folder, and the result is stored in the adapter's folder")
+        with private_folder(options.model / "calibration"):  # it can be written
+            pass
 
 
 def _reranker(options: CalibrateOptions) -> Reranker:

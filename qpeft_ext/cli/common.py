@@ -149,6 +149,16 @@ def expect_at_least(least: int, **options: int | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
+def expect_names(**names: str | None) -> None:
+    """Check names of models, of which an empty one would be taken for none, and something else would run.
+
+    Raises: ValueError that names the first empty option; None is always accepted.
+    """
+    for option, value in names.items():
+        if value is not None and not value.strip():
+            raise ValueError(f"--{option.replace('_', '-')} is empty; give a name (is a variable of the shell unset?)")
+
+
 def expect_kv_dtype_of(kv_dtype: str | None, *caches: object) -> None:
     """Check --kv-dtype.
 

@@ -32,9 +32,11 @@ def command(
     from ..formats.convert import TARGETS, convert
     from ..formats.source import Source
     from ..utils.console import say
+    from ..utils.files import expect_no_input
 
     if to not in TARGETS:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}, got {to!r}")
+    expect_no_input(output, data, run)
     source = Source(formats.open_collection(data), split, formats.read_run(run) if run else None)
     done = convert(source, output, to, num_negatives=num_negatives, seed=seed)
     say(f"{done} ({output}, {to})")

@@ -116,8 +116,8 @@ def _teacher(options: DistillOptions) -> SystemsSpec:
         spec = SystemsSpec(model=options.teacher, **given)
     try:
         spec.config  # noqa: B018  # which is made, and checked, when it is first asked for
-    except ValueError as error:
-        raise ValueError(f"--teacher: {error}") from None
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"--teacher: {error}") from None
     return spec
 
 

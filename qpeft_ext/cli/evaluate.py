@@ -42,12 +42,13 @@ def command(
     from ..evaluation.measures import parse_measures
     from ..formats.trec import system_name
     from ..utils.console import say
-    from ..utils.files import write_text
+    from ..utils.files import expect_no_input, write_text
 
     names = measure_names(measures)
     parse_measures(names)
     for run in runs:
         _check_run(run, measures)
+    expect_no_input(output, qrels, *runs)
     paths = [Path(run) for run in runs]
     labels = [system_name(path) for path in paths]
     if len(set(labels)) < len(labels):

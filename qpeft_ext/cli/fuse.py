@@ -34,11 +34,13 @@ def command(
     from .. import formats
     from ..evaluation.fusion import choose_weights, fuse, reciprocal_rank_fusion
     from ..utils.console import say
+    from ..utils.files import expect_no_input
 
     if method not in ("rrf", "scores"):
         raise ValueError(f"--method must be rrf or scores, got {method!r}")
     if len(runs) < 2:
         raise ValueError(f"expected at least two runs, got {len(runs)}")
+    expect_no_input(output, *runs, *(dev_run or ()), dev_qrels)
     chosen = _numbers(weights, len(runs))
     if method == "rrf":
         if weights or dev_run or dev_qrels:

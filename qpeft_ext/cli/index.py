@@ -22,6 +22,7 @@ from .common import (
     Template,
     expect_at_least,
     expect_kv_dtype_of,
+    expect_names,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def command(
 
     Example: qpeft index FOLDER --out INDEX --model ADAPTER, then qpeft rerank --index INDEX ...
     """
+    expect_names(model=model, base_model=base_model)
     if not (model or base_model):
         raise ValueError("expected --model ADAPTER or --base-model LM")
     expect_at_least(1, max_document_tokens=max_document_tokens, max_tokens_per_batch=max_tokens_per_batch)

@@ -11,6 +11,7 @@ import typer
 
 from ..prompts.passages import check_passages
 from ..utils.console import say
+from ..utils.files import expect_no_input
 from .common import (
     DATA,
     DETERMINISTIC_SCORES,
@@ -35,6 +36,7 @@ from .common import (
     dtype_of_job,
     expect_at_least,
     expect_kv_dtype_of,
+    expect_names,
     from_dataclass,
     measure_names,
     parse_options,
@@ -66,10 +68,7 @@ class RerankOptions:
     ] = False
     threshold: Annotated[
         float | None,
-        typer.Option(
-            help="Leave documents with a smaller relevance, in [0, 1], out of the run (see qpeft calibrate). An "
-            "interrupted run then starts over."
-        ),
+        typer.Option(help="Leave documents with a smaller relevance, in [0, 1], out of the run (see qpeft calibrate)."),
     ] = None
     measures: Measures = None
     revision: Revision = None
@@ -137,6 +136,7 @@ def command(options: RerankOptions) -> None:
     from ..ranking.run import check_candidates
 
     _check_options(options)
+    expect_no_input(options.output, options.data, options.run)
     places = _devices(options.device, options.devices, options.engine)
     split, output = options.split, options.output
     collection = formats.open_collection(options.data)
@@ -164,6 +164,7 @@ def command(options: RerankOptions) -> None:
 
 def _check_options(options: RerankOptions) -> None:
     """Raises: ValueError for options that are missing, exclude each other, or are out of range."""
+    expect_names(model=options.model, base_model=options.base_model)
     if not (options.model or options.base_model or options.upr or options.similarity_only):
         raise ValueError(
             "expected --model ADAPTER, or --base-model LM: a reranker, or any LM with --upr or --similarity-only"

@@ -32,8 +32,10 @@ def command(
     from ..formats.trec import check_id
     from ..ranking.first_stage import BM25, asked_queries, say_identical
     from ..utils.console import say
+    from ..utils.files import expect_no_input
 
     expect_at_least(1, top_k=top_k)
+    expect_no_input(output, data)
     collection = formats.open_collection(data)
     names = measure_names(measures)
     judges = {"qrels", "answers"} & set(collection.parts)

@@ -33,6 +33,15 @@ from .scores import CountTokens, PassClues, Scores, counts_of, in_order
 from .turns import TurnTaking, in_passes
 
 
+def expect_path(path: object) -> None:
+    """Check the name of a path of scoring.
+
+    Raises: ValueError for another one.
+    """
+    if path not in ("document_first", "plain"):
+        raise ValueError(f"path must be document_first or plain, got {path!r}")
+
+
 class ScoringModel(TurnTaking):
     """A frozen LM, a prompt and trained modules, and the passes that score pairs with them.
 
@@ -120,8 +129,7 @@ class ScoringModel(TurnTaking):
         Returns: the scores, in the order of ``batch.pairs``.
         Raises: ValueError for another path, or a prompt that is longer than the LM's context.
         """
-        if path not in ("document_first", "plain"):
-            raise ValueError(f"path must be document_first or plain, got {path!r}")
+        expect_path(path)
         if not len(batch):
             empty = torch.zeros(0, dtype=torch.float32, device=self.device)
             return Scores(empty, empty.long(), *([empty] if self.answer else []))

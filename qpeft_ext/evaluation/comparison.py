@@ -98,7 +98,7 @@ class ComparisonTable:
         table = Table(pad_edge=False)
         table.add_column("system")
         for measure in [*self.measures, *(["s per query"] if seconds_per_query else [])]:
-            table.add_column(measure, justify="right", no_wrap=True)
+            table.add_column(measure, justify="right", no_wrap=True, min_width=len(measure))
         best = {m: max(system.values[m] for system in self.systems) for m in self.measures}
         for system in self.systems:
             cells = []

@@ -141,6 +141,13 @@ def _check(run: Run, qrels: Qrels) -> None:
             f"evaluate: no query of the run is in the qrels (run: {next(iter(run), None)!r}, ...; "
             f"qrels: {next(iter(qrels))!r}, ...); the files do not belong together"
         )
+    for name, rows in (("run", run), ("qrels", {query_id: judged.items() for query_id, judged in qrels.items()})):
+        for query_id, documents in rows.items():
+            if wrong := next((i for i in (query_id, *(doc_id for doc_id, _ in documents)) if "\0" in i), None):
+                raise ValueError(
+                    f"evaluate: the id {shorten(wrong)} of the {name} has a zero byte, at which trec_eval cuts it; "
+                    "rename it in run, qrels and data"
+                )
     for query_id, judged_documents in qrels.items():
         for doc_id, relevance in judged_documents.items():
             if not -LARGEST_RELEVANCE <= relevance <= LARGEST_RELEVANCE:

@@ -113,6 +113,8 @@ def read_judgements(data: AnyPath, split: str | None, runs: Sequence[Run]) -> Qr
         ValueError: If the collection judges nothing.
     """
     path = Path(data)
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        return read_qrels(path)  # a pipe, of which nothing may be read to find out what it is
     if path.is_file() and not Glance(path).record and not dpr.Questions.recognises(Glance(path)):
         return read_qrels(path)
     if not path.exists() and path.suffix in (".tsv", ".txt", ".gz", ".qrels"):
@@ -135,7 +137,7 @@ def read_qrels(path: AnyPath) -> Qrels:
     Returns:
         query_id → doc_id → relevance.
     """
-    for _, text in read_lines(path, "qrels"):
+    for _, text in read_lines(path, "qrels") if Path(path).is_file() else ():  # a pipe is read once, as a table
         if text.lstrip("\ufeff")[:1] in ("[", "{"):
             return upr.RetrieverFile(path).qrels()
         break

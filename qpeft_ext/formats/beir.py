@@ -120,9 +120,9 @@ def splits(folder: AnyPath) -> list[str]:
 
 
 def find_file(path: AnyPath, name: str) -> Path:
-    """Return ``path`` itself if it is a file, else ``name`` or ``name.gz`` in the folder ``path``."""
+    """Return ``path`` itself if it is no folder, else ``name`` or ``name.gz`` in the folder ``path``."""
     path = Path(path)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder; expected a BEIR folder with {name}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..utils.files import AnyPath
-from .io import check_file, open_bytes, read_lines, reading
+from .io import check_kept, open_bytes, read_lines, reading
 from .json_records import read_records
 from .trec import Qrels, Run
 
@@ -180,7 +180,7 @@ class Glance:
                 self.error = error
 
     def _look(self) -> None:
-        with open_bytes(check_file(self.path)) as file, reading(self.path):
+        with open_bytes(check_kept(self.path, "a data set")) as file, reading(self.path):
             start = file.read(_GLANCE)
         if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{"):
             for key in (

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..utils.files import AnyPath, cache_folder, is_gzip, permissions_of, restrict
 from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular
-from .io import check_file, decode, line_error, open_bytes, parse_object, reading, require_id, require_text
+from .io import check_kept, decode, line_error, open_bytes, parse_object, reading, require_id, require_text
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class FileCorpus(Mapping[str, Document]):
     by_lines: ClassVar[bool] = True  # False: `documents`, which may be repeated, are copied to the cache
 
     def __init__(self, path: AnyPath) -> None:
-        self.path = check_file(path, "a corpus")
+        self.path = check_kept(path, "a corpus")
         self._left: list = []
         self._open()
 

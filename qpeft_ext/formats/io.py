@@ -33,6 +33,19 @@ def check_file(path: AnyPath, what: str = "a file") -> Path:
     return path
 
 
+def check_kept(path: AnyPath, what: str = "a file") -> Path:
+    """Return ``path`` as `check_file` does, for a file that is opened twice: the bytes of a pipe would be gone.
+
+    Raises: as `check_file`; ValueError for a pipe.
+    """
+    path = check_file(path, what)
+    if not path.is_file():
+        raise ValueError(
+            f"{path} can be read only once, since it is a pipe or a terminal; expected {what}: write it into a file"
+        )
+    return path
+
+
 def _is_given_open(path: Path) -> bool:
     """Return True for a pipe that the shell opened for this process (``/dev/stdin``, ``<(command)``) or a terminal."""
     place = os.path.realpath(path)
@@ -56,6 +69,8 @@ def decode(path: AnyPath, number: int, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
+        if number == 1 and raw.startswith(b"\x1f\x8b"):
+            raise ValueError(f"{os.fspath(path)}: expected text, got a gzip file; let its name end in .gz") from None
         raise line_error(
             path,
             number,

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..utils.files import AnyPath
 from ..utils.text import shorten
-from .io import check_file, line_error, open_bytes, parse_object, read_lines, reading
+from .io import check_kept, line_error, open_bytes, parse_object, read_lines, reading
 
 MAX_RECORD = 1 << 26  # characters; the largest known, 1,000 passages with text, have about 2^20
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -46,7 +46,7 @@ def read_records(path: AnyPath, key: str, what: str = "a JSON file") -> Iterator
     Raises: ValueError naming file, line and record for anything that is not a JSON object.
     """
     position = [0]
-    with open_bytes(check_file(path, what)) as file, reading(path, position):
+    with open_bytes(check_kept(path, what)) as file, reading(path, position):
         text = _Text(path, file, position)
         opening = text.peek()
         if opening == "[":

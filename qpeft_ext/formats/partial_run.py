@@ -30,6 +30,7 @@ class PartialRun(PartialFile):
         tag: Last column of the run.
         blocks: The ids of ``candidates``, in their order, in the blocks that are ranked at once. By rounding, scores
             depend on the pairs in the same pass, so a block is resumed as a whole. None for one query per block.
+        complete: Whether every candidate is ranked; False where some may be left out, for a threshold.
 
     Attributes:
         rankings: query_id → ranking as written, of all complete blocks.
@@ -51,8 +52,9 @@ class PartialRun(PartialFile):
         resume: bool = True,
         tag: str = "qpeft_ext",
         blocks: Sequence[Sequence[str]] | None = None,
+        complete: bool = True,
     ) -> None:
-        self._candidates, self._tag = candidates, tag
+        self._candidates, self._tag, self._complete = candidates, tag, complete
         self.blocks = [[query_id] for query_id in candidates] if blocks is None else blocks
         self.rankings: Run = {}
         for query_id, ranking in candidates.items():
@@ -89,17 +91,20 @@ class PartialRun(PartialFile):
             raise ValueError("more blocks than the job has")
         rankings, lines = {}, piece.decode("utf-8").split("\n")
         for query_id in self.blocks[self.num_pieces]:
-            candidates = self._candidates[query_id]
-            own, lines = lines[: len(candidates)], lines[len(candidates) :]
+            start = f"{query_id} "
+            count = next((place for place, line in enumerate(lines) if not line.startswith(start)), len(lines))
+            own, lines = lines[:count], lines[count:]
             rankings[query_id] = [_document(line) for line in own]
-            if {doc_id for doc_id, _ in rankings[query_id]} != {doc_id for doc_id, _ in candidates}:
+            ranked = {doc_id for doc_id, _ in rankings[query_id]}
+            known = {doc_id for doc_id, _ in self._candidates[query_id]}
+            if len(ranked) < len(own) or not (ranked == known if self._complete else ranked <= known):
                 raise ValueError(f"other documents of query {query_id!r}")
         if self._lines(rankings) != piece:
             raise ValueError("not what is written for these rankings")
         self.rankings |= rankings
 
     def _split(self, file: IO[bytes]) -> Iterator[bytes]:
-        for block in self.blocks:
+        for block in self.blocks if self._complete else ():  # otherwise nothing says where a block ends
             yield b"".join(file.readline() for query_id in block for _ in self._candidates[query_id])
 
 

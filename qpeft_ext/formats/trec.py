@@ -197,8 +197,8 @@ def without_identical_ids(run: Mapping[str, Sequence[tuple[str, float]]]) -> tup
 
 
 def find_line(path: AnyPath, query_id: str, doc_id: str | None = None) -> int | None:
-    """Return the line of a run that names ``query_id`` (and ``doc_id``), for an error message."""
-    for number, text in read_lines(path):
+    """Return the line of a run that names ``query_id`` (and ``doc_id``), for an error message; None in a pipe."""
+    for number, text in read_lines(path) if Path(path).is_file() else ():
         columns = split_columns(text)
         if columns[0] == query_id and (doc_id is None or columns[2] == doc_id):
             return number
@@ -248,8 +248,9 @@ def _score(path: AnyPath, number: int, text: str) -> float:
 
 def check_id(name: str, value: str) -> None:
     """Raises: ValueError for an id (or tag) that would not be one column of a run."""
-    if not isinstance(value, str) or not value or _SPACE.search(value):
-        raise ValueError(f"{name} must be text without white space in a TREC run, got {value!r}")
+    if not isinstance(value, str) or not value or _SPACE.search(value) or "\0" in value:
+        what = "zero bytes" if isinstance(value, str) and "\0" in value else "white space"
+        raise ValueError(f"{name} must be text without {what} in a TREC run, got {value!r}")
 
 
 def system_name(path: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,6 +38,18 @@ def expect_model(model: object) -> None:
     )
 
 
+def expect_lm(what: str, lm: object) -> None:
+    """Check that an object is an LM.
+
+    Args:
+        what: the function that was called, for messages.
+        lm: its argument.
+    Raises: TypeError for what is none.
+    """
+    if reason := _why_no_lm(lm):
+        raise TypeError(f"{what}: lm must be a causal or an encoder–decoder LM, got {reason}")
+
+
 def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object = None) -> None:
     """Check the arguments that make a model.
 
@@ -44,8 +58,7 @@ def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object
         lm, config, tokenizer: its arguments.
     Raises: TypeError for what is no LM, no config or no tokenizer.
     """
-    if reason := _why_no_lm(lm):
-        raise TypeError(f"{what}: lm must be a causal or an encoder–decoder LM, got {reason}")
+    expect_lm(what, lm)
     if not isinstance(config, QPeftConfig):
         got = "a tokenizer, which comes after it" if _is_tokenizer(config) else kind_of(config)
         raise TypeError(f"{what}: config must be a QPeftConfig, got {got}; give QPeftConfig(clues='top_k', …)")
@@ -54,6 +67,46 @@ def expect_lm_arguments(what: str, lm: object, config: object, tokenizer: object
             f"{what}: tokenizer must be a transformers tokenizer, got {kind_of(tokenizer)}; load it: "
             "AutoTokenizer.from_pretrained(name)"
         )
+
+
+def loading_keywords(what: str, lm_kwargs: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
+    """Join all that a call says about how its LM is loaded.
+
+    Args:
+        what: the function that was called, for messages.
+        lm_kwargs: its argument for further keywords of `load_lm`.
+        named: keywords of `load_lm` that are arguments of their own; None where they are not given.
+    Returns: keywords of `load_lm`.
+    Raises: ValueError for one that is given twice, with two values.
+    """
+    given = dict(lm_kwargs or {})
+    for name, value in named.items():
+        if value is not None and given.get(name) not in (None, value):
+            raise ValueError(f"{what}: {name} is {value!r}, and {given[name]!r} in lm_kwargs; give it once")
+        given[name] = given.get(name) if value is None else value
+    return given
+
+
+def expect_not_loaded(what: str, lm: object, keywords: Mapping[str, Any]) -> None:
+    """Check that nothing is said about how to load an LM that is loaded already, which would be ignored.
+
+    Args:
+        what: the function that was called, for messages.
+        lm: its LM: loaded, a name, or None.
+        keywords: for `load_lm`; those that say where its files are may be for the tokenizer.
+    Raises: ValueError that names a keyword.
+    """
+    for name in ("dtype", "device", "attention", "quantization_config", "device_map"):
+        if isinstance(lm, nn.Module) and keywords.get(name) is not None:
+            raise ValueError(
+                f"{what}: {name}={keywords[name]!r} is for an LM that is loaded by its name, and this one is loaded; "
+                f"leave {name} out, or load the LM so"
+            )
+
+
+def is_name(lm: object) -> bool:
+    """Tell whether an LM is given by its name."""
+    return isinstance(lm, (str, os.PathLike))
 
 
 def without_compilation(lm: Any) -> Any:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from ..utils.hub import expect_in_reach
 from ..utils.small_files import read_json
 from .classifier import as_lm, names_classifier
 from .compute_dtype import resolve_dtype
 from .int8 import expect_int8_possible, to_int8
 from .packed import without_gguf_blocks
-from .sources import locate
+from .sources import Source, locate
 
 BASE_LM = Path(__file__).parents[1] / "demo" / "base_lm"  # what the demo uses, and plans that name no LM
 
@@ -65,6 +66,8 @@ def load_lm(
         AutoModelForSequenceClassification,
     )
 
+    if device is not None:
+        default_device(device)  # a wrong one is known before minutes of reading weights
     dtype = resolve_dtype(dtype, device or ("cuda" if "device_map" in kwargs and torch.cuda.is_available() else None))
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
@@ -83,7 +86,7 @@ def load_lm(
     if is_encoder_decoder(config):
         auto, mapping = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
-        source = locate(name_or_path)
+        source = _located(name_or_path, kwargs)
         _expect_only_an_lm(source.place, kwargs)
         if attention is None:
             _expect_no_kernels(config)
@@ -111,7 +114,9 @@ def load_config(name_or_path: str | os.PathLike[str], **kwargs):
     from transformers import AutoConfig
 
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
-        return AutoConfig.from_pretrained(locate(name_or_path).place, trust_remote_code=False, **_where(kwargs))
+        return AutoConfig.from_pretrained(
+            _located(name_or_path, kwargs).place, trust_remote_code=False, **_where(kwargs)
+        )
 
 
 def is_encoder_decoder(config) -> bool:
@@ -129,7 +134,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs):
     names = ("revision", "token", "cache_dir", "local_files_only")
     with one_line(f"cannot load the tokenizer of {str(name_or_path)!r}"):
         options = {name: kwargs[name] for name in names if name in kwargs}
-        return AutoTokenizer.from_pretrained(locate(name_or_path).place, trust_remote_code=False, **options)
+        place = _located(name_or_path, options, ("tokenizer_config.json", "tokenizer.json", "config.json")).place
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
 
 
 def lm_digest(name_or_path: str | os.PathLike[str], **kwargs) -> str:
@@ -140,7 +146,7 @@ def lm_digest(name_or_path: str | os.PathLike[str], **kwargs) -> str:
     from transformers import AutoConfig
 
     with one_line(f"cannot load the base LM {str(name_or_path)!r}"):
-        source = locate(name_or_path)
+        source = _located(name_or_path, kwargs)
         if source.gguf_sha256:
             return source.gguf_sha256[:16]
         if Path(source.place).is_dir():
@@ -193,6 +199,14 @@ def default_device(device: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the device {device!r} cannot be used: {reason}; try --device cpu") from None
     return device
+
+
+def _located(name_or_path: str | os.PathLike[str], kwargs: dict, files: tuple[str, ...] = ("config.json",)) -> Source:
+    """Return where an LM's files are. Raises: as `locate`; OSError for a Hub id that nothing can be loaded for."""
+    source = locate(name_or_path)
+    if not Path(source.place).is_dir():
+        expect_in_reach(source.place, files, kwargs)
+    return source
 
 
 def _where(kwargs: dict) -> dict:
@@ -261,7 +275,8 @@ class one_line:
                 warnings.warn_explicit(caught.message, caught.category, caught.filename, caught.lineno)
             return
         # safetensors and tokenizers raise plain Exceptions for a damaged file
-        reason = " ".join(str(error).split())[:300] or kind.__name__
+        reason = " ".join(str(error).split()) or kind.__name__
+        reason = reason if len(reason) <= 300 else f"{reason[:299]}…"
         if "contains custom code" in reason:
             reason = "it needs Python code beside it, which is never run; expected an LM that transformers has"
         raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.what}: {reason}") from error

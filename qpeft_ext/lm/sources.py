@@ -33,6 +33,8 @@ def locate(name_or_path: str | os.PathLike[str]) -> Source:
     Raises: OSError or ValueError for what is not there or damaged; ImportError for a package that reading GGUF needs.
     """
     name = str(name_or_path)
+    if not name:
+        raise ValueError("the name is empty; expected a folder, a Hub id, a .gguf file or package:NAME")
     if parts := gguf_parts(name):
         sha256 = gguf.sha256_of(parts)
         return Source(name, str(gguf.converted(parts, sha256)), sha256)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
 
 from ..prompts.prompt import Document, as_documents, expect_query
 from ..utils.inputs import as_list, kind_of
+from ..utils.words import did_you_mean
+
+
+def expect_options(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Check names of options before minutes of loading.
+
+    Args:
+        what: the function that is called, for messages.
+        given: the names.
+        known: those that there are.
+    Raises: TypeError for an unknown one.
+    """
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) or "; what load_lm shall get goes into lm_kwargs"
+            raise TypeError(f"{what}: there is no option {name!r}{hint}")
 
 
 def as_lists(

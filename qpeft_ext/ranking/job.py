@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..formats.partial_run import PartialRun
-from ..formats.trec import Run, write_run
+from ..formats.trec import Run
 from ..prefixes.index import PrefixIndex
 from ..prompts.prompt import Prompt
 from ..utils.console import Interrupted, say
@@ -28,8 +28,8 @@ def rerank_job(
 ) -> dict[str, RerankedRun]:
     """Rank the candidates with every system of a job; write the ranking of the main system.
 
-    Blocks are kept in ``OUTPUT.part`` as soon as they are ranked, except with ``spec.threshold``. What is wrong with
-    the output, the index or a query is found before the LM is loaded.
+    Blocks are kept in ``OUTPUT.part`` as soon as they are ranked. What is wrong with the output, the index or a query
+    is found before the LM is loaded.
 
     Args:
         spec: the systems; the first of ``spec.names`` is the main one.
@@ -57,11 +57,9 @@ def rerank_job(
         try:
             with block_ranker(engine, spec, devices) as rank:
                 results = {
-                    name: rerank_blocks(rank, queries, candidates, name=name, partial=partials.get(name))
+                    name: rerank_blocks(rank, queries, candidates, name=name, partial=partials[name])
                     for name in spec.names
                 }
-            if not partials:
-                write_run(output, results[spec.names[0]].run)
             for place, partial in enumerate(partials.values()):
                 if place:
                     partial.discard()
@@ -84,25 +82,20 @@ def _partial_runs(
     resume: bool,
     stack: contextlib.ExitStack,
 ) -> dict[str, PartialRun]:
-    """Open the files in which the systems' blocks are kept, until ``stack`` is left.
-
-    There are none with a threshold: a part says which documents are ranked, and not which were left out.
-    """
+    """Open the files in which the systems' blocks are kept, until ``stack`` is left."""
     partials: dict[str, PartialRun] = {}
-    if spec.threshold is not None:
-        if not output.absolute().parent.is_dir():
-            raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
-        return partials
     settings, about = spec.settings(queries, candidates), spec.about()
     for place, name in enumerate(spec.names):
+        threshold = None if place else spec.threshold  # it is of the main system
         partials[name] = PartialRun(
             output,
             candidates,
-            settings | {"system": name},
+            settings | {"system": name} | ({} if threshold is None else {"threshold": threshold}),
             about=about,
             name=name.replace(" ", "-") if place else "",
             resume=resume,
             blocks=run_blocks(candidates),
+            complete=threshold is None,
         )
         stack.callback(partials[name].close)
         if partials[name].num_resumed:

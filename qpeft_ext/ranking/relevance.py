@@ -11,6 +11,7 @@ import numpy as np
 
 from ..evaluation.calibration import Calibration, calibrate, default_calibration
 from ..prompts.prompt import Document
+from ..utils.inputs import as_list
 from .inputs import as_instructions, as_lists
 from .inspection import PairInspector
 
@@ -53,13 +54,19 @@ class RelevanceRanker(PairInspector):
             scores: of `predict`, `rank` or `rank_many`, [B].
             instruction: as for `predict`, with which the scores were computed.
         Returns: float64 [B].
-        Raises: ValueError for another number of scores than of queries.
+        Raises: TypeError for a single query or score; ValueError for another number of scores than of queries, or a
+            score that is no finite number.
         """
+        queries = as_list(queries, "relevance: queries", "one query goes into a list: [query]")
+        scores = np.array(as_list(scores, "relevance: scores", "one score goes into a list: [score]"), dtype=np.float64)
         if len(queries) != len(scores):
             raise ValueError(f"relevance: {len(queries)} queries but {len(scores)} scores; give each score its query")
+        if not np.isfinite(scores).all():
+            place = int(np.argmin(np.isfinite(scores)))
+            raise ValueError(f"relevance: score {place} must be a finite number, got {scores[place]}")
         instructions = as_instructions("relevance", instruction, len(queries)) or [None] * len(queries)
         keys = list(zip(queries, instructions, strict=True))
-        return self.calibration.relevance(*self._inputs(keys, np.asarray(scores), self.reads_bare_queries))
+        return self.calibration.relevance(*self._inputs(keys, scores, self.reads_bare_queries))
 
     def calibrate(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from ..adapters.attention_clues import AttentionClues
 from ..adapters.projected_rows import ProjectedRows
 from ..engine.memory import plan_memory
 from ..engine.schedule import default_tokens
-from ..lm.arguments import expect_model
+from ..engine.scoring import expect_path
+from ..lm.arguments import expect_model, expect_not_loaded, is_name, loading_keywords
 from ..lm.loading import load_lm
 from ..model import QPeftModel, get_qpeft_model
 from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, whole_number
 from .explain import describe_model
-from .inputs import as_instructions, as_lists, as_threshold, expect_neutral
+from .inputs import as_instructions, as_lists, as_threshold, expect_neutral, expect_options
 from .passages import PassageScoring
 from .relevance import RelevanceRanker
 from .without_adapter import config_without_adapter
@@ -68,7 +69,8 @@ class Reranker(RelevanceRanker):
         projected: the table rows that Q-PEFT-A reuses between calls of this reranker.
         passages: the `PassageScoring`, or None.
         adapter: the folder or Hub id that it was loaded from; None for a model in memory.
-    Raises: ValueError for a budget below 1, or an index that the model cannot use; TypeError for another kind of model.
+    Raises: ValueError for a budget below 1, another path, or an index that the model cannot use; TypeError for another
+        kind of model, budget or cache.
     """
 
     def __init__(
@@ -89,8 +91,11 @@ class Reranker(RelevanceRanker):
     ) -> None:
         expect_model(model)
         by_passages = PassageScoring.of(model.prompt, passages, passage_tokens, passage_stride)
-        if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
-            raise ValueError(f"Reranker: max_tokens_per_batch must be at least 1, got {max_tokens_per_batch}")
+        expect_path(path)
+        max_tokens_per_batch = whole_number(max_tokens_per_batch, "Reranker: max_tokens_per_batch")
+        projected_bytes = whole_number(projected_bytes, "Reranker: projected_bytes", least=0)
+        if cache is not None and not isinstance(cache, DocumentCache):
+            raise TypeError(f"Reranker: cache must be a DocumentCache, got {kind_of(cache)}; give DocumentCache(bytes)")
         if cache is not None and cache.index is not None and (reason := model.why_no_index):
             raise ValueError(f"Reranker: an index is of no use to this model: {reason}")
         if max_memory is not None:
@@ -110,7 +115,7 @@ class Reranker(RelevanceRanker):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        adapter: str | Path,
         base_model: Any = None,
         device: str | None = None,
         dtype: str | torch.dtype | None = None,
@@ -123,28 +128,30 @@ class Reranker(RelevanceRanker):
         """Load an adapter and its base LM.
 
         Args:
-            path: the adapter, a folder or a Hub id.
+            adapter: a folder or a Hub id.
             base_model: used instead of the LM that the adapter names: a name as for `load_lm`, or a loaded model, which
                 other threads may use meanwhile (`get_qpeft_model`).
             device: where the LM goes, e.g. "cuda"; None leaves it to transformers.
             dtype: of the LM, e.g. "bfloat16", or "auto" as for `load_lm`; None keeps the checkpoint's own.
             tokenizer: the LM's; None loads it with the LM.
-            lm_kwargs: further arguments of `load_lm`, such as ``revision``.
+            lm_kwargs: further arguments of `load_lm`, such as ``revision``. A loaded model takes none of ``device``,
+                ``dtype`` and these but what finds its tokenizer.
             max_document_tokens, max_query_tokens: limits used instead of the adapter's; None keeps those.
             options: arguments of `Reranker` besides the model.
         Returns: the reranker.
         Raises: OSError or ValueError with one line that names the adapter or the LM and what is wrong with it.
         """
+        expect_options("from_pretrained", options, inspect.signature(cls).parameters)
         model = QPeftModel.from_pretrained(
-            path,
+            adapter,
             base_model,
             tokenizer,
             max_document_tokens=max_document_tokens,
             max_query_tokens=max_query_tokens,
-            **dict(lm_kwargs or {}, device=device, dtype=dtype),
+            **loading_keywords("from_pretrained", lm_kwargs, device=device, dtype=dtype),
         )
         reranker = cls(model, **options)
-        reranker.adapter = str(path)
+        reranker.adapter = str(adapter)
         return reranker
 
     @classmethod
@@ -170,8 +177,10 @@ class Reranker(RelevanceRanker):
         Returns: the reranker.
         Raises: OSError or ValueError with one line; ValueError for an LM that is no known reranker, without a template.
         """
-        if isinstance(lm, (str, os.PathLike)):
-            lm = load_lm(lm, device=device, dtype=dtype, **(lm_kwargs or {}))
+        expect_options("from_lm", options, inspect.signature(cls).parameters)
+        keywords = loading_keywords("from_lm", lm_kwargs, device=device, dtype=dtype)
+        expect_not_loaded("from_lm", lm, keywords)
+        lm = load_lm(lm, **keywords) if is_name(lm) else lm
         chosen = config_without_adapter(str(getattr(lm, "name_or_path", "")), lm.config, template, **(config or {}))
         return cls(get_qpeft_model(lm, chosen, tokenizer), **options)
 

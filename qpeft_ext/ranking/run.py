@@ -257,4 +257,7 @@ def check_candidates(run: Run, queries: Mapping[str, str], corpus: Mapping[str, 
 
 
 def _place(path: AnyPath | None, query_id: str, doc_id: str | None = None) -> str:
-    return "" if path is None else f"{path}, line {find_line(path, query_id, doc_id)}: "
+    if path is None:
+        return ""
+    line = find_line(path, query_id, doc_id)
+    return f"{path}: " if line is None else f"{path}, line {line}: "

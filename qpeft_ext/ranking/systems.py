@@ -118,7 +118,7 @@ class SystemsSpec:
     @property
     def lm_name(self) -> str:
         """The LM's name, as for `load_lm`. Raises: ValueError if nobody names it."""
-        name = self.base_model or self.config.base_model_name_or_path
+        name = self.config.base_model_name_or_path if self.base_model is None else self.base_model
         if not name:
             raise ValueError(f"{self.model}: the adapter does not name its base LM; give --base-model")
         return name

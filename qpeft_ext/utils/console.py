@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 
 class Stream:
@@ -81,12 +81,16 @@ def is_first_process() -> bool:
 def say(message: object = "") -> None:
     """Print a line or an object of rich on stdout, 100 columns wide where there is no terminal.
 
-    Under torchrun only the first process prints.
+    What needs more columns gets them, since rich would cut numbers. Under torchrun only the first process prints.
     """
     if not is_first_process():
         return
     from rich.console import Console
+    from rich.measure import Measurement
 
     width = None if sys.stdout.isatty() else 100
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False)
+    if not isinstance(message, str):
+        unlimited = console.options.update(max_width=1 << 16)
+        console.width = max(console.width, Measurement.get(console, unlimited, cast(Any, message)).minimum)
     console.print(message, soft_wrap=isinstance(message, str))

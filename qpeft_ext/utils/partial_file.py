@@ -67,7 +67,7 @@ class PartialFile:
             there = self._sums.exists()
             check_target(self._sums)
             self._sums_file = _open(path, self._sums)
-            if resume and os.fstat(self._file).st_size:
+            if resume and (os.fstat(self._file).st_size or os.fstat(self._sums_file).st_size):  # pieces may be empty
                 self._expect_settings(json.loads(json.dumps(settings)))
                 self._read(there)
             else:
