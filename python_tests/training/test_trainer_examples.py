@@ -103,11 +103,19 @@ def test_random_negatives_are_drawn_from_other_examples():
         StreamedTrainingExamples(EXAMPLES, 1, 0, num_random_negatives=3)
 
 
-@pytest.mark.parametrize("again", [{"query_id": "q0", "query": "other words"}, {"query": " ABOUT  tides?"}])
-def test_positives_of_the_same_query_in_another_example_are_no_negatives(again):
+@pytest.mark.parametrize(
+    "query_id, again",
+    [
+        ("q0", {"query_id": "q0", "query": "other words"}),
+        (None, {"query": " ABOUT  tides?"}),
+        ("q0", {"query": " ABOUT  tides?"}),
+        ("q0", {"query_id": "another", "query": " ABOUT  tides?"}),
+    ],
+)
+def test_positives_of_the_same_query_in_another_example_are_no_negatives(query_id, again):
     """One example per (query, positive): the other positive may be named as a negative, or be drawn at random."""
     other = again | {"positives": [{"id": "n0-0", "text": "also relevant"}], "negatives": []}
-    first = dict(EXAMPLES[0], query_id="q0" if "query_id" in again else None)
+    first = dict(EXAMPLES[0], query_id=query_id)
     known = TrainingExamples([first, *EXAMPLES[1:], other], 3, 0, num_random_negatives=30)
     ids = {d.id for epoch in range(5) for d in known[epoch, 0].negatives}
     assert "n0-0" not in ids and {"n0-1", "n0-2", "p5"} <= ids
