@@ -99,6 +99,22 @@ def test_resuming_with_another_model_is_an_error_and_with_other_options_a_warnin
         trainer(tmp_path, tiny_model(clues="top_k")).train(True)
 
 
+def test_resuming_without_the_state_of_the_training_is_an_error(tmp_path):
+    trainer(tmp_path, save_only_model=True, save_strategy="steps", save_steps=1).train()
+    for folder in (True, str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match="saved with save_only_model=True, .* is_trainable=True"):
+            trainer(tmp_path, max_steps=4).train(folder)
+
+
+def test_the_model_card_is_the_adapters(tmp_path):
+    run = trainer(tmp_path)
+    run.save_model()
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").unlink()
+    run.create_model_card(model_name="mine")  # as `Trainer.push_to_hub` calls it
+    assert (tmp_path / "README.md").read_text() == card
+
+
 def test_rotation_keeps_the_newest_whole_ones(tmp_path):
     for step in (5, 10, 15, 20):
         folder = tmp_path / f"checkpoint-{step}"
