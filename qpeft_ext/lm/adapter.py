@@ -36,7 +36,9 @@ def save_lm_adapter(lm: Any, folder: Path) -> None:
         folder: made if it is not there.
     Raises: ValueError for an adapter without weights: it was merged into the LM, or unloaded, before.
     """
-    if not isinstance(lm, peft_model()):  # an adapter that transformers has put into the LM, and saves itself
+    from peft import PeftModel
+
+    if not isinstance(lm, PeftModel):  # an adapter that transformers has put into the LM, and saves itself
         save_folder_with(folder, lm.save_pretrained)
         return
     names = list(lm.active_adapters)
@@ -64,12 +66,14 @@ def load_lm_adapter(lm: nn.Module, folder: Path, is_trainable: bool) -> nn.Modul
     Raises: ValueError or FileNotFoundError, one line, for a folder that is damaged, that has no safetensors file, or
         whose config would load anything else.
     """
+    from peft import PeftModel
+
     loaded: Any = None
     places = _checked_places(folder)
     for name, place in places.items():
         with one_line(f"cannot load the LM's adapter {place}"):
             if loaded is None:
-                loaded = peft_model().from_pretrained(lm, place, adapter_name=name, is_trainable=is_trainable)
+                loaded = PeftModel.from_pretrained(lm, place, adapter_name=name, is_trainable=is_trainable)
             else:
                 loaded.load_adapter(str(place), name, is_trainable=is_trainable)
         _expect_keys(loaded, name, place)
@@ -113,13 +117,6 @@ def unsaved_parameters(lm: Any) -> list[str]:
     return [name for name, parameter in trained.items() if parameter.data_ptr() not in saved]
 
 
-def peft_model() -> Any:
-    """Return the class of LMs with adapters."""
-    from peft import PeftModel
-
-    return PeftModel
-
-
 def _places(folder: Path) -> dict[str, Path]:
     """Return the folder of each adapter by its name."""
     inside = sorted(path.parent for path in folder.glob(f"*/{_CONFIG}"))
@@ -142,7 +139,9 @@ def _own_keys(lm: Any, name: str, with_embeddings: bool = False) -> set[str]:
 
 def _expect_keys(lm: Any, name: str, place: Path) -> None:
     """Check that a file has the weights of an adapter: `peft` leaves those as they are that it does not find."""
-    if not isinstance(lm, peft_model()):
+    from peft import PeftModel
+
+    if not isinstance(lm, PeftModel):
         return
     with one_line(f"cannot load the LM's adapter {place}"), safe_open(place / _WEIGHTS, "pt") as file:
         written = set(file.keys())
