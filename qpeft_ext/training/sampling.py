@@ -62,11 +62,12 @@ class OtherExamples:
     def __init__(self, examples: Sequence) -> None:
         self.examples = examples
         self._places: dict[object, list[int]] = {}  # of each id and each text that several examples have
-        self._keys: dict[int, list[object]] = {}
+        first: dict[object, int] = {}
         for index, keys in enumerate(_query_keys(examples)):
             for key in keys:
-                self._places.setdefault(key, []).append(index)
-        self._places = {key: places for key, places in self._places.items() if len(places) > 1}
+                if (earlier := first.setdefault(key, index)) != index:
+                    self._places.setdefault(key, [earlier]).append(index)
+        self._keys: dict[int, list[object]] = {}
         for key, places in self._places.items():
             for index in places:
                 self._keys.setdefault(index, []).append(key)
