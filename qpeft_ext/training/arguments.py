@@ -42,6 +42,7 @@ _WITHOUT_EFFECT: tuple[tuple[str, object, str], ...] = (
     ("length_column_name", "length", "prefixes are sorted by length anyway"),
     ("average_tokens_across_devices", True, "the loss is the mean over the queries of all ranks"),
     ("use_cache", False, "cache_bytes and cache keep prefixes"),
+    ("eval_accumulation_steps", None, "scores leave the device after every batch"),
 )
 
 # arguments of `Trainer` that `QPeftTrainer` does not take -> why
