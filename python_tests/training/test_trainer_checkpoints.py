@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import transformers
@@ -127,6 +129,17 @@ def test_rotation_keeps_the_newest_whole_ones(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-15", "checkpoint-5"]
     rotate(tmp_path, None, set())
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_rotation_goes_by_age(tmp_path):
+    """The folder may hold checkpoints of an earlier run that had got further."""
+    for age, step in enumerate((20, 5, 10)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        mark_complete(folder)
+        os.utime(folder / MANIFEST, (age, age))
+    rotate(tmp_path, 2, {tmp_path / "checkpoint-10"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
 
 
 def test_a_lora_in_the_lm_is_trained_along(tmp_path):
