@@ -104,7 +104,7 @@ class QPeftModel(ScoringModel):
     def _probed_engine(self) -> BaseEngine[Any, Any]:
         why_not_cached = CLUES_FIRST_IS_PLAIN if self.qpeft_config.layout == "clues_first" else ""
         engine = make_engine(self.lm, why_not_cached).with_soft_prompt(self.soft_prompt)
-        self._lm_dtype = engine.table.dtype
+        self._lm_parts = engine.lm_parts()
         return engine
 
     def to_device_of_lm(self) -> None:

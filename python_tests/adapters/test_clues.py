@@ -1,5 +1,8 @@
 """Clue modules: what is selected, what is trained, what the filters drop."""
 
+import sys
+from collections import OrderedDict
+
 import pytest
 import torch
 from families.tiny import tiny_lm, tiny_tokenizer
@@ -7,6 +10,7 @@ from families.tiny import tiny_lm, tiny_tokenizer
 import qpeft_ext as qpeft
 from qpeft_ext.adapters.filters import allowed_ids
 from qpeft_ext.adapters.projected_rows import ProjectedRows
+from qpeft_ext.lm import state
 from qpeft_ext.ops._library import REFERENCE
 
 QUERY = "ab"
@@ -209,6 +213,32 @@ def test_projected_rows_give_the_same_clues_and_notice_new_weights():
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
             assert 0 < rows.used_bytes <= 1 << 20
             model.clues.v.a.add_(0.3)  # the rows projected so far are stale now
+
+
+@pytest.fixture
+def no_optimizer_was_noticed(monkeypatch):
+    """As in a process in which nothing has looked at the version of a tensor yet."""
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_global_optimizer_post_hooks", OrderedDict())
+    state._count_optimizer_steps.cache_clear()
+    yield
+    state._count_optimizer_steps.cache_clear()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_reranker_notices_a_training_step(fused, no_optimizer_was_noticed):
+    """The default optimizer of `TrainingArguments` is a fused one, which writes without counting."""
+    model = model_with(clues="attention")
+    pairs = [("abc", "some text"), ("a", "x")]
+    reranker = qpeft.Reranker(model)
+    before = reranker.predict(pairs)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    for _ in range(2):  # after the first step I + A·B is the identity still
+        optimizer.zero_grad()
+        model(model.encode(pairs)).compared.mean().neg().backward()
+        optimizer.step()
+    expected = model.score(pairs).query_log_likelihood
+    torch.testing.assert_close(torch.tensor(reranker.predict(pairs)), expected, rtol=0, atol=1e-4)
+    assert abs(float(expected[0]) - before[0]) > 0.01
 
 
 @pytest.mark.parametrize("clues", ["top_k", "attention"])

@@ -209,6 +209,20 @@ def test_clue_embeddings_start_as_the_table_and_are_counted(kind, more, caplog, 
 # -- the trained choice ------------------------------------------------------------------------------------------
 
 
+def test_the_gate_is_relative_to_the_clues_that_are_there():
+    model = model_with(k=6, score_gate=True)
+    with torch.no_grad():
+        model.clues.gate.copy_(torch.tensor([1.5, 0.3]))
+    clues = clues_of(model, [("ab", "xy"), ("ab", "a text of many letters"), ("ab", "")])
+    assert 0 < int(clues.mask[0].sum()) < 6 == int(clues.mask[1].sum()) and not clues.mask[2].any()
+    for row in range(2):
+        there = clues.mask[row]
+        scores = clues.explanation["scores"][row, there].double()
+        expected = 2 / (1 + (-1.5 * (scores - scores.mean()) - 0.3).exp())
+        torch.testing.assert_close(clues.explanation["gates"][row, there].double(), expected, rtol=1e-5, atol=1e-6)
+    assert clues.embeds.isfinite().all()
+
+
 @pytest.mark.parametrize("source", ["document", "candidates", "vocabulary", "vocabulary_per_token"])
 @pytest.mark.slow
 def test_gradcheck_through_the_choice(source):

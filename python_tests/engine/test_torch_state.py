@@ -217,7 +217,18 @@ def test_a_trainer_does_not_depend_on_it(tmp_path):
 def test_weights_of_the_lm_that_would_be_lost_are_not_trained(tmp_path):
     model = make("attention")
     model.lm.requires_grad_()
-    with pytest.raises(ValueError, match="an adapter does not save them; call lm.requires_grad_"):
+    with pytest.raises(ValueError, match=r"does not save them \(.*\); call lm.requires_grad_"):
+        qpeft.QPeftTrainer(
+            model, transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
+        )
+
+
+def test_an_lm_made_in_inference_mode_scores_and_is_not_trained(tmp_path):
+    with torch.inference_mode():
+        lm = tiny_lm("llama")
+    model = make("attention", lm=lm)
+    assert torch.equal(model.score(PAIRS).likelihood, make("attention").score(PAIRS).likelihood)
+    with pytest.raises(ValueError, match="made in torch.inference_mode, .* load it outside"):
         qpeft.QPeftTrainer(
             model, transformers.TrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
         )

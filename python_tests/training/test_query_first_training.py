@@ -61,4 +61,4 @@ def test_each_document_of_a_step_is_counted_once(tmp_path):
     run = trainer(tmp_path, model_of(loss="listwise"), EXAMPLES[:4], max_steps=1)
     run.train()
     documents = {text["text"] for e in EXAMPLES[:4] for text in (*e["positives"], *e["negatives"][:1])}
-    assert run.documents_read == len(documents)
+    assert run.counts.documents_read == len(documents)

@@ -125,6 +125,15 @@ def test_a_stream_and_evaluation_alone(tmp_path):
     assert 0 < model.qpeft_config.temperature < 10 and 0 < alone.qpeft_config.temperature < 10
 
 
+def test_evaluation_of_what_only_the_call_names(tmp_path):
+    expected, given, predicted = (tiny_model(loss="listwise") for _ in range(3))
+    trainer(tmp_path, expected, None, EXAMPLES[:4]).evaluate()
+    trainer(tmp_path, given, None).evaluate(EXAMPLES[:4])
+    trainer(tmp_path, predicted, None).predict(EXAMPLES[:4])
+    assert 0 < expected.qpeft_config.temperature < 10
+    assert {m.qpeft_config.temperature for m in (given, predicted)} == {expected.qpeft_config.temperature}
+
+
 def test_other_losses_and_numbers_are_left_alone(tmp_path):
     for options, expected in (({"loss": "pairwise"}, "auto"), ({"loss": "listwise", "temperature": 0.3}, 0.3)):
         model = tiny_model(**options)

@@ -162,7 +162,7 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(tmp_path, monkeypatch, caplo
     found, trained = weights_after(tmp_path / "parts", model)
     assert failures and "out of memory: retrying the step with suffix_micro_batch=" in caplog.text
     assert_close(found, expected, 1e-5)
-    assert trained.documents_read == whole.documents_read  # not counted twice
+    assert trained.counts.documents_read == whole.counts.documents_read  # not counted twice
     monkeypatch.setattr(model.engine, "prefill", lambda p: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
     with pytest.raises(torch.OutOfMemoryError):
         trained.train()
@@ -236,8 +236,12 @@ def test_iterables_train_and_resume_over_their_end(tmp_path):
     resumed = trainer(tmp_path / "whole", **settings)
     resumed.train(str(tmp_path / "whole" / "checkpoint-4"))
     assert_close(weights(resumed.model), weights(whole.model), 0)
+    workers = {"dataloader_num_workers": 2}
+    for given in (settings, {"dev": Stream()}, {"dev": {"a": EXAMPLES, "b": Stream()}}):
+        with pytest.raises(ValueError, match="dataloader_num_workers=0"):
+            trainer(tmp_path, **given | workers)
     with pytest.raises(ValueError, match="dataloader_num_workers=0"):
-        trainer(tmp_path, dataloader_num_workers=1, **settings)
+        trainer(tmp_path, **workers).predict(Stream())  # each worker would read all of it
 
 
 def test_a_datasets_dataset(tmp_path):

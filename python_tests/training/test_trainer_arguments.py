@@ -167,11 +167,11 @@ def test_settings_that_would_do_nothing(tmp_path, settings, message):
 
 def test_settings_without_effect_are_said_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "qpeft_ext.training.arguments"):
-        trainer(tmp_path, label_names=["x"], average_tokens_across_devices=False)
+        trainer(tmp_path, label_names=["x"], average_tokens_across_devices=False, eval_accumulation_steps=2)
         trainer(tmp_path, label_names=None, remove_unused_columns=False)
     (line,) = (record.message for record in caplog.records)
     assert "without effect here: label_names=['x'] (labels are" in line
-    assert "average_tokens_across_devices=False" in line
+    assert "average_tokens_across_devices=False" in line and "eval_accumulation_steps=2" in line
 
 
 def test_an_optimizer_by_its_class(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import transformers
@@ -99,6 +101,22 @@ def test_resuming_with_another_model_is_an_error_and_with_other_options_a_warnin
         trainer(tmp_path, tiny_model(clues="top_k")).train(True)
 
 
+def test_resuming_without_the_state_of_the_training_is_an_error(tmp_path):
+    trainer(tmp_path, save_only_model=True, save_strategy="steps", save_steps=1).train()
+    for folder in (True, str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match="saved with save_only_model=True, .* is_trainable=True"):
+            trainer(tmp_path, max_steps=4).train(folder)
+
+
+def test_the_model_card_is_the_adapters(tmp_path):
+    run = trainer(tmp_path)
+    run.save_model()
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").unlink()
+    run.create_model_card(model_name="mine")  # as `Trainer.push_to_hub` calls it
+    assert (tmp_path / "README.md").read_text() == card
+
+
 def test_rotation_keeps_the_newest_whole_ones(tmp_path):
     for step in (5, 10, 15, 20):
         folder = tmp_path / f"checkpoint-{step}"
@@ -111,6 +129,17 @@ def test_rotation_keeps_the_newest_whole_ones(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-15", "checkpoint-5"]
     rotate(tmp_path, None, set())
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_rotation_goes_by_age(tmp_path):
+    """The folder may hold checkpoints of an earlier run that had got further."""
+    for age, step in enumerate((20, 5, 10)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        mark_complete(folder)
+        os.utime(folder / MANIFEST, (age, age))
+    rotate(tmp_path, 2, {tmp_path / "checkpoint-10"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5"]
 
 
 def test_a_lora_in_the_lm_is_trained_along(tmp_path):

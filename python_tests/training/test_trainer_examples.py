@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 from families.tiny import tiny_tokenizer
-from training.tiny_training import EXAMPLES, assert_close, tiny_model, trainer, weights
+from training.tiny_training import EXAMPLES, Stream, assert_close, tiny_model, trainer, weights
 
 import qpeft_ext as qpeft
 from qpeft_ext.config import DISTILLATION
@@ -103,11 +103,19 @@ def test_random_negatives_are_drawn_from_other_examples():
         StreamedTrainingExamples(EXAMPLES, 1, 0, num_random_negatives=3)
 
 
-@pytest.mark.parametrize("again", [{"query_id": "q0", "query": "other words"}, {"query": " ABOUT  tides?"}])
-def test_positives_of_the_same_query_in_another_example_are_no_negatives(again):
+@pytest.mark.parametrize(
+    "query_id, again",
+    [
+        ("q0", {"query_id": "q0", "query": "other words"}),
+        (None, {"query": " ABOUT  tides?"}),
+        ("q0", {"query": " ABOUT  tides?"}),
+        ("q0", {"query_id": "another", "query": " ABOUT  tides?"}),
+    ],
+)
+def test_positives_of_the_same_query_in_another_example_are_no_negatives(query_id, again):
     """One example per (query, positive): the other positive may be named as a negative, or be drawn at random."""
     other = again | {"positives": [{"id": "n0-0", "text": "also relevant"}], "negatives": []}
-    first = dict(EXAMPLES[0], query_id="q0" if "query_id" in again else None)
+    first = dict(EXAMPLES[0], query_id=query_id)
     known = TrainingExamples([first, *EXAMPLES[1:], other], 3, 0, num_random_negatives=30)
     ids = {d.id for epoch in range(5) for d in known[epoch, 0].negatives}
     assert "n0-0" not in ids and {"n0-1", "n0-2", "p5"} <= ids
@@ -169,6 +177,43 @@ def test_bad_examples_are_named(tmp_path, example, message):
         trainer(tmp_path, dev=[GOOD, example])
 
 
+class Rows:
+    """Examples that are read by index, and not checked at once; any index gives one."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        return self.examples[index % len(self)]
+
+
+def test_a_data_set_without_negatives_is_an_error(tmp_path):
+    alone = [example | {"negatives": []} for example in EXAMPLES]
+    for negatives, examples in ((1, alone), (0, EXAMPLES)):
+        model = tiny_model(loss="listwise", in_batch_negatives=False, num_hard_negatives=negatives)
+        with pytest.raises(ValueError, match="12 of 12 training examples have no negatives"):
+            trainer(tmp_path, model, Rows(examples))
+
+
+@pytest.mark.parametrize("kind", [Rows, Stream])
+def test_queries_without_negatives_are_counted(tmp_path, caplog, monkeypatch, kind):
+    examples = [EXAMPLES[0], *(example | {"negatives": []} for example in EXAMPLES[1:])]
+    monkeypatch.setattr("training.tiny_training.EXAMPLES", examples)
+    given = Stream() if kind is Stream else Rows(examples)
+    model = tiny_model(loss="listwise", in_batch_negatives=False, temperature=1)
+    run = trainer(tmp_path, model, given, max_steps=3)
+    run.train()
+    assert (run.counts.queries_alone, run.counts.queries_read) == (11, 12)
+    assert "11 of the 12 queries read in training had no negatives, which loss='listwise' compares" in caplog.text
+    caplog.clear()
+    in_batch = trainer(tmp_path, tiny_model(loss="listwise", temperature=1), given, max_steps=3)
+    in_batch.train()
+    assert in_batch.counts.queries_alone == 0 and "no negatives" not in caplog.text
+
+
 def test_a_query_too_long_is_named(tmp_path):
     examples = [dict(GOOD, query="long " * 50)] * 4
     with pytest.raises(ValueError, match="example [0-3]: query .* has 2.. tokens, max_query_tokens is 64"):
@@ -185,6 +230,6 @@ def test_queries_too_long_are_cut_on_request_and_counted(tmp_path, caplog):
         ours = qpeft.QPeftTrainer(tiny_model(), args, [dict(GOOD, query=query)] * 4, truncate_queries=True)
         ours.train()
         parameters.append(weights(ours.model))
-        assert ours.queries_cut == (query is long)  # the same query four times is read once
+        assert ours.counts.queries_cut == (query is long)  # the same query four times is read once
     assert_close(*parameters, 0)
     assert "1 queries read in training were cut to max_query_tokens=64" in caplog.text

@@ -1,13 +1,14 @@
 """Adapters on disk, with the file names of `peft`: adapter_config.json, adapter_model.safetensors, README.md.
 
-An LM that is a `peft` model is saved by `peft` in the sub-folder ``lm_adapter``; one that was trained (``train_lm``) is
-saved as a whole in ``lm``.
+The adapters of a `peft` model that are in force are saved by `peft` in the sub-folder ``lm_adapter``; an LM that was
+trained (``train_lm``) is saved as a whole in ``lm``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from ..config import QPeftConfig
 from ..config.values import ANSWER
 from ..evaluation.calibration import Calibration
-from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights
+from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights, save_lm_adapter
 from ..lm.arguments import expect_lm, expect_not_loaded, is_name
 from ..lm.loading import files_digest, load_lm, load_tokenizer
 from ..utils.files import save_file_with, save_folder_with, write_text
@@ -53,7 +54,11 @@ def save_adapter(model, folder: str | os.PathLike[str]) -> None:
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"cannot save an adapter to {folder}: it is not a folder") from None
     if hasattr(model.lm, "peft_config"):
-        save_folder_with(folder / LM_ADAPTER, model.lm.save_pretrained)
+        save_lm_adapter(model.lm, folder / LM_ADAPTER)
+    elif (folder / LM_ADAPTER).is_symlink():  # of an earlier save, which loading would take for this one's
+        (folder / LM_ADAPTER).unlink()
+    elif (folder / LM_ADAPTER).is_dir():
+        shutil.rmtree(folder / LM_ADAPTER)
     if model.qpeft_config.train_lm:
         _expect_finite(model.lm.state_dict(), f"the LM for {folder}")
         save_folder_with(folder / TRAINED_LM, model.lm.save_pretrained)
@@ -61,8 +66,15 @@ def save_adapter(model, folder: str | os.PathLike[str]) -> None:
     # one entry only: safetensors writes several in an order that changes from file to file
     about = {_TRAINED: json.dumps({name: config[name] for name in ANSWER})}
     save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata=about))
-    write_text(folder / CARD, model_card(model, VERSION), follow=False)
+    write_card(model, folder)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
+
+
+def write_card(model, folder: str | os.PathLike[str]) -> None:
+    """Write the model card of an adapter into a folder that is there."""
+    from ..utils.environment import VERSION
+
+    write_text(Path(folder) / CARD, model_card(model, VERSION), follow=False)
 
 
 def save_calibration(folder: str | os.PathLike[str], calibration: Calibration) -> None:
@@ -162,6 +174,8 @@ def load_weights_into(model, folder: str | Path) -> None:
         if not (folder / LM_ADAPTER).is_dir():
             raise FileNotFoundError(f"{folder} has no {LM_ADAPTER}, but the LM has an adapter")
         load_lm_adapter_weights(model.lm, folder / LM_ADAPTER, str(model.device))
+    elif (folder / LM_ADAPTER).is_dir():
+        raise ValueError(f"{folder} has an adapter of an LM, and this LM has none; give the LM with it")
 
 
 def push_adapter(model, repo_id: str, **kwargs) -> str:
@@ -198,7 +212,7 @@ def describe_lm(engine) -> dict:
 
 def adapter_digest(folder: Path) -> str:
     """A short fingerprint of an adapter's files."""
-    return files_digest([*folder.glob("*"), *folder.glob(f"{LM_ADAPTER}/*"), *folder.glob(f"{TRAINED_LM}/*")])
+    return files_digest([*folder.glob("*"), *folder.glob(f"{LM_ADAPTER}/**/*"), *folder.glob(f"{TRAINED_LM}/*")])
 
 
 @own_state()

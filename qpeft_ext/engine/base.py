@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,28 @@ from ..prompts.pieces import CluesFirstPieces, SuffixPieces
 
 RowsT = TypeVar("RowsT")  # what a pass reads: `Rows` or `EncoderDecoderRows`
 PrefixT = TypeVar("PrefixT")  # what a prefix pass gives: `PrefixBatch` or `EncoderStates`
+
+
+class LMParts(NamedTuple):
+    """The parts of an LM that an engine has looked at, which may have become something else since.
+
+    Attributes:
+        embeddings, head: the modules; an adapter that is put into the LM takes their places.
+        dtype, rows: those of the table of input embeddings.
+    """
+
+    embeddings: Any
+    head: Any
+    dtype: torch.dtype
+    rows: int
+
+    def expect_rows_of(self, before: LMParts) -> None:
+        """Raises: ValueError if there are other token ids than before."""
+        if self.rows != before.rows:
+            raise ValueError(
+                f"the LM has {self.rows} input embeddings, and had {before.rows} when the model was made: resize them "
+                "(resize_token_embeddings) before get_qpeft_model"
+            )
 
 
 class BaseEngine(ABC, Generic[RowsT, PrefixT]):
@@ -174,6 +196,10 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
     @property
     def device(self) -> torch.device:
         return self.table.device
+
+    def lm_parts(self) -> LMParts:
+        """Return the parts of the LM as they are now."""
+        return LMParts(self.embeddings, self.lm.get_output_embeddings(), self.table.dtype, len(self.table))
 
     @property
     def prefix_is_trained(self) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from ..lm.passes import lm_lock
 from ..utils.forked import computes_now
 from ..utils.torch_state import own_state
-from .base import BaseEngine
+from .base import BaseEngine, LMParts
 
 _Model = TypeVar("_Model", bound="TurnTaking")
 _Given = ParamSpec("_Given")
@@ -46,10 +46,10 @@ class TurnTaking(nn.Module):
 
     lm: nn.Module
     engine: BaseEngine[Any, Any]
-    _lm_dtype: torch.dtype
+    _lm_parts: LMParts
 
     def _probed_engine(self) -> BaseEngine[Any, Any]:
-        """Make an engine for the LM in the dtype that it has now, and remember this dtype."""
+        """Make an engine for the LM as it is now, and remember the parts that it was made for."""
         raise NotImplementedError
 
     @property
@@ -86,7 +86,8 @@ class TurnTaking(nn.Module):
             computes_now()
             if self.lm.training:
                 self.train(self.training)
-            if self.engine.table.dtype != self._lm_dtype:
+            if (parts := self.engine.lm_parts()) != self._lm_parts:
+                parts.expect_rows_of(self._lm_parts)
                 compiled = self.engine.is_compiled
                 self.engine = self._probed_engine()
                 if compiled:

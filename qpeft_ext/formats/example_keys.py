@@ -276,6 +276,9 @@ class _SizedView(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return _own(self.keys, self.examples[index], index)
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))  # a data set need not raise IndexError behind its end
+
     def queries(self) -> Iterator[tuple[Any, str]]:
         """Return (query id or None, query) of every example of a `datasets.Dataset`; nothing of other data sets."""
         names = getattr(self.examples, "column_names", ())

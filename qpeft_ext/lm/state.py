@@ -90,7 +90,6 @@ class LMState:
         """The state of this LM, shared by all engines of it. A soft prompt belongs to one LM and has its own."""
         owner = lm if soft_prompt is None else soft_prompt
         if owner not in cls._of_module:
-            _count_optimizer_steps()
             cls._of_module[owner] = cls(lm, soft_prompt)
         return cls._of_module[owner]
 
@@ -178,6 +177,7 @@ def fingerprint_of(lm: Any) -> dict[str, str]:
 
 def writes(tensor: Tensor) -> int:
     """How often a tensor was written to in place; 0 for an inference tensor, which does not count."""
+    _count_optimizer_steps()
     return 0 if tensor.is_inference() else tensor._version
 
 

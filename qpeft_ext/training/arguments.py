@@ -11,8 +11,10 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from ..lm.adapter import unsaved_parameters
 from ..model import QPeftModel
 from ..prefixes.index import PrefixIndex
+from .examples import is_sized
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ _UNSUPPORTED: tuple[tuple[str, object, str], ...] = (
     ("parallelism_config", None, "one GPU, or several with torchrun"),
     ("batch_eval_metrics", False, "compute_metrics is called once, with all queries"),
     ("include_for_metrics", [], "compute_metrics gets the scores and which documents are relevant"),
-    ("include_num_input_tokens_seen", "no", "prefixes are read once for many pairs; documents_read counts"),
+    ("include_num_input_tokens_seen", "no", "prefixes are read once for many pairs; counts.documents_read counts"),
     ("eval_do_concat_batches", True, "compute_metrics gets one table of all queries"),
 )
 # TrainingArguments that do nothing here, and harm nothing: said once
@@ -40,6 +42,7 @@ _WITHOUT_EFFECT: tuple[tuple[str, object, str], ...] = (
     ("length_column_name", "length", "prefixes are sorted by length anyway"),
     ("average_tokens_across_devices", True, "the loss is the mean over the queries of all ranks"),
     ("use_cache", False, "cache_bytes and cache keep prefixes"),
+    ("eval_accumulation_steps", None, "scores leave the device after every batch"),
 )
 
 # arguments of `Trainer` that `QPeftTrainer` does not take -> why
@@ -91,6 +94,17 @@ def expect_trained(model: QPeftModel) -> None:
         raise ValueError(
             "QPeftTrainer: nothing to train: the model has clues='none' or was loaded without "
             "is_trainable=True, and its LM has no trained adapter"
+        )
+
+
+def expect_main_process(dataset: object, args: TrainingArguments) -> None:
+    """Check that worker processes do not read a stream, since each of them would read all of it.
+
+    Raises: ValueError for an iterable of examples and ``dataloader_num_workers``.
+    """
+    if args.dataloader_num_workers and dataset is not None and not is_sized(dataset):
+        raise ValueError(
+            "QPeftTrainer: an iterable of examples is read in the main process; set dataloader_num_workers=0"
         )
 
 
@@ -148,12 +162,16 @@ def checked_arguments(args: TrainingArguments, model: QPeftModel) -> TrainingArg
         )
     if accelerator_config(args).split_batches:
         raise ValueError("QPeftTrainer: split_batches=True is not supported: it splits groups of queries over ranks")
-    if not (model.qpeft_config.train_lm or hasattr(model.lm, "peft_config")) and any(
-        parameter.requires_grad for parameter in model.lm.parameters()
-    ):
+    if any(parameter.is_inference() for parameter in model.lm.parameters()):
         raise ValueError(
-            "QPeftTrainer: weights of the LM require a gradient, but an adapter does not save them; call "
-            "lm.requires_grad_(False), or set train_lm=True in QPeftConfig"
+            "QPeftTrainer: the LM was made in torch.inference_mode, and nothing can be trained through its weights; "
+            "load it outside"
+        )
+    if not model.qpeft_config.train_lm and (unsaved := unsaved_parameters(model.lm)):
+        raise ValueError(
+            f"QPeftTrainer: weights of the LM require a gradient, but an adapter does not save them ({unsaved[0]}, "
+            f"{len(unsaved)} in all); call lm.requires_grad_(False) before an adapter is put into it, or set "
+            "train_lm=True in QPeftConfig"
         )
     dtype = model.engine.table.dtype
     for name, wanted in (("bf16", torch.bfloat16), ("fp16", torch.float16)):

@@ -67,6 +67,7 @@ class GroupCollator:
             document: int64 [Q, M]; equal where two queries of a group meet the same document.
             teacher_scores: float32 [Q, M], NaN where there is none.
             pairs: `PairBatch`; the candidates of a query in it are the documents of its own examples.
+            alone: how many of the Q queries have no document that is not relevant.
             queries: how many of the Q queries count; 0 for a batch of idle members, which still has one to run on.
         Raises: ValueError for a missing teacher score or a query that is too long.
         """
@@ -117,6 +118,7 @@ class GroupCollator:
             "document": document,
             "teacher_scores": teacher_scores,
             "pairs": batch,
+            "alone": sum(len(row) == num_positives for row, num_positives, *_ in rows),
             "queries": queries,
         }
 

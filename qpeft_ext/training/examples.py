@@ -139,7 +139,8 @@ def is_sized(dataset: object) -> bool:
 def checked_dataset(dataset: Any, what: str, config: QPeftConfig | None = None) -> Any:
     """Return a data set whose rows are examples.
 
-    Every example of a list is checked now; those of other data sets are checked when they are read.
+    Every example of a list is checked now; those of other data sets are checked when they are read. One that is read by
+    index, and from which nothing can be learned, is found now too.
 
     Args:
         dataset: a list, a `datasets.Dataset`, an iterable, or None; or a dict of them.
@@ -166,9 +167,27 @@ def checked_dataset(dataset: Any, what: str, config: QPeftConfig | None = None) 
         examples = view(dataset, what)
         for index, example in enumerate(examples):
             check_example(example, index, what)
-        if config is not None and (lacking := lacking_negatives(examples, config)):
-            logger.warning("%s", lacking)
+    elif config is None or _learns_from_some(dataset, config):
+        return dataset  # reading all of it may take long
+    else:
+        examples = view(dataset, what)
+    if config is not None and (lacking := lacking_negatives(examples, config)):
+        logger.warning("%s", lacking)
     return dataset
+
+
+def _learns_from_some(dataset: Any, config: QPeftConfig) -> bool:
+    """Return whether the loss has something to compare with in any example; the first such ends the search."""
+    if not _compares_with_own(config):
+        return True
+    examples = (example for example in view(dataset, TRAINING) if isinstance(example, Mapping))
+    return bool(config.num_hard_negatives) and any(example["negatives"] for example in examples)
+
+
+def _compares_with_own(config: QPeftConfig) -> bool:
+    """Return whether the loss of a config compares a query's positives with negatives of its own example only."""
+    others = config.num_random_negatives or config.in_batch_negatives and config.queries_per_group > 1
+    return not (others or config.loss == "pointwise")
 
 
 def lacking_negatives(examples: Sequence, config: QPeftConfig) -> str:
@@ -176,8 +195,7 @@ def lacking_negatives(examples: Sequence, config: QPeftConfig) -> str:
 
     Raises: ValueError with that line if all of them do: there is nothing to learn.
     """
-    others = config.num_random_negatives or config.in_batch_negatives and config.queries_per_group > 1
-    if others or config.loss == "pointwise":
+    if not _compares_with_own(config):
         return ""
     none_drawn = "" if config.num_hard_negatives else " (num_hard_negatives=0)"
     without = len(examples) if none_drawn else sum(not example["negatives"] for example in examples)

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..config import DISTILLATION, QPeftConfig
 from ..model import QPeftModel
+from .arguments import expect_main_process
 from .collator import GroupCollator
 from .examples import is_sized
 from .sampling import (
@@ -51,6 +52,7 @@ class GroupTrainer(Trainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ) -> DataLoader:
+        expect_main_process(dataset, self.args)
         examples: Dataset
         if is_training:
             kind = TrainingExamples if is_sized(dataset) else StreamedTrainingExamples

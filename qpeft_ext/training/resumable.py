@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
-from ..adapters.files import load_weights_into
+from ..adapters.files import load_weights_into, write_card
 from ..config import QPeftConfig
 from ..model import QPeftModel
 from .checkpoints import last_complete, mark_complete, rotate, why_incomplete
@@ -37,14 +38,14 @@ class ResumableTrainer(Trainer):
         Raises: ValueError if it is not a complete checkpoint, or with True if there is none.
         """
         if asked is True:
-            return self._last_complete()
+            return _expect_state(self._last_complete())
         if not asked:
             if (earlier := last_complete(self._output_dir)[0]) is not None:
                 logger.warning("%s is of an earlier run: if this one is killed, resuming would find it", earlier)
             return None
         if reason := why_incomplete(asked):
             raise ValueError(f"cannot resume from {asked}: {reason}; pass True to take the last complete checkpoint")
-        return asked
+        return _expect_state(asked)
 
     def _last_complete(self) -> str:
         folder, skipped = last_complete(self._output_dir)
@@ -91,6 +92,15 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             self.model.save_pretrained(output_dir or self._output_dir)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the adapter's own model card into ``output_dir``, as `save_pretrained` does.
+
+        Args:
+            args, kwargs: of `Trainer`, for its own card; not used.
+        """
+        if self.args.should_save:
+            write_card(self.model, self._output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         then = QPeftConfig.from_pretrained(resume_from_checkpoint).to_dict()
         now = self.model.qpeft_config.to_dict()
@@ -116,6 +126,16 @@ class ResumableTrainer(Trainer):
         assert best is not None  # `Trainer` calls this only where there is one
         logger.info("loading the best adapter, %s (%s)", best, self.state.best_metric)
         load_weights_into(self.model, best)
+
+
+def _expect_state(checkpoint: str) -> str:
+    """Return the folder. Raises: ValueError for one of ``save_only_model``: optimizer and schedule would begin anew."""
+    if not (Path(checkpoint) / SCHEDULER_NAME).is_file():
+        raise ValueError(
+            f"cannot resume from {checkpoint}: it was saved with save_only_model=True, without the state of the "
+            "training; go on from its weights, QPeftModel.from_pretrained(folder, is_trainable=True)"
+        )
+    return checkpoint
 
 
 @contextmanager

@@ -55,22 +55,31 @@ class TrainingExamples(Dataset):
 class OtherExamples:
     """Further positives of an example's query, and random negatives for it, from the rest of the examples.
 
-    Examples of one query, by id or normalised text, are known where looking is cheap: in a list or a
-    `datasets.Dataset`.
+    Examples of one query, by id or normalised text as in `Member.same_query`, are known where looking is cheap: in a
+    list or a `datasets.Dataset`.
     """
 
     def __init__(self, examples: Sequence) -> None:
         self.examples = examples
-        places: dict[object, list[int]] = {}
-        for index, key in enumerate(_query_keys(examples)):
-            places.setdefault(key, []).append(index)
-        self._same_query = {index: same for same in places.values() if len(same) > 1 for index in same}
+        self._places: dict[object, list[int]] = {}  # of each id and each text that several examples have
+        first: dict[object, int] = {}
+        for index, keys in enumerate(_query_keys(examples)):
+            for key in keys:
+                if (earlier := first.setdefault(key, index)) != index:
+                    self._places.setdefault(key, [earlier]).append(index)
+        self._keys: dict[int, list[object]] = {}
+        for key, places in self._places.items():
+            for index in places:
+                self._keys.setdefault(index, []).append(key)
 
     def known_positives(self, index: int) -> list[IdentifiedDocument]:
         """Return the positives that other examples have for the query of this one."""
-        others = (i for i in self._same_query.get(index, ()) if i != index)
+        same = dict.fromkeys(i for key in self._keys.get(index, ()) for i in self._places[key])
         return [
-            IdentifiedDocument.from_document(document) for i in others for document in self.examples[i]["positives"]
+            IdentifiedDocument.from_document(document)
+            for i in same
+            if i != index
+            for document in self.examples[i]["positives"]
         ]
 
     def random_negatives(self, member: Member, count: int, draw: np.random.Generator) -> list[IdentifiedDocument]:
@@ -89,13 +98,14 @@ class OtherExamples:
         return found
 
 
-def _query_keys(examples: Sequence) -> Iterator[object]:
-    """Yield what two examples with the same query share: the id, or else the normalised text."""
+def _query_keys(examples: Sequence) -> Iterator[list[object]]:
+    """Yield what makes two examples ones of the same query if they share it: the id, and the normalised text."""
     if hasattr(examples, "queries"):  # a data set that can read these columns without the documents
         queries: Iterable = examples.queries()
     else:
         queries = ((example.get("query_id"), example["query"]) for example in examples)
-    return (("id", query_id) if query_id is not None else normalised(query) for query_id, query in queries)
+    for query_id, query in queries:
+        yield [normalised(query)] if query_id is None else [normalised(query), ("id", query_id)]
 
 
 class EpochOrder(Sampler):

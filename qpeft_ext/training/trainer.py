@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -19,10 +20,19 @@ from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
 from ..utils.memory import retry_with_less
 from ..utils.torch_state import own_state
-from .arguments import check_index, checked_arguments, expect_functions, expect_model, expect_trained, refuse_others
+from .arguments import (
+    check_index,
+    checked_arguments,
+    expect_functions,
+    expect_main_process,
+    expect_model,
+    expect_trained,
+    refuse_others,
+)
 from .budget import PassBudget
+from .counts import StepCounts
 from .evaluation import LOSS_TABLES, Evaluation, computed_metrics, query_measures
-from .examples import EVALUATION, TRAINING, checked_dataset, is_sized
+from .examples import EVALUATION, TRAINING, checked_dataset
 from .group_trainer import EpochOfOrder, GroupTrainer
 from .losses import configured_loss, needs_temperature
 from .resumable import ResumableTrainer
@@ -78,7 +88,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         truncate_queries: cut a query that is longer than ``max_query_tokens`` at its end, instead of an error.
 
     Attributes:
-        documents_read, documents_cut, queries_cut: counts over the training steps.
+        counts: `StepCounts`, what the training steps have read.
 
     Raises: ValueError for bad examples (with their index) and arguments that do not fit; TypeError for an argument of
         `Trainer` that is not taken.
@@ -134,10 +144,8 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         expect_trained(model)
         train_dataset = checked_dataset(train_dataset, TRAINING, model.qpeft_config)
         eval_dataset = checked_dataset(eval_dataset, EVALUATION)
-        if args.dataloader_num_workers and train_dataset is not None and not is_sized(train_dataset):
-            raise ValueError(
-                "QPeftTrainer: an iterable of examples is read in the main process; set dataloader_num_workers=0"
-            )
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            expect_main_process(dataset, args)
         if cache is not None and cache_bytes:
             raise ValueError("QPeftTrainer: cache and cache_bytes exclude each other")
         self.cache = DocumentCache(cache_bytes) if cache_bytes else cache
@@ -145,7 +153,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
             check_index(self.cache.index, model)
         self.deterministic = deterministic
         self._budget = PassBudget(model)
-        self.documents_read = self.documents_cut = self.queries_cut = 0
+        self.counts = StepCounts()
         self._truncate_queries = truncate_queries
         devices = set((getattr(model.lm, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
@@ -181,10 +189,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
                 f"the loss of step {self.state.global_step + 1} is not finite; train with a lower "
                 "learning rate, or load the LM in bfloat16 or float32"
             )
-        prefixes = inputs["pairs"].documents if queries else []
-        self.documents_read += len(prefixes)
-        self.documents_cut += sum(prefix.cut > 0 for prefix in prefixes)
-        self.queries_cut += inputs["pairs"].cut_queries if queries else 0
+        self.counts.add(inputs)
         if num_items_in_batch is not None:
             # ranks are averaged afterwards
             loss = loss * (queries * self.accelerator.num_processes / num_items_in_batch)
@@ -203,14 +208,14 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         """
         parameters = [p for p in model.parameters() if p.requires_grad]
         accumulated = [None if p.grad is None else p.grad.clone() for p in parameters]
-        counts = self.documents_read, self.documents_cut, self.queries_cut
+        counts = replace(self.counts)
         tries = count()
 
         def step() -> Tensor:
             if next(tries):  # the try before may have added a part of the gradient
                 for parameter, gradient in zip(parameters, accumulated, strict=True):
                     parameter.grad = None if gradient is None else gradient.clone()
-                self.documents_read, self.documents_cut, self.queries_cut = counts
+                self.counts = replace(counts)
             return super(QPeftTrainer, self).training_step(model, inputs, num_items_in_batch)
 
         return retry_with_less(step, lambda: self.args.world_size == 1 and self._budget.halve(len(inputs["pairs"])))
@@ -249,7 +254,9 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         ``compute_metrics`` makes of the scores."""
         training = self.model.training
         self.model.eval()
-        self._settle_temperature(self.eval_dataset if self.train_dataset is None else self.train_dataset)
+        given: Any = dataloader.dataset  # what `evaluate` was given, where the trainer has no data set of its own
+        datasets = (self.train_dataset, self.eval_dataset, given.examples)
+        self._settle_temperature(next(dataset for dataset in datasets if dataset is not None))
         self.callback_handler.eval_dataloader = dataloader
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         evaluation = Evaluation(
@@ -304,27 +311,13 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._settle_temperature(self.train_dataset, checkpoint)
-        self.documents_read = self.documents_cut = self.queries_cut = 0
+        self.counts = StepCounts()
         set_seed(self.args.seed)  # dropout then depends on nothing that was drawn since the trainer was made
         result = super().train(checkpoint, trial, ignore_keys_for_eval)
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.eval()
-        self._warn_of_cuts()
+        self.counts.warn(self._config)
         return result
-
-    def _warn_of_cuts(self) -> None:
-        config = self._config
-        if self.documents_cut:
-            logger.warning(
-                "%d of the %d documents read in training were cut to max_document_tokens=%d",
-                self.documents_cut,
-                self.documents_read,
-                config.max_document_tokens,
-            )
-        if self.queries_cut:
-            logger.warning(
-                "%d queries read in training were cut to max_query_tokens=%d", self.queries_cut, config.max_query_tokens
-            )
 
     @torch.no_grad()
     def _settle_temperature(self, dataset: Any, checkpoint: str | None = None) -> None:
