@@ -193,6 +193,30 @@ def test_rank_fields_choose_what_is_read(client, reranker):
     assert score == reranker.predict([(QUERY, "sort return sorted(items)")])[0]
 
 
+@pytest.mark.parametrize(("document", "fields", "read"), [
+    ({"copy": "sorted(items)", "text": "other"}, ["copy"], "sorted(items)"),  # what the class has under these names
+    ({"json": "sorted", "schema": "(items)"}, ["json", "schema"], "sorted (items)"),
+    ({"a": {"é": [1, None, True]}, "b": 2.5}, ["a", "b"], '{"é": [1, null, true]} 2.5'),
+    ({"a": None, "b": "sorted(items)"}, ["a", "b", "c"], "sorted(items)"),
+    ({"a": None}, ["a"], ""),
+    ({"id": 7, "title": "sorted", "text": "items"}, ["title"], "sorted"),
+])  # fmt: skip
+def test_rank_fields_are_the_fields_of_the_request_and_nothing_else(client, reranker, document, fields, read):
+    asked = {"query": QUERY, "documents": [document], "rank_fields": fields}
+    body = client.post("/v1/rerank", json=asked | {"raw_scores": True, "return_documents": True}).json()
+    (result,) = body["results"]
+    assert result["document"]["text"] == read
+    assert result["relevance_score"] == reranker.predict([(QUERY, read)])[0]
+
+
+@pytest.mark.parametrize("fields", [["record"], ["__dict__"], ["model_config"], ["name"]])
+def test_a_document_without_any_of_the_rank_fields_is_refused(client, fields):
+    asked = {"query": QUERY, "documents": ["a", {"text": "b"}], "rank_fields": fields}
+    answer = client.post("/v1/rerank", json=asked)
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("documents[1] must be a text, or have")
+
+
 def test_metrics_count_requests_and_tokens(client):
     client.post("/v2/rerank", json={"query": QUERY, "documents": DOCUMENTS})
     page = client.get("/metrics").text

@@ -157,7 +157,9 @@ def _resolve(document: str | DocumentRecord, place: int, ask: Ask, corpus: Mappi
         return {name: document[name] for name in ("title", "text") if name in document}
     name = f"{ask.document_field}[{place}]"
     if "id" not in document:
-        raise RequestError("invalid", f"{name} must be a text, or have a text or an id", ask.document_field)
+        raise RequestError(
+            "invalid", f"{name} must be a text, or have a text, an id or one of the rank_fields", ask.document_field
+        )
     if corpus is None:
         raise RequestError(
             "invalid", f"{name} has no text, and this server has no --corpus to find its id in", ask.document_field

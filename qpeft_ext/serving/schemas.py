@@ -5,7 +5,8 @@ Unknown fields are ignored and ``null`` stands for the default, because real cli
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
@@ -30,12 +31,21 @@ class Document(BaseModel):
     title: str | None = None
 
     def record(self, fields: list[str] | None = None) -> DocumentRecord:
-        """Return the fields that are there; with ``rank_fields`` their texts, joined."""
-        if fields:
-            values = [getattr(self, name, None) for name in fields]
-            return {"text": " ".join(str(value) for value in values if value is not None)}
+        """Return the fields that are there; with ``rank_fields`` those that it names, joined to a text.
+
+        A document with none of these fields has no text then, but may have an id.
+        """
         given = {"id": None if self.id is None else str(self.id), "text": self.text, "title": self.title}
+        if fields:
+            sent = self.model_dump(include=self.model_fields_set)  # not attributes, which a class has of other names
+            named = [sent[name] for name in fields if name in sent]
+            text = " ".join(_as_text(value) for value in named if value is not None)
+            given = {"id": given["id"], "text": text if named else None}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 Documents = Annotated[list[str | Document], Field(min_length=1, examples=[_EXAMPLE_DOCUMENTS])]
