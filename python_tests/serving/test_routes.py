@@ -217,6 +217,18 @@ def test_a_document_without_any_of_the_rank_fields_is_refused(client, fields):
     assert answer.json()["detail"].startswith("documents[1] must be a text, or have")
 
 
+@pytest.mark.parametrize("title", ["A title", "  A title", " ", "\n\tA", ""])
+def test_a_title_with_white_space_before_it_loses_nothing_when_the_document_is_cut(client, reranker, title):
+    document = {"title": title, "text": "def largest(values): return max(values)"}
+    whole = f"{title} {document['text']}".strip()
+    for limit in (1, 3, 5, 8):
+        cut = whole[: reranker.model.prompt.offsets(whole)[limit - 1][1]]
+        asked = {"query": QUERY, "documents": [document], "max_tokens_per_doc": limit, "return_documents": True}
+        (result,) = client.post("/v1/rerank", json=asked | {"raw_scores": True}).json()["results"]
+        assert result["document"]["text"] == cut.strip()
+        assert result["relevance_score"] == reranker.predict([(QUERY, cut)])[0]
+
+
 def test_metrics_count_requests_and_tokens(client):
     client.post("/v2/rerank", json={"query": QUERY, "documents": DOCUMENTS})
     page = client.get("/metrics").text

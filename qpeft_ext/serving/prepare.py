@@ -212,8 +212,12 @@ def _cut_document(
         return document
     _expect_right(ask)
     warnings.append(f"{ask.document_field}[{place}] was cut to {limit} tokens")
-    title = document.get("title") if isinstance(document, dict) else None
-    return {"title": cut[: len(title)], "text": cut[len(title) + 1 :]} if title else cut
+    if isinstance(document, str) or not document.get("title"):
+        return cut
+    title = document["title"]
+    whole = f"{title} {document['text']}"  # of which the LM reads no white space at the ends
+    kept = whole[: len(whole) - len(whole.lstrip()) + len(cut)]
+    return {"title": kept[: len(title)], "text": kept[len(title) + 1 :]}
 
 
 def _first_tokens(text: str, limit: int, prompt: Prompt) -> str | None:
