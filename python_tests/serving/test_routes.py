@@ -229,6 +229,32 @@ def test_a_title_with_white_space_before_it_loses_nothing_when_the_document_is_c
         assert result["relevance_score"] == reranker.predict([(QUERY, cut)])[0]
 
 
+@pytest.mark.parametrize("path", [*PATHS, "/score"])
+def test_options_of_vllm_work_on_all_its_routes(client, reranker, expected, path):
+    """On /v2/rerank and /score, too, which vLLM has and Cohere's and ours are."""
+    asked, key = {"query": QUERY, "queries": QUERY, "documents": DOCUMENTS}, "data" if path == "/score" else "results"
+
+    def scores(**options):
+        rows = client.post(path, json=asked | options).json()[key]
+        return [row.get("score", row.get("relevance_score")) for row in sorted(rows, key=lambda row: row["index"])]
+
+    assert scores(use_activation=False) == expected
+    first = QUERY[: reranker.model.prompt.offsets(QUERY)[1][1]]
+    assert scores(use_activation=False, max_tokens_per_query=2) == [
+        float(score) for score in reranker.predict([(first, document) for document in DOCUMENTS])
+    ]
+    short = asked | {"max_tokens_per_doc": 2}
+    assert client.post(path, json=short | {"truncation_side": "right"}).status_code == 200
+    refused = client.post(path, json=short | {"truncation_side": "left"})
+    assert refused.status_code in (400, 422) and "cut at their end only" in refused.text
+
+
+def test_the_description_has_no_option_without_effect(client):
+    """Scores of pairs are neither left out nor have spans."""
+    described = client.get("/openapi.json").json()["components"]["schemas"]["ScoreRequest"]["properties"]
+    assert not {"threshold", "relevant_spans", "top_n"} & described.keys()
+
+
 def test_metrics_count_requests_and_tokens(client):
     client.post("/v2/rerank", json={"query": QUERY, "documents": DOCUMENTS})
     page = client.get("/metrics").text
