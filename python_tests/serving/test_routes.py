@@ -255,6 +255,30 @@ def test_the_description_has_no_option_without_effect(client):
     assert not {"threshold", "relevant_spans", "top_n"} & described.keys()
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank/", "//v1/rerank", "//v1/rerank//"])
+def test_slashes_around_a_path_make_no_difference_and_nothing_is_redirected(client, path):
+    asked = {"query": QUERY, "documents": DOCUMENTS}
+    url = f"http://elsewhere.example{path}"  # a client takes its key to where a redirect points
+    answer = client.post(url, json=asked, follow_redirects=False)
+    assert answer.status_code == 200
+    assert answer.json()["results"] == client.post("/v1/rerank", json=asked).json()["results"]
+
+
+def test_head_is_answered_as_get(client):
+    for path in ("/health", "/ping", "/ready", "/metrics", "/info", "/v1/models"):
+        assert client.head(path).status_code == client.get(path).status_code == 200
+
+
+def test_what_is_not_there_is_an_error_of_every_shape(client):
+    for method, path, status in (("POST", "/v3/rerank", 404), ("GET", "/v2/rerank", 405), ("PUT", "/v1/models", 405)):
+        answer = client.request(method, path, json={})
+        body = answer.json()
+        assert (answer.status_code, body["error"]["code"]) == (status, status)
+        assert body["detail"] == body["message"] == body["error"]["message"]
+        assert ("allow" in answer.headers) == (status == 405)
+    assert set(client.put("/v1/models").headers["allow"].split(", ")) >= {"GET"}
+
+
 def test_metrics_count_requests_and_tokens(client):
     client.post("/v2/rerank", json={"query": QUERY, "documents": DOCUMENTS})
     page = client.get("/metrics").text

@@ -16,6 +16,7 @@ from ..utils.console import say
 from . import access_log
 from .app import create_app
 from .balancer import Balancer, with_lifespan
+from .paths import PlainPaths
 from .service import Service
 from .settings import ServeSpec
 
@@ -52,7 +53,7 @@ def serve_on_ray(
 
     def balanced(work: RayReplicas, on_failure: Callable[[], object]) -> Any:
         logged = access_log.AccessLog(Balancer(spec, work.replicas), lambda *_: None)  # the replicas count
-        return with_lifespan(logged, lambda: work.start(on_failure), work.stop)
+        return with_lifespan(PlainPaths(logged), lambda: work.start(on_failure), work.stop)
 
     _serve(lambda: RayReplicas(spec, replicas), balanced, host, port, drain_seconds, log_level)
 
