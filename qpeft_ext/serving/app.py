@@ -170,7 +170,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
         return await guarded(request, work)
 
-    @app.delete("/v1/models/{name}", summary="Forget a model", responses=errors)
+    @app.delete("/v1/models/{name:path}", summary="Forget a model", responses=errors)
     async def unload(request: Request, name: str) -> Response:
         def work() -> dict[str, Any]:
             expect_key()

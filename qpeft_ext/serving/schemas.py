@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from .ask import Ask, DocumentRecord
 
@@ -204,3 +204,13 @@ class LoadRequest(_Body):
 
     name: Annotated[str, Field(min_length=1, max_length=200, examples=["code"])]
     adapter: Annotated[str, Field(min_length=1, max_length=1000, examples=["code-adapter"])]
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_deleted(cls, name: str) -> str:
+        if not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
+            raise ValueError(
+                "expected a name that DELETE /v1/models/NAME can have: printable, and between slashes neither nothing "
+                "nor '.' or '..'"
+            )
+        return name
