@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -119,19 +120,19 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         loop = asyncio.get_running_loop()
         try:
-            page = await loop.run_in_executor(service.pool, service.metrics.page)
+            page = await loop.run_in_executor(service.state_pool, service.metrics.page)
         except Exception as error:
             return _refused(service, error)
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    async def guarded(request: Request, work: Callable[[], Any]) -> Response:
-        """Do something in the pool for those who have the key."""
+    async def guarded(request: Request, work: Callable[[], Any], pool: Executor = service.state_pool) -> Response:
+        """Do something in a pool for those who have the key."""
         try:
             service.keys.check(request.headers.get("authorization"))
             loop = asyncio.get_running_loop()
-            return json_response(await loop.run_in_executor(service.pool, work))
+            return json_response(await loop.run_in_executor(pool, work))
         except Exception as error:
             return _refused(service, error)
 
@@ -168,7 +169,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             asked = validate(LoadRequest, parse_object(body))
             return _model(service.models.load_below_root(asked.name, asked.adapter))
 
-        return await guarded(request, work)
+        return await guarded(request, work, service.loading_pool)
 
     @app.delete("/v1/models/{name:path}", summary="Forget a model", responses=errors)
     async def unload(request: Request, name: str) -> Response:
@@ -177,7 +178,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             service.models.unload(name)
             return {"id": name, "object": "model", "deleted": True}
 
-        return await guarded(request, work)
+        return await guarded(request, work, service.loading_pool)
 
 
 def _refused(service: Service, error: Exception) -> Response:
