@@ -97,6 +97,7 @@ def test_an_address_in_use_is_one_line(capsys):
     ([], "expected --model ADAPTER, or --base-model LM"),
     (["--model", "a", "--model", "b/a"], "two models have the name 'a'"),
     (["--model", "=a"], "NAME=ADAPTER"),
+    (["--model", "a", "--host", ""], "--host is empty"),
     (["--model", "a", "--max-documents", "0"], "--max-documents must be at least 1"),
     (["--model", "a", "--disk-bytes", "5"], "belong together"),
     (["--model", "a", "--log-level", "loud"], "--log-level"),

@@ -130,6 +130,8 @@ def _check_options(options: ServeOptions) -> None:
         raise ValueError("expected --model ADAPTER, or --base-model LM: a reranker, or any LM to score without clues")
     if options.model and (options.template is not None or options.option):
         raise ValueError("--template and --option are for --base-model without an adapter; leave them out")
+    if not options.host.strip():
+        raise ValueError("--host is empty, which would listen on all addresses; write 0.0.0.0 for that")
     expect_at_least(
         1,
         max_query_tokens=options.max_query_tokens,
