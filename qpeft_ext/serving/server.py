@@ -20,6 +20,10 @@ from .paths import PlainPaths
 from .service import Service
 from .settings import ServeSpec
 
+# Seconds. Proxies (nginx, load balancers of clouds) use a connection again that was idle for 60 s; with uvicorn's 5 s
+# they would send requests into connections that are being closed, which their clients see as status 502
+_KEEP_ALIVE = 75
+
 
 class Work(Protocol):
     """A `Service` or `RayReplicas`, which an app is in front of."""
@@ -74,6 +78,7 @@ def _serve(
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=drain_seconds,
+            timeout_keep_alive=_KEEP_ALIVE,
             server_header=False,
         )
         server = uvicorn.Server(config)
