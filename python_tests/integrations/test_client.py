@@ -131,6 +131,21 @@ def test_bad_urls(url):
         RerankClient(url)
 
 
+@pytest.mark.parametrize("key", ["k\n", "k\r\nX-Evil: 1", "ключ", "a\0"])
+def test_a_key_that_no_header_holds_is_refused_and_not_shown(key):
+    with pytest.raises(ValueError, match="api_key must be printable Latin-1") as caught:
+        RerankClient("http://127.0.0.1:1", api_key=key)
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("documents", ["some text", {"text": "a"}, {"a", "b"}, None])
+def test_documents_must_be_a_list_as_for_a_reranker(stub, reranker, documents):
+    for ranker in (RerankClient(stub.url), reranker):
+        with pytest.raises(TypeError, match="must be a list"):
+            ranker.rank(QUERY, documents)
+    assert not stub.requests
+
+
 def test_what_is_opened(stub, reranker):
     assert Source(reranker).ranker is reranker
     client = Source(stub.url, {"timeout": 3.0}, api_key="k", model="m").ranker

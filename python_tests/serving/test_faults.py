@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 
+from qpeft_ext.serving.errors import RequestError
 from qpeft_ext.serving.service import running_pool
 
 ASKED = {"query": "sort a list", "documents": ["sorted(items)", "os.remove(path)"]}
@@ -160,12 +161,76 @@ def test_a_lack_of_memory_is_503_and_the_log_says_where(client, service, monkeyp
 
     asked = ("GET", route, None) if route in ("/metrics", "/info") else ("POST", route, ASKED)
     with monkeypatch.context() as patch, caplog.at_level("INFO", logger="qpeft_ext.serving"):
-        patch.setattr(service.pool, "submit", fail)
+        for pool in (service.pool, service.state_pool, service.loading_pool):
+            patch.setattr(pool, "submit", fail)
         answer = client.request(*asked[:2], json=asked[2])
     assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
     assert "out of memory" in answer.text and "secret" not in answer.text + caplog.text
     assert f"a request failed (not_ready): RuntimeError at {__name__}:" in caplog.text
     assert client.request(*asked[:2], json=asked[2]).status_code != 503
+
+
+@pytest.fixture
+def busy(service):
+    """Keeps threads of a pool from working until it is called."""
+    go_on = threading.Event()
+
+    def hold(pool, threads):
+        held = threading.Barrier(threads + 1)
+        for _ in range(threads):
+            pool.submit(lambda: (held.wait(60), go_on.wait(60)))
+        held.wait(60)
+        return go_on.set
+
+    yield hold
+    go_on.set()
+
+
+def test_pages_do_not_wait_for_texts_of_requests(client, service, busy):
+    busy(service.pool, 4)
+    service.scoring.last_success = -1e9  # so that /ready makes a pass
+    for path in ("/health", "/ready", "/metrics", "/info", "/v1/models"):
+        assert client.get(path).status_code == 200
+
+
+def test_requests_do_not_wait_for_models_that_are_loaded(client, service, busy):
+    go_on = busy(service.loading_pool, 1)
+    bodies = [{"name": f"m{i}", "adapter": "none"} for i in range(6)]
+    loads = [threading.Thread(target=client.post, args=("/v1/models",), kwargs={"json": body}) for body in bodies]
+    for load in loads:
+        load.start()
+    assert client.post("/rerank", json=ASKED).status_code == 200
+    go_on()
+    for load in loads:
+        load.join(60)
+
+
+def test_a_client_that_leaves_while_its_texts_are_read_is_not_waited_for(client, service, monkeypatch):
+    """Texts of some megabytes take seconds; what they would have asked for does not come into the queue."""
+    entered, go_on, ended, raised, submit = *(threading.Event() for _ in range(3)), [], service.submit
+
+    def slow(asked, given_up):
+        entered.set()
+        go_on.wait(60)
+        try:
+            return submit(asked, given_up)
+        except RequestError as error:
+            raised.append(error.kind)
+            raise
+        finally:
+            ended.set()
+
+    async def leave():
+        while not entered.is_set():
+            await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    monkeypatch.setattr(service, "submit", slow)
+    whole = {"type": "http.request", "body": json.dumps(ASKED).encode(), "more_body": False}
+    status, _ = ask(client, [whole, leave])
+    go_on.set()
+    assert status == 499 and ended.wait(60)
+    assert raised == ["cancelled"]
 
 
 def test_pools_need_no_new_threads(monkeypatch):

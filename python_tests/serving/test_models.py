@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -53,6 +54,28 @@ def test_an_adapter_is_loaded_used_listed_and_forgotten(client, service, folder)
         assert answer.status_code == 404
         assert "there is no model 'second' here; there are: code" in str(answer.json())
     assert client.delete("/v1/models/second").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["org/second", "a b?c#d%", "größe", "a:b@c"])
+def test_a_model_of_any_name_can_be_forgotten(client, folder, name):
+    assert client.post("/v1/models", json={"name": name, "adapter": "mine"}).json()["id"] == name
+    assert client.post("/v2/rerank", json=ASKED | {"model": name}).status_code == 200
+    assert client.delete(f"/v1/models/{quote(name, safe='')}").json()["id"] == name
+    assert client.post("/v2/rerank", json=ASKED | {"model": name}).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["a\n", "a\0b", "/a", "a/", "a//b", "..", "a/../b", "."])
+def test_names_that_no_path_has_are_refused(client, folder, name):
+    answer = client.post("/v1/models", json={"name": name, "adapter": "mine"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "name"
+
+
+def test_no_name_forgets_nothing_and_long_ones_are_not_sent_back(client, service):
+    assert client.delete("/v1/models/").status_code in (404, 405)
+    assert [served.name for served in service.models] == ["code"]
+    answer = client.post("/v2/rerank", json=ASKED | {"model": "m" * 10_000})
+    assert answer.status_code == 404 and len(answer.content) < 300
 
 
 @pytest.mark.parametrize("name", ["..", ".", "/", "../models/../..", "missing", "mine/adapter_config.json", "a\0b"])

@@ -193,6 +193,92 @@ def test_rank_fields_choose_what_is_read(client, reranker):
     assert score == reranker.predict([(QUERY, "sort return sorted(items)")])[0]
 
 
+@pytest.mark.parametrize(("document", "fields", "read"), [
+    ({"copy": "sorted(items)", "text": "other"}, ["copy"], "sorted(items)"),  # what the class has under these names
+    ({"json": "sorted", "schema": "(items)"}, ["json", "schema"], "sorted (items)"),
+    ({"a": {"é": [1, None, True]}, "b": 2.5}, ["a", "b"], '{"é": [1, null, true]} 2.5'),
+    ({"a": None, "b": "sorted(items)"}, ["a", "b", "c"], "sorted(items)"),
+    ({"a": None}, ["a"], ""),
+    ({"id": 7, "title": "sorted", "text": "items"}, ["title"], "sorted"),
+])  # fmt: skip
+def test_rank_fields_are_the_fields_of_the_request_and_nothing_else(client, reranker, document, fields, read):
+    asked = {"query": QUERY, "documents": [document], "rank_fields": fields}
+    body = client.post("/v1/rerank", json=asked | {"raw_scores": True, "return_documents": True}).json()
+    (result,) = body["results"]
+    assert result["document"]["text"] == read
+    assert result["relevance_score"] == reranker.predict([(QUERY, read)])[0]
+
+
+@pytest.mark.parametrize("fields", [["record"], ["__dict__"], ["model_config"], ["name"]])
+def test_a_document_without_any_of_the_rank_fields_is_refused(client, fields):
+    asked = {"query": QUERY, "documents": ["a", {"text": "b"}], "rank_fields": fields}
+    answer = client.post("/v1/rerank", json=asked)
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("documents[1] must be a text, or have")
+
+
+@pytest.mark.parametrize("title", ["A title", "  A title", " ", "\n\tA", ""])
+def test_a_title_with_white_space_before_it_loses_nothing_when_the_document_is_cut(client, reranker, title):
+    document = {"title": title, "text": "def largest(values): return max(values)"}
+    whole = f"{title} {document['text']}".strip()
+    for limit in (1, 3, 5, 8):
+        cut = whole[: reranker.model.prompt.offsets(whole)[limit - 1][1]]
+        asked = {"query": QUERY, "documents": [document], "max_tokens_per_doc": limit, "return_documents": True}
+        (result,) = client.post("/v1/rerank", json=asked | {"raw_scores": True}).json()["results"]
+        assert result["document"]["text"] == cut.strip()
+        assert result["relevance_score"] == reranker.predict([(QUERY, cut)])[0]
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/score"])
+def test_options_of_vllm_work_on_all_its_routes(client, reranker, expected, path):
+    """On /v2/rerank and /score, too, which vLLM has and Cohere's and ours are."""
+    asked, key = {"query": QUERY, "queries": QUERY, "documents": DOCUMENTS}, "data" if path == "/score" else "results"
+
+    def scores(**options):
+        rows = client.post(path, json=asked | options).json()[key]
+        return [row.get("score", row.get("relevance_score")) for row in sorted(rows, key=lambda row: row["index"])]
+
+    assert scores(use_activation=False) == expected
+    first = QUERY[: reranker.model.prompt.offsets(QUERY)[1][1]]
+    assert scores(use_activation=False, max_tokens_per_query=2) == [
+        float(score) for score in reranker.predict([(first, document) for document in DOCUMENTS])
+    ]
+    short = asked | {"max_tokens_per_doc": 2}
+    assert client.post(path, json=short | {"truncation_side": "right"}).status_code == 200
+    refused = client.post(path, json=short | {"truncation_side": "left"})
+    assert refused.status_code in (400, 422) and "cut at their end only" in refused.text
+
+
+def test_the_description_has_no_option_without_effect(client):
+    """Scores of pairs are neither left out nor have spans."""
+    described = client.get("/openapi.json").json()["components"]["schemas"]["ScoreRequest"]["properties"]
+    assert not {"threshold", "relevant_spans", "top_n"} & described.keys()
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank/", "//v1/rerank", "//v1/rerank//"])
+def test_slashes_around_a_path_make_no_difference_and_nothing_is_redirected(client, path):
+    asked = {"query": QUERY, "documents": DOCUMENTS}
+    url = f"http://elsewhere.example{path}"  # a client takes its key to where a redirect points
+    answer = client.post(url, json=asked, follow_redirects=False)
+    assert answer.status_code == 200
+    assert answer.json()["results"] == client.post("/v1/rerank", json=asked).json()["results"]
+
+
+def test_head_is_answered_as_get(client):
+    for path in ("/health", "/ping", "/ready", "/metrics", "/info", "/v1/models"):
+        assert client.head(path).status_code == client.get(path).status_code == 200
+
+
+def test_what_is_not_there_is_an_error_of_every_shape(client):
+    for method, path, status in (("POST", "/v3/rerank", 404), ("GET", "/v2/rerank", 405), ("PUT", "/v1/models", 405)):
+        answer = client.request(method, path, json={})
+        body = answer.json()
+        assert (answer.status_code, body["error"]["code"]) == (status, status)
+        assert body["detail"] == body["message"] == body["error"]["message"]
+        assert ("allow" in answer.headers) == (status == 405)
+    assert set(client.put("/v1/models").headers["allow"].split(", ")) >= {"GET"}
+
+
 def test_metrics_count_requests_and_tokens(client):
     client.post("/v2/rerank", json={"query": QUERY, "documents": DOCUMENTS})
     page = client.get("/metrics").text

@@ -1,5 +1,6 @@
 """``qpeft serve`` as a command: options, a process that clients leave, and its end by SIGTERM."""
 
+import http.client
 import json
 import re
 import signal
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -60,6 +62,12 @@ def test_a_new_process_survives_clients_that_leave_and_drains_at_sigterm(process
                 break
         except OSError:  # the model is being loaded
             assert server.poll() is None, log.read_text()
+    idle = http.client.HTTPConnection("127.0.0.1", int(address.rpartition(":")[2]), timeout=60)
+    for seconds in (0, 7, 0):  # uvicorn by itself closes a connection after 5 s, which a proxy would use again
+        time.sleep(seconds)
+        idle.request("GET", "/health")
+        assert idle.getresponse().read() == b'{"status":"ok"}'
+        idle.auto_open = 0  # so that a closed connection is an error
     documents = [f"def item_{i}(values): return values[{i}]" for i in range(300)]
     for i in range(20):
         leave_at_once(address, {"query": f"item {i}", "documents": documents})
@@ -75,7 +83,7 @@ def test_a_new_process_survives_clients_that_leave_and_drains_at_sigterm(process
     with pytest.raises(OSError):
         post(address, whole)
     lines = [json.loads(line) for line in log.read_text().splitlines()]  # nothing but the access log: no error
-    assert {line["route"] for line in lines} <= {"/ready", "/v1/rerank"}
+    assert {line["route"] for line in lines} <= {"/health", "/ready", "/v1/rerank"}
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_command_with_one_line(tmp_path, capsys):
@@ -97,6 +105,7 @@ def test_an_address_in_use_is_one_line(capsys):
     ([], "expected --model ADAPTER, or --base-model LM"),
     (["--model", "a", "--model", "b/a"], "two models have the name 'a'"),
     (["--model", "=a"], "NAME=ADAPTER"),
+    (["--model", "a", "--host", ""], "--host is empty"),
     (["--model", "a", "--max-documents", "0"], "--max-documents must be at least 1"),
     (["--model", "a", "--disk-bytes", "5"], "belong together"),
     (["--model", "a", "--log-level", "loud"], "--log-level"),

@@ -130,6 +130,8 @@ def _check_options(options: ServeOptions) -> None:
         raise ValueError("expected --model ADAPTER, or --base-model LM: a reranker, or any LM to score without clues")
     if options.model and (options.template is not None or options.option):
         raise ValueError("--template and --option are for --base-model without an adapter; leave them out")
+    if not options.host.strip():
+        raise ValueError("--host is empty, which would listen on all addresses; write 0.0.0.0 for that")
     expect_at_least(
         1,
         max_query_tokens=options.max_query_tokens,
@@ -184,7 +186,7 @@ def _spec(options: ServeOptions) -> ServeSpec:
         cache_bytes=options.cache_bytes,
         kv_dtype=options.kv_dtype,
         disk=None if options.disk_cache is None else (options.disk_cache, options.disk_bytes),
-        api_keys=tuple(options.api_key or filter(None, [os.environ.get("QPEFT_API_KEY")])),
+        api_keys=_keys(options.api_key),
         lm_options={
             "device": options.device,
             "dtype": options.dtype,
@@ -202,6 +204,15 @@ def _spec(options: ServeOptions) -> ServeSpec:
             body_timeout=options.body_timeout,
         ),
     )
+
+
+def _keys(given: list[str] | None) -> tuple[str, ...]:
+    """Return the keys that were given, or that of the environment. Raises: ValueError for an empty one."""
+    from ..serving.auth import Keys
+
+    keys = tuple(given or filter(None, [os.environ.get("QPEFT_API_KEY")]))
+    Keys(keys)  # which refuses them here, before anything is loaded
+    return keys
 
 
 def _models(given: list[str] | None, base_model: str | None) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from ..utils.inputs import kind_of, short, whole_number
+from ..utils.inputs import as_list, kind_of, short, whole_number
 
 _ROUTE = "/v1/rerank"
 _BUSY = (429, 503)  # the server asks to come back later
@@ -33,7 +33,7 @@ class RerankClient:
         model: the name of the model that the server shall use; None leaves it to the server.
         timeout: seconds until a request without an answer is an error.
         retries: how often a request is sent again when the server is busy (429, 503), after the time that it names.
-    Raises: ValueError for an URL that is not of http or https.
+    Raises: ValueError for an URL that is not of http or https, or a key that a header cannot hold.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class RerankClient:
         self.retries = whole_number(retries, "RerankClient: retries", 0) or 0
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key is not None:
+            if not api_key.isprintable() or max(api_key, default="") > "\xff":  # what a header can hold
+                raise ValueError("RerankClient: api_key must be printable Latin-1; does it end with a line break?")
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._opener = urllib.request.build_opener(_NoRedirects)
 
@@ -74,10 +76,11 @@ class RerankClient:
             threshold: leave out documents whose score is smaller; for our server.
         Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", the relevance that the
             server sends, float64.
-        Raises: RuntimeError with the server's words if it answers with an error; ConnectionError or TimeoutError if it
-            does not answer; ValueError for an answer in another shape.
+        Raises: TypeError for documents that are no list; RuntimeError with the server's words if it answers with an
+            error; ConnectionError or TimeoutError if it does not answer; ValueError for an answer in another shape.
         """
-        top_k, documents = whole_number(top_k, "top_k"), list(documents)
+        top_k = whole_number(top_k, "top_k")
+        documents = as_list(documents, "rank: documents", "one document goes into a list: [document]")
         if not documents:
             return []
         body = {"query": query, "documents": documents, "return_documents": False}

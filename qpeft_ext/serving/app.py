@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 
 from ..utils.environment import VERSION
+from ..utils.inputs import short
 from . import responses
 from .access_log import AccessLog
 from .apis import COHERE_API, JINA_API, SCORE_API, Api, rerank_api
 from .bodies import parse_object, read_body, validate
-from .errors import OPENAI, TEI, RequestError, unexpected
+from .errors import JINA, OPENAI, TEI, RequestError, unexpected
 from .handling import Handler, error_response, json_response
 from .openapi import body_of, describe_errors, with_bodies
+from .paths import PlainPaths
 from .schemas import CohereRequest, LoadRequest, RerankRequest, ScoreRequest, TeiRequest
 from .service import Service
 
@@ -41,13 +45,28 @@ def create_app(service: Service, on_failure: Callable[[], object] = lambda: None
         version=VERSION,
         description="Reranks documents by how likely a frozen LM finds the query after each of them.",
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     app.add_middleware(AccessLog, answered=service.metrics.answered)
+    app.add_middleware(PlainPaths)
+    app.add_exception_handler(HTTPException, _no_route)
     _add_scoring(app, service)
     _add_state(app, service)
     _add_models(app, service)
     with_bodies(app, (CohereRequest, RerankRequest, TeiRequest, ScoreRequest, LoadRequest))
     return app
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer for a path or a method that nothing is at, in the words of every API."""
+    allowed = (getattr(error, "headers", None) or {}).get("Allow")
+    if allowed is None:
+        failure = RequestError("not_found", "there is no such route; /docs describes those that are here")
+    else:
+        failure = RequestError("not_allowed", f"this route takes {allowed} only, got {short(request.method)}")
+    response = error_response(failure, JINA)
+    response.headers.update({} if allowed is None else {"allow": allowed})
+    return response
 
 
 def _add_scoring(app: FastAPI, service: Service) -> None:
@@ -101,19 +120,19 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         loop = asyncio.get_running_loop()
         try:
-            page = await loop.run_in_executor(service.pool, service.metrics.page)
+            page = await loop.run_in_executor(service.state_pool, service.metrics.page)
         except Exception as error:
             return _refused(service, error)
         return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
-    async def guarded(request: Request, work: Callable[[], Any]) -> Response:
-        """Do something in the pool for those who have the key."""
+    async def guarded(request: Request, work: Callable[[], Any], pool: Executor = service.state_pool) -> Response:
+        """Do something in a pool for those who have the key."""
         try:
             service.keys.check(request.headers.get("authorization"))
             loop = asyncio.get_running_loop()
-            return json_response(await loop.run_in_executor(service.pool, work))
+            return json_response(await loop.run_in_executor(pool, work))
         except Exception as error:
             return _refused(service, error)
 
@@ -150,16 +169,16 @@ def _add_models(app: FastAPI, service: Service) -> None:
             asked = validate(LoadRequest, parse_object(body))
             return _model(service.models.load_below_root(asked.name, asked.adapter))
 
-        return await guarded(request, work)
+        return await guarded(request, work, service.loading_pool)
 
-    @app.delete("/v1/models/{name}", summary="Forget a model", responses=errors)
+    @app.delete("/v1/models/{name:path}", summary="Forget a model", responses=errors)
     async def unload(request: Request, name: str) -> Response:
         def work() -> dict[str, Any]:
             expect_key()
             service.models.unload(name)
             return {"id": name, "object": "model", "deleted": True}
 
-        return await guarded(request, work)
+        return await guarded(request, work, service.loading_pool)
 
 
 def _refused(service: Service, error: Exception) -> Response:

@@ -13,11 +13,14 @@ class Keys:
     """Keys that a request may carry in ``Authorization``: ``Bearer KEY``, or the bare key.
 
     Args:
-        keys: plain texts; () lets every request in.
+        keys: plain texts; () lets every request in. White space around one is dropped, as HTTP does around a header.
+    Raises: ValueError for a key without a character, which a request without a header would have.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+        if not all(key.strip() for key in keys):
+            raise ValueError("an API key is empty, which would let everyone in; give one, or leave the option out")
+        self._digests = [_digest(sent) for key in keys for sent in _as_sent(key.strip())]
 
     def __bool__(self) -> bool:
         """Tell whether a key is needed."""
@@ -35,11 +38,20 @@ class Keys:
         """Tell whether `check` raises nothing."""
         if not self._digests:
             return True
-        given = (header or "").strip()
-        kind, _, rest = given.partition(" ")
-        digest = _digest(rest.strip() if kind.lower() == "bearer" else given)
+        given = (header or "").encode("latin-1", "replace").strip()  # the bytes that came
+        kind, _, rest = given.partition(b" ")
+        digest = _digest(rest.strip() if kind.lower() == b"bearer" else given)
         return bool(sum([hmac.compare_digest(digest, known) for known in self._digests]))
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()  # of one length, whatever the key's
+def _as_sent(key: str) -> set[bytes]:
+    """Return the bytes of a key: curl sends UTF-8, Python's clients send Latin-1 where it has the characters."""
+    sent = {key.encode("utf-8", "surrogateescape")}
+    try:
+        return sent | {key.encode("latin-1")}
+    except UnicodeEncodeError:
+        return sent
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()  # of one length, whatever the key's

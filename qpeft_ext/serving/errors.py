@@ -18,6 +18,7 @@ _STATUS = {
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
+    "not_allowed": 405,
     "slow_body": 408,
     "too_large": 413,
     "overloaded": 429,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -77,35 +78,39 @@ class Handler:
             self._in_flight -= 1
 
     async def _answer(self, request: Request, api: Api, parsed: dict[str, Any]) -> Response:
-        started = time.monotonic()
-        prepared = await self._in_pool(lambda: self.service.submit(validate(api.schema, parsed).ask()))
-        await self._unless_given_up(request, prepared, prepared.job.future, started)
-        if prepared.ask.spans is None:
-            return await self._in_pool(self._respond, request, api, prepared, started)
-        # spans take passes of the LM: in a thread of their own they hold up nobody's body, tokens or answer
-        found = self.service.spans_pool.submit(self._respond, request, api, prepared, started)
-        return await self._unless_given_up(request, prepared, found, started)
+        started, given_up = time.monotonic(), threading.Event()
+        gone: asyncio.Future[None] = asyncio.ensure_future(client_gone(request))
 
-    async def _unless_given_up(
-        self, request: Request, prepared: Prepared, future: Future[Result], started: float
-    ) -> Result:
+        def prepare() -> Prepared:
+            return self.service.submit(validate(api.schema, parsed).ask(), given_up)
+
+        try:
+            prepared = await self._unless(gone, self.service.pool.submit(prepare), started)
+            await self._unless(gone, prepared.job.future, started)
+            if prepared.ask.spans is None:
+                return await self._in_pool(self._respond, request, api, prepared, started)
+            # spans take passes of the LM: in a thread of their own they hold up nobody's body, tokens or answer
+            found = self.service.spans_pool.submit(self._respond, request, api, prepared, started)
+            return await self._unless(gone, found, started)
+        finally:
+            given_up.set()
+            gone.cancel()
+
+    async def _unless(self, gone: asyncio.Future[None], future: Future[Result], started: float) -> Result:
         """Wait for a part of the work; drop it if the client goes away or the request takes too long."""
         wanted: asyncio.Future[Result] = asyncio.wrap_future(future)
-        gone: asyncio.Future[Any] = asyncio.ensure_future(client_gone(request))
         limit = self.service.spec.limits.request_timeout
         try:
             left = max(0.0, started + limit - time.monotonic())
-            done, _ = await asyncio.wait({wanted, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {wanted, gone}
+            done, _ = await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if wanted in done:
                 return await wanted
             if done:
                 raise RequestError("cancelled", "the client has gone")
             raise RequestError("timeout", f"no answer within {limit:g} s; send fewer documents a request")
         finally:
-            if not wanted.done():
-                prepared.given_up.set()
-                wanted.cancel()  # which the queue looks at
-            gone.cancel()
+            wanted.cancel()  # which the queue looks at; nothing if it is done
 
     def _respond(self, request: Request, api: Api, prepared: Prepared, started: float) -> Response:
         job = prepared.job

@@ -16,6 +16,7 @@ from ..model import get_qpeft_model
 from ..prefixes.cache import DocumentCache
 from ..ranking.reranker import Reranker
 from ..ranking.without_adapter import config_without_adapter, template_without_adapter
+from ..utils.inputs import short
 from ..utils.memory import is_out_of_memory
 from .errors import RequestError
 from .settings import ServeSpec
@@ -73,14 +74,10 @@ class Models:
 
     def get(self, name: str | None) -> Served:
         """Return the model of this name, or the first. Raises: RequestError if there is none."""
-        models = dict(self._models)
+        models = self._models
         if not name and models:
             return next(iter(models.values()))
-        if name not in models:
-            raise RequestError(
-                "not_found", f"there is no model {name!r} here; there are: {', '.join(models) or 'none'}", "model"
-            )
-        return models[name]
+        return models[_expect_known(name or "", models)]
 
     def load(self, name: str, adapter: str | None) -> Served:
         """Load an adapter, or the LM without clues for None.
@@ -159,7 +156,15 @@ class Models:
     def unload(self, name: str) -> None:
         """Forget a model; requests that have it already are answered. Raises: RequestError if there is none."""
         with self._loading:
-            self.get(name or "")
+            _expect_known(name, self._models)
             self._models = {key: served for key, served in self._models.items() if key != name}
             if self._alone == name:
                 self._alone, self._lm, self._tokenizer = "", None, None
+
+
+def _expect_known(name: str, models: dict[str, Served]) -> str:
+    """Return the name itself. Raises: RequestError if no model has it."""
+    if name not in models:
+        there = ", ".join(models) or "none"
+        raise RequestError("not_found", f"there is no model {short(name)} here; there are: {there}", "model")
+    return name

@@ -157,7 +157,9 @@ def _resolve(document: str | DocumentRecord, place: int, ask: Ask, corpus: Mappi
         return {name: document[name] for name in ("title", "text") if name in document}
     name = f"{ask.document_field}[{place}]"
     if "id" not in document:
-        raise RequestError("invalid", f"{name} must be a text, or have a text or an id", ask.document_field)
+        raise RequestError(
+            "invalid", f"{name} must be a text, or have a text, an id or one of the rank_fields", ask.document_field
+        )
     if corpus is None:
         raise RequestError(
             "invalid", f"{name} has no text, and this server has no --corpus to find its id in", ask.document_field
@@ -210,8 +212,12 @@ def _cut_document(
         return document
     _expect_right(ask)
     warnings.append(f"{ask.document_field}[{place}] was cut to {limit} tokens")
-    title = document.get("title") if isinstance(document, dict) else None
-    return {"title": cut[: len(title)], "text": cut[len(title) + 1 :]} if title else cut
+    if isinstance(document, str) or not document.get("title"):
+        return cut
+    title = document["title"]
+    whole = f"{title} {document['text']}"  # of which the LM reads no white space at the ends
+    kept = whole[: len(whole) - len(whole.lstrip()) + len(cut)]
+    return {"title": kept[: len(title)], "text": kept[len(title) + 1 :]}
 
 
 def _first_tokens(text: str, limit: int, prompt: Prompt) -> str | None:

@@ -5,9 +5,10 @@ Unknown fields are ignored and ``null`` stands for the default, because real cli
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from .ask import Ask, DocumentRecord
 
@@ -30,12 +31,21 @@ class Document(BaseModel):
     title: str | None = None
 
     def record(self, fields: list[str] | None = None) -> DocumentRecord:
-        """Return the fields that are there; with ``rank_fields`` their texts, joined."""
-        if fields:
-            values = [getattr(self, name, None) for name in fields]
-            return {"text": " ".join(str(value) for value in values if value is not None)}
+        """Return the fields that are there; with ``rank_fields`` those that it names, joined to a text.
+
+        A document with none of these fields has no text then, but may have an id.
+        """
         given = {"id": None if self.id is None else str(self.id), "text": self.text, "title": self.title}
+        if fields:
+            sent = self.model_dump(include=self.model_fields_set)  # not attributes, which a class has of other names
+            named = [sent[name] for name in fields if name in sent]
+            text = " ".join(_as_text(value) for value in named if value is not None)
+            given = {"id": given["id"], "text": text if named else None}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 Documents = Annotated[list[str | Document], Field(min_length=1, examples=[_EXAMPLE_DOCUMENTS])]
@@ -51,12 +61,41 @@ class RelevantSpans(_Body):
     likelihood: bool | None = Field(None, description="Weigh sentences by the LM; slower. Ours, not Cohere's.")
 
 
-class _Ours(_Body):
-    """Options of this server that every API takes."""
+class _Options(_Body):
+    """Options of every route but TEI's: those of vLLM, which has all of these routes, and ours."""
 
+    model: str | None = None
+    max_tokens_per_doc: Limit | None = None
+    max_tokens_per_query: Limit | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    use_activation: bool | None = None
     raw_scores: bool | None = Field(None, description="Log-likelihoods of the query in nats, not relevances in [0, 1].")
-    threshold: FiniteFloat | None = Field(None, description="Leave out results whose relevance is smaller.")
     instruction: str | None = Field(None, description="What makes a document relevant, in words for the LM.")
+
+    def options(self) -> dict[str, Any]:
+        """Return them as arguments of `Ask`."""
+        prompt = self.truncate_prompt_tokens or 0
+        return {
+            "model": self.model,
+            "max_tokens_per_document": self.max_tokens_per_doc,
+            "max_tokens_per_query": self.max_tokens_per_query,
+            "max_tokens_per_prompt": prompt if prompt > 0 else None,
+            "cut_left": self.truncation_side == "left",
+            "raw_scores": bool(self.raw_scores) or self.use_activation is False,
+            "instruction": self.instruction,
+        }
+
+
+class CohereRequest(_Options):
+    """``POST /v2/rerank``."""
+
+    query: Query
+    documents: Documents
+    top_n: Count | None = None
+    return_documents: bool | None = False
+    priority: int | None = None
+    threshold: FiniteFloat | None = Field(None, description="Leave out results whose score is smaller.")
     relevant_spans: RelevantSpans | None = None
 
     def spans(self) -> dict | None:
@@ -67,18 +106,6 @@ class _Ours(_Body):
         threshold = 0.1 if wanted.threshold is None else wanted.threshold
         return {"threshold": threshold, "max_spans": wanted.max_spans, "likelihood": wanted.likelihood}
 
-
-class CohereRequest(_Ours):
-    """``POST /v2/rerank``."""
-
-    model: str | None = None
-    query: Query
-    documents: Documents
-    top_n: Count | None = None
-    max_tokens_per_doc: Limit | None = None
-    return_documents: bool | None = False
-    priority: int | None = None
-
     def ask(self) -> Ask:
         """Return what is asked for."""
         return Ask(
@@ -86,14 +113,11 @@ class CohereRequest(_Ours):
             "documents",
             [self.query],
             [d if isinstance(d, str) else d.record() for d in self.documents],
-            self.model,
-            self.top_n,
-            self.max_tokens_per_doc,
-            raw_scores=bool(self.raw_scores),
+            top_n=self.top_n,
             threshold=self.threshold,
             return_documents=bool(self.return_documents),
-            instruction=self.instruction,
             spans=self.spans(),
+            **self.options(),
         )
 
 
@@ -101,19 +125,11 @@ class RerankRequest(CohereRequest):
     """``POST /rerank`` and ``/v1/rerank`` with ``documents``: Jina, vLLM, Infinity, and Cohere's first version."""
 
     rank_fields: list[str] | None = None
-    max_tokens_per_query: Limit | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    truncation_side: Literal["left", "right"] | None = None
-    use_activation: bool | None = None
 
     def ask(self) -> Ask:
         """Return what is asked for."""
         ask = super().ask()
         ask.documents = [d if isinstance(d, str) else d.record(self.rank_fields) for d in self.documents]
-        ask.max_tokens_per_query = self.max_tokens_per_query
-        ask.max_tokens_per_prompt = self.truncate_prompt_tokens if (self.truncate_prompt_tokens or 0) > 0 else None
-        ask.cut_left = self.truncation_side == "left"
-        ask.raw_scores = ask.raw_scores or self.use_activation is False
         return ask
 
 
@@ -145,10 +161,9 @@ Items = Annotated[str | list[str | Document], Field(examples=[_EXAMPLE_DOCUMENTS
 _NAMES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
 
 
-class ScoreRequest(_Ours):
+class ScoreRequest(_Options):
     """``POST /score`` and ``/v1/score``: vLLM. One text against several, or as many as there are on the other side."""
 
-    model: str | None = None
     queries: Texts | None = None
     documents: Items | None = None
     items: Items | None = None
@@ -156,10 +171,6 @@ class ScoreRequest(_Ours):
     text_2: Items | None = None
     data_1: Texts | None = None
     data_2: Items | None = None
-    max_tokens_per_doc: Limit | None = None
-    max_tokens_per_query: Limit | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    use_activation: bool | None = None
 
     @model_validator(mode="after")
     def _one_pair_of_fields(self) -> ScoreRequest:
@@ -184,18 +195,8 @@ class ScoreRequest(_Ours):
     def ask(self) -> Ask:
         """Return what is asked for."""
         first, second = self._sides()
-        return Ask(
-            *self._names(),
-            first,
-            [d if isinstance(d, str) else d.record() for d in second],
-            self.model,
-            None,
-            self.max_tokens_per_doc,
-            self.max_tokens_per_query,
-            self.truncate_prompt_tokens if (self.truncate_prompt_tokens or 0) > 0 else None,
-            raw_scores=bool(self.raw_scores) or self.use_activation is False,
-            instruction=self.instruction,
-        )
+        documents = [d if isinstance(d, str) else d.record() for d in second]
+        return Ask(*self._names(), first, documents, **self.options())
 
 
 class LoadRequest(_Body):
@@ -203,3 +204,13 @@ class LoadRequest(_Body):
 
     name: Annotated[str, Field(min_length=1, max_length=200, examples=["code"])]
     adapter: Annotated[str, Field(min_length=1, max_length=1000, examples=["code-adapter"])]
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_deleted(cls, name: str) -> str:
+        if not name.isprintable() or {"", ".", ".."} & set(name.split("/")):
+            raise ValueError(
+                "expected a name that DELETE /v1/models/NAME can have: printable, and between slashes neither nothing "
+                "nor '.' or '..'"
+            )
+        return name

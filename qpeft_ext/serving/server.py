@@ -16,8 +16,13 @@ from ..utils.console import say
 from . import access_log
 from .app import create_app
 from .balancer import Balancer, with_lifespan
+from .paths import PlainPaths
 from .service import Service
 from .settings import ServeSpec
+
+# Seconds. Proxies (nginx, load balancers of clouds) use a connection again that was idle for 60 s; with uvicorn's 5 s
+# they would send requests into connections that are being closed, which their clients see as status 502
+_KEEP_ALIVE = 75
 
 
 class Work(Protocol):
@@ -52,7 +57,7 @@ def serve_on_ray(
 
     def balanced(work: RayReplicas, on_failure: Callable[[], object]) -> Any:
         logged = access_log.AccessLog(Balancer(spec, work.replicas), lambda *_: None)  # the replicas count
-        return with_lifespan(logged, lambda: work.start(on_failure), work.stop)
+        return with_lifespan(PlainPaths(logged), lambda: work.start(on_failure), work.stop)
 
     _serve(lambda: RayReplicas(spec, replicas), balanced, host, port, drain_seconds, log_level)
 
@@ -73,6 +78,7 @@ def _serve(
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=drain_seconds,
+            timeout_keep_alive=_KEEP_ALIVE,
             server_header=False,
         )
         server = uvicorn.Server(config)

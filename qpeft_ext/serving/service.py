@@ -44,6 +44,8 @@ class Service:
         keys, metrics, models: see there.
         pool: threads for what would keep the event loop waiting; they run before there are requests, since a thread
             cannot be started where memory is short.
+        state_pool: one thread for `/ready` and other pages, so that they do not wait for the texts of requests.
+        loading_pool: one thread that loads and forgets models, which takes long, and never two at a time.
         spans_pool: one thread for the spans of answers, which need the LM.
         error: why the models could not be loaded; None so far.
     Raises: ValueError or OSError for a cache, an index or a corpus that cannot be used.
@@ -62,6 +64,8 @@ class Service:
         )
         self.scoring = ScoringThread(spec.limits, self.metrics, self._between_passes)
         self.pool = running_pool(4, "qpeft-prepare")
+        self.state_pool = running_pool(1, "qpeft-state")
+        self.loading_pool = running_pool(1, "qpeft-models")
         self.spans_pool = running_pool(1, "qpeft-spans")
         self.error: Exception | None = None
         self.stopping = False
@@ -102,8 +106,8 @@ class Service:
         self.scoring.waiting.close()
         if self.scoring.is_alive():
             self.scoring.join()
-        self.pool.shutdown(wait=False)
-        self.spans_pool.shutdown(wait=False)
+        for pool in (self.pool, self.state_pool, self.loading_pool, self.spans_pool):
+            pool.shutdown(wait=False)
 
     def _between_passes(self) -> None:
         """Take over an index that has grown."""
@@ -119,13 +123,18 @@ class Service:
 
     # -- requests -------------------------------------------------------------------------------------------------
 
-    def submit(self, ask: Ask) -> Prepared:
+    def submit(self, ask: Ask, given_up: threading.Event) -> Prepared:
         """Make the job of a request and put it into the queue; to be called in the pool.
 
-        Raises: RequestError if it cannot be scored.
+        Args:
+            given_up: set when nobody waits for the answer any more.
+        Raises: RequestError if it cannot be scored, or need not be.
         """
         self.expect_loaded()
         prepared = prepare(ask, self.models, self.corpus, self.spec.limits)
+        if given_up.is_set():
+            raise RequestError("cancelled", "the client has gone")
+        prepared.given_up = given_up
         self.scoring.put(prepared.job)
         return prepared
 
@@ -152,7 +161,7 @@ class Service:
             if self.scoring.healthy and time.monotonic() - self.scoring.last_success < _FRESH:
                 return ""
             loop = asyncio.get_running_loop()
-            job = await loop.run_in_executor(self.pool, self._probe)
+            job = await loop.run_in_executor(self.state_pool, self._probe)
             await asyncio.wait_for(asyncio.wrap_future(job.future), _PROBE_SECONDS)
         except TimeoutError:
             return f"no pass of the model within {_PROBE_SECONDS:.0f} s"
