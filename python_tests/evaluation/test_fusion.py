@@ -37,7 +37,7 @@ def test_fused_runs_can_be_written(tmp_path):
 
 
 def test_what_cannot_be_fused():
-    for runs, weights in (([], None), ([ONE], [1.0, 2.0]), ([ONE], [math.nan])):
+    for runs, weights in (([], None), ([ONE], [1.0, 2.0]), ([ONE], [math.nan]), ([ONE, TWO], [0.0, 0.0])):
         with pytest.raises(ValueError, match="expected one finite weight per run"):
             fuse(runs, weights)
     with pytest.raises(ValueError, match="normalization must be min_max or z_score, got 'rank'"):

@@ -28,7 +28,8 @@ def fuse(runs: Sequence[Run], weights: Sequence[float] | None = None, normalizat
     Returns: a run over the union of queries and documents; equal sums are in the order of the first run.
 
     Raises:
-        ValueError: without runs, for another number of weights, and for weights or scores that are not finite.
+        ValueError: without runs, for another number of weights, for weights that are all 0, and for weights or
+            scores that are not finite.
 
     Example: c has score 0 in the first run and 1 in the second; d, which the first run lacks, has 0 in both::
 
@@ -39,8 +40,10 @@ def fuse(runs: Sequence[Run], weights: Sequence[float] | None = None, normalizat
         {'q': [('a', 1.0), ('b', 0.5), ('c', 0.25), ('d', 0.0)]}
     """
     weights = [1.0] * len(runs) if weights is None else list(weights)
-    if not runs or len(weights) != len(runs) or not np.isfinite(weights).all():
-        raise ValueError(f"fuse: expected one finite weight per run, got {len(runs)} runs and weights {weights}")
+    if not runs or len(weights) != len(runs) or not np.isfinite(weights).all() or not any(weights):
+        raise ValueError(
+            f"fuse: expected one finite weight per run, not all 0, got {len(runs)} runs and weights {weights}"
+        )
     if normalization not in ("min_max", "z_score"):
         raise ValueError(f"fuse: normalization must be min_max or z_score, got {normalization!r}")
 
