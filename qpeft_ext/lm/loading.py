@@ -66,8 +66,6 @@ def load_lm(
         AutoModelForSequenceClassification,
     )
 
-    if device is not None:
-        default_device(device)  # a wrong one is known before minutes of reading weights
     dtype = resolve_dtype(dtype, device or ("cuda" if "device_map" in kwargs and torch.cuda.is_available() else None))
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
@@ -78,6 +76,8 @@ def load_lm(
     in_int8 = dtype == torch.int8
     if in_int8:
         expect_int8_possible(device, kwargs)
+    if device is not None:
+        default_device(device)  # a wrong one is known before minutes of reading weights
     if attention is not None:
         kwargs["attn_implementation"] = attention
     config = kwargs.get("config") or load_config(name_or_path, **kwargs)

@@ -255,6 +255,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         training = self.model.training
         self.model.eval()
         given: Any = dataloader.dataset  # what `evaluate` was given, where the trainer has no data set of its own
+        given = getattr(given, "dataset", given)  # of several processes each has a shard of a stream
         datasets = (self.train_dataset, self.eval_dataset, given.examples)
         self._settle_temperature(next(dataset for dataset in datasets if dataset is not None))
         self.callback_handler.eval_dataloader = dataloader
