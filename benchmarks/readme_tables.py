@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 # is another
 COLLECTIONS = {
     "squad-smollm2": ("SQuAD, 500 questions", "quality_pretrained", "squad"),
+    "docstrings-smollm2": ("docstrings, 500 queries (float32)", "quality_pretrained_float32", "docstrings"),
     "dl19-from-squad-smollm2": ("TREC DL 2019, 43 queries; trained on SQuAD", "quality_pretrained", "dl19, from SQuAD"),
     "dl19-smollm2": ("TREC DL 2019, 43 queries; trained on MS MARCO", "quality_pretrained", "dl19"),
     "squad": ("SQuAD, 1,000 questions", "quality_prose"),
@@ -31,7 +32,7 @@ COLLECTIONS = {
     "docstrings-100-all": ("docstrings, 3,803 queries", "quality_docstrings_100"),
 }
 FIVE = ("squad", "docstrings", "cosqa", "dl19", "scifact")
-PRETRAINED = ("squad-smollm2", "dl19-from-squad-smollm2", "dl19-smollm2")
+PRETRAINED = ("squad-smollm2", "docstrings-smollm2", "dl19-from-squad-smollm2", "dl19-smollm2")
 OURS = "Q-PEFT-R + generated LoRA"
 UNTRAINED = {"BM25": "first stage", "similarity, no LM": "similarity", "UPR": "UPR", "hard clues": "hard clues"}
 TRAINED = {"soft prompt": "soft prompt", "LoRA": "LoRA", "generated LoRA": "generated LoRA"}
