@@ -162,3 +162,26 @@ def test_another_process_finds_the_files_of_the_same_lm_only(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [len(DOCUMENTS)] * 2
+
+
+def test_a_file_in_the_place_of_another_is_a_miss(tmp_path, caplog):
+    """It is whole and of the right size, and has the keys and values of another document or LM."""
+
+    def written(folder: Path, i: int, version: Version) -> Path:
+        cache = qpeft.DocumentCache(0, disk=folder, disk_bytes=1 << 20)
+        cache.put(key(0 if folder.name == "other_lm" else i, version=version), prefix(i))
+        (file,) = folder.glob("*.safetensors")
+        return file
+
+    mine, lm = written(tmp_path / "mine", 0, Version()), Version("another")
+    for other, found in (
+        (written(tmp_path / "other_document", 1, Version()), False),
+        (written(tmp_path / "other_lm", 1, lm), False),
+        (written(tmp_path / "the_same", 0, Version()), True),
+    ):
+        mine.write_bytes(other.read_bytes())
+        cache = qpeft.DocumentCache(0, disk=mine.parent, disk_bytes=1 << 20)
+        assert look(cache, 0) == found
+        cache._disk._lock.close()
+    document, other_lm = (record.message for record in caplog.records)
+    assert "it is of another document" in document and "it is of another LM" in other_lm

@@ -19,6 +19,7 @@ from .copies import copies
 from .files import Extent, prefetch, read_contents, write_prefixes
 from .keys import PrefixKey
 from .kv import PrefixKV
+from .origin import expect_origin, origin_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,11 @@ class DiskTier(FileTier):
             return None
         path = self._path(name)
         try:
-            (extent,) = read_contents(path).extents.values()
+            contents = read_contents(path)
+            expect_origin(contents.metadata, key.model.fingerprint(), key.deterministic)
+            if list(contents.extents) != [key.digest.hex()]:
+                raise ValueError("it is of another document")
+            (extent,) = contents.extents.values()
             os.utime(path)  # the order of use outlives the process
         except (OSError, ValueError) as error:
             self.drop(key, error)
@@ -210,11 +215,10 @@ class DiskTier(FileTier):
             return []
         if prefix.ready is not None:
             prefix.ready.synchronize()
-        metadata = {"fingerprint": json.dumps(key.model.fingerprint()), "alone": str(key.deterministic)}
-        if key.kv_dtype:
-            metadata["kv_dtype"] = key.kv_dtype
+        content = [(key.digest.hex(), prefix.block.cpu())]
+        metadata = origin_of(key.model.fingerprint(), key.deterministic, key.kv_dtype)
         try:
-            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.block.cpu())], metadata, mode=0o600)
+            size = write_prefixes(self._path(name), content, metadata, mode=0o600)
         except (OSError, ValueError) as error:
             self._stopped = True
             logger.warning(
