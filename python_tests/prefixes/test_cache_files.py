@@ -19,7 +19,7 @@ from tiny_cache import TWO_FILES, Version, filled, key, look, model, prefix, sco
 
 import qpeft_ext as qpeft
 from qpeft_ext.prefixes.files import Damaged, checksum, read_contents, read_prefix
-from qpeft_ext.utils.files import AtomicWriter
+from qpeft_ext.utils.files import AtomicWriter, private_folder, temporary_name
 
 
 def test_files_are_found_again_and_the_oldest_leaves_first(tmp_path):
@@ -31,6 +31,31 @@ def test_files_are_found_again_and_the_oldest_leaves_first(tmp_path):
     again.put(key(7), prefix(7))
     assert [look(again, i) for i in (0, 1, 7)] == [True, False, True]
     assert not look(again, 0, version=Version("another lm"))
+
+
+def test_other_files_of_the_folder_stay(tmp_path):
+    """An LM or an index in the folder of a cache is not ours to delete, however small the budget."""
+    names = "model.safetensors", "shard-000000.safetensors", f"{'g' * 64}.safetensors", ".notes.tmp"
+    others = [tmp_path / name for name in names]
+    for file in others:
+        file.write_bytes(bytes(10_000))
+        os.utime(file, (0, 0))
+    cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=TWO_FILES)
+    for i in range(3):
+        cache.put(key(i), prefix(i))
+    assert (len(cache._disk), cache._disk.evictions) == (2, 1)
+    cache._disk.clear()
+    assert all(len(file.read_bytes()) == 10_000 for file in others) and cache._disk.nbytes == 0
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    with private_folder(tmp_path / "folder") as folder:
+        name = folder.name
+    left = [tmp_path / temporary_name(f"{'a' * 64}.safetensors"), tmp_path / name]
+    left[0].write_bytes(b"half")
+    left[1].mkdir()
+    qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=TWO_FILES)
+    assert os.listdir(tmp_path) == [".lock"]
 
 
 def test_a_folder_belongs_to_one_cache(tmp_path):

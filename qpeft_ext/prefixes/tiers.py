@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .kv import PrefixKV
 from .origin import expect_origin, origin_of
 
 logger = logging.getLogger(__name__)
+
+_OWN_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")  # as `_file_name` makes them: others are not ours to delete
 
 
 @dataclass
@@ -163,7 +166,7 @@ class DiskTier(FileTier):
     They outlive the process and are found by the next one with the same LM.
 
     Args:
-        folder: made if need be; one tier at a time may use it.
+        folder: made if need be; one tier at a time may use it. Files in it that have other names stay.
         max_bytes: budget for the files.
     Raises: ValueError if the folder is in use; OSError if it cannot be made.
     """
@@ -174,7 +177,8 @@ class DiskTier(FileTier):
         self.folder.mkdir(0o700, parents=True, exist_ok=True)  # prefixes tell what the documents say
         self._lock = lock_folder(self.folder)
         drop_temporary(self.folder)
-        found = sorted((file.stat().st_mtime_ns, file) for file in self.folder.glob("*.safetensors"))
+        files = (file for file in self.folder.glob("*.safetensors") if _OWN_FILE.fullmatch(file.name))
+        found = sorted((file.stat().st_mtime_ns, file) for file in files)
         self._sizes: OrderedDict[str, int] = OrderedDict((file.stem, file.stat().st_size) for _, file in found)
         self.nbytes = sum(self._sizes.values())
         self._stopped = False
