@@ -136,6 +136,15 @@ def test_tokens_become_words_and_words_phrases():
     assert [(text[a:b], share) for (a, b), share in found] == [("tides rise,", 0.8), ("boats", 0.2)]
 
 
+def test_the_first_word_behind_a_title_is_in_the_text():
+    """Many tokenizers, such as those of Llama 2 and Qwen, give a token the space before it, here that of the title."""
+    text, whole = "tides rise", "Sea tides rise"
+    clues = [clue(whole, 0, 3, 3.0), clue(whole, 3, 9, 2.0), clue(whole, 9, 14, 1.0)]
+    explained = Explanation("q", whole, clues, text_start=4)
+    assert [explained.place_in_document(span) for span in clues] == [None, (0, 5), (5, 10)]
+    assert clue_phrases(explained, text) == [((0, 10), pytest.approx(1))]
+
+
 def test_attention_that_all_tokens_get_makes_no_span():
     text = "a b c d e f g h"
     spans = [(i, i + 1) for i in range(0, 15, 2)]
