@@ -154,6 +154,13 @@ def test_another_lm_or_template_is_one_clear_error(change, message, tmp_path):
         make(tmp_path, other)
 
 
+def test_a_refused_writer_leaves_the_folder_to_others(tmp_path):
+    make(tmp_path)
+    with pytest.raises(ValueError, match="max_document_tokens") as kept:  # as a notebook keeps the last error
+        IndexWriter(model(max_document_tokens=9), corpus(), tmp_path)
+    assert make(tmp_path).missing == 0 and kept.tb is not None
+
+
 def with_lora():
     import peft
 

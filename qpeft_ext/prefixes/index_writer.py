@@ -85,7 +85,11 @@ class IndexWriter:
         self.folder.mkdir(folder_permissions(self._mode), parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
         self._first_shard: int | None = None  # of this run, which an earlier process may have begun
-        self._settings = self._check_settings()
+        try:
+            self._settings = self._check_settings()
+        except BaseException:  # a caller that keeps the error, as notebooks do, must not keep the folder locked
+            self.close()
+            raise
         drop_temporary(self.folder)
         self._shards = 0
         self._keys = np.zeros(0, dtype=np.int64)
