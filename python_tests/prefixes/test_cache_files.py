@@ -66,6 +66,17 @@ def test_a_folder_belongs_to_one_cache(tmp_path):
     qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
 
 
+def test_files_of_a_disk_that_became_read_only_are_read(tmp_path, monkeypatch, caplog):
+    filled(tmp_path, 1)
+    cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 20)
+
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "utime", read_only)
+    assert look(cache, 0) and not caplog.records and len(cache._disk) == 1
+
+
 def truncated(data: bytearray) -> bytearray:
     return data[: len(data) // 2]
 

@@ -196,10 +196,11 @@ class DiskTier(FileTier):
             if list(contents.extents) != [key.digest.hex()]:
                 raise ValueError("it is of another document")
             (extent,) = contents.extents.values()
-            os.utime(path)  # the order of use outlives the process
         except (OSError, ValueError) as error:
             self.drop(key, error)
             return None
+        with contextlib.suppress(OSError):  # a disk that has become read-only can still be read
+            os.utime(path)  # the order of use outlives the process
         self._sizes.move_to_end(name)
         return extent
 
