@@ -345,6 +345,6 @@ def test_two_trainings_into_one_folder(job, tmp_path, capsys):
         )
         assert not list(output.iterdir())
     assert not output.exists()
-    (output / ".adapter.0.tmp").mkdir(parents=True)  # of a process that was killed
+    (output / ".adapter.0123456789ab.tmp").mkdir(parents=True)  # of a process that was killed
     assert train(job, output, *options) == 0
     assert not list(output.glob(".*"))

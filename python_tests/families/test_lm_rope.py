@@ -76,6 +76,7 @@ def test_a_prompt_is_read_with_the_table_of_its_own_length(make):
         ):
             got = model.score(PAIRS, **options).query_log_likelihood
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+        assert cache.hits == cache.misses > 0  # a table that a pass puts in place makes no other LM
         assert torch.cat([model.score([pair], deterministic=True).query_log_likelihood for pair in PAIRS]).equal(
             model.score(PAIRS, deterministic=True).query_log_likelihood)  # fmt: skip
         with torch.no_grad():

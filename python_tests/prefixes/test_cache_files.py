@@ -19,7 +19,7 @@ from tiny_cache import TWO_FILES, Version, filled, key, look, model, prefix, sco
 
 import qpeft_ext as qpeft
 from qpeft_ext.prefixes.files import Damaged, checksum, read_contents, read_prefix
-from qpeft_ext.utils.files import AtomicWriter
+from qpeft_ext.utils.files import AtomicWriter, private_folder, temporary_name
 
 
 def test_files_are_found_again_and_the_oldest_leaves_first(tmp_path):
@@ -33,12 +33,48 @@ def test_files_are_found_again_and_the_oldest_leaves_first(tmp_path):
     assert not look(again, 0, version=Version("another lm"))
 
 
+def test_other_files_of_the_folder_stay(tmp_path):
+    """An LM or an index in the folder of a cache is not ours to delete, however small the budget."""
+    names = "model.safetensors", "shard-000000.safetensors", f"{'g' * 64}.safetensors", ".notes.tmp"
+    others = [tmp_path / name for name in names]
+    for file in others:
+        file.write_bytes(bytes(10_000))
+        os.utime(file, (0, 0))
+    cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=TWO_FILES)
+    for i in range(3):
+        cache.put(key(i), prefix(i))
+    assert (len(cache._disk), cache._disk.evictions) == (2, 1)
+    cache._disk.clear()
+    assert all(len(file.read_bytes()) == 10_000 for file in others) and cache._disk.nbytes == 0
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    with private_folder(tmp_path / "folder") as folder:
+        name = folder.name
+    left = [tmp_path / temporary_name(f"{'a' * 64}.safetensors"), tmp_path / name]
+    left[0].write_bytes(b"half")
+    left[1].mkdir()
+    qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=TWO_FILES)
+    assert os.listdir(tmp_path) == [".lock"]
+
+
 def test_a_folder_belongs_to_one_cache(tmp_path):
     cache = qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
     with pytest.raises(ValueError, match="in use by another process"):
         qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
     del cache
     qpeft.DocumentCache(disk=tmp_path, disk_bytes=1 << 20)
+
+
+def test_files_of_a_disk_that_became_read_only_are_read(tmp_path, monkeypatch, caplog):
+    filled(tmp_path, 1)
+    cache = qpeft.DocumentCache(0, disk=tmp_path, disk_bytes=1 << 20)
+
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "utime", read_only)
+    assert look(cache, 0) and not caplog.records and len(cache._disk) == 1
 
 
 def truncated(data: bytearray) -> bytearray:
@@ -162,3 +198,26 @@ def test_another_process_finds_the_files_of_the_same_lm_only(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [len(DOCUMENTS)] * 2
+
+
+def test_a_file_in_the_place_of_another_is_a_miss(tmp_path, caplog):
+    """It is whole and of the right size, and has the keys and values of another document or LM."""
+
+    def written(folder: Path, i: int, version: Version) -> Path:
+        cache = qpeft.DocumentCache(0, disk=folder, disk_bytes=1 << 20)
+        cache.put(key(0 if folder.name == "other_lm" else i, version=version), prefix(i))
+        (file,) = folder.glob("*.safetensors")
+        return file
+
+    mine, lm = written(tmp_path / "mine", 0, Version()), Version("another")
+    for other, found in (
+        (written(tmp_path / "other_document", 1, Version()), False),
+        (written(tmp_path / "other_lm", 1, lm), False),
+        (written(tmp_path / "the_same", 0, Version()), True),
+    ):
+        mine.write_bytes(other.read_bytes())
+        cache = qpeft.DocumentCache(0, disk=mine.parent, disk_bytes=1 << 20)
+        assert look(cache, 0) == found
+        cache._disk._lock.close()
+    document, other_lm = (record.message for record in caplog.records)
+    assert "it is of another document" in document and "it is of another LM" in other_lm

@@ -28,6 +28,10 @@ def changes():
         settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options
         return peft.get_peft_model(lm or tiny_lm("llama"), peft.LoraConfig(**settings))
 
+    def other_positions(lm):
+        lm.config.rope_parameters = lm.config.rope_parameters | {"rope_theta": 500.0}  # what files know
+        return lm.model.rotary_emb.inv_freq
+
     def two_adapters():
         lm = lora()
         lm.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -46,6 +50,11 @@ def changes():
             ),
         ),
         "replaced": (tiny_lm, assign),
+        "a buffer in place": (tiny_lm, lambda lm: other_positions(lm).mul_(0.25)),
+        "a buffer replaced": (
+            tiny_lm,
+            lambda lm: setattr(lm.model.rotary_emb, "inv_freq", 0.25 * other_positions(lm)),
+        ),
         "dtype": (tiny_lm, lambda lm: lm.to(torch.bfloat16)),
         "another attention": (tiny_lm, lambda lm: lm.set_attn_implementation("eager")),
         "another adapter": (two_adapters, lambda lm: lm.set_adapter("other")),

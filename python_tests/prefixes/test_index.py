@@ -154,6 +154,13 @@ def test_another_lm_or_template_is_one_clear_error(change, message, tmp_path):
         make(tmp_path, other)
 
 
+def test_a_refused_writer_leaves_the_folder_to_others(tmp_path):
+    make(tmp_path)
+    with pytest.raises(ValueError, match="max_document_tokens") as kept:  # as a notebook keeps the last error
+        IndexWriter(model(max_document_tokens=9), corpus(), tmp_path)
+    assert make(tmp_path).missing == 0 and kept.tb is not None
+
+
 def with_lora():
     import peft
 
@@ -215,3 +222,28 @@ def test_a_search_finds_every_digest_and_no_other(tmp_path, monkeypatch):
     index = PrefixIndex(tmp_path)
     assert [int(index._find(digest)["offset"]) for digest in digests] == list(range(len(digests)))
     assert all(index._find(bytes([a]) * 32) is None for a in range(2, 256))
+
+
+@pytest.mark.parametrize(
+    "other, options, message",
+    [
+        (lambda: tiny_lm("llama", seed=1), {}, "it is of another LM"),
+        (lambda: tiny_lm("llama"), {"deterministic": True}, "it was made with deterministic=True"),
+        (lambda: tiny_lm("llama"), {"kv_dtype": "bfloat16"}, "torch.bfloat16"),
+    ],
+)
+def test_a_shard_of_another_index_is_not_read(other, options, message, tmp_path, caplog):
+    """As when one index is copied over another with more shards: the shards are whole, and name the same documents."""
+    lm, here = model(), {"kv_dtype": "float16"} if "kv_dtype" in options else {}  # of as many bytes as bfloat16
+    make(tmp_path / "mine", lm, **here)
+    expected = scores(lm, qpeft.DocumentCache(0, kv_dtype=here.get("kv_dtype")))
+    make(tmp_path / "other", model(other()), **options)
+    for path in shard_paths(tmp_path / "mine"):
+        path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+    cache = qpeft.DocumentCache(0, index=tmp_path / "mine")
+    torch.testing.assert_close(scores(lm, cache), expected, rtol=0, atol=1e-4)
+    assert cache.misses == 6 and message in caplog.text
+    before = contents(tmp_path / "mine")
+    with pytest.raises(ValueError, match=rf"shard-000000.*{message}.*move it away"):
+        make(tmp_path / "mine", lm, **here)
+    assert contents(tmp_path / "mine").keys() == before.keys()

@@ -1,9 +1,11 @@
 """Relevances of scores, thresholds, and calibrations in adapters."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
+import torch
 from families.tiny import DOCUMENTS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
@@ -63,6 +65,29 @@ def test_each_query_is_read_once_behind_an_empty_document(monkeypatch):
     reranker.relevance(QUERIES * 2, [-3.0, -4.0, -5.0, -6.0])
     reranker.relevance(QUERIES, [-3.0, -4.0])
     assert calls == [len(QUERIES)]
+
+
+def head_of(model):
+    return model.lm.get_output_embeddings().weight
+
+
+def rotary_of(model):
+    return model.lm.model.rotary_emb.inv_freq
+
+
+@pytest.mark.parametrize("changed", [head_of, rotary_of, lambda model: model.clues.mlp.down.weight])
+def test_a_changed_model_reads_queries_anew(changed):
+    """Clues of the vocabulary stand behind an empty document too."""
+    reranker = reranker_of(source="vocabulary")
+    scores = reranker.predict([(query, DOCUMENTS[0]) for query in QUERIES])
+    before = reranker.relevance(QUERIES, scores)
+    with torch.no_grad():
+        changed(reranker.model).normal_(generator=torch.Generator().manual_seed(0))
+    after = reranker.relevance(QUERIES, scores)
+    assert np.array_equal(after, qpeft.Reranker(reranker.model).relevance(QUERIES, scores))
+    assert not np.allclose(before, after, rtol=1e-3)
+    copy = pickle.loads(pickle.dumps(reranker))
+    assert np.allclose(copy.relevance(QUERIES, scores), after)
 
 
 def test_candidates_of_a_list_have_relevances_too():

@@ -15,9 +15,9 @@ SENTENCES = ["The moon pulls.", "Boats float!", "Tides rise twice."]
 DOCUMENT = {"title": "Sea", "text": TEXT}
 
 
-def reranker_of(family: str = "llama", **options) -> qpeft.Reranker:
+def reranker_of(family: str = "llama", passages: str | None = None, **options) -> qpeft.Reranker:
     config = qpeft.QPeftConfig(**{"clues": "none"} | options)
-    return qpeft.Reranker(qpeft.get_qpeft_model(tiny_lm(family), config, tiny_tokenizer()))
+    return qpeft.Reranker(qpeft.get_qpeft_model(tiny_lm(family), config, tiny_tokenizer()), passages=passages)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,15 @@ def test_tokens_become_words_and_words_phrases():
     assert [(text[a:b], share) for (a, b), share in found] == [("tides rise,", 0.8), ("boats", 0.2)]
 
 
+def test_the_first_word_behind_a_title_is_in_the_text():
+    """Many tokenizers, such as those of Llama 2 and Qwen, give a token the space before it, here that of the title."""
+    text, whole = "tides rise", "Sea tides rise"
+    clues = [clue(whole, 0, 3, 3.0), clue(whole, 3, 9, 2.0), clue(whole, 9, 14, 1.0)]
+    explained = Explanation("q", whole, clues, text_start=4)
+    assert [explained.place_in_document(span) for span in clues] == [None, (0, 5), (5, 10)]
+    assert clue_phrases(explained, text) == [((0, 10), pytest.approx(1))]
+
+
 def test_attention_that_all_tokens_get_makes_no_span():
     text = "a b c d e f g h"
     spans = [(i, i + 1) for i in range(0, 15, 2)]
@@ -150,3 +159,22 @@ def test_phrases_are_weighed_by_their_sentence():
     found = weighed([((0, 2), 0.5), ((6, 8), 0.5)], [((0, 4), 0.2), ((5, 9), 0.8)])
     assert found == [((0, 2), pytest.approx(0.2)), ((6, 8), pytest.approx(0.8))]
     assert [span.text for span in best_spans("abcdefghi", found, 0.3, None)] == ["gh"]
+
+
+def test_a_title_that_leaves_no_room_has_no_spans():
+    assert reranker_of(max_document_tokens=16).spans(QUERY, {"title": "sea and moon " * 3, "text": TEXT}) == []
+
+
+def test_spans_are_of_the_passage_as_it_was_scored():
+    """Tokens are bytes: of a title that is too long, the words that fit into 32 of 64 go with each passage."""
+    document = {"title": "all the seas and all their moons and boats", "text": f"Boats. {TEXT}\n\n" * 3}
+    passages = reranker_of(max_document_tokens=64, passages="max")
+    (row,) = passages.rank(QUERY, [document])
+    start, end = row["passage"]
+    scored = {"title": "all the seas and all their", "text": document["text"][start:end]}
+    whole = reranker_of(max_document_tokens=64)
+    assert passages.score([(QUERY, scored)])[0] == pytest.approx(row["score"], abs=1e-3)
+    expected = [(span.start + start, span.end + start, span.text) for span in whole.spans(QUERY, scored, threshold=0)]
+    spans = passages.spans(QUERY, document, threshold=0)
+    assert expected and [(span.start, span.end, span.text) for span in spans] == expected
+    assert [document["text"][span.start : span.end] for span in spans] == [span.text for span in spans]

@@ -67,9 +67,9 @@ class LMVersion:
 class LMState:
     """Tells the versions of an LM apart, or of an LM and its soft prompt together.
 
-    A parameter that is replaced or written to in place makes a new version, and so do other active adapters and another
-    attention implementation. A write through ``parameter.data`` leaves no trace in torch; call `DocumentCache.clear`
-    after one.
+    A parameter or buffer (such as frequencies of rotary positions, or weights in 8 bits) that is replaced or written to
+    in place makes a new version, and so do other active adapters and another attention implementation. A write through
+    ``parameter.data`` leaves no trace in torch; call `DocumentCache.clear` after one.
 
     Args:
         lm: the language model.
@@ -110,7 +110,8 @@ class LMState:
     def version(self) -> LMVersion:
         """The LM's version now. Cheap: addresses and write counts, no content."""
         modules = _modules(self.lm) + ([] if self.soft_prompt is None else _modules(self.soft_prompt))
-        own = (p for module in modules for p in module._parameters.values() if p is not None)
+        own: list[Tensor] = [p for module in modules for p in module._parameters.values() if p is not None]
+        own += [buffer for module in modules for buffer in _buffers(module)]
         parameters = [part for p in own for part in plain_parts(p).values()]
         adapters = _states_of(modules)
         state = (*((p.data_ptr(), writes(p), p.dtype) for p in parameters), _attention(self.lm), *adapters)
@@ -136,6 +137,18 @@ def _modules(root: nn.Module) -> list[nn.Module]:
     for module in found:  # which grows meanwhile
         found += [child for child in module._modules.values() if child is not None]
     return list(dict.fromkeys(found))
+
+
+def _buffers(module: nn.Module) -> list[Tensor]:
+    """The buffers of a module, without rotary tables that passes of other lengths replace (`lm.rope`)."""
+    types = getattr(module, "rope_type", None) if module._buffers else None
+    kinds = types.values() if isinstance(types, dict) else [types]
+    replaced = any("dynamic" in str(kind) or kind == "longrope" for kind in kinds)
+    return [
+        buffer
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not (replaced and name.endswith("inv_freq") and "original" not in name)
+    ]
 
 
 def _alive(module: weakref.ref[nn.Module]) -> nn.Module:

@@ -225,8 +225,10 @@ class DocumentCache:
         for tier in self._files:
             for i in (i for i, prefix in enumerate(found) if prefix is None and i not in located):
                 extent = tier.locate(keys[i])
-                if extent is not None and extent.nbytes != packing.nbytes(keys[i].length):
-                    tier.drop(keys[i], f"expected {packing.nbytes(keys[i].length)} bytes, got {extent.nbytes}")
+                expected = packing.nbytes(keys[i].length), packing.dtype
+                if extent is not None and (extent.nbytes, extent.dtype) != expected:
+                    words = "expected {} bytes of {}, got {} of {}"
+                    tier.drop(keys[i], words.format(*expected, extent.nbytes, extent.dtype))
                     extent = None
                 if extent is None:
                     tier.count(False)

@@ -24,6 +24,7 @@ from ..utils.files import AtomicWriter
 from ..utils.small_files import open_regular
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int8: "I8"}
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _MAX_HEADER = 16 << 20  # bytes; that of a shard with the most prefixes takes 10 MB
 _BLOCK = 512  # 8-byte words in a block of the checksum
 
@@ -36,6 +37,7 @@ class Extent(NamedTuple):
     """The bytes of a file that hold a prefix, ``offset`` to ``offset + nbytes``, and their checksum.
 
     format: that of the file, which says how the checksum is computed.
+    dtype: of the numbers.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Extent(NamedTuple):
     nbytes: int
     checksum: int
     format: str
+    dtype: torch.dtype | None
 
 
 @dataclass
@@ -54,12 +57,14 @@ class Contents:
         metadata: the writer's.
         nbytes: size of the file.
         format: a key of `CHECKSUMS`.
+        dtype: of all prefixes; None where there is none.
     """
 
     extents: dict[str, Extent]
     metadata: dict[str, str]
     nbytes: int
     format: str
+    dtype: torch.dtype | None
 
 
 def write_prefixes(
@@ -123,19 +128,23 @@ def read_contents(path: Path) -> Contents:
             checksums = [int(text, 16) for text in metadata["checksums"].split()]
             if not all(0 <= checksum < 1 << 32 for checksum in checksums):
                 raise Damaged("a checksum of more than 32 bits")
+            dtypes = {_TORCH_DTYPES[entry["dtype"]] for entry in header.values()}
+            if len(dtypes) > 1:
+                raise Damaged("prefixes of several dtypes")
+            dtype = dtypes.pop() if dtypes else None
             extents, end = {}, 0
             for (name, entry), expected in zip(header.items(), checksums, strict=True):
                 start, (begin, end) = end, entry["data_offsets"]
                 if begin != start or type(end) is not int or not start <= end <= size:
                     raise Damaged(f"{name[:64]!r} is not where it must be")
-                extents[name] = Extent(path, 8 + length + start, end - start, expected, format)
+                extents[name] = Extent(path, 8 + length + start, end - start, expected, format, dtype)
         except Damaged:
             raise
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"not a readable header ({type(error).__name__})") from None
         if size != 8 + length + end:
             raise Damaged(f"expected {8 + length + end} bytes, got {size}")
-    return Contents(extents, metadata, size, format)
+    return Contents(extents, metadata, size, format, dtype)
 
 
 def read_prefix(extent: Extent, into: Tensor) -> None:

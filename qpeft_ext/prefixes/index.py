@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.lib.recfunctions import repack_fields
 
 from ..prompts.prompt import Prompt
@@ -25,6 +26,7 @@ from .manifest import (
     prompt_settings,
     read_manifest,
 )
+from .origin import expect_origin
 from .tiers import FileTier
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class PrefixIndex(FileTier):
         self._checked: object = None
         self._told: set[str] = set()
         self._paths = shard_paths(self.folder)
-        self._formats = [""] * len(self._paths)  # of the shards that can be read
+        self._read_as: dict[int, tuple[str, torch.dtype | None]] = {}  # shards that can be read: format, dtype
         rows = np.concatenate([np.zeros(0, _ROW), *map(self._read_shard, range(len(self._paths)))])
         order = np.argsort(rows["digest"])
         self._digests = rows["digest"][order]  # an array of its own, or each search would copy them together first
@@ -69,7 +71,8 @@ class PrefixIndex(FileTier):
         """Names and places of the prefixes in a shard."""
         try:
             contents = read_contents(self._paths[shard])
-            self._formats[shard] = contents.format
+            expect_origin(contents.metadata, self.manifest["model"], self.manifest["alone"])
+            self._read_as[shard] = contents.format, contents.dtype
             return np.array(
                 [
                     (bytes.fromhex(name), shard, extent.offset, extent.nbytes, extent.checksum)
@@ -104,7 +107,7 @@ class PrefixIndex(FileTier):
         if row is None:
             return None
         shard, offset, nbytes, checksum = row.item()
-        return Extent(self._paths[shard], offset, nbytes, checksum, self._formats[shard])
+        return Extent(self._paths[shard], offset, nbytes, checksum, *self._read_as[shard])
 
     def prefetch(self, key: PrefixKey) -> bool:
         """Ask the system to read the prefix ahead.

@@ -30,6 +30,7 @@ from .index import shard_paths
 from .keys import prefix_digest
 from .kv import PrefixKV
 from .manifest import MANIFEST, expect_same_settings, read_manifest, settings_of
+from .origin import OtherOrigin, expect_origin, origin_of
 from .survey import Survey, size
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,11 @@ class IndexWriter:
         self.folder.mkdir(folder_permissions(self._mode), parents=True, exist_ok=True)
         self._lock = lock_folder(self.folder)
         self._first_shard: int | None = None  # of this run, which an earlier process may have begun
-        self._settings = self._check_settings()
+        try:
+            self._settings = self._check_settings()
+        except BaseException:  # a caller that keeps the error, as notebooks do, must not keep the folder locked
+            self.close()
+            raise
         drop_temporary(self.folder)
         self._shards = 0
         self._keys = np.zeros(0, dtype=np.int64)
@@ -213,7 +218,7 @@ class IndexWriter:
             write_prefixes(
                 path,
                 [(name, flat) for name, flat, _ in pending],
-                {"fingerprint": json.dumps(self._settings["model"]), "alone": str(self.deterministic)},
+                origin_of(self._settings["model"], self.deterministic, self._kv_dtype),
                 self._mode,
             )
         except OSError as error:
@@ -267,10 +272,18 @@ class IndexWriter:
             own = number >= self._first_shard
             try:
                 contents = read_contents(path)
+                expect_origin(contents.metadata, self._settings["model"], self.deterministic)
+                if contents.dtype not in (None, self._packing.dtype):
+                    raise OtherOrigin(f"its keys and values are {contents.dtype}")
                 if own and number == max(numbers) and self._is_short(contents):
                     self._pending = [(name, self._read(extent), None) for name, extent in contents.extents.items()]
                     self._shards = number
                 keys[own] += [_key(bytes.fromhex(name)) for name in contents.extents]
+            except OtherOrigin as error:
+                raise ValueError(
+                    f"{path} does not belong to the index in its folder ({error}); move it away, and run the same "
+                    "command again"
+                ) from None
             except ValueError as error:
                 logger.warning("%s is damaged (%s): it is removed, its documents are computed again", path, error)
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,11 @@ from .copies import copies
 from .files import Extent, prefetch, read_contents, write_prefixes
 from .keys import PrefixKey
 from .kv import PrefixKV
+from .origin import expect_origin, origin_of
 
 logger = logging.getLogger(__name__)
+
+_OWN_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")  # as `_file_name` makes them: others are not ours to delete
 
 
 @dataclass
@@ -162,7 +166,7 @@ class DiskTier(FileTier):
     They outlive the process and are found by the next one with the same LM.
 
     Args:
-        folder: made if need be; one tier at a time may use it.
+        folder: made if need be; one tier at a time may use it. Files in it that have other names stay.
         max_bytes: budget for the files.
     Raises: ValueError if the folder is in use; OSError if it cannot be made.
     """
@@ -173,7 +177,8 @@ class DiskTier(FileTier):
         self.folder.mkdir(0o700, parents=True, exist_ok=True)  # prefixes tell what the documents say
         self._lock = lock_folder(self.folder)
         drop_temporary(self.folder)
-        found = sorted((file.stat().st_mtime_ns, file) for file in self.folder.glob("*.safetensors"))
+        files = (file for file in self.folder.glob("*.safetensors") if _OWN_FILE.fullmatch(file.name))
+        found = sorted((file.stat().st_mtime_ns, file) for file in files)
         self._sizes: OrderedDict[str, int] = OrderedDict((file.stem, file.stat().st_size) for _, file in found)
         self.nbytes = sum(self._sizes.values())
         self._stopped = False
@@ -186,11 +191,16 @@ class DiskTier(FileTier):
             return None
         path = self._path(name)
         try:
-            (extent,) = read_contents(path).extents.values()
-            os.utime(path)  # the order of use outlives the process
+            contents = read_contents(path)
+            expect_origin(contents.metadata, key.model.fingerprint(), key.deterministic)
+            if list(contents.extents) != [key.digest.hex()]:
+                raise ValueError("it is of another document")
+            (extent,) = contents.extents.values()
         except (OSError, ValueError) as error:
             self.drop(key, error)
             return None
+        with contextlib.suppress(OSError):  # a disk that has become read-only can still be read
+            os.utime(path)  # the order of use outlives the process
         self._sizes.move_to_end(name)
         return extent
 
@@ -210,11 +220,10 @@ class DiskTier(FileTier):
             return []
         if prefix.ready is not None:
             prefix.ready.synchronize()
-        metadata = {"fingerprint": json.dumps(key.model.fingerprint()), "alone": str(key.deterministic)}
-        if key.kv_dtype:
-            metadata["kv_dtype"] = key.kv_dtype
+        content = [(key.digest.hex(), prefix.block.cpu())]
+        metadata = origin_of(key.model.fingerprint(), key.deterministic, key.kv_dtype)
         try:
-            size = write_prefixes(self._path(name), [(key.digest.hex(), prefix.block.cpu())], metadata, mode=0o600)
+            size = write_prefixes(self._path(name), content, metadata, mode=0o600)
         except (OSError, ValueError) as error:
             self._stopped = True
             logger.warning(

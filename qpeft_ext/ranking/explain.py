@@ -92,8 +92,8 @@ class Explanation:
         Args:
             span: one of `clues`. For a dict the places are those in its "text".
         """
-        start = span.start - self.text_start
-        return None if start < 0 else (start, span.end - self.text_start)
+        start, end = span.start - self.text_start, span.end - self.text_start
+        return None if end <= 0 else (max(0, start), end)  # many tokenizers count the space before a word as its own
 
 
 @torch.no_grad()

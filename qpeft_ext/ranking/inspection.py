@@ -87,15 +87,19 @@ class PairInspector(ListRanker):
         return [replace(span, start=span.start + shift, end=span.end + shift) for span in spans]
 
     def _best_passage(self, query: str, document: Document, instruction: str | None) -> tuple[Document, int]:
-        """Return the best passage of a document, and where it begins in it; without ``passages`` the whole document."""
+        """Return the best passage as it was scored, with its title, and where it begins in the document's own text.
+
+        Without ``passages`` that is the whole document.
+        """
         if self.passages is None:
             return document, 0
         ((row,),) = self._ranked(
             [query], [[document]], None, False, None, None if instruction is None else [instruction]
         )
-        start, end = row["passage"]
-        part = own_text(document)[start:end]
-        return (part if isinstance(document, str) else {**document, "text": part}), start
+        splitter = self.passages.splitter
+        found = splitter.passages(document, *splitter.splits([document]))
+        passage = next(passage for passage in found if (passage.start, passage.end) == row["passage"])
+        return passage.document, passage.start
 
     def _sentences(self, query: str, document: Document, instruction: str | None) -> list[tuple[Place, float]]:
         """Give the sentences of a document, and the share of each in its relevance; those that were cut have none."""
@@ -114,6 +118,8 @@ class PairInspector(ListRanker):
                 batch = model.encode([(query, document)], None, self.truncate_queries, given)
                 start = text_start(document)
                 visible, kept = visible_slots(batch.documents[0], model.prompt.offsets(document), places, start)
+                if not kept:  # the title leaves no room for the text
+                    return []
                 places = [places[s] for s in kept]
                 found = self._within_memory(
                     lambda tokens: model.score_views(batch, visible, self.cache, tokens, self.deterministic)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from ..evaluation.calibration import Calibration, calibrate, default_calibration
 from ..prompts.prompt import Document
 from ..utils.inputs import as_list
+from .bare_scores import BareScores
 from .inputs import as_instructions, as_lists
 from .inspection import PairInspector
 
@@ -113,18 +113,18 @@ class RelevanceRanker(PairInspector):
 
     def _facts(self, keys: Sequence[tuple[str, str | None]]) -> list[tuple[int, float]]:
         """Give the number of scored tokens and the bare score, a mean, of each query with its instruction."""
-        known = self._bare_queries
-        if new := [key for key in dict.fromkeys(keys) if key not in known]:
+        known = self._bare_scores.of(self.model)
+        found = {key: fact for key in keys if (fact := known.get(key)) is not None}
+        if new := [key for key in dict.fromkeys(keys) if key not in found]:
             texts, instructions = [text for text, _ in new], [instruction for _, instruction in new]
             given = instructions if any(instructions) else None
             ranked = self._ranked(texts, [[""]] * len(texts), None, False, None, given)
             for key, (tokens, _), rows in zip(new, self._without_bare(new), ranked, strict=True):
                 score = rows[0]["score"]
-                known[key] = tokens, score if self.model.ranks_by_mean else score / tokens
-        found = [known[key] for key in keys]
+                found[key] = known[key] = tokens, score if self.model.ranks_by_mean else score / tokens
         for key in list(known)[: max(0, len(known) - _QUERIES_KEPT)]:
             known.pop(key, None)  # another thread may have taken it
-        return found
+        return [found[key] for key in keys]
 
     def _without_bare(self, keys: Sequence[tuple[str, str | None]]) -> list[tuple[int, float]]:
         """Give the number of scored tokens of each query, and 0."""
@@ -133,8 +133,8 @@ class RelevanceRanker(PairInspector):
         return [(counts[text], 0.0) for text, _ in keys]
 
     @cached_property
-    def _bare_queries(self) -> OrderedDict[tuple[str, str | None], tuple[int, float]]:
-        return OrderedDict()
+    def _bare_scores(self) -> BareScores:
+        return BareScores()
 
     def _above(
         self,

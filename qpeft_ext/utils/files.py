@@ -210,9 +210,14 @@ def temporary_name(name: str) -> str:
     return f".{name[:50]}.{os.urandom(6).hex()}.tmp"
 
 
+def _is_temporary(path: Path) -> bool:
+    """Tell whether this is a name that `temporary_name` or `private_folder` makes."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{12}(\.[^.]+)?\.tmp", path.name) is not None
+
+
 def drop_temporary(folder: Path) -> None:
-    """Remove what a killed process left in ``folder``, to which no other process writes now."""
-    for path in folder.glob(".*.tmp"):
+    """Remove what a killed process left in ``folder``, to which no other process writes now; other programs' stays."""
+    for path in filter(_is_temporary, folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
