@@ -35,7 +35,12 @@ def openvino_graph(folder: Path, threads: int, int8: bool) -> Graph:
     if not made.is_dir():
         weights = OVWeightQuantizationConfig(bits=8) if int8 else None
         lm = OVModelForFeatureExtraction.from_pretrained(
-            folder, export=True, compile=False, load_in_8bit=False, quantization_config=weights
+            folder,
+            export=True,
+            compile=False,
+            load_in_8bit=False,
+            quantization_config=weights,
+            trust_remote_code=False,
         )
         lm.save_pretrained(made)
     # Weights in 8 bits: activations are rounded in groups while the graph runs, which lets it multiply in 8 bits.
@@ -53,7 +58,8 @@ def onnx_graph(folder: Path, threads: int, int8: bool) -> Graph:
 
     made, small = folder / "onnx" / "model.onnx", folder / "onnx" / "int8.onnx"
     if not made.is_file():
-        ORTModelForFeatureExtraction.from_pretrained(folder, export=True).save_pretrained(made.parent)
+        exported = ORTModelForFeatureExtraction.from_pretrained(folder, export=True, trust_remote_code=False)
+        exported.save_pretrained(made.parent)
     if int8 and not small.is_file():
         quantize_dynamic(made, small, per_channel=True, weight_type=QuantType.QInt8)
     how = onnxruntime.SessionOptions()
