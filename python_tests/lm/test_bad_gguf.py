@@ -64,6 +64,26 @@ def test_an_architecture_that_transformers_lacks(tmp_path, tiny_file, fail):
     assert "nobodys" in line and "not supported" in line
 
 
+def test_a_file_without_one_of_its_weights(tmp_path, tiny_file, cache):
+    lm, name = random_lm(), "model.layers.1.mlp.down_proj.weight"
+    left = {key: value for key, value in lm.state_dict().items() if key != name}
+    lm.state_dict = lambda: left
+    path = write_gguf(tmp_path / "less.gguf", lm)
+    with pytest.raises(ValueError, match=f"its files lack the weight {name}, which would be random"):
+        qpeft.load_lm(path)
+    assert not list(cache.glob("gguf/*"))
+
+
+def test_one_file_of_an_lm_that_was_split(tmp_path, tiny_file, fail):
+    key = b"split.count"
+    data = tiny_file.read_bytes()
+    version, tensors, values = struct.unpack("<IQQ", data[4:24])
+    value = struct.pack("<Q", len(key)) + key + struct.pack("<IH", 2, 3)  # a number of 16 bits: 3 files
+    path = tmp_path / "lm-00001-of-00003.gguf"
+    path.write_bytes(data[:4] + struct.pack("<IQQ", version, tensors, values + 1) + value + data[24:] + bytes(64))
+    assert "one of 3 that its LM was split into; make one file of them" in fail(path)
+
+
 def test_a_file_that_is_not_there(fail, tiny_file):
     assert "there is no file" in fail("nowhere/lm.gguf")
     assert "there is no file" in fail("lm.gguf")
