@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..evaluation.significance import holm, paired_test
+from ..evaluation.significance import changes, holm, paired_test
 from .cells import cells
 from .methods import FIRST_STAGE, UPR
 from .plan import Method, Plan
@@ -193,18 +193,13 @@ def _table(collection: str, measures: list[str], rows: list[Row], results: list[
             # the same queries for all: candidates, and so the queries with a relevant one, are the same
             p_values = [paired_test(row.per_query[measure], base.per_query[measure]) for row in others]
             for row, p in zip(others, holm(p_values), strict=True):
-                against, change = row.against[kind], _changes(row.per_query[measure], base.per_query[measure])
-                against.difference[measure] = row.means[measure] - base.means[measure]
+                against, change = row.against[kind], changes(row.per_query[measure], base.per_query[measure])
+                against.difference[measure] = _mean(change.tolist())
                 against.p_holm[measure] = p
-                against.gain[measure] = sum(value > 0 for value in change)
-                against.lose[measure] = sum(value < 0 for value in change)
+                against.gain[measure] = int((change > 0).sum())
+                against.lose[measure] = int((change < 0).sum())
     num_queries = {measure: len(rows[0].per_query[measure]) for measure in measures}
     return CollectionTable(collection, measures, rows, baselines, num_queries, results)
-
-
-def _changes(values: Mapping[str, float], base: Mapping[str, float]) -> list[float]:
-    """Return the difference of each query, rounded, since a mean over seeds may miss an equal value by its last bit."""
-    return [round(values[query] - base[query], 12) for query in base]
 
 
 def _mean(values: Collection[float]) -> float:

@@ -31,15 +31,17 @@ def _markdown_section(section: Section) -> list[str]:
     def value(value: Value) -> str:
         return (f"**{value.with_detail}**" if value.best else value.with_detail) + value.marks
 
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
     lines = [
         f"### {section.heading}",
         "",
-        f"| {' | '.join(section.columns)} |",
+        line(section.columns),
         f"|{'|'.join(['---', *['---:'] * (len(section.columns) - 1)])}|",
     ]
     for name, values in section.rows:
-        cells = [name, *map(value, values)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(line([name, *map(value, values)]))
     return [*lines, "", *(f"{note}  " for note in section.notes), ""]
 
 
