@@ -68,6 +68,8 @@ def quality(table: CollectionTable) -> Section:
     best = {measure: max(row.means[measure] for row in table.rows) for measure in table.measures}
 
     def value(row: Row, measure: str) -> Value:
+        if math.isnan(row.means[measure]):  # over no query
+            return NOTHING
         deviation = f"± {row.deviations[measure]:.4f}" if measure in row.deviations else ""
         marks = "".join(MARKS[kind] for kind, against in row.against.items() if against.p_holm[measure] < SIGNIFICANT)
         is_best = math.isclose(row.means[measure], best[measure], rel_tol=1e-12)  # a mean over seeds is rounded
