@@ -156,3 +156,10 @@ def test_a_document_that_a_run_has_twice_is_refused():
     for combine in (fuse, reciprocal_rank_fusion):
         with pytest.raises(ValueError, match="document 'a' occurs twice for query 'q'"):
             combine([once, twice])
+
+
+def test_equal_sums_are_in_the_order_of_the_first_run():
+    first = {"q": [("c", 2.0), ("a", 1.0), ("b", 1.0)]}
+    second = {"q": [("b", 2.0), ("a", 2.0), ("c", 1.0)]}  # all sums are 1, and those of d and e are 0
+    second["q"] += [("e", 1.0), ("d", 1.0)]
+    assert [doc_id for doc_id, _ in fuse([first, second])["q"]] == ["c", "a", "b", "e", "d"]

@@ -4,8 +4,10 @@ import random
 import struct
 from importlib import metadata
 
+import numpy as np
 import pytest
 import small_data
+import torch
 from lm.tiny_gguf import random_lm, write_gguf
 
 import qpeft_ext as qpeft
@@ -28,6 +30,7 @@ DAMAGE = {
     "only a magic": (lambda data: data[:4], "the header of the GGUF file cannot be read: it was cut or is damaged"),
     "cut in its header": (lambda data: data[:700], "the header of the GGUF file cannot be read: it was cut"),
     "cut in its weights": (lambda data: data[:-4000], "it was cut or is damaged; fetch the file again"),
+    "without its last byte": (lambda data: data[:-1], "it was cut or is damaged; fetch the file again"),
     "another version": (changed_number, "expected version 2 or 3 of the GGUF format, got 77"),
     "garbage": (garbage, "the header of the GGUF file cannot be read: it was cut or is damaged"),
     "no tensors": (lambda data: data[:8] + bytes(16) + data[24:], "the GGUF file has no tensors"),
@@ -72,6 +75,25 @@ def test_a_file_without_one_of_its_weights(tmp_path, tiny_file, cache):
     with pytest.raises(ValueError, match=f"its files lack the weight {name}, which would be random"):
         qpeft.load_lm(path)
     assert not list(cache.glob("gguf/*"))
+
+
+@pytest.mark.parametrize(("others", "dtype"), [
+    ([], torch.float32), (["F16"], torch.float16), (["BF16"], torch.bfloat16), (["F16", "BF16"], torch.bfloat16),
+    (["Q8_0"], torch.bfloat16), (["F16", "Q4_1"], torch.bfloat16),
+])  # fmt: skip
+def test_the_dtype_of_a_file_is_that_of_its_matrices(others, dtype, tmp_path):
+    """Norms are float32 in all files."""
+    kinds = pytest.importorskip("gguf")
+    writer = kinds.GGUFWriter(tmp_path / "some.gguf", "llama")
+    writer.add_tensor("norm", np.ones(64, dtype=np.float32))
+    for name in others:
+        kind = kinds.GGMLQuantizationType[name]
+        writer.add_tensor(name, kinds.quants.quantize(np.ones((2, 64), dtype=np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert read_header(tmp_path / "some.gguf").dtype == dtype
 
 
 def test_one_file_of_an_lm_that_was_split(tmp_path, tiny_file, fail):
