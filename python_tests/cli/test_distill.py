@@ -148,6 +148,20 @@ def test_scores_of_another_teacher_are_not_taken(job, tmp_path, capsys):
     assert (tmp_path / "scores.jsonl").read_bytes() != before
 
 
+@pytest.mark.parametrize("change", [lambda lines: lines[:-1], lambda lines: lines[1:] + lines[:1]])
+def test_scores_that_lost_an_example_are_not_taken(job, tmp_path, capsys, change):
+    """An editor or a copy that stopped: fewer examples would be trained on, without a word."""
+    file = tmp_path / "scores.jsonl"
+    run_command(capsys, *command(job, tmp_path / "one", "--teacher-scores", file))
+    before = file.read_bytes()
+    file.write_bytes(b"".join(change(before.splitlines(keepends=True))))
+    assert main(command(job, tmp_path / "two", "--teacher-scores", file)) == 2
+    err = capsys.readouterr().err
+    assert "scores.jsonl was changed since it was made: it has other examples; name another" in err
+    run_command(capsys, *command(job, tmp_path / "two", "--teacher-scores", file, "--overwrite"))
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize(("given", "options", "message"), [
     ({"teacher": "my-lm"}, (), "--teacher: the LM"),
     ({"teacher": "my-lm"}, ("--teacher-template", "qwen3"), "template must be one of"),

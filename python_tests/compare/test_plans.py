@@ -32,6 +32,9 @@ BAD = [
     ("method: upr", "method: upr, passages: max, passage_tokens: 41", "passage_tokens must be at most max_document"),
     ("of: LoRA", "of: LoRA, passages: max", "methods.LoRA + BM25.passages: fusion reads no documents"),
     ("similarity: {{", "U P R: {{method: upr}}\n  U-P-R: {{", "would share a folder; rename one of them"),
+    ("similarity: {{", "first-stage: {{method: upr}}\n  similarity: {{", "or the folder, of the first stage's own row"),
+    ("collections:\n", "collections:\n  ti/ny: {{data: data}}\n  ti ny: {{data: data}}\n", "would share a folder;"),
+    ("similarity: {{", '"two\\nlines": {{method: upr}}\n  similarity: {{', "methods: expected a name on one line, got"),
     ("lm: {lm}", "lm: {lm}\nlm: {lm}", "line 3: not valid YAML (the key 'lm' is given twice)"),
     ("seeds: [0, 1]", "seeds: [0, 1", "not valid YAML ("),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Tables of `qpeft compare` by hand: tests of significance, deviations, candidate recall, labels of plots."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from qpeft_ext.compare.notes import quality_notes
 from qpeft_ext.compare.page import html
 from qpeft_ext.compare.plan_file import read_plan
 from qpeft_ext.compare.tables import build_tables
-from qpeft_ext.compare.texts import csv_text, markdown
+from qpeft_ext.compare.texts import csv_text, json_text, markdown
 from qpeft_ext.evaluation.measures import per_query
 
 pytest.importorskip("ir_measures")
@@ -93,6 +94,64 @@ def test_names_of_a_plan_are_escaped_on_the_page(job, tmp_path):
         (cell.folder / "result.json").write_text(json.dumps(result))
     page = html(plan, build_tables(plan, tmp_path / "out"))
     assert not Tags(page).open and "<script" not in page and "&amp;amp;" in page
+
+
+def test_methods_that_find_the_same_do_not_differ(job, tmp_path):
+    """As R@20 of 20 candidates: the mean over three seeds misses 1/5 by its last bit, for every query."""
+    plan = read_plan(
+        write_plan(
+            tmp_path / "plan.yaml",
+            job,
+            ['"UPR|plain": {method: upr}', "A: {method: q_peft_a, learning_rate: 1}"],
+            **{
+                "measures: [nDCG@10, RR@10, CandidateRecall@2]": "measures: [R@20]",
+                "seeds: [0, 1]": "seeds: [0, 1, 2]",
+            },
+        )
+    )
+    values = {str(i): value for i, value in enumerate([1 / 5, 2 / 5, 1 / 5, 1 / 10, 1 / 5, 4 / 5, 1 / 5, 1 / 5])}
+    for cell in cells(plan, tmp_path / "out"):
+        cell.folder.mkdir(parents=True)
+        result = {"method": cell.method.name, "seed": cell.seed, "per_query": {"R@20": values}}
+        (cell.folder / "result.json").write_text(json.dumps(result))
+    (table,) = build_tables(plan, tmp_path / "out")
+    a = next(row for row in table.rows if row.name == "A")
+    assert a.seeds == 3 and a.per_query["R@20"] != values
+    for against in a.against.values():
+        assert (against.difference, against.p_holm) == ({"R@20": 0.0}, {"R@20": 1.0})
+        assert (against.gain, against.lose) == ({"R@20": 0}, {"R@20": 0})
+    text = markdown(plan, [table])
+    mean = f"{sum(values.values()) / 8:.4f}"
+    assert f"| 3. A | **{mean} ± 0.0000** |" in text and f"| 2. UPR\\|plain | **{mean}** |" in text
+    assert "| method | R@20 against first stage | R@20 against UPR\\|plain |" in text
+    assert "| 3. A | +0.0000 (p=1.000, 0:0) | +0.0000 (p=1.000, 0:0) |" in text
+
+
+def test_values_that_do_not_exist_are_null(job, tmp_path):
+    """One query, of which no candidate is relevant: no test, and no candidate recall; JSON has no NaN."""
+    methods = ["UPR: {method: upr}", "A: {method: q_peft_a, learning_rate: 1}"]
+    plan = read_plan(write_plan(tmp_path / "plan.yaml", job, methods))
+    for cell in cells(plan, tmp_path / "out"):
+        cell.folder.mkdir(parents=True)
+        values = {"nDCG@10": {"a": 0.5}, "RR@10": {"a": 0.5}, "CandidateRecall@2": {}}
+        result = {"method": cell.method.name, "seed": cell.seed, "per_query": values}
+        (cell.folder / "result.json").write_text(json.dumps(result))
+    tables = build_tables(plan, tmp_path / "out")
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    row = json.loads(json_text(tables), parse_constant=refuse)[0]["rows"][2]
+    assert row["means"] == {"nDCG@10": 0.5, "RR@10": 0.5, "CandidateRecall@2": None}
+    assert row["against"]["upr"]["p_holm"] == dict.fromkeys(row["means"])
+    text = markdown(plan, tables)
+    assert "| 3. A | **0.5000 ± 0.0000** | **0.5000 ± 0.0000** | – |" in text
+    assert "| 3. A | +0.0000 (p –, 0:0) |" in text and "nan" not in text
+    pytest.importorskip("matplotlib")
+    first = replace(plan, measures=("CandidateRecall@2", "RR@10"))  # the first measure is plotted
+    for shown in (plan, first):
+        page = html(shown, build_tables(shown, tmp_path / "out"))
+        assert not Tags(page).open and ">nan<" not in page
 
 
 def test_candidate_recall_by_hand():

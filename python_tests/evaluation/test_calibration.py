@@ -97,6 +97,28 @@ def test_what_cannot_be_fitted_says_why():
         fit_calibration(mean, tokens, np.zeros(300), bare)
     with pytest.raises(ValueError, match="relevant documents do not have larger scores than others"):
         fit_calibration(mean, tokens, mean < bare, bare)
+    for wrong in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="calibration: scores must be finite"):
+            fit_calibration(np.where(np.arange(300) == 7, wrong, mean), tokens, relevant, bare)
+
+
+@pytest.mark.parametrize("value", [-2.7182818, -1000 / 7, -12345.678 / 3, 0.0])
+def test_scores_that_are_all_the_same_fit_nothing(value):
+    """Their mean may miss them by rounding, and a large weight would be fitted to that."""
+    for count in (10, 37, 100, 1001):
+        relevant = np.random.default_rng(count).random(count) < 0.3
+        same, tokens = np.full(count, value), np.full(count, 3)
+        with pytest.raises(ValueError, match="do not have larger scores"):
+            fit_calibration(same, tokens, relevant, same / 2)
+
+
+def test_an_input_that_is_the_same_but_for_rounding_is_left_out():
+    """√T·(m − b) is 1 for all; the other weight is that of a fit without it, by another optimiser."""
+    mean, tokens, relevant, *_ = pairs(600)
+    found = fit_calibration(mean, tokens, relevant, mean - 1 / np.sqrt(tokens))
+    x = np.stack([np.ones_like(mean), mean], axis=1)
+    best = minimize(lambda w: np.logaddexp(0, np.where(relevant, -1, 1) * (x @ w)).sum(), np.zeros(2), tol=1e-10)
+    assert found.gain == 0 and [found.intercept, found.mean] == pytest.approx(best.x, rel=5e-3)
 
 
 @pytest.mark.parametrize(("values", "reason"), [

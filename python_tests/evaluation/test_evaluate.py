@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from small_data import shared_data
 from qpeft_ext import formats
 from qpeft_ext.evaluation.comparison import compare_table
 from qpeft_ext.evaluation.measures import evaluate, parse_measures
-from qpeft_ext.evaluation.significance import format_p, holm, paired_test
+from qpeft_ext.evaluation.significance import changes, format_p, holm, paired_test
 
 QRELS = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"x": 1}, "c": {"w": 1}}
 RUN = {"a": [("y", 3.0), ("n", 2.0), ("x", 1.0)], "b": [("n", 1.0), ("x", 0.5)], "other": [("x", 1.0)]}
@@ -210,6 +211,29 @@ def test_paired_test_at_its_limits():
         paired_test(same, {"a": 1.0})
     with pytest.raises(ValueError, match="test must be one of t-test, permutation, got 'chi2'"):
         paired_test(same, same, "chi2")
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 6, 7])
+def test_means_over_seeds_that_all_have_the_same_values_do_not_differ(seeds):
+    """Rounding moves 1/5 and 1/9 to another last bit, the same for each query, which is no difference."""
+    values = [1 / 5, 2 / 5, 4 / 5, 1 / 9, 2 / 9, 1 / 5, 2 / 5, 1 / 9, 1.0, 0.0]
+    means = {str(i): statistics.fmean([value] * seeds) for i, value in enumerate(values)}
+    base = dict(zip(means, values, strict=True))
+    if seeds in (3, 5):
+        assert means != base
+    for test in ("t-test", "permutation"):
+        assert paired_test(means, base, test) == paired_test(base, means, test) == 1.0
+    assert changes(means, base).tolist() == [0.0] * 10
+    means["0"] += 1e-9  # a small difference is one, and alone: t = 1 with 9 degrees of freedom
+    assert paired_test(means, base) == pytest.approx(2 * stats.t.sf(1, 9))
+
+
+def test_a_document_that_a_ranking_has_twice_is_refused():
+    run = {"q": [("a", 3.0), ("b", 2.0)], "r": [("c", 3.0), ("b", 2.0), ("c", 1.0)]}
+    with pytest.raises(
+        ValueError, match="^evaluate: document 'c' occurs twice for query 'r'; rank each document once$"
+    ):
+        evaluate(run, {"q": {"a": 1}, "r": {"c": 1}}, ["RR@10"])
 
 
 def test_holm():

@@ -133,3 +133,33 @@ def test_bad_fusions(files, capsys, options, message):
     assert fuse_command(files, *(option.format(files=files) for option in options)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (files / "out.trec").exists()
+
+
+@pytest.mark.parametrize("score", [0.1, 0.3, 1 / 3, 7.7])
+@pytest.mark.parametrize("normalization", ["min_max", "z_score"])
+def test_equal_scores_are_0(score, normalization):
+    """The mean of equal scores may miss them by rounding, and so may their deviation miss 0."""
+    fused = fuse([{"q": [(doc_id, score) for doc_id in "abc"]}], normalization=normalization)
+    assert fused == {"q": [("a", 0.0), ("b", 0.0), ("c", 0.0)]}
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [math.nan, 1.0], [1.0, math.inf], [1.0]])
+def test_weights_that_rank_nothing_are_refused(weights):
+    run = {"q": [("a", 2.0), ("b", 1.0)]}
+    for combine in (fuse, reciprocal_rank_fusion):
+        with pytest.raises(ValueError, match="expected one finite weight per run, not all 0"):
+            combine([run, run], weights=weights)
+
+
+def test_a_document_that_a_run_has_twice_is_refused():
+    once, twice = {"q": [("a", 2.0), ("b", 1.0)]}, {"q": [("a", 3.0), ("b", 2.0), ("a", 1.0)]}
+    for combine in (fuse, reciprocal_rank_fusion):
+        with pytest.raises(ValueError, match="document 'a' occurs twice for query 'q'"):
+            combine([once, twice])
+
+
+def test_equal_sums_are_in_the_order_of_the_first_run():
+    first = {"q": [("c", 2.0), ("a", 1.0), ("b", 1.0)]}
+    second = {"q": [("b", 2.0), ("a", 2.0), ("c", 1.0)]}  # all sums are 1, and those of d and e are 0
+    second["q"] += [("e", 1.0), ("d", 1.0)]
+    assert [doc_id for doc_id, _ in fuse([first, second])["q"]] == ["c", "a", "b", "e", "d"]

@@ -4,8 +4,10 @@ import random
 import struct
 from importlib import metadata
 
+import numpy as np
 import pytest
 import small_data
+import torch
 from lm.tiny_gguf import random_lm, write_gguf
 
 import qpeft_ext as qpeft
@@ -28,6 +30,7 @@ DAMAGE = {
     "only a magic": (lambda data: data[:4], "the header of the GGUF file cannot be read: it was cut or is damaged"),
     "cut in its header": (lambda data: data[:700], "the header of the GGUF file cannot be read: it was cut"),
     "cut in its weights": (lambda data: data[:-4000], "it was cut or is damaged; fetch the file again"),
+    "without its last byte": (lambda data: data[:-1], "it was cut or is damaged; fetch the file again"),
     "another version": (changed_number, "expected version 2 or 3 of the GGUF format, got 77"),
     "garbage": (garbage, "the header of the GGUF file cannot be read: it was cut or is damaged"),
     "no tensors": (lambda data: data[:8] + bytes(16) + data[24:], "the GGUF file has no tensors"),
@@ -62,6 +65,45 @@ def test_a_damaged_file(name, tmp_path, tiny_file, fail):
 def test_an_architecture_that_transformers_lacks(tmp_path, tiny_file, fail):
     line = fail(write_gguf(tmp_path / "new.gguf", random_lm(), architecture="nobodys"))
     assert "nobodys" in line and "not supported" in line
+
+
+def test_a_file_without_one_of_its_weights(tmp_path, tiny_file, cache):
+    lm, name = random_lm(), "model.layers.1.mlp.down_proj.weight"
+    left = {key: value for key, value in lm.state_dict().items() if key != name}
+    lm.state_dict = lambda: left
+    path = write_gguf(tmp_path / "less.gguf", lm)
+    with pytest.raises(ValueError, match=f"its files lack the weight {name}, which would be random"):
+        qpeft.load_lm(path)
+    assert not list(cache.glob("gguf/*"))
+
+
+@pytest.mark.parametrize(("others", "dtype"), [
+    ([], torch.float32), (["F16"], torch.float16), (["BF16"], torch.bfloat16), (["F16", "BF16"], torch.bfloat16),
+    (["Q8_0"], torch.bfloat16), (["F16", "Q4_1"], torch.bfloat16),
+])  # fmt: skip
+def test_the_dtype_of_a_file_is_that_of_its_matrices(others, dtype, tmp_path):
+    """Norms are float32 in all files."""
+    kinds = pytest.importorskip("gguf")
+    writer = kinds.GGUFWriter(tmp_path / "some.gguf", "llama")
+    writer.add_tensor("norm", np.ones(64, dtype=np.float32))
+    for name in others:
+        kind = kinds.GGMLQuantizationType[name]
+        writer.add_tensor(name, kinds.quants.quantize(np.ones((2, 64), dtype=np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert read_header(tmp_path / "some.gguf").dtype == dtype
+
+
+def test_one_file_of_an_lm_that_was_split(tmp_path, tiny_file, fail):
+    key = b"split.count"
+    data = tiny_file.read_bytes()
+    version, tensors, values = struct.unpack("<IQQ", data[4:24])
+    value = struct.pack("<Q", len(key)) + key + struct.pack("<IH", 2, 3)  # a number of 16 bits: 3 files
+    path = tmp_path / "lm-00001-of-00003.gguf"
+    path.write_bytes(data[:4] + struct.pack("<IQQ", version, tensors, values + 1) + value + data[24:] + bytes(64))
+    assert "one of 3 that its LM was split into; make one file of them" in fail(path)
 
 
 def test_a_file_that_is_not_there(fail, tiny_file):

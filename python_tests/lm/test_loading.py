@@ -30,9 +30,10 @@ def calls(monkeypatch):
             within.append(name)
             kept = {key: value for key, value in keywords.items() if key not in WHERE}
             loaded = load(str(BASE_LM), *arguments, **kept)
-            if hasattr(loaded, "config"):
-                loaded.config._commit_hash = keywords.get("revision")
-                loaded.name_or_path = name
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # a model comes with a report of its loading
+            if hasattr(model, "config"):
+                model.config._commit_hash = keywords.get("revision")
+                model.name_or_path = name
             within.pop()
             return loaded
 

@@ -46,6 +46,16 @@ def test_an_lm_in_parts_of_several_packages(install, tiny_file):
     assert lm_digest("package:tiny-gguf") == lm_digest(tiny_file)
 
 
+def test_parts_are_in_the_order_of_their_numbers(install, tiny_file):
+    """Ten parts and more without leading zeros; a package that is required twice, for two versions of Python."""
+    content = tiny_file.read_bytes()
+    step = len(content) // 11 + 1
+    install("ten-gguf", {"ten/__init__.py": b""}, ["ten-gguf-a; python_version<'4'", "ten-gguf-a; python_version>='3'"])
+    install("ten-gguf-a", {f"ten_a/x.gguf.part{i}": content[i * step : (i + 1) * step] for i in range(11)})
+    joined = b"".join(path.read_bytes() for path in gguf_of_package("ten-gguf"))
+    assert joined == content
+
+
 def test_what_is_wrong_with_a_package_is_one_line(install, tmp_path):
     install("two-files", {"two/a.gguf": b"GGUF", "two/b.gguf": b"GGUF"})
     install("no-files", {"no/a.txt": b""}, ["torch>=2"])

@@ -42,6 +42,21 @@ def kept_texts(generated, dropped=None, **filters):
     return [query.text for query in kept]
 
 
+def test_a_query_at_the_border_of_a_filter_is_kept():
+    """Half of its words differ, it has the fewest tokens, the lowest likelihood; three words of the document."""
+    at_borders = ["sea sea moon moon", "why tides", "which tides", "twice a day"]
+    queries = [query(at_borders[0]), query(at_borders[1], num_tokens=3), query(at_borders[2], log_likelihood=-2.0)]
+    assert kept_texts({"d0": [*queries, query(at_borders[3])]}, min_log_likelihood=-2.0) == at_borders
+
+
+@pytest.mark.parametrize(("share", "count", "kept"), [(0.07, 100, 7), (0.55, 100, 55), (0.1, 15, 2), (0.001, 10, 1)])
+def test_the_share_that_is_kept_is_rounded_up_but_not_for_rounding(share, count, kept):
+    """0.07 · 100 is 7.000000000000001, which is no reason for an eighth query."""
+    likelihoods = [-1.0 - i / 1000 for i in range(count)]
+    queries = [query(f"why tide {i}", log_likelihood=x) for i, x in enumerate(likelihoods)]
+    assert kept_texts({"d0": queries}, keep_fraction=share) == [f"why tide {i}" for i in range(kept)]
+
+
 @pytest.mark.parametrize(
     "bad, filters, why",
     [

@@ -139,6 +139,27 @@ def test_padding_has_no_influence_and_no_gradient(loss):
     assert float(total(loss, moved)) == float(value.detach())
 
 
+@pytest.mark.parametrize("padding", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_that_is_no_finite_number_has_no_influence_either(loss, padding):
+    plain, padded = (LIKELIHOOD.double().where(MASK, other).requires_grad_() for other in (0.0, padding))
+    values = [total(loss, likelihood) for likelihood in (plain, padded)]
+    expected, found = (torch.autograd.grad(*pair)[0] for pair in zip(values, (plain, padded), strict=True))
+    assert values[0] == values[1] and torch.equal(found, expected) and not found[0, 3]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_those_of_finite_differences(loss):
+    likelihood, step, found = LIKELIHOOD.double().requires_grad_(), 1e-6, []
+    for place in range(LIKELIHOOD.numel()):
+        change = torch.zeros(LIKELIHOOD.numel(), dtype=torch.double)
+        change[place] = step
+        change = change.view_as(LIKELIHOOD)
+        found.append((total(loss, likelihood + change) - total(loss, likelihood - change)).item() / (2 * step))
+    (grad,) = torch.autograd.grad(total(loss, likelihood), likelihood)
+    assert grad.flatten().tolist() == pytest.approx(found, rel=1e-5, abs=1e-6)
+
+
 def test_a_query_without_negatives_adds_nothing_to_the_pairwise_loss():
     alone = pairwise(LIKELIHOOD[:1], torch.ones(1, 4, dtype=torch.bool), MASK[:1])
     assert float(alone) == 0

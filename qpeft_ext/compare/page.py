@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..evaluation.html_page import render_page
 from .figures import cost_figures, mean_figure, varied_figures
@@ -11,15 +12,18 @@ from .plan import Plan
 from .sections import describe_methods, sections
 from .tables import CollectionTable
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 
 def html(plan: Plan, tables: Sequence[CollectionTable]) -> str:
     """Return the whole page. Raises: ImportError without matplotlib."""
     collections = []
     for table in tables:
-        figures = {
-            "Quality": [mean_figure(table)],
-            "Cost": [*cost_figures(table), *varied_figures(plan, table)],
-        }
+        figures: dict[str, list[Markup]] = {}
+        if table.num_queries[table.measures[0]]:  # otherwise there is nothing to plot
+            figures["Quality"] = [mean_figure(table)]
+            figures["Cost"] = [*cost_figures(table), *varied_figures(plan, table)]
         parts = [(section, figures.get(section.heading, ())) for section in sections(table)]
         collections.append((table.collection, parts))
     return render_page(

@@ -16,6 +16,7 @@ from ..evaluation.measures import DEFAULT_MEASURES
 from .methods import PRESETS, Preset
 
 PACKAGED = "packaged"  # the name of the packaged LM, which the demo uses too
+PASSAGE_OPTIONS = ("passages", "passage_tokens", "passage_stride")
 BASELINE_NAME = "first stage"  # of its row, where the plan gives it no other
 
 
@@ -133,8 +134,7 @@ class Method:
     @property
     def passage_options(self) -> dict[str, Any]:
         """The options of `Reranker` for passages; empty without them."""
-        names = ("passages", "passage_tokens", "passage_stride")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in PASSAGE_OPTIONS if (value := getattr(self, name)) is not None}
 
     def goes_by(self, names: Container[str]) -> bool:
         """Return whether its name, or that of the method that ``vary`` made it of, is among the names."""
@@ -200,6 +200,12 @@ class Plan:
         """Return all seeds for a method that is trained, and the first for one that does not depend on a seed."""
         trained = (self.methods[method.of] if method.of else method).preset.trained
         return self.seeds if trained else self.seeds[:1]
+
+    def taken(self, fusion: Method, seed: int) -> tuple[Method, int]:
+        """Return the method that a fusion takes, and its seed: one that is not trained has one only."""
+        method = self.methods[fusion.of or ""]
+        seeds = self.seeds_of(method)
+        return method, seed if seed in seeds else seeds[0]
 
     def methods_of(self, collection: str) -> dict[str, Method]:
         """Return the methods that are compared on a collection, and what fusions among them take."""

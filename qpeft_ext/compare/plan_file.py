@@ -174,9 +174,16 @@ class _Reader:
         return source
 
     def _collections(self, key: str, given: object) -> dict[str, Collection]:
-        return {
-            name: self.read(f"{key}.{name}", Collection, value, name=name) for name, value in self._named(key, given)
-        }
+        found: dict[str, Collection] = {}
+        for name, value in self._named(key, given):
+            self._expect_own_folder(f"{key}.{name}", name, found)
+            found[name] = self.read(f"{key}.{name}", Collection, value, name=name)
+        return found
+
+    def _expect_own_folder(self, key: str, name: str, others: Names[str]) -> None:
+        for other in others:
+            if file_name(other) == file_name(name):
+                raise self.error(key, f"{name!r} and {other!r} would share a folder; rename one of them")
 
     def _methods(self, key: str, given: object, training: Training) -> dict[str, Method]:
         """Read methods and their variants. ``training``: of the plan."""
@@ -197,14 +204,10 @@ class _Reader:
                 raise self.error(
                     f"{where}.method", f"unknown method {base.method!r}{suggestion}; known: {', '.join(PRESETS)}"
                 )
-            if name == BASELINE_NAME and base.method != FIRST_STAGE:
-                raise self.error(where, "is the name of the first stage's own row; choose another")
+            if file_name(name) == file_name(BASELINE_NAME) and base.method != FIRST_STAGE:
+                raise self.error(where, "is the name, or the folder, of the first stage's own row; choose another")
             for method in [base, *self._variants(f"{where}.vary", base, vary)]:
-                for other in found:
-                    if file_name(other) == file_name(method.name):
-                        raise self.error(
-                            where, f"{method.name!r} and {other!r} would share a folder; rename one of them"
-                        )
+                self._expect_own_folder(where, method.name, found)
                 found[method.name] = method
         return found
 
@@ -212,8 +215,8 @@ class _Reader:
         if not isinstance(given, Mapping) or not given:
             raise self.error(key, f"expected names with keys and values below each, got {shorten(given)}")
         for name in given:
-            if not isinstance(name, str) or not name.strip():
-                raise self.error(key, f"expected a name, got {shorten(name)}")
+            if not isinstance(name, str) or not name.strip() or not name.isprintable():  # a line end would end a table
+                raise self.error(key, f"expected a name on one line, got {shorten(name)}")
         return list(given.items())
 
     def _variants(self, key: str, base: Method, vary: object) -> list[Method]:

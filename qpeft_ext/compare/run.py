@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,10 @@ from ..utils.files import write_text
 from ..utils.locks import claim
 from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
 from .data import CollectionData, Ranked, digest
-from .methods import FIRST_STAGE, UPR, peft_options
+from .methods import FIRST_STAGE, UPR
 from .plan import Method, Plan, file_name
 from .provenance import provenance
+from .settings import plan_settings
 from .train import trained_model
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Comparison:
         """
         elsewhere: list[Cell] = []
         for cell in asked:
-            if cell.method.of and self._taken(cell, cell.method.of) in elsewhere:
+            if cell.method.of and self._taken(cell) in elsewhere:
                 elsewhere.append(cell)
                 continue
             with claim(cell.folder, wait) as mine:
@@ -159,33 +160,26 @@ class Comparison:
         Versions and commit are written into the result but are no settings: with others it is not made again.
         """
         method, test = cell.method, self.data(cell.collection).test
-        settings: dict[str, Any] = {"format": FORMAT, "method": method.method, "test": test.digest}
+        settings: dict[str, Any] = {"format": FORMAT, "test": test.digest}
+        settings |= plan_settings(self.plan, method, cell.seed)
         if method.method == FIRST_STAGE:
             return settings
-        settings |= {"lm": self.lm_digest, "dtype": self.plan.dtype}
+        settings["lm"] = self.lm_digest
         index = self.index(cell.collection)
         if kv_dtype := self.plan.kv_dtype or (index.kv_dtype if index else None):
             settings["kv_dtype"] = kv_dtype
         if method.of:
             dev = self.data(cell.collection).dev
-            return settings | {"of": self.settings(self._taken(cell, method.of)), "dev": dev.digest}
-        settings |= method.passage_options
-        settings["config"] = json.loads(json.dumps(self.plan.config(method, cell.seed).to_dict()))
+            return settings | {"of": self.settings(self._taken(cell)), "dev": dev.digest}
         if method.preset.trained:
             examples = self.data(cell.collection).examples(method.examples, method.training, cell.seed)
-            peft = peft_options(method.preset, method.peft) if method.preset.peft else None
-            settings["training"] = asdict(method.training) | {
-                "learning_rate": method.learning_rate,
-                "examples": digest(examples),
-                "peft": peft,
-            }
+            settings["training"]["examples"] = digest(examples)
         return settings
 
-    def _taken(self, cell: Cell, of: str) -> Cell:
-        """Return the result of method ``of`` that a fusion takes; a method that is not trained has one seed only."""
-        method = self.plan.methods[of]
-        seeds = self.plan.seeds_of(method)
-        return Cell(self.output, cell.collection, method, cell.seed if cell.seed in seeds else seeds[0])
+    def _taken(self, cell: Cell) -> Cell:
+        """Return the result that a fusion takes."""
+        method, seed = self.plan.taken(cell.method, cell.seed)
+        return Cell(self.output, cell.collection, method, seed)
 
     def _make(self, cell: Cell, settings: dict) -> tuple[Run, dict[str, Any]]:
         """Make and write the run of a result. Returns: the run, and facts about making it."""
@@ -194,7 +188,7 @@ class Comparison:
             formats.write_run(cell.folder / RUN, test.candidates, tag=file_name(test.first_stage))
             return test.candidates, {"first_stage": test.first_stage}
         if method.of:
-            return self._fuse(cell, self._taken(cell, method.of), test)
+            return self._fuse(cell, self._taken(cell), test)
         model, facts = self._trained(cell)
         run, more = self._rank(cell, model, test, cell.folder / RUN, settings)
         return run, facts | more

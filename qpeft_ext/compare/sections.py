@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..evaluation.significance import format_p
@@ -67,9 +68,12 @@ def quality(table: CollectionTable) -> Section:
     best = {measure: max(row.means[measure] for row in table.rows) for measure in table.measures}
 
     def value(row: Row, measure: str) -> Value:
+        if math.isnan(row.means[measure]):  # over no query
+            return NOTHING
         deviation = f"± {row.deviations[measure]:.4f}" if measure in row.deviations else ""
         marks = "".join(MARKS[kind] for kind, against in row.against.items() if against.p_holm[measure] < SIGNIFICANT)
-        return Value(f"{row.means[measure]:.4f}", deviation, marks, row.means[measure] == best[measure])
+        is_best = math.isclose(row.means[measure], best[measure], rel_tol=1e-12)  # a mean over seeds is rounded
+        return Value(f"{row.means[measure]:.4f}", deviation, marks, is_best)
 
     rows = [[value(row, measure) for measure in table.measures] for row in table.rows]
     return _section("Quality", list(table.measures), table, rows, quality_notes(table))

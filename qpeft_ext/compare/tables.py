@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..evaluation.significance import holm, paired_test
-from .cells import cells
+from ..evaluation.significance import changes, holm, paired_test
+from ..utils.console import say
+from .cells import Cell, cells
 from .methods import FIRST_STAGE, UPR
 from .plan import Method, Plan
+from .settings import changed, plan_settings
 
 AGAINST = (FIRST_STAGE, UPR)  # the baselines, by what they are; a table names them as the plan does
 
@@ -45,7 +47,7 @@ class Row:
         expected: how many seeds the plan asks for.
         per_query: measure -> query_id -> value, the mean over the seeds.
         means: measure -> mean over the queries.
-        deviations: measure -> sample standard deviation over the seeds' means; empty for one seed.
+        deviations: measure -> sample standard deviation over the seeds' means, where there are seeds and queries.
         against: baseline (a name of `AGAINST`) -> comparison with it.
         cost: name of `COSTS` -> mean over the seeds; None where it does not apply.
     """
@@ -112,7 +114,7 @@ FROM_INDEX = "prefixes_from_index"  # in a result, of its training and of its ra
 
 
 def build_tables(plan: Plan, output: Path) -> list[CollectionTable]:
-    """Read the results that are there.
+    """Read the results that are there. One that was made with other settings than the plan's is left out, with a note.
 
     Raises: ValueError if there are none, or if one has no values for a measure of the plan.
     """
@@ -121,7 +123,7 @@ def build_tables(plan: Plan, output: Path) -> list[CollectionTable]:
         grouped: dict[str, tuple[Method, list[dict | None]]] = {}
         for cell in cells(plan, output):
             if cell.collection == collection:
-                grouped.setdefault(cell.method.name, (cell.method, []))[1].append(cell.read())
+                grouped.setdefault(cell.method.name, (cell.method, []))[1].append(_read(plan, cell))
         order = [name for name in plan.methods if name in grouped]
         order = [name for name in grouped if name not in order] + order  # a plan may not name the first stage
         rows = [row for name in order if (row := _row(plan, *grouped[name])) is not None]
@@ -131,6 +133,15 @@ def build_tables(plan: Plan, output: Path) -> list[CollectionTable]:
     if not tables:
         raise ValueError(f"{output}: there is no result of this plan yet")
     return tables
+
+
+def _read(plan: Plan, cell: Cell) -> dict[str, Any] | None:
+    """Read a result; None if there is none, or if the plan has changed since it was made."""
+    result = cell.read()
+    if result and (names := changed(result.get("settings", {}), plan_settings(plan, cell.method, cell.seed))):
+        say(f"{cell.name}: left out of the tables, since {', '.join(names)} changed; run the comparison again")
+        return None
+    return result
 
 
 def _row(plan: Plan, method: Method, found: Sequence[dict | None]) -> Row | None:
@@ -151,7 +162,7 @@ def _row(plan: Plan, method: Method, found: Sequence[dict | None]) -> Row | None
             raise ValueError(f"the results of {method.name!r} are over different queries; run the comparison again")
         row.per_query[measure] = {q: statistics.fmean(values[q] for values in of_seeds) for q in of_seeds[0]}
         row.means[measure] = _mean(row.per_query[measure].values())
-        if len(results) > 1:
+        if len(results) > 1 and of_seeds[0]:  # a mean over no query has no deviation
             row.deviations[measure] = statistics.stdev([_mean(values.values()) for values in of_seeds])
     facts = [_cost_facts(result) for result in results]
     for name, cost in COSTS.items():
@@ -193,18 +204,13 @@ def _table(collection: str, measures: list[str], rows: list[Row], results: list[
             # the same queries for all: candidates, and so the queries with a relevant one, are the same
             p_values = [paired_test(row.per_query[measure], base.per_query[measure]) for row in others]
             for row, p in zip(others, holm(p_values), strict=True):
-                against, change = row.against[kind], _changes(row.per_query[measure], base.per_query[measure])
-                against.difference[measure] = row.means[measure] - base.means[measure]
+                against, change = row.against[kind], changes(row.per_query[measure], base.per_query[measure])
+                against.difference[measure] = _mean(change.tolist())
                 against.p_holm[measure] = p
-                against.gain[measure] = sum(value > 0 for value in change)
-                against.lose[measure] = sum(value < 0 for value in change)
+                against.gain[measure] = int((change > 0).sum())
+                against.lose[measure] = int((change < 0).sum())
     num_queries = {measure: len(rows[0].per_query[measure]) for measure in measures}
     return CollectionTable(collection, measures, rows, baselines, num_queries, results)
-
-
-def _changes(values: Mapping[str, float], base: Mapping[str, float]) -> list[float]:
-    """Return the difference of each query, rounded, since a mean over seeds may miss an equal value by its last bit."""
-    return [round(values[query] - base[query], 12) for query in base]
 
 
 def _mean(values: Collection[float]) -> float:

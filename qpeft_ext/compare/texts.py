@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .plan import Plan
@@ -31,15 +31,17 @@ def _markdown_section(section: Section) -> list[str]:
     def value(value: Value) -> str:
         return (f"**{value.with_detail}**" if value.best else value.with_detail) + value.marks
 
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
     lines = [
         f"### {section.heading}",
         "",
-        f"| {' | '.join(section.columns)} |",
+        line(section.columns),
         f"|{'|'.join(['---', *['---:'] * (len(section.columns) - 1)])}|",
     ]
     for name, values in section.rows:
-        cells = [name, *map(value, values)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(line([name, *map(value, values)]))
     return [*lines, "", *(f"{note}  " for note in section.notes), ""]
 
 
@@ -66,24 +68,32 @@ def render(tables: Sequence[CollectionTable]) -> Group:
 def json_text(tables: Sequence[CollectionTable]) -> str:
     """Return the rows with unrounded numbers, and each result without its values per query, as JSON.
 
-    A result has its settings, facts, versions, commit and machine.
+    A result has its settings, facts, versions, commit and machine. A mean over no query and a p-value of fewer than two
+    are null.
     """
+
+    def numbers(values: Mapping[str, float]) -> dict[str, float | None]:
+        return {name: None if value != value else value for name, value in values.items()}
+
     content = []
     for table in tables:
         rows = [
             {
                 "method": row.name,
                 "seeds": row.seeds,
-                "means": row.means,
-                "deviations": row.deviations,
-                "against": {kind: vars(against) for kind, against in row.against.items()},
+                "means": numbers(row.means),
+                "deviations": numbers(row.deviations),
+                "against": {
+                    kind: {name: numbers(values) for name, values in vars(against).items()}
+                    for kind, against in row.against.items()
+                },
                 "cost": row.cost,
             }
             for row in table.rows
         ]
         results = [{name: value for name, value in result.items() if name != "per_query"} for result in table.results]
         content.append({"collection": table.collection, "queries": table.num_queries, "rows": rows, "results": results})
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def csv_text(tables: Sequence[CollectionTable]) -> str:

@@ -122,7 +122,8 @@ def fit_calibration(
         mean_log_likelihood, query_tokens, bare: as for `Calibration.relevance`.
         relevant: whether the document of each pair is relevant, bool [N].
     Returns: the map.
-    Raises: ValueError if no pair is relevant, or every one, or if relevant documents do not have the larger scores.
+    Raises: ValueError if no pair is relevant, or every one, for a number that is not finite, or if relevant documents
+        do not have the larger scores.
     """
     relevant = np.asarray(relevant, dtype=bool)
     if relevant.all() or not relevant.any():
@@ -130,7 +131,13 @@ def fit_calibration(
             f"calibration needs relevant and other documents, got {int(relevant.sum())} relevant of {len(relevant)}"
         )
     inputs = np.stack(_inputs(mean_log_likelihood, query_tokens, bare), axis=1)
+    if not np.isfinite(inputs).all():
+        raise ValueError("calibration: scores must be finite; look at the LM's dtype")
+    # where all values are the same but for rounding, that would be fitted to
+    differ = np.ptp(inputs, axis=0) > 1e-9 * np.abs(inputs).max(axis=0)
     for used in ([0, 1], [1], [0]):  # a weight that would be negative is left out
+        if not differ[used].all():
+            continue
         intercept, *weights = _logistic(inputs[:, used], relevant).tolist()
         if min(weights) > 0:
             mean, gain = (dict(zip(used, weights, strict=True)).get(i, 0.0) for i in (0, 1))

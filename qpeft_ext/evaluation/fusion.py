@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ..formats.trec import Qrels, Run
+from ..formats.trec import Qrels, Run, expect_each_once
 from .measures import evaluate
 
 Add = Callable[[Sequence[tuple[str, float]], float, dict[str, float]], None]
@@ -28,8 +28,8 @@ def fuse(runs: Sequence[Run], weights: Sequence[float] | None = None, normalizat
     Returns: a run over the union of queries and documents; equal sums are in the order of the first run.
 
     Raises:
-        ValueError: without runs, for another number of weights, for weights that are all 0, and for weights or
-            scores that are not finite.
+        ValueError: without runs, for another number of weights, for weights that are all 0, for weights or scores that
+            are not finite, and for a document that a run has twice.
 
     Example: c has score 0 in the first run and 1 in the second; d, which the first run lacks, has 0 in both::
 
@@ -52,7 +52,8 @@ def fuse(runs: Sequence[Run], weights: Sequence[float] | None = None, normalizat
         if not np.isfinite(scores).all():
             raise ValueError("fuse: scores must be finite")
         low, spread = (scores.min(), np.ptp(scores)) if normalization == "min_max" else (scores.mean(), scores.std())
-        normalised = (scores - low) / spread if spread > 0 else np.zeros_like(scores)
+        # not the deviation, which rounding makes more than 0 where all scores are the same
+        normalised = (scores - low) / spread if np.ptp(scores) > 0 else np.zeros_like(scores)
         given = dict(zip((doc_id for doc_id, _ in ranking), normalised.tolist(), strict=True))
         lowest = float(normalised.min())
         for doc_id in sums:
@@ -72,15 +73,16 @@ def reciprocal_rank_fusion(runs: Sequence[Run], k: int = 60, weights: Sequence[f
     Returns: a run over the union of queries and documents.
 
     Raises:
-        ValueError: without runs, for another number of weights, or a negative ``k``.
+        ValueError: without runs, for another number of weights, weights that are all 0 or not finite, a negative
+            ``k``, and for a document that a run has twice.
 
     Source: Cormack et al. 2009, https://doi.org/10.1145/1571941.1572114.
     """
     weights = [1.0] * len(runs) if weights is None else list(weights)
-    if not runs or len(weights) != len(runs) or k < 0:
+    if not runs or len(weights) != len(runs) or not np.isfinite(weights).all() or not any(weights) or not k >= 0:
         raise ValueError(
-            f"reciprocal_rank_fusion: expected one weight per run and k >= 0, got {len(runs)} runs, "
-            f"weights {weights}, k {k}"
+            f"reciprocal_rank_fusion: expected one finite weight per run, not all 0, and k >= 0, got {len(runs)} "
+            f"runs, weights {weights}, k {k}"
         )
 
     def add(ranking: Sequence[tuple[str, float]], weight: float, sums: dict[str, float]) -> None:
@@ -92,6 +94,8 @@ def reciprocal_rank_fusion(runs: Sequence[Run], k: int = 60, weights: Sequence[f
 
 def _combine(runs: Sequence[Run], weights: Sequence[float], add: Add) -> Run:
     """Return the documents of each query, sorted by the sums to which ``add`` adds each ranking with its weight."""
+    for run in runs:
+        expect_each_once(run, "fuse")
     fused: Run = {}
     for query_id in dict.fromkeys(query_id for run in runs for query_id in run):
         rankings = [run.get(query_id, []) for run in runs]

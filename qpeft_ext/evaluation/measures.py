@@ -18,7 +18,7 @@ import numpy as np
 
 from ..formats.io import shorten
 from ..formats.qrels import LARGEST_RELEVANCE
-from ..formats.trec import Qrels, Run, decreasing_scores, without_identical_ids
+from ..formats.trec import Qrels, Run, decreasing_scores, expect_each_once, without_identical_ids
 from ..utils.inputs import as_list
 from ..utils.words import closest_words
 
@@ -79,7 +79,8 @@ def evaluate(
 
     Raises:
         ImportError: without ir_measures.
-        ValueError: for an unknown measure, a relevance beyond 1,000,000, or if no query is in both.
+        ValueError: for an unknown measure, a relevance beyond 1,000,000, a document that the run has twice for a query,
+            or if no query is in both.
 
     Example: the relevant document has rank 1 for one query and rank 2 for the other::
 
@@ -148,6 +149,7 @@ def _check(run: Run, qrels: Qrels) -> None:
                     f"evaluate: the id {shorten(wrong)} of the {name} has a zero byte, at which trec_eval cuts it; "
                     "rename it in run, qrels and data"
                 )
+    expect_each_once(run, "evaluate")
     for query_id, judged_documents in qrels.items():
         for doc_id, relevance in judged_documents.items():
             if not -LARGEST_RELEVANCE <= relevance <= LARGEST_RELEVANCE:

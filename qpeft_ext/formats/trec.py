@@ -96,8 +96,7 @@ def written_ranking(query_id: str, ranking: Iterable[tuple[str, float]]) -> list
         check_id("doc_id", doc_id)
         if not math.isfinite(score):
             raise ValueError(f"query {query_id!r}, document {doc_id!r}: scores must be finite, got {score}")
-    if len({doc_id for doc_id, _ in ranking}) < len(ranking):
-        twice = next(d for i, (d, _) in enumerate(ranking) if d in {e for e, _ in ranking[:i]})
+    if (twice := _twice(ranking)) is not None:
         raise ValueError(f"document {twice!r} occurs twice for query {query_id!r}; rank each document once")
     ranking.sort(key=lambda candidate: -candidate[1])  # stable
     try:
@@ -105,6 +104,27 @@ def written_ranking(query_id: str, ranking: Iterable[tuple[str, float]]) -> list
     except ValueError as error:
         raise ValueError(f"query {query_id!r}: {error}") from None
     return [(doc_id, score) for (doc_id, _), score in zip(ranking, scores, strict=True)]
+
+
+def expect_each_once(run: Run, what: str) -> None:
+    """Check that no ranking has a document twice, of which one would count only, or both.
+
+    Args:
+        run: query_id -> [(doc_id, score)].
+        what: is done with the run, for the message.
+
+    Raises: ValueError naming query and document.
+    """
+    for query_id, ranking in run.items():
+        if (twice := _twice(ranking)) is not None:
+            raise ValueError(f"{what}: document {twice!r} occurs twice for query {query_id!r}; rank each document once")
+
+
+def _twice(ranking: Sequence[tuple[str, float]]) -> str | None:
+    """Return a document that a ranking has twice; None if there is none."""
+    if len({doc_id for doc_id, _ in ranking}) == len(ranking):
+        return None
+    return next(d for i, (d, _) in enumerate(ranking) if d in {e for e, _ in ranking[:i]})
 
 
 def run_lines(query_id: str, ranking: Sequence[tuple[str, float]], tag: str) -> bytes:

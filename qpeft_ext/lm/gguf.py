@@ -16,6 +16,7 @@ from ..utils.files import cache_folder, drop_temporary, private_folder, save_fol
 from ..utils.locks import claim
 from ..utils.progress import progress_bar
 from .gguf_header import read_header
+from .weights import load_weights
 
 _VERSION = 2  # of what `_convert` makes
 # tokenizers of llama.cpp that split off every digit; without that, blank lines before a number are other tokens
@@ -111,7 +112,7 @@ def _convert(path: Path, sha256: str, target: str, name: str) -> None:
         auto: type[Any] = AutoModelForCausalLM
         if getattr(config, "is_encoder_decoder", False):
             auto = AutoModelForSeq2SeqLM
-        lm = auto.from_pretrained(folder, gguf_file=file, dtype=header.dtype, trust_remote_code=False, **_unpacked())
+        lm = load_weights(auto, folder, gguf_file=file, dtype=header.dtype, **_unpacked())
         lm.config.gguf_sha256 = sha256
         lm.config.__dict__.pop("quantization_config", None)  # save_pretrained refuses a model that was packed
         lm.hf_quantizer = None

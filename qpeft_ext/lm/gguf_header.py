@@ -13,7 +13,7 @@ import torch
 
 _VERSIONS = (2, 3)
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of metadata values, by their type
-_UINT32, _STRING, _ARRAY = 4, 8, 9
+_UINT16, _UINT32, _STRING, _ARRAY = 2, 4, 8, 9
 _FLOAT16, _BFLOAT16 = 1, 30
 _FLOATS = {0: torch.float32, _FLOAT16: torch.float16, _BFLOAT16: torch.bfloat16}  # types of tensors, not packed
 _DAMAGED = "it was cut or is damaged; fetch the file again"
@@ -35,7 +35,8 @@ class GgufHeader:
 def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file, whatever is in it; this takes less than a second.
 
-    Raises: ValueError for a file that is no GGUF file, has another version of the format, or ends too early.
+    Raises: ValueError for a file that is no GGUF file, has another version of the format, ends too early, or is one of
+        several that an LM was split into.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -57,16 +58,23 @@ class _Header:
         version, tensors, values = self._numbers("IQQ")
         if version not in _VERSIONS:
             raise ValueError(f"expected version 2 or 3 of the GGUF format, got {version}; convert the file again")
-        alignment, splitting = 32, b""
+        alignment, splitting, files = 32, b"", 1
         for _ in range(values):
             key = self._text()
             (kind,) = self._numbers("I")
             if key == b"general.alignment" and kind == _UINT32:
                 (alignment,) = self._numbers("I")
+            elif key == b"split.count" and kind == _UINT16:
+                (files,) = self._numbers("H")
             elif key == b"tokenizer.ggml.pre" and kind == _STRING:
                 splitting = self._text()
             else:
                 self._skip_value(kind)
+        if files > 1:  # transformers would read this one only
+            raise ValueError(
+                f"the GGUF file is one of {files} that its LM was split into; make one file of them with llama.cpp: "
+                "llama-gguf-split --merge FIRST-FILE WHOLE-FILE"
+            )
         if not tensors:
             raise ValueError(f"the GGUF file has no tensors: {_DAMAGED}")
         kinds, ends = zip(*self._tensors(tensors), strict=True)

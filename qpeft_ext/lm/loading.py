@@ -20,6 +20,7 @@ from .compute_dtype import resolve_dtype
 from .int8 import expect_int8_possible, to_int8
 from .packed import without_gguf_blocks
 from .sources import Source, locate
+from .weights import load_weights
 
 BASE_LM = Path(__file__).parents[1] / "demo" / "base_lm"  # what the demo uses, and plans that name no LM
 
@@ -49,8 +50,8 @@ def load_lm(
             bitsandbytes the weights stay packed in 8 or 4 bits; so they do for a folder that was saved with one.
     Returns: an LM as `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM` loads it; for one that was saved as a sequence
         classifier the classifier, as a `ClassifierLM`.
-    Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither kind, or
-        that needs code or an adapter from its folder.
+    Raises: OSError or ValueError with one line that names the model; ValueError for a model that is neither kind, that
+        needs code or an adapter from its folder, or whose files lack a weight.
     Example:
         >>> import qpeft_ext as qpeft
         >>> from qpeft_ext.lm.loading import BASE_LM  # the small LM of the demo
@@ -97,8 +98,7 @@ def load_lm(
         if names_classifier(config):
             auto = AutoModelForSequenceClassification
         read_as = torch.float32 if in_int8 else dtype or "auto"
-        lm = auto.from_pretrained(source.place, dtype=read_as, use_safetensors=True, trust_remote_code=False, **kwargs)
-        lm = as_lm(lm)
+        lm = as_lm(load_weights(auto, source.place, dtype=read_as, use_safetensors=True, **kwargs))
         if in_int8:
             to_int8(lm)
         if source.place != source.name:  # the LM is found again by its name, on other machines as well

@@ -31,7 +31,7 @@ def gguf_of_package(name: str) -> list[Path]:
     parts = [part for other in others for part in _files(_installed(other), r"\.gguf\.part\d+")]
     if not parts:
         raise ValueError(f"the package {name} has no GGUF file")
-    return sorted(parts, key=lambda path: path.name)
+    return sorted(set(parts), key=lambda path: int(path.name.rpartition("part")[2]))
 
 
 def _installed(name: str) -> metadata.Distribution:

@@ -43,6 +43,11 @@ def with_teacher_scores(reranker: Reranker, examples: Sequence[Example]) -> list
     ]
 
 
+def _without_scores(examples: Sequence[Example]) -> list[tuple[str, int, int]]:
+    """Return what scores belong to: each query, and how many documents of both kinds it has."""
+    return [(example["query"], *(len(example[side]) for side in _SIDES)) for example in examples]
+
+
 class PartialExamples(PartialFile):
     """Training examples with teacher scores that are finished; each block is some lines of ``OUTPUT.part``.
 
@@ -96,8 +101,11 @@ def teach(
     if path.exists():
         problem = written_with(path, settings)
         if not problem:
-            say(f"{path}: the teacher's scores are there")
-            return read_examples(path)
+            found = read_examples(path)
+            if _without_scores(found) == _without_scores(examples):
+                say(f"{path}: the teacher's scores are there")
+                return found
+            problem = "was changed since it was made: it has other examples"
         if not overwrite:
             raise ValueError(f"{path} {problem}; name another file, or --overwrite")
     check_queries(

@@ -24,7 +24,7 @@ class Filters:
         keep_unfinished: keep queries that were cut because they did not end.
         min_log_likelihood: queries are dropped whose log-likelihood given their document, mean per token in nats, is
             smaller; None: no such filter.
-        keep_fraction: share of the queries that is kept, those with the largest mean log-likelihood.
+        keep_fraction: share of the queries that is kept, rounded up, those with the largest mean log-likelihood.
         round_trip_top: the document must be among so many best documents of BM25 for its query; 0: no such filter.
         num_negatives: negatives of each query.
         depth: how many of BM25's best other documents the negatives are drawn from.
@@ -136,7 +136,7 @@ def select(
                 kept.append((same, KeptQuery(f"{doc_id}-{number}", doc_id, query.text, query.log_likelihood)))
     single = [query for same, query in kept if len(said_of[same]) == 1]
     dropped["were generated for several documents"] += len(kept) - len(single)
-    wanted = math.ceil(filters.keep_fraction * len(single))
+    wanted = math.ceil(round(filters.keep_fraction * len(single), 9))  # 0.07 · 100 is a little more than 7
     likely = sorted(range(len(single)), key=lambda i: -single[i].log_likelihood)[:wanted]  # stable
     dropped["are not among the likeliest"] += len(single) - len(likely)
     return [single[i] for i in sorted(likely)]

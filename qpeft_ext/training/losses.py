@@ -4,7 +4,7 @@ All take tables over Q queries and up to M documents each, and return a scalar:
 
     likelihood  ℓ of every document, [Q, M], floating
     positive    [Q, M] bool, True for a relevant document; a query without any is a ValueError
-    mask        [Q, M] bool, False where a query has fewer than M documents
+    mask        [Q, M] bool, False where a query has fewer than M documents: what ℓ is there never counts
 
 A query without negatives adds nothing to a loss over pairs. Differences of ℓ are tenths of a nat; a ``temperature``
 divides them, and `best_temperature` finds one for an LM.
@@ -71,7 +71,7 @@ def pointwise(likelihood: Tensor, positive: Tensor, mask: Tensor) -> Tensor:
         mask: [Q, M] bool, False for padding.
     Returns: a scalar, in nats per query token.
     """
-    positive = _positives(positive, mask)
+    likelihood, positive = _counted(likelihood, positive, mask)
     per_query = torch.where(positive, -likelihood, 0).sum(1) / positive.sum(1)
     return per_query.mean()
 
@@ -86,7 +86,7 @@ def pairwise(likelihood: Tensor, positive: Tensor, mask: Tensor, margin: float =
         margin: how far a positive should be above a negative, in nats per query token.
     Returns: a scalar, in nats per query token.
     """
-    positive = _positives(positive, mask)
+    likelihood, positive = _counted(likelihood, positive, mask)
     pairs = _pairs(positive, mask & ~positive)
     hinge = torch.relu(margin - likelihood[:, :, None] + likelihood[:, None, :])
     return (torch.where(pairs, hinge, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()
@@ -124,7 +124,7 @@ def listwise(likelihood: Tensor, positive: Tensor, mask: Tensor, temperature: fl
         >>> print(f"{loss:.4f}")  # −log(1 / (1 + e⁻¹ + e⁻⁴))
         0.3266
     """
-    positive = _positives(positive, mask)
+    likelihood, positive = _counted(likelihood, positive, mask)
     logits = (likelihood / temperature).masked_fill(~mask, float("-inf"))
     return (logits.logsumexp(1) - logits.masked_fill(~positive, float("-inf")).logsumexp(1)).mean()
 
@@ -146,7 +146,7 @@ def contrastive(
         temperature: in nats per query token.
     Returns: a scalar.
     """
-    positive = _positives(positive, mask)
+    likelihood, positive = _counted(likelihood, positive, mask)
     prior = likelihood.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
     logits = (likelihood - prior) / temperature
     none = torch.tensor(float("-inf"), dtype=logits.dtype, device=logits.device)
@@ -176,7 +176,7 @@ def margin_mse(
     Returns: a scalar.
     Source: Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666.
     """
-    positive = _positives(positive, mask)
+    likelihood, positive = _counted(likelihood, positive, mask)
     scored = mask & ~teacher_scores.isnan()
     teacher = teacher_scores.masked_fill(~scored, 0)
     pairs = _pairs(positive & scored, scored & ~positive)
@@ -193,7 +193,7 @@ def binary_cross_entropy(likelihood: Tensor, positive: Tensor, mask: Tensor) -> 
         mask: [Q, M] bool, False for padding.
     Returns: a scalar, in nats per document.
     """
-    positive = _positives(positive, mask)
+    likelihood, positive = _counted(likelihood, positive, mask)
     wrong = softplus(torch.where(positive, -likelihood, likelihood))
     return (torch.where(mask, wrong, 0).sum(1) / mask.sum(1)).mean()
 
@@ -209,7 +209,7 @@ def ranknet(likelihood: Tensor, positive: Tensor, mask: Tensor, temperature: flo
     Returns: a scalar.
     Source: RankNet, Burges et al. 2005, https://doi.org/10.1145/1102351.1102363.
     """
-    positive = _positives(positive, mask)
+    likelihood, positive = _counted(likelihood, positive, mask)
     pairs = _pairs(positive, mask & ~positive)
     wrong = softplus(-_differences(likelihood) / temperature)
     return (torch.where(pairs, wrong, 0).sum((1, 2)) / pairs.sum((1, 2)).clamp_min(1)).mean()
@@ -229,7 +229,7 @@ def lambda_loss(likelihood: Tensor, positive: Tensor, mask: Tensor, temperature:
     Returns: a scalar.
     Source: the weights of LambdaRank in the LambdaLoss of Wang et al. 2018, https://doi.org/10.1145/3269206.3271784.
     """
-    positive = _positives(positive, mask)
+    likelihood, positive = _counted(likelihood, positive, mask)
     order = likelihood.detach().masked_fill(~mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
     discount = 1 / torch.log2(order.argsort(dim=1) + 2.0)  # of each document's rank
     best = 1 / torch.log2(torch.arange(mask.shape[1], device=mask.device) + 2.0)
@@ -254,7 +254,7 @@ def kl_divergence(
         temperature: units of ℓ that are worth one of the teacher's units.
     Returns: a scalar, KL(teacher ‖ ours), in nats.
     """
-    _positives(positive, mask)
+    likelihood, _ = _counted(likelihood, positive, mask)
     scored = mask & ~teacher_scores.isnan()
     none = torch.finfo(likelihood.dtype).min  # not −inf, which a query without teacher scores would make NaN of
     ours = (likelihood / temperature).masked_fill(~scored, none).log_softmax(1)
@@ -289,8 +289,12 @@ def _differences(values: Tensor) -> Tensor:
     return values[:, :, None] - values[:, None, :]
 
 
-def _positives(positive: Tensor, mask: Tensor) -> Tensor:
+def _counted(likelihood: Tensor, positive: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return likelihood and positive, both [Q, M], without what stands in padding: an infinity has NaN gradients.
+
+    Raises: ValueError for a query without positives.
+    """
     positive = positive & mask
     if not positive.any(1).all():
         raise ValueError("a loss needs at least one positive document for each query")
-    return positive
+    return torch.where(mask, likelihood, 0), positive

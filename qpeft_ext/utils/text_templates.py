@@ -100,8 +100,8 @@ def parts_of(template: str, instruction: str | None) -> tuple[Part, ...]:
         parsed = environment.parse(template)
         refused = _refused(parsed)
         text = "" if refused else environment.from_string(parsed).render(given)
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
-            ValueError) as error:  # fmt: skip
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, SyntaxError,
+            TypeError, ValueError) as error:  # fmt: skip
         known = ", ".join(given)
         raise ValueError(
             f"template: Jinja2 cannot run it: {shorten(' '.join(str(error).split()))}; its variables are {known}"
