@@ -35,6 +35,7 @@ def fake(name: str):
 
 def differentiable(name: str, setup_context, backward) -> None:
     """Register ``backward`` for ``qpeft_ext::name``. Differentiating it again raises RuntimeError."""
+    backward = outside_autocast(backward)  # whoever calls loss.backward() may be inside of it
 
     def first_order(ctx, *grads):
         if not torch.is_grad_enabled():
