@@ -79,6 +79,13 @@ def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
         )
 
 
+def refuse_gradient(op: str, **inputs: Tensor) -> None:
+    """Raise ValueError for an input that asks for a gradient which the operator does not compute."""
+    for name, x in inputs.items():
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} gets no gradient, so it must not ask for one")
+
+
 def with_plain_rows(table: Tensor) -> Tensor:
     """Return the table, or a copy if the numbers of a row are not adjacent or rows overlap: kernels read whole rows."""
     V, D = table.shape
