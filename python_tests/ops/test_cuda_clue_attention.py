@@ -174,7 +174,7 @@ def check_against_definition(x, weights, H, tolerance=1e-5, table=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("shape", "H"),
-    [({}, 4), ({"Q": 2, "T": 9, "D": 33, "V": 7, "B": 9, "S": 150}, 3), ({"B": 0}, 4), ({"S": 0}, 2)],
+    [({}, 4), ({"Q": 2, "T": 9, "D": 33, "V": 7, "B": 9, "S": 150}, 3), ({"B": 0}, 4), ({"S": 0}, 2), ({"D": 0}, 1)],
     ids=str,
 )
 def test_operator(on_cuda_kernels, shape, H, dtype, table):
