@@ -120,8 +120,12 @@ def test_wrong_rows_trap(replica):
             replica.clue_attention_products(table, rows, None, length, one[None], one.clone())
         with pytest.raises(RuntimeError, match="clue_attention_weighted_sums: .*trap"):
             replica.clue_attention_weighted_sums(table, rows, None, length, one, 1, False, one[None].clone())
-    with pytest.raises(RuntimeError, match="clue_attention_weighted_sums: .*trap"):
-        replica.clue_attention_weighted_sums(table, rows * 0, None, length + 1, one, 1, False, one[None].clone())
+    for lists in ((None, length + 1), (torch.tensor([0, 2]), None), (torch.tensor([-1, 1]), None)):
+        with pytest.raises(RuntimeError, match="clue_attention_weighted_sums: .*trap"):
+            replica.clue_attention_weighted_sums(table, rows * 0, *lists, one, 1, False, one[None].clone())
+        around = torch.zeros(3, dtype=torch.int64)  # rows that would do lie before and behind
+        with pytest.raises(RuntimeError, match="clue_attention_products: .*trap"):
+            replica.clue_attention_products(table, around[1:2], *lists, one[None], torch.zeros(3, 1)[1:2])
 
 
 # ---- the operator: its Python for CUDA with the CUDA kernels underneath ----------------------------------------------
