@@ -211,6 +211,14 @@ def test_the_variable_that_limits_onednn_limits_kernels(variable, most, int8, bf
         assert found[0] == min(int8, int(torch.ops.qpeft_ext.int8_instructions()))
 
 
+def test_a_default_device_does_not_matter():
+    weight = torch.randn(16, 64)
+    with torch.device("meta"):
+        layer = Int8Weight.of(weight, [2])
+    for made, expected in zip(layer, Int8Weight.of(weight, [2]), strict=True):
+        assert torch.equal(made, expected)
+
+
 @native
 def test_direct_calls_cannot_read_out_of_bounds():
     x, layer, bias, _ = inputs(5, 64, 32)
