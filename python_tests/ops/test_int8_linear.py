@@ -20,6 +20,7 @@ SHAPES = [
     (97, 192, 80),
     (700, 64, 16),
     (31, 1536, 64),
+    (700, 1536, 32),  # two blocks of rows
     (0, 64, 16),
 ]
 NAMES = ("portable", "AVX512-VNNI", "AMX")

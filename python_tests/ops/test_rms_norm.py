@@ -75,6 +75,7 @@ def test_strides_rows_of_zeros_and_nan(dtype):
     wide = torch.randn(6, 100).to(dtype)
     wide[:, 7:47] = x
     assert torch.equal(rms_norm(wide[:, 7:47], weight, 1e-5), rms_norm(x, weight, 1e-5))
+    assert torch.equal(gradient(rms_norm, wide[:, 7:47], weight, grad), gradient(rms_norm, x, weight, grad))
     across = x.T.contiguous().T
     assert torch.equal(rms_norm(across, weight, 1e-5), rms_norm(x, weight, 1e-5))
     assert torch.equal(gradient(rms_norm, across, weight, grad.T.contiguous().T), gradient(rms_norm, x, weight, grad))
