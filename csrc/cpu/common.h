@@ -7,18 +7,31 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 #include "dispatch.h"
 #include "math.h"
 
 namespace qpeft {
 
-// f(begin, end) over [0, n) on torch's threads; at least `grain` units each. f must not throw.
+// f(begin, end) over [0, n) on torch's threads; at least `grain` units each. f may only throw std::bad_alloc. That does not leave
+// its thread: on the way through torch it would lose its words, from which callers know that they may try again with less.
 template <typename F>
 void parallel(int64_t n, int64_t grain, const F& f) {
-  if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), f);
+  if (n <= 0) return;
+  std::atomic<bool> enough{true};
+  const auto guarded = [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (const std::bad_alloc&) {
+      enough = false;
+    }
+  };
+  torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), guarded);
+  STD_TORCH_CHECK(enough, "not enough memory for what a thread of a kernel needs");
 }
 
 // The bfloat16 numbers of a tensor, as bits.

@@ -1,7 +1,8 @@
 #include "cpu/instructions.h"
 
+#include <cctype>
 #include <cstdlib>
-#include <string_view>
+#include <string>
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -11,11 +12,15 @@
 
 namespace qpeft {
 
-Cap instructions_cap() {
-  const char* given = std::getenv("ONEDNN_MAX_CPU_ISA");
-  const std::string_view name = given ? given : "";
-  if (name.empty() || name == "ALL" || name == "DEFAULT" || name.find("AMX") != name.npos) return Cap::kAmx;
-  return name.find("AVX512") != name.npos || name.find("AVX10") != name.npos ? Cap::kAvx512 : Cap::kAvx2;
+Cap instructions_cap() {  // as oneDNN reads it: the older name too, in any case, and what it does not know is no limit
+  std::string name;
+  for (const char* variable : {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"})
+    if (const char* given = std::getenv(variable); name.empty() && given) name = given;
+  for (char& letter : name) letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+  const auto has = [&](const char* part) { return name.find(part) != name.npos; };
+  if (has("amx")) return Cap::kAmx;
+  if (has("avx512") || has("avx10")) return Cap::kAvx512;
+  return has("avx") || has("sse") ? Cap::kAvx2 : Cap::kAmx;
 }
 
 bool may_use_tiles([[maybe_unused]] unsigned feature) {

@@ -8,8 +8,8 @@ namespace qpeft {
 template <typename Row, typename Sum>
 cudaError_t launch_clue_attention_products(GatheredRows<Row> gathered, const Row* dense, int64_t columns, Sum* products,
                                            cudaStream_t stream) {
-  const RowLists lists{gathered.rows,   gathered.offsets, gathered.lengths,
-                       gathered.stride, gathered.lists,   gathered.longest};
+  const RowLists lists{gathered.rows,  gathered.offsets, gathered.lengths, gathered.stride,
+                       gathered.lists, gathered.longest, gathered.n};
   const Table<Row> table{gathered.table, gathered.table_stride, gathered.V, gathered.D};
   const Dense<Row> by{dense, gathered.D, gathered.lists * columns, columns};
   const StoreProducts<Sum> store{products, columns};

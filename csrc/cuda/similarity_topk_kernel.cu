@@ -240,7 +240,8 @@ cudaError_t launch_similarity_topk(PairInputs pairs, SimilarityInputs<Row> input
   if (status == cudaSuccess)
     status =
         launch_document_rows_number(pairs.document_ids, pairs.document_mask, pairs.query_index, sizes, groups, stream);
-  const RowLists lists{groups.rows, groups.row_offsets, nullptr, 0, sizes.G, std::min(sizes.B * sizes.S, sizes.V)};
+  const RowLists lists{groups.rows,     groups.row_offsets, nullptr, 0, sizes.G, std::min(sizes.B * sizes.S, sizes.V),
+                       most_rows(sizes)};
   const Table<Row> table{inputs.table, inputs.table_stride, sizes.V, inputs.D};
   const Dense<Row> queries{inputs.query_embeds, inputs.D, sizes.Q * inputs.T, sizes.M * inputs.T};
   const BestTokens<Sum> best_tokens{scratch, inputs.query_mask, static_cast<int>(inputs.T), static_cast<int>(sizes.M),

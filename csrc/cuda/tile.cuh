@@ -31,6 +31,7 @@ struct RowLists {
   const int64_t* lengths;  // [L] where offsets are null
   int64_t stride, L;
   int64_t longest;  // no list is longer; bounds the grid, so the host's guess may be large
+  int64_t n;  // of rows
 
   __device__ int64_t begin(int64_t list) const { return offsets ? offsets[list] : list * stride; }
   __device__ int64_t count(int64_t list) const { return offsets ? offsets[list + 1] - offsets[list] : lengths[list]; }
@@ -203,6 +204,7 @@ __device__ void begin_tile(int at, int column, RowLists lists, Table<Row> table,
   const int64_t first_column = list * dense.columns + column, end = list * dense.columns + dense.columns;
   const int64_t columns = (end < dense.rows ? end : dense.rows) - first_column;
   for (int i = threadIdx.x; i < Shape::kRows; i += kThreads) {
+    if (i < rows && (first < 0 || first + i >= lists.n)) __trap();
     const int64_t id = i < rows ? lists.rows[first + i] : 0;
     if (i < rows && (id < 0 || id >= table.V)) __trap();
     begins[i] = i < rows ? table.data + id * table.stride : nullptr;

@@ -112,6 +112,15 @@ def test_vocabulary_topk_equals_a_full_sort(set_up, seed, metric, per_token, k, 
             assert row == expected + [-1] * (k - len(expected))
 
 
+@pytest.mark.parametrize(("Q", "T", "k", "V"), [(0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_vocabulary_topk_of_nothing(Q, T, k, V, per_token):
+    mask, allowed = torch.ones(Q, T, dtype=torch.bool), torch.ones(1, V, dtype=torch.bool)
+    found = vocabulary_topk(torch.ones(Q, T, 4), mask, torch.ones(V, 4), allowed, k, per_token=per_token)
+    assert found.dtype == torch.int64 and (found == -1).all()
+    assert found.shape == ((Q, T, k) if per_token else (Q, k))
+
+
 @pytest.fixture(scope="module")
 def set_up():
     """Rows of a chunk, and whether oneDNN multiplies them."""

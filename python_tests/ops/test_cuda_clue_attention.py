@@ -120,8 +120,12 @@ def test_wrong_rows_trap(replica):
             replica.clue_attention_products(table, rows, None, length, one[None], one.clone())
         with pytest.raises(RuntimeError, match="clue_attention_weighted_sums: .*trap"):
             replica.clue_attention_weighted_sums(table, rows, None, length, one, 1, False, one[None].clone())
-    with pytest.raises(RuntimeError, match="clue_attention_weighted_sums: .*trap"):
-        replica.clue_attention_weighted_sums(table, rows * 0, None, length + 1, one, 1, False, one[None].clone())
+    for lists in ((None, length + 1), (torch.tensor([0, 2]), None), (torch.tensor([-1, 1]), None)):
+        with pytest.raises(RuntimeError, match="clue_attention_weighted_sums: .*trap"):
+            replica.clue_attention_weighted_sums(table, rows * 0, *lists, one, 1, False, one[None].clone())
+        around = torch.zeros(3, dtype=torch.int64)  # rows that would do lie before and behind
+        with pytest.raises(RuntimeError, match="clue_attention_products: .*trap"):
+            replica.clue_attention_products(table, around[1:2], *lists, one[None], torch.zeros(3, 1)[1:2])
 
 
 # ---- the operator: its Python for CUDA with the CUDA kernels underneath ----------------------------------------------
@@ -174,7 +178,7 @@ def check_against_definition(x, weights, H, tolerance=1e-5, table=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("shape", "H"),
-    [({}, 4), ({"Q": 2, "T": 9, "D": 33, "V": 7, "B": 9, "S": 150}, 3), ({"B": 0}, 4), ({"S": 0}, 2)],
+    [({}, 4), ({"Q": 2, "T": 9, "D": 33, "V": 7, "B": 9, "S": 150}, 3), ({"B": 0}, 4), ({"S": 0}, 2), ({"D": 0}, 1)],
     ids=str,
 )
 def test_operator(on_cuda_kernels, shape, H, dtype, table):

@@ -1,4 +1,4 @@
-"""Second and forward-mode derivatives raise an error; the definitions have both."""
+"""Derivatives that there are not raise an error: second ones, forward-mode ones, and those of some inputs."""
 
 import pytest
 import torch
@@ -7,7 +7,10 @@ from torch.autograd import functional
 
 from qpeft_ext.ops import ProjectedTable, clue_attention, similarity_topk, token_log_likelihood
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
+from qpeft_ext.ops.causal_attention import causal_attention
+from qpeft_ext.ops.joined_prefixes import joined_prefixes
 from qpeft_ext.ops.rms_norm import rms_norm
+from qpeft_ext.ops.rotary import rotary
 
 
 def make_cases():
@@ -86,7 +89,19 @@ def test_forward_mode_is_an_error_where_there_is_no_gradient_at_all():
             torch.func.jvp(call, (x.query_embeds,), (x.query_embeds,))
 
 
-def test_a_weight_that_would_get_no_gradient_is_an_error():
-    weight = torch.ones(16, dtype=torch.bfloat16, requires_grad=True)
-    with pytest.raises(ValueError, match="weight gets no gradient"):
-        rms_norm(torch.ones(2, 16, dtype=torch.bfloat16), weight, 1e-6)
+@pytest.mark.parametrize(("call", "name"), [
+    (lambda y: rms_norm(torch.ones(2, 16), y[0, 0, 0], 1e-6), "weight"),
+    (lambda y: rotary(torch.ones(1, 2, 3, 16), y[0], y[0].detach()), "cos"),
+    (lambda y: rotary(torch.ones(1, 2, 3, 16), y[0].detach(), y[0]), "sin"),
+    (lambda y: joined_prefixes([y.detach(), y], [0, 1], torch.ones(2, 1, 3, 16), 3), r"prefixes\[1\]"),
+    (lambda y: causal_attention(y, y.detach(), y.detach(), [0], 1.0), "query"),
+    (lambda y: causal_attention(y.detach(), y, y.detach(), [0], 1.0), "key"),
+    (lambda y: causal_attention(y.detach(), y.detach(), y, [0], 1.0), "value"),
+])  # fmt: skip
+def test_an_input_that_would_get_no_gradient_is_an_error(call, name):
+    asks = torch.ones(1, 1, 3, 16, requires_grad=True)
+    with pytest.raises(ValueError, match=f"{name} gets no gradient"):
+        call(asks)
+    with torch.no_grad():
+        assert call(asks).isfinite().all()
+    assert call(asks.detach()).isfinite().all()

@@ -20,6 +20,7 @@ SHAPES = [
     (97, 192, 80),
     (700, 64, 16),
     (31, 1536, 64),
+    (700, 1536, 32),  # two blocks of rows
     (0, 64, 16),
 ]
 NAMES = ("portable", "AVX512-VNNI", "AMX")
@@ -195,16 +196,28 @@ def test_wrong_inputs_are_errors():
 
 @native
 @pytest.mark.slow
-@pytest.mark.parametrize(("most", "int8", "bfloat16"), [("AVX512_CORE_VNNI", 1, 1), ("AVX2", 0, 0), ("", 2, 2)])
-def test_the_variable_that_limits_onednn_limits_kernels(most, int8, bfloat16):
+@pytest.mark.parametrize(("variable", "most", "int8", "bfloat16"), [
+    ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI", 1, 1), ("ONEDNN_MAX_CPU_ISA", "avx2", 0, 0),
+    ("DNNL_MAX_CPU_ISA", "SSE41", 0, 0), ("ONEDNN_MAX_CPU_ISA", "", 2, 2), ("ONEDNN_MAX_CPU_ISA", "default", 2, 2),
+    ("ONEDNN_MAX_CPU_ISA", "of no processor", 2, 2),
+])  # fmt: skip
+def test_the_variable_that_limits_onednn_limits_kernels(variable, most, int8, bfloat16):
     ask = "import torch, qpeft_ext.ops; ops = torch.ops.qpeft_ext; "
     ask += "print(ops.int8_instructions(), ops.bfloat16_instructions())"
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": most}
+    environment = os.environ | {variable: most}
     asked = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
     found = [int(number) for number in asked.stdout.split()]
     assert found[0] <= int8 and found[1] <= bfloat16
     if not os.environ.get("ONEDNN_MAX_CPU_ISA"):
         assert found[0] == min(int8, int(torch.ops.qpeft_ext.int8_instructions()))
+
+
+def test_a_default_device_does_not_matter():
+    weight = torch.randn(16, 64)
+    with torch.device("meta"):
+        layer = Int8Weight.of(weight, [2])
+    for made, expected in zip(layer, Int8Weight.of(weight, [2]), strict=True):
+        assert torch.equal(made, expected)
 
 
 @native

@@ -47,3 +47,21 @@ def test_projects_each_row_once(device):
     assert used == (len(x.table) if device.type == "cuda" else distinct)
     attend(projected, x, weights)
     assert projected.used == used
+
+
+def test_rows_without_numbers(device):
+    x, weights = make_inputs(D=0, device=device)
+    assert attend(make_projected(x, weights), x, weights, H=1).shape == (*x.query_index.shape, x.query_mask.shape[1], 0)
+
+
+def test_impossible_inputs_are_the_errors_of_clue_attention(device):
+    x, weights = make_inputs(device=device)
+    projected = make_projected(x, weights)
+    for H in (0, 3, -4):
+        with pytest.raises(ValueError, match="num_heads must divide D = 16"):
+            attend(projected, x, weights, H=H)
+    for name, wrong in [("document_ids", x.document_ids.int()), ("query_index", x.query_index.int())]:
+        with pytest.raises(TypeError, match=f"{name} must be int64, got int32"):
+            attend(projected, x._replace(**{name: wrong}), weights)
+    with pytest.raises(ValueError, match="query_mask must have shape"):
+        attend(projected, x._replace(query_mask=x.query_mask[:, 1:]), weights)

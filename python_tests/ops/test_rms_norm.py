@@ -8,7 +8,7 @@ from qpeft_ext.ops._library import registered
 from qpeft_ext.ops.rms_norm import is_supported, reference, rms_norm
 
 native = pytest.mark.skipif(not registered("rms_norm"), reason="the library is not loaded")
-SHAPES = [(3, 50, 64), (1, 1, 16), (2, 7, 77), (400, 512), (2, 3, 5, 33), (5, 2048), (0, 8), (4, 1)]
+SHAPES = [(3, 50, 64), (1, 1, 16), (2, 7, 77), (400, 512), (2, 3, 5, 33), (5, 2048), (0, 8), (4, 1), (2, 0)]
 CASES = [(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # two roundings of at most 2^-9 each; of a gradient one
 
@@ -75,6 +75,7 @@ def test_strides_rows_of_zeros_and_nan(dtype):
     wide = torch.randn(6, 100).to(dtype)
     wide[:, 7:47] = x
     assert torch.equal(rms_norm(wide[:, 7:47], weight, 1e-5), rms_norm(x, weight, 1e-5))
+    assert torch.equal(gradient(rms_norm, wide[:, 7:47], weight, grad), gradient(rms_norm, x, weight, grad))
     across = x.T.contiguous().T
     assert torch.equal(rms_norm(across, weight, 1e-5), rms_norm(x, weight, 1e-5))
     assert torch.equal(gradient(rms_norm, across, weight, grad.T.contiguous().T), gradient(rms_norm, x, weight, grad))

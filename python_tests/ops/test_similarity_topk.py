@@ -3,6 +3,7 @@ import torch
 from inputs import make_documents, poisoned, to_float64
 
 from qpeft_ext.ops import similarity_topk
+from qpeft_ext.ops._library import registered
 from qpeft_ext.ops.similarity_topk import reference
 
 SHAPES = [
@@ -264,3 +265,15 @@ def test_direct_calls_are_memory_safe():
     ids, slots = torch.tensor([[7, 8, 9]]), torch.tensor([[99, -5, 1]], dtype=torch.int32)
     _, clue_ids, *_ = ops.similarity_topk_select(best, positions, torch.tensor([0]), None, ids, slots, 2)
     assert clue_ids.tolist() == [[9, -1]]  # slots out of range are padding
+
+
+@pytest.mark.skipif(not registered(), reason="the library is not loaded")
+def test_select_takes_places_outside_of_best_for_padding():
+    """What lies behind the numbers in memory is better than all of them."""
+    best, positions = torch.tensor([1.0, 2.0, 99.0])[:2].view(1, 2), torch.zeros(1, 2, dtype=torch.int32)
+    ids = torch.tensor([[5, 6, 7, 8]]).expand(3, 4)
+    slots = torch.tensor([[0, 2, 1, -7]], dtype=torch.int32).expand(3, 4)
+    rows = torch.tensor([0, 1, -1])
+    scores, clue_ids, *_ = torch.ops.qpeft_ext.similarity_topk_select(best, positions, rows, None, ids, slots, 3)
+    assert clue_ids.tolist() == [[7, 5, -1], [-1] * 3, [-1] * 3]
+    assert scores.tolist() == [[2, 1, -torch.inf], [-torch.inf] * 3, [-torch.inf] * 3]

@@ -86,3 +86,11 @@ def test_an_operator_of_ours_without_memory_is_a_lack_of_memory():
     run = subprocess.run([sys.executable, "-c", LACK], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True", "True"]
     assert not is_out_of_memory(RuntimeError('torch_call_dispatcher("aten::fill_", "") API call failed'))
+
+
+@pytest.mark.skipif(not registered("causal_attention"), reason="the library is not loaded")
+def test_a_thread_of_a_kernel_without_memory_is_a_lack_of_memory():
+    keys = torch.zeros(1, 1, 1, 16).expand(1, 1, 1 << 42, 16)  # to be copied into more bytes than have addresses
+    with pytest.raises(RuntimeError, match="not enough memory") as error:
+        torch.ops.qpeft_ext.causal_attention(keys[:, :, :1], keys, keys, [0], 1.0)
+    assert is_out_of_memory(error.value)

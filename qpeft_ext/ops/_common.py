@@ -35,6 +35,7 @@ def fake(name: str):
 
 def differentiable(name: str, setup_context, backward) -> None:
     """Register ``backward`` for ``qpeft_ext::name``. Differentiating it again raises RuntimeError."""
+    backward = outside_autocast(backward)  # whoever calls loss.backward() may be inside of it
 
     def first_order(ctx, *grads):
         if not torch.is_grad_enabled():
@@ -76,6 +77,13 @@ def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
             f"{op}: there is no forward-mode derivative; with QPEFT_REFERENCE=1 the PyTorch "
             "definitions run, which have it"
         )
+
+
+def refuse_gradient(op: str, **inputs: Tensor) -> None:
+    """Raise ValueError for an input that asks for a gradient which the operator does not compute."""
+    for name, x in inputs.items():
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} gets no gradient, so it must not ask for one")
 
 
 def with_plain_rows(table: Tensor) -> Tensor:

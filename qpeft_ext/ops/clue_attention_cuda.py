@@ -105,7 +105,7 @@ class _Sizes:
 
     def by_head(self, x: Tensor, width: int) -> Tensor:
         """View contexts (width D) or heads (width D / H) of some pairs as a batch over heads, [H, P * T, width]."""
-        return x.view(-1, self.H, width).transpose(0, 1)
+        return x.view(len(x) * self.T, self.H, width).transpose(0, 1)
 
 
 @implement("clue_attention_heads", "cuda")
@@ -182,8 +182,8 @@ def backward(grad_heads, lse, absorbed, table, document_ids, document_mask, quer
 def _add_rows(grad_table: Tensor, ids: Tensor, weights: Tensor, columns: Tensor) -> None:
     """Add weights[p, j] @ columns[p] to grad_table[ids[p, j]], in a fixed order; weights are 0 where ids are -1."""
     P, D = len(ids), grad_table.shape[1]
-    for places in ranges(slice(0, ids.shape[1]), ROW_BYTES // (P * D * grad_table.dtype.itemsize)):
-        rows = multiply(weights[:, places], columns).view(-1, D)
+    for places in ranges(slice(0, ids.shape[1]), ROW_BYTES // max(P * D * grad_table.dtype.itemsize, 1)):
+        rows = multiply(weights[:, places], columns).flatten(0, 1)
         order, offsets = shared_rows(ids[:, places], len(grad_table))
         torch.ops.qpeft_ext.weighted_rows(rows, order, None, offsets, True, grad_table)
 

@@ -52,7 +52,7 @@ class Int8Weight(NamedTuple):
         if not takes(C, D):
             raise ValueError(f"Int8Weight: weight must be [C, D] with C % {WORDS} == D % {INPUTS} == 0, got [{C}, {D}]")
         rest = weight.detach().float().clone()
-        apart = torch.tensor(list(columns), dtype=torch.int32)
+        apart = torch.tensor(list(columns), dtype=torch.int32, device=weight.device)
         exact = rest[:, apart].T.contiguous()
         rest[:, apart] = 0
         turned = turn(rest) / INPUTS

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from ._common import exact_float32, outside_autocast, refuse_forward_mode, sum_dtype
 from ._library import uses_reference
 from ._pairs import Pairs, gather
-from .clue_attention import _heads, clue_attention, project_heads
+from .clue_attention import _heads, check_clue_attention, clue_attention, project_heads, scale_of
 from .clue_attention_cuda import projected_heads
 
 
@@ -112,15 +112,17 @@ class ProjectedTable:
             b_o: bias of the output projection, likewise.
             num_heads: H, a divisor of D.
         Returns: ``[B, T, D]``, dtype of ``query_embeds``.
+        Raises: as `clue_attention`.
         """
         weights = (w_q, self.w_k, self.w_v, w_o, b_q, None, self.b_v, b_o)
         documents = (query_embeds, query_mask, self.table, document_ids, document_mask, query_index)
+        check_clue_attention(*documents, *weights, num_heads)
         if uses_reference(self.table.device):
             return clue_attention(*documents, *weights, num_heads=num_heads)
         refuse_forward_mode("ProjectedTable.attend", query_embeds, w_q, w_o, b_q, b_o)
-        H, d = num_heads, self.table.shape[1] // num_heads
         x = query_embeds.masked_fill(~query_mask[:, :, None], 0)
-        queries = _heads(linear(x, w_q, b_q), H).to(self.dtype) * d**-0.5  # [Q, H, T, D / H]
+        queries = _heads(linear(x, w_q, b_q), num_heads).to(self.dtype)  # [Q, H, T, D / H]
+        queries = queries * scale_of(queries)
         heads = (self._heads_of_all if self.all_at_once else self._heads_of_some)(
             queries, document_ids, document_mask, query_index
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, refuse_forward_mode
+from ._common import differentiable, fake, refuse_forward_mode, refuse_gradient
 from ._library import registered
 
 _HERE = registered("rms_norm")  # computed once, since torch.compile cannot trace the question
@@ -39,9 +39,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         RuntimeError: if `is_supported` does not hold for these inputs.
     """
     refuse_forward_mode("rms_norm", x, weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("rms_norm: weight gets no gradient, so it must not ask for one")
-    rows = x.reshape(-1, x.shape[-1])
+    refuse_gradient("rms_norm", weight=weight)
+    rows = x.flatten(0, -2)
     return torch.ops.qpeft_ext.rms_norm(rows, weight, eps)[0].view(x.shape)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, refuse_forward_mode
+from ._common import differentiable, fake, refuse_forward_mode, refuse_gradient
 from ._library import registered
 
 _HERE = registered("rotary")  # computed once, since torch.compile cannot trace the question
@@ -29,9 +29,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: ``[B, H, L, D]``, float32 or bfloat16, with last stride 1.
         cos, sin: ``[B or 1, L, D]``, in the same dtype, without gradient.
     Returns: shape and dtype of x, contiguous.
-    Raises: RuntimeError if `is_supported` does not hold for these inputs.
+    Raises:
+        ValueError: if cos or sin requires a gradient.
+        RuntimeError: if `is_supported` does not hold for these inputs.
     """
     refuse_forward_mode("rotary", x, cos, sin)
+    refuse_gradient("rotary", cos=cos, sin=sin)
     return torch.ops.qpeft_ext.rotary(x, cos, sin)
 
 

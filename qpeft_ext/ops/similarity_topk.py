@@ -266,7 +266,8 @@ def _segments(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 @fake("similarity_topk_backward")
 def _(grad_scores, scores, clue_ids, query_positions, row_norms, query_embeds, table, query_index, metric, want_table):
-    return torch.empty_like(query_embeds), torch.empty_like(table) if want_table else table.new_empty(0)
+    # contiguous whatever the strides of the inputs are: torch.compile asserts the strides that it finds here
+    return query_embeds.new_empty(query_embeds.shape), table.new_empty(table.shape if want_table else 0)
 
 
 def _setup_context(ctx, inputs, output) -> None:

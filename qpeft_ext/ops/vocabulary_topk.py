@@ -48,6 +48,8 @@ def vocabulary_topk(
         allowed and for a masked token.  There is no gradient: `similarity_topk` over the chosen ids has one.
     """
     Q, T, D = query_embeds.shape
+    if not (Q and T and k):
+        return torch.full((Q, T, k) if per_token else (Q, k), -1, device=table.device)
     scales = None
     if metric == "cosine":
         scales = row_scales(table) if row_inverse_norms is None else row_inverse_norms

@@ -28,7 +28,7 @@ void product(const Tensor table, const Tensor rows, const Tensor offsets, const 
              bool squares, Tensor out) {
   const int64_t L = end_to_end ? offsets.size(0) - 1 : offsets.size(0);
   const RowLists lists{const_data<int64_t>(rows), end_to_end ? const_data<int64_t>(offsets) : nullptr,
-                       const_data<int64_t>(offsets), L == 0 ? 0 : rows.size(0) / L, L, rows.size(0)};
+                       const_data<int64_t>(offsets), L == 0 ? 0 : rows.size(0) / L, L, rows.size(0), rows.size(0)};
   dispatch_table<__half, __nv_bfloat16>("product", table.scalar_type(), [&](auto row_tag, auto sum_tag) {
     using Row = decltype(row_tag);
     using Sum = decltype(sum_tag);
