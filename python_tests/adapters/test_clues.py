@@ -217,7 +217,7 @@ def test_projected_rows_give_the_same_clues_and_notice_new_weights():
 
 @pytest.fixture
 def no_optimizer_was_noticed(monkeypatch):
-    """As in a process in which nothing has looked at the version of a tensor yet."""
+    """Make this process like a new one, in which nothing counts the steps of optimizers yet."""
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_global_optimizer_post_hooks", OrderedDict())
     state._count_optimizer_steps.cache_clear()
     yield
