@@ -97,7 +97,7 @@ def test_names_of_a_plan_are_escaped_on_the_page(job, tmp_path):
 
 
 def test_methods_that_find_the_same_do_not_differ(job, tmp_path):
-    """R@20 of 20 candidates is the same for all methods, but a mean of 1/5 over three seeds misses it by the last bit."""
+    """All methods have the same R@20 of 20 candidates; the mean of 1/5 over three seeds misses it by the last bit."""
     plan = read_plan(
         write_plan(
             tmp_path / "plan.yaml",

@@ -233,7 +233,7 @@ def test_a_search_finds_every_digest_and_no_other(tmp_path, monkeypatch):
     ],
 )
 def test_a_shard_of_another_index_is_not_read(other, options, message, tmp_path, caplog):
-    """The shards are whole and name the same documents, as after one index is copied over another that has more shards."""
+    """The shards are whole and name the same documents, as after one index is copied over a larger one."""
     lm, here = model(), {"kv_dtype": "float16"} if "kv_dtype" in options else {}  # of as many bytes as bfloat16
     make(tmp_path / "mine", lm, **here)
     expected = scores(lm, qpeft.DocumentCache(0, kv_dtype=here.get("kv_dtype")))
