@@ -12,6 +12,24 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).parent.resolve()
 
 
+NO_COMPILER = (
+    "It needs torch, Python's headers and a compiler for C++20 (Debian, Ubuntu: apt install g++ python3-dev; "
+    "CXX=/path/to/g++ names another compiler)."
+)
+NO_MEMORY = "Where memory is short, MAX_JOBS=1 compiles one file at a time."
+
+
+def run(command, hint):
+    """Run a step of the build; if it fails, one line follows its own words, and no traceback of this file."""
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        sys.exit("qpeft_ext was not built: cmake was not found. Run: pip install 'cmake>=3.25' ninja")
+    except subprocess.CalledProcessError:
+        step = " ".join(map(str, command[:2])).removesuffix(" -S")
+        sys.exit(f"qpeft_ext was not built: `{step}` failed; the reason stands above. {hint}")
+
+
 class CMakeBuild(build_ext):
     """Configure, build and install once into the folder where setuptools expects qpeft_ext._C and qpeft_ext._host."""
 
@@ -31,9 +49,9 @@ class CMakeBuild(build_ext):
         configure.append(f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}")  # not an earlier environment's
         for old in [*package.glob("_host.cpython-*.so"), *(HERE / "qpeft_ext").glob("_host.cpython-*.so")]:
             old.unlink()  # left by an earlier release; Python would prefer it to _host.abi3.so
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", package], check=True)
+        run(configure, NO_COMPILER)
+        run(["cmake", "--build", build, "--parallel", jobs], NO_MEMORY)
+        run(["cmake", "--install", build, "--prefix", package], "Is the disk full?")
 
 
 libraries = ["_C", "_host"] if sys.platform == "linux" else ["_host"]

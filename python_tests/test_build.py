@@ -1,9 +1,11 @@
 """The build: packing of lists, build info, messages about a missing library, symbols that it must not need."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -138,6 +140,25 @@ def test_reference_mode_loads_nothing(fresh, monkeypatch):
         library.load()
         assert library.uses_reference(torch.device("cpu"))
     assert library.kernels_live()["cpu"] == (False, "QPEFT_REFERENCE is set")
+
+
+@pytest.mark.parametrize(
+    ("without", "last_line"),
+    [
+        ("a compiler", "qpeft_ext was not built: `cmake` failed; the reason stands above. It needs torch, Python's .*"),
+        ("cmake", r"qpeft_ext was not built: cmake was not found\. Run: pip install 'cmake>=3\.25' ninja"),
+    ],
+)
+def test_a_build_that_fails_ends_with_a_line_and_no_traceback(without, last_line, tmp_path):
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "_build"):
+        path = CSRC.parent / name
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / name)
+    environment = os.environ | {"CXX": "/nowhere/g++"} | ({"PATH": str(tmp_path)} if without == "cmake" else {})
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.fullmatch(last_line, done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("system", ["Darwin", "Windows"])
