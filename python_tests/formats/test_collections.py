@@ -269,9 +269,9 @@ def test_ir_datasets_with_a_stub_of_the_library(monkeypatch):
 def test_without_the_libraries(monkeypatch):
     for name in ("ir_datasets", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(FileNotFoundError, match=r"no such file.*BEIR.*hf:owner/name.*pip install qpeft_ext\[ir_data"):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*BEIR.*hf:owner/name.*pip install 'qpeft_ext\[ir_data"):
         open_collection("beir/scifact/test")
-    with pytest.raises(ImportError, match=r"pip install qpeft_ext\[datasets\]"):
+    with pytest.raises(ImportError, match=r"pip install 'qpeft_ext\[datasets\]'"):
         open_collection("hf:BeIR/scifact").parts  # noqa: B018
 
 

@@ -127,7 +127,7 @@ def test_the_known_package_is_installed_without_its_dependencies(fail, monkeypat
 def test_a_package_that_reading_needs(package, tiny_file, fail, monkeypatch):
     find = gguf.importlib.util.find_spec
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    assert f"GGUF files need the package {package}: pip install qpeft_ext[gguf]" in fail(tiny_file)
+    assert f"GGUF files need the package {package}: pip install 'qpeft_ext[gguf]'" in fail(tiny_file)
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path, tiny_file, monkeypatch):

@@ -130,7 +130,7 @@ def test_an_interrupted_build_leaves_no_index(kept, monkeypatch):
 
 def test_without_bm25s(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(ImportError, match=r"pip install qpeft_ext\[bm25\]"):
+    with pytest.raises(ImportError, match=r"pip install 'qpeft_ext\[bm25\]'"):
         bm25_run(CORPUS, QUERIES)
 
 

@@ -11,7 +11,7 @@ from jobs.processes import Process
 
 from qpeft_ext.cli import main
 
-pytest.importorskip("ray.data", reason="ray is not installed: pip install qpeft_ext[ray]")
+pytest.importorskip("ray.data", reason="ray is not installed: pip install 'qpeft_ext[ray]'")
 
 pytestmark = pytest.mark.slow
 

@@ -36,13 +36,13 @@ def test_ray_is_asked_for_where_it_is_missing(capsys, monkeypatch):
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["serve", *MODEL, "--port", "0", "--engine", "ray"]) == 2
-    assert "--engine ray needs Ray: pip install qpeft_ext[ray]" in capsys.readouterr().err
+    assert "--engine ray needs Ray: pip install 'qpeft_ext[ray]'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """A server of two replicas, and a function that sends it requests."""
-    pytest.importorskip("ray.serve", reason="ray is not installed: pip install qpeft_ext[ray]")
+    pytest.importorskip("ray.serve", reason="ray is not installed: pip install 'qpeft_ext[ray]'")
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     log = tmp_path_factory.mktemp("ray") / "log"
     command = [sys.executable, "-m", "qpeft_ext.cli", "serve", *MODEL, "--port", "0", "--deterministic",

@@ -72,5 +72,5 @@ def stop_words() -> frozenset[str]:
     try:
         words = import_bm25s("bm25s.stopwords").STOPWORDS_EN_PLUS
     except ImportError:
-        raise ImportError("the stop_words filter takes its list from bm25s; pip install 'qpeft_ext[bm25]'") from None
+        raise ImportError("the stop_words filter takes its list from bm25s: pip install 'qpeft_ext[bm25]'") from None
     return frozenset(words)

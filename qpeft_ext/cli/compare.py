@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..utils.console import say
+from ..utils.optional import expect_packages
 from .common import Device
 
 
@@ -31,6 +32,7 @@ def command(
 
     The command writes comparison.md, .csv, .json and .html.
     """
+    expect_packages("qpeft compare", {"ir_measures": "eval", "scipy": "eval", "matplotlib": "plot"})
     from ..compare.plan_file import read_plan
 
     asked = read_plan(plan, method or (), collection or ())

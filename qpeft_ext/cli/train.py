@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..utils.console import is_first_process, say
 from ..utils.files import drop_temporary, private_folder
 from ..utils.locks import locked_folder
+from ..utils.optional import expect_packages
 from .common import from_dataclass
 from .train_options import TrainOptions, check_options
 from .train_settings import LORA, batch_size, config_of, config_settings, lora_options
@@ -67,6 +68,7 @@ def train(options: TrainOptions, defaults: Mapping[str, Any] | None = None, teac
         teach: adds a teacher's scores to examples; it is also given the name of what they are for, train or dev.
     """
     check_options(options)
+    expect_packages("training", {"accelerate": "train"})  # now, not when data and LM have been read
     resumed = options.resume and _has_checkpoint(options.output)
     if is_first_process():
         _check_output(options.output, options.resume, options.overwrite, resumed)

@@ -31,11 +31,14 @@ from ..ranking.run import by_likelihood, by_similarity, rerank_run
 from ..utils.console import say
 from ..utils.environment import versions
 from ..utils.files import write_text
+from ..utils.optional import expect_packages
 from .adapters import load_packaged, train_adapter
 from .choice import DemoLM, choose_lm, trained_systems
 from .data import load_demo_data
 from .examples import report_examples
 from .settings import BEST, CLUES, FIRST, MEASURE, SIMILARITY, UPR, Settings
+
+_NEEDED = {"bm25s": "bm25", "ir_measures": "eval", "scipy": "eval", "matplotlib": "plot"}
 
 
 def main(
@@ -65,6 +68,7 @@ def main(
     lm = choose_lm(model, own_data=data is not None)
     if settings is not None:
         lm = replace(lm, settings=settings)
+    expect_packages("the demo", _NEEDED | ({"accelerate": "train"} if trained_systems(lm) else {}))
     demo = _Demo(lm, data, output, queries or lm.settings.queries, seed)
     say(demo.data.describe())
     output.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ TIES = ("order", "trec_eval")
 JUDGED_AT = 10
 _NOBODY = "\N{REPLACEMENT CHARACTER} no document"
 _MAX_GRADE = 4  # that gdeval takes
-_EVAL_EXTRA = "evaluation needs the packages ir_measures and scipy: pip install qpeft_ext[eval]"
+_EVAL_EXTRA = "evaluation needs the packages ir_measures and scipy: pip install 'qpeft_ext[eval]'"
 
 
 @dataclass

@@ -35,7 +35,7 @@ def draw_svg(draw: Callable[[Figure], None], size: tuple[float, float], label: s
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("the report's plot needs the package matplotlib: pip install qpeft_ext[plot]") from None
+        raise ImportError("the report's plot needs the package matplotlib: pip install 'qpeft_ext[plot]'") from None
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "qpeft",

@@ -20,7 +20,7 @@ from .trec import Qrels
 
 PREFIX = "hf:"
 _MARKS = ("dataset_dict.json", "state.json")  # files that save_to_disk writes
-_EXTRA = "data sets of the Hub need the package datasets: pip install qpeft_ext[datasets]"
+_EXTRA = "data sets of the Hub need the package datasets: pip install 'qpeft_ext[datasets]'"
 _QRELS = ("qrels", "default")
 
 

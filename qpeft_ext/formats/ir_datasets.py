@@ -12,7 +12,7 @@ from typing import Any
 from .collection import Collection
 from .trec import Qrels, Run
 
-_EXTRA = "pip install qpeft_ext[ir_datasets]"
+_EXTRA = "pip install 'qpeft_ext[ir_datasets]'"
 
 
 class Documents(Mapping[str, dict]):

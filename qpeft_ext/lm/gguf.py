@@ -58,7 +58,7 @@ def converted(parts: Sequence[Path], sha256: str) -> Path:
         return folder
     for package in _REQUIRED:
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"GGUF files need the package {package}: pip install qpeft_ext[gguf]")
+            raise ImportError(f"GGUF files need the package {package}: pip install 'qpeft_ext[gguf]'")
     if len(parts) == 1:
         read_header(parts[0])  # an error before anything is written
     with _writing(root), claim(root, wait=True):

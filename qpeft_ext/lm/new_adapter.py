@@ -20,7 +20,7 @@ def expect_adapter_options(kind: str, given: Mapping[str, Any]) -> None:
     try:
         import peft
     except ImportError:
-        raise ImportError(f"{kind} needs the package peft: pip install qpeft_ext[train]") from None
+        raise ImportError(f"{kind} needs the package peft: pip install 'qpeft_ext[train]'") from None
     known = [f.name for f in dataclasses.fields(getattr(peft, kind))]
     for name in given:
         if name not in known:

@@ -54,7 +54,7 @@ class BM25:
         try:
             bm25s = import_bm25s()
         except ImportError:
-            raise ImportError("BM25 needs the package bm25s: pip install qpeft_ext[bm25]") from None
+            raise ImportError("BM25 needs the package bm25s: pip install 'qpeft_ext[bm25]'") from None
         if not (math.isfinite(k1) and k1 >= 0 and 0 <= b <= 1):
             raise ValueError(f"BM25: k1 must be at least 0 and b between 0 and 1, got {k1} and {b}")
         if not len(corpus):

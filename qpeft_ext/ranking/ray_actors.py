@@ -34,7 +34,7 @@ class RayActors:
             import ray.data
         except ImportError:
             self._session.close()
-            raise ImportError("--engine ray needs Ray: pip install qpeft_ext[ray]") from None
+            raise ImportError("--engine ray needs Ray: pip install 'qpeft_ext[ray]'") from None
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._ray, self._spec = ray, spec
 

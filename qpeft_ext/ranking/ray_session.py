@@ -27,7 +27,7 @@ class RaySession:
         try:
             import ray
         except ImportError:
-            raise ImportError("--engine ray needs Ray: pip install qpeft_ext[ray]") from None
+            raise ImportError("--engine ray needs Ray: pip install 'qpeft_ext[ray]'") from None
         logging.getLogger("ray").setLevel(logging.ERROR)
         self.ray = ray
         self._ours = not ray.is_initialized()

@@ -19,6 +19,7 @@ from ..engine.filling import CacheFilling
 from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
 from ..utils.memory import retry_with_less
+from ..utils.optional import expect_packages
 from ..utils.torch_state import own_state
 from .arguments import (
     check_index,
@@ -137,6 +138,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         truncate_queries: bool = False,
         **others: Any,
     ) -> None:
+        expect_packages("QPeftTrainer", {"accelerate": "train"})
         refuse_others(others, QPeftTrainer)
         expect_model(model)
         expect_functions(compute_metrics=compute_metrics, preprocess_logits_for_metrics=preprocess_logits_for_metrics)

@@ -1,10 +1,11 @@
-"""Imports of optional packages: with one line where a plug-in's package is missing, and bm25s without JAX."""
+"""Imports of optional packages: with one line where packages are missing, and bm25s without JAX."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -27,6 +28,23 @@ def import_bm25s(name: str = "bm25s") -> ModuleType:
             del sys.modules["jax"]
         else:
             sys.modules["jax"] = jax  # type: ignore[assignment]
+
+
+def expect_packages(user: str, extras: Mapping[str, str]) -> None:
+    """Check that optional packages are installed, before work that would end without them.
+
+    Args:
+        user: what needs them, the beginning of the error.
+        extras: module → our extra that has it.
+    Raises: ImportError, one line that names all that are missing and the command that installs them.
+    """
+    missing = [module for module in extras if importlib.util.find_spec(module) is None]
+    if missing:
+        names = ",".join(dict.fromkeys(extras[module] for module in missing))
+        raise ImportError(
+            f"{user} needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}: "
+            f"pip install 'qpeft_ext[{names}]'"
+        )
 
 
 @contextmanager
