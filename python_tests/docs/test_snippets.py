@@ -16,6 +16,7 @@ How to write one:
 - ``<!-- file: plan.yaml -->`` on the line above a block of any language: it becomes a file of that name.
 - ``qpeft`` runs in this process. ``make``, ``pip install`` and ``python benchmarks/…`` are not run: their targets,
   extras, files and options must exist.
+- A ``shell`` block starts a server or a container, or asks one: it is not run, but its commands and options must exist.
 - ``<!-- needs: module -->`` on the line above a block: it is left out where this module is not installed, and the test
   of the page then says so and counts as skipped.
 - ``<!-- not run: reason -->`` on the line above a block: nothing of it runs. Its Python must compile, and the commands
@@ -24,6 +25,7 @@ How to write one:
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -32,7 +34,18 @@ import textwrap
 import pytest
 from families.tiny import tiny_lm
 from prompts.reranker_tokenizers import qwen_tokenizer
-from snippets import PYTHON, ROOT, SHELL, Page, check_command, compare, options_of_commands, read_blocks, read_commands
+from snippets import (
+    PYTHON,
+    ROOT,
+    SHELL,
+    Block,
+    Page,
+    check_command,
+    compare,
+    options_of_commands,
+    read_blocks,
+    read_commands,
+)
 from tiny_files import DEMO, data_names, model_names, write_files
 
 import qpeft_ext as qpeft
@@ -106,6 +119,24 @@ def test_blocks_that_do_not_run_are_right_all_the_same(page):
         elif block.not_run and block.language in SHELL:
             for command in read_commands(block):
                 check_command(command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_start_servers_exist(page):
+    for text in re.findall(r"^```shell\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+        for command in read_commands(Block(page.name, 0, "shell", text)):
+            check_command(command)
+
+
+def test_the_answer_of_a_server_is_the_one_that_its_page_shows():
+    """docs/serving.md: the first request and its answer, by the packaged adapter."""
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    request = json.loads(re.search(r"-d '(\{.*\})'", text)[1])
+    answer = json.loads(re.search(r"^```json\n(.*?)^```", text, re.M | re.S)[1])
+    ranked = model_names({"reranker"})["reranker"].rank(request["query"], request["documents"], threshold=0)
+    assert [(row["corpus_id"], round(row["relevance"], 3)) for row in ranked] == [
+        (result["index"], result["relevance_score"]) for result in answer["results"]
+    ]
 
 
 def test_few_blocks_do_not_run():
