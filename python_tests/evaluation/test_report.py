@@ -194,3 +194,16 @@ def test_a_long_name_is_wrapped_above_the_plot():
     lines = re.findall(r"<text[^>]*>([^<]*)</text>", figure)
     above = lines[lines.index(next(line for line in lines if line.endswith("lose"))) - 3 :][:3]
     assert above == ["Q-PEFT-R + generated LoRA, packaged", "and trained on docstrings", "against BM25"]
+
+
+def test_the_title_of_a_narrow_plot_stays_within_the_figure():
+    """The names of the systems take half of the width; the best one's name stands above what is left for its plot."""
+    textpath, fonts = pytest.importorskip("matplotlib.textpath"), pytest.importorskip("matplotlib.font_manager")
+    report, long = make_report(), "Q-PEFT-R + generated LoRA + BM25"
+    report.per_query[long] = dict.fromkeys(report.per_query["BM25"], 1.0)
+    (figure,) = [part for part in html(report).split("<svg")[1:] if "gain" in part]
+    right = float(re.search(r'viewBox="0 0 (\S+) ', figure)[1])
+    places = re.findall(r'<text [^>]*transform="translate\((\S+) [^)]*\)">([^<]*)</text>', figure)
+    (title,) = [float(x) for x, text in places if text == long and float(x) > right / 2]
+    font = fonts.FontProperties(family="DejaVu Sans")
+    assert title + textpath.TextPath((0, 0), long, size=10, prop=font).get_extents().width <= right

@@ -38,6 +38,10 @@ from .data import load_demo_data
 from .examples import report_examples
 from .settings import BEST, CLUES, FIRST, MEASURE, SIMILARITY, UPR, Settings
 
+_SYSTEMS = (
+    f"{FIRST} compares words. {UPR} is the language model as it is. {CLUES} also gives it clues: the tokens of the "
+    "document that are most similar to the query. With the generated LoRA the query changes the model a little, too."
+)
 _NEEDED = {"bm25s": "bm25", "ir_measures": "eval", "scipy": "eval", "matplotlib": "plot"}
 
 
@@ -150,7 +154,7 @@ class _Demo:
         return Report(
             title="Search in your own Python environment" if self.harvested else f"Reranking {self.data.name}",
             lead=f"{len(test.queries)} queries over {len(test.documents):,} documents; the {settings.candidates} best "
-            "of BM25 reranked by the log-likelihood that a frozen language model gives the query.",
+            f"of BM25 reranked by the log-likelihood that a frozen language model gives the query. {_SYSTEMS}",
             setting=self._setting(rerankers),
             table=compare_table(runs, test.qrels),
             measure=MEASURE,
