@@ -9,19 +9,23 @@ import typer
 
 from .common import RUN_OUTPUT
 
+K, NORMALIZATION, MEASURE = 60, "min_max", "nDCG@10"
+
 
 def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="TREC runs, two or more.")],
     output: Annotated[Path, typer.Option(help=RUN_OUTPUT)],
     method: Annotated[str, typer.Option(help="rrf (reciprocal ranks) or scores (weighted sums of scores).")] = "rrf",
-    k: Annotated[int, typer.Option(help="Constant of rrf, which sums 1 / (k + rank).")] = 60,
+    k: Annotated[int, typer.Option(help="Constant of rrf, which sums 1 / (k + rank).")] = K,
     weights: Annotated[str | None, typer.Option(help="Weights for scores, one per run, such as 0.3,0.7.")] = None,
-    normalization: Annotated[str, typer.Option(help="Scaling of scores per query: min_max or z_score.")] = "min_max",
+    normalization: Annotated[
+        str, typer.Option(help="Scaling of scores per query: min_max or z_score.")
+    ] = NORMALIZATION,
     dev_run: Annotated[
         list[Path] | None, typer.Option(help="Run to choose the weights on; give one for each RUN, in the same order.")
     ] = None,
     dev_qrels: Annotated[str | None, typer.Option(help="Qrels of the dev queries.")] = None,
-    measure: Annotated[str, typer.Option(help="Measure that the weights are chosen by.")] = "nDCG@10",
+    measure: Annotated[str, typer.Option(help="Measure that the weights are chosen by.")] = MEASURE,
 ) -> None:
     """Fuse runs by reciprocal ranks or by weighted scores.
 
@@ -42,9 +46,8 @@ def command(
         raise ValueError(f"expected at least two runs, got {len(runs)}")
     expect_no_input(output, *runs, *(dev_run or ()), dev_qrels)
     chosen = _numbers(weights, len(runs))
+    _check_used(method, k, weights, normalization, dev_run, dev_qrels, measure)
     if method == "rrf":
-        if weights or dev_run or dev_qrels:
-            raise ValueError(f"--{'weights' if weights else 'dev-run'} belongs to --method scores")
         fused = reciprocal_rank_fusion([formats.read_run(run) for run in runs], k)
         how = f"reciprocal ranks, k {k}"
     else:
@@ -72,6 +75,28 @@ def command(
         fused = fuse(read, chosen, normalization)
     lines = formats.write_run(output, fused)
     say(f"{how}; wrote {lines} lines for {len(fused)} queries to {output}")
+
+
+def _check_used(
+    method: str,
+    k: int,
+    weights: str | None,
+    normalization: str,
+    dev_run: list[Path] | None,
+    dev_qrels: str | None,
+    measure: str,
+) -> None:
+    """Raises: ValueError for an option that has no effect beside the others."""
+    of_choice = {"--dev-run": dev_run, "--dev-qrels": dev_qrels, "--measure": measure != MEASURE}
+    of_scores = {"--weights": weights, "--normalization": normalization != NORMALIZATION} | of_choice
+    if method == "scores" and k != K:
+        raise ValueError("--k belongs to --method rrf")
+    for option, given in of_scores.items() if method == "rrf" else ():
+        if given:
+            raise ValueError(f"{option} belongs to --method scores")
+    for option, given in of_choice.items() if weights else ():
+        if given:
+            raise ValueError(f"{option} is for choosing weights, and --weights gives them; leave one of them out")
 
 
 def _numbers(weights: str | None, count: int) -> list[float] | None:

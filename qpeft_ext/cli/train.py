@@ -225,6 +225,8 @@ def _read(options: TrainOptions) -> tuple[list, list | None]:
     collection = formats.open_collection(options.data)
     name = collection.choose_split(options.split) if collection.splits else None
     if collection.has("examples", name):
+        if options.run is not None:
+            raise ValueError(f"{options.data} holds training examples, which have their negatives; leave --run out")
         examples = _drawn(list(collection.examples(name)), options)
         left_out = "".join(f"; {count} {what} left out" for what, count in collection.left_out.items() if count)
         say(f"{len(examples)} training examples{left_out}")

@@ -112,7 +112,9 @@ class TrainOptions:
             "lambda_loss, margin_mse or kl_divergence."
         ),
     ] = "listwise"
-    margin: Annotated[float, typer.Option(help="Margin of the pairwise loss, in nats per query token.")] = 0.0
+    margin: Annotated[
+        float, typer.Option(help="Margin of --loss pairwise and pointwise_pairwise, in nats per query token.")
+    ] = 0.0
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate; choose it by the results on dev.")] = 1e-3
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0
     max_steps: Annotated[int, typer.Option(help="Stop after this many steps; -1 for the end of --epochs.")] = -1
@@ -212,5 +214,11 @@ def check_options(options: TrainOptions) -> None:
     if options.lora_option and not options.lora_rank:
         raise ValueError("--lora-option is of the LoRA that --lora-rank asks for; add --lora-rank 8, or leave it out")
     expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index)
+    if options.train is not None:
+        used = {"--run": options.run, "--split": options.split != TrainOptions.split}
+        used |= {"--depth": options.depth != TrainOptions.depth, "--ignore-identical-ids": options.ignore_identical_ids}
+        for name, given in used.items():
+            if given:
+                raise ValueError(f"{name} is of --data; a file of --train has its negatives, so leave one of them out")
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on and --overwrite starts anew: give one of them")

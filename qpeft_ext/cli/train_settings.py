@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from ..config import QPeftConfig
 
 LORA = "LoraConfig"  # of peft
+_HAVE_MARGIN = ("pairwise", "pointwise_pairwise")  # of the losses
 
 
 def config_settings(options: TrainOptions) -> dict[str, Any]:
     """Return the options of `QPeftConfig` that are given, directly or by --option, which wins."""
+    from ..config import LOSSES
+
     settings: dict[str, Any] = {
         "clues": options.clues,
         "rank": "auto" if options.rank is None else options.rank,
@@ -31,6 +34,9 @@ def config_settings(options: TrainOptions) -> dict[str, Any]:
         name: value for name in ("template", "layout", "score") if (value := getattr(options, name)) is not None
     }
     given = parse_options(options.option or [])
+    loss = (settings | given)["loss"]
+    if options.margin and loss in LOSSES and loss not in _HAVE_MARGIN:  # a typo is the config's to name
+        raise ValueError(f"--margin does nothing with --loss {loss}; it is of {' and '.join(_HAVE_MARGIN)}")
     settings |= _of_the_clues((settings | given)["clues"], options.k, options.num_heads)
     if options.generated_lora_rank is not None:
         settings["generated_lora_rank"] = options.generated_lora_rank or None

@@ -110,15 +110,14 @@ def read_judgements(data: AnyPath, split: str | None, runs: Sequence[Run]) -> Qr
         query_id → doc_id → relevance.
 
     Raises:
-        ValueError: If the collection judges nothing.
+        ValueError: If the collection judges nothing, or a split is named beside a qrels file.
     """
-    path = Path(data)
-    if path.exists() and not (path.is_dir() or path.is_file()):
-        return read_qrels(path)  # a pipe, of which nothing may be read to find out what it is
-    if path.is_file() and not Glance(path).record and not dpr.Questions.recognises(Glance(path)):
-        return read_qrels(path)
-    if not path.exists() and path.suffix in (".tsv", ".txt", ".gz", ".qrels"):
-        return read_qrels(path)  # which says that there is no such file
+    if _is_qrels_file(Path(data)):
+        if split is not None:
+            raise ValueError(
+                f"{data} is a qrels file, which has no split {split}; leave the split out, or name a folder"
+            )
+        return read_qrels(data)
     collection = open_collection(data)
     if not {"qrels", "answers"} & set(collection.parts):
         raise collection.lacks("qrels")
@@ -126,6 +125,14 @@ def read_judgements(data: AnyPath, split: str | None, runs: Sequence[Run]) -> Qr
     if qrels is None:
         raise collection.lacks("qrels")
     return qrels
+
+
+def _is_qrels_file(path: Path) -> bool:
+    if not path.exists():
+        return path.suffix in (".tsv", ".txt", ".gz", ".qrels")  # `read_qrels` says that there is no such file
+    if not (path.is_dir() or path.is_file()):
+        return True  # a pipe, of which nothing may be read to find out what it is
+    return path.is_file() and not Glance(path).record and not dpr.Questions.recognises(Glance(path))
 
 
 def read_qrels(path: AnyPath) -> Qrels:

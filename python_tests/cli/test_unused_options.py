@@ -1,0 +1,52 @@
+"""Options that would have no effect beside the others are refused, in one line that says which and why."""
+
+import json
+
+import pytest
+
+from qpeft_ext.cli import main
+from qpeft_ext.demo.adapters import ADAPTER
+from qpeft_ext.lm.loading import BASE_LM
+
+LM = f"--base-model {BASE_LM}"
+ROWS = {
+    "fuse a.trec b.trec --output o --normalization z_score": "--normalization belongs to --method scores",
+    "fuse a.trec b.trec --output o --measure RR@10": "--measure belongs to --method scores",
+    "fuse a.trec b.trec --output o --dev-qrels q.tsv": "--dev-qrels belongs to --method scores",
+    "fuse a.trec b.trec --output o --method scores --weights 1,2 --k 10": "--k belongs to --method rrf",
+    "fuse a.trec b.trec --output o --method scores --weights 1,2 --dev-run a.trec --dev-run b.trec --dev-qrels q.tsv": (
+        "--dev-run is for choosing weights, and --weights gives them"
+    ),
+    "evaluate --qrels q.tsv --split dev a.trec": "q.tsv is a qrels file, which has no split dev",
+    f"train {LM} --train e.jsonl --output o --margin 1": "--margin does nothing with --loss listwise",
+    f"train {LM} --train e.jsonl --output o --margin 1 --option loss=ranknet": "does nothing with --loss ranknet",
+    f"distill --teacher {ADAPTER} {LM} --train e.jsonl --output o --margin 1": "does nothing with --loss margin_mse",
+    f"train {LM} --train e.jsonl --output o --run a.trec": "--run is of --data",
+    f"train {LM} --train e.jsonl --output o --split dev": "--split is of --data",
+    f"train {LM} --train e.jsonl --output o --depth 5": "--depth is of --data",
+    f"train {LM} --train e.jsonl --output o --ignore-identical-ids": "--ignore-identical-ids is of --data",
+    f"train {LM} --data e.jsonl --output o --run a.trec": "e.jsonl holds training examples",
+}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.trec").write_text("q1 Q0 d1 1 2.0 x\nq1 Q0 d2 2 1.0 x\n")
+    (tmp_path / "q.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    example = {"query": "a query", "positives": ["a text"], "negatives": ["another text"]}
+    (tmp_path / "e.jsonl").write_text(json.dumps(example) + "\n")
+
+
+@pytest.mark.parametrize("arguments", ROWS)
+def test_an_option_without_effect_is_refused(arguments, files, capsys):
+    assert main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert ROWS[arguments] in error and error.count("\n") == 1
+
+
+def test_the_same_options_where_they_have_one(files, capsys):
+    assert main("fuse a.trec b.trec --output o --method scores --weights 1,2 --normalization z_score".split()) == 0
+    assert main("fuse a.trec b.trec --output o --k 10".split()) == 0
+    assert main("evaluate --qrels q.tsv a.trec".split()) == 0
