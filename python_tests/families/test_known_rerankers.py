@@ -180,7 +180,9 @@ def test_a_reranker_is_known_by_its_name(tmp_path):
     assert reranker.predict(pairs) == pytest.approx(scores_of_card(reranker, "qwen3_reranker"), rel=1e-5, abs=1e-5)
     other = tmp_path / "some-lm"
     folder.rename(other)
-    with pytest.raises(ValueError, match="is no known reranker: set template to the one"):
+    with pytest.raises(
+        ValueError, match="is no known reranker: set template to the one .*; an LM that is no reranker .* --upr`"
+    ):
         qpeft.Reranker.from_lm(other)
 
 

@@ -36,6 +36,7 @@ from . import (
     train,
 )
 from .common import spread_measures
+from .sections import SectionedCommand
 
 # the base class of errors about arguments, for which typer has no public name
 ClickException: type[Any] = typer.BadParameter.__mro__[2]
@@ -49,7 +50,7 @@ app = typer.Typer(
 for module in (
     info, retrieve, synthesize, train, distill, calibrate, index, rerank, evaluate, compare, fuse, convert, serve, demo,
 ):  # fmt: skip
-    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+    app.command(name=module.__name__.rpartition(".")[2], cls=SectionedCommand)(module.command)
 
 
 def _print_version(wanted: bool) -> None:

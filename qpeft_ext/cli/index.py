@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def command(
     corpus: Annotated[str, typer.Argument(help="Data set with documents, as for qpeft rerank --data.")],
-    out: Annotated[Path, typer.Option(help="Folder for the index; an index in it is continued.")],
+    out: Annotated[Path, typer.Option("--out", "--output", help="Folder for the index; an index in it is continued.")],
     model: Annotated[str | None, typer.Option(help="The adapter whose LM and prompt are used.")] = None,
     base_model: Annotated[str | None, typer.Option(help=LM)] = None,
     template: Template = None,

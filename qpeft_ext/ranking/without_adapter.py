@@ -27,10 +27,12 @@ def config_without_adapter(name: str, lm_config: Any, template: str | None = Non
     """
     found = template or known_reranker(name, lm_config.model_type)
     if found is None:
-        kind = "a sequence classifier of no known kind" if names_classifier(lm_config) else "no known reranker"
+        classifier = names_classifier(lm_config)
+        kind = "a sequence classifier of no known kind" if classifier else "no known reranker"
+        plain = "" if classifier else "; an LM that is no reranker ranks by likelihood: `qpeft rerank --upr`"
         raise ValueError(
             f"the LM {short(name)} is {kind}: set template to the one that it was trained with "
-            f"({', '.join(RERANKERS)}, or a file of Jinja2)"
+            f"({', '.join(RERANKERS)}, or a file of Jinja2){plain}"
         )
     given = _limits(found, lm_config) | {option: value for option, value in options.items() if value is not None}
     return QPeftConfig(clues="none", template=found, **given)
