@@ -86,6 +86,14 @@ def test_a_new_process_survives_clients_that_leave_and_drains_at_sigterm(process
     assert {line["route"] for line in lines} <= {"/health", "/ready", "/v1/rerank"}
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_while_the_model_is_being_loaded_ends_the_process(process, sent, code):
+    server, _, log = process
+    server.send_signal(sent)
+    assert server.wait(300) == code, log.read_text()
+    assert "terminate" not in log.read_text()
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_command_with_one_line(tmp_path, capsys):
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     assert main(["serve", "--model", str(tmp_path), "--base-model", str(DEMO / "base_lm"), "--port", "0"]) == 2

@@ -12,7 +12,7 @@ from typing import Any
 from ..ranking.ray_session import RaySession
 from .app import create_app
 from .balancer import Answer, Forwarded
-from .service import Service
+from .service import LOADING, Service
 from .settings import ServeSpec
 
 _NAME = "qpeft-{}"  # of an application of Ray Serve
@@ -83,7 +83,7 @@ class RayReplicas:
                 self.error = ValueError(failed)
                 on_failure()
 
-        threading.Thread(target=wait, name="qpeft-loading", daemon=True).start()
+        threading.Thread(target=wait, name=LOADING, daemon=True).start()
 
     def stop(self) -> None:
         """End the replicas when they have answered, and Ray if it was started here."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ from . import access_log
 from .app import create_app
 from .balancer import Balancer, with_lifespan
 from .paths import PlainPaths
-from .service import Service
+from .service import LOADING, Service
 from .settings import ServeSpec
 
 # Seconds. Proxies (nginx, load balancers of clouds) use a connection again that was idle for 60 s; with uvicorn's 5 s
@@ -33,6 +35,8 @@ class Work(Protocol):
 
 def serve(spec: ServeSpec, host: str, port: int, drain_seconds: int, log_level: str) -> None:
     """Serve until SIGTERM or SIGINT, then answer what has been asked and return.
+
+    A signal that comes while the models are being loaded ends the process.
 
     Args:
         spec: what is served.
@@ -73,8 +77,12 @@ def _serve(
     """Listen, make what works, and serve its app until a signal comes, or the app says that it cannot work."""
     with _logging(log_level), _listen(host, port) as listening:
         work: Work = make()
+
+        def leave(*_: Any) -> None:
+            server.should_exit = True
+
         config = uvicorn.Config(
-            app_of(work, lambda: setattr(server, "should_exit", True)),
+            app_of(work, leave),
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=drain_seconds,
@@ -82,16 +90,33 @@ def _serve(
             server_header=False,
         )
         server = uvicorn.Server(config)
-        before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has drained
+        # for a signal before uvicorn looks at them; after it has drained, it raises its own again
+        before = signal.signal(signal.SIGTERM, leave)
         try:
             address = f"[{host}]" if ":" in host else host
             say(f"qpeft serve: http://{address}:{listening.getsockname()[1]} (/docs describes the routes)")
             sys.stdout.flush()
             server.run(sockets=[listening])
+            if work.error is None:
+                _end_with_loading(0)
+        except KeyboardInterrupt:
+            _end_with_loading(130)
+            raise
         finally:
             signal.signal(signal.SIGTERM, before)
     if work.error is not None:
         raise work.error
+
+
+def _end_with_loading(code: int) -> None:
+    """End the process if a thread still loads models, which cannot be told to stop.
+
+    Python's own end would cut it off inside of C++, which aborts: "terminate called without an active exception".
+    """
+    if any(thread.name == LOADING for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _listen(host: str, port: int) -> socket.socket:

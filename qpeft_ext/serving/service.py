@@ -23,6 +23,7 @@ from .scoring_thread import ScoringThread
 from .settings import ServeSpec
 
 logger = logging.getLogger(__name__)
+LOADING = "qpeft-loading"  # name of the thread that loads models
 _FRESH = 5.0  # seconds for which a pass proves that the model works
 _PROBE_SECONDS = 15.0  # until the pass of a probe must be done
 _LOOK_AT_INDEX = 5.0  # seconds between two looks at the files of the index
@@ -81,7 +82,7 @@ class Service:
         Args:
             on_failure: called if that fails, when `error` is set.
         """
-        threading.Thread(target=self._load, args=(on_failure,), name="qpeft-loading", daemon=True).start()
+        threading.Thread(target=self._load, args=(on_failure,), name=LOADING, daemon=True).start()
 
     def _load(self, on_failure: Callable[[], object]) -> None:
         try:
