@@ -174,6 +174,15 @@ def test_settings_without_effect_are_said_once(tmp_path, caplog):
     assert "average_tokens_across_devices=False" in line and "eval_accumulation_steps=2" in line
 
 
+def test_a_cache_that_stays_empty_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "qpeft_ext.training.arguments"):
+        trainer(tmp_path, cache_bytes=1 << 20)
+        assert not caplog.records
+        trainer(tmp_path, tiny_model(layout="clues_first"), cache_bytes=1 << 20)
+    (line,) = (record.message for record in caplog.records)
+    assert line.startswith("QPeftTrainer: the cache stays empty: layout='clues_first' puts the clues")
+
+
 def test_an_optimizer_by_its_class(tmp_path):
     run = with_metrics(tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), args={"max_steps": 1})
     before = weights(run.model)

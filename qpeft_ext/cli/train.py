@@ -13,7 +13,7 @@ from ..utils.console import is_first_process, say
 from ..utils.files import drop_temporary, private_folder
 from ..utils.locks import locked_folder
 from .common import from_dataclass
-from .train_options import TrainOptions, check_options
+from .train_options import OF_CANDIDATES, TrainOptions, check_options, expect_none_of_data
 from .train_settings import LORA, batch_size, config_of, config_settings, lora_options
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ def _read(options: TrainOptions) -> tuple[list, list | None]:
     collection = formats.open_collection(options.data)
     name = collection.choose_split(options.split) if collection.splits else None
     if collection.has("examples", name):
+        expect_none_of_data(options, f"{options.data}, whose examples have their negatives", *OF_CANDIDATES)
         examples = _drawn(list(collection.examples(name)), options)
         left_out = "".join(f"; {count} {what} left out" for what, count in collection.left_out.items() if count)
         say(f"{len(examples)} training examples{left_out}")

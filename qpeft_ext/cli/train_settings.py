@@ -31,6 +31,12 @@ def config_settings(options: TrainOptions) -> dict[str, Any]:
         name: value for name in ("template", "layout", "score") if (value := getattr(options, name)) is not None
     }
     given = parse_options(options.option or [])
+    loss = (settings | given)["loss"]
+    if options.margin and "pairwise" not in str(loss):
+        raise ValueError(
+            f"--margin {options.margin:g} is of --loss pairwise and pointwise_pairwise and does nothing with {loss}; "
+            "leave it out"
+        )
     settings |= _of_the_clues((settings | given)["clues"], options.k, options.num_heads)
     if options.generated_lora_rank is not None:
         settings["generated_lora_rank"] = options.generated_lora_rank or None

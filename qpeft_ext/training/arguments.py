@@ -118,6 +118,12 @@ def check_index(index: PrefixIndex, model: QPeftModel) -> None:
     index.expect_prompt(model.prompt)
 
 
+def warn_of_cache(model: QPeftModel) -> None:
+    """Say so if a cache has nothing to keep."""
+    if why := model.engine.why_not_cached:
+        logger.warning("QPeftTrainer: the cache stays empty: %s", why)
+
+
 def _is_set(args: TrainingArguments, name: str, fine: object) -> bool:
     value = getattr(args, name, fine)
     return value != fine and not (value is None or not value and not fine)  # None and False are as good as each other

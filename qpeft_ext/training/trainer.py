@@ -28,6 +28,7 @@ from .arguments import (
     expect_model,
     expect_trained,
     refuse_others,
+    warn_of_cache,
 )
 from .budget import PassBudget
 from .counts import StepCounts
@@ -151,6 +152,8 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         self.cache = DocumentCache(cache_bytes) if cache_bytes else cache
         if self.cache is not None and self.cache.index is not None:
             check_index(self.cache.index, model)
+        elif self.cache is not None:
+            warn_of_cache(model)
         self.deterministic = deterministic
         self._budget = PassBudget(model)
         self.counts = StepCounts()
