@@ -1,4 +1,4 @@
-"""Options of `qpeft train` and `qpeft distill` that would do nothing, or cannot work, are errors in one line."""
+"""Options of `qpeft train` and `qpeft distill`: those that would do nothing, or cannot work, are errors in one line."""
 
 import json
 import re
@@ -70,3 +70,11 @@ def test_a_reporter_that_is_not_installed(job, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(module.INTEGRATION_TO_CALLBACK, "mine", missing)
     error = refused(capsys, job, tmp_path / "adapter", "train", "--train", job / "train.jsonl", "--report-to", "mine")
     assert "--report-to mine: Mine requires mine to be installed. Run pip install mine." in error
+
+
+def test_a_training_that_was_killed_before_its_first_checkpoint_begins_again(job, tmp_path, capsys):
+    """It leaves the folder of checkpoints, empty."""
+    (tmp_path / "adapter" / "checkpoints").mkdir(parents=True)
+    given = ["--base-model", job / "lm", "--train", job / "train.jsonl", "--output", tmp_path / "adapter"]
+    assert main([str(option) for option in ("train", *given, "--device", "cpu", "--max-steps", 1, "--rank", 8)]) == 0
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()

@@ -277,7 +277,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool, resumed: bool) ->
         )
     if adapter.exists() and not (resume or overwrite):
         raise ValueError(f"{output} already holds an adapter; name another folder, or --overwrite")
-    if checkpoints.exists() and not (resume or overwrite):
+    if any(checkpoints.glob("checkpoint-*")) and not (resume or overwrite):
         raise ValueError(f"{output} holds checkpoints of an earlier run; --resume goes on, --overwrite starts anew")
     if resume and not resumed:
         say(f"{checkpoints} has no complete checkpoint: training starts at the beginning")
