@@ -275,13 +275,19 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
             return [0] * len(batch)
         return tables(clue_counts())
 
-    def expect_fits(self, tokens: int) -> None:
-        """Raises: ValueError if a prompt of so many tokens is longer than the LM's context."""
+    def expect_fits(self, tokens: int, behind: str = "max_query_tokens") -> None:
+        """Check that a prompt is not longer than the LM's context.
+
+        Args:
+            tokens: of the prompt.
+            behind: the option that limits what stands behind the document, for the message.
+        Raises: ValueError that names the options to lower.
+        """
         if self.context and tokens > self.context:
             raise ValueError(
                 f"a prompt of {tokens} tokens or more does not fit the LM's {self._context_is} of {self.context}; "
                 f"lower max_document_tokens{'' if self.soft_prompt is None else ', num_virtual_tokens'} or "
-                "max_query_tokens"
+                f"{behind}"
             )
 
 
