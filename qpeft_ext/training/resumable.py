@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers import Trainer, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
@@ -150,13 +150,38 @@ class ResumableTrainer(Trainer):
             for name in now
             if then[name] != now[name] and not name.startswith("base_model")
         ]
+        size = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).train_batch_size
+        if size not in (None, self.args.train_batch_size):
+            changed.append(f"train_batch_size {size} -> {self.args.train_batch_size}")
         if changed:
             logger.warning("the run is resumed with other options: %s", ", ".join(changed))
         load_weights_into(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        given = self._rates()
         with _state_of(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        for name, values in self._rates().items():
+            if values != given[name]:
+                logger.warning(
+                    "the run is resumed with the %s of the checkpoint, %s, not with %s; to change it, begin from the "
+                    "weights: QPeftModel.from_pretrained(folder, is_trainable=True)",
+                    name.removeprefix("initial_"),
+                    max(values),
+                    max(given[name]),
+                )
+
+    def _rates(self) -> dict[str, list[float]]:
+        """The numbers of the optimizer that loading its state replaces, for each group of parameters."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return {name: [g[name] for g in groups if name in g] for name in ("initial_lr", "weight_decay")}
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Do what `Trainer` does, but no step of a training that has all its steps: it would do one before it looks."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _state_of(checkpoint):

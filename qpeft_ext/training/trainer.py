@@ -321,6 +321,8 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.eval()
         self.counts.warn(self._config)
+        if checkpoint is not None and not self.counts.queries_read:
+            logger.warning("%s has all %d steps: nothing more was trained", checkpoint, self.state.global_step)
         return result
 
     @torch.no_grad()
