@@ -45,6 +45,8 @@ _WITHOUT_EFFECT: tuple[tuple[str, object, str], ...] = (
     ("eval_accumulation_steps", None, "scores leave the device after every batch"),
 )
 
+_PREFIXES_CHANGE = "its soft prompt, or what is trained in its LM, changes the prefixes with every step"
+
 # arguments of `Trainer` that `QPeftTrainer` does not take -> why
 _NOT_TAKEN = {
     "data_collator": "queries are put into groups by the trainer itself, see queries_per_group of QPeftConfig",
@@ -112,16 +114,19 @@ def check_index(index: PrefixIndex, model: QPeftModel) -> None:
     """Raises: ValueError if training cannot read the prefixes of the index."""
     why = model.why_no_index
     if not why and model.engine.prefix_is_trained:
-        why = "its soft prompt, or what is trained in its LM, changes the prefixes with every step"
+        why = _PREFIXES_CHANGE
     if why:
         raise ValueError(f"QPeftTrainer: an index is of no use to this model: {why}")
     index.expect_prompt(model.prompt)
 
 
-def warn_of_cache(model: QPeftModel) -> None:
-    """Say so if a cache has nothing to keep."""
-    if why := model.engine.why_not_cached:
-        logger.warning("QPeftTrainer: the cache stays empty: %s", why)
+def warn_of_cache(model: QPeftModel, evaluates: bool) -> None:
+    """Say so if a cache is of no use; prefixes that are trained are kept in evaluations."""
+    why = model.engine.why_not_cached
+    if not why and model.engine.prefix_is_trained and not evaluates:
+        why = _PREFIXES_CHANGE
+    if why:
+        logger.warning("QPeftTrainer: a cache is of no use to this model: %s", why)
 
 
 def _is_set(args: TrainingArguments, name: str, fine: object) -> bool:

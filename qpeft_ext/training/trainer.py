@@ -153,7 +153,7 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         if self.cache is not None and self.cache.index is not None:
             check_index(self.cache.index, model)
         elif self.cache is not None:
-            warn_of_cache(model)
+            warn_of_cache(model, eval_dataset is not None)
         self.deterministic = deterministic
         self._budget = PassBudget(model)
         self.counts = StepCounts()
