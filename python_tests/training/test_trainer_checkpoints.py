@@ -116,6 +116,20 @@ def test_resuming_a_training_that_has_all_its_steps_trains_no_more(tmp_path, cap
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
+def test_a_checkpoint_that_only_the_arguments_name_is_an_error(tmp_path):
+    """`Trainer` leaves it to the caller, and would begin anew."""
+    trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    run = trainer(tmp_path, max_steps=3, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(
+        ValueError, match="is for the script that calls train.*, and was not given to it; give it, or F"
+    ):
+        run.train()
+    run.train(run.args.resume_from_checkpoint)
+    assert run.state.global_step == 3 and run.counts.queries_read == 4
+    run.train(False)
+    assert run.counts.queries_read == 12
+
+
 def test_resuming_says_which_numbers_are_those_of_the_checkpoint(tmp_path, caplog):
     trainer(tmp_path, save_strategy="steps", save_steps=2).train()
     again = trainer(tmp_path, max_steps=3, learning_rate=0.5, weight_decay=0.1, per_device_train_batch_size=8)

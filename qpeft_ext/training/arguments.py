@@ -43,6 +43,7 @@ _WITHOUT_EFFECT: tuple[tuple[str, object, str], ...] = (
     ("average_tokens_across_devices", True, "the loss is the mean over the queries of all ranks"),
     ("use_cache", False, "cache_bytes and cache keep prefixes"),
     ("eval_accumulation_steps", None, "scores leave the device after every batch"),
+    ("eval_use_gather_object", False, "scores are tensors"),
 )
 
 _PREFIXES_CHANGE = "its soft prompt, or what is trained in its LM, changes the prefixes with every step"

@@ -40,8 +40,14 @@ class ResumableTrainer(Trainer):
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         """The folder that ``train(resume_from_checkpoint)`` begins from.
 
-        Raises: ValueError if it is not a complete checkpoint, or with True if there is none.
+        Raises: ValueError if it is not a complete checkpoint, or with True if there is none; and for one that only the
+            arguments name, which `Trainer` leaves to the caller.
         """
+        if asked is None and self.args.resume_from_checkpoint:
+            raise ValueError(
+                "QPeftTrainer: resume_from_checkpoint of TrainingArguments is for the script that calls "
+                "train(resume_from_checkpoint=...), and was not given to it; give it, or False to begin anew"
+            )
         if asked is True:
             return _expect_state(self._last_complete())
         if not asked:
