@@ -97,14 +97,15 @@ def test_prefixes_are_those_of_the_frozen_lm():
     torch.testing.assert_close(cached, scores(model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("target_modules", [None, "all-linear"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "peft"])
-def test_merged_weights_give_the_same_suffixes(family):
+def test_merged_weights_give_the_same_suffixes(family, target_modules):
     lm = tiny_lm("llama" if family == "peft" else family)
     if family == "peft":
         lora = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         lm = peft.get_peft_model(lm, lora)
         lm.requires_grad_(False)
-    model = model_with(lm)
+    model = model_with(lm, target_modules=target_modules)
     query, pairs = QUERIES[0], [(QUERIES[0], document) for document in DOCUMENTS]
     expected, merged = scores(model, pairs), model.merge_for(query)
     parameters = dict(lm.named_parameters())
@@ -129,6 +130,15 @@ def test_all_linear_updates_every_layer_but_the_head(family):
     moved = scores(model)
     torch.testing.assert_close(scores(model, path="plain"), moved, rtol=0, atol=1e-4)
     assert (moved - scores(model_with(tiny_lm(family)))).abs().max() > 1e-3  # than with the default targets
+
+
+def test_a_layer_with_an_adapter_is_one_layer():
+    """Not four: the linear layer in it, and the two of the LoRA, have the update of the whole."""
+    bare = model_with(tiny_lm("llama"), target_modules="all-linear")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = model_with(peft.get_peft_model(tiny_lm("llama"), lora), target_modules="all-linear")
+    assert model.generated_lora.names == [f"base_model.model.{name}" for name in bare.generated_lora.names]
+    torch.testing.assert_close(scores(model), scores(bare), rtol=0, atol=1e-4)  # a new LoRA changes nothing
 
 
 def test_all_linear_leaves_out_gates_of_one_output():

@@ -60,3 +60,19 @@ def test_other_token_ids_are_refused(more):
         model.score(PAIRS)
     lm.resize_token_embeddings(rows, mean_resizing=False)
     assert torch.isfinite(model.score(PAIRS).query_log_likelihood).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_tuples_in_the_place_of_outputs_are_refused(family):
+    lm = tiny_lm(family)
+    model = model_of(lm)
+    before = model.score(PAIRS).query_log_likelihood
+    lm.config.return_dict = False
+    with pytest.raises(
+        ValueError, match=rf"this {family} LM has return_dict=False, .* set lm.config.return_dict = True"
+    ):
+        model.score(PAIRS)
+    with pytest.raises(ValueError, match="set lm.config.return_dict = True"):
+        model_of(lm)
+    lm.config.return_dict = True
+    torch.testing.assert_close(model.score(PAIRS).query_log_likelihood, before, rtol=0, atol=0)

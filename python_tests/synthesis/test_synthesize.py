@@ -189,7 +189,7 @@ def test_interrupted(job, expected, tmp_path, capsys, monkeypatch):
         assert difference in capsys.readouterr().err and part.read_bytes() == before
     assert main(command(job, out, "--min-log-likelihood", -1e-9)) == 2
     error = capsys.readouterr().err
-    assert "none of the 118 generated queries was kept; loosen the filters: " in error
+    assert "none of the 118 generated queries was kept; loosen the filters: " in error and " have no word, " in error
     assert "keeps the queries of 59 of 60 documents" in error and not out.exists()
     monkeypatch.setattr(QueryGenerator, "__call__", lambda *_: pytest.fail("it is all there"))
     assert main(command(job, out)) == 0
@@ -232,7 +232,8 @@ def test_what_is_refused(job, tmp_path, capsys):
         (["--data", folder], "no BEIR folder with corpus"),
         (["--output", tmp_path], "is a folder"),
         (["--max-query-tokens", 0], "max_query_tokens must be at least 1"),
-        (["--max-new-tokens", 600], "does not fit the LM's context of 512"),
+        (["--max-new-tokens", 600], "context of 512; lower max_document_tokens or max_new_tokens"),
+        (["--no-round-trip", "--round-trip-top", 3], "--no-round-trip keeps queries whatever BM25 finds"),
     ]:
         assert main(command(job, tmp_path / "out", *options)) == 2, options
         error = capsys.readouterr().err

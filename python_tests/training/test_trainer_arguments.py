@@ -174,6 +174,26 @@ def test_settings_without_effect_are_said_once(tmp_path, caplog):
     assert "average_tokens_across_devices=False" in line and "eval_accumulation_steps=2" in line
 
 
+def test_a_cache_without_use_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "qpeft_ext.training.arguments"):
+        trainer(tmp_path, cache_bytes=1 << 20)
+        trainer(tmp_path, tiny_model(num_virtual_tokens=2), dev=EXAMPLES, cache_bytes=1 << 20)
+        assert not caplog.records
+        trainer(tmp_path, tiny_model(layout="clues_first"), cache_bytes=1 << 20)
+        trainer(tmp_path, tiny_model(num_virtual_tokens=2), cache_bytes=1 << 20)
+    first, second = (record.message for record in caplog.records)
+    assert first.startswith("QPeftTrainer: a cache is of no use to this model: layout='clues_first' puts the clues")
+    assert "no use to this model: its soft prompt, or what is trained in its LM, changes the prefixes" in second
+
+
+def test_calls_that_have_nothing_to_read(tmp_path):
+    with pytest.raises(ValueError, match="predict takes one set of examples, got a dict of a, b; call it for each"):
+        trainer(tmp_path).predict({"a": EXAMPLES, "b": EXAMPLES})
+    run = trainer(tmp_path, examples=EXAMPLES[:2], dataloader_drop_last=True, max_steps=-1)
+    with pytest.raises(ValueError, match="drop_last=True leaves out all 2 training examples, since a batch has 4"):
+        run.train()
+
+
 def test_an_optimizer_by_its_class(tmp_path):
     run = with_metrics(tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), args={"max_steps": 1})
     before = weights(run.model)

@@ -101,6 +101,51 @@ def test_resuming_with_another_model_is_an_error_and_with_other_options_a_warnin
         trainer(tmp_path, tiny_model(clues="top_k")).train(True)
 
 
+def test_resuming_a_training_that_has_all_its_steps_trains_no_more(tmp_path, caplog):
+    """A kill may come between the last checkpoint and what the caller saves then. The epoch is not at its end."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    run = trainer(tmp_path, max_steps=2, **settings)
+    run.train()
+    assert not caplog.records
+    for max_steps in (2, 1):
+        again = trainer(tmp_path, max_steps=max_steps, **settings)
+        again.train(True)
+        assert again.state.global_step == 2 and "checkpoint-2 has all 2 steps: nothing more" in caplog.text
+        assert_close(weights(again.model), weights(run.model), 0)
+        caplog.clear()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_checkpoint_that_only_the_arguments_name_is_an_error(tmp_path):
+    """`Trainer` leaves it to the caller, and would begin anew."""
+    trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    run = trainer(tmp_path, max_steps=3, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(
+        ValueError, match="is for the script that calls train.*, and was not given to it; give it, or F"
+    ):
+        run.train()
+    run.train(run.args.resume_from_checkpoint)
+    assert run.state.global_step == 3 and run.counts.queries_read == 4
+    run.train(False)
+    assert run.counts.queries_read == 12
+
+
+def test_resuming_says_which_numbers_are_those_of_the_checkpoint(tmp_path, caplog):
+    trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    again = trainer(tmp_path, max_steps=3, learning_rate=0.5, weight_decay=0.1, per_device_train_batch_size=8)
+    again.train(True)
+    (group, *_) = again.optimizer.param_groups
+    assert (
+        group["initial_lr"] == 0.01
+        and f"with the lr of the checkpoint, {group['initial_lr']}, not with 0.5" in caplog.text
+    )
+    assert "with the weight_decay of the checkpoint, 0.0, not with 0.1" in caplog.text
+    assert "other options: train_batch_size 4 -> 8" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, max_steps=4).train(True)
+    assert not caplog.records
+
+
 def test_resuming_without_the_state_of_the_training_is_an_error(tmp_path):
     trainer(tmp_path, save_only_model=True, save_strategy="steps", save_steps=1).train()
     for folder in (True, str(tmp_path / "checkpoint-1")):

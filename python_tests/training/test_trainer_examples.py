@@ -11,7 +11,7 @@ import qpeft_ext as qpeft
 from qpeft_ext.config import DISTILLATION
 from qpeft_ext.prompts.prompt import Prompt
 from qpeft_ext.training.collator import GroupCollator
-from qpeft_ext.training.examples import drawn_member
+from qpeft_ext.training.examples import drawn_member, lacking_negatives
 from qpeft_ext.training.sampling import EpochOrder, StreamedTrainingExamples, TrainingExamples
 
 pytestmark = pytest.mark.slow
@@ -188,6 +188,15 @@ class Rows:
 
     def __getitem__(self, index):
         return self.examples[index % len(self)]
+
+
+def test_what_to_do_where_negatives_are_missing_is_what_the_loss_allows():
+    """A teacher has not scored the documents of other examples."""
+    for loss, can in (("listwise", True), ("margin_mse", False)):
+        config = qpeft.QPeftConfig(loss=loss, in_batch_negatives=False)
+        said = lacking_negatives([EXAMPLES[0], {**EXAMPLES[1], "negatives": []}], config)
+        assert said.startswith("1 of 2 training examples have no negatives")
+        assert ("in_batch_negatives=True" in said) is can
 
 
 def test_a_data_set_without_negatives_is_an_error(tmp_path):

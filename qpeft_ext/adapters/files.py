@@ -179,15 +179,14 @@ def load_weights_into(model, folder: str | Path) -> None:
 
 
 def push_adapter(model, repo_id: str, **kwargs) -> str:
-    """Upload an adapter; returns its URL."""
+    """Upload an adapter; returns the URL of the commit."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api = HfApi(token=kwargs.pop("token", None))
     repo = api.create_repo(repo_id, exist_ok=True, **kwargs)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder)
-    return str(repo)
+        return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder).commit_url)
 
 
 def describe_lm(engine) -> dict:

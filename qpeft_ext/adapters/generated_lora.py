@@ -7,7 +7,7 @@ forward hooks, which `lm.passes` registers for a suffix pass and removes after i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -153,10 +153,11 @@ def find_targets(
     """Linear layers of the decoder whose name ends with one of ``target_modules`` (None: see `GeneratedLora`).
 
     Encoder and head are left out: an encoder reads the document, and the head is not called, only its weight is read.
+    A layer with an adapter of `peft` is one layer.
     """
     if decoder is None:
         decoder = cast(Any, lm).get_decoder()
-    inside = {id(module) for module in decoder.modules()}
+    inside = {id(module) for module in decoder.modules()} - {id(part) for part in _parts_of_adapters(decoder)}
     modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in inside}
     if target_modules is not None and list(target_modules) == [ALL_LINEAR]:
         return {name: module for name, module in modules.items() if _sizes(name, module)[1] > 1}  # no gates
@@ -172,6 +173,17 @@ def find_targets(
         "QPeftConfig: none of the generated LoRA's usual target modules is in this LM; name them in "
         "target_modules, e.g. " + ", ".join(sorted({name.rpartition(".")[2] for name in modules})[:8])
     )
+
+
+def _parts_of_adapters(decoder: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of which layers with an adapter are made: its own, and the linear layer that it is around."""
+    for layer in decoder.modules():
+        if hasattr(layer, "base_layer"):
+            for name, part in layer.named_children():
+                if name != "base_layer":
+                    yield from part.modules()
+                elif _is_linear(layer):
+                    yield part
 
 
 def _ends(name: str, ending: str) -> bool:

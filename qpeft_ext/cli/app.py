@@ -35,7 +35,7 @@ from . import (
     synthesize,
     train,
 )
-from .common import spread_measures
+from .common import expect_paths, spread_measures
 from .sections import SectionedCommand
 
 # the base class of errors about arguments, for which typer has no public name
@@ -94,6 +94,9 @@ def _command() -> Callable[..., int | None]:
 def _run(arguments: Sequence[str]) -> int:
     with Interrupts() as interrupts:
         try:
+            for known in app.registered_commands:
+                if known.name == arguments[0] and known.callback is not None:
+                    expect_paths(known.callback, arguments)
             code = _command()(spread_measures(arguments), prog_name="qpeft", standalone_mode=False) or 0
             return _fail(arguments, "interrupted", code) if code == 130 else code  # Ctrl-C, as typer reports it
         except (KeyboardInterrupt, typer.Abort):

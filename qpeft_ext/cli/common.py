@@ -9,7 +9,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar, cast, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import typer
 
@@ -157,6 +158,22 @@ def expect_names(**names: str | None) -> None:
     for option, value in names.items():
         if value is not None and not value.strip():
             raise ValueError(f"--{option.replace('_', '-')} is empty; give a name (is a variable of the shell unset?)")
+
+
+def expect_paths(command: Callable[..., None], arguments: Sequence[str]) -> None:
+    """Check paths of files and folders, of which an empty one would be the folder that this process runs in.
+
+    Args:
+        command: the function of a command.
+        arguments: what it is called with.
+    Raises: ValueError that names the first empty option.
+    """
+    hints = get_type_hints(command)
+    flags = {f"--{name.replace('_', '-')}" for name, hint in hints.items() if Path in (hint, *get_args(hint))}
+    for flag, value in zip(arguments, [*arguments[1:], "-"], strict=True):
+        flag, equals, after = flag.partition("=")
+        if flag in flags:
+            expect_names(**{flag[2:]: after if equals else value})
 
 
 def expect_kv_dtype_of(kv_dtype: str | None, *caches: object) -> None:

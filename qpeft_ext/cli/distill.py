@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import dtype_of_job, from_dataclass, parse_options
+from .common import dtype_of_job, expect_names, from_dataclass, parse_options
 from .train import one_at_a_time, train
 from .train_options import TrainOptions, check_options
 
@@ -79,6 +79,7 @@ def command(options: DistillOptions) -> None:
     from ..lm.loading import quiet_transformers
 
     check_options(options)
+    expect_names(teacher=options.teacher)
     if options.loss not in DISTILLATION:
         raise ValueError(
             f"--loss must be one of {', '.join(DISTILLATION)}, which learn from the teacher's scores, got "
@@ -110,8 +111,9 @@ def _teacher(options: DistillOptions) -> SystemsSpec:
     }
     if not _is_adapter(options.teacher):
         spec = SystemsSpec(base_model=options.teacher, **given)
-    elif options.teacher_option:
-        raise ValueError("--teacher-option is for a teacher without an adapter; leave it out")
+    elif options.teacher_option or options.teacher_template:
+        flag = "--teacher-option" if options.teacher_option else "--teacher-template"
+        raise ValueError(f"{flag} is for a teacher without an adapter; leave it out")
     else:
         spec = SystemsSpec(model=options.teacher, **given)
     try:

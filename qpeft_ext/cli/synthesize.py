@@ -86,6 +86,8 @@ def command(options: SynthesizeOptions) -> None:
         round_trip_top=options.round_trip_top,
         max_tokens_per_batch=options.max_tokens_per_batch,
     )
+    if options.no_round_trip and options.round_trip_top != SynthesizeOptions.round_trip_top:
+        raise ValueError("--no-round-trip keeps queries whatever BM25 finds, and --round-trip-top says what: give one")
     from .. import formats
     from ..config import DEFAULT_INSTRUCTION, QPeftConfig
     from ..lm.loading import default_device, quiet_transformers

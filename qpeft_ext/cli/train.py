@@ -14,7 +14,7 @@ from ..utils.files import drop_temporary, private_folder
 from ..utils.locks import locked_folder
 from ..utils.optional import expect_packages
 from .common import from_dataclass
-from .train_options import TrainOptions, check_options
+from .train_options import OF_CANDIDATES, TrainOptions, check_options, expect_none_of_data
 from .train_settings import LORA, batch_size, config_of, config_settings, lora_options
 
 if TYPE_CHECKING:
@@ -225,8 +225,7 @@ def _read(options: TrainOptions) -> tuple[list, list | None]:
     collection = formats.open_collection(options.data)
     name = collection.choose_split(options.split) if collection.splits else None
     if collection.has("examples", name):
-        if options.run is not None:
-            raise ValueError(f"{options.data} holds training examples, which have their negatives; leave --run out")
+        expect_none_of_data(options, f"{options.data}, whose examples have their negatives", *OF_CANDIDATES)
         examples = _drawn(list(collection.examples(name)), options)
         left_out = "".join(f"; {count} {what} left out" for what, count in collection.left_out.items() if count)
         say(f"{len(examples)} training examples{left_out}")
@@ -280,7 +279,7 @@ def _check_output(output: Path, resume: bool, overwrite: bool, resumed: bool) ->
         )
     if adapter.exists() and not (resume or overwrite):
         raise ValueError(f"{output} already holds an adapter; name another folder, or --overwrite")
-    if checkpoints.exists() and not (resume or overwrite):
+    if any(checkpoints.glob("checkpoint-*")) and not (resume or overwrite):
         raise ValueError(f"{output} holds checkpoints of an earlier run; --resume goes on, --overwrite starts anew")
     if resume and not resumed:
         say(f"{checkpoints} has no complete checkpoint: training starts at the beginning")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -185,10 +185,24 @@ class TrainOptions:
     ] = None
 
 
+OF_CANDIDATES = ("run", "depth", "ignore_identical_ids")
+
+
+def expect_none_of_data(options: TrainOptions, what: str, *names: str) -> None:
+    """Raises: ValueError for one of the options that is given, and does nothing with ``what``."""
+    for field in fields(options):
+        if field.name in names and getattr(options, field.name) != field.default:
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} is of --data with qrels and does nothing with {what}; leave it out"
+            )
+
+
 def check_options(options: TrainOptions) -> None:
     """Raises: ValueError for options that exclude each other, or a value that would be ignored or train nothing."""
     if (options.data is None) == (options.train is None):
         raise ValueError("expected either --data FOLDER or --train FILE")
+    if options.train is not None:
+        expect_none_of_data(options, "--train, whose examples have their negatives", "split", *OF_CANDIDATES)
     for name, value in (("--learning-rate", options.learning_rate), ("--epochs", options.epochs)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0, got {value}")
@@ -214,11 +228,18 @@ def check_options(options: TrainOptions) -> None:
     if options.lora_option and not options.lora_rank:
         raise ValueError("--lora-option is of the LoRA that --lora-rank asks for; add --lora-rank 8, or leave it out")
     expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index)
-    if options.train is not None:
-        used = {"--run": options.run, "--split": options.split != TrainOptions.split}
-        used |= {"--depth": options.depth != TrainOptions.depth, "--ignore-identical-ids": options.ignore_identical_ids}
-        for name, given in used.items():
-            if given:
-                raise ValueError(f"{name} is of --data; a file of --train has its negatives, so leave one of them out")
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on and --overwrite starts anew: give one of them")
+    if options.report_to != "none":
+        _expect_reporter(options.report_to)
+
+
+def _expect_reporter(name: str) -> None:
+    """Raises: ValueError if transformers cannot report there."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(name):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--report-to {name}: {' '.join(str(error).split())}") from None

@@ -36,7 +36,10 @@ def config_settings(options: TrainOptions) -> dict[str, Any]:
     given = parse_options(options.option or [])
     loss = (settings | given)["loss"]
     if options.margin and loss in LOSSES and loss not in _HAVE_MARGIN:  # a typo is the config's to name
-        raise ValueError(f"--margin does nothing with --loss {loss}; it is of {' and '.join(_HAVE_MARGIN)}")
+        raise ValueError(
+            f"--margin {options.margin:g} is of --loss {' and '.join(_HAVE_MARGIN)} and does nothing with {loss}; "
+            "leave it out"
+        )
     settings |= _of_the_clues((settings | given)["clues"], options.k, options.num_heads)
     if options.generated_lora_rank is not None:
         settings["generated_lora_rank"] = options.generated_lora_rank or None

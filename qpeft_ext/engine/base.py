@@ -31,12 +31,14 @@ class LMParts(NamedTuple):
     Attributes:
         embeddings, head: the modules; an adapter that is put into the LM takes their places.
         dtype, rows: those of the table of input embeddings.
+        gives_tuples: whether its config has ``return_dict=False``.
     """
 
     embeddings: Any
     head: Any
     dtype: torch.dtype
     rows: int
+    gives_tuples: bool
 
     def expect_rows_of(self, before: LMParts) -> None:
         """Raises: ValueError if there are other token ids than before."""
@@ -199,7 +201,8 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
 
     def lm_parts(self) -> LMParts:
         """Return the parts of the LM as they are now."""
-        return LMParts(self.embeddings, self.lm.get_output_embeddings(), self.table.dtype, len(self.table))
+        head, table = self.lm.get_output_embeddings(), self.table
+        return LMParts(self.embeddings, head, table.dtype, len(table), gives_tuples(self.lm))
 
     @property
     def prefix_is_trained(self) -> bool:
@@ -272,14 +275,25 @@ class BaseEngine(ABC, Generic[RowsT, PrefixT]):
             return [0] * len(batch)
         return tables(clue_counts())
 
-    def expect_fits(self, tokens: int) -> None:
-        """Raises: ValueError if a prompt of so many tokens is longer than the LM's context."""
+    def expect_fits(self, tokens: int, behind: str = "max_query_tokens") -> None:
+        """Check that a prompt is not longer than the LM's context.
+
+        Args:
+            tokens: of the prompt.
+            behind: the option that limits what stands behind the document, for the message.
+        Raises: ValueError that names the options to lower.
+        """
         if self.context and tokens > self.context:
             raise ValueError(
                 f"a prompt of {tokens} tokens or more does not fit the LM's {self._context_is} of {self.context}; "
                 f"lower max_document_tokens{'' if self.soft_prompt is None else ', num_virtual_tokens'} or "
-                "max_query_tokens"
+                f"{behind}"
             )
+
+
+def gives_tuples(lm: Any) -> bool:
+    """Tell whether the modules of an LM return tuples, by its config. Most LMs then fail by themselves."""
+    return not all(getattr(config, "return_dict", True) for config in (lm.config, lm.config.get_text_config()))
 
 
 def _context(config) -> tuple[int | None, str]:

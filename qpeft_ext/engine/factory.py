@@ -8,6 +8,7 @@ from ..lm.adapter_kinds import expect_readable_adapters
 from ..lm.errors import LM_ERRORS, in_one_line
 from ..lm.loading import is_encoder_decoder
 from ..lm.packed import is_coarse
+from .base import gives_tuples
 from .causal import CausalEngine
 from .encoder_decoder import EncoderDecoderEngine
 
@@ -31,6 +32,11 @@ def make_engine(lm, why_not_cached: str = "") -> CausalEngine | EncoderDecoderEn
 
 def _make_engine(lm, why_not_cached: str) -> CausalEngine | EncoderDecoderEngine:
     expect_readable_adapters(lm)
+    if gives_tuples(lm):
+        raise ValueError(
+            f"the config of this {lm.config.model_type} LM has return_dict=False, so that its modules return tuples; "
+            "set lm.config.return_dict = True"
+        )
     if hasattr(lm.config, "lsh_attn_chunk_length"):
         raise ValueError(
             f"a {lm.config.model_type} LM pads token ids to chunks of its own, which embeddings do not go "

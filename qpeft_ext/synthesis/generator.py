@@ -132,7 +132,7 @@ class QueryGenerator:
         """
         lengths = [len(prompt) for prompt in self._prompts(documents)]
         new = self.sampling.max_new_tokens
-        self.model.engine.expect_fits(max(lengths, default=0) + new)
+        self.model.engine.expect_fits(max(lengths, default=0) + new, "max_new_tokens")
         copies = self.sampling.queries_per_document
         return list(generation_groups(lengths, new, self.max_tokens_per_batch // copies))
 

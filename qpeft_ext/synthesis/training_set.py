@@ -166,7 +166,7 @@ def write_training_set(
     )
     if (first := next(examples, None)) is None:
         raise ValueError(
-            f"none of the {counts.generated} generated queries was kept; loosen the filters:{counts.reasons(' ')}"
+            f"none of the {counts.generated} generated queries was kept; loosen the filters:{counts.reasons(', ')[1:]}"
         )
     counts.kept = write_examples(partial.target, chain([first], examples))
     numbers = {"generated": counts.generated, "kept": counts.kept, "dropped": dict(+counts.dropped)}

@@ -43,7 +43,10 @@ _WITHOUT_EFFECT: tuple[tuple[str, object, str], ...] = (
     ("average_tokens_across_devices", True, "the loss is the mean over the queries of all ranks"),
     ("use_cache", False, "cache_bytes and cache keep prefixes"),
     ("eval_accumulation_steps", None, "scores leave the device after every batch"),
+    ("eval_use_gather_object", False, "scores are tensors"),
 )
+
+_PREFIXES_CHANGE = "its soft prompt, or what is trained in its LM, changes the prefixes with every step"
 
 # arguments of `Trainer` that `QPeftTrainer` does not take -> why
 _NOT_TAKEN = {
@@ -112,10 +115,19 @@ def check_index(index: PrefixIndex, model: QPeftModel) -> None:
     """Raises: ValueError if training cannot read the prefixes of the index."""
     why = model.why_no_index
     if not why and model.engine.prefix_is_trained:
-        why = "its soft prompt, or what is trained in its LM, changes the prefixes with every step"
+        why = _PREFIXES_CHANGE
     if why:
         raise ValueError(f"QPeftTrainer: an index is of no use to this model: {why}")
     index.expect_prompt(model.prompt)
+
+
+def warn_of_cache(model: QPeftModel, evaluates: bool) -> None:
+    """Say so if a cache is of no use; prefixes that are trained are kept in evaluations."""
+    why = model.engine.why_not_cached
+    if not why and model.engine.prefix_is_trained and not evaluates:
+        why = _PREFIXES_CHANGE
+    if why:
+        logger.warning("QPeftTrainer: a cache is of no use to this model: %s", why)
 
 
 def _is_set(args: TrainingArguments, name: str, fine: object) -> bool:

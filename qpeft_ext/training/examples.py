@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import QPeftConfig
+from ..config import DISTILLATION, QPeftConfig
 from ..formats.example_keys import table_rows, view
 from ..prompts.prompt import Document, document_text
 
@@ -199,10 +199,10 @@ def lacking_negatives(examples: Sequence, config: QPeftConfig) -> str:
         return ""
     none_drawn = "" if config.num_hard_negatives else " (num_hard_negatives=0)"
     without = len(examples) if none_drawn else sum(not example["negatives"] for example in examples)
+    others = ", or set in_batch_negatives=True with queries_per_group of 2 or more, or num_random_negatives"
     line = (
         f"{without} of {len(examples)} training examples have no negatives{none_drawn}, and loss={config.loss!r} "
-        "compares with them: give them negatives, or set in_batch_negatives=True with queries_per_group of 2 or "
-        "more, or num_random_negatives"
+        f"compares with them: give them negatives{'' if config.loss in DISTILLATION else others}"
     )
     if without == len(examples) and config.loss != "pointwise_pairwise":
         raise ValueError(line)

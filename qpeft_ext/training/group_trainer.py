@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -66,12 +67,24 @@ class GroupTrainer(Trainer):
         return super()._get_dataloader(examples, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
+        if isinstance(test_dataset, Mapping):
+            raise ValueError(
+                f"QPeftTrainer: predict takes one set of examples, got a dict of {', '.join(map(str, test_dataset))}; "
+                "call it for each of them"
+            )
         return self.get_eval_dataloader(test_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         unpadded = self.args.world_size == 1 or self.args.dataloader_drop_last
         multiple = 1 if unpadded else self.args.train_batch_size * self.args.world_size
         examples: Any = train_dataset or self.train_dataset
+        if self.args.dataloader_drop_last and len(examples) < (
+            least := self.args.train_batch_size * self.args.world_size
+        ):
+            raise ValueError(
+                f"QPeftTrainer: dataloader_drop_last=True leaves out all {len(examples)} training examples, since a "
+                f"batch has {least}; leave it out, or lower per_device_train_batch_size"
+            )
         self.order = EpochOrder(len(examples), self._data_seed, self._shuffles, multiple)
         return self.order
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
-from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers import Trainer, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
 
 from ..adapters.files import load_weights_into, write_card
 from ..config import QPeftConfig
@@ -27,16 +30,24 @@ class ResumableTrainer(Trainer):
     """A `Trainer` of a `QPeftModel` that can be killed at any moment and resumed.
 
     A checkpoint holds the adapter's files and the state of the training, nothing pickled. It is marked as complete
-    when all its files are written, and only then are older checkpoints deleted.
+    when all its files are written, and only then is it pushed to the Hub, and are older checkpoints deleted.
     """
 
     model: QPeftModel
+    push_in_progress: Any = None
+    _pushed: Path | None = None  # the checkpoint of that push
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         """The folder that ``train(resume_from_checkpoint)`` begins from.
 
-        Raises: ValueError if it is not a complete checkpoint, or with True if there is none.
+        Raises: ValueError if it is not a complete checkpoint, or with True if there is none; and for one that only the
+            arguments name, which `Trainer` leaves to the caller.
         """
+        if asked is None and self.args.resume_from_checkpoint:
+            raise ValueError(
+                "QPeftTrainer: resume_from_checkpoint of TrainingArguments is for the script that calls "
+                "train(resume_from_checkpoint=...), and was not given to it; give it, or False to begin anew"
+            )
         if asked is True:
             return _expect_state(self._last_complete())
         if not asked:
@@ -70,7 +81,8 @@ class ResumableTrainer(Trainer):
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # cut short by a kill, or of an earlier run: none of its files may survive
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        args, limit, pushes = self.args, self.args.save_total_limit, self.args.push_to_hub
+        args.save_total_limit, args.push_to_hub = None, False
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:
@@ -80,12 +92,47 @@ class ResumableTrainer(Trainer):
                 f"cannot write the checkpoint {folder} (File too large, or no space left); make room for it"
             ) from None
         finally:
-            self.args.save_total_limit = limit
+            args.save_total_limit, args.push_to_hub = limit, pushes
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        if args.should_save:
             mark_complete(folder)
+        if pushes:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
             best = self.state.best_model_checkpoint
-            rotate(run_dir, limit, {folder, Path(best)} if best else {folder})
+            uploading = self._pushed if self._is_pushing() else None
+            rotate(run_dir, limit, {folder, *(Path(path) for path in (best, uploading) if path)})
+
+    def _is_pushing(self) -> bool:
+        return self.push_in_progress is not None and not self.push_in_progress.is_done()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload all files of the adapter and, as ``hub_strategy`` says, the checkpoint; like `Trainer`.
+
+        That one leaves out what is in sub-folders (``lm_adapter``), and uploads the pickled arguments, with the token.
+        """
+        args, strategy = self.args, self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if self._is_pushing() and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self._finish_current_push()  # which reads the files that are written now
+        self._save()
+        message = f"Training in progress, step {self.state.global_step}"
+        api = HfApi(token=args.hub_token)  # one, which uploads one after the other
+        to: dict[str, Any] = {"repo_id": self.hub_model_id, "revision": args.hub_revision, "run_as_future": True}
+        others = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
+        jobs: Any = [
+            api.upload_folder(folder_path=self._output_dir, commit_message=message, ignore_patterns=others, **to)
+        ]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            to["path_in_repo"] = (
+                "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else Path(checkpoint_folder).name
+            )
+            message = f"{message}, checkpoint"
+            jobs.append(api.upload_folder(folder_path=checkpoint_folder, commit_message=message, **to))
+        self.push_in_progress, self._pushed = PushInProgress(jobs), Path(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the adapter's own files (`QPeftModel.save_pretrained`); `Trainer` adds its state."""
@@ -109,13 +156,38 @@ class ResumableTrainer(Trainer):
             for name in now
             if then[name] != now[name] and not name.startswith("base_model")
         ]
+        size = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).train_batch_size
+        if size not in (None, self.args.train_batch_size):
+            changed.append(f"train_batch_size {size} -> {self.args.train_batch_size}")
         if changed:
             logger.warning("the run is resumed with other options: %s", ", ".join(changed))
         load_weights_into(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        given = self._rates()
         with _state_of(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        for name, values in self._rates().items():
+            if values != given[name]:
+                logger.warning(
+                    "the run is resumed with the %s of the checkpoint, %s, not with %s; to change it, begin from the "
+                    "weights: QPeftModel.from_pretrained(folder, is_trainable=True)",
+                    name.removeprefix("initial_"),
+                    max(values),
+                    max(given[name]),
+                )
+
+    def _rates(self) -> dict[str, list[float]]:
+        """The numbers of the optimizer that loading its state replaces, for each group of parameters."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return {name: [g[name] for g in groups if name in g] for name in ("initial_lr", "weight_decay")}
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Do what `Trainer` does, but no step of a training that has all its steps: it would do one before it looks."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _state_of(checkpoint):

@@ -29,6 +29,7 @@ from .arguments import (
     expect_model,
     expect_trained,
     refuse_others,
+    warn_of_cache,
 )
 from .budget import PassBudget
 from .counts import StepCounts
@@ -153,6 +154,8 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         self.cache = DocumentCache(cache_bytes) if cache_bytes else cache
         if self.cache is not None and self.cache.index is not None:
             check_index(self.cache.index, model)
+        elif self.cache is not None:
+            warn_of_cache(model, eval_dataset is not None)
         self.deterministic = deterministic
         self._budget = PassBudget(model)
         self.counts = StepCounts()
@@ -320,6 +323,8 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.model.eval()
         self.counts.warn(self._config)
+        if checkpoint is not None and not self.counts.queries_read:
+            logger.warning("%s has all %d steps: nothing more was trained", checkpoint, self.state.global_step)
         return result
 
     @torch.no_grad()
