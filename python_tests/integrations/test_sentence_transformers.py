@@ -25,6 +25,11 @@ def test_a_prompt_by_name_is_refused(reranker):
         reranker.predict([(QUERY, DOCUMENTS[0])], prompt_name="query")
 
 
+def test_an_url_is_refused():
+    with pytest.raises(ValueError, match="expected a Reranker or an adapter, got the URL http://127.0.0.1:1"):
+        QPeftCrossEncoder("http://127.0.0.1:1")
+
+
 def test_the_reranking_evaluator(reranker):
     evaluation = pytest.importorskip(
         "sentence_transformers.cross_encoder.evaluation",
