@@ -20,7 +20,8 @@ class QPeftTransformer(pt.Transformer):
     """A transformer of result frames: it needs the columns qid, query, docno and the texts, and gives score and rank.
 
     Passes are formed over all queries of a frame, so a frame with many queries is faster than a frame for each. For
-    passages of long documents put ``pt.text.sliding`` before it and ``pt.text.max_passage`` after it.
+    passages of long documents put ``pt.text.sliding("text", prepend_attr=None)`` before it and
+    ``pt.text.max_passage()`` after it.
 
     Args:
         reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
