@@ -61,3 +61,13 @@ class RaySession:
         if self._ours:
             self.ray.shutdown()
             self._ours = False
+
+
+def enter(folder: str) -> None:
+    """Make the folder where a command was started that of an actor, whose own is where Ray was started.
+
+    Args:
+        folder: an absolute path; where it does not exist nothing is done, and relative paths are not found.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)

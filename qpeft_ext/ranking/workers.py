@@ -207,12 +207,18 @@ def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int, 
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # an exception class may be unable to travel in any way it likes
-            error = ValueError(f"{type(error).__name__}: {error}")
+        trace = traceback.format_exc()
         with contextlib.suppress(OSError):
-            connection.send((number, _Failure(error, traceback.format_exc())))
+            connection.send((number, _Failure(portable(error), trace)))
+
+
+def portable(error: Exception) -> Exception:
+    """Return an exception that another process can read: itself, or one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a class may be unable to travel in any way it likes
+        return ValueError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextlib.contextmanager
