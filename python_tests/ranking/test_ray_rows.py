@@ -1,11 +1,14 @@
-"""What goes through Ray: rows of a table and exceptions; without Ray."""
+"""What goes through Ray: rows of a table and exceptions, and which Ray is taken; without Ray."""
 
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from qpeft_ext.ranking.ray_actors import _Actor, _ranked, _readable, _row
+from qpeft_ext.ranking.ray_session import RaySession
 from qpeft_ext.ranking.run import RankedBlock
 
 
@@ -78,3 +81,35 @@ def test_an_error_of_ray_is_one_line():
     found = _readable(TaskError("The actor died.\n  pid 3\nIt was killed.\n"))
     assert isinstance(found, ChildProcessError) and str(found) == "Ray gave up: It was killed."
     assert str(_readable(TaskError(""))) == "Ray gave up: TaskError"
+
+
+@pytest.mark.parametrize(
+    ("runs", "address", "expected"),
+    [
+        (False, None, [{"num_cpus", "include_dashboard"}]),
+        (True, None, [{"num_cpus", "include_dashboard"}, set()]),
+        (True, "10.0.0.1:6379", [set()]),
+    ],
+)
+def test_a_ray_that_runs_is_joined(monkeypatch, runs, address, expected):
+    """It refuses a number of CPUs: it has its own."""
+    asked = []
+
+    def init(logging_level, log_to_driver, **size):
+        asked.append(set(size))
+        if runs and "num_cpus" in size:
+            raise ValueError("When connecting to an existing cluster, num_cpus and num_gpus must not be provided.")
+
+    ray = SimpleNamespace(
+        init=init,
+        is_initialized=lambda: False,
+        cluster_resources=lambda: {"CPU": 4.0},
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}],
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    session = RaySession(["cpu", "cpu"])
+    assert (session.kind, session.actors, session.cpus) == ("cpu", 2, 2)
+    assert asked == expected
