@@ -197,7 +197,8 @@ def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int, 
         tqdm.set_lock(RLock())  # its own lock has a semaphore, which a worker that is ended would leave behind
         torch.set_num_threads(threads)
         if device.startswith("cuda:"):
-            with contextlib.suppress(RuntimeError, AssertionError):  # `Systems` says what is wrong with the device
+            # `Systems` says what is wrong with the device; a torch without CUDA lacks the attribute
+            with contextlib.suppress(RuntimeError, AssertionError, AttributeError):
                 torch.cuda.set_device(device)
         systems = Systems(spec, device)
         connection.send((_READY, None))
