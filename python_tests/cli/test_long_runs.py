@@ -235,6 +235,12 @@ def test_two_devices_one_dies(job, expected, tmp_path):
     assert out.read_bytes() == expected
 
 
+def test_a_device_that_is_not_there(job, tmp_path):
+    """Torch without CUDA lacks what a worker calls first."""
+    code, _, err = forked_command(command(job, tmp_path / "run", "--devices", "cuda:99,cpu")).end()
+    assert code == 2 and err.startswith("qpeft rerank: error: the device 'cuda:99' cannot be used: "), err
+
+
 def test_killed_on_two_devices(job, expected, tmp_path, capsys):
     """The workers end with the process that started them; one device goes on where two were."""
     out, part = tmp_path / "run", tmp_path / "run.part"

@@ -125,10 +125,32 @@ def test_no_server_is_one_line(stub):
         client.rank(QUERY, DOCUMENTS)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8080",
+        "ftp://host",
+        "http://",
+        "file:///etc/passwd",
+        "http://host:port",
+        "http://host?a=b",
+        "http://host#a",
+        "http://host/a b",
+        "http://host/ä",
+        "http://[::1",
+    ],
+)
 def test_bad_urls(url):
-    with pytest.raises(ValueError, match="url must be like http://127.0.0.1:8080"):
+    with pytest.raises(ValueError, match="url must be like http://127.0.0.1:8080, got"):
         RerankClient(url)
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host", "user:secret@host", "http://user:secret@host:port/a"])
+def test_a_password_in_an_url_is_refused_and_not_shown(url):
+    with pytest.raises(ValueError, match="without a name; give a key as api_key") as caught:
+        RerankClient(url)
+    assert "secret" not in str(caught.value)
+    assert RerankClient("https://host/models/@me").url == "https://host/models/@me"
 
 
 @pytest.mark.parametrize("key", ["k\n", "k\r\nX-Evil: 1", "ключ", "a\0"])
@@ -136,6 +158,65 @@ def test_a_key_that_no_header_holds_is_refused_and_not_shown(key):
     with pytest.raises(ValueError, match="api_key must be printable Latin-1") as caught:
         RerankClient("http://127.0.0.1:1", api_key=key)
     assert key not in str(caught.value)
+
+
+def test_documents_without_a_title_are_sent_as_texts(stub):
+    """Some servers, such as vLLM, take texts only."""
+    given = [{"title": "", "text": "a"}, {"title": None, "text": "b"}, {"text": "c"}, {"title": "d", "text": "e"}]
+    RerankClient(stub.url).rank_many([QUERY], [given])
+    assert stub.requests[0][2]["documents"] == ["a", "b", "c", {"title": "d", "text": "e"}]
+
+
+@pytest.mark.parametrize("document", [None, float("nan"), 7, b"a", "\ud800", {"title": "a"}, {"text": None}])
+def test_a_bad_document_is_named_as_by_a_reranker(stub, reranker, document):
+    texts = ["a", document]
+    for call in (
+        lambda ranker: ranker.rank(QUERY, texts),
+        lambda ranker: ranker.rank_many(["a", QUERY], [["a"], texts]),
+        lambda ranker: ranker.predict([(QUERY, text) for text in texts]),
+    ):
+        errors = []
+        for ranker in (RerankClient(stub.url), reranker):
+            with pytest.raises((TypeError, ValueError)) as caught:
+                call(ranker)
+            errors.append((type(caught.value), str(caught.value)))
+        assert errors[0] == errors[1]
+    assert not stub.requests
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda client: client.rank("", ["a"]), ValueError, "query must have at least one token"),
+        (lambda client: client.rank(None, ["a"]), TypeError, "query must be a string, got None"),
+        (lambda client: client.rank("a", ["a"], threshold=2), ValueError, "threshold must be a relevance between 0"),
+        (lambda client: client.rank("a", ["a"], threshold="0"), TypeError, "threshold must be a number"),
+        (lambda client: client.rank_many("ab", [["a"], ["b"]]), TypeError, "queries must be a list"),
+        (lambda client: client.rank_many(["a", ""], [["a"], ["b"]]), ValueError, "query 1 must have at least one"),
+        (lambda client: client.rank_many(["a", "b"], [["a"]]), ValueError, "2 queries, 1 lists of candidates"),
+        (lambda client: client.rank_many(["a"], [["a"]], instruction=["b", "c"]), ValueError, "and 2 instructions"),
+        (lambda client: client.predict(("a", "b")), TypeError, "pair 0 is the string 'a'"),
+        (lambda client: client.predict([("a", "b", "c")]), ValueError, "pair 0 has 3 items"),
+    ],
+)
+def test_bad_arguments_are_found_before_anything_is_sent(stub, call, error, message):
+    with pytest.raises(error, match=message):
+        call(RerankClient(stub.url))
+    assert not stub.requests
+
+
+def test_generators_are_read_once(stub):
+    client = RerankClient(stub.url)
+    assert client.predict((QUERY, text) for text in DOCUMENTS).tolist() == RELEVANCE
+    found = client.rank_many(iter([QUERY, "moon"]), iter([iter(DOCUMENTS), iter(["moon"])]), instruction=iter("ab"))
+    assert [len(rows) for rows in found] == [4, 1]
+    assert [body["instruction"] for _, _, body in stub.requests[1:]] == ["a", "b"]
+
+
+def test_documents_of_the_server_are_named_by_their_ids(stub):
+    stub.answers = [(200, {}, b'{"results": [{"index": 0, "relevance_score": 1}]}')]
+    assert RerankClient(stub.url).rank(QUERY, [{"id": "d1"}]) == [{"corpus_id": 0, "score": 1.0}]
+    assert stub.requests[0][2]["documents"] == [{"id": "d1"}]
 
 
 @pytest.mark.parametrize("documents", ["some text", {"text": "a"}, {"a", "b"}, None])
@@ -209,6 +290,7 @@ def test_without_its_package_a_plug_in_says_what_to_install(monkeypatch, plugin,
     [
         ((7,), TypeError, "must be a Reranker, the path or Hub id of an adapter, or the URL of a server, got int 7"),
         (("folder", None, "key"), ValueError, "api_key need the URL of a server"),
+        (("http://127.0.0.1", {"api_key": "k"}), ValueError, "give api_key itself, not among the options"),
         (("no-such-folder-here/at-all/deep",), (OSError, ValueError), "no-such-folder-here"),
     ],
 )

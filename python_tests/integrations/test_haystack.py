@@ -95,3 +95,11 @@ def test_top_k_below_one(reranker, top_k):
         QPeftRanker(reranker, top_k=top_k)
     with pytest.raises(ValueError, match=f"top_k must be at least 1, got {top_k}"):
         QPeftRanker(reranker).run(QUERY, [], top_k=top_k)
+
+
+def test_a_key_that_is_no_secret_and_names_that_are_no_list(stub):
+    with pytest.raises(TypeError, match="api_key must be a Secret") as caught:
+        QPeftRanker(stub.url, api_key="my-key")
+    assert "my-key" not in str(caught.value)
+    with pytest.raises(TypeError, match="meta_fields_to_embed must be a list, got the string 'title'"):
+        QPeftRanker(stub.url, meta_fields_to_embed="title")  # its letters would be names

@@ -65,6 +65,19 @@ def test_instructions(reranker, stub, found):
     assert stub.requests[0][2]["instruction"] == "Find the sea."
 
 
+def test_what_is_set_later_counts_or_is_refused(reranker, found):
+    compressor = QPeftCompressor(reranker=reranker)
+    compressor.instruction, compressor.threshold, compressor.top_n = "Find the moon.", 0.0, 2
+    rows = reranker.rank(QUERY, DOCUMENTS, top_k=2, instruction="Find the moon.", threshold=0.0)
+    expected = [(row["corpus_id"], row["relevance"]) for row in rows]
+    for each in (compressor, QPeftCompressor(reranker=reranker).model_copy(update=dict(compressor))):
+        best = each.compress_documents(found, QUERY)
+        assert [(d.metadata["place"], d.metadata["relevance_score"]) for d in best] == expected
+    for name in ("reranker", "options", "api_key", "model"):
+        with pytest.raises(ValueError, match="Field is frozen"):
+            setattr(compressor, name, None)
+
+
 @pytest.mark.parametrize("wrong", [{"top_n": 0}, {"top_k": 3}])
 def test_wrong_options(reranker, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -1,6 +1,8 @@
 """The plug-in for LlamaIndex, with llama-index-core."""
 
 import asyncio
+import json
+from pathlib import Path
 
 import pytest
 from stub_server import DOCUMENTS, QUERY
@@ -12,6 +14,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
+import qpeft_ext
 from qpeft_ext.integrations.llama_index import QPeftPostprocessor
 
 
@@ -75,7 +78,39 @@ def test_it_is_saved_without_the_key(stub):
     assert (again.reranker, again.top_n, again.api_key) == (stub.url, 2, None)
 
 
+def test_a_saved_adapter_keeps_its_options(nodes):
+    demo = Path(qpeft_ext.__file__).parent / "demo"
+    options = {"base_model": str(demo / "base_lm"), "max_document_tokens": 2}
+    postprocessor = QPeftPostprocessor(reranker=demo / "adapter", options=options)
+    again = QPeftPostprocessor.from_json(postprocessor.to_json())
+    assert again.options == options
+    found = [each.postprocess_nodes(nodes, query_str=QUERY) for each in (postprocessor, again)]
+    assert [node.score for node in found[0]] == [node.score for node in found[1]]
+
+
+def test_a_reranker_in_memory_is_not_saved_and_given_again(reranker):
+    saved = json.loads(QPeftPostprocessor(reranker=reranker, top_n=3).to_json())
+    assert "reranker" not in saved
+    with pytest.raises(ValueError, match="reranker\n  Field required"):
+        QPeftPostprocessor.from_dict(dict(saved))
+    again = QPeftPostprocessor.from_dict(saved, reranker=reranker)
+    assert again.reranker is reranker and again.top_n == 3
+
+
+def test_what_is_set_later_counts_or_is_refused(reranker, nodes):
+    postprocessor = QPeftPostprocessor(reranker=reranker)
+    postprocessor.instruction, postprocessor.threshold = "Find the moon.", 0.0
+    rows = reranker.rank(QUERY, DOCUMENTS, instruction="Find the moon.", threshold=0.0)
+    best = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
+    assert [(n.node.node_id, n.score) for n in best] == [(f"n{row['corpus_id']}", row["relevance"]) for row in rows]
+    for name in ("reranker", "options", "api_key", "model"):
+        with pytest.raises(ValueError, match="Field is frozen"):
+            setattr(postprocessor, name, None)
+
+
 def test_wrong_use(reranker, nodes):
+    with pytest.raises(ValueError, match="top_k\n  Extra inputs are not permitted"):
+        QPeftPostprocessor(reranker=reranker, top_k=3)
     with pytest.raises(ValueError, match="top_n"):
         QPeftPostprocessor(reranker=reranker, top_n=0)
     with pytest.raises(ValueError, match="a query is needed"):

@@ -26,6 +26,28 @@ def test_it_is_of_the_kind_search_and_not_of_another(reranker):
     assert QPeftSearch(reranker).mteb_model_meta.name == "qpeft_ext/reranker"
 
 
+def test_results_of_one_model_are_not_given_for_another(reranker, tmp_path):
+    """MTEB keeps results by name and revision, and adapters in folders of the same name have the same name."""
+
+    ranked = []
+
+    class Adapter:
+        adapter = "folder/adapter"
+
+        def rank_many(self, *given, **options):
+            ranked.append(self)
+            return reranker.rank_many(*given, **options)
+
+        rank = predict = rank_many
+
+    cache = mteb.ResultCache(tmp_path)
+    models = [QPeftSearch(Adapter()), QPeftSearch(Adapter()), QPeftSearch(Adapter(), revision="r")]
+    assert {model.mteb_model_meta.name for model in models} == {"qpeft_ext/adapter"}
+    for model in [*models, QPeftSearch(Adapter(), revision="r")]:
+        mteb.evaluate(model, MockRerankingTask(), cache=cache, show_progress_bar=False)
+    assert ranked == [model._source.ranker for model in models]  # of the same revision the results are there
+
+
 @pytest.mark.parametrize("task", [MockRerankingTask, MockMultilingualRerankingTask, MockInstructionReranking])
 def test_reranking_tasks(reranker, task, tmp_path):
     task = task()

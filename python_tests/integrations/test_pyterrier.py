@@ -55,6 +55,24 @@ def test_by_a_url_with_titles_behind_another_transformer(stub, results):
     ]
 
 
+def test_a_missing_title_is_none(stub, results):
+    results["title"] = ["moon", None, float("nan"), "", "sun"]
+    QPeftTransformer(stub.url, title_field="title")(results)
+    sent = [document for _, _, body in stub.requests for document in body["documents"]]
+    texts = results["text"].tolist()
+    expected = [{"title": "moon", "text": texts[0]}, *texts[1:4], {"title": "sun", "text": texts[4]}]
+    assert sorted(sent, key=str) == sorted(expected, key=str)
+
+
+def test_rows_that_belong_to_no_query_or_to_two(reranker, results):
+    """They were left out, or scored for the query of the first row."""
+    transformer = QPeftTransformer(reranker)
+    with pytest.raises(ValueError, match="row 1 of the frame has no qid"):
+        transformer(results.assign(qid=["q2", None, "q1", "q2", "q1"]))
+    with pytest.raises(ValueError, match="the qid 'q2' has several queries: 'moon' and 'sun'"):
+        transformer(results.assign(query=["moon", QUERY, QUERY, "sun", QUERY]))
+
+
 def test_an_empty_frame_and_a_missing_column(reranker, results):
     transformer = QPeftTransformer(reranker)
     empty = transformer(results[:0])

@@ -20,9 +20,21 @@ def test_keywords_of_predict(reranker, kind):
     assert [row["corpus_id"] for row in model.rank(QUERY, DOCUMENTS)] == np.argsort(-scores, kind="stable").tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"convert_to_numpy": False}, {"convert_to_tensor": True}])
+def test_one_pair_gives_one_of_what_pairs_give(reranker, options):
+    one, many = reranker.predict([QUERY, DOCUMENTS[0]], **options), reranker.predict([[QUERY, DOCUMENTS[0]]], **options)
+    assert isinstance(one, torch.Tensor if options else float) and one == many[0]
+    assert not options or one.shape == ()
+
+
 def test_a_prompt_by_name_is_refused(reranker):
     with pytest.raises(ValueError, match="^predict: the adapter has no prompts by name"):
         reranker.predict([(QUERY, DOCUMENTS[0])], prompt_name="query")
+
+
+def test_an_url_is_refused():
+    with pytest.raises(ValueError, match="expected a Reranker or an adapter, got the URL http://127.0.0.1:1"):
+        QPeftCrossEncoder("http://127.0.0.1:1")
 
 
 def test_the_reranking_evaluator(reranker):

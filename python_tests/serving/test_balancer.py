@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 from collections import Counter
 
@@ -166,7 +167,7 @@ def test_replicas_score_as_one_server_does(client, service):
     made = []
     try:
         for _ in range(2):  # one after the other: transformers cannot load two LMs at a time in one process
-            made.append(_Replica(service.spec))
+            made.append(_Replica(service.spec, os.getcwd()))
             assert asyncio.run(made[-1].why_not_loaded()) == ""
             made[-1].check_health()
         front = TestClient(Balancer(service.spec, made), headers=WITH_KEY)

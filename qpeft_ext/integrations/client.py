@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from ..prompts.prompt import Document, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, short, whole_number
 
 _ROUTE = "/v1/rerank"
@@ -33,15 +35,14 @@ class RerankClient:
         model: the name of the model that the server shall use; None leaves it to the server.
         timeout: seconds until a request without an answer is an error.
         retries: how often a request is sent again when the server is busy (429, 503), after the time that it names.
-    Raises: ValueError for an URL that is not of http or https, or a key that a header cannot hold.
+    Raises: ValueError for an URL that is not of http or https or has more in it than host, port and path, or a key that
+        a header cannot hold.
     """
 
     def __init__(
         self, url: str, api_key: str | None = None, model: str | None = None, timeout: float = 60.0, retries: int = 2
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"RerankClient: url must be like http://127.0.0.1:8080, got {short(url)}")
+        _expect_url(url)
         if not timeout > 0:
             raise ValueError(f"RerankClient: timeout must be above 0 seconds, got {timeout}")
         self.url = url.rstrip("/").removesuffix(_ROUTE)
@@ -70,20 +71,28 @@ class RerankClient:
 
         Args:
             query: a string.
-            documents: strings, or dicts with "text" and perhaps "title".
+            documents: strings, or dicts with "text" and perhaps "title"; a title is for servers that know it, such as
+                ours. With our server's ``--corpus`` also dicts with the "id" of a document, and no "text".
             top_k: how many to return; None returns all.
             instruction: as for `Reranker.rank`; for servers that know it, such as ours and vLLM.
             threshold: leave out documents whose score is smaller; for our server.
         Returns: a dict for each document: "corpus_id", its place in ``documents``, and "score", the relevance that the
             server sends, float64.
-        Raises: TypeError for documents that are no list; RuntimeError with the server's words if it answers with an
-            error; ConnectionError or TimeoutError if it does not answer; ValueError for an answer in another shape.
+        Raises: TypeError or ValueError as `Reranker.rank`, before anything is sent; RuntimeError with the server's
+            words if it answers with an error; ConnectionError or TimeoutError if it does not answer; ValueError for an
+            answer in another shape.
         """
-        top_k = whole_number(top_k, "top_k")
-        documents = as_list(documents, "rank: documents", "one document goes into a list: [document]")
+        top_k, threshold = whole_number(top_k, "top_k"), as_relevance(threshold)
+        expect_query(query, "rank: query")
+        return self._ranked(query, _checked(documents, "rank: documents"), top_k, instruction, threshold)
+
+    def _ranked(
+        self, query: str, documents: list[Any], top_k: int | None, instruction: str | None, threshold: float | None
+    ) -> list[dict[str, Any]]:
+        """Do what `rank` does, with arguments that are checked."""
         if not documents:
             return []
-        body = {"query": query, "documents": documents, "return_documents": False}
+        body = {"query": query, "documents": list(map(_sent, documents)), "return_documents": False}
         body |= {} if top_k is None else {"top_n": top_k}
         body |= {} if self.model is None else {"model": self.model}
         body |= {} if instruction is None else {"instruction": instruction}
@@ -109,27 +118,39 @@ class RerankClient:
         Returns: for each query what `rank` returns.
         Raises: as `rank`.
         """
-        each = [instruction] * len(queries) if instruction is None or isinstance(instruction, str) else instruction
-        asked = zip(queries, candidates, each, strict=True)
-        return [
-            self.rank(query, documents, top_k, instruction=own, threshold=threshold) for query, documents, own in asked
-        ]
+        top_k, threshold = whole_number(top_k, "top_k"), as_relevance(threshold)
+        queries = as_list(queries, "rank_many: queries", "one query goes into a list: [query]")
+        lists = as_list(candidates, "rank_many: candidates", "give a list of documents for each query")
+        each: list[Any] = [instruction] * len(queries)
+        if instruction is not None and not isinstance(instruction, str):
+            each = as_list(instruction, "rank_many: instruction", "one instruction for all is a string")
+        if not len(queries) == len(lists) == len(each):
+            raise ValueError(
+                f"rank_many: {len(queries)} queries, {len(lists)} lists of candidates and {len(each)} instructions; "
+                "there must be as many of each"
+            )
+        for i, query in enumerate(queries):
+            expect_query(query, f"query {i}")
+            lists[i] = _checked(lists[i], f"rank_many: the candidates of query {i}", f" of query {i}")
+        asked = zip(queries, lists, each, strict=True)
+        return [self._ranked(query, documents, top_k, own, threshold) for query, documents, own in asked]
 
     def predict(self, pairs: Sequence[tuple[str, Any]], *, instruction: str | None = None) -> np.ndarray:
         """Score (query, document) pairs, in the order given; pairs of one query go into one request.
 
         Args:
-            pairs: (query, document), with documents as in `rank`.
+            pairs: (query, document); a document is a string, or a dict with "text" and perhaps "title".
             instruction: as in `rank`, for all pairs.
         Returns: float64 [B].
         Raises: as `rank`.
         """
+        checked = as_pairs(pairs, "predict")
         places: dict[str, list[int]] = {}
-        for place, (query, _) in enumerate(pairs):
+        for place, (query, _) in enumerate(checked):
             places.setdefault(query, []).append(place)
-        scores = np.empty(len(pairs))
+        scores = np.empty(len(checked))
         for query, own in places.items():
-            for row in self.rank(query, [pairs[place][1] for place in own], instruction=instruction):
+            for row in self._ranked(query, [checked[place][1] for place in own], None, instruction, None):
                 scores[own[row["corpus_id"]]] = row["score"]
         return scores
 
@@ -184,6 +205,47 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         return None
+
+
+def as_relevance(threshold: float | None) -> float | None:
+    """Check a threshold. Raises: TypeError for no number; ValueError for one that is not between 0 and 1."""
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.floating)):
+        raise TypeError(f"threshold must be a number between 0 and 1, got {kind_of(threshold)}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be a relevance between 0 and 1, got {threshold}")
+    return float(threshold)
+
+
+def _expect_url(url: str) -> None:
+    """Raises: ValueError that does not show a password."""
+    try:
+        parts = urlsplit(url)
+        usual = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        usual = usual and not parts.query and not parts.fragment and url.isascii() and not re.search(r"\s", url)
+    except ValueError:  # of a port, or of an address in brackets
+        usual = False
+    if re.match(r"(\w+:)?(//)?[^/]*@", url):
+        raise ValueError("RerankClient: url must be like http://127.0.0.1:8080, without a name; give a key as api_key")
+    if not usual:
+        raise ValueError(f"RerankClient: url must be like http://127.0.0.1:8080, got {short(url)}")
+
+
+def _checked(documents: Sequence[Any], what: str, of: str = "") -> list[Any]:
+    """Read documents once and check each, as a `Reranker` does, but for those that a server knows by their ids."""
+    checked = as_list(documents, what, "one document goes into a list: [document]")
+    for place, document in enumerate(checked):
+        if not (isinstance(document, dict) and "id" in document and "text" not in document):
+            document_text(document, f"document {place}{of}")
+    return checked
+
+
+def _sent(document: Document) -> Document:
+    """Return a document as most servers know it, a text, unless it has a title; some refuse dicts."""
+    if isinstance(document, dict) and "text" in document and not document.get("title"):
+        return document["text"]
+    return document
 
 
 def _words_of(error: urllib.error.HTTPError) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..utils.inputs import kind_of
+from ..utils.inputs import as_list, kind_of
 from ..utils.optional import needs
 
 with needs("haystack-ai", "haystack"):
@@ -34,7 +34,7 @@ class QPeftRanker:
         api_key: the key of the server, such as ``Secret.from_env_var("QPEFT_API_KEY")``.
         model: the name of the model that the server shall use.
         instruction, threshold: as for `source.Source`; with a threshold, scores are relevances between 0 and 1.
-    Raises: ValueError for a ``top_k`` below 1.
+    Raises: ValueError for a ``top_k`` below 1; TypeError for names that are no list, or a key that is no Secret.
     """
 
     # Pipelines are saved with this name, and Haystack loads the modules below `haystack_integrations` only
@@ -55,7 +55,12 @@ class QPeftRanker:
         self.reranker, self.options, self.api_key, self.model = reranker, options, api_key, model
         self.instruction, self.threshold = instruction, threshold
         self.top_k = _expect_top_k(top_k)
-        self.meta_fields_to_embed, self.embedding_separator = list(meta_fields_to_embed or []), embedding_separator
+        self.meta_fields_to_embed = as_list(
+            meta_fields_to_embed or [], "QPeftRanker: meta_fields_to_embed", "one name goes into a list: [name]"
+        )
+        self.embedding_separator = embedding_separator
+        if api_key is not None and not isinstance(api_key, Secret):
+            raise TypeError("QPeftRanker: api_key must be a Secret, such as Secret.from_env_var('QPEFT_API_KEY')")
         self._source: Source | None = None
 
     def warm_up(self) -> None:

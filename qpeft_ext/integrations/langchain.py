@@ -22,6 +22,8 @@ class QPeftCompressor(BaseDocumentCompressor):
     Each returned document is a copy with its score as ``metadata["relevance_score"]``. Equal scores keep the order of
     the documents that were given.
 
+    ``top_n``, ``instruction`` and ``threshold`` may be set anew; the others are of the reranker, which is opened once.
+
     Attributes:
         reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         top_n: how many documents to return; None returns all.
@@ -34,20 +36,20 @@ class QPeftCompressor(BaseDocumentCompressor):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    reranker: Any
+    reranker: Any = Field(frozen=True)
     top_n: int | None = Field(default=None, ge=1)
-    options: Mapping[str, Any] | None = None
-    api_key: SecretStr | None = None
-    model: str | None = None
+    options: Mapping[str, Any] | None = Field(default=None, frozen=True)
+    api_key: SecretStr | None = Field(default=None, frozen=True)
+    model: str | None = Field(default=None, frozen=True)
     instruction: str | None = None
     threshold: float | None = None
-    _source: Source = PrivateAttr()
+    _ranker: Any = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
         """Open the reranker, once."""
         super().model_post_init(context)
         key = None if self.api_key is None else self.api_key.get_secret_value()
-        self._source = Source(self.reranker, self.options, key, self.model, self.instruction, self.threshold)
+        self._ranker = Source(self.reranker, self.options, key, self.model, self.instruction, self.threshold).ranker
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -61,7 +63,8 @@ class QPeftCompressor(BaseDocumentCompressor):
         Returns: the best ``top_n`` as copies, best first.
         """
         texts = [document.page_content for document in documents]
-        rows = self._source.rank(query, texts, self.top_n)
+        source = Source(self._ranker, instruction=self.instruction, threshold=self.threshold)
+        rows = source.rank(query, texts, self.top_n)
         return [_scored(documents[row["corpus_id"]], row["score"]) for row in rows]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ class QPeftSearch:
     Args:
         reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         name: under which MTEB keeps the results, "organisation/model"; None makes one of the adapter's name.
-        revision: of the model, which MTEB keeps too.
+        revision: of the model, which MTEB keeps too: it takes results of this name and revision for those of this
+            model, instead of evaluating it again. None makes a new one for each object.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server.
         model: the name of the model that the server shall use.
@@ -38,7 +40,7 @@ class QPeftSearch:
         self,
         reranker: Any,
         name: str | None = None,
-        revision: str = "unknown",
+        revision: str | None = None,
         options: Mapping[str, Any] | None = None,
         api_key: str | None = None,
         model: str | None = None,
@@ -47,6 +49,7 @@ class QPeftSearch:
         self._documents: dict[str, dict[str, str]] = {}
         adapter = model or getattr(self._source.ranker, "adapter", None) or "reranker"
         name = name or f"qpeft_ext/{re.sub(r'[^a-zA-Z0-9_.-]', '-', adapter.rstrip('/').rpartition('/')[2])}"
+        revision = uuid.uuid4().hex if revision is None else revision
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": name, "revision": revision, "model_type": ["cross-encoder"], "framework": ["PyTorch"]}
         )

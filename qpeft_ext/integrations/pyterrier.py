@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..formats.trec import Run
+from ..utils.inputs import short
 from ..utils.optional import needs
 
 with needs("pyterrier", "pyterrier"):
@@ -19,12 +20,13 @@ class QPeftTransformer(pt.Transformer):
     """A transformer of result frames: it needs the columns qid, query, docno and the texts, and gives score and rank.
 
     Passes are formed over all queries of a frame, so a frame with many queries is faster than a frame for each. For
-    passages of long documents put ``pt.text.sliding`` before it and ``pt.text.max_passage`` after it.
+    passages of long documents put ``pt.text.sliding("text", prepend_attr=None)`` before it and
+    ``pt.text.max_passage()`` after it.
 
     Args:
         reranker: a `Reranker`, an adapter, or the URL of a server, as for `source.Source`.
         text_field: the column of the texts.
-        title_field: the column of the titles, if there are any.
+        title_field: the column of the titles, if there are any; a missing value is no title.
         options: arguments of `Reranker.from_pretrained`, or of `RerankClient` for a URL.
         api_key: the key of the server.
         model: the name of the model that the server shall use.
@@ -55,13 +57,21 @@ class QPeftTransformer(pt.Transformer):
             inp: a frame of results; it is not changed.
         Returns: its rows with new columns score and rank (from 0), query after query, best first; equal scores keep
             their order.
-        Raises: KeyError for a missing column, PyTerrier's own kind of it.
+        Raises: KeyError for a missing column, PyTerrier's own kind of it; ValueError for a row without a qid, or a qid
+            with several queries.
         """
         fields = [self.text_field, *([] if self.title_field is None else [self.title_field])]
         pt.validate.result_frame(inp, extra_columns=["query", *fields], context=self)
         table = inp.drop(columns=["score", "rank"], errors="ignore").reset_index(drop=True)
-        groups = [group.index for _, group in table.groupby("qid", sort=False)]
-        queries = [table["query"][places[0]] for places in groups]
+        if (missing := table["qid"].isna()).any():
+            raise ValueError(f"QPeftTransformer: row {missing.argmax()} of the frame has no qid")
+        groups, queries = [], []
+        for qid, group in table.groupby("qid", sort=False):
+            if group["query"].nunique(dropna=False) > 1:
+                texts = " and ".join(map(short, group["query"].unique()[:2]))
+                raise ValueError(f"QPeftTransformer: the qid {qid!r} has several queries: {texts}")
+            groups.append(group.index)
+            queries.append(group["query"].iloc[0])
         documents = [[self._document(table, place) for place in places] for places in groups]
         ranked = self._source.rank_many(queries, documents)
         order, scores = [], []
@@ -74,7 +84,10 @@ class QPeftTransformer(pt.Transformer):
 
     def _document(self, table: pd.DataFrame, place: int) -> str | dict[str, str]:
         text = table[self.text_field][place]
-        return text if self.title_field is None else {"title": table[self.title_field][place], "text": text}
+        if self.title_field is None:
+            return text
+        title = table[self.title_field][place]
+        return {"title": "" if pd.isna(title) else title, "text": text}
 
     def schematic(self, *, input_columns: list[str] | None = None) -> dict[str, str]:
         """Describe the transformer for PyTerrier's drawings.

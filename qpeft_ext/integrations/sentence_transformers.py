@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .client import RerankClient
 from .source import Source
 
 
@@ -15,18 +16,21 @@ class QPeftCrossEncoder:
     keep their figures in a model card.
 
     Args:
-        reranker: a `Reranker` or an adapter, as for `source.Source`.
+        reranker: a `Reranker` or an adapter, as for `source.Source`; not the URL of a server.
         options: arguments of `Reranker.from_pretrained`.
     Attributes:
         num_labels: 1, one score a pair.
         model_card_data: takes what an evaluator keeps in a model card; its ``metrics`` has the last of each evaluator,
             by the evaluator's name.
+    Raises: ValueError for an URL; what `source.Source` raises.
     """
 
     num_labels = 1
 
     def __init__(self, reranker: Any, options: Mapping[str, Any] | None = None) -> None:
         self._ranker = Source(reranker, options).ranker
+        if isinstance(self._ranker, RerankClient):
+            raise ValueError(f"QPeftCrossEncoder: expected a Reranker or an adapter, got the URL {reranker}")
         self.model_card_data = _CardData()
 
     def predict(self, inputs: Sequence[Any], **options: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.inputs import kind_of
-from .client import RerankClient
+from .client import RerankClient, as_relevance
 
 
 class Source:
@@ -40,10 +40,8 @@ class Source:
         instruction: str | None = None,
         threshold: float | None = None,
     ) -> None:
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be a relevance between 0 and 1, got {threshold}")
+        self.instruction, self.threshold = instruction, as_relevance(threshold)
         self.ranker = _open(reranker, options, api_key, model)
-        self.instruction, self.threshold = instruction, threshold
 
     def rank(self, query: str, documents: Sequence[Any], top_k: int | None = None) -> list[dict[str, Any]]:
         """Rank the documents of one query, best first.
@@ -93,6 +91,8 @@ def _scored(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _open(reranker: Any, options: Mapping[str, Any] | None, api_key: str | None, model: str | None) -> Any:
     if isinstance(reranker, str) and reranker.startswith(("http://", "https://")):
+        if twice := {"api_key", "model"} & set(options or {}):
+            raise ValueError(f"give {' and '.join(sorted(twice))} itself, not among the options")
         return RerankClient(reranker, api_key=api_key, model=model, **dict(options or {}))
     given = [name for name, value in (("api_key", api_key), ("model", model)) if value is not None]
     if given:

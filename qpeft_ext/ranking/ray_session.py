@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 
 class RaySession:
-    """The Ray that runs, or that ``RAY_ADDRESS`` names; otherwise one is started on this machine until `close`.
+    """The Ray that runs on this machine, or that ``RAY_ADDRESS`` names; otherwise one is started here until `close`.
 
     Args:
         devices: one actor each, "cuda" or "cpu"; Ray chooses the GPU. "" stands for a GPU if the cluster has any, else
@@ -32,12 +33,12 @@ class RaySession:
         self.ray = ray
         self._ours = not ray.is_initialized()
         if self._ours:
-            local = (
-                {}
-                if os.environ.get("RAY_ADDRESS")
-                else {"num_cpus": max(len(devices), os.cpu_count() or 1), "include_dashboard": False}
-            )
-            ray.init(logging_level="error", log_to_driver=False, **local)
+            options: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+            size = {"num_cpus": max(len(devices), os.cpu_count() or 1), "include_dashboard": False}
+            try:
+                ray.init(**options, **({} if os.environ.get("RAY_ADDRESS") else size))
+            except ValueError:  # one that `ray start` has started on this machine is found, and has a size already
+                ray.init(**options)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         kinds = {device.partition(":")[0] for device in devices if device} or {"cuda" if gpus else "cpu"}
         self.kind = kinds.pop()
@@ -61,3 +62,13 @@ class RaySession:
         if self._ours:
             self.ray.shutdown()
             self._ours = False
+
+
+def enter(folder: str) -> None:
+    """Make the folder where a command was started that of an actor, whose own is where Ray was started.
+
+    Args:
+        folder: an absolute path; where it does not exist nothing is done, and relative paths are not found.
+    """
+    if os.path.isdir(folder):
+        os.chdir(folder)

@@ -226,7 +226,7 @@ class Reranker(RelevanceRanker):
                 only None, False, 0 and None are taken.
             instruction: text that the LM reads between document and query, such as "Find a passage that refutes the
                 claim."; or a list with one for each pair, or None. It is not scored, and cached documents stay valid.
-        Returns: float32 [B], nats; for one pair a float (a scalar tensor with ``convert_to_tensor``).
+        Returns: float32 [B], nats; for one pair a float (a scalar tensor where pairs give tensors).
         Raises: TypeError or ValueError naming the pair or the argument that is wrong; ValueError with
             ``source="candidates"``, where a score depends on the whole list: see `rank`.
         """
@@ -245,9 +245,10 @@ class Reranker(RelevanceRanker):
         if convert_to_tensor:
             tensor = torch.from_numpy(scores).to(self.model.device)
             return tensor[0] if single else tensor
-        if single:
-            return float(scores[0])
-        return scores if convert_to_numpy else list(torch.from_numpy(scores))
+        if convert_to_numpy:
+            return float(scores[0]) if single else scores
+        tensors = list(torch.from_numpy(scores))
+        return tensors[0] if single else tensors
 
     def rank(
         self,

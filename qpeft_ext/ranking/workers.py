@@ -197,7 +197,8 @@ def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int, 
         tqdm.set_lock(RLock())  # its own lock has a semaphore, which a worker that is ended would leave behind
         torch.set_num_threads(threads)
         if device.startswith("cuda:"):
-            with contextlib.suppress(RuntimeError, AssertionError):  # `Systems` says what is wrong with the device
+            # `Systems` says what is wrong with the device; a torch without CUDA lacks the attribute
+            with contextlib.suppress(RuntimeError, AssertionError, AttributeError):
                 torch.cuda.set_device(device)
         systems = Systems(spec, device)
         connection.send((_READY, None))
@@ -207,12 +208,18 @@ def _work(connection: Connection, spec: SystemsSpec, device: str, threads: int, 
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # an exception class may be unable to travel in any way it likes
-            error = ValueError(f"{type(error).__name__}: {error}")
+        trace = traceback.format_exc()
         with contextlib.suppress(OSError):
-            connection.send((number, _Failure(error, traceback.format_exc())))
+            connection.send((number, _Failure(portable(error), trace)))
+
+
+def portable(error: Exception) -> Exception:
+    """Return an exception that another process can read: itself, or one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a class may be unable to travel in any way it likes
+        return ValueError(f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextlib.contextmanager

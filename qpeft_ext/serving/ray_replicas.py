@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from ..ranking.ray_session import RaySession
+from ..ranking.ray_session import RaySession, enter
 from .app import create_app
 from .balancer import Answer, Forwarded
 from .service import LOADING, Service
@@ -24,7 +25,8 @@ class RayReplicas:
     """Replicas of a server, one application of Ray Serve each: so each has its place when it is replaced.
 
     Args:
-        spec: what each serves; its paths must be valid on every machine. A disk cache has a folder for each.
+        spec: what each serves; its paths must be valid on every machine, relative ones below the working directory of
+            this process. A disk cache has a folder for each.
         replicas: how many; None: one for each GPU of the cluster, or one.
     Attributes:
         replicas: by which the `Balancer` asks them.
@@ -63,7 +65,7 @@ class RayReplicas:
             num_replicas=1,
             max_ongoing_requests=spec.limits.max_requests + _LEFT,
             ray_actor_options={"num_gpus": int(gpu), "num_cpus": self._session.cpus},
-        ).bind(dataclasses.replace(spec, lm_options=lm_options, disk=disk))
+        ).bind(dataclasses.replace(spec, lm_options=lm_options, disk=disk), os.getcwd())
         return self._serve.run(made, name=self._names[i], route_prefix=None)
 
     def start(self, on_failure: Callable[[], object] = lambda: None) -> None:
@@ -135,7 +137,8 @@ class _Handle:
 class _Replica:
     """A whole server but for its socket, in an actor of Ray Serve."""
 
-    def __init__(self, spec: ServeSpec) -> None:
+    def __init__(self, spec: ServeSpec, folder: str) -> None:
+        enter(folder)
         self._service = Service(spec)
         self._app = create_app(self._service)
         self._service.start()
