@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from passages import passage_texts
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -137,9 +138,7 @@ def _build(folder: Path, vocabulary: int, max_document_tokens: int, max_query_to
     texts = training_texts()
     first_passage = len(texts)
     if passages is not None:
-        from passages import passage_texts
-
-        texts += passage_texts(passages)
+        texts += [Text(*passage) for passage in passage_texts(passages)]
     tokenizer = train_tokenizer(texts, vocabulary, seed)
     tokenizer.save_pretrained(folder)
     prompt = Prompt(tokenizer, QPeftConfig(max_document_tokens=max_document_tokens, max_query_tokens=max_query_tokens))

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data import Text
-
 from qpeft_ext import formats
 
 PASSAGES = ("squad", "dl19", "msmarco-train2000", "scifact", "cosqa", "cranfield")
 QUESTIONS = {"squad": ("quality/squad-choose", "lm")}  # half of the training articles: adapters train on the others
 
 
-def passage_texts(root: Path) -> list[Text]:
-    """Every passage of the collections, with its questions. Raises: FileNotFoundError for a folder that is missing."""
+def passage_texts(root: Path) -> list[tuple[str, str, list[str]]]:
+    """Return title, text and questions of every passage of the collections.
+
+    Raises: FileNotFoundError for a folder that is missing.
+    """
     texts = []
     for name in PASSAGES:
         if not (root / name).is_dir():
@@ -34,5 +35,5 @@ def passage_texts(root: Path) -> list[Text]:
                     if grade > 0:
                         asked.setdefault(document, []).append(queries[query])
         corpus = formats.Corpus(root / name)
-        texts += [Text(corpus[id].get("title", ""), corpus[id]["text"], asked.get(id, [])) for id in corpus]
+        texts += [(corpus[id].get("title", ""), corpus[id]["text"], asked.get(id, [])) for id in corpus]
     return texts

@@ -314,6 +314,7 @@ ROWS = {
     "output in no folder": (nothing, RERANK + "/no/run.trec", ["the folder", "/no does not exist", "create it first"]),
     "output is a folder": (nothing, RERANK.replace("{out}", "{job}"), ["is a folder", "name of a file to write"]),
     "output is a device": (nothing, RERANK.replace("{out}", "/dev/null"), ["/dev/null is not a regular file"]),
+    "output is a dash": (nothing, RERANK.replace("{out}", "-"), ["got -; results are not written to the standard"]),
     "output below a file": (
         nothing,
         EVALUATE.replace("{out}", "{job}/data/run.trec/x"),

@@ -34,6 +34,8 @@ BAD = [
     ("similarity: {{", "U P R: {{method: upr}}\n  U-P-R: {{", "would share a folder; rename one of them"),
     ("similarity: {{", "first-stage: {{method: upr}}\n  similarity: {{", "or the folder, of the first stage's own row"),
     ("collections:\n", "collections:\n  ti/ny: {{data: data}}\n  ti ny: {{data: data}}\n", "would share a folder;"),
+    ("collections:\n", "collections:\n  prefixes: {{data: data}}\n", "collections.prefixes: is a name that the folder"),
+    ("collections:\n", "collections:\n  comparison.md: {{data: data}}\n", "is a name that the folder of results needs"),
     ("similarity: {{", '"two\\nlines": {{method: upr}}\n  similarity: {{', "methods: expected a name on one line, got"),
     ("lm: {lm}", "lm: {lm}\nlm: {lm}", "line 3: not valid YAML (the key 'lm' is given twice)"),
     ("seeds: [0, 1]", "seeds: [0, 1", "not valid YAML ("),

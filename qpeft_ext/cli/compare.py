@@ -20,7 +20,10 @@ def command(
     ] = Path("."),
     method: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")] = None,
     collection: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
-    table_only: Annotated[bool, typer.Option("--table-only", help="Only write tables of the results so far.")] = False,
+    table_only: Annotated[
+        bool,
+        typer.Option("--table-only", help="Only write tables of the results so far; LM and data are not looked at."),
+    ] = False,
     device: Device = None,
 ) -> None:
     """Compare methods under the same conditions.
@@ -58,17 +61,14 @@ def command(
 
 def _write(plan, output: Path) -> None:
     from ..compare.page import html
+    from ..compare.plan import TABLES
     from ..compare.tables import build_tables
     from ..compare.texts import csv_text, json_text, markdown, render
     from ..utils.files import write_text
 
     tables = build_tables(plan, output)
-    for name, content in (
-        ("comparison.md", markdown(plan, tables)),
-        ("comparison.csv", csv_text(tables)),
-        ("comparison.json", json_text(tables)),
-        ("comparison.html", html(plan, tables)),
-    ):
+    contents = (markdown(plan, tables), csv_text(tables), json_text(tables), html(plan, tables))
+    for name, content in zip(TABLES, contents, strict=True):
         write_text(output / name, content, follow=False)
     say(render(tables))
     say(f"wrote comparison.md, .csv, .json and .html to {output}/")

@@ -17,6 +17,8 @@ from .methods import PRESETS, Preset
 
 PACKAGED = "packaged"  # the name of the packaged LM, which the demo uses too
 PASSAGE_OPTIONS = ("passages", "passage_tokens", "passage_stride")
+PREFIXES = "prefixes"  # folder among the results
+TABLES = ("comparison.md", "comparison.csv", "comparison.json", "comparison.html")  # files among the results
 BASELINE_NAME = "first stage"  # of its row, where the plan gives it no other
 
 

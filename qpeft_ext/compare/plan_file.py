@@ -18,7 +18,7 @@ from ..utils.small_files import read_yaml
 from ..utils.text import shorten
 from ..utils.words import did_you_mean
 from .methods import FIRST_STAGE, PRESETS, peft_options
-from .plan import BASELINE_NAME, Collection, Method, Plan, Source, Training, Varied, file_name
+from .plan import BASELINE_NAME, PREFIXES, TABLES, Collection, Method, Plan, Source, Training, Varied, file_name
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -177,6 +177,8 @@ class _Reader:
         found: dict[str, Collection] = {}
         for name, value in self._named(key, given):
             self._expect_own_folder(f"{key}.{name}", name, found)
+            if file_name(name) in (PREFIXES, *TABLES):
+                raise self.error(f"{key}.{name}", "is a name that the folder of results needs itself; choose another")
             found[name] = self.read(f"{key}.{name}", Collection, value, name=name)
         return found
 

@@ -10,9 +10,7 @@ from ..prefixes.index import PrefixIndex
 from ..prefixes.manifest import prompt_settings
 from ..prompts.prompt import Prompt
 from ..utils.console import say
-from .plan import Method, Plan
-
-FOLDER = "prefixes"  # in the folder of the results
+from .plan import PREFIXES, Method, Plan
 
 
 def shares_prefixes(method: Method, model: QPeftModel, prompt: Prompt) -> bool:
@@ -42,7 +40,9 @@ def cache_on_disk(plan: Plan, output: Path) -> DocumentCache | None:
     if not plan.disk_bytes:
         return None
     try:
-        return DocumentCache(plan.cache_bytes, disk=output / FOLDER, disk_bytes=plan.disk_bytes, kv_dtype=plan.kv_dtype)
+        return DocumentCache(
+            plan.cache_bytes, disk=output / PREFIXES, disk_bytes=plan.disk_bytes, kv_dtype=plan.kv_dtype
+        )
     except ValueError as error:
         say(f"prefixes are not shared with other methods: {error}")
         return None

@@ -18,7 +18,7 @@ from ..utils.progress import progress_bar
 from .gguf_header import read_header
 from .weights import load_weights
 
-_VERSION = 2  # of what `_convert` makes
+_VERSION = 3  # of what `_convert` makes and refuses; raised so that earlier folders are made anew
 # tokenizers of llama.cpp that split off every digit; without that, blank lines before a number are other tokens
 _EVERY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 _REQUIRED = ("gguf", "accelerate")  # by transformers, for GGUF files

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
@@ -50,6 +50,7 @@ def fit(
     deterministic: bool = False,
     truncate_queries: bool = False,
     resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
 ) -> Fit:
     """Train a model in place.
@@ -70,6 +71,7 @@ def fit(
         bar: a name and a measure in the logs, for one progress bar in place of the log lines.
         cache, deterministic, truncate_queries: as for `QPeftTrainer`.
         resume: whether to resume from the last complete checkpoint in ``folder``.
+        callbacks: of the trainer.
         arguments: of `TrainingArguments`, which win over the settings here.
     Returns: `Fit`.
     Raises: as `QPeftTrainer`.
@@ -100,6 +102,7 @@ def fit(
         cache=cache,
         deterministic=deterministic,
         truncate_queries=truncate_queries,
+        callbacks=list(callbacks),
     )
     if bar is not None:
         TrainingBar.install(trainer, *bar)

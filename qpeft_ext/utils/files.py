@@ -29,6 +29,8 @@ def check_target(path: AnyPath) -> Path:
 
     Raises: OSError or ValueError if ``path`` cannot become a regular file.
     """
+    if os.fspath(path) == "-":
+        raise ValueError("expected the name of a file to write, got -; results are not written to the standard output")
     if os.path.islink(path) and os.lstat(path).st_uid not in (0, os.geteuid()):
         raise ValueError(f"{path} is a link that another user made; name the file that is to be written")
     return _check_place(path, Path(os.path.realpath(path)))
