@@ -156,6 +156,13 @@ def test_an_lm_without_a_decoder_to_be_found_is_refused():
         CausalEngine(lm)
 
 
+def test_an_lm_whose_outputs_are_tuples_is_refused():
+    lm = tiny_lm("llama")
+    lm.config.return_dict = False
+    with pytest.raises(ValueError, match="^lm.config.return_dict is False, .*; set it to True$"):
+        model_of(lm)
+
+
 def test_an_lm_that_fails_in_its_own_way_is_refused_in_one_line():
     lm = tiny_lm("llama")
     lm.model.register_forward_pre_hook(lambda *_: {}["task"])

@@ -37,6 +37,8 @@ def _make_engine(lm, why_not_cached: str) -> CausalEngine | EncoderDecoderEngine
             f"a {lm.config.model_type} LM pads token ids to chunks of its own, which embeddings do not go "
             "through; use another LM"
         )
+    if getattr(lm.config, "return_dict", True) is False:
+        raise ValueError("lm.config.return_dict is False, so that outputs of the LM have no names; set it to True")
     if reason := _why_not_language_model(lm):
         raise ValueError("expected a causal LM (Llama, Qwen, GPT-2, …) or an encoder–decoder LM (T5, BART, …), got a "
                          f"{lm.config.model_type} model {reason}; load_lm loads one")  # fmt: skip

@@ -18,6 +18,7 @@ from ..config import QPeftConfig
 from ..engine.filling import CacheFilling
 from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
+from ..utils.inputs import true_or_false
 from ..utils.memory import retry_with_less
 from ..utils.torch_state import own_state
 from .arguments import (
@@ -151,10 +152,10 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         self.cache = DocumentCache(cache_bytes) if cache_bytes else cache
         if self.cache is not None and self.cache.index is not None:
             check_index(self.cache.index, model)
-        self.deterministic = deterministic
+        self.deterministic = true_or_false(deterministic, "QPeftTrainer: deterministic")
         self._budget = PassBudget(model)
         self.counts = StepCounts()
-        self._truncate_queries = truncate_queries
+        self._truncate_queries = true_or_false(truncate_queries, "QPeftTrainer: truncate_queries")
         devices = set((getattr(model.lm, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
             model.hf_device_map = model.lm.hf_device_map  # the trainer then leaves the LM where it is
