@@ -8,7 +8,6 @@ import torch
 from families.tiny import DOCUMENTS, PAIRS, QUERIES, tiny_lm, tiny_tokenizer
 
 import qpeft_ext as qpeft
-from qpeft_ext.adapters.generated_lora import find_targets
 from qpeft_ext.engine.rows import assemble_rows
 from qpeft_ext.training.losses import pairwise
 
@@ -141,25 +140,52 @@ def test_a_layer_with_an_adapter_is_one_layer():
     torch.testing.assert_close(scores(model), scores(bare), rtol=0, atol=1e-4)  # a new LoRA changes nothing
 
 
-def test_all_linear_leaves_out_gates_of_one_output():
-    """Of a mixture of experts with a shared expert: an update of rank 16 has no room in one number."""
+def qwen2_moe():
+    """A mixture of experts, of which the shared one reads all tokens in one list."""
     from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
     config = Qwen2MoeConfig(
-        vocab_size=64,
+        vocab_size=260,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
         num_experts=2,
+        num_experts_per_tok=1,
         num_attention_heads=2,
         num_key_value_heads=2,
         shared_expert_intermediate_size=8,
     )
-    lm = AutoModelForCausalLM.from_config(config)
-    gate = lm.model.layers[0].mlp.shared_expert_gate
-    found = find_targets(lm, ["all-linear"])
-    assert gate.out_features == 1 and gate not in found.values()
-    assert lm.model.layers[0].mlp.shared_expert.up_proj in found.values()
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def endings(names) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen2_moe"])
+def test_all_linear_leaves_out_layers_that_do_not_see_rows_apart(family):
+    """And gates of one output, in which an update of rank 4 has no room."""
+    lm = qwen2_moe() if family == "qwen2_moe" else tiny_lm(family)
+    model = model_with(lm, target_modules="all-linear")
+    own = {"opt": {"out_proj", "project_in", "project_out"}, "qwen2_moe": {"o_proj"}}[family]
+    assert endings(model.generated_lora.names) == {"q_proj", "k_proj", "v_proj"} | own
+    torch.testing.assert_close(scores(model, path="plain"), scores(model), rtol=0, atol=1e-4)
+
+
+def test_a_named_target_that_does_not_see_rows_apart_is_refused():
+    with pytest.raises(ValueError, match=r"fc1 reads \[10, 32\], expected \[2, L, D\].*leave it out of target_modules"):
+        model_with(tiny_lm("opt"), target_modules=("q_proj", "fc1"))
+
+
+def test_all_linear_leaves_out_the_parts_of_a_lora():
+    """A LoRA of rank 2 has no room for an update of rank 4, and is no layer of the LM."""
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = model_with(peft.get_peft_model(tiny_lm("llama"), lora), target_modules="all-linear")
+    names = model.generated_lora.names
+    assert len(names) == 14 and not endings(names) & {"default", "base_layer"}
+    torch.testing.assert_close(scores(model, path="plain"), scores(model), rtol=0, atol=1e-4)
+    assert len(model.merge_for(QUERIES[0])) == 14
 
 
 def test_explanations_name_the_layers():

@@ -38,8 +38,9 @@ _SIZES: list[tuple[tuple[str, ...], int]] = [
     (("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions", "n_ctx",
       "max_sequence_length", "seq_length"), 512),
 ]  # fmt: skip
-_LAST = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1, "cls_token_id": 0,
-         "sep_token_id": 1, "mask_token_id": 1, "unk_token_id": 1}  # fmt: skip
+# a padding id that no text has: some LMs read every token with this id as padding
+_LAST = {"pad_token_id": VOCABULARY - 1, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 1,
+         "cls_token_id": 0, "sep_token_id": 1, "mask_token_id": 1, "unk_token_id": 1}  # fmt: skip
 
 # what the rules above do not know of a type: settings, by dotted place
 _GEMMA4 = {

@@ -190,7 +190,9 @@ What was looked into:
 * **Dory** runs layers several times with a cache for each time, and stores its last layer before others: plain path.
 * **Moshi**'s cache drops keys beyond its window, its masks do not: plain path.
 * **RoBERTa and its kin** count positions from the padding id on where they read ids: refused.
-* **Gemma 3n, DeepSeek-V4** read token ids in their layers too, which clues do not have: refused.
+* **Gemma 3n, DeepSeek-V4, Gemma 4 with embeddings per layer** (E2B, E4B; the larger ones have none) read token ids in
+  their layers too, which clues do not have: refused.
+* **XLM, ProphetNet** as causal LMs give a token other logits where other, or more, tokens follow it: refused.
 * LMs with recurrent state (Mamba, Jamba, Bamba, …) keep no keys that could be shared: plain path.
 
 {counts}

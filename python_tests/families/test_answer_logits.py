@@ -9,6 +9,7 @@ from families.tiny import PAIRS, tiny_lm, tiny_tokenizer
 
 from qpeft_ext import QPeftConfig, get_qpeft_model
 from qpeft_ext.engine.answers import Answer, Grades
+from qpeft_ext.engine.factory import make_engine
 
 ASKED, TOKENS = (60, 61), (70, 71, 72)
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "cohere", "granite", "opt", "mamba")  # caps, scales, biases
@@ -74,3 +75,13 @@ def test_nothing_of_a_query_is_a_target():
     assert rows.mask.sum(1).tolist() == lengths
     assert rows.read.slots.tolist() == [i * rows.ids.shape[1] + n - 1 for i, n in enumerate(lengths)]
     assert rows.ids.flatten()[rows.read.slots].tolist() == [ASKED[-1]] * len(PAIRS)
+
+
+def test_biases_of_the_head_and_of_the_lm_are_added():
+    lm = tiny_lm("bart")
+    head = torch.nn.Linear(32, 260)
+    head.weight = lm.get_output_embeddings().weight
+    lm.set_output_embeddings(head)
+    engine = make_engine(lm)
+    assert engine.head.fused
+    torch.testing.assert_close(engine.head.bias, lm.final_logits_bias[0] + head.bias)

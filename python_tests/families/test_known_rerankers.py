@@ -151,6 +151,18 @@ def test_a_pair_is_read_as_the_tokenizer_joins_it(make):
     assert reranker.predict(pairs) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+def test_an_empty_document_of_a_pair_is_a_space():
+    """Nothing follows a document there, and the classifier reads its last token."""
+    tokenizer = qwen_tokenizer()
+    classifier = tiny_classifier("qwen3", tokenizer)
+    reranker = qpeft.Reranker.from_lm(classifier, "pair", tokenizer=tokenizer)
+    ids = [i for text in ("boats", " ") for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        expected = float(classifier(input_ids=torch.tensor([ids])).logits[0, 0])
+    for given in ([("boats", "")], [("boats", ""), ("boats", "sea"), ("why tides?", "the moon")]):
+        assert reranker.predict(given)[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
 def test_a_classifier_needs_no_words():
     tokenizer = tiny_tokenizer()  # to which yes and no are several tokens
     classifier = tiny_classifier("llama", tokenizer)

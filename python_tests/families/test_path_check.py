@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES, PAIRS, draw_weights, own_scores, tiny_lm, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import qpeft_ext as qpeft
 from qpeft_ext.engine.causal import CausalEngine
@@ -26,7 +27,7 @@ COUNT_SLOTS = {name: _BART for name in ("bart", "marian", "pegasus", "trocr")}
 OTHER_DECODERS = {
     "modernbert-decoder": {**_LLAMA, "cls_token_id": 1, "sep_token_id": 1, "local_attention": 16},
     "llama4_text": {**_LLAMA, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48,
-                    "num_local_experts": 2},
+                    "num_local_experts": 2, "attention_chunk_size": 16, "no_rope_layers": [1, 0]},
 }  # fmt: skip
 
 
@@ -68,6 +69,48 @@ def test_a_window_of_the_cache_alone_is_found_in_short_prompts():
     model = model_of(causal_lm("moshi", settings))
     assert "in two parts" in model.engine.why_not_cached and model.lm.config.sliding_window == 40
     assert_own_scores(model)
+
+
+def test_chunks_of_the_cache_alone_are_found_in_short_prompts(monkeypatch):
+    """A cache of a chunk that drops too much, where a prompt is longer than the chunk."""
+    lm = causal_lm("llama4_text", OTHER_DECODERS["llama4_text"] | {"attention_chunk_size": 40})
+    assert not model_of(lm).engine.why_not_cached
+    update = DynamicSlidingWindowLayer.update
+
+    def forget(layer, *given, **named):
+        found = update(layer, *given, **named)
+        if layer.keys.shape[-2] == layer.sliding_window - 1:
+            layer.keys = layer.keys * 0
+        return found
+
+    monkeypatch.setattr(DynamicSlidingWindowLayer, "update", forget)
+    model = model_of(lm)
+    assert "in two parts" in model.engine.why_not_cached and lm.config.attention_chunk_size == 40
+    assert_own_scores(model)
+
+
+def test_an_lm_that_looks_for_its_tokens_in_the_table_is_refused():
+    """Gemma 4 with embeddings per layer does, so that a vector of a trained clue would be none of them."""
+    settings = {**_LLAMA, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "num_kv_shared_layers": 0,
+                "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 260}
+    with pytest.raises(ValueError, match="not give its own scores for embedded tokens .RuntimeError.* use another"):
+        model_of(causal_lm("gemma4_text", settings | per_layer))
+    model = model_of(causal_lm("gemma4_text", settings | {"hidden_size_per_layer_input": 0}))
+    assert not model.engine.why_not_cached
+    assert_own_scores(model)
+
+
+@pytest.mark.parametrize("model_type", ["xlm", "prophetnet"])
+def test_lms_whose_tokens_depend_on_those_behind_them_are_refused(model_type):
+    """XLM sees all but its token 0, which is padding; ProphetNet's numbers depend on how many tokens there are."""
+    settings = {
+        "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 512, "pad_token_id": 0},
+        "prophetnet": {"hidden_size": 32, "num_decoder_layers": 2, "num_decoder_attention_heads": 4,
+                       "decoder_ffn_dim": 48, "is_decoder": True, "is_encoder_decoder": False, "pad_token_id": 259},
+    }[model_type]  # fmt: skip
+    with pytest.raises(ValueError, match="tokens see those behind them"):
+        model_of(causal_lm(model_type, settings))
 
 
 def test_prompts_that_sparse_attention_would_choose_from_are_refused():

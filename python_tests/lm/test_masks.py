@@ -16,7 +16,7 @@ def causal(starts, L=6):
 def test_a_left_padded_causal_mask_is_known_by_its_starts():
     assert Mask(causal([0, 2, 5])).starts == [0, 2, 5]
     seen = causal([3])
-    seen[0, 0, :3, :3] = torch.eye(3, dtype=torch.bool)  # what padding sees does not matter
+    seen[0, 0, :3, :3] = ~torch.eye(3, dtype=torch.bool)  # what padding sees of others does not matter
     assert Mask(seen).starts == [3]
 
 
@@ -37,6 +37,7 @@ def test_suffixes_behind_prefixes_are_known_by_them_too():
     lambda m: m | torch.eye(6, dtype=torch.bool).roll(1, 1),  # a token that sees the next one
     lambda m: torch.where(m, 0.0, -torch.inf),
     lambda m: m & (torch.arange(6) != 4),  # a hole
+    lambda m: m & (torch.arange(6)[:, None] // 3 == torch.arange(6) // 3),  # two chunks
     torch.zeros_like,  # padding only
 ])  # fmt: skip
 def test_other_masks_are_not(change):

@@ -41,6 +41,15 @@ def test_pieces_of_a_tokenizer_that_puts_spaces_itself():
     assert [set(fast.convert_ids_to_tokens(list(ids))) for ids in found] == [{"▁yes", "yes", "▁Yes"}, {"▁no"}]
 
 
+def test_the_token_of_unknown_words_is_no_answer():
+    """Every word that a whole-word tokenizer does not know has it."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "no": 1, "a": 2, ":": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    with pytest.raises(ValueError, match="yes_words: 'yes' must be a single token of the LM's tokenizer, got '<unk>'"):
+        answer_tokens(fast, QPeftConfig(score="yes_no"))
+
+
 def test_grades_are_in_order():
     found = answer_tokens(tiny_tokenizer(), QPeftConfig(score="graded", max_grade=9))
     assert [tiny_tokenizer().decode(list(ids)) for ids in found] == list("0123456789")

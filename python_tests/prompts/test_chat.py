@@ -150,6 +150,20 @@ def test_prefixes_do_not_change_from_day_to_day():
     assert tokenizer.decode(prompt.documents(["sea"])[0].ids).startswith("26 Jul 2024, 2024\n<s>[INST] Please")
 
 
+@pytest.mark.parametrize("date", [
+    "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}",
+    "{{ strftime_now(format='%d %b %Y') }}",
+    "{% set now = strftime_now %}{{ now('%d %b %Y') }}",
+    "{% macro day() %}{{ strftime_now('%d ' ~ '%b %Y') }}{% endmacro %}{{ day() }}",
+    "{% if strftime_now is defined %}26 Jul 2024{% endif %}",
+])  # fmt: skip
+def test_nor_do_they_where_the_format_of_the_date_is_not_written_in_its_call(date):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = date + LLAMA2
+    prompt = Prompt(tokenizer, qpeft.QPeftConfig(template="chat"))
+    assert tokenizer.decode(prompt.documents(["sea"])[0].ids).startswith("26 Jul 2024<s>[INST] Please")
+
+
 TOLD = {
     "no chat template": (None, "needs an LM with a chat template, but its tokenizer has none"),
     "written twice": (CHATML * 2, "writes what user and assistant say once, unchanged and in this order"),

@@ -1,5 +1,6 @@
 """Bad arguments of the API: an error of one line with the key facts."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,36 @@ API = {
     "top_k 0": (lambda r: r.rank("q", ["d"], top_k=0), ValueError, ["top_k must be at least 1, got 0"]),
     "a number as a cache": (lambda r: qpeft.Reranker(r.model, cache=9), TypeError, ["a DocumentCache, got int 9"]),
     "half a token": (lambda r: qpeft.Reranker(r.model, 1.5), TypeError, ["max_tokens_per_batch", "got 1.5"]),
+    "deterministic as a word": (
+        lambda r: qpeft.Reranker(r.model, deterministic="no"),
+        TypeError,
+        ["Reranker: deterministic must be True or False, got the string 'no'"],
+    ),
+    "truncate_queries as a word": (
+        lambda r: qpeft.Reranker(r.model, truncate_queries="no"),
+        TypeError,
+        ["got the str"],
+    ),
+    "compile as a word": (
+        lambda r: qpeft.Reranker(r.model, compile="no"),
+        TypeError,
+        ["compile must be True or False"],
+    ),
+    "return_documents as a word": (
+        lambda r: r.rank("q", ["d"], return_documents="no"),
+        TypeError,
+        ["return_documents"],
+    ),
+    "convert_to_tensor as a number": (lambda r: r.predict([("q", "d")], convert_to_tensor=2), TypeError, ["got int 2"]),
+    "deterministic scores as a word": (lambda r: r.model.score([("q", "d")], deterministic="no"), TypeError, ["'no'"]),
+    "queries cut as a word": (lambda r: r.model.encode([("q", "d")], truncate_queries="no"), TypeError, ["'no'"]),
+    "a trainer's deterministic as a word": (
+        lambda r: qpeft.QPeftTrainer(
+            qpeft.get_qpeft_model(r.model.lm, qpeft.QPeftConfig(), r.model.tokenizer), deterministic="no"
+        ),
+        TypeError,
+        ["QPeftTrainer: deterministic"],
+    ),
     "negative bytes": (lambda r: qpeft.Reranker(r.model, projected_bytes=-1), ValueError, ["projected_bytes", "-1"]),
     "unknown path": (
         lambda r: qpeft.Reranker(r.model, path="flat"),
@@ -77,3 +108,4 @@ def test_what_is_no_error(reranker):
     assert reranker.rank("tides", []) == []
     assert len(reranker.rank("tides", ["a", "b"], top_k=10)) == 2
     assert reranker.rank_many([], []) == []
+    assert qpeft.Reranker(reranker.model, deterministic=np.True_).deterministic is True

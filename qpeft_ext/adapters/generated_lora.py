@@ -7,14 +7,17 @@ forward hooks, which `lm.passes` registers for a suffix pass and removes after i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..lm.loading import is_encoder_decoder
 from ..lm.packed import expect_plain
-from ..lm.passes import Hook
+from ..lm.passes import Hook, hooked
+from ..lm.probe_ids import ordinary_ids
 from ..prompts.pairs import PairBatch, pad
 from ..utils.words import did_you_mean
 from .layers import Float32Module
@@ -27,6 +30,7 @@ DEFAULT_TARGETS = (
     ("q", "v"),
 )  # tried in this order
 ALL_LINEAR = "all-linear"  # peft's word
+_PROBE = (2, 5)  # rows and tokens of a pass that tries the layers
 _BOTTLENECK = 64  # between the pooled query and the gates of all layers
 
 
@@ -41,10 +45,12 @@ class GeneratedLora(Float32Module):
         lm: the language model, or a `peft` model of it, whose own adapters stay active.
         width: D, of the embeddings.
         rank: of the update.
-        target_modules: endings of module names, as in `peft`, or "all-linear" for every linear layer but the head and
-            gates of one output; None takes the first of `DEFAULT_TARGETS` that the LM has.
+        target_modules: endings of module names, as in `peft`, or "all-linear" for every linear layer that reads one
+            vector for each token, but the head, gates of one output and parts of a `peft` adapter; None takes the first
+            of `DEFAULT_TARGETS` that the LM has.
         decoder: the LM's; None: ``lm.get_decoder()``.
-    Raises: ValueError for a target that is not there, is no linear layer, or has fewer than ``rank`` inputs or outputs.
+    Raises: ValueError for a target that is not there, is no linear layer, has fewer than ``rank`` inputs or outputs, or
+        does not see the rows of a batch apart.
     """
 
     def __init__(self, lm: nn.Module, width: int, rank: int = 16, target_modules: Sequence[str] | None = None,
@@ -105,11 +111,7 @@ class GeneratedLora(Float32Module):
         def add_update(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             x = inputs[0]
             if x.dim() != 3 or len(x) != len(gate):
-                raise ValueError(
-                    f"QPeftConfig: target module {self.names[layer]} reads {list(x.shape)}, expected "
-                    f"[{len(gate)}, L, D]: what does not see the rows apart, as in a mixture of experts, "
-                    "cannot be updated per query; leave it out of target_modules"
-                )
+                raise ValueError(_not_apart(self.names[layer], f"reads {list(x.shape)}", len(gate)))
             a, b = (weight[layer].to(x.device, x.dtype) for weight in (self.a, self.b))
             inner = (x @ a.T) * gate[:, None].to(x.device, x.dtype)
             if suffix is not None:
@@ -159,8 +161,10 @@ def find_targets(
         decoder = cast(Any, lm).get_decoder()
     inside = {id(module) for module in decoder.modules()} - {id(part) for part in _parts_of_adapters(decoder)}
     modules = {name: module for name, module in lm.named_modules() if _is_linear(module) and id(module) in inside}
+    unfit = _unfit_layers(lm, modules)
     if target_modules is not None and list(target_modules) == [ALL_LINEAR]:
-        return {name: module for name, module in modules.items() if _sizes(name, module)[1] > 1}  # no gates
+        fit = {name: module for name, module in modules.items() if _kind(name) not in unfit}
+        return {name: module for name, module in fit.items() if _sizes(name, module)[1] > 1}  # no gates
     for wanted in DEFAULT_TARGETS if target_modules is None else (target_modules,):
         found = {name: module for name, module in modules.items() if any(_ends(name, ending) for ending in wanted)}
         if target_modules is None and not found:
@@ -168,6 +172,9 @@ def find_targets(
         for ending in wanted:
             if not any(_ends(name, ending) for name in found):
                 raise ValueError(_unknown(ending, modules))
+        for name in found:
+            if _kind(name) in unfit:
+                raise ValueError(_not_apart(name, unfit[_kind(name)], _PROBE[0]))
         return found
     raise ValueError(
         "QPeftConfig: none of the generated LoRA's usual target modules is in this LM; name them in "
@@ -184,6 +191,45 @@ def _parts_of_adapters(decoder: nn.Module) -> Iterator[nn.Module]:
                     yield from part.modules()
                 elif _is_linear(layer):
                     yield part
+
+
+@torch.no_grad()
+def _unfit_layers(lm: Any, modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Find linear layers that do not compute one vector for each token of each row, in a pass over two rows.
+
+    Some experts of a mixture are not reached by so few tokens. So layers whose names differ in numbers are one kind,
+    but not if they differ in words with a number, such as fc1.
+
+    Returns: what such a layer did, by its kind.
+    """
+    if lm.get_input_embeddings().weight.is_meta:  # nothing can be run
+        return {}
+    unfit: dict[str, str] = {}
+    kinds = {id(module): _kind(name) for name, module in modules.items()}
+
+    def note(module: nn.Module, inputs: tuple, output: object) -> None:
+        read = list(inputs[0].shape) if inputs and isinstance(inputs[0], Tensor) else []
+        if read[:-1] != list(_PROBE):
+            unfit[kinds[id(module)]] = f"reads {read}"
+        elif not isinstance(output, Tensor) or list(output.shape[:-1]) != read[:-1]:
+            unfit[kinds[id(module)]] = "gives no tensor with a row for each token"
+
+    ids = torch.tensor(ordinary_ids(lm, _PROBE[0] * _PROBE[1])).view(_PROBE).to(lm.get_input_embeddings().weight.device)
+    given = {"decoder_input_ids": ids} if is_encoder_decoder(lm.config) else {}
+    with hooked(after=[(module, note) for module in modules.values()]):
+        lm(input_ids=ids, **given)
+    return unfit
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"(?<![a-zA-Z])\d+", "", name)
+
+
+def _not_apart(name: str, found: str, rows: int) -> str:
+    return (
+        f"QPeftConfig: target module {name} {found}, expected [{rows}, L, D]: what does not see the rows apart, as in "
+        "a mixture of experts, cannot be updated per query; leave it out of target_modules"
+    )
 
 
 def _ends(name: str, ending: str) -> bool:

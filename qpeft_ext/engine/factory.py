@@ -8,6 +8,7 @@ from ..lm.adapter_kinds import expect_readable_adapters
 from ..lm.errors import LM_ERRORS, in_one_line
 from ..lm.loading import is_encoder_decoder
 from ..lm.packed import is_coarse
+from ..lm.probe_ids import ordinary_ids
 from .base import gives_tuples
 from .causal import CausalEngine
 from .encoder_decoder import EncoderDecoderEngine
@@ -52,20 +53,22 @@ def _make_engine(lm, why_not_cached: str) -> CausalEngine | EncoderDecoderEngine
 def _why_not_language_model(lm) -> str:
     """Say why a model is no language model; "" if it is one.
 
-    The logits of a causal LM do not depend on later tokens.
+    The logits of a causal LM do not depend on later tokens, nor on how many there are.
     """
-    table = lm.get_input_embeddings().weight
-    first = torch.arange(4, device=table.device)[None] % len(table)
-    other = first.clone()
-    other[:, -1] = len(table) - 1
+    *same, last, another = ordinary_ids(lm, 5)  # none is padding, which no token sees
+    first, other = (torch.tensor([[*same, i]], device=lm.get_input_embeddings().weight.device) for i in (last, another))
+    prompts = [first, other]  # one per pass: a model that mixes the rows of a batch would change both alike
+    encoder_decoder, coarse = is_encoder_decoder(lm.config), is_coarse(lm)
+    if not encoder_decoder and not coarse:  # fewer tokens are rounded otherwise
+        prompts.append(first[:, :-1])
     before = []
-    for ids in (first, other):  # one per pass: a model that mixes the rows of a batch would change both alike
-        read = {"input_ids": first, "decoder_input_ids": ids} if is_encoder_decoder(lm.config) else {"input_ids": ids}
+    for ids in prompts:
+        read = {"input_ids": first, "decoder_input_ids": ids} if encoder_decoder else {"input_ids": ids}
         logits = getattr(lm(**read), "logits", None)
         if logits is None or logits.dim() != 3:
             return "without an LM head"
-        before.append(logits[:, :-1].float())
-    tolerance = 1e-4 if not is_coarse(lm) else 4 * torch.finfo(torch.bfloat16).eps
-    if float((before[0] - before[1]).abs().max()) > tolerance * float(before[0].abs().max()):
+        before.append(logits[:, : len(same)].float())
+    tolerance = 1e-4 if not coarse else 4 * torch.finfo(torch.bfloat16).eps
+    if any(float((x - before[0]).abs().max()) > tolerance * float(before[0].abs().max()) for x in before):
         return "whose tokens see those behind them, as in encoder-only models"
     return ""

@@ -42,56 +42,65 @@ class Findings:
 def check_paths(engine: Any, try_shared: bool) -> Findings:
     """Find out which passes of an engine give the LM's own numbers.
 
-    This takes four to eight forwards over rows of at most 16 tokens.
+    This takes five to nine forwards over rows of at most 16 tokens.
 
     Args:
         engine: the engine of the LM.
         try_shared: whether the path with shared prefixes is tried too.
-    Raises: ValueError if even an unpadded prompt in a pass of its own does not give what the LM's own forward gives.
+    Raises: ValueError if even an unpadded prompt in a pass of its own does not give what the LM's own forward gives, or
+        an embedding that is no token's cannot be read.
     """
     probe, found = _Probe(engine), Findings()
     noise, reason = probe.error(shared=False, together=True)
+    why_refused = probe.why_no_vectors()
     if not noise <= probe.rounding:
         unpadded, reason_unpadded = probe.error(shared=False, together=False)
         if not unpadded <= probe.rounding:
-            raise ValueError(
-                f"this {engine.lm.config.model_type} LM does not give its own scores for embedded tokens "
-                f"({reason_unpadded}), which clues need; merge its adapter (merge_and_unload) if it has one, or use "
-                "another LM")  # fmt: skip
+            why_refused = reason_unpadded
         found.why_unpadded = f"prompts of different lengths disturb each other in it ({reason})"
         found.why_not_shared = found.why_unpadded
     elif try_shared:
         largest = min(_LARGEST_NOISE, max(probe.rounding, 3 * noise))
         error, reason = probe.error(shared=True, together=True)
-        if error <= largest and _has_window(engine):
-            with _narrow_window(engine.decoder.config):
+        if error <= largest and (window := _window_option(engine)):
+            with _narrow(engine.decoder.config, window):
                 error, reason = _Probe(engine).error(shared=True, together=True)
         if not error <= largest:
             found.why_not_shared = f"it reads a prompt in two parts otherwise than as a whole ({reason})"
+    if why_refused:
+        raise ValueError(
+            f"this {engine.lm.config.model_type} LM does not give its own scores for embedded tokens ({why_refused}), "
+            "which clues need; merge its adapter (merge_and_unload) if it has one, or use another LM"
+        )
     return found
 
 
-def _has_window(engine) -> bool:
-    """Tell whether the check can be repeated with a sliding window that is narrower than its prompts.
+def _window_option(engine) -> str | None:
+    """Name the option of the config that the check can be repeated with: a window that is narrower than its prompts.
 
-    A cache may drop slots that its LM's masks still show (Moshi), which prompts shorter than the window do not reveal.
-    Kernels that take the window from each layer would not see a narrower one in the config.
+    A cache may drop slots that its LM's masks still show (Moshi), which prompts shorter than the window do not reveal;
+    nor do they reveal chunks (Llama 4). Kernels that take the window from each layer would not see a narrower one in
+    the config. None: there is no such option.
     """
     if engine.is_encoder_decoder or not any(layer and layer[-1] for layer in engine.packing.layers):
-        return False
+        return None
     config = getattr(engine.decoder, "config", None)
     if config is None or config is not engine.lm.config.get_text_config():
-        return False
-    return isinstance(getattr(config, "sliding_window", None), int) and config._attn_implementation in ("eager", "sdpa")
+        return None
+    if config._attn_implementation not in ("eager", "sdpa"):
+        return None
+    names = ("sliding_window", "attention_chunk_size")
+    return next((name for name in names if isinstance(getattr(config, name, None), int)), None)
 
 
 @contextmanager
-def _narrow_window(config) -> Iterator[None]:
-    window, config.sliding_window = config.sliding_window, min(4, config.sliding_window)
+def _narrow(config, name: str) -> Iterator[None]:
+    window = getattr(config, name)
+    setattr(config, name, min(4, window))
     try:
         yield
     finally:
-        config.sliding_window = window
+        setattr(config, name, window)
 
 
 class _Probe:
@@ -145,6 +154,19 @@ class _Probe:
                   for a, b in zip(rows, self.expected, strict=True)]  # fmt: skip
         worst = max(float(e.median() if is_coarse(self.engine.lm) else e.max()) for e in errors)
         return (worst if worst == worst else float("inf")), f"its hidden states are {worst:.1g} off"
+
+    def why_no_vectors(self) -> str:
+        """Say why the LM does not read an embedding that is no row of its table, as a clue is; "" if it does."""
+        (token, *_), _ = self.both.queries
+        vector = 1.5 * self.engine.embed(torch.tensor([[token]], device=self.engine.device))[0]
+        rows = self.engine.assemble(self.pairs[0], self.pieces, [1], with_prefix=True)
+        try:
+            self.engine.outputs(rows, vector)
+        except torch.OutOfMemoryError:
+            raise
+        except LM_ERRORS as error:  # Gemma 4 looks for its token in the table
+            return in_one_line(error)
+        return ""
 
     def _read(self, batch: PairBatch, shared: bool) -> Tensor:
         rows = self.engine.assemble(batch, self.pieces, [0] * len(batch), with_prefix=not shared)

@@ -25,6 +25,7 @@ from ..prefixes.kv import SeparatePrefixes
 from ..prefixes.views import PrefixViews
 from ..prompts.pairs import PairBatch, to_device
 from ..prompts.prompt import Document, Prompt, as_pairs
+from ..utils.inputs import true_or_false
 from ..utils.torch_state import own_state
 from .answers import Answer, Grades
 from .causal import CausalEngine
@@ -94,6 +95,7 @@ class ScoringModel(TurnTaking):
         Raises: TypeError or ValueError that names the pair and what is wrong with it.
         """
         checked = as_pairs(pairs, "encode")
+        true_or_false(truncate_queries, "encode: truncate_queries")
         return PairBatch.from_text(self.prompt, checked, lists, truncate_queries, instructions)
 
     @in_passes
@@ -130,6 +132,7 @@ class ScoringModel(TurnTaking):
         Raises: ValueError for another path, or a prompt that is longer than the LM's context.
         """
         expect_path(path)
+        true_or_false(deterministic, "deterministic")
         if not len(batch):
             empty = torch.zeros(0, dtype=torch.float32, device=self.device)
             return Scores(empty, empty.long(), *([empty] if self.answer else []))

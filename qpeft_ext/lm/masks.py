@@ -52,7 +52,8 @@ class KnownMasks:
 def _starts(mask: Tensor) -> list[int] | None:
     """Find where each row's text begins, if every token of it sees itself and all before it, and nothing else.
 
-    The queries are the last tokens of the text, with padding before it or after it; what padding sees does not matter.
+    The queries are the last tokens of the text, with padding before it or after it. What padding sees does not matter,
+    except that padding before the text does not see itself: a query that does is text of an earlier chunk.
 
     Args:
         mask: as for `Mask`.
@@ -64,7 +65,7 @@ def _starts(mask: Tensor) -> list[int] | None:
     slots, own = torch.arange(S), torch.arange(S - L, S)  # of keys, and of the queries
     last = mask[:, 0, -1]  # sees all text, padding behind it too
     first = last.int().argmax(1)
-    is_text = mask[:, 0].diagonal(S - L, 1, 2) & (own >= first[:, None])
+    is_text = mask[:, 0].diagonal(S - L, 1, 2)
     causal = (slots <= own[:, None]) & (slots >= first[:, None, None])
     same = (mask[:, 0] == causal) | ~is_text[:, :, None]
     return first.tolist() if bool(same.all()) and bool(last.any(1).all()) else None

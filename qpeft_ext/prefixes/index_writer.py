@@ -20,6 +20,7 @@ import torch
 from ..prompts.passages import Splitter
 from ..prompts.pieces import DocumentPrefix
 from ..utils.files import drop_temporary, folder_permissions, permissions_of, write_text
+from ..utils.inputs import true_or_false
 from ..utils.locks import lock_folder
 from ..utils.memory import in_halves
 from ..utils.progress import progress_bar
@@ -76,7 +77,8 @@ class IndexWriter:
         expect_kv_dtype(kv_dtype, "IndexWriter: kv_dtype")
         if reason := model.why_no_index:
             raise ValueError(f"an index is of no use to this model: {reason}")
-        self.model, self.corpus, self.folder, self.deterministic = model, corpus, Path(folder), deterministic
+        self.model, self.corpus, self.folder = model, corpus, Path(folder)
+        self.deterministic = true_or_false(deterministic, "IndexWriter: deterministic")
         self.max_tokens_per_batch, self.splitter, self.shard_bytes = max_tokens_per_batch, splitter, shard_bytes
         self._packing = model.engine.packing.stored_as(kv_dtype)
         self._kv_dtype: str | None = model.engine.packing.other_dtype(kv_dtype)

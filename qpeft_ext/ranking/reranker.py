@@ -21,7 +21,7 @@ from ..lm.loading import load_lm
 from ..model import QPeftModel, get_qpeft_model
 from ..prefixes.cache import DocumentCache
 from ..prompts.prompt import Document, as_documents, as_pairs, document_text, expect_query
-from ..utils.inputs import as_list, kind_of, whole_number
+from ..utils.inputs import as_list, kind_of, true_or_false, whole_number
 from .explain import describe_model
 from .inputs import as_instructions, as_lists, as_threshold, expect_neutral, expect_options
 from .passages import PassageScoring
@@ -94,6 +94,8 @@ class Reranker(RelevanceRanker):
         expect_path(path)
         max_tokens_per_batch = whole_number(max_tokens_per_batch, "Reranker: max_tokens_per_batch")
         projected_bytes = whole_number(projected_bytes, "Reranker: projected_bytes", least=0)
+        deterministic = true_or_false(deterministic, "Reranker: deterministic")
+        truncate_queries = true_or_false(truncate_queries, "Reranker: truncate_queries")
         if cache is not None and not isinstance(cache, DocumentCache):
             raise TypeError(f"Reranker: cache must be a DocumentCache, got {kind_of(cache)}; give DocumentCache(bytes)")
         if cache is not None and cache.index is not None and (reason := model.why_no_index):
@@ -105,7 +107,7 @@ class Reranker(RelevanceRanker):
             cache = DocumentCache(plan.cache_bytes, kv_dtype=kv_dtype) if cache is None else cache
         elif kv_dtype is not None:
             raise ValueError("Reranker: kv_dtype is for max_memory's cache; give DocumentCache(kv_dtype=…) your own")
-        if compile:
+        if true_or_false(compile, "Reranker: compile"):
             model.engine.compile()
         projected = ProjectedRows(256 << 20 if projected_bytes is None else projected_bytes)
         max_tokens = max_tokens_per_batch or default_tokens(model.device)
@@ -236,6 +238,8 @@ class Reranker(RelevanceRanker):
                 "use rank or rank_many"
             )
         expect_neutral("predict", activation_fn, apply_softmax, num_workers, prompt_name)
+        convert_to_numpy = true_or_false(convert_to_numpy, "predict: convert_to_numpy")
+        convert_to_tensor = true_or_false(convert_to_tensor, "predict: convert_to_tensor")
         batch_size = whole_number(batch_size, "predict: batch_size")
         given = as_list(pairs, "predict: pairs", "give (query, document) pairs: [(query, document), …]")
         single = len(given) == 2 and isinstance(given[0], str)
@@ -306,6 +310,7 @@ class Reranker(RelevanceRanker):
         query, candidates = expect_query(query, "rank: query"), as_documents(documents, "rank: documents")
         instructions = as_instructions("rank", instruction, 1)
         threshold = as_threshold("rank", threshold)
+        return_documents = true_or_false(return_documents, "rank: return_documents")
         all_ranked = self._ranked([query], [candidates], top_k, show_progress_bar, batch_size, instructions)
         ranked = self._above(threshold, [query], all_ranked, instructions)[0]
         for row in ranked if return_documents else ():

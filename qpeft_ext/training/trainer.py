@@ -18,6 +18,7 @@ from ..config import QPeftConfig
 from ..engine.filling import CacheFilling
 from ..model import QPeftModel
 from ..prefixes.cache import DocumentCache
+from ..utils.inputs import true_or_false
 from ..utils.memory import retry_with_less
 from ..utils.optional import expect_packages
 from ..utils.torch_state import own_state
@@ -156,10 +157,10 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
             check_index(self.cache.index, model)
         elif self.cache is not None:
             warn_of_cache(model, eval_dataset is not None)
-        self.deterministic = deterministic
+        self.deterministic = true_or_false(deterministic, "QPeftTrainer: deterministic")
         self._budget = PassBudget(model)
         self.counts = StepCounts()
-        self._truncate_queries = truncate_queries
+        self._truncate_queries = true_or_false(truncate_queries, "QPeftTrainer: truncate_queries")
         devices = set((getattr(model.lm, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
             model.hf_device_map = model.lm.hf_device_map  # the trainer then leaves the LM where it is
@@ -182,8 +183,6 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         arguments = super()._build_accelerator_args(**kwargs)
         arguments["kwargs_handlers"] = [*arguments.get("kwargs_handlers", ()), AutocastKwargs(enabled=False)]
         return arguments
-
-    # -- loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The configured loss; its gradients add up to those of the mean over all queries of the optimiser step."""
@@ -243,8 +242,6 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
         )
         return scores.compared[inputs["pair"]]
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
     @own_state()
     @torch.no_grad()
     def evaluation_loop(
@@ -296,8 +293,6 @@ class QPeftTrainer(GroupTrainer, ResumableTrainer):
 
     def _measures(self, table: Tensor, inputs: dict[str, Any]) -> Tensor:
         return query_measures(self._config, table, inputs)
-
-    # -- training ------------------------------------------------------------------------------------------------
 
     @own_state()
     @torch.enable_grad()

@@ -72,6 +72,16 @@ def whole_number(value: object, what: str, least: int = 1) -> int | None:
     return number
 
 
+def true_or_false(value: object, what: str) -> bool:
+    """Return ``value`` as a bool; those of numpy are accepted.
+
+    Raises: TypeError for anything else, such as "no", which would count as True.
+    """
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{what} must be True or False, got {kind_of(value)}")
+    return bool(value)
+
+
 def kind_of(value: object) -> str:
     """Return the type of a value and, shortened, the value itself, for messages."""
     if value is None:

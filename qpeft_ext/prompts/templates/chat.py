@@ -25,7 +25,7 @@ from .words import Words
 
 _PASSAGE = "\n\nPassage:"
 _DAY = datetime.date(2024, 7, 26)  # the date that Llama's chat template writes where it cannot ask for today's
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])([^"'\n]*)\1\s*\)""")
 _DOCUMENT, _QUERY = "QpeftDocumentGoesHere", "QpeftQueryGoesHere"
 _REFUSED = "QPeftConfig: template='chat' "
 
@@ -78,6 +78,8 @@ def _around(tokenizer: Any, content: str) -> tuple[str, str]:
         ) from None
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": _QUERY}]
     template = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
+    if "strftime_now" in template:  # with a format that is not written there, or under another name
+        template = f"{{% macro strftime_now(format) %}}{_DAY:%d %b %Y}{{% endmacro %}}{template}"
     try:
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
     except Exception as error:  # whatever a template of somebody else's does wrong
