@@ -28,7 +28,7 @@ def root(tmp_path):
 def test_questions_are_those_of_the_split_alone(root):
     texts = passages.passage_texts(root)
     assert len(texts) == 6 * len(passages.PASSAGES)
-    asked = {text.title: text.sentences for text in texts if text.sentences}
+    asked = {title: questions for title, _, questions in texts if questions}
     assert asked == {"Tides": ["why do tides rise"], "Moon": ["moon month"]}
 
 

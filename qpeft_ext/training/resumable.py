@@ -156,12 +156,14 @@ class ResumableTrainer(Trainer):
             for name in now
             if then[name] != now[name] and not name.startswith("base_model")
         ]
-        size = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).train_batch_size
-        if size not in (None, self.args.train_batch_size):
-            changed.append(f"train_batch_size {size} -> {self.args.train_batch_size}")
         if changed:
             logger.warning("the run is resumed with other options: %s", ", ".join(changed))
         load_weights_into(self.model, resume_from_checkpoint)
+        size = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).train_batch_size
+        if size not in (None, self.args.train_batch_size):
+            logger.warning(
+                "the run is resumed with another train_batch_size: %s, not %s", self.args.train_batch_size, size
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         given = self._rates()
