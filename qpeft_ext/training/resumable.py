@@ -162,7 +162,7 @@ class ResumableTrainer(Trainer):
         size = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)).train_batch_size
         if size not in (None, self.args.train_batch_size):
             logger.warning(
-                "the run is resumed with another train_batch_size: %s, not %s", self.args.train_batch_size, size
+                "the run is resumed with other options: train_batch_size %s -> %s", size, self.args.train_batch_size
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
