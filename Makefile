@@ -80,6 +80,9 @@ fuzz-serve: build build/fuzz-serve/bin/schemathesis  ## `qpeft serve`: requests 
 sanitize: build      ## the operators under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, 10,000 calls
 	$(BIN)/python python_tests/fuzz/sanitize.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)
 
+arm: .venv/.ready    ## the operators for AArch64: built by a cross compiler, tested in emulation (TESTS)
+	.ci/arm.sh $(TESTS)
+
 kills: build         ## end every long command a thousand times and compare what it writes after resuming (COUNT=, SEED=)
 	$(BIN)/python -W ignore python_tests/fuzz/kill_many.py --count $(or $(COUNT),1000) --seed $(or $(SEED),0)
 

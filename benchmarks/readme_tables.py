@@ -22,6 +22,21 @@ COLLECTIONS = {
     "docstrings-smollm2": ("docstrings, 500 queries (float32)", "quality_pretrained_float32", "docstrings"),
     "dl19-from-squad-smollm2": ("TREC DL 2019, 43 queries; trained on SQuAD", "quality_pretrained", "dl19, from SQuAD"),
     "dl19-smollm2": ("TREC DL 2019, 43 queries; trained on MS MARCO", "quality_pretrained", "dl19"),
+    "cosqa-smollm2": (
+        "CoSQA, 500 queries; trained on docstrings (float32)",
+        "quality_pretrained_float32",
+        "cosqa, from docstrings",
+    ),
+    "scifact-smollm2": (
+        "SciFact, 300 claims; trained on docstrings (float32)",
+        "quality_pretrained_float32",
+        "scifact, from docstrings",
+    ),
+    "dl19-from-docstrings-smollm2": (
+        "TREC DL 2019, 43 queries; trained on docstrings (float32)",
+        "quality_pretrained_float32",
+        "dl19, from docstrings",
+    ),
     "squad": ("SQuAD, 1,000 questions", "quality_prose"),
     "docstrings": ("docstrings, 3,803 queries", "quality_docstrings"),
     "cosqa": ("CoSQA, 500 queries", "quality_cosqa"),
@@ -32,7 +47,15 @@ COLLECTIONS = {
     "docstrings-100-all": ("docstrings, 3,803 queries", "quality_docstrings_100"),
 }
 FIVE = ("squad", "docstrings", "cosqa", "dl19", "scifact")
-PRETRAINED = ("squad-smollm2", "docstrings-smollm2", "dl19-from-squad-smollm2", "dl19-smollm2")
+PRETRAINED = (
+    "squad-smollm2",
+    "docstrings-smollm2",
+    "cosqa-smollm2",
+    "scifact-smollm2",
+    "dl19-from-squad-smollm2",
+    "dl19-smollm2",
+    "dl19-from-docstrings-smollm2",
+)
 OURS = "Q-PEFT-R + generated LoRA"
 UNTRAINED = {"BM25": "first stage", "similarity, no LM": "similarity", "UPR": "UPR", "hard clues": "hard clues"}
 TRAINED = {"soft prompt": "soft prompt", "LoRA": "LoRA", "generated LoRA": "generated LoRA"}
