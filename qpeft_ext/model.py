@@ -260,7 +260,7 @@ def get_qpeft_model(lm: nn.Module, config: QPeftConfig, tokenizer: Any = None) -
         trainable params: 3,272 || all params: 1,970,696 || trainable%: 0.1660
     """
     expect_lm_arguments("get_qpeft_model", lm, config, tokenizer)
-    from .adapters.files import describe_lm
+    from .adapters.own_lm import describe_lm
     from .lm.loading import load_tokenizer
 
     name = getattr(lm, "name_or_path", None) or getattr(lm.config, "_name_or_path", None) or None
