@@ -82,7 +82,7 @@ class QPeftModel(ScoringModel):
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder, not isinstance(lm, ClassifierLM))
         self.qpeft_config = config = replace(config, special_tokens=self.prompt.special_tokens)
-        self.prompt.expect_rows(len(self.engine.table))
+        self.prompt.expect_rows(len(self.engine.table), self.engine.head.rows)
         with torch.random.fork_rng(devices=[]):  # one seed gives one clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, self.engine.table, tokenizer)
