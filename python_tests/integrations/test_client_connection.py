@@ -50,6 +50,14 @@ def test_a_connection_that_ends_without_an_answer():
         RerankClient(url).rank(QUERY, LARGE)
 
 
+def test_a_connection_that_ends_before_anything_is_sent():
+    with (
+        ending_early(b"") as url,  # in the handshake
+        pytest.raises(ConnectionError, match="cannot be reached: .*; is the server running"),
+    ):
+        RerankClient(url.replace("http:", "https:")).rank(QUERY, LARGE)
+
+
 def answer_with(meta) -> tuple[int, dict, bytes]:
     return 200, {}, json.dumps({"results": [{"index": 0, "relevance_score": 0.5}], "meta": meta}).encode()
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import re
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -227,7 +228,10 @@ class _ReadsAnswers(http.client.HTTPConnection):
     """Reads what a server answers that ends the connection before it has read the body, as with status 413."""
 
     def send(self, data: Any) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # without an answer, reading fails likewise
+        if self.sock is None:
+            self.connect()  # what goes wrong here is another error
+        # without an answer, reading fails likewise
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             super().send(data)
 
 
