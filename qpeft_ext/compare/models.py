@@ -16,7 +16,7 @@ def build_model(plan: Plan, method: Method, seed: int, device: str) -> QPeftMode
 
     Raises: ValueError where peft does not know the LM's layers.
     """
-    from ..adapters.files import describe_lm
+    from ..adapters.own_lm import describe_lm
     from ..lm.loading import load_lm, load_tokenizer
     from ..lm.new_adapter import with_new_adapter
     from .prefix_tuning import PrefixTuningModel

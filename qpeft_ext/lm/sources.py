@@ -56,9 +56,18 @@ def gguf_parts(name: str) -> list[Path]:
     return [path]
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Tell whether a name may be that of a repository on the Hub: nothing on this machine has it."""
+    return not (name.startswith(PREFIX) or name.lower().endswith(".gguf") or _is_path(name) or Path(name).is_dir())
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
 def _folder_or_hub_id(name: str) -> str:
     """Return the name. One that looks like a path must be a folder; otherwise the Hub would be asked for it."""
-    if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+    if not Path(name).is_dir() and _is_path(name):
         raise FileNotFoundError(f"there is no folder {name}")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError("the folder has no config.json")

@@ -77,6 +77,8 @@ class Prompt:
         self.allow_special_tokens = config.allow_special_tokens
         self.special_tokens = choose(config.special_tokens, encoder_decoder)
         self.num_embeddings: int | None = None
+        self._num_scored: int | None = None
+        self._with_words = with_words
         self._text_tokenizer = TextTokenizer(tokenizer, config.allow_special_tokens)
         self._words = Words(tokenizer, self.special_tokens)
         self.why_no_instruction = ""
@@ -98,16 +100,31 @@ class Prompt:
             self.why_no_instruction = f"template={config.template!r} is a fixed text without a place for it"
         return pieces
 
-    def expect_rows(self, num_embeddings: int) -> None:
-        """Check from now on that every token id has a row in an embedding table of this length.
+    def expect_rows(self, num_embeddings: int, num_scored: int | None = None) -> None:
+        """Check from now on that every token id has a row in the embedding table, and in the head if it is scored.
 
+        Args:
+            num_embeddings: rows of the table.
+            num_scored: rows of the head; None: as many, or it has no words.
         Raises: ValueError if a token of the template has none; `documents` and `queries` raise it for texts.
         """
-        self.num_embeddings = num_embeddings
+        self.num_embeddings, self._num_scored = num_embeddings, num_scored if self._with_words else None
         self._recent.clear()  # they have not been checked
         suffix = [piece for piece in vars(self.suffix).values() if isinstance(piece, tuple)]
         pieces = [self._head, self._tail, self.instruction_ids, *suffix, *self.answers]
         self._expect_known("the prompt's template", [i for piece in pieces for i in piece])
+        answers = [i for answer in self.answers for i in answer]
+        self._expect_scored("the prompt's template", (*self.suffix.scored(()), *answers))
+
+    def _expect_scored(self, place: str, ids: Sequence[int]) -> None:
+        if self._num_scored is not None and ids and max(ids) >= self._num_scored:
+            unscored = next(i for i in ids if i >= self._num_scored)
+            token = short(self.tokenizer.convert_ids_to_tokens(unscored))
+            raise ValueError(
+                f"{place} has the token {token} with the id {unscored}, which the LM reads and cannot "
+                f"score: its head has {self._num_scored} rows; leave the token out, or give the head a row "
+                "for it (lm.resize_token_embeddings)"
+            )
 
     def _expect_known(self, place: str, ids: Sequence[int]) -> None:
         if self.num_embeddings is not None and ids and max(ids) >= self.num_embeddings:
@@ -171,6 +188,7 @@ class Prompt:
                 del ids[self.max_query_tokens :]
                 cut.append(place)
             self._expect_known(f"the query {short(query)}", ids)
+            self._expect_scored(f"the query {short(query)}", self.suffix.scored(tuple(ids)))
         return [tuple(ids) for ids in encoded]
 
     def instructed(self, instruction: str) -> SuffixPieces | CluesFirstPieces:

@@ -85,8 +85,8 @@ class WordedPrompt(Prompt):
         own = len(self._before) + len(self._between) if self.query_first else 0
         return super().least_tokens + own
 
-    def expect_rows(self, num_embeddings: int) -> None:
-        super().expect_rows(num_embeddings)
+    def expect_rows(self, num_embeddings: int, num_scored: int | None = None) -> None:
+        super().expect_rows(num_embeddings, num_scored)
         self._expect_known("the prompt's template", (*self._before, *self._between))
 
     def _encode_documents(self, texts: Sequence[str]) -> list[list[int]]:

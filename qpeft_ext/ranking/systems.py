@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..adapters.files import adapter_config, adapter_digest, local_folder, revision_of
+from ..adapters.files import adapter_config, adapter_digest, local_folder
+from ..adapters.own_lm import finding_own_lm, revision_of
 from ..config import QPeftConfig
 from ..formats import open_collection
 from ..formats.trec import Run
@@ -159,7 +160,8 @@ class SystemsSpec:
 
     def prompt(self) -> Prompt:
         """Make the `Prompt` without loading the LM."""
-        return prompt_without_lm(self.lm_name, self.lm_revision, self.config_with_limits)
+        with finding_own_lm(self.model or "", self.config, self.base_model):
+            return prompt_without_lm(self.lm_name, self.lm_revision, self.config_with_limits)
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
         """Return all that the scores of the job depend on, except for rounding; see `PartialRun`."""
