@@ -27,11 +27,6 @@ COLLECTIONS = {
         "quality_pretrained_float32",
         "cosqa, from docstrings",
     ),
-    "scifact-smollm2": (
-        "SciFact, 300 claims; trained on docstrings (float32)",
-        "quality_pretrained_float32",
-        "scifact, from docstrings",
-    ),
     "dl19-from-docstrings-smollm2": (
         "TREC DL 2019, 43 queries; trained on docstrings (float32)",
         "quality_pretrained_float32",
@@ -51,7 +46,6 @@ PRETRAINED = (
     "squad-smollm2",
     "docstrings-smollm2",
     "cosqa-smollm2",
-    "scifact-smollm2",
     "dl19-from-squad-smollm2",
     "dl19-smollm2",
     "dl19-from-docstrings-smollm2",
