@@ -49,7 +49,7 @@ def test_an_actor_works_in_the_folder_of_the_command(monkeypatch, tmp_path):
 
 
 class TaskError(Exception):
-    """As Ray wraps the exception of an actor."""
+    """Wrap an exception as Ray does with one that an actor raised."""
 
     __module__ = "ray.exceptions"
 
