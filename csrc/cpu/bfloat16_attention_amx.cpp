@@ -1,20 +1,20 @@
 // The kernels of bfloat16_attention.h with tiles of AMX. A head is worked on as a whole: its keys and values are packed once,
-// then 16 rows of queries at a time have all their scores in the second cache, float32 between the products.
+// then 16 rows of queries at a time have all their scores in the second cache, float32 between the products. Only the keys from
+// the first to the last that some row sees are looked at: half of them in causal attention, and none of the padding.
 #include "cpu/bfloat16_attention.h"
 
 #include <bit>
 #include <cmath>
-#include <limits>
+#include <utility>
 
 #include "cpu/amx_tiles.h"
+#include "cpu/bfloat16_softmax.h"
 #include "cpu/bfloat16_vectors.h"
 
 namespace qpeft {
 namespace {
 
-constexpr int64_t kWords = 32;  // bfloat16 of the row of a tile: what a step multiplies
 constexpr int64_t kBackRows = 64;  // rows of queries that a backward pass has in work
-constexpr float kLog2E = 1.44269504f, kInfinity = std::numeric_limits<float>::infinity();
 
 // Packed matrices b [2 * pairs, columns]: blocks of 16 columns, in each of them the pairs of rows one after the other.
 
@@ -97,81 +97,31 @@ void product(const Rows& a, const uint32_t* b, int64_t pairs, int64_t columns, f
   }
 }
 
+// The first `width` words of 16 rows
 Rows rows_of(const uint16_t* a, int64_t width) { return {a, 2 * width, kWords, width / kWords}; }
 
-// 2^x, relative error 2e-7 (the polynomial of Cephes); 0 below -126, since denormal results take hundreds of cycles. A NaN
-// stays one.
-__m512 power_of_two(__m512 x) {
-  const __m512 least = _mm512_set1_ps(-126.0f);
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
-  x = _mm512_max_ps(least, x);
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
-  for (const float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f,
-                        6.931472028550421e-1f, 1.0f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_maskz_scalef_ps(normal, p, n);
-}
-
-__mmask16 allowed(const bool* mask, int64_t t, int64_t T) {
-  const __m128i some = _mm_maskz_loadu_epi8(lanes(T - t), mask + t);
-  return _mm_test_epi8_mask(some, some);
-}
-
-__m512i rounded(__m512 first, __m512 second) {
-  return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));  // 32 bfloat16, to nearest
-}
-
-void store_rounded(const float* x, int64_t n, float factor, uint16_t* to) {  // n a multiple of 32
-  const __m512 by = _mm512_set1_ps(factor);
-  for (int64_t i = 0; i < n; i += kWords)
-    _mm512_storeu_si512(to + i, rounded(_mm512_mul_ps(_mm512_loadu_ps(x + i), by),
-                                        _mm512_mul_ps(_mm512_loadu_ps(x + i + kVector), by)));
-}
-
-struct RowSum {
-  float top, sum;  // the largest score, in powers of two, and the sum of 2^(score - top)
+struct Span {
+  int64_t begin, end;
+  int64_t columns() const { return round_up(end - begin, kWords); }
 };
 
-// scores [columns] of a row -> 2^(scale * score - top) as bfloat16; columns is T, filled up to a multiple of 32
-RowSum softmax(float* scores, const bool* mask, int64_t T, int64_t columns, float scale, uint16_t* weights) {
-  const __m512 by = _mm512_set1_ps(scale), nothing = _mm512_set1_ps(-kInfinity);
-  __m512 tops = nothing, sums = _mm512_setzero_ps();
-  for (int64_t t = 0; t < columns; t += kVector) {
-    const __m512 x = _mm512_mask_mul_ps(nothing, allowed(mask, t, T), _mm512_loadu_ps(scores + t), by);
-    _mm512_storeu_ps(scores + t, x);
-    tops = _mm512_max_ps(tops, x);
+// From the first key that the mask of one of `rows` rows of all heads leaves, down to a multiple of 32, to the last. Of
+// rows that see none: one
+Span keys_seen(const AttentionHead& x, int64_t row, int64_t rows) {
+  int64_t begin = x.T, end = 0;
+  for (int64_t r = row; r < row + std::min(rows, x.L); ++r) {
+    const bool* mask = x.mask + r % x.L * x.mask_row;
+    const auto seen = [&](int64_t t) {
+      const __mmask64 there = x.T - t < kLine ? (uint64_t{1} << (x.T - t)) - 1 : ~uint64_t{0};
+      const __m512i some = _mm512_maskz_loadu_epi8(there, mask + t);
+      return uint64_t{_mm512_test_epi8_mask(some, some)};
+    };
+    for (int64_t t = 0; t < begin; t += kLine)
+      if (const uint64_t found = seen(t)) begin = std::min(begin, t + std::countr_zero(found));
+    for (int64_t t = (x.T - 1) / kLine * kLine; t + kLine > end && t >= 0; t -= kLine)
+      if (const uint64_t found = seen(t)) end = std::max<int64_t>(end, t + std::bit_width(found));
   }
-  const float top = _mm512_reduce_max_ps(tops);
-  const __m512 least = _mm512_set1_ps(top == -kInfinity ? 0.0f : top);
-  for (int64_t t = 0; t < columns; t += kWords) {
-    const __m512 first = power_of_two(_mm512_sub_ps(_mm512_loadu_ps(scores + t), least));
-    const __m512 second = power_of_two(_mm512_sub_ps(_mm512_loadu_ps(scores + t + kVector), least));
-    sums = _mm512_add_ps(sums, _mm512_add_ps(first, second));
-    _mm512_storeu_si512(weights + t, rounded(first, second));
-  }
-  return {top, _mm512_reduce_add_ps(sums)};
-}
-
-// scores -> weights, grads of weights -> those of scores (times scale), the latter as bfloat16 too
-void softmax_backward(float* scores, float* grads, const bool* mask, int64_t T, int64_t columns, float scale, float lse,
-                      float mean, uint16_t* rounded_grads) {
-  const __m512 by = _mm512_set1_ps(scale * kLog2E), minus = _mm512_set1_ps(-lse * kLog2E);
-  const __m512 mean_grad = _mm512_set1_ps(mean), factor = _mm512_set1_ps(scale);
-  for (int64_t t = 0; t < columns; t += kWords) {
-    __m512 both[2];
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = t + half * kVector;
-      const __mmask16 there = allowed(mask, at, T);
-      const __m512 x = _mm512_maskz_fmadd_ps(there, _mm512_loadu_ps(scores + at), by, minus);
-      const __m512 weights = _mm512_maskz_mov_ps(there, power_of_two(x));
-      const __m512 centred = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(grads + at), mean_grad), factor);
-      both[half] = _mm512_maskz_mul_ps(there, weights, centred);
-      _mm512_storeu_ps(scores + at, weights);
-      _mm512_storeu_ps(grads + at, both[half]);
-    }
-    _mm512_storeu_si512(rounded_grads + t, rounded(both[0], both[1]));
-  }
+  return begin < end ? Span{begin / kWords * kWords, end} : Span{0, std::min<int64_t>(1, x.T)};
 }
 
 // Columns of x [32 * steps, 16] as rows of a product: out[step][column][32 rows]
@@ -256,26 +206,32 @@ void delete_attention_memory(AttentionMemory* memory) { delete memory; }
 void attend(const AttentionHead& x, int64_t first, int64_t last, AttentionMemory& m, const HeadRows<uint16_t>& out,
             float* lse) {
   const Tiles tiles;
-  const int64_t columns = round_up(x.T, kWords), D = x.D;
-  pack_transposed(x.key, x.key_row, x.T, D, m.key_transposed.get());
-  pack_rows(x.value, x.value_row, x.T, D, m.value_rows.get());
+  const Span all = keys_seen(x, first, last - first);
+  const int64_t D = x.D, pairs = all.columns() / 2;
+  pack_transposed(x.key + all.begin * x.key_row, x.key_row, all.end - all.begin, D, m.key_transposed.get());
+  pack_rows(x.value + all.begin * x.value_row, x.value_row, all.end - all.begin, D, m.value_rows.get());
   for (int64_t begin = first; begin < last; begin += kTile) {
     const int64_t n = std::min(kTile, last - begin);
+    const Span seen = keys_seen(x, begin, n);
+    const int64_t columns = seen.columns(), skipped = std::max<int64_t>(seen.begin - all.begin, 0);
     copy_rows(x.query, begin, n, kTile, x.L, D, m.query.get());
-    product(rows_of(m.query.get(), D), m.key_transposed.get(), D / 2, columns, m.scores.get(), columns);
+    product(rows_of(m.query.get(), D), m.key_transposed.get() + skipped * D / 2, D / 2, columns, m.scores.get(),
+            columns);
     float factors[kTile];
     for (int64_t r = 0; r < kTile; ++r) {
       if (r >= n) {
         std::fill_n(m.weights.get() + r * columns, columns, uint16_t(0));
         continue;
       }
-      const RowSum found = softmax(m.scores.get() + r * columns, x.mask + (begin + r) % x.L * x.mask_row, x.T, columns,
-                                   x.scale * kLog2E, m.weights.get() + r * columns);
+      const bool* mask = x.mask + (begin + r) % x.L * x.mask_row + seen.begin;
+      const RowSum found = softmax(m.scores.get() + r * columns, mask, seen.end - seen.begin, columns, x.scale * kLog2E,
+                                   m.weights.get() + r * columns);
       const bool none = found.top == -kInfinity;
       factors[r] = none ? 0.0f : 1.0f / found.sum;
       lse[begin + r] = none ? 0.0f : found.top / kLog2E + std::log(found.sum);
     }
-    product(rows_of(m.weights.get(), columns), m.value_rows.get(), columns / 2, D, m.of_rows.get(), D);
+    product(rows_of(m.weights.get(), columns), m.value_rows.get() + skipped / 2 * kVector, pairs, D, m.of_rows.get(),
+            D);
     for (int64_t r = 0; r < n; ++r) store_rounded(m.of_rows.get() + r * D, D, factors[r], row(out, begin + r, x.L));
   }
 }
@@ -284,22 +240,28 @@ void attend_backward(const AttentionHead& x, AttentionMemory& m, const HeadRows<
                      const HeadRows<const uint16_t>& grad, const HeadRows<uint16_t>& grad_query, uint16_t* grad_key,
                      uint16_t* grad_value) {
   const Tiles tiles;
-  const int64_t columns = round_up(x.T, kWords), all = x.heads * x.L, D = x.D;
-  pack_transposed(x.key, x.key_row, x.T, D, m.key_transposed.get());
-  pack_transposed(x.value, x.value_row, x.T, D, m.value_transposed.get());
-  pack_rows(x.key, x.key_row, x.T, D, m.key_rows.get());
-  std::fill_n(m.of_key.get(), columns * D, 0.0f);
-  std::fill_n(m.of_value.get(), columns * D, 0.0f);
-  for (int64_t begin = 0; begin < all; begin += kBackRows) {
-    const int64_t n = std::min(kBackRows, all - begin), filled = round_up(n, kWords), steps = filled / kWords;
+  const Span all = keys_seen(x, 0, x.L);
+  const int64_t T = all.end - all.begin, rows = x.heads * x.L, D = x.D;
+  const uint16_t *keys = x.key + all.begin * x.key_row, *values = x.value + all.begin * x.value_row;
+  pack_transposed(keys, x.key_row, T, D, m.key_transposed.get());
+  pack_transposed(values, x.value_row, T, D, m.value_transposed.get());
+  pack_rows(keys, x.key_row, T, D, m.key_rows.get());
+  std::fill_n(m.of_key.get(), all.columns() * D, 0.0f);
+  std::fill_n(m.of_value.get(), all.columns() * D, 0.0f);
+  for (int64_t begin = 0; begin < rows; begin += kBackRows) {
+    const int64_t n = std::min(kBackRows, rows - begin), filled = round_up(n, kWords), steps = filled / kWords;
+    const Span seen = keys_seen(x, begin, n);
+    const int64_t columns = seen.columns(), skipped = std::max<int64_t>(seen.begin - all.begin, 0);
     copy_rows(x.query, begin, n, filled, x.L, D, m.query.get());
     copy_rows(grad, begin, n, filled, x.L, D, m.grad.get());
     pack_rows(m.query.get(), D, n, D, m.query_rows.get());
     pack_rows(m.grad.get(), D, n, D, m.grad_rows.get());
     for (int64_t first = 0; first < filled; first += kTile) {
       float *scores = m.scores.get() + first * columns, *grads = m.grads.get() + first * columns;
-      product(rows_of(m.query.get() + first * D, D), m.key_transposed.get(), D / 2, columns, scores, columns);
-      product(rows_of(m.grad.get() + first * D, D), m.value_transposed.get(), D / 2, columns, grads, columns);
+      product(rows_of(m.query.get() + first * D, D), m.key_transposed.get() + skipped * D / 2, D / 2, columns, scores,
+              columns);
+      product(rows_of(m.grad.get() + first * D, D), m.value_transposed.get() + skipped * D / 2, D / 2, columns, grads,
+              columns);
       for (int64_t r = 0; r < kTile; ++r) {
         uint16_t* rounded_grads = m.weights.get() + r * columns;
         if (first + r >= n) {
@@ -309,23 +271,28 @@ void attend_backward(const AttentionHead& x, AttentionMemory& m, const HeadRows<
           continue;
         }
         const int64_t at = begin + first + r;
-        softmax_backward(scores + r * columns, grads + r * columns, x.mask + at % x.L * x.mask_row, x.T, columns,
-                         x.scale, lse[at], product_of(row(out, at, x.L), row(grad, at, x.L), D), rounded_grads);
+        softmax_backward(scores + r * columns, grads + r * columns, x.mask + at % x.L * x.mask_row + seen.begin,
+                         seen.end - seen.begin, columns, x.scale, lse[at],
+                         product_of(row(out, at, x.L), row(grad, at, x.L), D), rounded_grads);
       }
-      product(rows_of(m.weights.get(), columns), m.key_rows.get(), columns / 2, D, m.of_rows.get(), D);
+      product(rows_of(m.weights.get(), columns), m.key_rows.get() + skipped / 2 * kVector, all.columns() / 2, D,
+              m.of_rows.get(), D);
       for (int64_t r = 0; r < std::min(kTile, n - first); ++r)
         store_rounded(m.of_rows.get() + r * D, D, 1.0f, row(grad_query, begin + first + r, x.L));
     }
     const Rows some = {m.transposed.get(), kLine, kTile * kWords, steps};
     for (int64_t t = 0; t < columns; t += kTile) {
       transpose_rounded(m.scores.get() + t, columns, steps, m.transposed.get());
-      product(some, m.grad_rows.get(), filled / 2, D, m.of_value.get() + t * D, D, true);
+      product(some, m.grad_rows.get(), filled / 2, D, m.of_value.get() + (skipped + t) * D, D, true);
       transpose_rounded(m.grads.get() + t, columns, steps, m.transposed.get());
-      product(some, m.query_rows.get(), filled / 2, D, m.of_key.get() + t * D, D, true);
+      product(some, m.query_rows.get(), filled / 2, D, m.of_key.get() + (skipped + t) * D, D, true);
     }
   }
-  store_rounded(m.of_key.get(), x.T * D, 1.0f, grad_key);
-  store_rounded(m.of_value.get(), x.T * D, 1.0f, grad_value);
+  for (const auto& [sums, to] : {std::pair{m.of_key.get(), grad_key}, std::pair{m.of_value.get(), grad_value}}) {
+    std::fill(to, to + all.begin * D, uint16_t(0));
+    store_rounded(sums, T * D, 1.0f, to + all.begin * D);
+    std::fill(to + all.end * D, to + x.T * D, uint16_t(0));
+  }
 }
 
 }  // namespace qpeft

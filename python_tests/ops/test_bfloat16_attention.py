@@ -86,6 +86,44 @@ def test_rows_without_keys_and_what_is_masked():
     assert all(torch.equal(ours, before) for ours, before in zip(again, wanted, strict=True))
 
 
+def masks_of_spans(L: int, T: int) -> dict[str, torch.Tensor]:
+    """Masks that leave out keys at both ends, [B, 1, L, T]: for rows, for a few rows, for a whole item."""
+    row, t = torch.arange(L)[:, None] + T - L, torch.arange(T)
+    causal = t <= row
+    last, none = torch.zeros(L, T, dtype=torch.bool), torch.zeros(L, T, dtype=torch.bool)
+    last[:, -1] = True
+    none[L // 2 :, T // 3 : T // 2] = True
+    return {
+        "causal": causal[None, None],
+        "windows": (causal & (t > row - 37))[None, None],
+        "padded": torch.stack([causal & (t >= start) for start in (0, 31, 33, 100, T - 1)])[:, None],
+        "last key": torch.stack([last, causal])[:, None],
+        "rows without": torch.stack([none, none.flip(0)])[:, None],
+    }
+
+
+@native
+@pytest.mark.parametrize("which", masks_of_spans(1, 1))
+@pytest.mark.parametrize(("L", "T"), [(40, 170), (130, 130), (9, 129)])
+def test_keys_that_no_row_sees(L, T, which):
+    """Keys before the first and after the last that a row sees are left out: as the definition, and not read."""
+    mask = masks_of_spans(L, T)[which]
+    *tensors, _ = inputs(mask.shape[0], 4, 2, L, T, 64)
+    found = bfloat16_attention(*tensors, mask, 0.2)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gradients = torch.autograd.grad(found, tensors, grad)
+    expected = reference(*tensors, mask, 0.2)
+    assert distance(found, expected) < 3e-3
+    for ours, exact in zip(gradients, torch.autograd.grad(expected, tensors, grad.double()), strict=True):
+        assert distance(ours, exact) < 1e-2
+    unseen = ~mask.any(2).expand(-1, 2, -1)
+    for x in gradients[1:]:
+        assert (x[unseen] == 0).all()
+    with torch.no_grad():
+        tensors[1][unseen], tensors[2][unseen] = 1e30, -3e38
+    assert torch.equal(bfloat16_attention(*tensors, mask, 0.2), found)
+
+
 @native
 def test_items_and_masks_do_not_depend_on_each_other():
     query, key, value, mask = inputs(3, 4, 2, 21, 90, 64)
