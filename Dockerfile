@@ -18,7 +18,7 @@ RUN cd /src && QPEFT_CUDA=$CUDA QPEFT_CUDA_ARCHS=all pip install --no-cache-dir 
 
 FROM ubuntu:24.04
 RUN apt-get update && apt-get install --yes --no-install-recommends python3 libgomp1 \
-    && rm -rf /var/lib/apt/lists/* && useradd --system --uid 10001 --home-dir /tmp qpeft
+    && rm -rf /var/lib/apt/lists/* && useradd --uid 10001 --no-create-home --home-dir /tmp qpeft
 COPY --from=build /opt/qpeft /opt/qpeft
 ENV PATH=/opt/qpeft/bin:$PATH HF_HUB_OFFLINE=1 QPEFT_CACHE=/tmp/qpeft PYTHONUNBUFFERED=1
 USER 10001

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import qpeft_ext as qpeft
 from qpeft_ext.cli import main
 from qpeft_ext.formats import Corpus
+from qpeft_ext.lm.loading import one_line
 from qpeft_ext.utils.files import AtomicWriter, save_file_with, save_folder_with, write_text
 from qpeft_ext.utils.locks import open_lock_file
 
@@ -131,6 +132,45 @@ def test_a_disk_cache_is_for_one_user(job, tmp_path):
         [("why tides", "the moon pulls"), ("who", "a boat")]
     )
     assert permissions(tmp_path / "disk") == {0o600} and (tmp_path / "disk").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_others_may_read_adapters_as_any_new_file(umask, job, tmp_path):
+    """safetensors writes files for one user only, whatever the umask is: a server of another user cannot read them."""
+    before = os.umask(umask)
+    try:
+        qpeft.QPeftModel.from_pretrained(job / "adapter").save_pretrained(tmp_path / "adapter")
+        save_folder_with(tmp_path / "lm", lambda path: save_lm_to(Path(path)))
+        assert permissions(tmp_path / "adapter") == permissions(tmp_path / "lm") == {0o666 & ~umask}
+        (tmp_path / "lm" / "b.safetensors").chmod(0o600)
+        save_folder_with(tmp_path / "lm", lambda path: save_lm_to(Path(path)))
+        assert (tmp_path / "lm" / "b.safetensors").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "lm" / "b.json").stat().st_mode & 0o777 == 0o666 & ~umask
+        assert not list(tmp_path.rglob("*.tmp"))
+    finally:
+        os.umask(before)
+
+
+def save_lm_to(folder: Path) -> None:
+    folder.mkdir()
+    save_file({}, folder / "b.safetensors")
+    (folder / "b.json").write_text("{}")
+
+
+def test_weights_that_may_not_be_read(job, monkeypatch):
+    """safetensors says of a file that may not be read that there is none; the tests' user may read every file."""
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    path = job / "adapter" / "adapter_model.safetensors"
+    missing = FileNotFoundError(f"No such file or directory: {path}")
+
+    def fail(*arguments, **options):
+        raise missing
+
+    monkeypatch.setattr("qpeft_ext.adapters.files.load_file", fail)
+    with pytest.raises(OSError, match=f"cannot read {path}: permission denied; let this user read it"):
+        qpeft.QPeftModel.from_pretrained(job / "adapter")
+    with pytest.raises(OSError, match=f"an LM: cannot read {path}: permission denied"), one_line("an LM"):
+        raise missing
 
 
 def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..utils.files import name_what_cannot_be_read
 from ..utils.hub import expect_in_reach
 from ..utils.small_files import read_json
 from .classifier import as_lm, names_classifier
@@ -275,7 +276,7 @@ class one_line:
                 warnings.warn_explicit(caught.message, caught.category, caught.filename, caught.lineno)
             return
         # safetensors and tokenizers raise plain Exceptions for a damaged file
-        reason = " ".join(str(error).split()) or kind.__name__
+        reason = name_what_cannot_be_read(error) or kind.__name__
         reason = reason if len(reason) <= 300 else f"{reason[:299]}…"
         if "contains custom code" in reason:
             reason = "it needs Python code beside it, which is never run; expected an LM that transformers has"

@@ -140,7 +140,7 @@ def save_file_with(path: Path, save: Callable[[str], object], mode: int = 0o666)
         new = private / path.name
         save(str(new))
         _sync(new)
-        restrict(new, _permissions(path, mode))
+        _give_permissions(new, path, mode)
         os.replace(new, path)
     sync_folder(path.parent)
 
@@ -161,6 +161,7 @@ def save_folder_with(folder: Path, save: Callable[[str], object]) -> None:
         files = sorted((path for path in new.rglob("*") if path.is_file()), key=lambda path: path.suffix == ".json")
         for path in files:
             _sync(path)
+            _give_permissions(path, folder / path.relative_to(new), 0o666)
         if folder.is_symlink():
             folder.unlink()
         if not folder.is_dir():
@@ -282,6 +283,29 @@ def _permissions(path: Path, mode: int) -> int:
     except OSError:
         return mode
     return mode & stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else mode
+
+
+def _give_permissions(new: Path, path: Path, mode: int) -> None:
+    """Give a file that a library wrote the permissions that `AtomicWriter` would: those of safetensors are for one user.
+
+    Args:
+        path: the name that it will get; a file that is there gives its permissions.
+    """
+    probe = new.with_name(temporary_name(new.name))  # the umask is not known without changing it
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _permissions(path, mode)))
+    given = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    with contextlib.suppress(OSError):  # some file systems have none
+        new.chmod(given)
+
+
+def name_what_cannot_be_read(error: Exception) -> str:
+    """Return the text of an error; of safetensors, which calls every file that it cannot open missing, the reason."""
+    text = " ".join(str(error).split())
+    found = re.search(r"No such file or directory: (.+)", text)
+    if found and os.path.exists(found[1]) and not os.access(found[1], os.R_OK):
+        return f"cannot read {found[1]}: permission denied; let this user read it"
+    return text
 
 
 def cache_folder() -> Path:
