@@ -286,7 +286,7 @@ def _permissions(path: Path, mode: int) -> int:
 
 
 def _give_permissions(new: Path, path: Path, mode: int) -> None:
-    """Give a file that a library wrote the permissions that `AtomicWriter` would: those of safetensors are for one user.
+    """Give a file of a library the permissions that `AtomicWriter` would: those of safetensors are for one user.
 
     Args:
         path: the name that it will get; a file that is there gives its permissions.
