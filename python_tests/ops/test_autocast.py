@@ -1,10 +1,12 @@
-"""Gradients of the operators do not depend on whether they are asked for inside of torch.autocast."""
+"""Gradients of the operators are not rounded by torch.autocast: they are those outside of it, or an error."""
+
+import sys
 
 import pytest
 import torch
 from inputs import make_documents
 
-from qpeft_ext.ops import similarity_topk, token_log_likelihood
+from qpeft_ext.ops import clue_attention, similarity_topk, token_log_likelihood
 from qpeft_ext.ops._library import registered
 from qpeft_ext.ops.gated_silu import gated_silu
 from qpeft_ext.ops.int8_linear import Int8Weight, int8_linear
@@ -44,3 +46,35 @@ def test_a_backward_inside_of_autocast_is_that_outside_of_it(name):
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             gradients += torch.autograd.grad(loss, leaf, torch.ones_like(loss))
     assert torch.equal(*gradients)
+
+
+def make_public_cases():
+    """Return the public operators, each as a function of one float32 input, and that input."""
+    x, w = make_documents(D=16), torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    return {
+        "clue_attention": (lambda y: clue_attention(*x[:2], y, *x[3:], w, w, w, w, num_heads=2), x.table),
+        "token_log_likelihood": (lambda y: token_log_likelihood(y, y, torch.arange(len(y))), x.table),
+        "similarity_topk": (lambda y: similarity_topk(*x[:2], y, *x[3:], 2).scores.relu(), x.table),
+    }
+
+
+@pytest.mark.parametrize("is_reference", [False, True])
+@pytest.mark.parametrize("name", make_public_cases())
+def test_public_operators_in_autocast(name, is_reference, monkeypatch):
+    monkeypatch.setattr(sys.modules[f"qpeft_ext.ops.{name}"], "uses_reference", lambda device: is_reference)
+    function, x = make_public_cases()[name]
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = function(leaf).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        if is_reference:
+            with pytest.raises(ValueError, match=r"inside torch\.autocast, .* call it outside"):
+                loss.backward(retain_graph=True)
+            leaf.grad = None
+        else:
+            loss.backward(retain_graph=True)
+    inside, leaf.grad = leaf.grad, None
+    loss.backward()
+    expected = torch.autograd.grad(function(leaf).sum(), leaf)[0]
+    assert torch.equal(leaf.grad, expected)
+    assert inside is None or torch.equal(inside, expected)

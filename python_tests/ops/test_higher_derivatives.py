@@ -1,4 +1,4 @@
-"""Derivatives that there are not raise an error: second ones, forward-mode ones, and those of some inputs."""
+"""Derivatives that there are not raise an error: second ones, those of torch.func, and those of some inputs."""
 
 import pytest
 import torch
@@ -73,6 +73,40 @@ def test_forward_mode_is_an_error(case):
         torch.func.jvp(loss, (x,), (torch.ones_like(x),))
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jacfwd(loss)(x)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transforms_of_torch_func_that_differentiate_are_an_error(case):
+    loss, x = CASES[case]
+    two = torch.stack([x, x + 1])
+    calls = [
+        lambda: torch.func.grad(loss)(x),
+        lambda: torch.func.vjp(loss, x),
+        lambda: torch.func.jacrev(loss)(x),
+        lambda: torch.func.vmap(torch.func.grad(loss))(two),
+        lambda: torch.func.grad(lambda y: torch.func.vmap(loss)(y).sum())(two),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="no derivative by torch.func; use backward"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("case", CASES)
+def test_vmap_computes_values_and_gradients(case):
+    loss, x = CASES[case]
+    two = torch.stack([x, x + 1]).requires_grad_()
+    mapped, one_by_one = torch.func.vmap(loss)(two), torch.stack([loss(y) for y in two])
+    torch.testing.assert_close(mapped, one_by_one)
+    gradients = (torch.autograd.grad(losses.sum(), two)[0] for losses in (mapped, one_by_one))
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(torch.func.vmap(loss)(two.detach()), one_by_one.detach())
+
+
+def test_an_input_that_is_constant_in_a_transform_is_none_to_differentiate():
+    loss, x = CASES["likelihood of hidden"]
+    found = torch.func.grad(lambda y: (y * loss(x)).sum())(torch.ones(3, dtype=x.dtype))
+    torch.testing.assert_close(found, loss(x).expand(3))
 
 
 def test_forward_mode_is_an_error_where_there_is_no_gradient_at_all():

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from ._library import registered
@@ -68,21 +69,48 @@ class _FirstOrder(torch.autograd.Function):
         )
 
 
-def refuse_forward_mode(op: str, *inputs: Tensor | None) -> None:
-    """Raise NotImplementedError for an input with a tangent (`torch.func.jvp`, `jacfwd`), which would be ignored."""
-    if forward_ad._current_level < 0:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+def refuse_transforms(op: str, *inputs: Tensor | None) -> None:
+    """Raise NotImplementedError for an input by which `torch.func.jvp`, `jacfwd`, `grad`, `vjp` or `jacrev` differs.
+
+    torch would ignore a tangent, and refuses a `torch.func.grad` over registered operators with words about its own
+    classes.
+    """
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
         raise NotImplementedError(
             f"{op}: there is no forward-mode derivative; with QPEFT_REFERENCE=1 the PyTorch "
             "definitions run, which have it"
         )
+    if torch._C._are_functorch_transforms_active() and any(
+        _functorch.is_gradtrackingtensor(layer) and layer.requires_grad for x in inputs for layer in _layers(x)
+    ):
+        raise NotImplementedError(
+            f"{op}: there is no derivative by torch.func; use backward() or torch.autograd.grad, or set "
+            "QPEFT_REFERENCE=1, with which the PyTorch definitions run"
+        )
+
+
+def needs_gradient(x: Tensor) -> bool:
+    """Return whether a gradient by ``x`` is recorded, also where `torch.func.vmap` has wrapped it."""
+    if not torch.is_grad_enabled():
+        return False
+    if not torch._C._are_functorch_transforms_active():
+        return x.requires_grad
+    return any(layer.requires_grad for layer in _layers(x))
+
+
+def _layers(x: Tensor | None) -> Iterator[Tensor]:
+    """Yield ``x`` and, inside of transforms of `torch.func`, the tensors that it wraps."""
+    while x is not None:
+        yield x
+        x = _functorch.get_unwrapped(x) if _functorch.is_functorch_wrapped_tensor(x) else None
 
 
 def refuse_gradient(op: str, **inputs: Tensor) -> None:
     """Raise ValueError for an input that asks for a gradient which the operator does not compute."""
     for name, x in inputs.items():
-        if x.requires_grad and torch.is_grad_enabled():
+        if needs_gradient(x):
             raise ValueError(f"{op}: {name} gets no gradient, so it must not ask for one")
 
 

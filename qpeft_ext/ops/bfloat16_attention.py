@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, refuse_forward_mode
+from ._common import differentiable, fake, refuse_transforms
 from .hardware import multiplies_bfloat16_by_tiles
 
 _STEP = 32  # bfloat16 numbers in a row of a tile
@@ -37,7 +37,7 @@ def bfloat16_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
     Raises:
         RuntimeError: if `is_supported` does not hold for these inputs.
     """
-    refuse_forward_mode("bfloat16_attention", query, key, value)
+    refuse_transforms("bfloat16_attention", query, key, value)
     query, key, value, mask = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, mask))
     return torch.ops.qpeft_ext.bfloat16_attention(query, key, value, mask, scale)[0]
 

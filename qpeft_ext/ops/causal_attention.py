@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._common import fake, refuse_forward_mode, refuse_gradient
+from ._common import fake, refuse_gradient, refuse_transforms
 from ._library import registered
 
 _STEP = 16  # float32 numbers in a vector
@@ -42,7 +42,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, starts: Sequence
         ValueError: if an input requires a gradient.
         RuntimeError: for other shapes or dtypes.
     """
-    refuse_forward_mode("causal_attention", query, key, value)
+    refuse_transforms("causal_attention", query, key, value)
     refuse_gradient("causal_attention", query=query, key=key, value=value)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     return torch.ops.qpeft_ext.causal_attention(query, key, value, list(starts), scale)

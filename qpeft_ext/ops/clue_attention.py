@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..utils.torch_state import refuse_backward_in_autocast
 from ._checks import check_documents, check_ids, expect_like, expect_shape
 from ._common import (
     differentiable,
     fake,
     implement,
     outside_autocast,
-    refuse_forward_mode,
+    refuse_transforms,
     rows_of,
     sum_dtype,
     with_plain_rows,
@@ -96,8 +97,8 @@ def clue_attention(
     weights, biases = (w_q, w_k, w_v, w_o), (b_q, b_k, b_v, b_o)
     check_clue_attention(*documents, *weights, *biases, num_heads)
     if uses_reference(table.device):
-        return reference(*documents, *weights, *biases, num_heads=num_heads)
-    refuse_forward_mode("clue_attention", query_embeds, table, *weights, *biases)
+        return refuse_backward_in_autocast(reference(*documents, *weights, *biases, num_heads=num_heads))
+    refuse_transforms("clue_attention", query_embeds, table, *weights, *biases)
     documents = (query_embeds, query_mask, with_plain_rows(table), document_ids, document_mask, query_index)
     return torch.ops.qpeft_ext.clue_attention(*documents, *weights, *biases, num_heads)
 
@@ -184,12 +185,58 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 # and a document that repeats an id reads its row once.
 
 
+class _Rows(torch.autograd.Function):
+    """`torch.nn.functional.linear` of a matrix, with gradients that `torch.autocast` does not round."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            grad @ weight if wants_x else None,
+            grad.T @ x if wants_weight else None,
+            grad.sum(0) if wants_bias else None,
+        )
+
+
+class _Products(torch.autograd.Function):
+    """`torch.bmm`, likewise."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        wants_a, wants_b = ctx.needs_input_grad
+        return grad @ b.mT if wants_a else None, a.mT @ grad if wants_b else None
+
+
 @implement("clue_attention", "CompositeImplicitAutograd")
 def _forward(
     query_embeds, query_mask, table, document_ids, document_mask, query_index,
     w_q, w_k, w_v, w_o, b_q, b_k, b_v, b_o, num_heads,
 ):  # fmt: skip
-    """Apply the projections, which torch's autograd differentiates, around `clue_attention_heads`."""
+    """Apply the projections, which have gradients of their own, around `clue_attention_heads`."""
     absorbed = absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads)
     documents = (table, document_ids, document_mask, query_index)
     # The heads get no name here, so that their memory is free as soon as they are projected.
@@ -202,9 +249,9 @@ def _forward(
 def absorb(query_embeds, query_mask, w_q, w_k, b_q, num_heads) -> Tensor:
     """Project the queries into the space of the table's rows and scale them: ``[Q, T, H, D]``."""
     x = query_embeds.masked_fill(~query_mask[:, :, None], 0)  # masked tokens may be NaN
-    queries = linear(x, w_q, b_q).flatten(0, 1).unflatten(1, (num_heads, -1)).transpose(0, 1)  # [H, Q * T, D / H]
+    queries = _Rows.apply(x.flatten(0, 1), w_q, b_q).unflatten(1, (num_heads, -1)).transpose(0, 1)  # [H, Q * T, D / H]
     keys = w_k.unflatten(0, (num_heads, -1))  # [H, D / H, D]; a batch over Q too would copy it Q times
-    absorbed = torch.bmm(queries * scale_of(queries), keys)
+    absorbed = _Products.apply(queries * scale_of(queries), keys)
     return absorbed.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
@@ -216,7 +263,8 @@ def project_heads(heads, query_mask, document_mask, query_index, w_o, b_k, b_v, 
     if b_k is not None:  # it cancels in the softmax, but optimisers expect a gradient, which is 0
         bias = 0 * b_k if bias is None else bias + 0 * b_k
     counts = query_mask[query_index] & document_mask.any(1, keepdim=True)
-    return linear(heads, w_o, bias).masked_fill_(~counts[:, :, None], 0)
+    result = _Rows.apply(heads.flatten(0, 1), w_o, bias).unflatten(0, heads.shape[:2])
+    return result.masked_fill_(~counts[:, :, None], 0)
 
 
 @fake("clue_attention_heads")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, refuse_forward_mode
+from ._common import differentiable, fake, refuse_transforms
 from ._library import registered
 
 _HERE = registered("gated_silu")  # computed once, since torch.compile cannot trace the question
@@ -28,7 +28,7 @@ def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     Returns: shape and dtype of gate.
     Raises: RuntimeError if `is_supported` does not hold for these inputs.
     """
-    refuse_forward_mode("gated_silu", gate, up)
+    refuse_transforms("gated_silu", gate, up)
     return torch.ops.qpeft_ext.gated_silu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
 
 

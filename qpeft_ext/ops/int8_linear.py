@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import expect_device, expect_dtype, expect_shape
-from ._common import differentiable, fake, outside_autocast, refuse_forward_mode
+from ._common import differentiable, fake, outside_autocast, refuse_transforms
 from ._library import registered, uses_reference
 
 WORDS, INPUTS = 16, 64  # outputs and inputs of a layer must be multiples of these; so many inputs are turned together
@@ -122,7 +122,7 @@ def int8_linear(x: Tensor, layer: Int8Weight, bias: Tensor | None = None) -> Ten
         expect_device(op, "bias", bias, "x", x)
     if uses_reference(x.device) or not registered(op) or x.device.type not in ("cpu", "meta"):
         return reference(x, layer, bias)
-    refuse_forward_mode(op, x, bias)
+    refuse_transforms(op, x, bias)
     return torch.ops.qpeft_ext.int8_linear(x, *layer, bias)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, refuse_forward_mode, refuse_gradient
+from ._common import differentiable, fake, refuse_gradient, refuse_transforms
 from ._library import registered
 
 _HERE = registered("joined_prefixes")  # computed once, since torch.compile cannot trace the question
@@ -33,7 +33,7 @@ def joined_prefixes(prefixes: Sequence[Tensor], rows: Sequence[int], suffixes: T
         ValueError: if a prefix requires a gradient.
         RuntimeError: if `is_supported` does not hold for these inputs, or for a row that is no place of a prefix.
     """
-    refuse_forward_mode("joined_prefixes", suffixes, *prefixes)
+    refuse_transforms("joined_prefixes", suffixes, *prefixes)
     refuse_gradient("joined_prefixes", **{f"prefixes[{i}]": prefix for i, prefix in enumerate(prefixes)})
     return torch.ops.qpeft_ext.joined_prefixes(list(prefixes), list(rows), suffixes, slots)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ._common import exact_float32, outside_autocast, refuse_forward_mode, sum_dtype
+from ._common import exact_float32, outside_autocast, refuse_transforms, sum_dtype
 from ._library import uses_reference
 from ._pairs import Pairs, gather
 from .clue_attention import _heads, check_clue_attention, clue_attention, project_heads, scale_of
@@ -119,7 +119,7 @@ class ProjectedTable:
         check_clue_attention(*documents, *weights, num_heads)
         if uses_reference(self.table.device):
             return clue_attention(*documents, *weights, num_heads=num_heads)
-        refuse_forward_mode("ProjectedTable.attend", query_embeds, w_q, w_o, b_q, b_o)
+        refuse_transforms("ProjectedTable.attend", query_embeds, w_q, w_o, b_q, b_o)
         x = query_embeds.masked_fill(~query_mask[:, :, None], 0)
         queries = _heads(linear(x, w_q, b_q), num_heads).to(self.dtype)  # [Q, H, T, D / H]
         queries = queries * scale_of(queries)

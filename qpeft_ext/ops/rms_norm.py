@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, refuse_forward_mode, refuse_gradient
+from ._common import differentiable, fake, refuse_gradient, refuse_transforms
 from ._library import registered
 
 _HERE = registered("rms_norm")  # computed once, since torch.compile cannot trace the question
@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: if the weight requires a gradient.
         RuntimeError: if `is_supported` does not hold for these inputs.
     """
-    refuse_forward_mode("rms_norm", x, weight)
+    refuse_transforms("rms_norm", x, weight)
     refuse_gradient("rms_norm", weight=weight)
     rows = x.flatten(0, -2)
     return torch.ops.qpeft_ext.rms_norm(rows, weight, eps)[0].view(x.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._common import differentiable, fake, refuse_forward_mode, refuse_gradient
+from ._common import differentiable, fake, refuse_gradient, refuse_transforms
 from ._library import registered
 
 _HERE = registered("rotary")  # computed once, since torch.compile cannot trace the question
@@ -33,7 +33,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ValueError: if cos or sin requires a gradient.
         RuntimeError: if `is_supported` does not hold for these inputs.
     """
-    refuse_forward_mode("rotary", x, cos, sin)
+    refuse_transforms("rotary", x, cos, sin)
     refuse_gradient("rotary", cos=cos, sin=sin)
     return torch.ops.qpeft_ext.rotary(x, cos, sin)
 

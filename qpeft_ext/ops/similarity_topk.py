@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.torch_state import refuse_backward_in_autocast
 from ._checks import check_documents, check_ids
 from ._common import (
     blocks_of_rows,
@@ -16,7 +17,7 @@ from ._common import (
     implement,
     multiply,
     outside_autocast,
-    refuse_forward_mode,
+    refuse_transforms,
     rows_of,
     sum_dtype,
     with_plain_rows,
@@ -88,8 +89,9 @@ def similarity_topk(
     check_similarity_topk(query_embeds, query_mask, table, document_ids, document_mask, query_index, k, metric)
     documents = (document_ids, document_mask, query_index)
     if uses_reference(table.device):
-        return reference(query_embeds, query_mask, table, *documents, k, metric)
-    refuse_forward_mode("similarity_topk", query_embeds, table)
+        found = reference(query_embeds, query_mask, table, *documents, k, metric)
+        return found._replace(scores=refuse_backward_in_autocast(found.scores))
+    refuse_transforms("similarity_topk", query_embeds, table)
     inputs = (query_embeds, query_mask, with_plain_rows(table), *documents)
     return SimilarityTopK(*torch.ops.qpeft_ext.similarity_topk(*inputs, k, metric)[:3])
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..utils.torch_state import refuse_backward_in_autocast
 from ._checks import check_ids, expect_device, expect_dtype, expect_like, expect_shape
 from ._common import (
     add_product,
@@ -17,9 +18,10 @@ from ._common import (
     fake,
     implement,
     multiply_rows,
+    needs_gradient,
     outside_autocast,
     product_dtype,
-    refuse_forward_mode,
+    refuse_transforms,
     sum_dtype,
 )
 from ._library import uses_reference
@@ -71,9 +73,9 @@ def token_log_likelihood(
     """
     check_token_log_likelihood(hidden, lm_head, target_ids, bias, soft_cap, chunk_bytes)
     if uses_reference(hidden.device):
-        return reference(hidden, lm_head, target_ids, bias, soft_cap, logit_scale)
-    refuse_forward_mode("token_log_likelihood", hidden, lm_head, bias)
-    want_expectation = torch.is_grad_enabled() and hidden.requires_grad
+        return refuse_backward_in_autocast(reference(hidden, lm_head, target_ids, bias, soft_cap, logit_scale))
+    refuse_transforms("token_log_likelihood", hidden, lm_head, bias)
+    want_expectation = needs_gradient(hidden)
     return torch.ops.qpeft_ext.token_log_likelihood(
         hidden, lm_head, target_ids, bias, soft_cap, logit_scale, chunk_bytes, want_expectation
     )[0]
