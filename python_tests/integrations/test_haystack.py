@@ -1,7 +1,9 @@
 """The component for Haystack, with haystack-ai 3."""
 
 import asyncio
+import copy
 import os
+import threading
 
 import pytest
 from stub_server import DOCUMENTS, QUERY
@@ -82,6 +84,27 @@ def test_it_is_loaded_once_and_let_go(stub, found, monkeypatch):
     ranker.close()
     ranker.run(QUERY, found)
     assert len(opened) == 2
+
+
+def test_threads_that_come_first_together_load_it_once(found, monkeypatch):
+    opened, inside = [], threading.Event()
+
+    def open_slowly(*given):
+        opened.append(given)
+        inside.wait(0.2)  # as long as nobody else is here
+        if len(opened) > 1:
+            inside.set()
+        return Fake()
+
+    monkeypatch.setattr("qpeft_ext.integrations.haystack.Source", open_slowly)
+    ranker = QPeftRanker("adapter")
+
+    async def ask_twice():
+        return await asyncio.gather(ranker.run_async(QUERY, found), ranker.run_async(QUERY, found))
+
+    assert [len(answer["documents"]) for answer in asyncio.run(ask_twice())] == [1, 1]
+    assert len(opened) == 1
+    copy.deepcopy(ranker).run(QUERY, found)
 
 
 class Fake:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ..utils.inputs import as_list, kind_of
@@ -16,6 +17,8 @@ with needs("haystack-ai", "haystack"):
     from haystack.utils import Secret
 
 from .source import Source
+
+_OPENING = Lock()  # one for all components, since a component with a lock could not be copied
 
 
 @component
@@ -72,10 +75,13 @@ class QPeftRanker:
         self._source = None
 
     def _open(self) -> Source:
-        if self._source is None:
-            key = None if self.api_key is None else self.api_key.resolve_value()
-            self._source = Source(self.reranker, self.options, key, self.model, self.instruction, self.threshold)
-        return self._source
+        with _OPENING:  # `run_async` runs in threads, of which the first ones would each load the adapter
+            source = self._source
+            if source is None:
+                key = None if self.api_key is None else self.api_key.resolve_value()
+                source = Source(self.reranker, self.options, key, self.model, self.instruction, self.threshold)
+                self._source = source
+        return source
 
     @component.output_types(documents=list[Document])
     def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, list[Document]]:
