@@ -140,6 +140,11 @@ def test_arguments_that_are_not_taken(tmp_path, argument, message):
     assert len(str(caught.value)) < 300
 
 
+def test_a_search_for_arguments_says_what_to_do_instead(tmp_path):
+    with pytest.raises(NotImplementedError, match="make a model and a trainer for each trial, around the same LM"):
+        with_metrics(tmp_path).hyperparameter_search(n_trials=2, backend="optuna")
+
+
 def test_a_model_that_is_none(tmp_path):
     with pytest.raises(TypeError, match="model must be a QPeftModel, as get_qpeft_model.* makes it, got Linear"):
         qpeft.QPeftTrainer(torch.nn.Linear(1, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -73,6 +73,13 @@ class GroupTrainer(Trainer):
                 "call it for each of them"
             )
         return self.get_eval_dataloader(test_dataset)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise NotImplementedError: transformers makes a model for each trial through ``model_init``."""
+        raise NotImplementedError(
+            "QPeftTrainer has no hyperparameter_search; make a model and a trainer for each trial, around the same LM, "
+            "and return evaluate()['eval_loss'] to optuna or Ray Tune"
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         unpadded = self.args.world_size == 1 or self.args.dataloader_drop_last
