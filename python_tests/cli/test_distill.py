@@ -126,6 +126,20 @@ def test_the_revision_of_a_teacher_is_that_of_its_lm(job, tmp_path):
     assert _teacher(reranker).lm_revision == "v2"
 
 
+def test_a_revision_that_an_lm_lacks_is_an_error_of_an_lm(job, tmp_path, monkeypatch):
+    """The cache of the Hub has the LM in one commit, and there is no connection."""
+    commit, stored = "0" * 40, tmp_path / "models--org--lm"
+    shutil.copytree(job / "Qwen3-Reranker-0.6B", stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = {"teacher": "org/lm", "teacher_template": "qwen3_reranker", "base_model": "my-lm", "output": tmp_path}
+    assert _teacher(DistillOptions(**given, train=tmp_path)).base_model == "org/lm"
+    with pytest.raises(OSError, match="--teacher: cannot load the base LM 'org/lm'"):
+        _teacher(DistillOptions(**given, train=tmp_path, teacher_revision="v2"))
+
+
 def test_interrupted(job, tmp_path, capsys, monkeypatch):
     """The same command goes on where the teacher stopped, and ends with the same files."""
     monkeypatch.setattr(teacher, "_BLOCK", 2)

@@ -156,11 +156,13 @@ def _is_adapter(name: str, revision: str | None) -> bool:
 
     if os.path.isdir(name):
         return os.path.isfile(os.path.join(name, CONFIG))
-    try:
-        load_config(name, revision=revision)
-    except (OSError, ValueError):
-        return True
-    return False
+    for of in dict.fromkeys((revision, None)):  # an LM that lacks the revision is an LM nevertheless
+        try:
+            load_config(name, revision=of)
+        except (OSError, ValueError):
+            continue
+        return False
+    return True
 
 
 def _answer_of(teacher: QPeftConfig, score: str | None) -> dict[str, Any]:
