@@ -172,7 +172,7 @@ class QPeftModel(ScoringModel):
         """Save the trained modules, their config and a model card.
 
         Writes ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``, each of which appears whole or
-        not at all; the adapter of a `peft` model in ``lm_adapter``; with ``train_lm`` the whole LM in ``lm``.
+        not at all; the adapter of a `peft` model in ``lm_adapter``; with ``train_lm`` LM and tokenizer in ``lm``.
 
         Args:
             folder: made if it is not there.

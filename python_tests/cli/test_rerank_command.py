@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from cli.in_process import run_command
@@ -318,3 +319,22 @@ def test_long_queries_are_cut_on_request_and_counted(job, tmp_path, capsys):
     reranker.truncate_queries = True
     for doc_id, score in ranked.items():
         assert score == pytest.approx(reranker.predict(("moon " * 20, corpus[doc_id])), abs=1e-3)
+
+
+def test_an_adapter_that_is_a_whole_lm_needs_no_other(job, tmp_path, capsys):
+    """The LM that it was trained from is gone, and so is the tokenizer that was there."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(job / "lm", base)
+    save_adapter(adapter, base, clues="none", rank=None, train_lm=True)
+    capsys.readouterr()  # transformers' bars
+    data = job / "data"
+    where = ("rerank", "--model", adapter, "--data", data, "--run", data / "run.trec", "--device", "cpu", "--output")
+    run_command(capsys, *where, tmp_path / "before.trec")
+    shutil.rmtree(base)
+    run_command(capsys, *where, tmp_path / "after.trec")
+    assert (tmp_path / "after.trec").read_bytes() == (tmp_path / "before.trec").read_bytes()
+    for file in (adapter / "lm").glob("*token*"):  # as earlier versions saved it
+        file.unlink()
+    assert main([str(x) for x in (*where, tmp_path / "no.trec")]) == 2
+    err = capsys.readouterr().err
+    assert "copy the files of that LM's tokenizer into the adapter's folder lm" in err and err.count("\n") == 1

@@ -138,6 +138,20 @@ def test_a_trained_lm_is_saved_and_read(tmp_path):
         qpeft.QPeftModel.from_pretrained(tmp_path / "adapter", tiny_lm("llama"))
 
 
+def test_a_trained_lm_is_read_without_the_lm_that_it_was_made_from(tmp_path):
+    model = fully_trained()
+    model.qpeft_config.base_model_name_or_path = str(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = qpeft.QPeftModel.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded.score(PAIRS).query_log_likelihood, model.score(PAIRS).query_log_likelihood)
+    for file in (tmp_path / "adapter" / "lm").glob("*token*"):  # as earlier versions saved it
+        file.unlink()
+    with pytest.raises(OSError, match="copy the files of that LM's tokenizer into the adapter's folder lm"):
+        qpeft.QPeftModel.from_pretrained(tmp_path / "adapter")
+    given = qpeft.QPeftModel.from_pretrained(tmp_path / "adapter", tokenizer=tiny_tokenizer())
+    assert torch.equal(given.score(PAIRS).query_log_likelihood, model.score(PAIRS).query_log_likelihood)
+
+
 def test_full_fine_tuning_refuses():
     with pytest.raises(ValueError, match="train_lm=True needs clues='none'"):
         qpeft.QPeftConfig(train_lm=True)

@@ -1,7 +1,7 @@
 """Adapters on disk, with the file names of `peft`: adapter_config.json, adapter_model.safetensors, README.md.
 
 The adapters of a `peft` model that are in force are saved by `peft` in the sub-folder ``lm_adapter``; an LM that was
-trained (``train_lm``) is saved as a whole in ``lm``.
+trained (``train_lm``) is saved as a whole in ``lm``, with its tokenizer.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from .own_lm import expect_same_lm, finding_own_lm, revision_of
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 LM_ADAPTER, TRAINED_LM = "lm_adapter", "lm"
+_TOKENIZER = "tokenizer_config.json", "tokenizer.json"  # of which a tokenizer's folder has one at least
+_DOWNLOADED = ["*.json", "*.safetensors", "*.md", "*.svg", "*.txt", "*.model", "*.jinja"]  # the last of tokenizers
 _TRAINED = "trained"  # in the weights' metadata: what the LM answered in training
 
 
@@ -61,13 +63,27 @@ def save_adapter(model, folder: str | os.PathLike[str]) -> None:
         shutil.rmtree(folder / LM_ADAPTER)
     if model.qpeft_config.train_lm:
         _expect_finite(model.lm.state_dict(), f"the LM for {folder}")
-        save_folder_with(folder / TRAINED_LM, model.lm.save_pretrained)
+        save_folder_with(folder / TRAINED_LM, lambda path: _save_with_tokenizer(model, path))
     config = model.qpeft_config.to_dict() | {"qpeft_version": VERSION}
     # one entry only: safetensors writes several in an order that changes from file to file
     about = {_TRAINED: json.dumps({name: config[name] for name in ANSWER})}
     save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata=about))
     write_card(model, folder)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
+
+
+def _save_with_tokenizer(model, folder: str) -> None:
+    model.lm.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+
+
+def trained_lm(folder: Path, config: QPeftConfig) -> Path | None:
+    """Return the folder of an LM that was trained and saved in an adapter with its tokenizer, or None.
+
+    Earlier versions saved the LM without one.
+    """
+    own = folder / TRAINED_LM
+    return own if config.train_lm and any((own / name).is_file() for name in _TOKENIZER) else None
 
 
 def write_card(model, folder: str | os.PathLike[str]) -> None:
@@ -124,7 +140,10 @@ def load_adapter(cls, folder, lm=None, tokenizer=None, is_trainable: bool = Fals
         if lm is not None:
             raise ValueError(f"{folder} holds a whole LM, trained with train_lm=True; do not pass another")
         lm = load_lm(folder / TRAINED_LM, **lm_kwargs)
-        tokenizer = tokenizer or _tokenizer_of(folder, config.base_model_name_or_path, lm_kwargs)
+        if tokenizer is None:
+            own = trained_lm(folder, config)
+            with finding_own_lm(folder, config, own):
+                tokenizer = load_tokenizer(own or config.base_model_name_or_path or "", **lm_kwargs)
     elif lm is None or is_name(lm):
         with finding_own_lm(folder, config, lm):
             lm = load_lm(config.base_model_name_or_path or "" if lm is None else lm, **lm_kwargs)
@@ -278,7 +297,7 @@ def local_folder(folder: str | Path) -> Path:
 
     try:
         expect_in_reach(str(folder), (CONFIG,), {})
-        return Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.md", "*.svg"]))
+        return Path(snapshot_download(str(folder), allow_patterns=_DOWNLOADED))
     except RepositoryNotFoundError:
         reason = "there is no such folder, and the Hub has no such repository, or not for you (HF_TOKEN)"
     except Exception as error:  # also those of the connection, which are no OSErrors

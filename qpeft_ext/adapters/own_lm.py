@@ -16,6 +16,7 @@ _PROBES = 16  # embedding entries by which an LM is recognised
 _SIZES = "model_type", "vocab_size", "hidden_size"
 # short enough for the end of a line that the command line cuts in its middle
 _GIVE = "give the LM: base_model= (Reranker), lm= (QPeftModel), --base-model (command line)"
+_COPY = "copy the files of that LM's tokenizer into the adapter's folder lm"
 
 
 @contextmanager
@@ -31,14 +32,15 @@ def finding_own_lm(adapter: str | os.PathLike[str], config: QPeftConfig, lm: obj
     facts = config.base_model or {}
     sizes = ", ".join(f"{name} {facts[name]}" for name in _SIZES if name in facts)
     about = f"{adapter}: the adapter of an LM with {sizes}" if sizes else f"{adapter}"
+    remedy = _COPY if config.train_lm else _GIVE  # one that has an LM of its own takes no other
     if lm is None and not config.base_model_name_or_path:
-        raise ValueError(f"{about}: it does not name its base LM; {_GIVE}")
+        raise ValueError(f"{about}: it does not name its base LM; {remedy}")
     try:
         yield
     except OSError as error:
-        if lm is not None or config.train_lm:  # which has an LM of its own and takes no other
+        if lm is not None:
             raise
-        raise OSError(f"{about}: {error}; {_GIVE}") from error
+        raise OSError(f"{about}: {error}; {remedy}") from error
 
 
 def revision_of(config: QPeftConfig, lm: str | os.PathLike[str] | None = None) -> str | None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..adapters.files import adapter_config, adapter_digest, local_folder
+from ..adapters.files import adapter_config, adapter_digest, local_folder, trained_lm
 from ..adapters.own_lm import finding_own_lm, revision_of
 from ..config import QPeftConfig
 from ..formats import open_collection
@@ -119,10 +119,18 @@ class SystemsSpec:
     @property
     def lm_name(self) -> str:
         """The LM's name, as for `load_lm`. Raises: ValueError if nobody names it."""
-        name = self.config.base_model_name_or_path if self.base_model is None else self.base_model
+        name = self.config.base_model_name_or_path if self._own_lm is None else self._own_lm
         if not name:
             raise ValueError(f"{self.model}: the adapter does not name its base LM; give --base-model")
         return name
+
+    @property
+    def _own_lm(self) -> str | None:
+        """The LM that was given, or that the adapter holds, which need not be the one that it names."""
+        if self.base_model is not None or not self.model:
+            return self.base_model
+        held = trained_lm(local_folder(self.model), self.config)
+        return None if held is None else str(held)
 
     @property
     def lm_revision(self) -> str | None:
@@ -160,7 +168,7 @@ class SystemsSpec:
 
     def prompt(self) -> Prompt:
         """Make the `Prompt` without loading the LM."""
-        with finding_own_lm(self.model or "", self.config, self.base_model):
+        with finding_own_lm(self.model or "", self.config, self._own_lm):
             return prompt_without_lm(self.lm_name, self.lm_revision, self.config_with_limits)
 
     def settings(self, queries: Mapping[str, str], candidates: Run) -> dict[str, object]:
