@@ -83,6 +83,23 @@ def test_separable_pairs_have_a_finite_map():
     assert math.isfinite(found.intercept) and values[1] < 0.1 < 0.9 < values[2]
 
 
+@pytest.mark.parametrize(("scores", "best"), [
+    ([-3.8, -1.9, -1.4, -1.0, -0.4, 0.1, 0.5, 0.6, 0.7, 0.9, 0.9, 1.2, 1.4, 1.4, 1.9, 9.7, 10.1], 9.7),
+    ([-1.9, -0.8, -0.1, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.6, 0.8, 3.1, 6.2], 6.2),  # separable: the penalty decides
+])  # fmt: skip
+def test_few_relevant_documents_far_from_the_others(scores, best):
+    """Newton's steps overshoot here unless they are made shorter; another optimiser finds the same minimum."""
+    mean = np.array(scores)
+    relevant, tokens = mean == best, np.full(len(mean), 4)
+    found = fit_calibration(mean, tokens, relevant, mean - 0.5)  # √T·(m − b) is the same for all
+
+    def loss(w):  # with the squared weight of the standardised scores
+        return np.logaddexp(0, np.where(relevant, -1, 1) * (w[0] + w[1] * mean)).sum() + 5e-4 * (w[1] * mean.std()) ** 2
+
+    wanted = minimize(loss, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-12, "maxiter": 9999})
+    assert found.gain == 0 and [found.intercept, found.mean] == pytest.approx(wanted.x.tolist(), rel=1e-5)
+
+
 def test_a_weight_that_would_be_negative_is_left_out():
     mean, tokens, _, bare, *_ = pairs()
     gain = np.sqrt(tokens) * (mean - bare)

@@ -203,8 +203,8 @@ def _logistic(inputs: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     for _ in range(_STEPS):
         p = 1 / (1 + np.exp(-(x @ w)))
         gradient = x.T @ (p - relevant) + ridge * w
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + np.diag(ridge + 1e-9), gradient)
-        size = 1.0
+        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + np.diag(ridge), gradient)
+        size = 1.0  # halved where a whole step would overshoot: few relevant pairs, far from the others
         while loss(w - size * step) > loss(w) and size > 1e-6:
             size /= 2
         w = w - size * step
