@@ -71,6 +71,19 @@ def test_a_window_of_the_cache_alone_is_found_in_short_prompts():
     assert_own_scores(model)
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2"])
+def test_padding_behind_a_window_that_is_no_number_is_not_read(model_type):
+    """In float64 the masks of "eager" become infinite in its softmax: a token that sees nothing is NaN."""
+    lm = tiny_lm(model_type, attn_implementation="eager").double()
+    model = model_of(lm)
+    assert "prompts of different lengths disturb each other" in model.engine.why_unpadded
+    assert lm.config.sliding_window == 8
+    expected = own_scores(model, PAIRS)
+    for path in ("document_first", "plain"):
+        found = model.score(PAIRS, path=path).query_log_likelihood.float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
 def test_chunks_of_the_cache_alone_are_found_in_short_prompts(monkeypatch):
     """A cache of a chunk that drops too much, where a prompt is longer than the chunk."""
     lm = causal_lm("llama4_text", OTHER_DECODERS["llama4_text"] | {"attention_chunk_size": 40})

@@ -42,7 +42,7 @@ class Findings:
 def check_paths(engine: Any, try_shared: bool) -> Findings:
     """Find out which passes of an engine give the LM's own numbers.
 
-    This takes five to nine forwards over rows of at most 16 tokens.
+    This takes five to twelve forwards over rows of at most 16 tokens.
 
     Args:
         engine: the engine of the LM.
@@ -50,7 +50,7 @@ def check_paths(engine: Any, try_shared: bool) -> Findings:
     Raises: ValueError if even an unpadded prompt in a pass of its own does not give what the LM's own forward gives, or
         an embedding that is no token's cannot be read.
     """
-    probe, found = _Probe(engine), Findings()
+    probe, found, window = _Probe(engine), Findings(), _window_option(engine)
     noise, reason = probe.error(shared=False, together=True)
     why_refused = probe.why_no_vectors()
     if not noise <= probe.rounding:
@@ -62,11 +62,17 @@ def check_paths(engine: Any, try_shared: bool) -> Findings:
     elif try_shared:
         largest = min(_LARGEST_NOISE, max(probe.rounding, 3 * noise))
         error, reason = probe.error(shared=True, together=True)
-        if error <= largest and (window := _window_option(engine)):
+        if error <= largest and window:
             with _narrow(engine.decoder.config, window):
                 error, reason = _Probe(engine).error(shared=True, together=True)
         if not error <= largest:
             found.why_not_shared = f"it reads a prompt in two parts otherwise than as a whole ({reason})"
+    if window and not found.why_unpadded and (found.why_not_shared or not try_shared):
+        # behind a window of padding a token sees nothing, which is no number in some LMs (float64 with "eager")
+        with _narrow(engine.decoder.config, window):
+            error, reason = _Probe(engine).error(shared=False, together=True)
+        if not error <= max(probe.rounding, 3 * noise):
+            found.why_unpadded = f"prompts of different lengths disturb each other in it ({reason})"
     if why_refused:
         raise ValueError(
             f"this {engine.lm.config.model_type} LM does not give its own scores for embedded tokens ({why_refused}), "
@@ -82,7 +88,8 @@ def _window_option(engine) -> str | None:
     nor do they reveal chunks (Llama 4). Kernels that take the window from each layer would not see a narrower one in
     the config. None: there is no such option.
     """
-    if engine.is_encoder_decoder or not any(layer and layer[-1] for layer in engine.packing.layers):
+    packing = getattr(engine, "packing", None)  # there is none where the cache cannot be shared
+    if engine.is_encoder_decoder or (packing is not None and not any(layer and layer[-1] for layer in packing.layers)):
         return None
     config = getattr(engine.decoder, "config", None)
     if config is None or config is not engine.lm.config.get_text_config():
