@@ -157,11 +157,14 @@ def test_a_damaged_shard_costs_its_documents_and_nothing_else(damage, tmp_path, 
         assert torch.equal(scores(lm, cache, deterministic=True), expected)
     assert (cache.hits, cache.misses) == (10, 2)
     assert [record.message.startswith(f"{path} is damaged") for record in caplog.records] == [True]  # said once
-    cache.index._told.clear()
-    if make(tmp_path, lm, deterministic=True).missing:  # damage inside a prefix is only seen when it is read
-        assert {name: flat.tolist() for name, flat in contents(tmp_path).items()} == {
-            name: flat.tolist() for name, flat in whole.items()
-        }
+    assert "remove it and run the qpeft index command again" in caplog.text
+    if not make(tmp_path, lm, deterministic=True).missing:  # damage inside a prefix is only seen when it is read
+        path.unlink()
+        assert make(tmp_path, lm, deterministic=True).missing == 1
+    assert {name: flat.tolist() for name, flat in contents(tmp_path).items()} == {
+        name: flat.tolist() for name, flat in whole.items()
+    }
+    assert qpeft.DocumentCache(0, index=tmp_path).index.manifest["complete"]
 
 
 def test_a_shard_that_vanishes_while_it_is_used_is_a_miss(tmp_path, caplog):

@@ -172,7 +172,10 @@ class PrefixIndex(FileTier):
     def _tell(self, path: Path, reason: object) -> None:
         if path.name not in self._told:
             self._told.add(path.name)
-            logger.warning("%s is damaged (%s); what cannot be read from it is computed again", path, reason)
+            logger.warning(
+                "%s is damaged (%s); what cannot be read from it is computed again, each time: remove it and run the "
+                "qpeft index command again", path, reason
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._rows)
