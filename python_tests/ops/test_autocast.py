@@ -6,7 +6,7 @@ import pytest
 import torch
 from inputs import make_documents
 
-from qpeft_ext.ops import clue_attention, similarity_topk, token_log_likelihood
+from qpeft_ext.ops import attention_weights, clue_attention, similarity_topk, token_log_likelihood
 from qpeft_ext.ops._library import registered
 from qpeft_ext.ops.gated_silu import gated_silu
 from qpeft_ext.ops.int8_linear import Int8Weight, int8_linear
@@ -78,3 +78,11 @@ def test_public_operators_in_autocast(name, is_reference, monkeypatch):
     expected = torch.autograd.grad(function(leaf).sum(), leaf)[0]
     assert torch.equal(leaf.grad, expected)
     assert inside is None or torch.equal(inside, expected)
+
+
+def test_weights_that_explain_a_score_are_those_outside_of_autocast():
+    x, w = make_documents(D=16), torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    expected = attention_weights(*x, w, w, num_heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention_weights(*x, w, w, num_heads=2)
+    assert torch.equal(found, expected)

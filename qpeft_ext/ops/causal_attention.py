@@ -37,7 +37,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, starts: Sequence
         value: as key.
         starts: the first key of each item, B ints in [0, T].
         scale: factor on the products of query and key.
-    Returns: ``[B, L, H, D]``, float32. A query without any key gets 0.
+    Returns: ``[B, L, H, D]``, float32. A query without any key gets 0. A value that is not finite makes NaN of the
+        queries that see it, and may of the 7 rows before them, which are multiplied together; torch's kernels make NaN
+        of every query of the item.
     Raises:
         ValueError: if an input requires a gradient.
         RuntimeError: for other shapes or dtypes.

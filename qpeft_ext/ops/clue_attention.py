@@ -136,6 +136,7 @@ def reference(
     return mixed.masked_fill(~counts[:, :, None], 0)
 
 
+@outside_autocast
 def attention_weights(
     query_embeds, query_mask, table, document_ids, document_mask, query_index,
     w_q, w_k, b_q=None, b_k=None, *, num_heads,
