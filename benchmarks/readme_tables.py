@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 COLLECTIONS = {
     "squad-smollm2": ("SQuAD, 500 questions", "quality_pretrained", "squad"),
     "docstrings-smollm2": ("docstrings, 500 queries (float32)", "quality_pretrained_float32", "docstrings"),
+    "scifact-from-squad-smollm2": ("SciFact, 300 claims; trained on SQuAD", "quality_pretrained", "scifact, from SQuAD"),
     "dl19-from-squad-smollm2": ("TREC DL 2019, 43 queries; trained on SQuAD", "quality_pretrained", "dl19, from SQuAD"),
     "dl19-smollm2": ("TREC DL 2019, 43 queries; trained on MS MARCO", "quality_pretrained", "dl19"),
     "cosqa-smollm2": (
@@ -44,6 +45,7 @@ COLLECTIONS = {
 FIVE = ("squad", "docstrings", "cosqa", "dl19", "scifact")
 PRETRAINED = (
     "squad-smollm2",
+    "scifact-from-squad-smollm2",
     "docstrings-smollm2",
     "cosqa-smollm2",
     "dl19-from-squad-smollm2",
