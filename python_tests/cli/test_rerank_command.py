@@ -57,6 +57,14 @@ def test_rerank(job, tmp_path, capsys):
     assert "3 queries; difference to run" in out
 
 
+def test_a_first_stage_called_as_the_system_keeps_its_row(job, tmp_path, capsys):
+    """The run of UPR, reranked by UPR once more: both are in the table, and are compared."""
+    formats.write_run(tmp_path / "UPR.trec", RUN)
+    options = ["--upr", "--base-model", job / "lm", "--data", job / "data", "--device", "cpu"]
+    out = run_command(capsys, "rerank", *options, "--run", tmp_path / "UPR.trec", "--output", tmp_path / "out.trec")
+    assert "│UPR (before)" in out and "│UPR  " in out and "difference to UPR (before)" in out
+
+
 def test_a_threshold_leaves_documents_out_of_the_run(job, tmp_path, capsys):
     reranker = qpeft.Reranker.from_pretrained(job / "adapter")
     corpus, output = formats.Corpus(job / "data"), tmp_path / "out.trec"

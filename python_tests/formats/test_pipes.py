@@ -1,6 +1,8 @@
 """What is read once may be a pipe (``<(command)``); what is read twice may not, since its beginning would be gone."""
 
+import bz2
 import contextlib
+import lzma
 import os
 import threading
 
@@ -72,4 +74,19 @@ def test_a_gzip_file_of_another_name(tmp_path):
     formats.write_run(tmp_path / "run.gz", {"q": [("d", 1.0)]})
     (tmp_path / "run.gz").rename(tmp_path / "run")
     with pytest.raises(ValueError, match=r"run: expected text, got a gzip file; let its name end in \.gz"):
+        formats.read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "data, kind",
+    [
+        (bz2.compress(b"q Q0 d 1 1.0 tag\n"), "a bzip2"),
+        (lzma.compress(b"q Q0 d 1 1.0 tag\n"), "an xz"),
+        (bytes.fromhex("28b52ffd2411890000"), "a zstd"),
+        (b"PK\x03\x04\x14\x00\x00\x00\x08\x00\xff\n", "a zip"),
+    ],
+)
+def test_files_of_other_compressors(tmp_path, data, kind):
+    (tmp_path / "run").write_bytes(data)
+    with pytest.raises(ValueError, match=f"run: expected text, got {kind} file; decompress it, or compress it with gz"):
         formats.read_run(tmp_path / "run")

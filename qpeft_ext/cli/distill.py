@@ -89,6 +89,7 @@ def command(options: DistillOptions) -> None:
     """
     from ..config.values import DISTILLATION
     from ..lm.loading import quiet_transformers
+    from ..utils.files import expect_no_input
 
     check_options(options)
     expect_names(
@@ -102,6 +103,8 @@ def command(options: DistillOptions) -> None:
             f"{options.loss!r}; qpeft train has the others"
         )
     file = options.teacher_scores or options.output / SCORES
+    for path in (file, _scores_of("dev", file)):
+        expect_no_input(path, options.train, options.dev, options.run, options.data, option="--teacher-scores")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"qpeft distill runs in one process; on several GPUs: qpeft train --train {file} --loss {options.loss}"
@@ -180,5 +183,9 @@ def _teach(options: DistillOptions, teacher: SystemsSpec, file: Path, examples: 
 
     with _errors_of_the_teacher():
         teacher.prompt()  # its LM is found
-    path = file if part == "train" else file.with_name(f"{part}_{file.name}")
-    return teach(teacher, options.device, examples, path, overwrite=options.overwrite)
+    return teach(teacher, options.device, examples, _scores_of(part, file), overwrite=options.overwrite)
+
+
+def _scores_of(part: str, file: Path) -> Path:
+    """Return the file of the teacher's scores of "train" or "dev"; ``file`` is that of "train"."""
+    return file if part == "train" else file.with_name(f"{part}_{file.name}")

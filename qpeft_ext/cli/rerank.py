@@ -155,7 +155,8 @@ def command(options: RerankOptions) -> None:
         say(f"{name}: {result}")
     say(f"wrote {sum(map(len, results[spec.names[0]].run.values()))} lines to {output}")
     if qrels:
-        runs = {before: candidates} | {name: result.run for name, result in results.items()}
+        label = f"{before} (before)" if before in results else before  # a run file may be called UPR.trec
+        runs = {label: candidates} | {name: result.run for name, result in results.items()}
         say(compare_table(runs, qrels, names).render())
     else:
         splits = ", ".join(collection.splits) or "none"

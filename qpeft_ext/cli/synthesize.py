@@ -95,6 +95,7 @@ def command(options: SynthesizeOptions) -> None:
     from ..synthesis.generator import Sampling
     from ..synthesis.training_set import PartialQueries, choose_documents, generate_queries, write_training_set
     from ..utils.environment import versions
+    from ..utils.files import expect_no_input
 
     sampling = Sampling(
         options.queries_per_document,
@@ -119,6 +120,7 @@ def command(options: SynthesizeOptions) -> None:
         max_document_tokens=options.max_document_tokens,
         max_query_tokens=options.max_query_tokens,
     )
+    expect_no_input(options.output, options.data)
     corpus = formats.open_collection(options.data).corpus
     doc_ids = choose_documents(corpus, options.documents, options.seed)
     device = default_device(options.device)

@@ -113,7 +113,7 @@ def evaluate(
     numbered = [measure for measure in parsed.values() if _needs_numbers(measure)]
     others = [measure for measure in parsed.values() if measure not in numbered]
     for value in chain(
-        ir_measures.iter_calc(others, qrels, scored) if others else (),
+        *(_values(together, qrels, scored) for together in _passes(others)),
         _with_numbers(numbered, qrels, scored) if numbered else (),
     ):
         per_query[names[value.measure]][value.query_id] = float(value.value)
@@ -176,6 +176,30 @@ def _scored(run: Run, qrels: Qrels, ties: str) -> dict[str, dict[str, float]]:
                 raise ValueError(f"evaluate: query {query_id!r}: {error}") from None
             scored[query_id] = {doc_id: score for (doc_id, _), score in zip(ranking, scores, strict=True)}
     return scored
+
+
+def _passes(measures: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield the measures in groups, each of which ir_measures may compute in one call.
+
+    In the same call as ``nDCG(gains={...})@10`` it takes these gains for ``nDCG@10`` too, or gives one of the two 0;
+    ``judged_only`` is taken for ``NumRet`` too, and recall levels are told apart by two digits only.
+    """
+    alone = [m for m in measures if m.NAME in ("IPrec", "Accuracy") or not m.params.keys() <= {"cutoff", "rel"}]
+    yield from ([measure] for measure in alone)
+    if together := [measure for measure in measures if measure not in alone]:
+        yield together
+
+
+def _values(measures: list[Any], qrels: Qrels, scored: Mapping[str, Mapping[str, float]]) -> Iterator[Any]:
+    """Yield the values of ``iter_calc``. Raises: ValueError for measures that ir_measures fails to compute."""
+    import ir_measures
+
+    try:
+        yield from ir_measures.iter_calc(measures, qrels, scored)
+    except ArithmeticError as error:  # Accuracy, if a query has no other candidates than relevant ones
+        raise ValueError(
+            f"evaluate: ir_measures cannot compute {', '.join(map(str, measures))} of this run ({error}); leave it out"
+        ) from None
 
 
 def _needs_numbers(measure: Any) -> bool:
@@ -256,13 +280,18 @@ def _measure(name: str) -> Any:
             ValueError, NameError, SyntaxError, TypeError, AttributeError, KeyError, AssertionError
         ):
             measure = parse(name)
-            levels = (measure.params.get("cutoff", 1), measure.params.get("rel", 1))
-            # trec_eval aborts the process for a cutoff or a level of 0
-            if all(level >= 1 and level is not True for level in levels) and ir_measures.DefaultPipeline.supports(
-                measure
-            ):
+            if _is_within_bounds(measure) and ir_measures.DefaultPipeline.supports(measure):
                 return measure
     return None
+
+
+def _is_within_bounds(measure: Any) -> bool:
+    """Tell whether trec_eval can take the numbers of a measure: it aborts the process for a cutoff or a level of 0."""
+    levels = (measure.params.get("cutoff", 1), measure.params.get("rel", 1))
+    gains = chain(*measure.params.get("gains", {}).items())
+    return all(1 <= level < 1 << 31 and level is not True for level in levels) and all(
+        type(gain) is int and abs(gain) <= LARGEST_RELEVANCE for gain in gains
+    )
 
 
 def _parse_trec_measure(name: str) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import AnyPath
+from ..utils.text import shorten
 from .collection import Collection, Example, Glance
 from .example_keys import ExampleKeys
 from .qrels import whole_relevance
@@ -28,8 +29,8 @@ class Documents(Mapping[str, dict]):
     """Rows {"_id", "title"?, "text"} by id. Texts stay in the memory-mapped file of ``datasets``, ids in memory."""
 
     def __init__(self, place: str, rows: Any) -> None:
-        self._rows = rows
-        self._ids = list(map(str, rows["_id"]))
+        self._rows, self._place = rows, place
+        self._ids = [_id(place, "corpus", number, "_id", value) for number, value in enumerate(rows["_id"], start=1)]
         self._places = {doc_id: i for i, doc_id in enumerate(self._ids)}
         if len(self._places) < len(self._ids):
             first = {doc_id: i for i, doc_id in reversed(list(enumerate(self._ids)))}
@@ -39,8 +40,13 @@ class Documents(Mapping[str, dict]):
             )
 
     def __getitem__(self, doc_id: str) -> dict[str, str]:
-        row = self._rows[self._places[doc_id]]
-        return {"id": doc_id, "title": row.get("title") or "", "text": row["text"]}
+        place = self._places[doc_id]
+        row = self._rows[place]
+        title = row.get("title")
+        for key, value in (("title", "" if title is None else title), ("text", row["text"])):
+            if not isinstance(value, str):
+                raise ValueError(f"{self._place}, row {place + 1} of corpus: {_expected(key, value)}")
+        return {"id": doc_id, "title": title or "", "text": row["text"]}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -91,7 +97,17 @@ class Dataset(Collection):
         self._check("queries")
         rows = self._only("queries")
         self._columns(rows, "queries", "_id", "text")
-        return dict(zip(map(str, rows["_id"]), rows["text"], strict=True))
+        queries: dict[str, str] = {}
+        for number, (value, text) in enumerate(zip(rows["_id"], rows["text"], strict=True), start=1):
+            query_id = _id(self.place, "queries", number, "_id", value)
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{self.place}, row {number} of queries: {_expected('text', text)}")
+            if queries.setdefault(query_id, text) != text:
+                raise ValueError(
+                    f"{self.place}, row {number} of queries: the query id {query_id!r} has had another text; "
+                    "ids must be unique"
+                )
+        return queries
 
     def qrels(self, split: str | None = None) -> Qrels:
         self._check("qrels")
@@ -100,8 +116,16 @@ class Dataset(Collection):
         qrels: Qrels = {}
         columns = zip(rows["query-id"], rows["corpus-id"], rows["score"], strict=True)
         for number, (query_id, doc_id, score) in enumerate(columns, start=1):
+            query_id, doc_id = (
+                _id(self.place, "qrels", number, key, value)
+                for key, value in (("query-id", query_id), ("corpus-id", doc_id))
+            )
             where = f"{self.place}, row {number} of qrels"
-            qrels.setdefault(str(query_id), {})[str(doc_id)] = whole_relevance(where, score)
+            relevance = whole_relevance(where, score)
+            if qrels.setdefault(query_id, {}).setdefault(doc_id, relevance) != relevance:
+                raise ValueError(
+                    f"{where}: document {shorten(doc_id)} has had another relevance for query {shorten(query_id)}"
+                )
         return qrels
 
     def examples(self, split: str | None = None) -> Iterator[Example]:
@@ -187,6 +211,17 @@ def _library() -> Any:
     except ImportError:
         raise ImportError(_EXTRA) from None
     return datasets
+
+
+def _id(place: str, part: str, number: int, key: str, value: object) -> str:
+    """Return an id as text. Raises: ValueError that names the row if there is none."""
+    if value is None or not str(value).strip():
+        raise ValueError(f"{place}, row {number} of {part}: expected an id under {key!r}, got {value!r}")
+    return str(value)
+
+
+def _expected(key: str, got: object) -> str:
+    return f"expected a text under {key!r}, got {shorten(got)}"
 
 
 def _documents(where: str, key: str, value: object) -> list[Any]:

@@ -14,6 +14,15 @@ from typing import IO, Any, cast
 from ..utils.files import AnyPath, is_gzip
 from ..utils.text import shorten
 
+_UNPACK = "decompress it, or compress it with gzip and let its name end in .gz"
+_COMPRESSED = {  # how compressed files begin
+    b"\x1f\x8b": ("a gzip", "let its name end in .gz"),
+    b"\x28\xb5\x2f\xfd": ("a zstd", _UNPACK),
+    b"\xfd7zXZ": ("an xz", _UNPACK),
+    b"BZh": ("a bzip2", _UNPACK),
+    b"PK\x03\x04": ("a zip", _UNPACK),
+}
+
 
 def line_error(path: AnyPath, number: int, message: str) -> ValueError:
     """Return the error for a bad line, "file, line n: …", of bounded length."""
@@ -69,8 +78,9 @@ def decode(path: AnyPath, number: int, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        if number == 1 and raw.startswith(b"\x1f\x8b"):
-            raise ValueError(f"{os.fspath(path)}: expected text, got a gzip file; let its name end in .gz") from None
+        for start, (kind, remedy) in _COMPRESSED.items() if number == 1 else ():
+            if raw.startswith(start):
+                raise ValueError(f"{os.fspath(path)}: expected text, got {kind} file; {remedy}") from None
         raise line_error(
             path,
             number,

@@ -36,19 +36,20 @@ def check_target(path: AnyPath) -> Path:
     return _check_place(path, Path(os.path.realpath(path)))
 
 
-def expect_no_input(output: AnyPath | None, *inputs: AnyPath | None) -> None:
+def expect_no_input(output: AnyPath | None, *inputs: AnyPath | None, option: str = "--output") -> None:
     """Check that an output does not replace a file that the same command reads.
 
     Args:
         output: the file that is to be written; None where none is.
         inputs: files, which need not be there; folders, other names and None never clash.
+        option: the option that names the output.
     Raises: ValueError that names the file.
     """
     for path in inputs:
         if output is None or path is None or not (os.path.isfile(output) and os.path.isfile(path)):
             continue
         if os.path.samefile(output, path):
-            raise ValueError(f"--output {output} would replace {path}, which is read; name another file")
+            raise ValueError(f"{option} {output} would replace {path}, which is read; name another file")
 
 
 def _check_place(path: AnyPath, target: Path) -> Path:

@@ -41,7 +41,8 @@ class PartialFile:
 
     Attributes: target: the final path of the result.  part: the growing file.  num_pieces: number of complete pieces.
         start_over: how a user begins anew, for messages.
-    Raises: ValueError for other settings; OSError if ``path`` cannot be written.
+    Raises: ValueError for other settings, or if a file of other content has the name ``OUTPUT.json``; OSError if
+        ``path`` cannot be written.
     """
 
     start_over = "--no-resume (resume=False)"
@@ -56,6 +57,7 @@ class PartialFile:
         resume: bool = True,
     ) -> None:
         self.target = check_target(path)
+        self._expect_no_other_file(path)
         self.part = self.target.with_name(f"{self.target.name}{f'.{name}' if name else ''}.part")
         self._about, self._sums = (self.part.with_name(f"{self.part.name}.{ending}") for ending in ("json", "sums"))
         self.num_pieces = 0
@@ -145,6 +147,15 @@ class PartialFile:
             if file is not None:
                 os.close(file)
         self._file = self._sums_file = None
+
+    def _expect_no_other_file(self, path: AnyPath) -> None:
+        """Check that `finish` will replace no file of somebody else, such as ``data.json`` for an output ``data``."""
+        beside = _settings_file(self.target)
+        if os.path.lexists(beside) and _settings_in(beside) is None:
+            raise ValueError(
+                f"the settings of {path} are written beside it, and would replace {beside}, which holds something "
+                "else; name another output"
+            )
 
     def _open_part(self, path: AnyPath) -> int:
         """Open the part, and refuse it if it cannot become a regular file."""
