@@ -20,7 +20,11 @@ RESULTS = Path(__file__).parent / "results"
 COLLECTIONS = {
     "squad-smollm2": ("SQuAD, 500 questions", "quality_pretrained", "squad"),
     "docstrings-smollm2": ("docstrings, 500 queries (float32)", "quality_pretrained_float32", "docstrings"),
-    "scifact-from-squad-smollm2": ("SciFact, 300 claims; trained on SQuAD", "quality_pretrained", "scifact, from SQuAD"),
+    "scifact-from-squad-smollm2": (
+        "SciFact, 300 claims; trained on SQuAD",
+        "quality_pretrained",
+        "scifact, from SQuAD",
+    ),
     "dl19-from-squad-smollm2": ("TREC DL 2019, 43 queries; trained on SQuAD", "quality_pretrained", "dl19, from SQuAD"),
     "dl19-smollm2": ("TREC DL 2019, 43 queries; trained on MS MARCO", "quality_pretrained", "dl19"),
     "cosqa-smollm2": (
