@@ -144,12 +144,15 @@ def test_few_blocks_do_not_run():
     assert len(left_out) <= NOT_RUN, "\n".join(left_out)
 
 
+OPTIONS_OF_LAUNCHERS = {"--nproc-per-node", "--multi_gpu", "--num_processes", "--cpu"}  # torchrun's and accelerate's
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_and_option_in_the_text_exists(page):
     """In inline code: `qpeft NAME`, `qpeft NAME --option`, and `--option` of any command or script of ours."""
     commands = options_of_commands()
     text = re.sub(r"^ *(```|~~~).*?^ *\1", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    known = set().union(*commands.values()) | {"--version", "--nproc-per-node"} | options_of_scripts()
+    known = set().union(*commands.values()) | {"--version"} | OPTIONS_OF_LAUNCHERS | options_of_scripts()
     for code in re.findall(r"`([^`\n]+)`", text):
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", code):
             assert option in known, f"{page.name}: nothing has the option {option}: `{code}`"
