@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ import typer
 from ..prompts.passages import check_passages
 from ..utils.console import say
 from ..utils.files import expect_no_input
+from ..utils.text import shorten
 from .common import (
     DATA,
     DETERMINISTIC_SCORES,
@@ -192,8 +194,8 @@ def _check_options(options: RerankOptions) -> None:
     if options.max_memory is not None:
         if options.cache_bytes:
             raise ValueError("--max-memory and --cache-bytes exclude each other")
-        if not (options.max_memory == "free" or options.max_memory.isdigit()):
-            raise ValueError(f"--max-memory must be a number of bytes or free, got {options.max_memory!r}")
+        if not (options.max_memory == "free" or re.fullmatch("[0-9]{1,18}", options.max_memory)):
+            raise ValueError(f"--max-memory must be a number of bytes or free, got {shorten(options.max_memory)}")
 
 
 def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
@@ -216,7 +218,7 @@ def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
         truncate_queries=options.truncate_queries,
         max_document_tokens=options.max_document_tokens,
         cache_bytes=options.cache_bytes,
-        max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
+        max_memory=int(max_memory) if max_memory and max_memory != "free" else max_memory,
         index=options.index.absolute() if options.index else None,
         kv_dtype=options.kv_dtype,
         template=options.template,

@@ -261,7 +261,7 @@ def _score(path: AnyPath, number: int, text: str) -> float:
     except ValueError:
         score = math.nan
     with np.errstate(over="ignore"):
-        if "_" in text or not np.isfinite(np.float32(score)):
+        if "_" in text or not text.isascii() or not np.isfinite(np.float32(score)):
             raise line_error(path, number, f"expected a finite number as score, got {shorten(text)}")
     return score
 
