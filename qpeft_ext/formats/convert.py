@@ -14,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import AnyPath, AtomicWriter, new_folder
+from ..utils.files import AnyPath, new_folder
+from ..utils.partial_file import ResultWriter
 from . import trec
 from .collection import Example
 from .jsonl import training_examples, write_examples
@@ -144,7 +145,7 @@ def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
             done.written["queries"] += 1
             yield query_id, {"question": queries[query_id], "answers": answers.get(query_id, []), "ctxs": passages}
 
-    with AtomicWriter(output) as file:  # by id, as Pyserini writes it: a list would lose the ids
+    with ResultWriter(output) as file:  # by id, as Pyserini writes it: a list would lose the ids
         file.write(b"{\n")
         for number, (query_id, record) in enumerate(records()):
             file.write(f"{',' * (number > 0)}\n{_json(query_id)}: {_json(record)}".encode())
@@ -176,7 +177,7 @@ def _write_rankllm(source: Source, output: AnyPath, done: Conversion) -> None:
 
 
 def _write_dpr(source: Source, output: AnyPath, done: Conversion, num_negatives: int, seed: int) -> None:
-    with AtomicWriter(output) as file:
+    with ResultWriter(output) as file:
         file.write(b"[")
         for number, example in enumerate(_examples(source, done, num_negatives, seed)):
             done.lost["query ids"] += "query_id" in example and example["query_id"] != str(number)
@@ -295,7 +296,7 @@ def _json(value: object) -> str:
 def _lines(path: AnyPath, lines: Iterator[str]) -> int:
     """Write lines, completely or not at all. Returns: how many."""
     count = 0
-    with AtomicWriter(path) as file:
+    with ResultWriter(path) as file:
         for line in lines:
             file.write(f"{line}\n".encode())
             count += 1

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..utils.files import AnyPath, AtomicWriter
+from ..utils.files import AnyPath
+from ..utils.partial_file import ResultWriter
 from ..utils.text import shorten
 from . import corpus
 from .collection import Collection, Example, Glance
@@ -113,7 +114,7 @@ def write_examples(path: AnyPath, examples: Iterable[Example]) -> int:
         How many were written.
     """
     count = 0
-    with AtomicWriter(path) as file:
+    with ResultWriter(path) as file:
         for example in examples:
             file.write((json.dumps(example, ensure_ascii=False) + "\n").encode("utf-8"))
             count += 1

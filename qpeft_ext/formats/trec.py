@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.files import AnyPath, AtomicWriter
+from ..utils.files import AnyPath
+from ..utils.partial_file import ResultWriter
 from ..utils.text import shorten
 from .io import line_error, read_lines
 
@@ -152,7 +153,7 @@ class RunWriter:
         self.tag = tag
         self.num_lines = 0
         self._queries: set[str] = set()
-        self._file = AtomicWriter(path)
+        self._file = ResultWriter(path)
 
     def add(self, query_id: str, ranking: Iterable[tuple[str, float]]) -> int:
         """Append one query.

@@ -114,19 +114,27 @@ class PartialFile:
         """Give the complete result its name, and keep the settings beside it as ``OUTPUT.json``."""
         assert self._file is not None, "closed"
         os.fsync(self._file)
-        write_text(_settings_file(self.target), self._about.read_text(encoding="utf-8"))
         if is_gzip(self.target):
             with AtomicWriter(self.target) as whole, open(self.part, "rb") as part:
                 while data := part.read(1 << 20):
                     whole.write(data)
+                self._describe()
             self.discard()
             return
+        self._describe()
         os.replace(self.part, self.target)
         sync_folder(self.target.parent)
         self._size = None
         for path in (self._sums, self._about):
             path.unlink(missing_ok=True)
         self.close()
+
+    def _describe(self) -> None:
+        """Write ``OUTPUT.json``. A result of other settings goes first: a kill must not leave it beside these."""
+        about = self._about.read_text(encoding="utf-8")
+        if written_with(self.target, json.loads(about)["settings"]):
+            self.target.unlink(missing_ok=True)
+        write_text(_settings_file(self.target), about)
 
     def discard(self) -> None:
         """Remove the part and all that is beside it."""
@@ -207,6 +215,15 @@ class PartialFile:
                 with contextlib.suppress(OSError):  # reading the part drops it too
                     os.ftruncate(file, size)
                     os.lseek(file, size, os.SEEK_SET)
+
+
+class ResultWriter(AtomicWriter):
+    """An `AtomicWriter` of a result that no settings are kept of: ``PATH.json`` of the result before it is removed."""
+
+    def close(self) -> None:
+        if _settings_in(beside := _settings_file(self.path)) is not None:
+            beside.unlink(missing_ok=True)
+        super().close()
 
 
 @contextlib.contextmanager
