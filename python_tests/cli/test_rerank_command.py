@@ -129,7 +129,7 @@ def test_identical_ids_are_left_out_and_counted(job, tmp_path, capsys):
     assert "wrote 2 lines" in out
     formats.write_run(tmp_path / "alone.trec", {"a": run["a"], "b": [("b", 1.0)]})  # nothing is left of b
     out = run_command(capsys, *rerank, "--run", tmp_path / "alone.trec", "--output", tmp_path / "out3")
-    assert "no candidates for 1 queries" in out and list(formats.read_run(tmp_path / "out3")) == ["a"]
+    assert "no candidates for 1 query; it counts as 0" in out and list(formats.read_run(tmp_path / "out3")) == ["a"]
 
 
 def test_ids_with_blanks_are_named_before_the_work(job, tmp_path, capsys):

@@ -14,6 +14,7 @@ from ..prompts.passages import check_passages
 from ..utils.console import say
 from ..utils.files import expect_no_input
 from ..utils.text import shorten
+from ..utils.words import counted
 from .common import (
     DATA,
     DETERMINISTIC_SCORES,
@@ -155,7 +156,7 @@ def command(options: RerankOptions) -> None:
     )
     for name, result in results.items():
         say(f"{name}: {result}")
-    say(f"wrote {sum(map(len, results[spec.names[0]].run.values()))} lines to {output}")
+    say(f"wrote {counted(sum(map(len, results[spec.names[0]].run.values())), 'lines')} to {output}")
     if qrels:
         label = f"{before} (before)" if before in results else before  # a run file may be called UPR.trec
         runs = {label: candidates} | {name: result.run for name, result in results.items()}

@@ -33,6 +33,7 @@ def command(
     from ..ranking.first_stage import BM25, asked_queries, say_identical
     from ..utils.console import say
     from ..utils.files import expect_no_input
+    from ..utils.words import counted
 
     expect_at_least(1, top_k=top_k)
     expect_no_input(output, data)
@@ -55,11 +56,12 @@ def command(
         for query_id, ranking in run.items():
             writer.add(query_id, ranking)
     say(
-        f"BM25 (k1 {index.k1:g}, b {index.b:g}) over {len(index.doc_ids)} documents: wrote {writer.num_lines} lines "
-        f"for {len(queries)} queries to {output}"
+        f"BM25 (k1 {index.k1:g}, b {index.b:g}) over {counted(len(index.doc_ids), 'documents')}: wrote "
+        f"{counted(writer.num_lines, 'lines')} for {counted(len(queries), 'queries')} to {output}"
     )
     if without := sum(not ranking for ranking in run.values()):
-        say(f"{without} queries have no candidate: no document holds a word of theirs")
+        words = "queries have no candidate: no document holds a word of theirs"
+        say(counted(without, words, "query has no candidate: no document holds a word of it"))
     qrels = collection.judge(split, [run]) if judges else None
     if qrels:
         say(compare_table({"BM25": run}, qrels, names).render())

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..utils.files import AnyPath, cache_folder, is_gzip, permissions_of, restrict
 from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular
+from ..utils.words import counted
 from .io import check_kept, decode, line_error, open_bytes, parse_object, reading, require_id, require_text
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class FileCorpus(Mapping[str, Document]):
             last = page[-1][0]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({os.fspath(self.path)!r}, {len(self)} documents)"
+        return f"{type(self).__name__}({os.fspath(self.path)!r}, {counted(len(self), 'documents')})"
 
     def __getstate__(self) -> dict:
         return {"path": self.path}

@@ -16,6 +16,7 @@ import torch
 
 from ..utils.files import drop_temporary
 from ..utils.locks import lock_folder
+from ..utils.words import counted
 from .copies import copies
 from .files import Extent, prefetch, read_contents, write_prefixes
 from .keys import PrefixKey
@@ -63,7 +64,7 @@ class Tier:
         asked = self.hits + self.misses
         budget = f" of {self.max_bytes / 2**20:.1f}" if self.max_bytes else ""
         return (
-            f"{self.name}: {len(self)} prefixes, {self.nbytes / 2**20:.1f}{budget} MiB, "
+            f"{self.name}: {counted(len(self), 'prefixes', 'prefix')}, {self.nbytes / 2**20:.1f}{budget} MiB, "
             f"{f'{self.hits / asked:.0%} hits' if asked else 'unused'}"
         )
 

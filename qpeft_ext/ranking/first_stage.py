@@ -22,6 +22,7 @@ from ..utils.optional import import_bm25s
 from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular, read_json
 from ..utils.text import shorten
+from ..utils.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -258,10 +259,24 @@ def first_stage(
     cut = {query_id: candidates[:k] for query_id, candidates in whole.items()}
     left_out = sum(len(candidates) for candidates in whole.values()) - sum(map(len, cut.values()))
     if left_out and not searched:
-        say(f"{run or data.place}: {left_out} candidates beyond the {k} best of their query are left out")
+        say(
+            f"{run or data.place}: "
+            + counted(
+                left_out,
+                f"candidates beyond the {k} best of their query are left out",
+                f"candidate beyond the {k} best of its query is left out",
+            )
+        )
     return cut, name
 
 
 def say_identical(name: str, count: int) -> None:
     """Print how many candidates with the id of their query are left out of a run."""
-    say(f"{name}: {count} candidates with the id of their query are left out")
+    say(
+        f"{name}: "
+        + counted(
+            count,
+            "candidates with the id of their query are left out",
+            "candidate with the id of its query is left out",
+        )
+    )
