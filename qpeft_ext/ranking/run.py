@@ -97,11 +97,11 @@ class RerankedRun:
         )
         text += f", {self.cache_rate} cache hits" if self.cache_rate else ""
         notes = [
-            (self.truncated, "documents cut to max_document_tokens"),
-            (self.long_sentences, "sentences longer than a passage, split"),
+            (self.truncated, "documents cut to max_document_tokens", None),
+            (self.long_sentences, "sentences longer than a passage, split", None),
             (self.num_resumed, "queries were there already", "query was there already"),
         ]
-        return "; ".join([text, *(counted(*note) for note in notes if note[0])])
+        return "; ".join([text, *(counted(n, many, one) for n, many, one in notes if n)])
 
     @property
     def cache_rate(self) -> str:
