@@ -147,7 +147,7 @@ def test_what_does_not_judge(tmp_path, capsys, arguments, message):
     "arguments, message",
     [
         (["--data", "{folder}", "--top-k", "0"], "--top-k must be at least 1, got 0"),
-        (["--data", "{folder}", "--b", "2"], "b between 0 and 1"),
+        (["--data", "{folder}", "--b", "2"], "b from 0 to 1"),
         (["--data", "{folder}/run.trec"], "looks like a TREC run, which has no texts"),
         (["--data", "{folder}/corpus.jsonl"], "(jsonl) holds no queries; it holds corpus"),
         (["--data", "{folder}", "--measures", "none"], "unknown measure 'none'"),

@@ -25,7 +25,7 @@ from ..evaluation.calibration import Calibration
 from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights, save_lm_adapter
 from ..lm.arguments import expect_lm, expect_not_loaded, is_name
 from ..lm.loading import files_digest, load_lm, load_tokenizer
-from ..utils.files import name_what_cannot_be_read, save_file_with, save_folder_with, write_text
+from ..utils.files import name_what_cannot_be_read, naming, save_file_with, save_folder_with, write_text
 from ..utils.hub import expect_in_reach
 from ..utils.inputs import kind_of
 from ..utils.small_files import read_json
@@ -239,8 +239,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a complete Q-PEFT adapter: it has no {path.name}")
     try:
-        return load_file(path)
+        with naming(path):
+            return load_file(path)
     except OSError as error:
+        if error.errno is not None:
+            raise
         raise OSError(name_what_cannot_be_read(error)) from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); save the adapter again") from None

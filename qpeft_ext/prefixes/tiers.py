@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..utils.files import drop_temporary
+from ..utils.files import drop_temporary, why_unreadable
 from ..utils.locks import lock_folder
 from ..utils.words import counted
 from .copies import copies
@@ -238,9 +238,14 @@ class DiskTier(FileTier):
         return []
 
     def drop(self, key: PrefixKey, reason: object) -> None:
-        """Forget a damaged file."""
-        logger.warning("%s is damaged (%s); its prefix is computed again", self._path(_file_name(key)), reason)
-        self._remove(_file_name(key))
+        """Forget a file, and remove it if it is damaged. One that only cannot be read stays."""
+        name = _file_name(key)
+        if unreadable := why_unreadable(reason):
+            logger.warning("%s cannot be read (%s): its prefix is computed again", self._path(name), unreadable)
+            self.nbytes -= self._sizes.pop(name)
+            return
+        logger.warning("%s is damaged (%s); its prefix is computed again", self._path(name), reason)
+        self._remove(name)
 
     def clear(self) -> None:
         """Delete the files."""

@@ -17,7 +17,15 @@ from .. import formats
 from ..formats.corpus import drop_leftovers
 from ..formats.trec import Run, system_name
 from ..utils.console import say
-from ..utils.files import cache_folder, folder_permissions, permissions_of, restrict, sync_folder, write_text
+from ..utils.files import (
+    cache_folder,
+    folder_permissions,
+    permissions_of,
+    restrict,
+    sync_folder,
+    why_unreadable,
+    write_text,
+)
 from ..utils.optional import import_bm25s
 from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular, read_json
@@ -116,7 +124,12 @@ class BM25:
             index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
             if index.scores["num_docs"] != len(self.doc_ids):
                 raise ValueError("another number of documents")
+        except MemoryError:
+            raise
         except Exception as error:  # bm25s and numpy raise a dozen kinds for a damaged file
+            if unreadable := why_unreadable(error):
+                logger.warning("%s cannot be read (%s): the index is built, and not kept", folder, unreadable)
+                return None
             logger.warning("%s is damaged (%s); it is built again", folder, shorten(error, 100))
             shutil.rmtree(folder, ignore_errors=True)
             return None

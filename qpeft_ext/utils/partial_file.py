@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from .console import Interrupted, say
-from .files import AnyPath, AtomicWriter, check_target, is_gzip, sync_folder, write_text
+from .files import AnyPath, AtomicWriter, check_target, is_gzip, sync_folder, why_unreadable, write_text
 from .locks import open_locked
 from .small_files import read_json
 
@@ -221,8 +221,9 @@ class ResultWriter(AtomicWriter):
     """An `AtomicWriter` of a result that no settings are kept of: ``PATH.json`` of the result before it is removed."""
 
     def close(self) -> None:
-        if _settings_in(beside := _settings_file(self.path)) is not None:
-            beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as settings of another user, which the result does not need
+            if _settings_in(beside := _settings_file(self.path)) is not None:
+                beside.unlink(missing_ok=True)
         super().close()
 
 
@@ -268,10 +269,15 @@ def _settings_file(target: Path) -> Path:
 
 
 def _settings_in(about: Path) -> dict | None:
-    """Return the settings in the file beside a part or a result; None if it is missing or damaged."""
+    """Return the settings in the file beside a part or a result; None if it is missing or damaged.
+
+    Raises: OSError if it is there and cannot be read.
+    """
     try:
         settings = read_json(about)["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if why_unreadable(error):
+            raise
         return None
     return settings if isinstance(settings, dict) else None
 
