@@ -12,7 +12,7 @@ import numpy as np
 from ..utils.files import AnyPath
 from ..utils.partial_file import ResultWriter
 from ..utils.text import shorten
-from .io import line_error, read_lines
+from .io import BYTE_ORDER_MARK, expect_no_mark, line_error, read_lines
 
 Run = dict[str, list[tuple[str, float]]]  # query_id → (doc_id, score), best first
 Qrels = dict[str, dict[str, int]]  # query_id → doc_id → relevance
@@ -39,6 +39,7 @@ def read_run(path: AnyPath) -> Run:
     """
     rows: dict[str, dict[str, tuple[float, int]]] = {}
     for number, text in read_lines(path, "a TREC run"):
+        expect_no_mark(path, number, text)
         columns = _columns(path, number, text)
         query_id, _, doc_id, rank, score, _ = columns
         candidates = rows.setdefault(query_id, {})
@@ -272,6 +273,8 @@ def check_id(name: str, value: str) -> None:
     if not isinstance(value, str) or not value or _SPACE.search(value) or "\0" in value:
         what = "zero bytes" if isinstance(value, str) and "\0" in value else "white space"
         raise ValueError(f"{name} must be text without {what} in a TREC run, got {value!r}")
+    if value.startswith(BYTE_ORDER_MARK) and name.endswith("query_id"):  # at the start of a line, where it is dropped
+        raise ValueError(f"{name} must not begin with a byte order mark in a TREC run, got {value!r}; remove the mark")
 
 
 def system_name(path: Path) -> str:
