@@ -64,7 +64,7 @@ class RerankOptions:
     split: Annotated[str | None, typer.Option(help=SPLIT)] = None
     top_k: Annotated[int, typer.Option(help="Candidates per query that are reranked.")] = 100
     ignore_identical_ids: IgnoreIdenticalIds = False
-    upr: Annotated[bool, typer.Option("--upr", help="Rerank without clues (UPR) too, for comparison.")] = False
+    upr: Annotated[bool, typer.Option("--upr", help="Rerank by the plain LM (UPR) too, for comparison.")] = False
     similarity_only: Annotated[
         bool,
         typer.Option("--similarity-only", help="Rank by the similarities of the clues too, without the LM."),
