@@ -298,7 +298,7 @@ def test_limits_can_be_raised(job, tmp_path, capsys):
         "--max-document-tokens",
         50,
     )
-    assert re.search(r"Q-PEFT-R: 3 queries, .*; [1-9] documents cut to max_document_tokens", out)
+    assert re.search(r"Q-PEFT-R: 3 queries, .*; [1-9] documents? cut to max_document_tokens", out)
 
 
 def test_long_queries_are_cut_on_request_and_counted(job, tmp_path, capsys):
@@ -317,7 +317,7 @@ def test_long_queries_are_cut_on_request_and_counted(job, tmp_path, capsys):
         tmp_path / "out.trec",
         "--truncate-queries",
     ]
-    assert "1 of 3 queries are cut to max_query_tokens = 64\n" in run_command(capsys, *command)
+    assert "1 of 3 queries is cut to max_query_tokens = 64\n" in run_command(capsys, *command)
     ranked = dict(formats.read_run(tmp_path / "out.trec")["q3"])
     corpus = formats.open_collection(str(mine / "data")).corpus
     reranker = qpeft.Reranker.from_pretrained(mine / "adapter")
