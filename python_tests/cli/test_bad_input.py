@@ -63,6 +63,5 @@ def test_training_examples_say_what_they_leave_out(job, capsys):
     qrels = formats.beir.read_qrels(job / "data", "train")
     _, counts = formats.training_examples(formats.read_queries(job / "data"), qrels, None, formats.Corpus(job / "data"))
     assert str(counts) == (
-        "1 training examples; 1 queries without a relevant document left out; "
-        "1 relevant documents are not in the corpus"
+        "1 training example; 1 query without a relevant document left out; 1 relevant document is not in the corpus"
     )

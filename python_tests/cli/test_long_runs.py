@@ -157,6 +157,21 @@ def test_another_job_does_not_go_on_with_it(job, tmp_path, capsys, monkeypatch):
     assert about["settings"]["max_document_tokens"] == 5 and "torch" in about["versions"]
 
 
+def test_a_length_that_no_memory_holds(job, expected, tmp_path, capsys, monkeypatch, caplog):
+    """In a line of checksums that was damaged."""
+    out, sums = tmp_path / "run", tmp_path / "run.part.sums"
+    interrupt_after(monkeypatch, 3)
+    assert main(command(job, out)) == 130
+    monkeypatch.undo()
+    lines = sums.read_bytes().splitlines()
+    assert len(lines) == 3
+    sums.write_bytes(b"\n".join([*lines[:2], b"9" * 14 + lines[2][14:], b""]))
+    capsys.readouterr()
+    assert main(command(job, out)) == 0
+    assert "was changed from line" in caplog.text and "going on" in capsys.readouterr().out
+    assert out.read_bytes() == expected
+
+
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError, None])
 def test_an_interrupt_that_a_library_turned_into_an_error(job, tmp_path, capsys, monkeypatch, error):
     """As torch does while safetensors reads weights. Ctrl-C stays what it is: one line, and exit code 130."""

@@ -129,7 +129,7 @@ def test_identical_ids_are_left_out_and_counted(job, tmp_path, capsys):
     assert "wrote 2 lines" in out
     formats.write_run(tmp_path / "alone.trec", {"a": run["a"], "b": [("b", 1.0)]})  # nothing is left of b
     out = run_command(capsys, *rerank, "--run", tmp_path / "alone.trec", "--output", tmp_path / "out3")
-    assert "no candidates for 1 queries" in out and list(formats.read_run(tmp_path / "out3")) == ["a"]
+    assert "no candidates for 1 query; it counts as 0" in out and list(formats.read_run(tmp_path / "out3")) == ["a"]
 
 
 def test_ids_with_blanks_are_named_before_the_work(job, tmp_path, capsys):
@@ -298,7 +298,7 @@ def test_limits_can_be_raised(job, tmp_path, capsys):
         "--max-document-tokens",
         50,
     )
-    assert re.search(r"Q-PEFT-R: 3 queries, .*; [1-9] documents cut to max_document_tokens", out)
+    assert re.search(r"Q-PEFT-R: 3 queries, .*; [1-9] documents? cut to max_document_tokens", out)
 
 
 def test_long_queries_are_cut_on_request_and_counted(job, tmp_path, capsys):
@@ -317,7 +317,7 @@ def test_long_queries_are_cut_on_request_and_counted(job, tmp_path, capsys):
         tmp_path / "out.trec",
         "--truncate-queries",
     ]
-    assert "1 of 3 queries are cut to max_query_tokens = 64\n" in run_command(capsys, *command)
+    assert "1 of 3 queries is cut to max_query_tokens = 64\n" in run_command(capsys, *command)
     ranked = dict(formats.read_run(tmp_path / "out.trec")["q3"])
     corpus = formats.open_collection(str(mine / "data")).corpus
     reranker = qpeft.Reranker.from_pretrained(mine / "adapter")

@@ -40,7 +40,7 @@ def test_queries_without_candidates_are_counted_and_unjudged_splits_are_not_eval
     for file in (folder / "qrels").iterdir():
         file.unlink()
     out = run_command(capsys, "retrieve", "--data", folder, "--output", tmp_path / "run")
-    assert "1 queries have no candidate" in out and "nDCG" not in out
+    assert "1 query has no candidate: no document holds a word of it" in out and "nDCG" not in out
 
 
 def test_question_sets_are_judged_by_their_answers(tmp_path, capsys):
@@ -147,7 +147,7 @@ def test_what_does_not_judge(tmp_path, capsys, arguments, message):
     "arguments, message",
     [
         (["--data", "{folder}", "--top-k", "0"], "--top-k must be at least 1, got 0"),
-        (["--data", "{folder}", "--b", "2"], "b between 0 and 1"),
+        (["--data", "{folder}", "--b", "2"], "b from 0 to 1"),
         (["--data", "{folder}/run.trec"], "looks like a TREC run, which has no texts"),
         (["--data", "{folder}/corpus.jsonl"], "(jsonl) holds no queries; it holds corpus"),
         (["--data", "{folder}", "--measures", "none"], "unknown measure 'none'"),
@@ -184,7 +184,7 @@ def test_rerank_takes_the_candidates_and_labels_of_the_collection(tmp_path, caps
         "Success@2",
         *options,
     )
-    assert "1 candidates beyond the 2 best" in out and "│candidates" in out and "1.0000" in out
+    assert "1 candidate beyond the 2 best of its query is left out" in out and "│candidates" in out and "1.0000" in out
     assert {d for d, _ in formats.read_run(tmp_path / "run")["0"]} == {"1", "2"}
     run_command(capsys, "convert", tmp_path / "nq-test.json", tmp_path / "c.jsonl", "--to", "rankllm")
     out = run_command(
@@ -207,7 +207,7 @@ def test_train_takes_the_examples_of_the_collection(tmp_path, capsys):
     options = train.TrainOptions(base_model="LM", output=tmp_path / "adapter", data=str(tmp_path / "nq-train.json"))
     examples, dev = train._read(options)
     assert [example["query"] for example in examples] == ["why"] and dev is None
-    assert capsys.readouterr().out == "1 training examples; 1 questions without a positive passage left out\n"
+    assert capsys.readouterr().out == "1 training example; 1 question without a positive passage left out\n"
 
 
 def test_the_matching_rule_on_squad():

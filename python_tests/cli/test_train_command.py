@@ -73,7 +73,7 @@ def test_queries_are_kept_back_to_calibrate_on(job, tmp_path, capsys):
         assert (found["measured"]["queries"], found["measured"]["pairs"]) == (20, 40)
     (tmp_path / "examples.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert train(job, tmp_path / "other", *examples) == 2
-    assert "--calibrate keeps 20 queries back, and there are 1 training examples" in capsys.readouterr().err
+    assert "--calibrate keeps 20 queries back, of 1 training example;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

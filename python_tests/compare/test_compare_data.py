@@ -99,7 +99,7 @@ def test_a_method_that_fails_does_not_stop_the_others(job, tmp_path, capsys):
     plan = write_plan(tmp_path / "plan.yaml", job, [bad, *others], **{"seeds: [0, 1]": "seeds: [0]"})
     assert compare(plan, job, tmp_path / "out") == 2
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "1 results could not be made; the first: tiny, odd LoRA" in captured.err
+    assert captured.err.count("\n") == 1 and "1 result could not be made; the first: tiny, odd LoRA" in captured.err
     assert "nowhere" in captured.err and "UPR" in (tmp_path / "out" / "comparison.md").read_text()
     assert compare(plan, job, tmp_path / "out", "--method", "UPR") == 0
     dev = formats.read_run(tmp_path / "out" / "tiny" / "sim-+-BM25" / "seed-0" / "dev.trec.gz")

@@ -288,8 +288,8 @@ def test_table_as_text_and_json():
         "+0.0000",
         "p=1.000",
         "3 queries; difference to first",
-        "first: no candidates for 1 queries; they count as 0",
-        "first: 1 queries are not in the qrels",
+        "first: no candidates for 1 query; it counts as 0",
+        "first: 1 query is not in the qrels and does not count",
     ):
         assert expected in text
     one_query = compare_table({"a": {"a": RUN["a"]}, "b": {"a": RUN["a"]}}, {"a": QRELS["a"]}, ["RR@10"])

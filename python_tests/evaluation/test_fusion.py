@@ -44,8 +44,15 @@ def test_what_cannot_be_fused():
         fuse([ONE], normalization="rank")
     with pytest.raises(ValueError, match="scores must be finite"):
         fuse([{"q": [("a", math.inf)]}])
-    with pytest.raises(ValueError, match="k >= 0"):
-        reciprocal_rank_fusion([ONE], k=-1)
+    for k, got in ((-1, "-1"), (math.nan, "nan"), (math.inf, "inf"), (2**31, "2147483648"), (10**400, "1000")):
+        with pytest.raises(ValueError, match=f"k must be from 0 to 2147483647, got {got}"):
+            reciprocal_rank_fusion([ONE], k=k)
+
+
+def test_the_largest_k_still_tells_ranks_apart():
+    ranking = [(f"d{i}", -float(i)) for i in range(50)]
+    fused = reciprocal_rank_fusion([{"q": ranking[::-1]}, {"q": ranking}, {"q": ranking}], k=2**31 - 1)["q"]
+    assert [doc_id for doc_id, _ in fused] == [doc_id for doc_id, _ in ranking]
 
 
 # -- weights -------------------------------------------------------------------------------------------------------

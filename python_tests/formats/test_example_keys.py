@@ -119,7 +119,7 @@ def test_what_is_not_used_is_said_once(tmp_path, caplog):
         ),
         ({"query": "q", "pos": ["a"], "positive": "b"}, "the keys positive and pos both name positives"),
         ({"query": "q", "pos": ["a"], "neg": ["b"], "negative_1": "c"}, "neg and negative_1 both name negatives"),
-        ({"query": "q", "pos": ["a"], "pos_id": ["1", "2"]}, "an id under 'pos_id' for each of the 1 documents"),
+        ({"query": "q", "pos": ["a"], "pos_id": ["1", "2"]}, "an id under 'pos_id' for each of 1 document,"),
         ({"query": "q", "docs": ["a", "b"], "labels": [0, 0]}, "positives.* is empty"),
         ({"query": "q", "pos": [3]}, "a text|a string"),
     ],
@@ -208,7 +208,7 @@ def test_a_loss_without_anything_to_compare_with(tmp_path, caplog, options, with
         return
     with caplog.at_level(logging.WARNING, "qpeft_ext.training.trainer"):
         trainer(tmp_path, model, examples)
-    assert ("have no negatives" in caplog.text) == (wanted == "warning")
+    assert ("no negatives, and loss" in caplog.text) == (wanted == "warning")
 
 
 def test_pandas_and_arrow(tmp_path):

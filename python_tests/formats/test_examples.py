@@ -49,7 +49,7 @@ def test_training_examples():
         "without_positives": 1,
         "fewer_negatives": 1,
     }
-    assert str(counts).startswith("3 training examples; 1 queries without a relevant document left out; ")
+    assert str(counts).startswith("3 training examples; 1 query without a relevant document left out; ")
 
 
 def test_negatives_depend_on_seed_and_query_only():
@@ -67,5 +67,5 @@ def test_training_examples_that_cannot_be_made():
         make_examples(run={"q1": [("zz", 1.0)]})
     with pytest.raises(ValueError, match="query 'q' is in the qrels but not in the queries"):
         formats.training_examples({}, {"q": {"d": 1}}, None, {})
-    with pytest.raises(ValueError, match="no training example .*1 queries left out because the corpus holds none"):
+    with pytest.raises(ValueError, match="no training example .*1 query left out because the corpus holds none of its"):
         formats.training_examples({"q": "?"}, {"q": {"d": 1}}, None, {})

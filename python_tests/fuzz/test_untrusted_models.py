@@ -196,6 +196,7 @@ def test_an_adapter_beside_an_lm_is_refused(lora, job, no_pickles):
         ({"peft_type": "XLORA", "adapters": {"a": "/tmp/a"}}, "adapters makes peft load something"),
         ({"prompt_tuning_init_state_dict_path": "/tmp/x.bin"}, "prompt_tuning_init_state_dict_path makes peft load"),
         ({"init_lora_weights": "pissa_niter_999999999999"}, "at most 100 iterations"),
+        ({"init_lora_weights": "pissa_niter_²"}, "at most 100 iterations"),
         ({"peft_type": "NOPE"}, "cannot load the LM's adapter"),
         ({"peft_type": None}, "expected a config of peft"),
         ({"r": 10**12}, "cannot load the LM's adapter"),

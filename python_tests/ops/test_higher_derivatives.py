@@ -5,12 +5,13 @@ import torch
 from inputs import make_documents
 from torch.autograd import functional
 
-from qpeft_ext.ops import ProjectedTable, clue_attention, similarity_topk, token_log_likelihood
+from qpeft_ext.ops import ProjectedTable, _library, clue_attention, similarity_topk, token_log_likelihood
 from qpeft_ext.ops.bfloat16_attention import bfloat16_attention
 from qpeft_ext.ops.causal_attention import causal_attention
 from qpeft_ext.ops.joined_prefixes import joined_prefixes
 from qpeft_ext.ops.rms_norm import rms_norm
 from qpeft_ext.ops.rotary import rotary
+from qpeft_ext.ops.similarity_topk import reference
 
 
 def make_cases():
@@ -101,6 +102,41 @@ def test_vmap_computes_values_and_gradients(case):
     gradients = (torch.autograd.grad(losses.sum(), two)[0] for losses in (mapped, one_by_one))
     torch.testing.assert_close(*gradients)
     torch.testing.assert_close(torch.func.vmap(loss)(two.detach()), one_by_one.detach())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_vmap_over_the_definitions(case, monkeypatch):
+    """With QPEFT_REFERENCE=1, which compute in plain PyTorch and look at values to check them."""
+    monkeypatch.setattr(_library, "REFERENCE", True)
+    monkeypatch.setattr(_library, "_live", {})
+    test_vmap_computes_values_and_gradients(case)
+
+
+def test_vmap_over_every_input_of_the_definition():
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 4, 8), torch.rand(3, 2, 4) > 0.3, torch.randn(3, 9, 8), torch.randint(0, 9, (3, 5, 6))
+    x[1][:, :, 0] = True
+    documents = torch.rand(3, 5, 6) > 0.2, torch.randint(0, 2, (3, 5))
+
+    def found(*inputs):
+        return tuple(reference(*inputs, k=4))
+
+    one_by_one = [found(*row) for row in zip(*x, *documents, strict=True)]
+    for name, mapped, alone in zip("scores ids positions".split(), torch.func.vmap(found)(*x, *documents),
+                                   zip(*one_by_one, strict=True), strict=True):  # fmt: skip
+        torch.testing.assert_close(mapped, torch.stack(alone), msg=name)
+    wrong = [y.clone() for y in (*x, *documents)]
+    wrong[3][1, 2, 3], wrong[4][1, 2, 3] = 9, True
+    with pytest.raises(IndexError, match=r"an id of document_ids is outside \[0, V\) = \[0, 9\)"):
+        torch.func.vmap(found)(*wrong)
+    wrong = [y.clone() for y in (*x, *documents)]
+    wrong[1][2, 1] = False
+    with pytest.raises(ValueError, match="every query needs a token"):
+        torch.func.vmap(found)(*wrong)
+    wrong = [y.clone() for y in (*x, *documents)]
+    wrong[2][0] = torch.nan
+    with pytest.raises(ValueError, match="a similarity is NaN"):
+        torch.func.vmap(found)(*wrong)
 
 
 def test_an_input_that_is_constant_in_a_transform_is_none_to_differentiate():

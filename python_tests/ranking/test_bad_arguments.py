@@ -38,7 +38,7 @@ API = {
     "an empty query": (lambda r: r.rank("", ["d"]), ValueError, ["at least one token, got ''"]),
     "a query too long": (lambda r: r.rank("x" * 65, ["d"]), ValueError, ["has 66 tokens, max_query_tokens is 64"]),
     "triples": (lambda r: r.predict([("q", "d", "e")]), ValueError, ["(query, document) pairs, but pair 0 has 3"]),
-    "lists of unequal length": (lambda r: r.rank_many(["q"], []), ValueError, ["1 queries but 0 lists"]),
+    "lists of unequal length": (lambda r: r.rank_many(["q"], []), ValueError, ["1 query but 0 lists"]),
     "top_k 0": (lambda r: r.rank("q", ["d"], top_k=0), ValueError, ["top_k must be at least 1, got 0"]),
     "a number as a cache": (lambda r: qpeft.Reranker(r.model, cache=9), TypeError, ["a DocumentCache, got int 9"]),
     "half a token": (lambda r: qpeft.Reranker(r.model, 1.5), TypeError, ["max_tokens_per_batch", "got 1.5"]),

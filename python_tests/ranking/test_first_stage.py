@@ -58,10 +58,18 @@ def test_bad_arguments():
         bm25_run({}, QUERIES)
 
 
-@pytest.mark.parametrize("k1, b", [(-0.1, 0.4), (float("nan"), 0.4), (0.9, 1.1), (0.9, -1)])
+@pytest.mark.parametrize("k1, b", [(-0.1, 0.4), (math.nan, 0.4), (math.inf, 0.4), (1e7, 0.4), (0.9, 1.1), (0.9, -1)])
 def test_values_that_make_no_bm25(k1, b):
-    with pytest.raises(ValueError, match="k1 must be at least 0 and b between 0 and 1"):
+    with pytest.raises(ValueError, match="k1 must be from 0 to 1,000,000 and b from 0 to 1"):
         bm25_run(CORPUS, QUERIES, k1=k1, b=b)
+
+
+def test_the_largest_k1_counts_words_as_they_are():
+    """Its scores are the counts of words, each with its weight, over k1."""
+    corpus = {"a": {"text": "tide"}, "b": {"text": "tide tide tide"}, "c": {"text": "moon"}}
+    scores = dict(bm25_run(corpus, {"q": "tide"}, k1=1e6, b=0)["q"])
+    idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+    assert scores == pytest.approx({"b": 3 * idf / (3 + 1e6), "a": idf / (1 + 1e6)}, rel=1e-5)
 
 
 def test_k1_and_b_matter():
@@ -75,6 +83,15 @@ def kept(tmp_path, monkeypatch):
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
     folder = write_folder(tmp_path / "data")
     return folder, lambda: sorted((tmp_path / "cache").glob("bm25-*"))
+
+
+def test_indexes_of_values_that_differ_in_the_seventh_digit(kept):
+    folder, indexes = kept
+    runs = [bm25_run(formats.Corpus(folder), QUERIES, k1=k1) for k1 in (0.9, 0.90000001, 0.9)]
+    assert len(indexes()) == 2 and runs[0] == runs[2]
+    for k1, b, count in ((0.0, 0.0, 3), (-0.0, -0.0, 3), (1, 1, 4), (1.0, 1.0, 4)):
+        bm25_run(formats.Corpus(folder), QUERIES, k1=k1, b=b)
+        assert len(indexes()) == count
 
 
 def test_the_index_is_kept_and_gives_the_same_run(kept, monkeypatch):

@@ -119,8 +119,12 @@ def test_calibration_is_fitted_stored_and_loaded(tmp_path):
     assert (tmp_path / "reliability.svg").read_text().count("<circle") == len(found.measured["bins"])
     loaded.model.save_pretrained(tmp_path / "again")
     assert "## Calibration" in (tmp_path / "again" / "README.md").read_text()
+    assert (tmp_path / "again" / "reliability.svg").read_bytes() == (tmp_path / "reliability.svg").read_bytes()
     trained = qpeft.QPeftModel.from_pretrained(tmp_path, tiny_lm("llama"), tiny_tokenizer(), is_trainable=True)
     assert trained.qpeft_config.calibration is None  # it is of other weights
+    trained.save_pretrained(tmp_path / "again")
+    assert "reliability" not in (tmp_path / "again" / "README.md").read_text()
+    assert not (tmp_path / "again" / "reliability.svg").exists()
     with pytest.raises(ValueError, match="a value for each candidate"):
         reranker.calibrate(queries, lists, relevant[1:])
 

@@ -120,6 +120,7 @@ def test_an_address_in_use_is_one_line(capsys):
     (["--model", "a", "--models-root", "nowhere"], "--models-root must be a folder"),
     (["--model", "a", "--request-timeout", "0"], "--request-timeout must be positive"),
     (["--model", "a", "--body-timeout", "nan"], "--body-timeout must be positive"),
+    (["--model", "a", "--drain-seconds", "-1"], "--drain-seconds must be at least 0, got -1"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(capsys, arguments, message):
     assert main(["serve", *arguments]) == 2

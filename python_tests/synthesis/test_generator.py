@@ -186,6 +186,7 @@ def test_a_tokenizer_without_spaces():
         ({"top_k": -1}, "top_k must be at least 0, got -1"),
         ({"temperature": math.nan}, "temperature must be 0 or above, got nan"),
         ({"temperature": -1}, "temperature"),
+        ({"temperature": 5e-324}, "temperature must be 0 or at least 1e-06, got 5e-324; use 0"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
         ({"top_p": 1.1}, "top_p"),
         ({"temperature": 0, "queries_per_document": 2}, "temperature 0 writes the same query each time"),

@@ -195,7 +195,7 @@ def test_what_to_do_where_negatives_are_missing_is_what_the_loss_allows():
     for loss, can in (("listwise", True), ("margin_mse", False)):
         config = qpeft.QPeftConfig(loss=loss, in_batch_negatives=False)
         said = lacking_negatives([EXAMPLES[0], {**EXAMPLES[1], "negatives": []}], config)
-        assert said.startswith("1 of 2 training examples have no negatives")
+        assert said.startswith("1 of 2 training examples has no negatives")
         assert ("in_batch_negatives=True" in said) is can
 
 
@@ -241,4 +241,4 @@ def test_queries_too_long_are_cut_on_request_and_counted(tmp_path, caplog):
         parameters.append(weights(ours.model))
         assert ours.counts.queries_cut == (query is long)  # the same query four times is read once
     assert_close(*parameters, 0)
-    assert "1 queries read in training were cut to max_query_tokens=64" in caplog.text
+    assert "1 query read in training was cut to max_query_tokens=64" in caplog.text

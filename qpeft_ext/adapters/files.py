@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ from ..evaluation.calibration import Calibration
 from ..lm.adapter import load_lm_adapter, load_lm_adapter_weights, save_lm_adapter
 from ..lm.arguments import expect_lm, expect_not_loaded, is_name
 from ..lm.loading import files_digest, load_lm, load_tokenizer
-from ..utils.files import name_what_cannot_be_read, save_file_with, save_folder_with, write_text
+from ..utils.files import name_what_cannot_be_read, naming, save_file_with, save_folder_with, write_text
 from ..utils.hub import expect_in_reach
 from ..utils.inputs import kind_of
 from ..utils.small_files import read_json
@@ -68,6 +69,7 @@ def save_adapter(model, folder: str | os.PathLike[str]) -> None:
     # one entry only: safetensors writes several in an order that changes from file to file
     about = {_TRAINED: json.dumps({name: config[name] for name in ANSWER})}
     save_file_with(folder / WEIGHTS, lambda path: save_file(state, path, metadata=about))
+    _write_plot(folder, (model.qpeft_config.calibration or {}).get("measured") or {})
     write_card(model, folder)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
 
@@ -93,6 +95,14 @@ def write_card(model, folder: str | os.PathLike[str]) -> None:
     write_text(Path(folder) / CARD, model_card(model, VERSION), follow=False)
 
 
+def _write_plot(folder: Path, measured: Mapping[str, Any]) -> None:
+    """Write the plot that the card shows; without a calibration, remove that of an adapter which was here before."""
+    if measured:
+        write_text(folder / PLOT, reliability_svg(measured["bins"]), follow=False)
+    elif (folder / PLOT).is_file() or (folder / PLOT).is_symlink():
+        (folder / PLOT).unlink()
+
+
 def save_calibration(folder: str | os.PathLike[str], calibration: Calibration) -> None:
     """Store a calibration in an adapter's folder: in its config, and in its model card with a plot.
 
@@ -105,7 +115,7 @@ def save_calibration(folder: str | os.PathLike[str], calibration: Calibration) -
     QPeftConfig.from_pretrained(folder)
     config = read_json(folder / CONFIG) | {"calibration": calibration.to_dict()}
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "# Q-PEFT adapter\n"
-    write_text(folder / PLOT, reliability_svg(calibration.measured["bins"]), follow=False)
+    _write_plot(folder, calibration.measured)
     write_text(folder / CARD, with_calibration(card, calibration.measured), follow=False)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", follow=False)
 
@@ -229,8 +239,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a complete Q-PEFT adapter: it has no {path.name}")
     try:
-        return load_file(path)
+        with naming(path):
+            return load_file(path)
     except OSError as error:
+        if error.errno is not None:
+            raise
         raise OSError(name_what_cannot_be_read(error)) from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); save the adapter again") from None

@@ -42,7 +42,8 @@ def command(
     from ..evaluation.measures import parse_measures
     from ..formats.trec import system_name
     from ..utils.console import say
-    from ..utils.files import expect_no_input, write_text
+    from ..utils.files import expect_no_input
+    from ..utils.partial_file import ResultWriter
 
     names = measure_names(measures)
     parse_measures(names)
@@ -65,7 +66,8 @@ def command(
         ties=ties,
     )
     if output:
-        write_text(output, json.dumps(table.to_dict(), indent=2) + "\n")
+        with ResultWriter(output) as file:
+            file.write(json.dumps(table.to_dict(), indent=2).encode() + b"\n")
     say(table.render())
 
 

@@ -39,6 +39,7 @@ def command(
     from ..evaluation.fusion import choose_weights, fuse, reciprocal_rank_fusion
     from ..utils.console import say
     from ..utils.files import expect_no_input
+    from ..utils.words import counted
 
     if method not in ("rrf", "scores"):
         raise ValueError(f"--method must be rrf or scores, got {method!r}")
@@ -69,12 +70,12 @@ def command(
                     )
             chosen, value = choose_weights([formats.read_run(run) for run in dev_run], qrels, measure, normalization)
             how = (
-                f"weights {', '.join(f'{weight:g}' for weight in chosen)} chosen on {len(qrels)} dev queries "
-                f"({measure} {value:.4f} there)"
+                f"weights {', '.join(f'{weight:g}' for weight in chosen)} chosen on "
+                f"{counted(len(qrels), 'dev queries')} ({measure} {value:.4f} there)"
             )
         fused = fuse(read, chosen, normalization)
     lines = formats.write_run(output, fused)
-    say(f"{how}; wrote {lines} lines for {len(fused)} queries to {output}")
+    say(f"{how}; wrote {counted(lines, 'lines')} for {counted(len(fused), 'queries')} to {output}")
 
 
 def _check_used(

@@ -100,13 +100,14 @@ def _write(writer: IndexWriter) -> None:
     """Say how much is missing, and write it."""
     from ..prefixes.survey import size
     from ..utils.console import Interrupted, say
+    from ..utils.words import counted
 
     survey = writer.survey()
     cut = f", {survey.cut} cut to max_document_tokens" if survey.cut else ""
-    split = f" in {survey.passages} passages" if writer.splitter else ""
-    there = f", {survey.there} of them are there already" if survey.there else ""
+    split = f" in {counted(survey.passages, 'passages')}" if writer.splitter else ""
+    there = f", {survey.there} of them {'is' if survey.there == 1 else 'are'} there already" if survey.there else ""
     say(
-        f"{survey.documents} documents{split}{cut}, {survey.distinct} different ones{there}; "
+        f"{counted(survey.documents, 'documents')}{split}{cut}, {counted(survey.distinct, 'different ones')}{there}; "
         f"{survey.missing} to compute, {size(survey.nbytes)} to write to {writer.folder}"
     )
     writer.expect_room(survey)

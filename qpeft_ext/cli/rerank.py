@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,8 @@ import typer
 from ..prompts.passages import check_passages
 from ..utils.console import say
 from ..utils.files import expect_no_input
+from ..utils.text import shorten
+from ..utils.words import counted
 from .common import (
     DATA,
     DETERMINISTIC_SCORES,
@@ -61,7 +64,7 @@ class RerankOptions:
     split: Annotated[str | None, typer.Option(help=SPLIT)] = None
     top_k: Annotated[int, typer.Option(help="Candidates per query that are reranked.")] = 100
     ignore_identical_ids: IgnoreIdenticalIds = False
-    upr: Annotated[bool, typer.Option("--upr", help="Rerank without clues (UPR) too, for comparison.")] = False
+    upr: Annotated[bool, typer.Option("--upr", help="Rerank by the plain LM (UPR) too, for comparison.")] = False
     similarity_only: Annotated[
         bool,
         typer.Option("--similarity-only", help="Rank by the similarities of the clues too, without the LM."),
@@ -153,7 +156,7 @@ def command(options: RerankOptions) -> None:
     )
     for name, result in results.items():
         say(f"{name}: {result}")
-    say(f"wrote {sum(map(len, results[spec.names[0]].run.values()))} lines to {output}")
+    say(f"wrote {counted(sum(map(len, results[spec.names[0]].run.values())), 'lines')} to {output}")
     if qrels:
         label = f"{before} (before)" if before in results else before  # a run file may be called UPR.trec
         runs = {label: candidates} | {name: result.run for name, result in results.items()}
@@ -192,8 +195,8 @@ def _check_options(options: RerankOptions) -> None:
     if options.max_memory is not None:
         if options.cache_bytes:
             raise ValueError("--max-memory and --cache-bytes exclude each other")
-        if not (options.max_memory == "free" or options.max_memory.isdigit()):
-            raise ValueError(f"--max-memory must be a number of bytes or free, got {options.max_memory!r}")
+        if not (options.max_memory == "free" or re.fullmatch("[0-9]{1,18}", options.max_memory)):
+            raise ValueError(f"--max-memory must be a number of bytes or free, got {shorten(options.max_memory)}")
 
 
 def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
@@ -216,7 +219,7 @@ def _systems(options: RerankOptions, places: list[str | None]) -> SystemsSpec:
         truncate_queries=options.truncate_queries,
         max_document_tokens=options.max_document_tokens,
         cache_bytes=options.cache_bytes,
-        max_memory=int(max_memory) if max_memory and max_memory.isdigit() else max_memory,
+        max_memory=int(max_memory) if max_memory and max_memory != "free" else max_memory,
         index=options.index.absolute() if options.index else None,
         kv_dtype=options.kv_dtype,
         template=options.template,

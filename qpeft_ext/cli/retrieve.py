@@ -16,7 +16,7 @@ def command(
     split: Annotated[str | None, typer.Option(help=SPLIT)] = None,
     top_k: Annotated[int, typer.Option(help="Candidates per query.")] = 100,
     ignore_identical_ids: IgnoreIdenticalIds = False,
-    k1: Annotated[float, typer.Option(help="Parameter k1 of BM25: how much repeated words count.")] = 0.9,
+    k1: Annotated[float, typer.Option(help="Parameter k1 of BM25, 0 or more: how much repeated words count.")] = 0.9,
     b: Annotated[float, typer.Option(help="Parameter b of BM25, 0 to 1: how much long documents lose.")] = 0.4,
     measures: Measures = None,
 ) -> None:
@@ -33,6 +33,7 @@ def command(
     from ..ranking.first_stage import BM25, asked_queries, say_identical
     from ..utils.console import say
     from ..utils.files import expect_no_input
+    from ..utils.words import counted
 
     expect_at_least(1, top_k=top_k)
     expect_no_input(output, data)
@@ -55,11 +56,12 @@ def command(
         for query_id, ranking in run.items():
             writer.add(query_id, ranking)
     say(
-        f"BM25 (k1 {k1:g}, b {b:g}) over {len(index.doc_ids)} documents: wrote {writer.num_lines} lines for "
-        f"{len(queries)} queries to {output}"
+        f"BM25 (k1 {index.k1:g}, b {index.b:g}) over {counted(len(index.doc_ids), 'documents')}: wrote "
+        f"{counted(writer.num_lines, 'lines')} for {counted(len(queries), 'queries')} to {output}"
     )
     if without := sum(not ranking for ranking in run.values()):
-        say(f"{without} queries have no candidate: no document holds a word of theirs")
+        words = "queries have no candidate: no document holds a word of theirs"
+        say(counted(without, words, "query has no candidate: no document holds a word of it"))
     qrels = collection.judge(split, [run]) if judges else None
     if qrels:
         say(compare_table({"BM25": run}, qrels, names).render())

@@ -1,10 +1,14 @@
-"""Help of commands with many options: a title above each group of them."""
+"""`SectionedCommand`, which checks whole numbers, and helps with a title above each group of options."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import typer.core
+
+from ..utils.text import shorten
+
+_LARGEST = 2**63 - 1  # of the integers of torch and numpy
 
 # command -> first option of a group, in the order of the help -> title; what comes before stays below "Options"
 _TRAIN = {
@@ -47,6 +51,15 @@ SECTIONS: dict[str, dict[str, str]] = {
 
 class SectionedCommand(typer.core.TyperCommand):
     """A command whose options stand in the groups of `SECTIONS`, if it has any there."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Raises: ValueError for a whole number that no library takes."""
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                bound = f"at most {_LARGEST}" if value > 0 else f"at least {-_LARGEST}"
+                raise ValueError(f"{parameter.opts[0]} must be {bound}, got {shorten(value)}")
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         titles = SECTIONS.get(self.name or "")

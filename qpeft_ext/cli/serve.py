@@ -143,7 +143,13 @@ def _check_options(options: ServeOptions) -> None:
         max_requests=options.max_requests,
         replicas=options.replicas,
     )
-    expect_at_least(0, cache_bytes=options.cache_bytes, disk_bytes=options.disk_bytes, port=options.port)
+    expect_at_least(
+        0,
+        cache_bytes=options.cache_bytes,
+        disk_bytes=options.disk_bytes,
+        port=options.port,
+        drain_seconds=options.drain_seconds,
+    )
     expect_kv_dtype_of(options.kv_dtype, options.cache_bytes, options.index, options.disk_cache)
     if (options.disk_cache is None) != (options.disk_bytes == 0):
         raise ValueError("--disk-cache and --disk-bytes belong together")

@@ -13,6 +13,7 @@ from ..utils.console import is_first_process, say
 from ..utils.files import drop_temporary, private_folder
 from ..utils.locks import locked_folder
 from ..utils.optional import expect_packages
+from ..utils.words import counted
 from .common import from_dataclass
 from .train_options import OF_CANDIDATES, TrainOptions, check_options, expect_none_of_data
 from .train_settings import LORA, batch_size, config_of, config_settings, lora_options
@@ -159,7 +160,7 @@ def _kept_back(options: TrainOptions, examples: list) -> tuple[Judged, list]:
     count = min(_MOST_KEPT_BACK, max(_FEWEST_KEPT_BACK, len(examples) // 10))
     if len(examples) < 2 * count:
         raise ValueError(
-            f"--calibrate keeps {count} queries back, and there are {len(examples)} training examples; leave it "
+            f"--calibrate keeps {count} queries back, of {counted(len(examples), 'training examples')}; leave it "
             "out and use qpeft calibrate with other queries"
         )
     collection = formats.open_collection(options.data) if options.data is not None else None
@@ -220,15 +221,15 @@ def _read(options: TrainOptions) -> tuple[list, list | None]:
     if options.data is None:
         assert options.train is not None, "checked before"
         examples = _drawn(formats.read_examples(options.train), options)
-        say(f"{len(examples)} training examples")
+        say(counted(len(examples), "training examples"))
         return examples, dev_examples
     collection = formats.open_collection(options.data)
     name = collection.choose_split(options.split) if collection.splits else None
     if collection.has("examples", name):
         expect_none_of_data(options, f"{options.data}, whose examples have their negatives", *OF_CANDIDATES)
         examples = _drawn(list(collection.examples(name)), options)
-        left_out = "".join(f"; {count} {what} left out" for what, count in collection.left_out.items() if count)
-        say(f"{len(examples)} training examples{left_out}")
+        left_out = "".join(f"; {counted(n, what)} left out" for what, n in collection.left_out.items() if n)
+        say(f"{counted(len(examples), 'training examples')}{left_out}")
         return examples, dev_examples
     corpus, queries, judged = collection.corpus, collection.queries(name), collection.qrels(name)
     qrels = {query_id: judged[query_id] for query_id in _drawn(list(judged), options)}

@@ -185,6 +185,7 @@ class TrainOptions:
     ] = None
 
 
+MAX_EPOCHS = 1_000_000  # with more the number of steps may be none that transformers can count to
 OF_CANDIDATES = ("run", "depth", "ignore_identical_ids")
 
 
@@ -206,6 +207,10 @@ def check_options(options: TrainOptions) -> None:
     for name, value in (("--learning-rate", options.learning_rate), ("--epochs", options.epochs)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0, got {value}")
+    if options.epochs > MAX_EPOCHS:
+        raise ValueError(f"--epochs must be at most {MAX_EPOCHS:,}, got {options.epochs:g}")
+    if not 0 <= options.seed < 2**32:  # those of numpy, which transformers sets too
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}")
     for name, value in (
         ("--weight-decay", options.weight_decay),
         ("--warm-up", options.warm_up),

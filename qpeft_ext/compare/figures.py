@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..evaluation.plots import BASELINE, INK, SYSTEM, draw_means, draw_svg, plain
+from ..utils.words import counted
 from .label_places import label_places
 from .methods import UPR
 from .plan import Plan
@@ -30,7 +31,7 @@ def mean_figure(table: CollectionTable) -> Markup:
     values = {name: list(row.per_query[measure].values()) for name, row in zip(names, table.rows, strict=True)}
     baselines = [name for name, row in zip(names, table.rows, strict=True) if row.name in table.baselines.values()]
     count = len(next(iter(values.values())))
-    label = f"{measure}: mean of {count} queries, 95 % interval over queries (bootstrap)"
+    label = f"{measure}: mean of {counted(count, 'queries')}, 95 % interval over queries (bootstrap)"
 
     def draw(figure: Figure) -> None:
         draw_means(figure.subplots(), values, baselines, label)

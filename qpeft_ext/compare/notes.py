@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..utils.words import counted
 from .methods import FIRST_STAGE, UPR
 from .tables import FROM_INDEX, CollectionTable
 
@@ -29,7 +30,7 @@ def quality_notes(table: CollectionTable) -> list[str]:
     if len(counts) > 1:
         lines[0] += "; queries averaged: " + ", ".join(f"{m} {n}" for m, n in table.num_queries.items())
     else:
-        lines[0] += f"; {counts[0] if counts else 0} queries"
+        lines[0] += f"; {counted(counts[0] if counts else 0, 'queries')}"
     if any(name.startswith("CandidateRecall") for name in table.measures):
         lines.append(
             "CandidateRecall@k, recall as the paper's code counts it: relevant documents among the first "
@@ -39,11 +40,12 @@ def quality_notes(table: CollectionTable) -> list[str]:
         tested = sum(kind in row.against for row in table.rows)
         lines.append(
             f"{MARKS[kind]} differs from {name}: paired t-test on per-query means over the seeds, "
-            f"p < {SIGNIFICANT}, Holm-corrected for {tested} methods."
+            f"p < {SIGNIFICANT}, {f'Holm-corrected for {tested} methods' if tested > 1 else 'one method'}."
         )
     for row in table.rows:
         if row.seeds < row.expected:
-            lines.append(f"{row.name}: {row.seeds} of {row.expected} seeds have a result.")
+            have = "has" if row.seeds == 1 else "have"  # fewer than those expected, of which there are two or more
+            lines.append(f"{row.name}: {row.seeds} of {row.expected} seeds {have} a result.")
     return [*lines, *_short_trainings(table), *_fusion_weights(table)]
 
 
@@ -56,13 +58,13 @@ def _short_trainings(table: CollectionTable) -> list[str]:
             there = result.get("training", {}).get("queries")
             if result["method"] == row.name and there is not None and there < asked[row.name]:
                 short[row.name] = there
-    return [f"{name}: trained on {n} queries, all that the collection gives." for name, n in short.items()]
+    return [f"{name}: trained on {counted(n, 'queries')}, all that the collection gives." for name, n in short.items()]
 
 
 def _fusion_weights(table: CollectionTable) -> list[str]:
     fused = [
         f"{result['method']} (seed {result['seed']}): {', '.join(f'{w:.2f}' for w in result['fusion']['weights'])} on "
-        f"{result['fusion']['dev_queries']} dev queries"
+        f"{counted(result['fusion']['dev_queries'], 'dev queries')}"
         for result in table.results
         if "fusion" in result
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.html_page import render_page
+from ..utils.words import counted
 from .figures import cost_figures, mean_figure, varied_figures
 from .plan import Plan
 from .sections import describe_methods, sections
@@ -39,7 +40,7 @@ def html(plan: Plan, tables: Sequence[CollectionTable]) -> str:
 def _lead(plan: Plan, tables: Sequence[CollectionTable]) -> str:
     seeds = f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed"
     return (
-        f"{len(plan.methods)} methods on {len(tables)} collection{'s' * (len(tables) > 1)}, {seeds} for what is "
+        f"{counted(len(plan.methods), 'methods')} on {counted(len(tables), 'collections')}, {seeds} for what is "
         "trained. All rerank the same candidates of the same first stage with the same LM, prompt and truncation."
     )
 

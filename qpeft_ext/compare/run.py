@@ -18,6 +18,7 @@ from ..formats.trec import Run
 from ..utils.console import say
 from ..utils.files import write_text
 from ..utils.locks import claim
+from ..utils.words import counted
 from .cells import ADAPTER, DEV_RUN, RESULT, RUN, SETTINGS, TRAINED, Cell, cells
 from .data import CollectionData, Ranked, digest
 from .methods import FIRST_STAGE, UPR
@@ -90,10 +91,11 @@ class Comparison:
         failed: list[str] = []
         elsewhere = self._make_all(cells(self.plan, self.output), failed, wait=False)
         if elsewhere:
-            say(f"another process is making {len(elsewhere)} results, the first: {elsewhere[0].name}; waiting for them")
+            results = counted(len(elsewhere), "results")
+            say(f"another process is making {results}, the first: {elsewhere[0].name}; waiting")
         self._make_all(elsewhere, failed, wait=True)
         if failed:
-            raise ValueError(f"{len(failed)} results could not be made; the first: {failed[0]}")
+            raise ValueError(f"{counted(len(failed), 'results')} could not be made; the first: {failed[0]}")
 
     def _make_all(self, asked: Iterable[Cell], failed: list[str], wait: bool) -> list[Cell]:
         """Make results that are not there.
@@ -316,7 +318,7 @@ def _summary(result: dict[str, Any], measure: str) -> str:
         taken = result["training"].get("trained_for")
         text += f", trained for {taken}" if taken else f", trained in {result['training']['seconds']:.0f} s"
     if "ranking" in result:
-        text += f", ranked {result['ranking']['pairs']} pairs in {result['ranking']['seconds']:.0f} s"
+        text += f", ranked {counted(result['ranking']['pairs'], 'pairs')} in {result['ranking']['seconds']:.0f} s"
     return text
 
 

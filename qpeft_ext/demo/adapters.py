@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..utils.words import counted
 from .settings import BEST, Settings
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def train_adapter(
     trainable, total = model.get_nb_trainable_parameters()
     model.eval()
     return (
-        f"{system}: {steps} steps of {settings.queries_per_step} queries in {done.seconds:.0f} s; reciprocal rank "
-        f"among {settings.num_negatives + 1} documents on dev {done.before['eval_mrr']:.3f} → {after['eval_mrr']:.3f}; "
+        f"{system}: {counted(steps, 'steps')} of {settings.queries_per_step} queries in {done.seconds:.0f} s; "
+        f"reciprocal rank among {settings.num_negatives + 1} documents on dev {done.before['eval_mrr']:.3f} → "
+        f"{after['eval_mrr']:.3f}; "
         f"{trainable:,} trainable parameters ({trainable / total:.1%})"
     )

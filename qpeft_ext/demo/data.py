@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..formats import Corpus, beir
+from ..utils.words import counted
 
 
 @dataclass
@@ -44,9 +45,9 @@ class DemoData:
     def describe(self) -> str:
         """Return the sizes of the splits in a line."""
         sizes = [f"{len(self.split(name).queries)} {name}" for name in ("train", "dev", "test")]
-        return f"{self.name}: {', '.join(sizes)} queries; {len(self.test.documents):,} documents to search" + (
-            f"; {self.left_out} queries left out as too long for the prompt" if self.left_out else ""
-        )
+        documents = counted(len(self.test.documents), "documents to search", spec=",")
+        left_out = counted(self.left_out, "queries left out as too long for the prompt")
+        return f"{self.name}: {', '.join(sizes)} queries; {documents}" + (f"; {left_out}" if self.left_out else "")
 
 
 def load_demo_data(

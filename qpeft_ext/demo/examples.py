@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..evaluation.report import Clue, Example
 from ..formats.trec import Run
 from ..ranking.reranker import Reranker
+from ..utils.words import counted
 from .data import Split
 
 
@@ -44,8 +45,8 @@ def report_examples(reranker: Reranker, method: str, test: Split, before: Run, a
                 rank_after,
                 True,
                 method,
-                f"Change of rank, {note} of {len(moved)} queries whose document was a candidate: "
-                f"{rank_before - rank_after:+d} places.",
+                f"Change of rank, {note} of {counted(len(moved), 'queries')} whose document was a candidate: "
+                f"{counted(rank_before - rank_after, 'places', spec='+d')}.",
             )
         )
     return examples

@@ -32,6 +32,7 @@ from ..utils.console import say
 from ..utils.environment import versions
 from ..utils.files import write_text
 from ..utils.optional import expect_packages
+from ..utils.words import counted
 from .adapters import load_packaged, train_adapter
 from .choice import DemoLM, choose_lm, trained_systems
 from .data import load_demo_data
@@ -144,17 +145,18 @@ class _Demo:
         runs[fused] = fuse([runs[best], runs[FIRST]], [weight, 1 - weight])
         for system, run in runs.items():
             write_run(self.output / f"{_without_spaces(system)}.trec", run, tag=_without_spaces(system))
-        dev_queries = len(self.data.dev.queries)
+        dev_queries = counted(len(self.data.dev.queries), "dev queries")
         chosen = (
-            f"{fused}: min-max scores, weight {weight} on {best}, chosen with the system on {dev_queries} dev queries "
+            f"{fused}: min-max scores, weight {weight} on {best}, chosen with the system on {dev_queries} "
             "of packages that are not in the test"
             if self.harvested
-            else f"{fused}: weight {weight} on {best}, chosen on {dev_queries} dev queries"
+            else f"{fused}: weight {weight} on {best}, chosen on {dev_queries}"
         )
         return Report(
             title="Search in your own Python environment" if self.harvested else f"Reranking {self.data.name}",
-            lead=f"{len(test.queries)} queries over {len(test.documents):,} documents; the {settings.candidates} best "
-            f"of BM25 reranked by the log-likelihood that a frozen language model gives the query. {_SYSTEMS}",
+            lead=f"{counted(len(test.queries), 'queries')} over {len(test.documents):,} documents; the "
+            f"{settings.candidates} best of BM25 reranked by the log-likelihood that a frozen language model gives the "
+            f"query. {_SYSTEMS}",
             setting=self._setting(rerankers),
             table=compare_table(runs, test.qrels),
             measure=MEASURE,
@@ -204,7 +206,7 @@ class _Demo:
             "collection": self.data.name,
             "training": f"listwise over {self.settings.num_negatives + 1} documents; "
             + "; ".join(
-                f"{system}: {min(count, len(self.data.train.queries))} queries, learning rate {rate}"
+                f"{system}: {counted(min(count, len(self.data.train.queries)), 'queries')}, learning rate {rate}"
                 for system, (count, rate) in trained.items()
             )
             if trained
@@ -212,7 +214,7 @@ class _Demo:
             "documents": "read once for all systems, so the first one has the time of reading them"
             if self.settings.read_once
             else "read anew for each system",
-            "dev": f"{len(self.data.dev.queries)} queries",
+            "dev": counted(len(self.data.dev.queries), "queries"),
             "seed": str(self.seed),
             "threads": str(torch.get_num_threads()),
             "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),

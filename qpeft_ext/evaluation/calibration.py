@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.words import counted
+
 BINS = 15  # of equal mass, in which calibration is measured
 _RIDGE = 1e-3  # of squared weights for standardised inputs, so that separable data has a finite answer
 _STEPS = 100
@@ -63,9 +65,9 @@ class Calibration:
         if not (m := self.measured):
             return "the default map from scores to relevances, not fitted to this model"
         return (
-            f"fitted to {m['pairs']} pairs of {m['queries']} queries of {m['data']}; on queries left out of the fit "
-            f"the expected calibration error is {m['ece']:.3f} (before: {m['ece_before']:.3f}), the Brier skill "
-            f"{m['brier_skill']:.2f} (before: {m['brier_skill_before']:.2f})"
+            f"fitted to {counted(m['pairs'], 'pairs')} of {counted(m['queries'], 'queries')} of {m['data']}; on "
+            f"queries left out of the fit the expected calibration error is {m['ece']:.3f} (before: "
+            f"{m['ece_before']:.3f}), the Brier skill {m['brier_skill']:.2f} (before: {m['brier_skill_before']:.2f})"
         )
 
     @classmethod

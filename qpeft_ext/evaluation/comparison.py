@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..formats.trec import Qrels, Run
+from ..utils.words import counted
 from .measures import DEFAULT_MEASURES, JUDGED_AT, evaluate
 from .significance import format_p, holm, paired_test
 
@@ -66,7 +67,7 @@ class ComparisonTable:
 
     def notes(self) -> list[str]:
         """Return sentences about what a reader must know beside the numbers."""
-        lines = [f"{self.num_queries} queries"]
+        lines = [counted(self.num_queries, "queries")]
         if (others := len(self.systems) - 1) > 0:
             lines[0] += (
                 f"; difference to {self.baseline} and two-sided p-value, "
@@ -78,11 +79,20 @@ class ComparisonTable:
             lines.append(f"Judged@{JUDGED_AT}: {shares}; documents without a judgement count as not relevant")
         for system in self.systems:
             if system.num_identical:
-                lines.append(f"{system.name}: {system.num_identical} documents with the id of their query left out")
+                identical = counted(
+                    system.num_identical, "documents with the id of their query", "document with the id of its query"
+                )
+                lines.append(f"{system.name}: {identical} left out")
             if system.num_missing:
-                lines.append(f"{system.name}: no candidates for {system.num_missing} queries; they count as 0")
+                missing = counted(system.num_missing, "queries; they count as 0", "query; it counts as 0")
+                lines.append(f"{system.name}: no candidates for {missing}")
             if system.num_unjudged:
-                lines.append(f"{system.name}: {system.num_unjudged} queries are not in the qrels and do not count")
+                unjudged = counted(
+                    system.num_unjudged,
+                    "queries are not in the qrels and do not count",
+                    "query is not in the qrels and does not count",
+                )
+                lines.append(f"{system.name}: {unjudged}")
         return lines
 
     def render(self, seconds_per_query: Mapping[str, str] | None = None) -> Group:

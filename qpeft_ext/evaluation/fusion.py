@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ..formats.trec import Qrels, Run, expect_each_once
+from ..utils.text import shorten
 from .measures import evaluate
 
 Add = Callable[[Sequence[tuple[str, float]], float, dict[str, float]], None]
+LARGEST_K = 2**31 - 1
 STEPS = {2: 20, 3: 10, 4: 10}  # number of runs -> steps from weight 0 to 1 that `choose_weights` tries
 
 
@@ -67,23 +69,25 @@ def reciprocal_rank_fusion(runs: Sequence[Run], k: int = 60, weights: Sequence[f
 
     Args:
         runs: query_id -> [(doc_id, score)], best first, of each system.
-        k: 0 or more; a larger one makes the first ranks count less.
+        k: from 0 to 2,147,483,647; a larger one makes the first ranks count less, until rounding makes all ranks equal.
         weights: one for each run; None: all 1.
 
     Returns: a run over the union of queries and documents.
 
     Raises:
-        ValueError: without runs, for another number of weights, weights that are all 0 or not finite, a negative
-            ``k``, and for a document that a run has twice.
+        ValueError: without runs, for another number of weights, weights that are all 0 or not finite, another ``k``,
+            and for a document that a run has twice.
 
     Source: Cormack et al. 2009, https://doi.org/10.1145/1571941.1572114.
     """
     weights = [1.0] * len(runs) if weights is None else list(weights)
-    if not runs or len(weights) != len(runs) or not np.isfinite(weights).all() or not any(weights) or not k >= 0:
+    if not runs or len(weights) != len(runs) or not np.isfinite(weights).all() or not any(weights):
         raise ValueError(
-            f"reciprocal_rank_fusion: expected one finite weight per run, not all 0, and k >= 0, got {len(runs)} "
-            f"runs, weights {weights}, k {k}"
+            f"reciprocal_rank_fusion: expected one finite weight per run, not all 0, got {len(runs)} runs and weights "
+            f"{weights}"
         )
+    if not 0 <= k <= LARGEST_K:
+        raise ValueError(f"reciprocal_rank_fusion: k must be from 0 to {LARGEST_K}, got {shorten(k)}")
 
     def add(ranking: Sequence[tuple[str, float]], weight: float, sums: dict[str, float]) -> None:
         for rank, (doc_id, _) in enumerate(ranking, start=1):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..utils.files import AnyPath, write_text
+from ..utils.words import counted
 from .comparison import ComparisonTable
 from .html_page import render_page
 from .plots import INK, LOSS, SYSTEM, draw_means, draw_svg, plain
@@ -141,7 +142,7 @@ def plot(report: Report) -> Markup:
         means, differences = figure.subplots(1, 2, width_ratios=(3, 2))
         values = {name: list(of_queries.values()) for name, of_queries in report.per_query.items()}
         count = len(next(iter(values.values())))
-        label = f"{report.measure}: mean of {count} queries, 95 % interval"
+        label = f"{report.measure}: mean of {counted(count, 'queries')}, 95 % interval"
         draw_means(means, values, [report.table.baseline], label)
         _plot_differences(differences, report)
 

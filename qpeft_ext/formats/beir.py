@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -110,12 +111,10 @@ def read_qrels(path: AnyPath, split: str = "test") -> Qrels:
 
 def splits(folder: AnyPath) -> list[str]:
     """Return the names of the splits that a BEIR folder has qrels for."""
+    qrels = Path(folder, "qrels")
+    names = os.listdir(qrels) if qrels.is_dir() else []  # not glob, which takes a folder that cannot be read for empty
     return sorted(
-        {
-            file.name.removesuffix(".gz").removesuffix(".tsv")
-            for file in Path(folder).glob("qrels/*.tsv*")
-            if file.name.endswith((".tsv", ".tsv.gz"))
-        }
+        {name.removesuffix(".gz").removesuffix(".tsv") for name in names if name.endswith((".tsv", ".tsv.gz"))}
     )
 
 

@@ -14,9 +14,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import AnyPath, AtomicWriter, new_folder
+from ..utils.files import AnyPath, new_folder
+from ..utils.partial_file import ResultWriter
 from . import trec
 from .collection import Example
+from .io import BYTE_ORDER_MARK
 from .jsonl import training_examples, write_examples
 from .source import Conversion, Source
 from .trec import Qrels, Run, RunWriter
@@ -61,7 +63,7 @@ def _write_beir(source: Source, output: AnyPath, done: Conversion) -> None:
             (folder / "qrels").mkdir()
             flat = _Flat(done)
             rows = (
-                f"{flat.id(query_id)}\t{flat.id(doc_id)}\t{grade}"
+                f"{flat.id_of_qrels(query_id)}\t{flat.id_of_qrels(doc_id)}\t{grade}"
                 for query_id, judged in qrels.items()
                 for doc_id, grade in judged.items()
             )
@@ -144,7 +146,7 @@ def _write_upr(source: Source, output: AnyPath, done: Conversion) -> None:
             done.written["queries"] += 1
             yield query_id, {"question": queries[query_id], "answers": answers.get(query_id, []), "ctxs": passages}
 
-    with AtomicWriter(output) as file:  # by id, as Pyserini writes it: a list would lose the ids
+    with ResultWriter(output) as file:  # by id, as Pyserini writes it: a list would lose the ids
         file.write(b"{\n")
         for number, (query_id, record) in enumerate(records()):
             file.write(f"{',' * (number > 0)}\n{_json(query_id)}: {_json(record)}".encode())
@@ -176,7 +178,7 @@ def _write_rankllm(source: Source, output: AnyPath, done: Conversion) -> None:
 
 
 def _write_dpr(source: Source, output: AnyPath, done: Conversion, num_negatives: int, seed: int) -> None:
-    with AtomicWriter(output) as file:
+    with ResultWriter(output) as file:
         file.write(b"[")
         for number, example in enumerate(_examples(source, done, num_negatives, seed)):
             done.lost["query ids"] += "query_id" in example and example["query_id"] != str(number)
@@ -239,9 +241,14 @@ class _Flat:
         return _TAB.sub(" ", text)
 
     def id(self, value: str) -> str:
-        if not value.strip() or _TAB.search(value):
+        if not value.strip() or _TAB.search(value) or value.startswith(BYTE_ORDER_MARK):
             raise ValueError(f"the id {value!r} cannot stand in a tab-separated file; rename it")
         return value
+
+    def id_of_qrels(self, value: str) -> str:
+        if value != value.strip(" \f\v"):  # which readers of qrels take for a part of the space between columns
+            raise ValueError(f"the id {value!r} begins or ends with a blank, which qrels cannot hold; rename it")
+        return self.id(value)
 
 
 def _passage(document: str | Mapping[str, str]) -> dict[str, str]:
@@ -279,8 +286,10 @@ def _not_candidates(corpus: Mapping[str, dict] | None, run: Run) -> int:
 
 
 def _write_qrels(path: Path, qrels: Qrels) -> int:
-    for value in (*qrels, *(doc_id for judged in qrels.values() for doc_id in judged)):
-        trec.check_id("an id of the qrels", value)
+    for query_id, judged in qrels.items():
+        trec.check_id("query_id", query_id)
+        for doc_id in judged:
+            trec.check_id("doc_id", doc_id)
     return _lines(path, (f"{q} 0 {d} {grade}" for q, judged in qrels.items() for d, grade in judged.items()))
 
 
@@ -295,7 +304,7 @@ def _json(value: object) -> str:
 def _lines(path: AnyPath, lines: Iterator[str]) -> int:
     """Write lines, completely or not at all. Returns: how many."""
     count = 0
-    with AtomicWriter(path) as file:
+    with ResultWriter(path) as file:
         for line in lines:
             file.write(f"{line}\n".encode())
             count += 1

@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
-from ..utils.files import AnyPath, cache_folder, is_gzip, permissions_of, restrict
+from ..utils.files import AnyPath, cache_folder, is_gzip, permissions_of, restrict, why_unreadable
 from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular
+from ..utils.words import counted
 from .io import check_kept, decode, line_error, open_bytes, parse_object, reading, require_id, require_text
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class FileCorpus(Mapping[str, Document]):
             last = page[-1][0]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({os.fspath(self.path)!r}, {len(self)} documents)"
+        return f"{type(self).__name__}({os.fspath(self.path)!r}, {counted(len(self), 'documents')})"
 
     def __getstate__(self) -> dict:
         return {"path": self.path}
@@ -175,6 +176,7 @@ class FileCorpus(Mapping[str, Document]):
             try:
                 if not index.is_file():
                     raise sqlite3.DatabaseError("no index yet")
+                open_regular(index).close()  # sqlite does not say why it cannot open a file
                 self._file = open_regular(copy or self.path, buffering=0)
                 self._length, size = self._connection().execute("SELECT documents, bytes FROM whole").fetchone()
                 if os.fstat(self._file.fileno()).st_size != size:
@@ -184,8 +186,8 @@ class FileCorpus(Mapping[str, Document]):
                 for file in filter(None, (index, copy)):  # the corpus may have become private after they were made
                     restrict(file, permissions_of(self.path))
                 return
-            except (sqlite3.DatabaseError, OSError, TypeError, ValueError):
-                if attempt == 2:
+            except (sqlite3.DatabaseError, OSError, TypeError, ValueError) as error:
+                if attempt == 2 or why_unreadable(error):  # which building it again would not change
                     raise
                 if index.exists():
                     logger.warning("the index %s is damaged or does not fit; it is built again", index)

@@ -21,7 +21,7 @@ from ..utils.text import shorten
 from . import corpus
 from .answers import answer_qrels
 from .collection import Collection, Glance
-from .io import check_unicode, line_error, read_lines, require_text
+from .io import check_unicode, expect_no_mark, line_error, read_lines, require_text
 from .json_records import RecordPlace, read_records
 from .jsonl import Example
 from .trec import Qrels, Run
@@ -38,6 +38,7 @@ class Passages(corpus.FileCorpus):
     expected = f"a header line {' <tab> '.join(HEADER)} and lines below it"
 
     def parse(self, number: int, text: str) -> corpus.Document | None:
+        expect_no_mark(self.path, number, text)
         columns = [unquote(column) for column in text.rstrip("\r\n").split("\t")]
         if len(columns) != 3 or not columns[0].strip():
             raise line_error(self.path, number, f"expected 3 columns {' <tab> '.join(HEADER)}, got {shorten(text)}")

@@ -18,6 +18,7 @@ from itertools import repeat
 from typing import Any
 
 from ..utils.text import shorten
+from ..utils.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,8 @@ def _side(rest: dict[str, Any], side: str, own: dict[str, Any]) -> list[Any]:
     if (ids := rest.pop(f"{alias}_id", None)) is not None:
         if not isinstance(ids, Sequence) or isinstance(ids, str) or len(ids) != len(documents):
             raise ValueError(
-                f"expected an id under {alias + '_id'!r} for each of the {len(documents)} documents, got {shorten(ids)}"
+                f"expected an id under {alias + '_id'!r} for each of {counted(len(documents), 'documents')}, got "
+                f"{shorten(ids)}"
             )
         documents = [
             {"id": doc_id, "text": document} if isinstance(document, str) else document

@@ -14,6 +14,7 @@ from typing import IO, Any, cast
 from ..utils.files import AnyPath, is_gzip
 from ..utils.text import shorten
 
+BYTE_ORDER_MARK = "\ufeff"
 _UNPACK = "decompress it, or compress it with gzip and let its name end in .gz"
 _COMPRESSED = {  # how compressed files begin
     b"\x1f\x8b": ("a gzip", "let its name end in .gz"),
@@ -87,6 +88,14 @@ def decode(path: AnyPath, number: int, raw: bytes) -> str:
             f"expected UTF-8, got the byte 0x{raw[error.start]:02x} at position "
             f"{error.start}; convert the file to UTF-8",
         ) from None
+
+
+def expect_no_mark(path: AnyPath, number: int, text: str) -> None:
+    """Check a line that begins with an id. Raises: ValueError for a byte order mark, which would be part of that id."""
+    if text.startswith(BYTE_ORDER_MARK):
+        raise line_error(
+            path, number, "the line begins with a byte order mark, as where files are put together; remove the mark"
+        )
 
 
 def open_bytes(path: AnyPath) -> IO[bytes]:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..utils.files import AnyPath, AtomicWriter
+from ..utils.files import AnyPath
+from ..utils.partial_file import ResultWriter
 from ..utils.text import shorten
+from ..utils.words import counted
 from . import corpus
 from .collection import Collection, Example, Glance
 from .example_keys import ExampleKeys, are_of_examples
@@ -113,7 +115,7 @@ def write_examples(path: AnyPath, examples: Iterable[Example]) -> int:
         How many were written.
     """
     count = 0
-    with AtomicWriter(path) as file:
+    with ResultWriter(path) as file:
         for example in examples:
             file.write((json.dumps(example, ensure_ascii=False) + "\n").encode("utf-8"))
             count += 1
@@ -142,13 +144,25 @@ class ExampleCounts:
 
     def __str__(self) -> str:
         notes = [
-            (self.without_relevant, "queries without a relevant document left out"),
-            (self.without_positives, "queries left out because the corpus holds none of their relevant documents"),
-            (self.missing_positives, "relevant documents are not in the corpus"),
-            (self.without_candidates, "queries are not in the run"),
-            (self.fewer_negatives, "examples have fewer negatives than asked for"),
+            (self.without_relevant, "queries without a relevant document left out", None),
+            (
+                self.without_positives,
+                "queries left out because the corpus holds none of their relevant documents",
+                "query left out because the corpus holds none of its relevant documents",
+            ),
+            (
+                self.missing_positives,
+                "relevant documents are not in the corpus",
+                "relevant document is not in the corpus",
+            ),
+            (self.without_candidates, "queries are not in the run", "query is not in the run"),
+            (
+                self.fewer_negatives,
+                "examples have fewer negatives than asked for",
+                "example has fewer negatives than asked for",
+            ),
         ]
-        return "; ".join([f"{self.examples} training examples"] + [f"{n} {what}" for n, what in notes if n])
+        return "; ".join([counted(self.examples, "training examples"), *(counted(*note) for note in notes if note[0])])
 
 
 def training_examples(

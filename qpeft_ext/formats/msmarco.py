@@ -19,7 +19,7 @@ from ..utils.files import AnyPath
 from ..utils.text import shorten
 from . import corpus
 from .collection import Collection, Glance, plain_name
-from .io import line_error, read_lines
+from .io import expect_no_mark, line_error, read_lines
 from .jsonl import Example
 from .qrels import read_table
 from .trec import Qrels, Run
@@ -43,6 +43,7 @@ class MsmarcoCorpus(corpus.FileCorpus):
     expected = "lines pid <tab> passage"
 
     def parse(self, number: int, text: str) -> corpus.Document | None:
+        expect_no_mark(self.path, number, text)
         doc_id, passage = _columns(self.path, number, text.rstrip("\r\n"), "pid", "passage", empty="passage")
         if number == 1 and (doc_id.lower(), passage.lower()) in _HEADERS:
             return None
@@ -193,6 +194,7 @@ def read_queries(path: AnyPath) -> dict[str, str]:
     """Read ``queries.<split>.tsv``: query_id → text. Raises: ValueError naming file and line."""
     queries: dict[str, str] = {}
     for number, text in read_lines(path, "MS MARCO queries"):
+        expect_no_mark(path, number, text)
         query_id, query = _columns(path, number, text, "qid", "query")
         if number == 1 and (query_id.lower(), query.lower()) in _HEADERS:
             continue
@@ -240,6 +242,7 @@ def read_id_triples(path: AnyPath, queries: Mapping[str, str], passages: Mapping
 
     def rows() -> Iterator[tuple[int, str, str, str]]:
         for number, text in read_lines(path, "MS MARCO triples of ids"):
+            expect_no_mark(path, number, text)
             query_id, positive, negative = _columns(path, number, text, "qid", "positive pid", "negative pid")
             if query_id not in queries:
                 raise line_error(
@@ -286,6 +289,7 @@ def _grouped(
 
 def _top_lines(path: AnyPath) -> Iterator[tuple[int, str, str, str, str]]:
     for number, text in read_lines(path, "MS MARCO top1000"):
+        expect_no_mark(path, number, text)
         query_id, doc_id, query, passage = _columns(
             path, number, text, "qid", "pid", "query", "passage", empty="passage"
         )

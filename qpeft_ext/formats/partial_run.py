@@ -12,6 +12,7 @@ import numpy as np
 
 from ..utils.files import AnyPath
 from ..utils.partial_file import PartialFile
+from ..utils.words import counted
 from .trec import Run, check_id, run_lines, written_ranking
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -81,7 +82,7 @@ class PartialRun(PartialFile):
         self.rankings |= written
 
     def __str__(self) -> str:
-        return f"{self.part} keeps {len(self.rankings)} of {len(self._candidates)} queries"
+        return f"{self.part} keeps {len(self.rankings)} of {counted(len(self._candidates), 'queries')}"
 
     def _lines(self, rankings: Run) -> bytes:
         return b"".join(run_lines(query_id, ranking, self._tag) for query_id, ranking in rankings.items())

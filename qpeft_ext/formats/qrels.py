@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from ..utils.files import AnyPath
 from ..utils.text import shorten
-from .io import line_error, read_lines
+from .io import expect_no_mark, line_error, read_lines
 from .trec import Qrels, split_columns, whole_number
 
 BEIR_HEADER = ("query-id", "corpus-id", "score")
@@ -38,6 +38,7 @@ def read_table(path: AnyPath) -> Qrels:
     count = 0
     places: dict[str, int] = {}
     for number, text in read_lines(path, "qrels"):
+        expect_no_mark(path, number, text)
         columns = split_columns(text)
         if not count:
             count, header = len(columns), _header(path, number, columns)

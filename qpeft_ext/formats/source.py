@@ -7,8 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..utils.words import counted
 from .collection import Collection
 from .trec import Qrels, Run
+
+_ONE = {  # singular of what counts are of, where it is not that of the first word alone
+    "queries' answers": "query's answers",
+    "documents that are no candidates": "document that is no candidate",
+    "judgements of documents that are no candidates": "judgement of a document that is no candidate",
+    "scores of candidates (their order is kept)": "score of a candidate (its order is kept)",
+    "candidates of queries without text": "candidate of a query without text",
+    "texts of documents": "text of a document",
+    "texts of queries": "text of a query",
+}
 
 
 @dataclass
@@ -19,10 +30,11 @@ class Conversion:
     lost: Counter = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        def counted(counts: Counter) -> str:
-            return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing"
+        def listed(counts: Counter) -> str:
+            parts = (counted(count, what, _ONE.get(what)) for what, count in counts.items() if count)
+            return ", ".join(parts) or "nothing"
 
-        return f"wrote {counted(self.written)}; not held: {counted(self.lost)}"
+        return f"wrote {listed(self.written)}; not held: {listed(self.lost)}"
 
 
 @dataclass

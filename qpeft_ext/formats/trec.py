@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..utils.files import AnyPath, AtomicWriter
+from ..utils.files import AnyPath
+from ..utils.partial_file import ResultWriter
 from ..utils.text import shorten
-from .io import line_error, read_lines
+from .io import BYTE_ORDER_MARK, expect_no_mark, line_error, read_lines
 
 Run = dict[str, list[tuple[str, float]]]  # query_id → (doc_id, score), best first
 Qrels = dict[str, dict[str, int]]  # query_id → doc_id → relevance
@@ -38,6 +39,7 @@ def read_run(path: AnyPath) -> Run:
     """
     rows: dict[str, dict[str, tuple[float, int]]] = {}
     for number, text in read_lines(path, "a TREC run"):
+        expect_no_mark(path, number, text)
         columns = _columns(path, number, text)
         query_id, _, doc_id, rank, score, _ = columns
         candidates = rows.setdefault(query_id, {})
@@ -152,7 +154,7 @@ class RunWriter:
         self.tag = tag
         self.num_lines = 0
         self._queries: set[str] = set()
-        self._file = AtomicWriter(path)
+        self._file = ResultWriter(path)
 
     def add(self, query_id: str, ranking: Iterable[tuple[str, float]]) -> int:
         """Append one query.
@@ -261,7 +263,7 @@ def _score(path: AnyPath, number: int, text: str) -> float:
     except ValueError:
         score = math.nan
     with np.errstate(over="ignore"):
-        if "_" in text or not np.isfinite(np.float32(score)):
+        if "_" in text or not text.isascii() or not np.isfinite(np.float32(score)):
             raise line_error(path, number, f"expected a finite number as score, got {shorten(text)}")
     return score
 
@@ -271,6 +273,8 @@ def check_id(name: str, value: str) -> None:
     if not isinstance(value, str) or not value or _SPACE.search(value) or "\0" in value:
         what = "zero bytes" if isinstance(value, str) and "\0" in value else "white space"
         raise ValueError(f"{name} must be text without {what} in a TREC run, got {value!r}")
+    if value.startswith(BYTE_ORDER_MARK) and name.endswith("query_id"):  # at the start of a line, where it is dropped
+        raise ValueError(f"{name} must not begin with a byte order mark in a TREC run, got {value!r}; remove the mark")
 
 
 def system_name(path: Path) -> str:

@@ -59,10 +59,19 @@ class Contexts(corpus.FileCorpus):
 
 
 class RetrieverFile(Collection):
-    """One file: queries, answers, candidates, and the labels as qrels (1 for a passage that holds an answer)."""
+    """One file: queries, answers, candidates, and the labels as qrels (1 for a passage that holds an answer).
+
+    Args:
+        place: the file.
+        passages: the passages of its folder; None: those in the file, or where it has no texts those near it.
+    """
 
     format = "upr"
     looks_for = 'json with "question" and "ctxs" or "contexts" (UPR or DPR retriever output)'
+
+    def __init__(self, place: AnyPath, passages: Mapping[str, dict] | None = None) -> None:
+        super().__init__(place)
+        self._passages = passages
 
     @classmethod
     def recognises(cls, glance: Glance) -> bool:
@@ -70,11 +79,13 @@ class RetrieverFile(Collection):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        there = self._has_texts or dpr.find_passages(self.place) is not None
+        there = self._passages is not None or self._has_texts or dpr.find_passages(self.place) is not None
         return ("corpus",) * there + ("queries", "answers", "qrels", "candidates")
 
     @cached_property
     def corpus(self) -> Mapping[str, dict]:
+        if self._passages is not None:
+            return self._passages
         return Contexts(self.place) if self._has_texts else dpr.passages_near(self.place)
 
     def queries(self, split: str | None = None) -> dict[str, str]:
@@ -123,7 +134,8 @@ class RetrieverFile(Collection):
     def _content(self) -> tuple[dict[str, tuple[str, list[str]]], Run, dict[str, dict[str, bool | None]]]:
         """Return (questions, run, labels), without the texts, by one pass over the file."""
         questions, run, labels = {}, {}, {}
-        for record in read_file(self.place):
+        of_dpr = self._passages is not None or not self._has_texts  # the texts are those of psgs_w100.tsv
+        for record in read_file(self.place, of_dpr):
             questions[record.query_id] = record.question, record.answers
             run[record.query_id] = sorted(record.ranking, key=lambda candidate: -candidate[1])  # stable
             labels[record.query_id] = record.labels
@@ -188,7 +200,9 @@ class Folder(Collection):
     def _file(self, split: str | None) -> Collection:
         file = self._files[self.choose_split(split)]
         glance = Glance(file)
-        for format in (RetrieverFile, dpr.TrainingFile, dpr.Questions):
+        if RetrieverFile.recognises(glance):
+            return RetrieverFile(file, self.corpus)
+        for format in (dpr.TrainingFile, dpr.Questions):
             if format.recognises(glance):
                 return format(file)
         raise glance.error or ValueError(
@@ -196,8 +210,14 @@ class Folder(Collection):
         )
 
 
-def read_file(path: AnyPath) -> Iterator[Record]:
-    """Yield the records of a retriever output. Raises: ValueError naming file, line and record."""
+def read_file(path: AnyPath, of_dpr: bool = False) -> Iterator[Record]:
+    """Yield the records of a retriever output.
+
+    Args:
+        path: the file.
+        of_dpr: whether the ids are those of ``psgs_w100.tsv``, before which DPR's own scripts put "wiki:".
+    Raises: ValueError naming file, line and record.
+    """
     seen: set[str] = set()
     for place, key, record in read_records(path, "question", "retriever output (json)"):
         question = require_text(path, place, record, "question")
@@ -215,6 +235,8 @@ def read_file(path: AnyPath) -> Iterator[Record]:
         result = Record(place, query_id, question, dpr.read_answers(path, place, record), [], {}, {})
         for passage in passages:
             doc_id = _doc_id(path, place, passage)
+            if of_dpr:
+                doc_id = doc_id.removeprefix("wiki:")
             if doc_id in result.documents:
                 raise line_error(path, place, f"passage {doc_id!r} occurs twice; remove one")
             result.ranking.append((doc_id, read_score(path, place, passage)))
@@ -242,7 +264,7 @@ def _doc_id(path: AnyPath, place: int, passage: dict[str, Any]) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, str)) or not str(value).strip():
         raise line_error(path, place, f"expected a passage with an 'id', got the keys {shorten(sorted(passage))}")
     check_unicode(path, place, "id", str(value))
-    return str(value).removeprefix("wiki:")  # DPR's own scripts put that before the ids of psgs_w100.tsv
+    return str(value)
 
 
 def _document(path: AnyPath, place: int, doc_id: str, passage: dict[str, Any]) -> dict[str, str] | None:

@@ -22,6 +22,7 @@ import numpy as np
 from ..prompts.prompt import Document, as_pairs, document_text, expect_query
 from ..utils.inputs import as_list, kind_of, short, whole_number
 from ..utils.text import one_line
+from ..utils.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,8 @@ class RerankClient:
             each = as_list(instruction, "rank_many: instruction", "one instruction for all is a string")
         if not len(queries) == len(lists) == len(each):
             raise ValueError(
-                f"rank_many: {len(queries)} queries, {len(lists)} lists of candidates and {len(each)} instructions; "
-                "there must be as many of each"
+                f"rank_many: {counted(len(queries), 'queries')}, {counted(len(lists), 'lists')} of candidates and "
+                f"{counted(len(each), 'instructions')}; there must be as many of each"
             )
         for i, query in enumerate(queries):
             expect_query(query, f"query {i}")
@@ -213,7 +214,7 @@ class RerankClient:
             seen.add(index)
             rows.append({"corpus_id": index, "score": float(score)})
         if len(rows) < least:
-            raise ValueError(f"{self.url}{_ROUTE}: {len(rows)} results, but {least} were asked for")
+            raise ValueError(f"{self.url}{_ROUTE}: {counted(len(rows), 'results')}, but {least} were asked for")
         return rows
 
 

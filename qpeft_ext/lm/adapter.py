@@ -171,5 +171,5 @@ def _check(folder: Path) -> None:
                 "that is whole in it"
             )
     iterations = re.fullmatch(r"pissa_niter_(.*)", str(config.get("init_lora_weights")))
-    if iterations and not (iterations[1].isdigit() and int(iterations[1][:9]) <= _MAX_ITERATIONS):
+    if iterations and not (re.fullmatch("[0-9]{1,9}", iterations[1]) and int(iterations[1]) <= _MAX_ITERATIONS):
         raise ValueError(f"{path}: init_lora_weights must have at most {_MAX_ITERATIONS} iterations")

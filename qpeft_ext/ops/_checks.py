@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 
 def expect_shape(op: str, name: str, x: Tensor, words: str, shape: tuple[int | None, ...]) -> None:
@@ -64,10 +65,20 @@ def check_ids(op: str, name: str, ids: Tensor, size: int, size_name: str, mask: 
         return
     wrong = (ids < 0) | (ids >= size)
     if mask is not None:
-        wrong &= mask
-    if wrong.any():
+        wrong = wrong & mask  # not in place: `torch.func.vmap` may map the mask alone
+    if anywhere(wrong):
+        if _functorch.is_functorch_wrapped_tensor(wrong):
+            raise IndexError(f"{op}: an id of {name} is outside [0, {size_name}) = [0, {size})")
         at = wrong.nonzero()[0].tolist()
         raise IndexError(f"{op}: {name}{at} = {int(ids[tuple(at)])} is outside [0, {size_name}) = [0, {size})")
+
+
+def anywhere(condition: Tensor) -> bool:
+    """Tell whether a condition is true in any place, inside of `torch.func.vmap` in any of its examples."""
+    if torch._C._are_functorch_transforms_active():
+        while _functorch.is_functorch_wrapped_tensor(condition):
+            condition = _functorch.get_unwrapped(condition)
+    return bool(condition.any())
 
 
 def _word(dtype: torch.dtype) -> str:

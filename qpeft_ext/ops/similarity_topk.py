@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..utils.torch_state import refuse_backward_in_autocast
-from ._checks import check_documents, check_ids
+from ._checks import anywhere, check_documents, check_ids
 from ._common import (
     blocks_of_rows,
     differentiable,
@@ -113,7 +113,7 @@ def reference(
     """Compute `similarity_topk` by its definition, in plain PyTorch."""
     check_ids("similarity_topk", "document_ids", document_ids, len(table), "V", document_mask)
     check_ids("similarity_topk", "query_index", query_index, len(query_embeds), "Q")
-    if not query_mask.any(1).all():
+    if anywhere(~query_mask.any(1)):
         raise ValueError("similarity_topk: every query needs a token, a row of query_mask is all False")
     if not query_mask.shape[1]:  # there is no query either; a maximum over T needs a token
         query_embeds, query_mask = query_embeds.new_zeros(0, 1, table.shape[1]), query_mask.new_ones(0, 1)
@@ -125,7 +125,7 @@ def reference(
         queries, documents = _unit(queries), _unit(documents)
     similarity = queries @ documents.mT  # [B, T, S]
     best, positions = similarity.masked_fill(~query_mask[query_index][:, :, None], -torch.inf).max(1)
-    if (best.isnan() & document_mask).any():
+    if anywhere(best.isnan() & document_mask):
         raise ValueError(f"similarity_topk: a similarity is NaN, {_WHAT_TO_CHECK}")
     best = best + torch.where(best.isfinite(), round_scores(best.detach()) - best.detach(), 0)  # its gradient is 1
     equal = (ids[:, :, None] == ids[:, None, :]) & document_mask[:, None, :]

@@ -6,6 +6,7 @@ names its prefixes by the SHA-256 of their ids. The place of each is kept in mem
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from numpy.lib.recfunctions import repack_fields
 
 from ..prompts.prompt import Prompt
+from ..utils.files import why_unreadable
 from .files import Extent, prefetch, read_contents
 from .keys import PrefixKey
 from .manifest import (
@@ -123,7 +125,7 @@ class PrefixIndex(FileTier):
         return extent is not None
 
     def drop(self, key: PrefixKey, reason: object) -> None:
-        """Log once for each shard that something in it is damaged; the files stay as they are.
+        """Log once for each shard that something in it is damaged or cannot be read; the files stay as they are.
 
         Args:
             key: a prefix that the index has.
@@ -172,6 +174,9 @@ class PrefixIndex(FileTier):
     def _tell(self, path: Path, reason: object) -> None:
         if path.name not in self._told:
             self._told.add(path.name)
+            if unreadable := why_unreadable(reason):
+                logger.warning("%s cannot be read (%s): its documents are computed again, each time", path, unreadable)
+                return
             logger.warning(
                 "%s is damaged (%s); what cannot be read from it is computed again, each time: remove it and run the "
                 "qpeft index command again", path, reason
@@ -182,8 +187,9 @@ class PrefixIndex(FileTier):
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of an index, in order."""
-    return sorted(path for path in folder.glob("shard-*.safetensors") if path.stem[6:].isdecimal())
+    """The shards of an index, in order. Raises: OSError if its folder cannot be read, which glob takes for empty."""
+    names = fnmatch.filter(os.listdir(folder), "shard-*.safetensors")
+    return sorted(folder / name for name in names if Path(name).stem[6:].isdecimal())
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ..utils.files import drop_temporary
+from ..utils.files import drop_temporary, why_unreadable
 from ..utils.locks import lock_folder
+from ..utils.words import counted
 from .copies import copies
 from .files import Extent, prefetch, read_contents, write_prefixes
 from .keys import PrefixKey
@@ -63,7 +64,7 @@ class Tier:
         asked = self.hits + self.misses
         budget = f" of {self.max_bytes / 2**20:.1f}" if self.max_bytes else ""
         return (
-            f"{self.name}: {len(self)} prefixes, {self.nbytes / 2**20:.1f}{budget} MiB, "
+            f"{self.name}: {counted(len(self), 'prefixes', 'prefix')}, {self.nbytes / 2**20:.1f}{budget} MiB, "
             f"{f'{self.hits / asked:.0%} hits' if asked else 'unused'}"
         )
 
@@ -237,9 +238,14 @@ class DiskTier(FileTier):
         return []
 
     def drop(self, key: PrefixKey, reason: object) -> None:
-        """Forget a damaged file."""
-        logger.warning("%s is damaged (%s); its prefix is computed again", self._path(_file_name(key)), reason)
-        self._remove(_file_name(key))
+        """Forget a file, and remove it if it is damaged. One that only cannot be read stays."""
+        name = _file_name(key)
+        if unreadable := why_unreadable(reason):
+            logger.warning("%s cannot be read (%s): its prefix is computed again", self._path(name), unreadable)
+            self.nbytes -= self._sizes.pop(name)
+            return
+        logger.warning("%s is damaged (%s); its prefix is computed again", self._path(name), reason)
+        self._remove(name)
 
     def clear(self) -> None:
         """Delete the files."""

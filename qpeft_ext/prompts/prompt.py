@@ -28,6 +28,7 @@ from typing import Any
 from ..config import QPeftConfig
 from ..utils.inputs import as_list, expect_text, kind_of, short
 from ..utils.text_tokens import TextTokenizer
+from ..utils.words import counted
 from .answers import answer_tokens, asked_text
 from .pieces import CluesFirstPieces, DocumentPrefix, SuffixPieces
 from .recent import RecentDocuments
@@ -329,7 +330,8 @@ def as_pairs(pairs: Iterable[Any], what: str) -> list[tuple[str, Document]]:
         if isinstance(pair, (str, bytes, dict)) or not hasattr(pair, "__len__"):
             raise TypeError(f"{what} takes (query, document) pairs, but pair {place} is {kind_of(pair)}")
         if len(pair) != 2:
-            raise ValueError(f"{what} takes (query, document) pairs, but pair {place} has {len(pair)} items")
+            items = counted(len(pair), "items")
+            raise ValueError(f"{what} takes (query, document) pairs, but pair {place} has {items}")
         query, document = pair
         expect_query(query, f"the query of pair {place}")
         document_text(document, f"the document of pair {place}")

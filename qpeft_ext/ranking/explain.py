@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters.layers import Clues
 from ..model import QPeftModel
 from ..prompts.prompt import Document, as_documents, document_text, expect_query
+from ..utils.words import counted
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,11 @@ def describe_model(model: QPeftModel) -> list[str]:
     name = config.base_model_name_or_path or getattr(model.lm, "name_or_path", "") or "no name"
     kind = {
         "top_k": f"top_k clues (k={config.k})",
-        "attention": f"attention clues ({config.num_heads} heads)",
+        "attention": f"attention clues ({counted(config.num_heads, 'heads')})",
         "none": "no clues",
     }[config.clues]
     lora = f", generated LoRA of rank {config.generated_lora_rank}" if config.generated_lora_rank else ""
-    soft_prompt = f", soft prompt of {config.num_virtual_tokens} tokens" if config.num_virtual_tokens else ""
+    soft_prompt = f", soft prompt of {counted(n, 'tokens')}" if (n := config.num_virtual_tokens) else ""
     dtype = str(model.engine.table.dtype).removeprefix("torch.")
     score = "" if config.score == "likelihood" else f", score {config.score}"
     return [f"{type(model.lm).__name__} {name!r}, {dtype} on {model.device}", kind + lora + soft_prompt + score]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import zlib
@@ -18,14 +17,24 @@ from .. import formats
 from ..formats.corpus import drop_leftovers
 from ..formats.trec import Run, system_name
 from ..utils.console import say
-from ..utils.files import cache_folder, folder_permissions, permissions_of, restrict, sync_folder, write_text
+from ..utils.files import (
+    cache_folder,
+    folder_permissions,
+    permissions_of,
+    restrict,
+    sync_folder,
+    why_unreadable,
+    write_text,
+)
 from ..utils.optional import import_bm25s
 from ..utils.progress import progress_bar
 from ..utils.small_files import open_regular, read_json
 from ..utils.text import shorten
+from ..utils.words import counted
 
 logger = logging.getLogger(__name__)
 
+LARGEST_K1 = 1_000_000  # bm25s divides by k1 in float32, where scores of a much larger one would be 0
 _WORD = r"(?u)[^\W_]+"
 _INDEX_VERSION = 2  # of how tokens are made, and of what is kept
 _SUMS = "checksums.json"
@@ -43,7 +52,8 @@ class BM25:
 
     Args:
         corpus: doc_id → a dict with "text" and perhaps "title", for instance a `formats.Corpus`.
-        k1, b: parameters of BM25.
+        k1: how much repeated words count, from 0 to 1,000,000.
+        b: how much long documents lose, from 0 to 1.
         show_progress_bar: None shows it on a terminal only.
     Raises: ImportError without bm25s; ValueError for an empty corpus or values that make no BM25.
     """
@@ -55,11 +65,11 @@ class BM25:
             bm25s = import_bm25s()
         except ImportError:
             raise ImportError("BM25 needs the package bm25s: pip install 'qpeft_ext[bm25]'") from None
-        if not (math.isfinite(k1) and k1 >= 0 and 0 <= b <= 1):
-            raise ValueError(f"BM25: k1 must be at least 0 and b between 0 and 1, got {k1} and {b}")
+        if not (0 <= k1 <= LARGEST_K1 and 0 <= b <= 1):
+            raise ValueError(f"BM25: k1 must be from 0 to {LARGEST_K1:,} and b from 0 to 1, got {k1} and {b}")
         if not len(corpus):
             raise ValueError("BM25: the corpus is empty")
-        self.k1, self.b = k1, b
+        self.k1, self.b = abs(k1), abs(b)  # -0.0 would be shown, and named in the cache, as another value than 0
         self._mode = permissions_of(getattr(corpus, "path", None))
         self.doc_ids = list(corpus)
         self._show_progress_bar = show_progress_bar
@@ -99,7 +109,7 @@ class BM25:
 
     def _cache_name(self, corpus: Mapping[str, dict], version: str) -> str | None:
         fingerprint = getattr(corpus, "fingerprint", None)
-        settings = f"k1={self.k1:g}-b={self.b:g}-{version}-v{_INDEX_VERSION}"
+        settings = f"k1={_exactly(self.k1)}-b={_exactly(self.b)}-{version}-v{_INDEX_VERSION}"
         return fingerprint and f"bm25-{fingerprint()}-{settings}"
 
     def _load(self, name: str) -> Any:
@@ -114,7 +124,12 @@ class BM25:
             index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
             if index.scores["num_docs"] != len(self.doc_ids):
                 raise ValueError("another number of documents")
+        except MemoryError:
+            raise
         except Exception as error:  # bm25s and numpy raise a dozen kinds for a damaged file
+            if unreadable := why_unreadable(error):
+                logger.warning("%s cannot be read (%s): the index is built, and not kept", folder, unreadable)
+                return None
             logger.warning("%s is damaged (%s); it is built again", folder, shorten(error, 100))
             shutil.rmtree(folder, ignore_errors=True)
             return None
@@ -182,6 +197,11 @@ def _best(scores: np.ndarray, doc_ids: list[str], k: int) -> list[tuple[str, flo
         places = np.flatnonzero(scores > 0)
     places = places[np.argsort(-scores[places], kind="stable")][:k]
     return [(doc_ids[place], float(scores[place])) for place in places]
+
+
+def _exactly(value: float) -> str:
+    """Return a number as a text that no other number has; six digits where they are enough."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _sums(folder: Path) -> dict[str, int]:
@@ -252,10 +272,24 @@ def first_stage(
     cut = {query_id: candidates[:k] for query_id, candidates in whole.items()}
     left_out = sum(len(candidates) for candidates in whole.values()) - sum(map(len, cut.values()))
     if left_out and not searched:
-        say(f"{run or data.place}: {left_out} candidates beyond the {k} best of their query are left out")
+        say(
+            f"{run or data.place}: "
+            + counted(
+                left_out,
+                f"candidates beyond the {k} best of their query are left out",
+                f"candidate beyond the {k} best of its query is left out",
+            )
+        )
     return cut, name
 
 
 def say_identical(name: str, count: int) -> None:
     """Print how many candidates with the id of their query are left out of a run."""
-    say(f"{name}: {count} candidates with the id of their query are left out")
+    say(
+        f"{name}: "
+        + counted(
+            count,
+            "candidates with the id of their query are left out",
+            "candidate with the id of its query is left out",
+        )
+    )

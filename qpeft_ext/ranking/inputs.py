@@ -9,7 +9,7 @@ import torch
 
 from ..prompts.prompt import Document, as_documents, expect_query
 from ..utils.inputs import as_list, kind_of
-from ..utils.words import did_you_mean
+from ..utils.words import counted, did_you_mean
 
 
 def expect_options(what: str, given: Iterable[str], known: Collection[str]) -> None:
@@ -40,7 +40,7 @@ def as_lists(
     queries = as_list(queries, f"{what}: queries", "one query goes into a list: [query]")
     lists = as_list(candidates, f"{what}: candidates", "give a list of documents for each query")
     if len(queries) != len(lists):
-        raise ValueError(f"{what}: {len(queries)} queries but {len(lists)} lists of candidates")
+        raise ValueError(f"{what}: {counted(len(queries), 'queries')} but {counted(len(lists), 'lists')} of candidates")
     for i, query in enumerate(queries):
         expect_query(query, f"query {i}")
     return queries, [

@@ -11,6 +11,7 @@ from ..formats.trec import Run
 from ..prefixes.index import PrefixIndex
 from ..prompts.prompt import Prompt
 from ..utils.console import Interrupted, say
+from ..utils.words import counted
 from .passages import PassageScoring
 from .run import BlockRanker, RerankedRun, rerank_blocks, run_blocks
 from .systems import Systems, SystemsSpec
@@ -53,7 +54,10 @@ def rerank_job(
             index.kv_dtype_with(spec.kv_dtype)
         asked = {query_id: queries[query_id] for query_id in candidates}
         if cut := check_queries(prompt, asked, spec.truncate_queries):
-            say(f"{cut} of {len(candidates)} queries are cut to max_query_tokens = {spec.limits['max_query_tokens']}")
+            say(
+                f"{cut} of {counted(len(candidates), 'queries')} {'is' if cut == 1 else 'are'} cut to "
+                f"max_query_tokens = {spec.limits['max_query_tokens']}"
+            )
         try:
             with block_ranker(engine, spec, devices) as rank:
                 results = {

@@ -11,6 +11,7 @@ import numpy as np
 from ..evaluation.calibration import Calibration, calibrate, default_calibration
 from ..prompts.prompt import Document
 from ..utils.inputs import as_list
+from ..utils.words import counted
 from .bare_scores import BareScores
 from .inputs import as_instructions, as_lists
 from .inspection import PairInspector
@@ -60,7 +61,8 @@ class RelevanceRanker(PairInspector):
         queries = as_list(queries, "relevance: queries", "one query goes into a list: [query]")
         scores = np.array(as_list(scores, "relevance: scores", "one score goes into a list: [score]"), dtype=np.float64)
         if len(queries) != len(scores):
-            raise ValueError(f"relevance: {len(queries)} queries but {len(scores)} scores; give each score its query")
+            each = f"{counted(len(queries), 'queries')} but {counted(len(scores), 'scores')}"
+            raise ValueError(f"relevance: {each}; give each score its query")
         if not np.isfinite(scores).all():
             place = int(np.argmin(np.isfinite(scores)))
             raise ValueError(f"relevance: score {place} must be a finite number, got {scores[place]}")

@@ -18,6 +18,7 @@ from ..formats.partial_run import PartialRun
 from ..formats.trec import Run, check_id, find_line
 from ..utils.files import AnyPath
 from ..utils.progress import progress_bar
+from ..utils.words import counted
 
 if TYPE_CHECKING:
     from .reranker import Reranker
@@ -91,13 +92,16 @@ class RerankedRun:
         ranked = len(self.run) - self.num_resumed
         pairs_per_second = self.num_pairs / self.seconds if self.seconds else 0.0
         text = (
-            f"{ranked} queries, {self.num_pairs} pairs in {self.seconds:.1f} s "
+            f"{counted(ranked, 'queries')}, {counted(self.num_pairs, 'pairs')} in {self.seconds:.1f} s "
             f"({pairs_per_second:.0f} pairs/s, {self.seconds / max(1, ranked):.3f} s per query)"
         )
         text += f", {self.cache_rate} cache hits" if self.cache_rate else ""
-        text += f"; {self.truncated} documents cut to max_document_tokens" if self.truncated else ""
-        text += f"; {self.long_sentences} sentences longer than a passage, split" if self.long_sentences else ""
-        return text + (f"; {self.num_resumed} queries were there already" if self.num_resumed else "")
+        notes = [
+            (self.truncated, "documents cut to max_document_tokens", None),
+            (self.long_sentences, "sentences longer than a passage, split", None),
+            (self.num_resumed, "queries were there already", "query was there already"),
+        ]
+        return "; ".join([text, *(counted(n, many, one) for n, many, one in notes if n)])
 
     @property
     def cache_rate(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..adapters.files import adapter_config, adapter_digest, local_folder, trained_lm
+from ..adapters.files import LM_ADAPTER, adapter_config, adapter_digest, local_folder, trained_lm
 from ..adapters.own_lm import finding_own_lm, revision_of
 from ..config import QPeftConfig
 from ..formats import open_collection
@@ -31,6 +32,7 @@ from ..utils.inputs import short
 from .run import Block, RankedBlock, Ranker, by_likelihood, by_similarity, read_documents
 from .without_adapter import config_without_adapter
 
+_ALONE = "leave --upr out, or rank with it alone: --base-model LM --upr"
 UPR, SIMILARITY, RERANKER = "UPR", "similarity only", "reranker"
 
 
@@ -132,6 +134,22 @@ class SystemsSpec:
         held = trained_lm(local_folder(self.model), self.config)
         return None if held is None else str(held)
 
+    @cached_property
+    def untrained_lm(self) -> str | None:
+        """Name of the LM before training, which UPR scores with, where the adapter has trained it; None elsewhere.
+
+        Raises: ValueError if nobody names it.
+        """
+        if not (self.model and self.upr):
+            return None
+        if not (self.config.train_lm or (local_folder(self.model) / LM_ADAPTER).is_dir()):
+            return None
+        if name := self.base_model or self.config.base_model_name_or_path:
+            return name
+        raise ValueError(
+            f"{self.model}: --upr takes the LM before training, and the adapter does not name it; {_ALONE}"
+        )
+
     @property
     def lm_revision(self) -> str | None:
         """The revision of the LM on the Hub, as for `load_lm`."""
@@ -196,7 +214,15 @@ class SystemsSpec:
             "deterministic": self.deterministic,
             **self.limits,
             **self.passage_options,
+            **self._lm_of_upr(),
         }
+
+    def _lm_of_upr(self) -> dict[str, str]:
+        """Return the setting that the scores of UPR depend on where its LM is not that of the other systems."""
+        if (name := self.untrained_lm) is None:
+            return {}
+        with _naming_upr():
+            return {"LM of UPR": lm_digest(name, revision=self.lm_revision)}
 
     def about(self) -> dict[str, object]:
         """Return names and versions, which the settings do not have, for people."""
@@ -221,6 +247,15 @@ def prompt_without_lm(name: str, revision: str | None, config: QPeftConfig) -> P
     lm_config = load_config(name, revision=revision)
     tokenizer = load_tokenizer(name, revision=revision)
     return build_prompt(tokenizer, config, is_encoder_decoder(lm_config), not names_classifier(lm_config))
+
+
+@contextmanager
+def _naming_upr() -> Iterator[None]:
+    """A context whose errors are about the LM from which an adapter was trained."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise type(error)(f"--upr takes the LM before training: {error}; {_ALONE}") from error
 
 
 class Systems:
@@ -273,9 +308,14 @@ class Systems:
             options["cache"] = adapter.cache
         plain = [name for name in spec.names if name not in self.rerankers]
         if plain:  # the adapter's prompt and limits, so that only the clues differ
-            lm = lm or load_lm(
-                spec.lm_name, dtype=spec.dtype, device=device, attention=spec.attention, revision=spec.lm_revision
-            )
+            how: dict[str, Any] = {
+                "dtype": spec.dtype, "device": device, "attention": spec.attention, "revision": spec.lm_revision
+            }  # fmt: skip
+            if spec.untrained_lm is not None:  # the adapter's LM is not what it is compared with
+                with _naming_upr():
+                    lm = load_lm(spec.untrained_lm, **how)
+                options["cache"] = DocumentCache(spec.cache_bytes, kv_dtype=spec.kv_dtype) if spec.cache_bytes else None
+            lm = lm or load_lm(spec.lm_name, **how)
             shared = ("compat", "template", "special_tokens", "instruction", "allow_special_tokens")
             same: dict[str, Any] = {name: getattr(spec.config, name) for name in shared} | spec.limits
             config = QPeftConfig(clues="none", **same) if not spec.is_reranker else spec.config_with_limits

@@ -15,6 +15,7 @@ from ..formats.jsonl import read_examples
 from ..utils.console import say
 from ..utils.partial_file import PartialFile, kept, written_with
 from ..utils.progress import progress_bar
+from ..utils.words import counted
 from .job import check_queries
 from .systems import Systems, SystemsSpec
 
@@ -71,7 +72,7 @@ class PartialExamples(PartialFile):
         self.examples += examples
 
     def __str__(self) -> str:
-        return f"{self.part} keeps the teacher's scores of {len(self.examples)} of {self._count} examples"
+        return f"{self.part} keeps the teacher's scores of {len(self.examples)} of {counted(self._count, 'examples')}"
 
     def _take(self, piece: bytes) -> None:
         self.examples += map(json.loads, piece.decode("utf-8").split("\n")[:-1])  # other line ends are in texts
@@ -120,5 +121,5 @@ def teach(
                 partial.add(with_teacher_scores(reranker, examples[start : start + _BLOCK]))
                 bar.update(len(partial.examples) - start)
         partial.finish()
-    say(f"wrote the teacher's scores of {len(examples)} examples to {path}")
+    say(f"wrote the teacher's scores of {counted(len(examples), 'examples')} to {path}")
     return partial.examples

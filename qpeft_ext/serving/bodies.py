@@ -19,7 +19,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """Read the body. Raises: RequestError if it is too large or too slow, or the client has gone."""
     too_large = RequestError("too_large", f"the body is larger than {limits.max_body_bytes} bytes; send it in parts")
     declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > limits.max_body_bytes:
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limits.max_body_bytes):
         raise too_large
     parts, size = [], 0
     try:

@@ -13,6 +13,7 @@ from ..prompts.pieces import DocumentPrefix
 from ..prompts.prompt import Document, Prompt, document_text
 from ..prompts.worded import WordedPrompt
 from ..utils.inputs import short
+from ..utils.words import counted
 from .ask import Ask, DocumentRecord
 from .errors import RequestError
 from .job import Job
@@ -95,7 +96,8 @@ def _prepared(ask: Ask, served: Served, texts: list[Document], warnings: list[st
     cut: list[int] = []
     ids = prompt.queries(queries, cut)
     for place in cut:
-        warnings.append(f"{_named(ask.query_field, place, len(queries))} was cut to {prompt.max_query_tokens} tokens")
+        length = counted(prompt.max_query_tokens, "tokens")
+        warnings.append(f"{_named(ask.query_field, place, len(queries))} was cut to {length}")
     limit = _document_limit(ask, served, max(map(len, ids)))
     texts = [_cut_document(text, place, limit, ask, prompt, warnings) for place, text in enumerate(texts)]
     if len(queries) == 1:
@@ -189,7 +191,7 @@ def _cut_query(query: str, place: int, ask: Ask, prompt: Prompt, warnings: list[
     cut = _first_tokens(query.strip(), limit, prompt)
     if cut is None:
         return query
-    warnings.append(f"{name} was cut to {limit} tokens")
+    warnings.append(f"{name} was cut to {counted(limit, 'tokens')}")
     return cut
 
 
@@ -211,7 +213,7 @@ def _cut_document(
     if cut is None:
         return document
     _expect_right(ask)
-    warnings.append(f"{ask.document_field}[{place}] was cut to {limit} tokens")
+    warnings.append(f"{ask.document_field}[{place}] was cut to {counted(limit, 'tokens')}")
     if isinstance(document, str) or not document.get("title"):
         return cut
     title = document["title"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ..formats.answers import answer_tokens, has_answer
 from ..prompts.prompt import document_text
 from ..utils.inputs import whole_number
+from ..utils.words import counted
 from .generator import GeneratedQuery
 
 COPIED_WORDS = 4  # a query of at least so many words that is in its document word for word is a copy
@@ -66,6 +67,10 @@ class KeptQuery:
     log_likelihood: float
 
 
+_NO_TEXT = "documents have no text"
+_VERBS = {"have": "has", "hold": "holds", "repeat": "repeats", "are": "is", "were": "was", "do": "does"}
+
+
 @dataclass
 class Counts:
     """Numbers of the generated queries.
@@ -85,14 +90,29 @@ class Counts:
 
     def reasons(self, between: str) -> str:
         """List the reasons for which queries were dropped, the most frequent first, each after ``between``."""
-        return "".join(f"{between}{count} {why}" for why, count in self.dropped.most_common() if count)
+        return "".join(
+            f"{between}{count} {_of_one(why) if count == 1 else why}"
+            for why, count in self.dropped.most_common()
+            if count
+        )
 
     def __str__(self) -> str:
         text = (
-            f"{self.kept} of {self.generated} queries for {self.documents} documents are kept; dropped:"
+            f"{self.kept} of {counted(self.generated, 'queries')} for {counted(self.documents, 'documents')} "
+            f"{'is' if self.kept == 1 else 'are'} kept; dropped:"
             f"{self.reasons(chr(10) + '  ') or ' none'}"
         )
-        return text + (f"\n{self.fewer_negatives} have fewer negatives than asked for" if self.fewer_negatives else "")
+        have = "has" if self.fewer_negatives == 1 else "have"
+        fewer = f"\n{self.fewer_negatives} {have} fewer negatives than asked for"
+        return text + (fewer if self.fewer_negatives else "")
+
+
+def _of_one(why: str) -> str:
+    """Return why several queries were dropped as it is said of one."""
+    if why == _NO_TEXT:
+        return "document has no text"
+    verb, _, rest = why.partition(" ")
+    return f"{_VERBS[verb]} {rest.replace('their ', 'its ').replace('themselves', 'itself')}"
 
 
 def select(
@@ -121,7 +141,7 @@ def select(
     kept: list[tuple[str, KeptQuery]] = []
     for doc_id in doc_ids:
         if doc_id not in generated:
-            dropped["documents have no text"] += 1
+            dropped[_NO_TEXT] += 1
             continue
         for number, query in enumerate(generated[doc_id]):
             words = _words(query.text)
@@ -156,7 +176,7 @@ def _why_dropped(query: GeneratedQuery, words: list[str], document: dict, filter
     if not (query.ended or filters.keep_unfinished):
         return "have no end within max_new_tokens (keep_unfinished keeps them)"
     if query.num_tokens < filters.min_tokens:
-        return f"have fewer than {filters.min_tokens} tokens"
+        return f"have fewer than {counted(filters.min_tokens, 'tokens')}"
     if 2 * len(set(words)) < len(words):
         return "repeat themselves (fewer than half of the words differ)"
     if query.log_likelihood is None:

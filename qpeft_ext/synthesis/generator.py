@@ -39,6 +39,8 @@ from ..utils.memory import in_halves
 
 logger = logging.getLogger(__name__)
 
+LOWEST_TEMPERATURE = 1e-6  # logits over a much lower one are infinite, which no draw takes
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,7 +48,7 @@ class Sampling:
 
     Args:
         queries_per_document: how many queries are drawn for each document.
-        temperature: the logits are divided by it; 0 takes the likeliest token each time.
+        temperature: the logits are divided by it, at least 1e-6; 0 takes the likeliest token each time.
         top_p: only the likeliest tokens are drawn that together have this share of the probability.
         top_k: only so many of the likeliest tokens are drawn; 0: all.
         max_new_tokens: a query that has not ended by then is cut.
@@ -67,6 +69,8 @@ class Sampling:
             whole_number(getattr(self, name), name, least)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 or at least {LOWEST_TEMPERATURE}, got {self.temperature}; use 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and self.queries_per_document > 1:

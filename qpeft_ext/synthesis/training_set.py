@@ -23,6 +23,7 @@ from ..ranking.first_stage import BM25
 from ..utils.files import write_text
 from ..utils.partial_file import PartialFile
 from ..utils.progress import progress_bar
+from ..utils.words import counted
 from .filters import Counts, Filters, KeptQuery, select
 from .generator import GeneratedQuery, QueryGenerator
 
@@ -62,7 +63,7 @@ class PartialQueries(PartialFile):
         self.batches.append(batch)
 
     def __str__(self) -> str:
-        return f"{self.part} keeps the queries of {self.num_done} of {self.num_documents} documents"
+        return f"{self.part} keeps the queries of {self.num_done} of {counted(self.num_documents, 'documents')}"
 
     def _take(self, piece: bytes) -> None:
         try:
@@ -166,7 +167,8 @@ def write_training_set(
     )
     if (first := next(examples, None)) is None:
         raise ValueError(
-            f"none of the {counts.generated} generated queries was kept; loosen the filters:{counts.reasons(', ')[1:]}"
+            f"none of the {counted(counts.generated, 'generated queries')} was kept; loosen the filters:"
+            f"{counts.reasons(', ')[1:]}"
         )
     counts.kept = write_examples(partial.target, chain([first], examples))
     numbers = {"generated": counts.generated, "kept": counts.kept, "dropped": dict(+counts.dropped)}

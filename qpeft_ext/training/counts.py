@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import QPeftConfig
+from ..utils.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +44,22 @@ class StepCounts:
         """Log what was cut, and how many queries taught nothing."""
         if self.documents_cut:
             logger.warning(
-                "%d of the %d documents read in training were cut to max_document_tokens=%d",
+                "%d of the %s read in training %s cut to max_document_tokens=%d",
                 self.documents_cut,
-                self.documents_read,
+                counted(self.documents_read, "documents"),
+                "was" if self.documents_cut == 1 else "were",
                 config.max_document_tokens,
             )
         if self.queries_cut:
             logger.warning(
-                "%d queries read in training were cut to max_query_tokens=%d", self.queries_cut, config.max_query_tokens
+                "%s cut to max_query_tokens=%d",
+                counted(self.queries_cut, "queries read in training were", "query read in training was"),
+                config.max_query_tokens,
             )
         if self.queries_alone and config.loss != "pointwise":
             logger.warning(
-                "%d of the %d queries read in training had no negatives, which loss=%r compares with",
+                "%d of the %s read in training had no negatives, which loss=%r compares with",
                 self.queries_alone,
-                self.queries_read,
+                counted(self.queries_read, "queries"),
                 config.loss,
             )

@@ -20,6 +20,7 @@ import numpy as np
 from ..config import DISTILLATION, QPeftConfig
 from ..formats.example_keys import table_rows, view
 from ..prompts.prompt import Document, document_text
+from ..utils.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,8 @@ def lacking_negatives(examples: Sequence, config: QPeftConfig) -> str:
     without = len(examples) if none_drawn else sum(not example["negatives"] for example in examples)
     others = ", or set in_batch_negatives=True with queries_per_group of 2 or more, or num_random_negatives"
     line = (
-        f"{without} of {len(examples)} training examples have no negatives{none_drawn}, and loss={config.loss!r} "
+        f"{without} of {counted(len(examples), 'training examples')} {'has' if without == 1 else 'have'} no "
+        f"negatives{none_drawn}, and loss={config.loss!r} "
         f"compares with them: give them negatives{'' if config.loss in DISTILLATION else others}"
     )
     if without == len(examples) and config.loss != "pointwise_pairwise":

@@ -89,7 +89,7 @@ class GroupTrainer(Trainer):
             least := self.args.train_batch_size * self.args.world_size
         ):
             raise ValueError(
-                f"QPeftTrainer: dataloader_drop_last=True leaves out all {len(examples)} training examples, since a "
+                f"QPeftTrainer: dataloader_drop_last=True leaves out all training examples ({len(examples)}), since a "
                 f"batch has {least}; leave it out, or lower per_device_train_batch_size"
             )
         self.order = EpochOrder(len(examples), self._data_seed, self._shuffles, multiple)

@@ -7,6 +7,7 @@ written through.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import re
@@ -298,6 +299,17 @@ def _give_permissions(new: Path, path: Path, mode: int) -> None:
     probe.unlink()
     with contextlib.suppress(OSError):  # some file systems have none
         new.chmod(given)
+
+
+def why_unreadable(error: object) -> str | None:
+    """Say why the system does not give a file that is there, and what to do; None for an error about its content.
+
+    A file that is not there, or is a folder, counts as one with other content: making it again helps.
+    """
+    if not isinstance(error, OSError) or error.errno in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return None
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    return f"{error.strerror}; {'let this user read it' if denied else 'the file itself may be right'}"
 
 
 def name_what_cannot_be_read(error: Exception) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from .console import Interrupted, say
-from .files import AnyPath, AtomicWriter, check_target, is_gzip, sync_folder, write_text
+from .files import AnyPath, AtomicWriter, check_target, is_gzip, sync_folder, why_unreadable, write_text
 from .locks import open_locked
 from .small_files import read_json
 
@@ -114,19 +114,27 @@ class PartialFile:
         """Give the complete result its name, and keep the settings beside it as ``OUTPUT.json``."""
         assert self._file is not None, "closed"
         os.fsync(self._file)
-        write_text(_settings_file(self.target), self._about.read_text(encoding="utf-8"))
         if is_gzip(self.target):
             with AtomicWriter(self.target) as whole, open(self.part, "rb") as part:
                 while data := part.read(1 << 20):
                     whole.write(data)
+                self._describe()
             self.discard()
             return
+        self._describe()
         os.replace(self.part, self.target)
         sync_folder(self.target.parent)
         self._size = None
         for path in (self._sums, self._about):
             path.unlink(missing_ok=True)
         self.close()
+
+    def _describe(self) -> None:
+        """Write ``OUTPUT.json``. A result of other settings goes first: a kill must not leave it beside these."""
+        about = self._about.read_text(encoding="utf-8")
+        if written_with(self.target, json.loads(about)["settings"]):
+            self.target.unlink(missing_ok=True)
+        write_text(_settings_file(self.target), about)
 
     def discard(self) -> None:
         """Remove the part and all that is beside it."""
@@ -209,6 +217,16 @@ class PartialFile:
                     os.lseek(file, size, os.SEEK_SET)
 
 
+class ResultWriter(AtomicWriter):
+    """An `AtomicWriter` of a result that no settings are kept of: ``PATH.json`` of the result before it is removed."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # such as settings of another user, which the result does not need
+            if _settings_in(beside := _settings_file(self.path)) is not None:
+                beside.unlink(missing_ok=True)
+        super().close()
+
+
 @contextlib.contextmanager
 def kept(partial: PartialFile) -> Iterator[None]:
     """Say what is resumed, and after an interruption or an error what is kept; close the file at the end.
@@ -251,10 +269,15 @@ def _settings_file(target: Path) -> Path:
 
 
 def _settings_in(about: Path) -> dict | None:
-    """Return the settings in the file beside a part or a result; None if it is missing or damaged."""
+    """Return the settings in the file beside a part or a result; None if it is missing or damaged.
+
+    Raises: OSError if it is there and cannot be read.
+    """
     try:
         settings = read_json(about)["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if why_unreadable(error):
+            raise
         return None
     return settings if isinstance(settings, dict) else None
 
@@ -292,6 +315,7 @@ def _lines(sums: bytes) -> list[bytes]:
 
 def _recorded(file: IO[bytes], sums: list[bytes]) -> Iterator[bytes]:
     """Yield a piece for each line of checksums; a piece is empty if its line gives no length."""
+    size = os.fstat(file.fileno()).st_size  # reading makes room first for as many bytes as a damaged line may ask for
     for line in sums:
         length = line.split(b" ")[0]
-        yield file.read(int(length)) if length.isdigit() else b""
+        yield file.read(min(int(length), size)) if length.isdigit() else b""
