@@ -115,8 +115,8 @@ class LMPasses:
         """
         try:
             expected, got = run(LMPasses(self.lm)), run(LMPasses(self.lm, **faster))
-        except LM_ERRORS as error:  # the LM calls these modules in a way of its own
-            raise_if_out_of_memory(error)
+        except LM_ERRORS as failure:  # the LM calls these modules in a way of its own
+            raise_if_out_of_memory(failure)
             return self
         if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (got.shape, got.dtype):
             return self
