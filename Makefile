@@ -76,6 +76,7 @@ fuzz-serve: build build/fuzz-serve/bin/schemathesis  ## `qpeft serve`: requests 
 		--count $(or $(REQUESTS),10000) --seed $(or $(SEED),0) $(addprefix --phases ,$(PHASES))
 	$(BIN)/python python_tests/fuzz/serve_faults.py --requests $(or $(GROWTH),$(REQUESTS),10000) \
 		--bodies $(or $(REQUESTS),10000) --kills $(or $(KILLS),100) --memory $(or $(MEMORY),40) --seed $(or $(SEED),0)
+	$(BIN)/python python_tests/fuzz/no_room.py --count $(or $(MEMORY),40)
 
 sanitize: build      ## the operators under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, 10,000 calls
 	$(BIN)/python python_tests/fuzz/sanitize.py --count $(or $(CALLS),10000) --seed $(or $(SEED),0)

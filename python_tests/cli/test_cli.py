@@ -97,6 +97,25 @@ def test_debug_shows_the_traceback(monkeypatch):
         main(["evaluate", "--qrels", "missing", "run"])
 
 
+@pytest.mark.parametrize(("text", "users"), [
+    ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", True), ("std::bad_alloc", True),
+    ("could not create a primitive descriptor", False), ("mat1 and mat2 shapes cannot be multiplied", False),
+])  # fmt: skip
+def test_a_lack_of_memory_of_the_host_is_one_line(monkeypatch, capsys, text, users):
+    """torch has no type for it. What oneDNN refuses may have any reason, and is shown with its traceback."""
+
+    def fail(arguments):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("qpeft_ext.cli.app.spread_measures", fail)
+    if users:
+        assert main(["info"]) == 2
+        assert capsys.readouterr().err == f"qpeft info: error: not enough memory ({text})\n"
+    else:
+        with pytest.raises(RuntimeError, match=text):
+            main(["info"])
+
+
 @pytest.mark.slow
 def test_as_a_process(tmp_path):
     """Exit code and stderr as the shell sees them."""

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import os
 import random
 import re
 import resource
@@ -22,9 +23,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -78,7 +80,19 @@ class Server:
         status, body = self.post(json.dumps(asked).encode())
         if status != 200:
             raise AssertionError(f"a plain request has status {status}: {body[:200]!r}")
-        return [r["relevance_score"] for r in sorted(json.loads(body)["results"], key=lambda r: r["index"])]
+        return scores_in(body)
+
+    def ready(self) -> int:
+        """Return the status of `/ready`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.patience)
+        with contextlib.closing(connection):
+            connection.request("GET", "/ready")
+            return connection.getresponse().status
+
+
+def scores_in(answer: bytes) -> list[float]:
+    """Return the score of each document from the body of an answer."""
+    return [r["relevance_score"] for r in sorted(json.loads(answer)["results"], key=lambda r: r["index"])]
 
 
 def same(found: list[float], expected: list[float]) -> bool:
@@ -197,8 +211,7 @@ def out_of_memory(server: Server, process: int, count: int) -> Counter[int]:
             assert status in (200, 503), f"without memory a request has status {status}: {answer[:300]!r}"
         assert same(server.scores(), expected), "wrong scores after a lack of memory"
         if status == 200:
-            found = [r["relevance_score"] for r in sorted(json.loads(answer)["results"], key=lambda r: r["index"])]
-            assert same(server.scores(json.loads(body)), found), "wrong scores in the lack of memory"
+            assert same(server.scores(json.loads(body)), scores_in(answer)), "wrong scores in the lack of memory"
     return statuses
 
 
@@ -225,15 +238,28 @@ def grown(server: Server, process: int, count: int) -> float:
 
 
 @contextlib.contextmanager
-def started(folder: Path, body_timeout: float) -> Iterator[tuple[Server, subprocess.Popen[str]]]:
-    """Start a server of the packaged LM whose caches are small and lie below a folder."""
+def started(
+    folder: Path,
+    body_timeout: float,
+    model: Path = DEMO,
+    document_tokens: int = 64,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[tuple[Server, subprocess.Popen[str]]]:
+    """Start a server whose caches are small and lie below a folder.
+
+    Args:
+        folder: takes the caches, and models to be loaded.
+        body_timeout, document_tokens: options of the server.
+        model: folder with ``adapter`` and ``base_lm``.
+        environment: variables besides those of this process.
+    """
     (folder / "models").mkdir()
-    command = [sys.executable, "-m", "qpeft_ext.cli", "serve", "--model", f"code={DEMO / 'adapter'}",
-               "--base-model", str(DEMO / "base_lm"), "--port", "0", "--device", "cpu", "--dtype", "float32",
+    command = [sys.executable, "-m", "qpeft_ext.cli", "serve", "--model", f"code={model / 'adapter'}",
+               "--base-model", str(model / "base_lm"), "--port", "0", "--device", "cpu", "--dtype", "float32",
                "--api-key", "key", "--models-root", str(folder / "models"), "--log-level", "error",
                "--cache-bytes", str(4 << 20), "--disk-cache", str(folder / "cache"), "--disk-bytes", str(16 << 20),
-               "--body-timeout", str(body_timeout), "--max-document-tokens", "64"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+               "--body-timeout", str(body_timeout), "--max-document-tokens", str(document_tokens)]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as process:
         try:
             assert process.stdout is not None
             found = re.search(r"http://127.0.0.1:(\d+)", process.stdout.readline())

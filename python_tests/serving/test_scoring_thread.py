@@ -19,16 +19,26 @@ class Reranker:
 
     deterministic = False
     cache = None
+    max_tokens_per_batch = 4096
     model = SimpleNamespace(engine=SimpleNamespace(why_not_cached="there is no LM", is_encoder_decoder=False))
 
     def __init__(self, fault=lambda pairs: None):
         self.fault = fault
         self.calls = []
 
-    def score(self, pairs, instructions):
+    def score(self, pairs, lists=None, instructions=None):
         self.calls.append(len(pairs))
         self.fault(pairs)
         return np.array([float(document) for _, document in pairs], dtype=np.float32)
+
+
+class Cache(list):
+    """What a cache holds, in the way that the thread uses it."""
+
+    kv_dtype = None
+
+    def held(self, keys):
+        return [False] * len(keys)
 
 
 class Observer:
@@ -127,6 +137,58 @@ def test_a_pair_that_never_fits_turns_the_server_red_until_one_does(thread):
     thread.it.put(again)
     again.future.result(SECONDS)
     assert thread.it.healthy
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_passes_are_as_large_as_before_after_a_pair_that_did_not_fit(thread, fits):
+    """A real reranker halves its passes for good before it says that memory is short."""
+
+    def fault(pairs):
+        if any(document == "13" for _, document in pairs) and (len(pairs) > 1 or not fits):
+            reranker.max_tokens_per_batch = 1
+            raise torch.OutOfMemoryError
+
+    reranker = Reranker(fault)
+    (one,) = thread.start(job(reranker, 13, 2))
+    if fits:
+        assert one.future.result(SECONDS).scores.tolist() == [13, 2]
+    else:
+        with pytest.raises(RequestError, match="out of memory"):
+            one.future.result(SECONDS)
+    thread.it.put(job(reranker, 3))
+    thread.it.waiting.close()
+    thread.it.join(SECONDS)
+    assert reranker.max_tokens_per_batch == 4096
+
+
+def whole_job(reranker, *documents):
+    """A job whose documents are scored in one call."""
+    made = job(reranker, *documents)
+    made.served.whole, made.lists = True, [0] * len(documents)
+    return made
+
+
+def test_documents_scored_as_a_whole_get_the_memory_of_the_cache(thread):
+    def fault(pairs):
+        if reranker.cache:
+            raise torch.OutOfMemoryError
+
+    reranker = Reranker(fault)
+    reranker.cache = Cache([1, 2, 3])
+    (one,) = thread.start(whole_job(reranker, 7, 8, 9))
+    assert one.future.result(SECONDS).scores.tolist() == [7, 8, 9]
+    assert reranker.calls == [3, 3] and thread.it._observer.memory == 1 and thread.it.healthy
+
+
+def test_documents_scored_as_a_whole_do_without_a_kernel_that_onednn_refuses(thread):
+    def fault(pairs):
+        if torch._C._get_mkldnn_enabled():
+            raise RuntimeError("could not create a primitive")
+
+    reranker = Reranker(fault)
+    (one,) = thread.start(whole_job(reranker, 7, 8))
+    assert one.future.result(SECONDS).scores.tolist() == [7, 8]
+    assert reranker.calls == [2, 2] and thread.it._observer.memory == 0
 
 
 def test_a_request_that_fails_does_not_fail_others(thread):

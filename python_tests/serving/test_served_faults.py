@@ -1,11 +1,13 @@
 """A handful of the faults that `make fuzz-serve` makes by the thousand, over a real socket."""
 
 import socket
+import sys
 import threading
 import time
 
 import pytest
-from fuzz.serve_faults import Server, bad_bodies, killed_clients, removed_adapter, slow_bodies
+from fuzz.no_room import GIVES_BACK, TOKENS, make_wide_model, no_room
+from fuzz.serve_faults import Server, bad_bodies, killed_clients, removed_adapter, slow_bodies, started
 from serving.tiny_service import KEY
 
 pytestmark = pytest.mark.slow
@@ -50,3 +52,12 @@ def test_the_folder_of_an_adapter_is_removed(server, service):
         removed_adapter(server, service.spec.models_root)
     finally:
         service.models.unload("removed")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of another process")
+def test_a_document_that_has_no_room_fails_alone(tmp_path):
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    make_wide_model(tmp_path)
+    with started(tmp_path, 60.0, tmp_path, TOKENS, GIVES_BACK) as (server, process):
+        statuses = no_room(server, process.pid, 2)
+        assert statuses.total() == 6 and process.poll() is None

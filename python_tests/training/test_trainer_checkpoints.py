@@ -153,6 +153,20 @@ def test_resuming_without_the_state_of_the_training_is_an_error(tmp_path):
             trainer(tmp_path, max_steps=4).train(folder)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_is_not_a_damaged_checkpoint(tmp_path, monkeypatch, error):
+    """Otherwise the user is told to remove a folder that is whole."""
+    trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+
+    def fail(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as raised:
+        trainer(tmp_path, max_steps=4).train(True)
+    assert raised.value is error
+
+
 def test_the_model_card_is_the_adapters(tmp_path):
     run = trainer(tmp_path)
     run.save_model()

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from qpeft_ext.lm.loading import one_line
 from qpeft_ext.ops._library import registered
 from qpeft_ext.utils.memory import in_halves, is_out_of_memory, retry_with_less
 
@@ -59,6 +60,16 @@ def test_items_are_computed_in_halves_and_stay_in_order():
 ])  # fmt: skip
 def test_errors_that_say_that_memory_is_short(error, lacks_memory):
     assert is_out_of_memory(error) is lacks_memory
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError(), RuntimeError("std::bad_alloc")])
+def test_loading_says_that_memory_is_short(error):
+    """`one_line` makes errors about files of all others, for which the server has status 400."""
+    with pytest.raises(type(error)) as raised, one_line("cannot load the LM x"):
+        raise error
+    assert raised.value is error
+    with pytest.raises(ValueError, match="cannot load the LM x: another"), one_line("cannot load the LM x"):
+        raise RuntimeError("another")
 
 
 LACK = """

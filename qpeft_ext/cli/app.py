@@ -18,6 +18,7 @@ import typer
 from ..utils.console import Interrupted, standard_streams
 from ..utils.environment import VERSION
 from ..utils.interrupts import Interrupts
+from ..utils.memory import is_surely_out_of_memory
 from ..utils.text import one_line
 from . import (
     calibrate,
@@ -120,7 +121,7 @@ def _is_the_users(error: Exception) -> bool:
     Of torch's own errors the user can solve only a lack of memory.
     """
     if isinstance(error, RuntimeError):
-        return type(error).__name__ in ("OutOfMemoryError", "RecursionError")
+        return isinstance(error, RecursionError) or is_surely_out_of_memory(error)
     return isinstance(error, (ValueError, TypeError, OSError, ImportError, MemoryError))
 
 
@@ -147,7 +148,7 @@ def _message(error: Exception) -> str:
     """Return the message of an error, of an error of the system ("[Errno 13] ...") its readable part."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if isinstance(error, MemoryError):
+    if isinstance(error, (MemoryError, RuntimeError)) and not isinstance(error, RecursionError):
         return f"not enough memory ({error})" if str(error) else "not enough memory"
     if isinstance(error, RecursionError):
         return "an input is nested too deeply"

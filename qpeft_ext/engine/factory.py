@@ -9,6 +9,7 @@ from ..lm.errors import LM_ERRORS, in_one_line
 from ..lm.loading import is_encoder_decoder
 from ..lm.packed import is_coarse
 from ..lm.probe_ids import ordinary_ids
+from ..utils.memory import raise_if_out_of_memory
 from .base import gives_tuples
 from .causal import CausalEngine
 from .encoder_decoder import EncoderDecoderEngine
@@ -25,9 +26,10 @@ def make_engine(lm, why_not_cached: str = "") -> CausalEngine | EncoderDecoderEn
     """
     try:
         return _make_engine(lm, why_not_cached)
-    except (ValueError, torch.OutOfMemoryError):
+    except ValueError:
         raise
     except LM_ERRORS as error:
+        raise_if_out_of_memory(error)
         raise ValueError(f"this {lm.config.model_type} LM cannot be used: {in_one_line(error)}") from error
 
 

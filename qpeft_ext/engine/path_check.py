@@ -20,6 +20,7 @@ from ..lm.packed import is_coarse, is_packed
 from ..lm.probe_ids import ordinary_ids
 from ..prompts.pairs import PairBatch
 from ..prompts.pieces import DocumentPrefix, SuffixPieces
+from ..utils.memory import raise_if_out_of_memory
 
 # lengths of two prefixes and of what follows them, so different that a position counted from the wrong end is far off
 _PREFIXES, _BETWEEN, _SCORED = (3, 12), 2, (5, 3)
@@ -152,9 +153,8 @@ class _Probe:
         try:
             got = self._read(self.both, shared) if together else torch.cat(
                 [self._read(pair, shared) for pair in self.pairs])  # fmt: skip
-        except torch.OutOfMemoryError:
-            raise
         except LM_ERRORS as error:
+            raise_if_out_of_memory(error)
             return float("inf"), in_one_line(error)
         rows = got.float().split([len(expected) for expected in self.expected])
         errors = [(a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-30)
@@ -169,9 +169,8 @@ class _Probe:
         rows = self.engine.assemble(self.pairs[0], self.pieces, [1], with_prefix=True)
         try:
             self.engine.outputs(rows, vector)
-        except torch.OutOfMemoryError:
-            raise
         except LM_ERRORS as error:  # Gemma 4 looks for its token in the table
+            raise_if_out_of_memory(error)
             return in_one_line(error)
         return ""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.gated_silu import gated_silu, is_supported
+from ..utils.memory import raise_if_out_of_memory
 from .errors import LM_ERRORS
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -34,7 +35,8 @@ def is_ours(module: nn.Module, dtype: torch.dtype) -> bool:
         return False
     try:
         found = type(module).forward(tried, x)
-    except LM_ERRORS:  # it needs more of its projections than their output
+    except LM_ERRORS as error:  # it needs more of its projections than their output
+        raise_if_out_of_memory(error)
         return False
     expected = gated_silu(x, x.flip(-1))
     return isinstance(found, Tensor) and torch.allclose(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2)

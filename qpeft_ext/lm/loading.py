@@ -15,6 +15,7 @@ import torch
 
 from ..utils.files import name_what_cannot_be_read
 from ..utils.hub import expect_in_reach
+from ..utils.memory import is_surely_out_of_memory
 from ..utils.small_files import read_json
 from .classifier import as_lm, names_classifier
 from .compute_dtype import resolve_dtype
@@ -271,7 +272,7 @@ class one_line:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._warnings.__exit__(kind, error, traceback)
-        if error is None or isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
+        if error is None or isinstance(error, KeyboardInterrupt) or is_surely_out_of_memory(error):
             for caught in self._caught:
                 warnings.warn_explicit(caught.message, caught.category, caught.filename, caught.lineno)
             return

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
+from ..utils.memory import raise_if_out_of_memory
 from ..utils.torch_state import SharedSetting
 from . import feed_forward, norms, rotary
 from .attention import OURS, SDPA, this_thread
@@ -114,9 +115,8 @@ class LMPasses:
         """
         try:
             expected, got = run(LMPasses(self.lm)), run(LMPasses(self.lm, **faster))
-        except torch.OutOfMemoryError:
-            raise
-        except LM_ERRORS:  # the LM calls these modules in a way of its own
+        except LM_ERRORS as failure:  # the LM calls these modules in a way of its own
+            raise_if_out_of_memory(failure)
             return self
         if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (got.shape, got.dtype):
             return self

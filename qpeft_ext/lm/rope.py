@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..utils.memory import raise_if_out_of_memory
 from .errors import LM_ERRORS
 
 _FEW = 4
@@ -100,7 +101,8 @@ def _ask(module: nn.Module, layer_type: str | None, tokens: int) -> Tensor | Non
     positions = torch.tensor([[*range(_FEW), tokens - 1]], device=device)
     try:
         given = module(torch.zeros(1, device=device), positions, *(() if layer_type is None else (layer_type,)))
-    except LM_ERRORS:
+    except LM_ERRORS as error:
+        raise_if_out_of_memory(error)
         return None
     parts: tuple[Tensor, ...] = given if isinstance(given, tuple) else (given,)
     numbers = [torch.view_as_real(part) if part.is_complex() else part for part in parts]

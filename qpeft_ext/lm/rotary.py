@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.rotary import is_supported, rotary
+from ..utils.memory import raise_if_out_of_memory
 from ..utils.torch_state import SharedSetting
 from .attention import in_pass
 from .errors import LM_ERRORS
@@ -75,7 +76,8 @@ def _is_ours(theirs: Callable[..., Any]) -> bool:
         return False
     try:
         found = theirs(q, k, cos, sin)
-    except LM_ERRORS:  # it takes something else
+    except LM_ERRORS as error:  # it takes something else
+        raise_if_out_of_memory(error)
         return False
     if not isinstance(found, tuple) or len(found) != 2:
         return False

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 _LOOK = 0.5  # seconds between two calls of `between` when nothing waits
 
 Asked = list[tuple[str, Document, str | None]]  # query, document, instruction
+Score = Callable[[], np.ndarray]
 
 
 class Observer(Protocol):
@@ -131,48 +133,83 @@ def score_pairs(chosen: Pass, out_of_memory: Callable[[], object]) -> None:
     Args:
         out_of_memory: called whenever the device runs out of memory.
     """
-    first = next(iter(chosen))
-    reranker = first.served.reranker
-    if first.whole:
-        for job, places in chosen.items():
-            pairs = [job.pairs[place] for place in places]
-            job.scores[places] = reranker.score(
-                pairs, [job.lists[place] for place in places], [job.instruction] * len(pairs)
-            )
-        return
-    asked = [(*job.pairs[place], job.instruction) for job, places in chosen.items() for place in places]
-    scores, start = _in_halves(reranker, asked, out_of_memory), 0
+    served = next(iter(chosen)).served
+    reranker, lacks = served.reranker, list[object]()
+    budget = reranker.max_tokens_per_batch
+
+    def lack() -> None:
+        lacks.append(out_of_memory())
+
+    try:
+        if served.whole:
+            for job, places in chosen.items():
+                job.scores[places] = _as_a_whole(reranker, job, places, lack)
+            return
+        asked = [(*job.pairs[place], job.instruction) for job, places in chosen.items() for place in places]
+        scores, start = _in_halves(reranker, asked, lack), 0
+    finally:
+        if lacks:  # the reranker's passes have shrunk to the smallest in vain; others need not stay so
+            reranker.max_tokens_per_batch = budget
     for job, places in chosen.items():
         job.scores[places] = scores[start : start + len(places)]
         start += len(places)
+
+
+def _as_a_whole(reranker: Reranker, job: Job, places: list[int], out_of_memory: Callable[[], object]) -> np.ndarray:
+    """Score documents that depend on each other; again with an empty cache, if memory is short."""
+    pairs, lists = [job.pairs[place] for place in places], [job.lists[place] for place in places]
+    score = partial(reranker.score, pairs, lists, [job.instruction] * len(pairs))
+    scores = _if_it_fits(reranker, score, True, out_of_memory)
+    return _without_refused_kernels(score) if scores is None else scores
 
 
 def _in_halves(reranker: Reranker, asked: Asked, out_of_memory: Callable[[], object]) -> np.ndarray:
     """Score pairs; in halves, and with an empty cache, if memory is short. Returns: float32 [B], nats."""
     pairs = [(query, document) for query, document, _ in asked]
     instructions = [instruction for _, _, instruction in asked]
-    given = instructions if any(instructions) else None
+    score = partial(reranker.score, pairs, instructions=instructions if any(instructions) else None)
+    scores = _if_it_fits(reranker, score, len(asked) == 1, out_of_memory)
+    if scores is not None:
+        return scores
+    half = (len(asked) + 1) // 2
+    parts = [part for part in (asked[:half], asked[half:]) if part]
+    return np.concatenate([_in_halves(reranker, part, out_of_memory) for part in parts])
+
+
+def _if_it_fits(
+    reranker: Reranker, score: Score, least: bool, out_of_memory: Callable[[], object]
+) -> np.ndarray | None:
+    """Score, or empty the cache.
+
+    Args:
+        score: does it.
+        least: whether there is no smaller pass, so that nothing but an empty cache can help.
+    Returns: the scores; None if memory is short.
+    """
     try:
-        try:
-            return reranker.score(pairs, instructions=given)
-        except RuntimeError as error:
-            if not is_refused_kernel(error):
-                raise
-        with torch.backends.mkldnn.flags(enabled=False):  # else these pairs could not be scored until a restart
-            return reranker.score(pairs, instructions=given)
+        return _without_refused_kernels(score)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         out_of_memory()
-        if len(asked) == 1 and not (reranker.cache and len(reranker.cache)):
+        if least and not (reranker.cache and len(reranker.cache)):
             raise
     # outside of the except clause, since the error keeps the tensors of the failed pass alive
     if reranker.cache is not None:
         reranker.cache.clear()
     return_freed_memory()
-    half = (len(asked) + 1) // 2
-    parts = [part for part in (asked[:half], asked[half:]) if part]
-    return np.concatenate([_in_halves(reranker, part, out_of_memory) for part in parts])
+    return None
+
+
+def _without_refused_kernels(score: Score) -> np.ndarray:
+    """Score; without oneDNN, if it refuses a kernel."""
+    try:
+        return score()
+    except RuntimeError as error:
+        if not is_refused_kernel(error):
+            raise
+    with torch.backends.mkldnn.flags(enabled=False):  # else these pairs could not be scored until a restart
+        return score()
 
 
 def held_prefixes(job: Job, places: list[int]) -> list[bool]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer, TrainerState
@@ -21,6 +20,7 @@ from transformers.utils import PushInProgress
 from ..adapters.files import load_weights_into, write_card
 from ..config import QPeftConfig
 from ..model import QPeftModel
+from ..utils.memory import raise_if_out_of_memory
 from .checkpoints import last_complete, mark_complete, rotate, why_incomplete
 
 logger = logging.getLogger(__name__)
@@ -217,9 +217,8 @@ def _state_of(checkpoint: str | None) -> Iterator[None]:
     """Turn what torch raises for a damaged state, or one with more than tensors and numbers, into one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        raise_if_out_of_memory(error)
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise ValueError(
             f"{checkpoint}: the state of the training cannot be read ({reason}); remove the folder to "

@@ -141,6 +141,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return failed_call or any(words in text for words in _NO_MEMORY)
 
 
+def is_surely_out_of_memory(error: BaseException) -> bool:
+    """Do as `is_out_of_memory`, without kernels that oneDNN refuses, which may have another reason, such as a dtype."""
+    return is_out_of_memory(error) and not is_refused_kernel(error)
+
+
+def raise_if_out_of_memory(error: BaseException) -> None:
+    """Raise an error again that says that memory is short; for code that takes any other error for an answer."""
+    if is_surely_out_of_memory(error):
+        raise error
+
+
 def is_refused_kernel(error: BaseException) -> bool:
     """Tell whether oneDNN could not make or run a kernel: for lack of memory, or since it once lacked it.
 
