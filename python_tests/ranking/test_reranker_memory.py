@@ -1,5 +1,8 @@
 """A reranker and the device's memory: smaller passes after an error, and a budget that is divided."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +38,31 @@ def test_out_of_memory_halves_the_batch_and_no_other_error_does(model, monkeypat
     monkeypatch.setattr(type(model), "forward", lambda *a, **o: (_ for _ in ()).throw(RuntimeError("other")))
     with pytest.raises(RuntimeError, match="other"):
         reranker.predict(PAIRS)
+
+
+LITTLE = """
+import resource
+from pathlib import Path
+import qpeft_ext as qpeft
+demo = Path(qpeft.__file__).parent / "demo"
+pairs = [("add", f"def f{i}(x): return x + {i} " + "y = 3; " * 150) for i in range(150)]
+small, large = (qpeft.Reranker.from_pretrained(demo / "adapter", base_model=demo / "base_lm", device="cpu",
+                                               max_tokens_per_batch=tokens) for tokens in (2048, 1 << 20))
+expected = small.predict(pairs, show_progress_bar=False)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (used + (100 << 20), resource.RLIM_INFINITY))
+print(float(abs(large.predict(pairs, show_progress_bar=False) - expected).max()), large.max_tokens_per_batch)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="not Linux")
+def test_a_cpu_without_memory_for_a_large_pass_makes_smaller_ones():
+    """The host's allocators have no error type of their own, unlike a GPU's."""
+    run = subprocess.run([sys.executable, "-c", LITTLE], capture_output=True, text=True, check=True)
+    difference, tokens = map(float, run.stdout.split())
+    assert difference < 1e-4 and tokens < 1 << 18
+    assert "out of memory: retrying with max_tokens_per_batch=" in run.stderr
 
 
 @pytest.mark.parametrize("cache_bytes", [None, 20_000, 1 << 20])

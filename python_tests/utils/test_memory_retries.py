@@ -12,12 +12,17 @@ from qpeft_ext.ops._library import registered
 from qpeft_ext.utils.memory import in_halves, is_out_of_memory, retry_with_less
 
 
-def test_work_is_tried_again_with_less():
+LACKS = [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]  # fmt: skip
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_work_is_tried_again_with_less(lack):
     budget = [8]
 
     def work():
         if budget[0] > 2:
-            raise torch.OutOfMemoryError
+            raise lack
         return budget[0]
 
     def halve():
@@ -25,25 +30,28 @@ def test_work_is_tried_again_with_less():
         return budget[0] > 0
 
     assert retry_with_less(work, halve) == 2
-    with pytest.raises(torch.OutOfMemoryError):
-        retry_with_less(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError), halve)
+    with pytest.raises(type(lack)):
+        retry_with_less(lambda: (_ for _ in ()).throw(lack), halve)
     with pytest.raises(RuntimeError, match="another"):
         retry_with_less(lambda: (_ for _ in ()).throw(RuntimeError("another")), lambda: True)
 
 
-def test_items_are_computed_in_halves_and_stay_in_order():
+@pytest.mark.parametrize("lack", LACKS)
+def test_items_are_computed_in_halves_and_stay_in_order(lack):
     sizes, halves = [], []
 
     def double(items):
         sizes.append(len(items))
         if len(items) > 2:
-            raise torch.OutOfMemoryError
+            raise lack
         return [2 * item for item in items]
 
     assert list(in_halves(double, range(7), halves.append)) == [0, 2, 4, 6, 8, 10, 12]
     assert sizes == [7, 3, 1, 2, 4, 2, 2] and halves == [3, 1, 2]
-    with pytest.raises(torch.OutOfMemoryError):
-        list(in_halves(lambda items: (_ for _ in ()).throw(torch.OutOfMemoryError), [1, 2], halves.append))
+    with pytest.raises(type(lack)):
+        list(in_halves(lambda items: (_ for _ in ()).throw(lack), [1, 2], halves.append))
+    with pytest.raises(RuntimeError, match="another"):
+        list(in_halves(lambda items: (_ for _ in ()).throw(RuntimeError("another")), [1, 2], halves.append))
 
 
 @pytest.mark.parametrize(("error", "lacks_memory"), [

@@ -161,20 +161,18 @@ def is_refused_kernel(error: BaseException) -> bool:
 
 
 def retry_with_less(work: Callable[[], Result], use_less: Callable[[], bool]) -> Result:
-    """Return ``work()``, which is called again as long as the device runs out of memory and it can do with less.
+    """Return ``work()``, which is called again as long as memory is short, the device's or the host's, and less will do.
 
     Args:
         work: the computation. It reads how much it may do at once whenever it is called.
         use_less: lowers that; False if it is as low as it can be.
-    Raises: torch.OutOfMemoryError if not even the least fits.
+    Raises: the error of the last try (`is_out_of_memory`) if not even the least fits.
     """
-    import torch
-
     while True:
         try:
             return work()
-        except torch.OutOfMemoryError:
-            if not use_less():
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not use_less():
                 raise
         # the next try begins after the except clause: until then the error keeps the failed pass's tensors alive
 
@@ -182,20 +180,18 @@ def retry_with_less(work: Callable[[], Result], use_less: Callable[[], bool]) ->
 def in_halves(
     work: Callable[[Sequence[Item]], Iterable[Result]], items: Sequence[Item], before_halving: Callable[[int], object]
 ) -> Iterator[Result]:
-    """Yield the results of ``work(items)``, computed in halves where all at once do not fit in the device's memory.
+    """Yield the results of ``work(items)``, computed in halves where all at once do not fit in memory.
 
     Args:
         work: computes the results of some items, in their order.
         items: at least one.
         before_halving: called with the number of items that are computed at a time from here on.
-    Raises: torch.OutOfMemoryError if a single item does not fit.
+    Raises: the error of the last try (`is_out_of_memory`) if a single item does not fit.
     """
-    import torch
-
     try:
         results: Iterable[Result] | None = work(items)
-    except torch.OutOfMemoryError:
-        if len(items) == 1:
+    except (RuntimeError, MemoryError) as error:
+        if len(items) == 1 or not is_out_of_memory(error):
             raise
         results = None
     if results is not None:
