@@ -161,7 +161,7 @@ def is_refused_kernel(error: BaseException) -> bool:
 
 
 def retry_with_less(work: Callable[[], Result], use_less: Callable[[], bool]) -> Result:
-    """Return ``work()``, which is called again as long as memory is short, the device's or the host's, and less will do.
+    """Return ``work()``, which is called again as long as memory is short (of the device or host) and less will do.
 
     Args:
         work: the computation. It reads how much it may do at once whenever it is called.
