@@ -112,7 +112,7 @@ WRONG = {
     "a text for candidates": (lambda r: r.rank_many(["a", "b"], "dd"), TypeError, "candidates must be a list, got"),
     "texts for candidates": (lambda r: r.rank_many(["a", "b"], ["d", "e"]), TypeError, "the candidates of query 0 mu"),
     "queries by id": (lambda r: r.rank_many({"q1": "a"}, [["d"]]), TypeError, "dict with the keys q1"),
-    "too few lists": (lambda r: r.similarity(["a", "b"], [["d"]]), ValueError, "2 queries but 1 lists"),
+    "too few lists": (lambda r: r.similarity(["a", "b"], [["d"]]), ValueError, "2 queries but 1 list of candidates"),
     "a text for pairs": (lambda r: r.predict("ab"), TypeError, "predict: pairs must be a list, got the string 'ab'"),
     "texts for pairs": (lambda r: r.predict(["ab", "cd", "ef"]), TypeError, "but pair 0 is the string 'ab'"),
     "a dict for pairs": (lambda r: r.predict({"a": "b"}), TypeError, "dict with the keys a"),
