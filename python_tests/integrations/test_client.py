@@ -193,7 +193,7 @@ def test_a_bad_document_is_named_as_by_a_reranker(stub, reranker, document):
         (lambda client: client.rank("a", ["a"], threshold="0"), TypeError, "threshold must be a number"),
         (lambda client: client.rank_many("ab", [["a"], ["b"]]), TypeError, "queries must be a list"),
         (lambda client: client.rank_many(["a", ""], [["a"], ["b"]]), ValueError, "query 1 must have at least one"),
-        (lambda client: client.rank_many(["a", "b"], [["a"]]), ValueError, "2 queries, 1 lists of candidates"),
+        (lambda client: client.rank_many(["a", "b"], [["a"]]), ValueError, "2 queries, 1 list of candidates"),
         (lambda client: client.rank_many(["a"], [["a"]], instruction=["b", "c"]), ValueError, "and 2 instructions"),
         (lambda client: client.predict(("a", "b")), TypeError, "pair 0 is the string 'a'"),
         (lambda client: client.predict([("a", "b", "c")]), ValueError, "pair 0 has 3 items"),
