@@ -27,11 +27,26 @@ COLLECTIONS = {
     ),
     "dl19-from-squad-smollm2": ("TREC DL 2019, 43 queries; trained on SQuAD", "quality_pretrained", "dl19, from SQuAD"),
     "dl19-smollm2": ("TREC DL 2019, 43 queries; trained on MS MARCO", "quality_pretrained", "dl19"),
-    "squad-from-marco-smollm2": ("SQuAD, 500 questions", "quality_pretrained", "squad, from MS MARCO"),
-    "scifact-from-marco-smollm2": ("SciFact, 300 claims", "quality_pretrained", "scifact, from MS MARCO"),
-    "docstrings-from-marco-smollm2": ("docstrings, 500 queries", "quality_pretrained", "docstrings, from MS MARCO"),
-    "cosqa-from-marco-smollm2": ("CoSQA, 500 queries", "quality_pretrained", "cosqa, from MS MARCO"),
-    "dl19-from-marco-smollm2": ("TREC DL 2019, 43 queries", "quality_pretrained", "dl19"),
+    "squad-from-marco-smollm2": (
+        "SQuAD, 500 questions; trained on MS MARCO",
+        "quality_pretrained",
+        "squad, from MS MARCO",
+    ),
+    "scifact-from-marco-smollm2": (
+        "SciFact, 300 claims; trained on MS MARCO",
+        "quality_pretrained",
+        "scifact, from MS MARCO",
+    ),
+    "docstrings-from-marco-smollm2": (
+        "docstrings, 500 queries; trained on MS MARCO",
+        "quality_pretrained",
+        "docstrings, from MS MARCO",
+    ),
+    "cosqa-from-marco-smollm2": (
+        "CoSQA, 500 queries; trained on MS MARCO",
+        "quality_pretrained",
+        "cosqa, from MS MARCO",
+    ),
     "cosqa-smollm2": (
         "CoSQA, 500 queries; trained on docstrings (float32)",
         "quality_pretrained_float32",
@@ -58,7 +73,6 @@ PRETRAINED = (
     "docstrings-smollm2",
     "cosqa-smollm2",
     "dl19-from-squad-smollm2",
-    "dl19-smollm2",
     "dl19-from-docstrings-smollm2",
 )
 FROM_MARCO = (
@@ -66,15 +80,27 @@ FROM_MARCO = (
     "scifact-from-marco-smollm2",
     "docstrings-from-marco-smollm2",
     "cosqa-from-marco-smollm2",
-    "dl19-from-marco-smollm2",
+    "dl19-smollm2",
 )
 OURS = "Q-PEFT-R + generated LoRA"
 UNTRAINED = {"BM25": "first stage", "similarity, no LM": "similarity", "UPR": "UPR", "hard clues": "hard clues"}
 TRAINED = {"soft prompt": "soft prompt", "LoRA": "LoRA", "generated LoRA": "generated LoRA"}
 # table -> (collections, columns before ours)
 QUALITY = {
-    "summary": (PRETRAINED, {"BM25": "first stage", "UPR": "UPR", "LoRA": "LoRA"}),
-    "pretrained": (PRETRAINED, {"BM25": "first stage", "UPR": "UPR", "hard clues": "hard clues", "LoRA": "LoRA", "generated LoRA": "generated LoRA"}),
+    "summary": (
+        ("squad-smollm2", "docstrings-smollm2", *FROM_MARCO),
+        {"BM25": "first stage", "UPR": "UPR", "LoRA": "LoRA"},
+    ),
+    "pretrained": (
+        PRETRAINED,
+        {
+            "BM25": "first stage",
+            "UPR": "UPR",
+            "hard clues": "hard clues",
+            "LoRA": "LoRA",
+            "generated LoRA": "generated LoRA",
+        },
+    ),
     "from-marco": (FROM_MARCO, {"BM25": "first stage", "UPR": "UPR"}),
     "five": (FIVE, UNTRAINED | TRAINED),
     "100-candidates": (("squad-100", "scifact-100", "docstrings-100-all"), UNTRAINED | TRAINED),
