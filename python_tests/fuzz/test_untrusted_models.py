@@ -199,7 +199,8 @@ def test_an_adapter_beside_an_lm_is_refused(lora, job, no_pickles):
         ({"init_lora_weights": "pissa_niter_²"}, "at most 100 iterations"),
         ({"peft_type": "NOPE"}, "cannot load the LM's adapter"),
         ({"peft_type": None}, "expected a config of peft"),
-        ({"r": 10**12}, "cannot load the LM's adapter"),
+        ({"r": 10**12}, "cannot load the LM's adapter .*asks for r=1000000000000, and nothing"),
+        ({"rank_pattern": {"q_proj": 10**12}}, "asks for q_proj=1000000000000"),
     ],
 )
 def test_a_config_of_peft_loads_nothing_else(change, message, lora, job):

@@ -22,6 +22,7 @@ from .sources import expect_plain_files
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # options of `peft` for which it loads something else: a Python module, a file of weights, other adapters
 _LOADING = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters")
+_SIZES = ("r", "init_r", "num_virtual_tokens", "encoder_hidden_size")  # of weights, in configs of `peft`
 _MAX_ITERATIONS = 100  # of pissa_niter_N, which `peft` runs when it loads the adapter, too
 
 
@@ -71,6 +72,7 @@ def load_lm_adapter(lm: nn.Module, folder: Path, is_trainable: bool) -> nn.Modul
     loaded: Any = None
     places = _checked_places(folder)
     for name, place in places.items():
+        _expect_sizes(lm, place)
         with one_line(f"cannot load the LM's adapter {place}"):
             if loaded is None:
                 loaded = PeftModel.from_pretrained(lm, place, adapter_name=name, is_trainable=is_trainable)
@@ -151,6 +153,24 @@ def _expect_keys(lm: Any, name: str, place: Path) -> None:
             f"{place / _WEIGHTS}: missing keys: {shorten(', '.join(missing) or 'none')}; unknown keys: "
             f"{shorten(', '.join(unknown) or 'none')}; save the adapter again"
         )
+
+
+def _expect_sizes(lm: nn.Module, place: Path) -> None:
+    """Check that a config asks for no more than the LM or the file has: `peft` makes weights of these sizes first."""
+    config = read_json(place / _CONFIG)
+    if config["peft_type"] == "LOKR":  # a rank above all sizes means that there is none, and makes nothing
+        return
+    ranks = config.get("rank_pattern")
+    asked = {name: config.get(name) for name in _SIZES} | (ranks if isinstance(ranks, dict) else {})
+    with one_line(f"cannot load the LM's adapter {place}"), safe_open(place / _WEIGHTS, "pt") as file:
+        written = [size for key in file.keys() for size in file.get_slice(key).get_shape()]
+    largest = max([*written, *(size for parameter in lm.parameters() for size in parameter.shape)], default=0)
+    for name, size in asked.items():
+        if isinstance(size, int | float) and size > largest:
+            raise ValueError(
+                f"cannot load the LM's adapter {place}: {_CONFIG} asks for {name}={shorten(size)}, and nothing in the "
+                f"LM or in {_WEIGHTS} has more than {largest} rows or columns; save the adapter again"
+            )
 
 
 def _check(folder: Path) -> None:
