@@ -106,7 +106,7 @@ def test_vmap_computes_values_and_gradients(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_vmap_over_the_definitions(case, monkeypatch):
-    """With QPEFT_REFERENCE=1, which compute in plain PyTorch and look at values to check them."""
+    """With QPEFT_REFERENCE=1 the definitions run in plain PyTorch, and checks of inputs read their values."""
     monkeypatch.setattr(_library, "REFERENCE", True)
     monkeypatch.setattr(_library, "_live", {})
     test_vmap_computes_values_and_gradients(case)
